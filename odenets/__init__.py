@@ -1,0 +1,1 @@
+"""Residual networks as numerical schemes: the integrator is a part one plugs in."""
