@@ -89,7 +89,7 @@ class Step(nn.Module):
         self.fs = None if shared else nn.ModuleList(fs)
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
-        self.watch = None  # set for the checks of a first call
+        self.watch: Any = None  # set for the checks of a first call
         self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
 
     def functions(
@@ -171,6 +171,8 @@ class Stack(nn.Module):
         (2, 8, torch.Size([2, 4]))
     """
 
+    steps: Sequence[Step]  # in truth an nn.ModuleList
+
     def __init__(
         self,
         block: nn.Module | Function | Sequence[nn.Module | Function],
@@ -202,7 +204,9 @@ class Stack(nn.Module):
             _warn_of_mixing(self.scheme)
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
-        gs = () if shortcut is None else tuple(shortcut) if isinstance(shortcut, (list, tuple)) else (shortcut,)
+        gs: Sequence[Any] = (
+            () if shortcut is None else tuple(shortcut) if isinstance(shortcut, (list, tuple)) else (shortcut,)
+        )
         if gs and len(gs) != self.scheme.streams:
             raise SchemeError(
                 f"Stack: {len(gs)} shortcuts for {self.scheme.streams} streams of {self.scheme}; want one per stream."
@@ -210,7 +214,7 @@ class Stack(nn.Module):
         self.block = shared
         self.after = after
         self.depth = depth
-        self.steps = nn.ModuleList()
+        steps = []
         # A continuous scheme with one shared function is one solve over the whole depth.
         merged = shared is not None and self.scheme.nodes is None
         start = 0
@@ -221,8 +225,9 @@ class Stack(nn.Module):
             start += part.stages
             h = self.rule(steps_before + n) * (depth if merged else 1)
             self._initial.append(h)
-            self.steps.append(Step(part, fs, gs if n == 0 else (), h, self.rule.learned, n, shared is not None))
-        self._timed = any(s.timed for s in self.steps)
+            steps.append(Step(part, fs, gs if n == 0 else (), h, self.rule.learned, n, shared is not None))
+        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+        self._timed = any(s.timed for s in steps)
         self._checked = False
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
@@ -307,7 +312,7 @@ class Stack(nn.Module):
         fs, _ = first.functions((x,), self.block, t if self._timed else None, context, first.h)
         return self.scheme.init(fs, x)
 
-    def _advance(self, steps: Iterable[Any], state: State, time: Any, context: Any) -> State:
+    def _advance(self, steps: Iterable[Step], state: State, time: Any, context: Any) -> State:
         for step in steps:
             state = step(state, self.block, time, context)
             if self.after is not None:
@@ -316,9 +321,9 @@ class Stack(nn.Module):
                 time = time + step.scheme.span * step.h
         return state
 
-    def _recomputed(self, steps: nn.ModuleList, state: State, time: Any, context: Any) -> State:
+    def _recomputed(self, steps: Sequence[Step], state: State, time: Any, context: Any) -> State:
         """Steps whose inner tensors are dropped, and made again in the backward pass with the same dropout."""
-        modules = [steps, *(m for m in (self.block, self.after) if m is not None)]
+        modules = [*steps, *(m for m in (self.block, self.after) if m is not None)]
         return checkpoint(
             lambda *streams: self._advance(steps, streams, time, context),
             *state,
@@ -369,8 +374,8 @@ class Stack(nn.Module):
             if time is not None:
                 time = time + h
             if isinstance(self.rule, FromError):
-                tableau = step.scheme.tableau
-                h = self.rule.following(h, error, min(tableau.order, tableau.order_hat))
+                assert isinstance(step.scheme, RungeKutta)
+                h = self.rule.following(h, error, step.scheme.pair_order)
             errors.append(error)
         return Estimate(self.scheme.readout(state), errors)
 
@@ -419,7 +424,7 @@ def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
         return [block], block
     if callable(block):
-        call = Call(block)
+        call = Call(block)  # type: ignore[arg-type]
         return [call], call
     try:
         fs = list(block)

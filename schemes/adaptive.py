@@ -17,8 +17,8 @@ class Adaptive(Scheme):
     r"""Solves x' = f(t, x) from t to t + h with a step size chosen from an error estimate.
 
     One residual function a step, called with (x, time since the start of the step); ``step`` and Stack adapt functions
-    that take no time or another signature. A Stack with one shared function and depth d makes a single solve over [0, d h]; with
-    d functions it solves d unit intervals in turn, function n on the n-th.
+    of another signature. A Stack with one shared function and depth d makes a single solve over [0, d h]; with d
+    functions it solves d unit intervals in turn, function n on the n-th.
 
     Cost: evaluations depend on the input and are counted (``Stack.evaluations``); gradients by backpropagation through
     the solver, or with ``adjoint=true`` by the continuous adjoint: memory that does not grow with the steps, gradients
@@ -80,7 +80,7 @@ class Adaptive(Scheme):
             "method": METHODS[self.method],
             "options": {"max_num_steps": self.max_steps},
         }
-        solver = torchdiffeq.odeint
+        solver: Any = torchdiffeq.odeint
         if self.adjoint:
             solver = torchdiffeq.odeint_adjoint
             options["adjoint_params"] = _inputs(f)

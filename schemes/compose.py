@@ -1,6 +1,7 @@
 """Schemes made of schemes: nested(outer, inner), repeat, substeps and mixes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Nested(Scheme):
         outer, inner = _scheme("nested", outer), _scheme("nested", inner)
         if inner.streams != 1 or inner.nodes is None:
             raise SchemeError(
-                f"nested: the inner scheme {inner} cannot act as a residual function; it needs one stream and fixed steps."
+                f"nested: the inner scheme {inner} cannot act as a residual function; want one stream, fixed steps."
             )
         if outer.nodes is None:
             raise SchemeError(f"nested: the outer scheme {outer} chooses its own steps; nest fixed-step schemes.")
@@ -181,7 +182,7 @@ class Composition(Scheme):
         for p in self.parts:
             base = len(found)
             found += [
-                slot._replace(index=base + slot.index, raw=slot.raw and base == 0)
+                replace(slot, index=base + slot.index, raw=slot.raw and base == 0)
                 for slot in p.slots(n, streams, out_channels)
             ]
             streams, out_channels = p.widths(n, streams, out_channels), None

@@ -21,11 +21,9 @@ def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """A hint for an unknown name: the closest known ones, or the first few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, limit, 0.5)
-    return (
-        f"the closest are {', '.join(near)}"
-        if near
-        else f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
-    )
+    if near:
+        return f"the closest are {', '.join(near)}"
+    return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
 class Reader:

@@ -3,7 +3,7 @@
 Three instances explain the decomposition:
 
 * ``rk4`` has one stream and four residual functions a step; its ``advance`` evaluates them at sums of each other.
-* ``revnet`` has two streams and two residual functions; its ``advance`` updates the streams in turn, ``retreat`` undoes it.
+* ``revnet`` has two streams and two residual functions; its ``advance`` updates them in turn, ``retreat`` undoes it.
 * ``dense`` has one residual function and a tuple of streams that grows by one each step.
 
 Time is data, not code: ``nodes`` says at which time ``t + nodes[i] * h`` residual function i is evaluated, so the
@@ -13,6 +13,7 @@ algebra in ``advance`` never sees a clock, and a residual function that takes no
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ Function = Callable[..., Tensor]
 StepSize = float | Tensor
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """What one residual function is given, and what it must return.
 
     Attributes:
@@ -222,7 +224,7 @@ class Bound:
     def __call__(self, *args: Any) -> Tensor:
         time = self.time
         if self.free:
-            *args, since = args
+            args, since = args[:-1], args[-1]
             time = since if time is None else time + since
             if self.calls is not None:
                 self.calls[0] += 1
