@@ -64,7 +64,7 @@ class RungeKutta(Scheme):
         self.order = tableau.order
         self.nodes = tuple(c)
         self.mixing, self.gain = tableau.mixing, sum(map(abs, b))
-        self.pair_order = min(tableau.order, tableau.order_hat or tableau.order)
+        self.pair_order = min((p for p in (tableau.order, tableau.order_hat) if p), default=1)
         self._rows = tuple(terms(row) for row in a)
         self._weights = terms(b)
         # The companion method minus the method: an estimate of the error of a step, per unit of h.
