@@ -68,8 +68,8 @@ def _chebyshev(s: int, w: Fraction) -> tuple[list[Fraction], list[Fraction], lis
 
 
 def _stages(name: str, s: int, least: int) -> int:
-    if not isinstance(s, int) or not least <= s <= 128:  # exact coefficients grow with s: 128 stages take seconds
-        raise SchemeError(f"{name}({s}): want a whole number of stages from {least} to 128.")
+    if not isinstance(s, int) or not least <= s <= 64:  # exact coefficients grow with s: 64 stages take a second
+        raise SchemeError(f"{name}({s}): want a whole number of stages from {least} to 64.")
     return s
 
 
@@ -144,7 +144,7 @@ def rkl1(s: int) -> Tableau:
 
 
 def rkl2(s: int) -> Tableau:
-    """Second-order Legendre method; stable to (s^2 + s - 2) / 2."""
+    """Second-order Legendre method; stable to (s^2 + s - 2) / 2 at least."""
     s = _stages("rkl2", s, 2)
     w1 = Fraction(4, s * s + s - 2)
     b = [Fraction(1, 3)] * 2 + [Fraction(j * j + j - 2, 2 * j * (j + 1)) for j in range(2, s + 1)]
