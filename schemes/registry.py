@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import tableaux
+from . import stability, tableaux
 from .adaptive import Adaptive
 from .compose import Mix, Nested, Repeat, Substeps
 from .errors import SchemeError
