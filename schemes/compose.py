@@ -252,7 +252,7 @@ class Repeat(Composition):
     Example:
         >>> import schemes
         >>> schemes.get("repeat(rk4, 3)").span
-        3.0
+        3
     """
 
     def __init__(self, scheme: Scheme, n: int):
@@ -321,4 +321,10 @@ class Mix(Composition):
         return self.parts
 
     def __str__(self) -> str:
-        return " + ".join(f"{n}*{s}" if n > 1 else str(s) for n, s in self.counts)
+        only = len(self.counts) == 1  # 1*rk4 is a mix and rk4 is not
+
+        def term(n: int, s: Scheme) -> str:
+            text = f"({s})" if isinstance(s, Mix) else str(s)
+            return f"{n}*{text}" if n > 1 or only else text
+
+        return " + ".join(term(n, s) for n, s in self.counts)
