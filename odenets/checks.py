@@ -43,7 +43,8 @@ class Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        versions = [a._version for a in tensors]
+        # Tensors made in inference mode count no versions; a write to them stays unseen.
+        versions = [None if a.is_inference() else a._version for a in tensors]
         where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
         try:
             out = self.function(*args, **kwargs)
@@ -52,7 +53,7 @@ class Watched:
             raise
         if not isinstance(out, Tensor):
             raise SchemeError(f"{where}: returned a {type(out).__name__}, want a tensor.")
-        if any(a._version != v for a, v in zip(tensors, versions, strict=True)):
+        if any(v is not None and a._version != v for a, v in zip(tensors, versions, strict=True)):
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
         if out.shape != want:

@@ -110,7 +110,10 @@ class Step(nn.Module):
     ) -> State:
         h = self.h if h is None else h
         fs, gs = self.functions(state, shared, t, context, h)
-        return self.scheme.advance(fs, state, h, gs)
+        state = self.scheme.advance(fs, state, h, gs)
+        if self.scheme.nodes is None:
+            self.calls = [*self.calls]  # an adjoint counts its calls in the backward pass in the old list
+        return state
 
     def with_error(self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> tuple[State, Tensor]:
         """The step, and the error estimate of the scheme's embedded companion."""
@@ -205,6 +208,10 @@ class Stack(nn.Module):
             _warn_of_unused(self.scheme, self.rule)
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
+            if self.backprop is not None:
+                raise SchemeError(
+                    f"Stack: step='{self.rule}' chooses each step from the error of the step before; want backprop='store'."
+                )
         gs: tuple[nn.Module, ...] = ()
         if shortcut is not None:
             gs = (shortcut,) if isinstance(shortcut, nn.Module) else tuple(shortcut)
@@ -396,6 +403,8 @@ class Stack(nn.Module):
     @property
     def evaluations(self) -> int:
         """Calls of residual functions in one forward pass; of an adaptive solver, those of the last one."""
+        if isinstance(self.rule, FromError):  # the companion reads all of them
+            return sum(s.scheme.stages for s in self.steps)
         return sum(s.calls[0] if s.scheme.evaluations is None else s.scheme.evaluations for s in self.steps)
 
     def extra_repr(self) -> str:
