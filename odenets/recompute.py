@@ -22,5 +22,6 @@ def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for b, version, value in saved:
-                if b._version != version:
-                    b.copy_(value)
+                # BatchNorm's kernels write without raising the version. Then the copy must not raise it either: in
+                # eval mode the graph keeps these buffers, and would refuse a newer version.
+                (b if b._version != version else b.data).copy_(value)

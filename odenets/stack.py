@@ -210,7 +210,7 @@ class Stack(nn.Module):
             _check_companion(self.scheme)
             if self.backprop is not None:
                 raise SchemeError(
-                    f"Stack: step='{self.rule}' chooses each step from the error of the step before; want backprop='store'."
+                    f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
                 )
         gs: tuple[nn.Module, ...] = ()
         if shortcut is not None:

@@ -143,6 +143,10 @@ class Nested(Scheme):
         gs = tuple(_Once(g) for g in gs)
         return self.outer.retreat(self._functions(fs, h, gs), state, h, gs)
 
+    def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
+        gs = tuple(_Once(g) for g in gs)
+        return self.outer.slope(self._functions(fs, h, gs), x, h, gs)
+
     def __str__(self) -> str:
         return f"nested({self.outer}, {self.inner})"
 
@@ -231,6 +235,18 @@ class Composition(Scheme):
             state = p.advance(fs[start : start + p.stages], state, h, gs)
             start, gs = start + p.stages, ()
         return state
+
+    def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
+        # The sum of the parts' slopes: no difference is divided by h, which may be small, or 0 in a warm-up.
+        gs = tuple(_Once(g) for g in gs)
+        first, *others = self.parts
+        base = gs[0](x) if gs else x
+        total, start = first.slope(fs[: first.stages], x, self.scale * h, gs), first.stages
+        for p in others:
+            y = base + self.scale * h * total
+            total = total + p.slope(fs[start : start + p.stages], y, self.scale * h)
+            start += p.stages
+        return total if self.scale == 1.0 else self.scale * total
 
     def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         h, end = self.scale * h, self.stages

@@ -66,7 +66,9 @@ class Reader:
             raise SchemeError(f"the {self.what} has {len(text)} characters; at most {MAX_CHARACTERS} are read.")
         self.text = text.strip()
         if not self.text:
-            raise SchemeError(f"the {self.what} is empty; write a name such as {next(iter([*self.names, *self.families]), '')!r}.")
+            raise SchemeError(
+                f"the {self.what} is empty; write a name such as {next(iter([*self.names, *self.families]), '')!r}."
+            )
         if "\n" in self.text or not self.text.isascii():
             raise SchemeError(f"the {self.what} {self._shown()} must be one line of plain ASCII characters.")
         try:
@@ -177,7 +179,9 @@ class Reader:
         try:
             return self.add(*pairs)
         except SchemeError as error:
-            raise SchemeError(f"{self.what} {self._shown()}, position {node.col_offset + 1}: {shorten(str(error))}") from None
+            raise SchemeError(
+                f"{self.what} {self._shown()}, position {node.col_offset + 1}: {shorten(str(error))}"
+            ) from None
 
     def _terms(self, node: ast.expr, depth: int, pairs: list[tuple[int, Any]]) -> None:
         match node:

@@ -41,7 +41,7 @@ def observed_order(scheme: Scheme) -> float:
     floor = max(1e-13, 0.0 if tableau is None else 30 * tableau.tolerance) * size
     points: list[tuple[float, float]] = []
     steps = 2.0
-    while round(steps) * scheme.stages <= 8000:
+    while round(steps) * scheme.stages <= 3000:
         n = round(steps)
         error = float((solve(scheme, _field, 1 / c, t=(0.5, 2.0), steps=n) - want).norm())
         if error < floor:

@@ -1,4 +1,4 @@
-"""The hook of the entry point ``hypothesis``: ``st.from_type(Tableau)`` and ``st.from_type(Scheme)`` work everywhere."""
+"""The hook of the entry point ``hypothesis``: ``st.from_type`` then draws a Tableau or a Scheme."""
 
 from ..scheme import Scheme
 from ..tableau import Tableau
