@@ -433,7 +433,7 @@ def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     """The residual functions as modules, and the shared one where there is only one."""
     if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
         return [block], block
-    if callable(block):
+    if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
         call = Call(block)  # type: ignore[arg-type]
         return [call], call
     try:
