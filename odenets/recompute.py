@@ -22,6 +22,6 @@ def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for b, version, value in saved:
-                # BatchNorm's kernels write without raising the version. Then the copy must not raise it either: in
-                # eval mode the graph keeps these buffers, and would refuse a newer version.
+                # BatchNorm's kernels write without raising the version, so that it does not tell what was written.
+                # Where it was not raised the copy must not raise it either: a graph outside may keep the buffer.
                 (b if b._version != version else b.data).copy_(value)
