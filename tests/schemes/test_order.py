@@ -150,6 +150,23 @@ def test_rounding_hides_no_missing_order_and_fails_no_true_one():
     assert order(rounded(M["gill4"], 3, 3)) < 4
 
 
+def test_sensitivity_is_the_sum_of_derivatives():
+    t, step = M["kutta_nystrom5"], Fraction(1, 10**15)
+
+    def weight(a, b, tree):
+        return module._ElementaryWeights(a, b).residual(tree, Fraction(0))
+
+    for tree in (*trees(3), *trees(4), *trees(5)):
+        want = 0.0
+        for row in range(t.stages + 1):
+            for j, x in enumerate(t.b if row == t.stages else t.a[row]):
+                rows = [list(r) for r in (*t.a, t.b)]
+                rows[row][j] += step
+                slope = (weight(rows[:-1], rows[-1], tree) - weight(t.a, t.b, tree)) / step
+                want += max(1.0, abs(float(x))) * abs(float(slope)) if x else 0.0
+        assert module._Sensitivity(t.a, t.b).of(tree) == pytest.approx(want, rel=1e-9)
+
+
 def test_limit_is_where_looking_stops():
     assert order(M["verner89"], limit=3) == 3 and antisymmetric_order(M["ees27"], limit=4) == 4
 

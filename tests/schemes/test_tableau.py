@@ -90,6 +90,15 @@ def test_floats_of_surds_survive_cancellation():
     assert naive != pytest.approx(float(x), rel=1e-6, abs=0)
 
 
+def test_floats_of_surds_are_the_nearest_ones():
+    with localcontext() as context:
+        context.prec = 60
+        for k in range(2, 900):  # k^2 + 1 has no square root, and k - sqrt(k^2 + 1) cancels more with every k
+            root = sqrt(k * k + 1)
+            for x in (k - root, root - k):
+                assert float(x) == float(decimal(x))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
