@@ -78,21 +78,24 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     layout, names = known or KeyMap("own", {k: k for k in keys})
 
     found: dict[str, Tensor] = {}
+    placed: set[str] = set()
     unmatched: list[str] = []
     misshapen: list[str] = []
     for key, value in state.items():
         target = names.get(key, key)
         if target is None:
             dropped.append(key)
-        elif target not in own or target in found:
+            continue
+        if target not in own or target in placed:
             unmatched.append(key)
-        elif value.shape != own[target].shape:
+            continue
+        placed.add(target)
+        if value.shape != own[target].shape:
             misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(own[target].shape)}")
         else:
             found[target] = value
     # Files older than BatchNorm's counter lack it; it only matters with momentum=None.
-    missing = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
-    missing = [k for k in missing if not any(names.get(m.split(" is ")[0], m.split(" is ")[0]) == k for m in misshapen)]
+    missing = [k for k in own if k not in placed and not k.endswith("num_batches_tracked")]
     if unmatched or misshapen or missing:
         raise SchemeError(_misfits(model, name, unmatched, misshapen, missing))
     model.load_state_dict({**own, **found})

@@ -59,7 +59,7 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
 
 
 @contextlib.contextmanager
-def warned_once(stacklevel: int = 4) -> Iterator[None]:
+def warned_once(stacklevel: int = 5) -> Iterator[None]:
     """Repeats each different warning that was raised inside once, as of the caller: not once per level."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
