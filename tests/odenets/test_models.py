@@ -203,7 +203,6 @@ def test_wrong_options_are_named(kwargs, message):
 
 def test_verners_scheme_warns_once_per_model():
     with pytest.warns(MixingWarning) as caught:
-        HOResNet((14, 14, 14))
         HOResNet((14, 14, 14), scheme="verner8")
     assert len(caught) == 1
     assert caught[0].filename == __file__
