@@ -202,11 +202,12 @@ class Stack(nn.Module):
             checks.warn_of_own_skip(f)
         if shared is None:
             _warn_of_mixing(self.scheme)
+            _warn_of_unused(self.scheme, self.rule)
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
-        gs: Sequence[Any] = (
-            () if shortcut is None else tuple(shortcut) if isinstance(shortcut, (list, tuple)) else (shortcut,)
-        )
+        gs: tuple[nn.Module, ...] = ()
+        if shortcut is not None:
+            gs = (shortcut,) if isinstance(shortcut, nn.Module) else tuple(shortcut)
         if gs and len(gs) != self.scheme.streams:
             raise SchemeError(
                 f"Stack: {len(gs)} shortcuts for {self.scheme.streams} streams of {self.scheme}; want one per stream."
@@ -472,6 +473,16 @@ def _warn_of_mixing(scheme: Scheme) -> None:
             MixingWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
+    for part in dict.fromkeys(scheme.plan):
+        if isinstance(part, RungeKutta) and part.unused and not isinstance(rule, FromError):
+            warnings.warn(
+                f"{part}: of its {part.stages} residual functions a step, {len(part.unused)} enter the error estimate "
+                f"only and not the output; use pruned({part}), or forward_with_errors in the loss.",
+                stacklevel=3,
+            )
 
 
 def _check_companion(scheme: Scheme) -> None:

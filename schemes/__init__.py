@@ -1,8 +1,7 @@
 """Numerical schemes for residual networks: the mathematics, without weights or training."""
 
 from . import order as order
-
-# from . import stability as stability
+from . import stability as stability
 from . import tableaux as tableaux
 from .adaptive import Adaptive as Adaptive
 from .compose import Mix as Mix

@@ -182,6 +182,20 @@ def number(text: str) -> Number:
         raise SchemeError(f"{shown!r} is no exact number; write 1/2, -0.25 or (2-sqrt(2))/2.") from None
 
 
+Entry: TypeAlias = int | Fraction | Surd | str
+
+
+def exact(x: Entry) -> Number:
+    """A number as it stands, a text as `number` reads it; floats are refused, as they were rounded before."""
+    if isinstance(x, str):
+        return number(x)
+    if isinstance(x, (Fraction, Surd)):
+        return x
+    if isinstance(x, int):
+        return Fraction(x)
+    raise SchemeError(f"{x!r} is not exact; write it as text or as Fraction, such as '1/3' or Fraction(1, 3).")
+
+
 def show(x: Number) -> str:
     """As `number` reads it: a fraction, a decimal where the denominator is a large power of ten, or a surd."""
     if isinstance(x, Fraction) and x.denominator > 10**4:

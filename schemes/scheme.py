@@ -158,6 +158,8 @@ class Scheme(ABC):
             h: step size.
             context: what all residual functions may read; None leaves it out.
         """
+        if len(fs) != self.stages:
+            raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
         if t is not None or context is not None or self.nodes is None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
         return self.advance(fs, state, h, gs)

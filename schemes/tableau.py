@@ -10,30 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeAlias
 
 from .errors import SchemeError
+from .exact import Entry, exact, show
 from .exact import Number as Number
 from .exact import Surd as Surd
 from .exact import number as number
-from .exact import show
 from .exact import sqrt as sqrt
-
-Entry: TypeAlias = int | Fraction | Surd | str
-
-
-def _exact(x: Entry) -> Number:
-    if isinstance(x, str):
-        return number(x)
-    if isinstance(x, (Fraction, Surd)):
-        return x
-    if isinstance(x, int):
-        return Fraction(x)
-    raise SchemeError(f"{x!r} is not exact; write it as text or as Fraction, such as '1/3' or Fraction(1, 3).")
 
 
 def _row(entries: Iterable[Entry]) -> tuple[Number, ...]:
-    return tuple(_exact(x) for x in entries)
+    return tuple(exact(x) for x in entries)
 
 
 def _sum(numbers: Iterable[Number]) -> Number:
@@ -186,7 +173,7 @@ class Tableau:
             1/2 | 1/2
                 | 0   1
         """
-        if len(A) != len(B) or (A and _exact(A[0]) != 0):
+        if len(A) != len(B) or (A and exact(A[0]) != 0):
             raise SchemeError(f"low_storage: {len(A)} A and {len(B)} B; want as many of each, and A_1 = 0.")
         s = len(B)
         rows: list[list[Number]] = []

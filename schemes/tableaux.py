@@ -1,8 +1,18 @@
-"""Runge-Kutta methods: data only. Each entry is checked when this module is imported, and its order in the tests."""
+"""Runge-Kutta methods: data only.
+
+Each entry is checked when this module is imported (row sums, weights) and its order is computed in the tests, by name,
+so a new entry needs no new test. ``b`` advances the solution; ``b_hat`` is the companion that estimates its error.
+`METHODS` finds methods by name, `FAMILIES` the functions that make one from parameters.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from .families import ees25 as ees25
+from .families import rkc1 as rkc1
+from .families import rkc2 as rkc2
+from .families import rkl1 as rkl1
+from .families import rkl2 as rkl2
 from .tableau import Tableau
 
 euler = Tableau.parse(
@@ -11,8 +21,10 @@ euler = Tableau.parse(
       | 1""",
     name="euler",
     order=1,
-    cite="Euler 1768",
+    cite="Euler, Institutiones calculi integralis, 1768",
 )
+
+# --- order 2 and 3 ---------------------------------------------------------------------------------------------------
 
 midpoint = Tableau.parse(
     """
@@ -21,8 +33,79 @@ midpoint = Tableau.parse(
         | 0   1""",
     name="midpoint",
     order=2,
-    cite="Runge 1895",
+    cite="Runge, Math. Ann. 46 (1895) 167-178",
 )
+
+# Also called improved Euler, or the explicit trapezoidal rule.
+heun2 = Tableau.parse(
+    """
+    0 |
+    1 | 1
+      | 1/2 1/2""",
+    name="heun2",
+    order=2,
+    cite="Heun, Z. Math. Phys. 45 (1900) 23-38",
+)
+
+ralston2 = Tableau.parse(
+    """
+    0   |
+    2/3 | 2/3
+        | 1/4 3/4""",
+    name="ralston2",
+    order=2,
+    cite="Ralston, Math. Comp. 16 (1962) 431-437",
+)
+
+kutta3 = Tableau.parse(
+    """
+    0   |
+    1/2 | 1/2
+    1   | -1  2
+        | 1/6 2/3 1/6""",
+    name="kutta3",
+    order=3,
+    cite="Kutta, Z. Math. Phys. 46 (1901) 435-453",
+)
+
+heun3 = Tableau.parse(
+    """
+    0   |
+    1/3 | 1/3
+    2/3 | 0   2/3
+        | 1/4 0   3/4""",
+    name="heun3",
+    order=3,
+    cite="Heun, Z. Math. Phys. 45 (1900) 23-38",
+)
+
+ralston3 = Tableau.parse(
+    """
+    0   |
+    1/2 | 1/2
+    3/4 | 0   3/4
+        | 2/9 1/3 4/9""",
+    name="ralston3",
+    order=3,
+    cite="Ralston, Math. Comp. 16 (1962) 431-437",
+)
+
+# The first three stages are ralston3; the fourth serves the companion alone.
+bosh3 = Tableau.parse(
+    """
+    0   |
+    1/2 | 1/2
+    3/4 | 0    3/4
+    1   | 2/9  1/3 4/9
+        | 2/9  1/3 4/9 0
+        | 7/24 1/4 1/3 1/8""",
+    name="bosh3",
+    order=3,
+    order_hat=2,
+    cite="Bogacki, Shampine, Appl. Math. Lett. 2 (1989) 321-325",
+)
+
+# --- order 4 ---------------------------------------------------------------------------------------------------------
 
 rk4 = Tableau.parse(
     """
@@ -33,7 +116,65 @@ rk4 = Tableau.parse(
         | 1/6 1/3 1/3 1/6""",
     name="rk4",
     order=4,
-    cite="Kutta 1901; Hairer, Nørsett, Wanner 1993, II.1",
+    cite="Kutta, Z. Math. Phys. 46 (1901) 435-453; Hairer, Nørsett, Wanner 1993, II.1",
+)
+
+rk38 = Tableau.parse(
+    """
+    0   |
+    1/3 | 1/3
+    2/3 | -1/3 1
+    1   | 1    -1  1
+        | 1/8  3/8 3/8 1/8""",
+    name="rk38",
+    order=4,
+    cite="Kutta, Z. Math. Phys. 46 (1901) 435-453, the 3/8 rule",
+)
+
+gill4 = Tableau.parse(
+    """
+    0   |
+    1/2 | 1/2
+    1/2 | (-1+sqrt(2))/2 (2-sqrt(2))/2
+    1   | 0              -sqrt(2)/2    1+sqrt(2)/2
+        | 1/6            (2-sqrt(2))/6 (2+sqrt(2))/6 1/6""",
+    name="gill4",
+    order=4,
+    cite="Gill, Proc. Cambridge Phil. Soc. 47 (1951) 96-108",
+)
+
+# --- order 5 and 6 ---------------------------------------------------------------------------------------------------
+
+# Kutta's fifth-order method as Nyström corrected it.
+kutta_nystrom5 = Tableau.parse(
+    """
+    0   |
+    1/3 | 1/3
+    2/5 | 4/25   6/25
+    1   | 1/4    -3    15/4
+    2/3 | 2/27   10/9  -50/81  8/81
+    4/5 | 2/25   12/25 2/15    8/75 0
+        | 23/192 0     125/192 0    -27/64 125/192""",
+    name="kutta_nystrom5",
+    order=5,
+    cite="Nyström, Acta Soc. Sci. Fennicae 50 (1925) no. 13; Hairer, Nørsett, Wanner 1993, II.5",
+)
+
+# The fifth-order weights advance, so that no stage is idle; Fehlberg himself advanced with the fourth-order ones.
+fehlberg45 = Tableau.parse(
+    """
+    0     |
+    1/4   | 1/4
+    3/8   | 3/32      9/32
+    12/13 | 1932/2197 -7200/2197 7296/2197
+    1     | 439/216   -8         3680/513   -845/4104
+    1/2   | -8/27     2          -3544/2565 1859/4104   -11/40
+          | 16/135    0          6656/12825 28561/56430 -9/50  2/55
+          | 25/216    0          1408/2565  2197/4104   -1/5   0""",
+    name="fehlberg45",
+    order=5,
+    order_hat=4,
+    cite="Fehlberg, NASA TR R-315 (1969); Computing 6 (1970) 61-71",
 )
 
 dopri5 = Tableau.parse(
@@ -50,7 +191,104 @@ dopri5 = Tableau.parse(
     name="dopri5",
     order=5,
     order_hat=4,
-    cite="Dormand, Prince 1980, RK5(4)7M",
+    cite="Dormand, Prince, J. Comput. Appl. Math. 6 (1980) 19-26, RK5(4)7M",
+)
+
+# Published are the nodes, the weights, seven entries of A and b - b_hat; the sums and conditions give the rest.
+tsit5 = Tableau.parse(
+    """
+    0                  |
+    0.161              | 0.161
+    0.327              | -0.008480655492356989 0.335480655492357
+    0.9                | 2.8971530571054935 -6.359448489975075 4.3622954328695815
+    0.9800255409045097 | 5.325864828439257 -11.748883564062828 7.4955393428898365 -0.09249506636175525
+    1                  | 5.86145544294642 -12.92096931784711 8.159367898576159 -0.071584973281401 -0.028269050394068383
+    1 | 0.09646076681806523 0.01 0.4798896504144996 1.379008574103742 -3.290069515436081 2.324710524099774
+      | 0.09646076681806523 0.01 0.4798896504144996 1.379008574103742 -3.290069515436081 2.324710524099774 0
+      | 0.09468075576583945 0.009183565540343253 0.4877705284247616 1.234297566930479 -2.7077123499835256
+        1.866628418170587 1/66""",
+    name="tsit5",
+    order=5,
+    order_hat=4,
+    digits=14,
+    cite="Tsitouras, Comput. Math. Appl. 62 (2011) 770-775",
+)
+
+huta6 = Tableau.parse(
+    """
+    0   |
+    1/9 | 1/9
+    1/6 | 1/24    1/8
+    1/3 | 1/6     -1/2     2/3
+    1/2 | -5/8    27/8     -3      3/4
+    2/3 | 221/9   -109     289/3   -34/3  1/9
+    5/6 | -61/16  113/8    -59/6   -11/8  5/3     1/16
+    1   | 358/41  -2079/82 501/41  417/41 -227/41 -9/82 36/41
+        | 41/840  0        9/35    9/280  34/105  9/280 9/35  41/840""",
+    name="huta6",
+    order=6,
+    cite="Huťa, Acta Fac. Rerum Natur. Univ. Comenian. Math. 1 (1956) 201-224",
+)
+
+# --- order 8 ---------------------------------------------------------------------------------------------------------
+
+cooper_verner8 = Tableau.parse(
+    """
+    0               |
+    1/2             | 1/2
+    1/2             | 1/4 1/4
+    (7+sqrt(21))/14 | 1/7 (-7-3*sqrt(21))/98 (21+5*sqrt(21))/49
+    (7+sqrt(21))/14 | (11+sqrt(21))/84 0 (18+4*sqrt(21))/63 (21-sqrt(21))/252
+    1/2             | (5+sqrt(21))/48 0 (9+sqrt(21))/36 (-231+14*sqrt(21))/360 (63-7*sqrt(21))/80
+    (7-sqrt(21))/14 | (10-sqrt(21))/42 0 (-432+92*sqrt(21))/315 (633-145*sqrt(21))/90
+                      (-504+115*sqrt(21))/70 (63-13*sqrt(21))/35
+    (7-sqrt(21))/14 | 1/14 0 0 0 (14-3*sqrt(21))/126 (13-3*sqrt(21))/63 1/9
+    1/2             | 1/32 0 0 0 (91-21*sqrt(21))/576 11/72 (-385-75*sqrt(21))/1152 (63+13*sqrt(21))/128
+    (7+sqrt(21))/14 | 1/14 0 0 0 1/9 (-733-147*sqrt(21))/2205 (515+111*sqrt(21))/504 (-51-11*sqrt(21))/56
+                      (132+28*sqrt(21))/245
+    1               | 0 0 0 0 (-42+7*sqrt(21))/18 (-18+28*sqrt(21))/45 (-273-53*sqrt(21))/72 (301+53*sqrt(21))/72
+                      (28-28*sqrt(21))/45 (49-7*sqrt(21))/18
+                    | 1/20 0 0 0 0 0 0 49/180 16/45 49/180 1/20""",
+    name="cooper_verner8",
+    order=8,
+    cite="Cooper, Verner, SIAM J. Numer. Anal. 9 (1972) 389-405",
+)
+
+# Rational approximations by the authors. The thirteen stages that either set of weights uses; solvers that reuse the
+# next step's first evaluation count a fourteenth.
+dopri8 = Tableau.parse(
+    """
+    0                     |
+    1/18                  | 1/18
+    1/12                  | 1/48 1/16
+    1/8                   | 1/32 0 3/32
+    5/16                  | 5/16 0 -75/64 75/64
+    3/8                   | 3/80 0 0 3/16 3/20
+    59/400                | 29443841/614563906 0 0 77736538/692538347 -28693883/1125000000 23124283/1800000000
+    93/200                | 16016141/946692911 0 0 61564180/158732637 22789713/633445777 545815736/2771057229
+                            -180193667/1043307555
+    5490023248/9719169821 | 39632708/573591083 0 0 -433636366/683701615 -421739975/2616292301 100302831/723423059
+                            790204164/839813087 800635310/3783071287
+    13/20                 | 246121993/1340847787 0 0 -37695042795/15268766246 -309121744/1061227803
+                            -12992083/490766935 6005943493/2108947869 393006217/1396673457 123872331/1001029789
+    1201146811/1299019798 | -1028468189/846180014 0 0 8478235783/508512852 1311729495/1432422823
+                            -10304129995/1701304382 -48777925059/3047939560 15336726248/1032824649
+                            -45442868181/3398467696 3065993473/597172653
+    1                     | 185892177/718116043 0 0 -3185094517/667107341 -477755414/1098053517 -703635378/230739211
+                            5731566787/1027545527 5232866602/850066563 -4093664535/808688257 3962137247/1805957418
+                            65686358/487910083
+    1                     | 403863854/491063109 0 0 -5068492393/434740067 -411421997/543043805 652783627/914296604
+                            11173962825/925320556 -13158990841/6184727034 3936647629/1978049680 -160528059/685178525
+                            248638103/1413531060 0
+                          | 14005451/335480064 0 0 0 0 -59238493/1068277825 181606767/758867731 561292985/797845732
+                            -1041891430/1371343529 760417239/1151165299 118820643/751138087 -528747749/2220607170 1/4
+                          | 13451932/455176623 0 0 0 0 -808719846/976000145 1757004468/5645159321 656045339/265891186
+                            -3867574721/1518517206 465885868/322736535 53011238/667516719 2/45 0""",
+    name="dopri8",
+    order=8,
+    order_hat=7,
+    digits=18,
+    cite="Prince, Dormand, J. Comput. Appl. Math. 7 (1981) 67-75, RK8(7)13M",
 )
 
 verner89 = Tableau.parse(
@@ -91,5 +329,111 @@ verner89 = Tableau.parse(
 # The fourteen stages that the 8th-order weights use: "RK-8, fixed" of HO-ResNet (Luo et al. 2021, arXiv 2103.15244).
 verner8 = replace(verner89.pruned(), name="verner8")
 
+# --- strong stability preserving, and two registers ------------------------------------------------------------------
+
+ssprk33 = Tableau.parse(
+    """
+    0   |
+    1   | 1
+    1/2 | 1/4 1/4
+        | 1/6 1/6 2/3""",
+    name="ssprk33",
+    order=3,
+    cite="Shu, Osher, J. Comput. Phys. 77 (1988) 439-471",
+)
+
+ssprk54 = Tableau.shu_osher(
+    alpha=[
+        ["1"],
+        ["0.444370493651235", "0.555629506348765"],
+        ["0.620101851488403", 0, "0.379898148511597"],
+        ["0.178079954393132", 0, 0, "0.821920045606868"],
+        [0, 0, "0.517231671970585", "0.096059710526147", "0.386708617503269"],
+    ],
+    beta=[
+        ["0.391752226571890"],
+        [0, "0.368410593050371"],
+        [0, 0, "0.251891774271694"],
+        [0, 0, 0, "0.544974750228521"],
+        [0, 0, 0, "0.063692468666290", "0.226007483236906"],
+    ],
+    name="ssprk54",
+    order=4,
+    digits=14,
+    cite="Spiteri, Ruuth, SIAM J. Numer. Anal. 40 (2002) 469-491",
+)
+
+ssprk104 = Tableau.parse(
+    """
+    0   |
+    1/6 | 1/6
+    1/3 | 1/6  1/6
+    1/2 | 1/6  1/6  1/6
+    2/3 | 1/6  1/6  1/6  1/6
+    1/3 | 1/15 1/15 1/15 1/15 1/15
+    1/2 | 1/15 1/15 1/15 1/15 1/15 1/6
+    2/3 | 1/15 1/15 1/15 1/15 1/15 1/6  1/6
+    5/6 | 1/15 1/15 1/15 1/15 1/15 1/6  1/6  1/6
+    1   | 1/15 1/15 1/15 1/15 1/15 1/6  1/6  1/6  1/6
+        | 1/10 1/10 1/10 1/10 1/10 1/10 1/10 1/10 1/10 1/10""",
+    name="ssprk104",
+    order=4,
+    cite="Ketcheson, SIAM J. Sci. Comput. 30 (2008) 2113-2136",
+)
+
+williamson3 = Tableau.low_storage(
+    A=[0, "-5/9", "-153/128"],
+    B=["1/3", "15/16", "8/15"],
+    name="williamson3",
+    order=3,
+    cite="Williamson, J. Comput. Phys. 35 (1980) 48-56",
+)
+
+# Rational approximations by the authors.
+carpenter_kennedy4 = Tableau.low_storage(
+    A=[
+        0,
+        "-567301805773/1357537059087",
+        "-2404267990393/2016746695238",
+        "-3550918686646/2091501179385",
+        "-1275806237668/842570457699",
+    ],
+    B=[
+        "1432997174477/9575080441755",
+        "5161836677717/13612068292357",
+        "1720146321549/2090206949498",
+        "3134564353537/4481467310338",
+        "2277821191437/14882151754819",
+    ],
+    name="carpenter_kennedy4",
+    order=4,
+    digits=25,
+    cite="Carpenter, Kennedy, NASA TM 109112 (1994)",
+)
+
+rk46nl = Tableau.low_storage(
+    A=[0, "-0.737101392796", "-1.634740794341", "-0.744739003780", "-1.469897351522", "-2.813971388035"],
+    B=["0.032918605146", "0.823256998200", "0.381530948900", "0.200092213184", "1.718581042715", "0.27"],
+    name="rk46nl",
+    order=4,
+    digits=12,
+    cite="Berland, Bogey, Bailly, Comput. Fluids 35 (2006) 1459-1463",
+)
+
+# --- effectively symmetric -------------------------------------------------------------------------------------------
+
+ees27 = Tableau.from_rows(
+    [
+        [],
+        ["(2-sqrt(2))/3"],
+        ["(-4+sqrt(2))/24", "(4+sqrt(2))/8"],
+        ["(-176+145*sqrt(2))/168", "3*(8-5*sqrt(2))/56", "3*(3-sqrt(2))/7"],
+    ],
+    ["(5-3*sqrt(2))/14", "(3+sqrt(2))/14", "3*(-1+2*sqrt(2))/14", "(9-4*sqrt(2))/14"],
+    name="ees27",
+    order=2,
+    cite="Shmelev et al. 2025, arXiv 2507.21006, EES(2,7)",
+)
+
 METHODS: dict[str, Tableau] = {t.name: t for t in list(vars().values()) if isinstance(t, Tableau)}
-FAMILIES: dict[str, Callable[..., Tableau]] = {}
+FAMILIES: dict[str, Callable[..., Tableau]] = {f.__name__: f for f in (ees25, rkc1, rkc2, rkl1, rkl2)}
