@@ -9,6 +9,7 @@ and only then is the model written. A model that knows published layouts has a m
 """
 
 import pickle
+import re
 from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
 PREFIXES = ("module.", "net.", "model.")
 COMPILED = "_orig_mod."
+# Files older than BatchNorm's counter lack it, and it only matters with momentum=None; nets with a fixed step size have
+# no learned one, which starts from the same value.
+OPTIONAL = re.compile(r"(^|\.)(num_batches_tracked|steps\.\d+\.h)$")
 LISTED = 10
 
 
@@ -41,11 +45,19 @@ class Renames(Protocol):
 
 
 class Report(NamedTuple):
-    """What ``load`` did: tensors written, the layout it found, and the keys that it left out on purpose."""
+    """What ``load`` did.
+
+    Attributes:
+        loaded: number of tensors written.
+        layout: the layout that it found, "own" for the model's own keys.
+        dropped: keys of the source that were left out on purpose.
+        kept: keys of the model that the source lacks and may lack; they keep their values.
+    """
 
     loaded: int
     layout: str
     dropped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> Report:
@@ -67,7 +79,7 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     Example:
         >>> from torch import nn
         >>> load(nn.Linear(2, 2), {"state_dict": {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)}})
-        Report(loaded=2, layout='own', dropped=())
+        Report(loaded=2, layout='own', dropped=(), kept=())
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
     state = _unwrap(source if isinstance(source, Mapping) else read(source), name)
@@ -94,12 +106,12 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
             misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(own[target].shape)}")
         else:
             found[target] = value
-    # Files older than BatchNorm's counter lack it; it only matters with momentum=None.
-    missing = [k for k in own if k not in placed and not k.endswith("num_batches_tracked")]
+    absent = [k for k in own if k not in placed]
+    missing = [k for k in absent if not OPTIONAL.search(k)]
     if unmatched or misshapen or missing:
         raise SchemeError(_misfits(model, name, unmatched, misshapen, missing))
     model.load_state_dict({**own, **found})
-    return Report(len(found), layout, tuple(dropped))
+    return Report(len(found), layout, tuple(dropped), tuple(absent))
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -107,7 +119,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Args:
         model: the model.
-        path: the file, by custom ``*.safetensors``.
+        path: the file, ``*.safetensors`` by custom; its folder is made where there is none.
 
     Raises:
         ImportError: safetensors is not installed.

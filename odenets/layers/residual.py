@@ -88,7 +88,9 @@ class BottleneckFunction(nn.Module):
     ):
         super().__init__()
         if out_channels % self.expansion:
-            raise ValueError(f"BottleneckFunction: {out_channels} output channels, want a multiple of {self.expansion}.")
+            raise ValueError(
+                f"BottleneckFunction: {out_channels} output channels, want a multiple of {self.expansion}."
+            )
         pre, width = order == "pre", out_channels // self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(in_channels if pre else width)

@@ -208,7 +208,9 @@ def _download(name: str, weights: Weights) -> Path:
         try:
             torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=weights.sha256)
         except (urllib.error.URLError, OSError) as error:
-            raise SchemeError(f"the weights of {name} cannot be had from {weights.url} ({error});\n  {by_hand}.") from None
+            raise SchemeError(
+                f"the weights of {name} cannot be had from {weights.url} ({error});\n  {by_hand}."
+            ) from None
         except RuntimeError as error:  # the hash differs; torch.hub has removed what it got
             raise SchemeError(f"{weights.url} is not the published file: {error}.") from None
     with path.open("rb") as file:

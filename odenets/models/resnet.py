@@ -90,7 +90,11 @@ class ResidualNet(nn.Module):
             if value not in get_args(known):
                 raise SchemeError(f"{what} is {value!r}, want {' or '.join(get_args(known))}.")
         if not functions or len(functions) != len(widths):
-            raise SchemeError(f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level.")
+            raise SchemeError(
+                f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."
+            )
+        if not 0 <= drop_rate < 1 or not 0 <= drop_path_rate < 1:
+            raise SchemeError(f"drop_rate is {drop_rate}, drop_path_rate {drop_path_rate}: want 0 <= rate < 1.")
         found = schemes_of_levels(scheme, len(functions))
         depths = [steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions), 1)]
 
@@ -199,7 +203,9 @@ class ResidualNet(nn.Module):
         if pool not in get_args(Pool):
             raise SchemeError(f"global_pool is {pool!r}, want 'avg', 'max' or ''.")
         if num_classes and not pool:
-            raise SchemeError(f"global_pool='' gives a map, and {num_classes} classes need a pooled one: num_classes=0.")
+            raise SchemeError(
+                f"global_pool='' gives a map, and {num_classes} classes need a pooled one: num_classes=0."
+            )
         self.global_pool: Pool = pool
         self.num_classes = num_classes
         like = next(self.parameters())

@@ -193,6 +193,7 @@ def test_the_mix_that_the_error_suggests_fits(scheme, functions):
         ({"stem": "patch"}, "want conv3 or conv3_s2 or conv7_pool"),
         ({"global_pool": "sum"}, "global_pool is 'sum'"),
         ({"global_pool": ""}, "num_classes=0"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate 1.5: want 0 <= rate < 1"),
         ({"widths": (8,)}, "3 counts of residual functions, 1 widths"),
     ],
 )
@@ -334,7 +335,9 @@ def test_pretrained_says_where_it_cannot(published, monkeypatch, tmp_path):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(SchemeError, match=r"cannot be had from https://download\.pytorch\.org/models/resnet18-f37072fd"):
+    with pytest.raises(
+        SchemeError, match=r"cannot be had from https://download\.pytorch\.org/models/resnet18-f37072fd"
+    ):
         create_model("resnet18", pretrained=True)
 
 
