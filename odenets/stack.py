@@ -221,7 +221,7 @@ class Stack(nn.Module):
         start = 0
         self._initial: list[float] = []
         for n in range(1 if merged else depth):
-            part = plan[n % len(plan)]
+            part = self.scheme.at(n)
             fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
             start += part.stages
             h = self.rule(steps_before + n) * (depth if merged else 1)
@@ -269,7 +269,7 @@ class Stack(nn.Module):
         streams = found.stream_widths(channels)
         fs: list[nn.Module] = []
         for n in range(depth):
-            part = found.plan[n % len(found.plan)]
+            part = found.at(n)
             out = out_channels if n == 0 else None
             fs += [make(slot) for slot in part.slots(n, streams, out)]
             streams = part.widths(n, streams, out)

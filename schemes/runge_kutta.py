@@ -45,7 +45,8 @@ class RungeKutta(Scheme):
     A stage whose row of A is zero is given x itself, before the shortcut g: in a network this residual function makes
     the stride and the new width.
 
-    Cost: ``stages`` residual functions a step (less those that only an error estimate reads), one stream, no inverse; the k_i of a step are kept until its end.
+    Cost: ``stages`` residual functions a step, less those that only an error estimate reads; one stream, no inverse;
+    the k_i of a step are kept until its end.
 
     Args:
         tableau: the coefficients.
@@ -71,8 +72,7 @@ class RungeKutta(Scheme):
         # The companion method minus the method: an estimate of the error of a step, per unit of h.
         self._errors = terms([v - u for u, v in zip(b, b_hat, strict=True)]) if b_hat else ()
         # Stages at the end that only the companion reads are not evaluated by a plain step (dopri5's seventh).
-        used = [j for row in (*self._rows, self._weights) for j, _ in row]
-        self.evaluations = 1 + max(used, default=0)
+        self.live = self.evaluations = 1 + self._weights[-1][0]
         self._scaled: dict[float, tuple[tuple[Terms, ...], Terms]] = {1.0: (self._rows, self._weights)}
 
     @property
@@ -97,11 +97,11 @@ class RungeKutta(Scheme):
         (x,) = state
         y = gs[0](x) if gs else x
         if isinstance(h, Tensor):
-            ks = self._slopes(fs, x, y, h, self.evaluations)
+            ks = self._slopes(fs, x, y, h, self.live)
             return (torch.addcmul(y, weighted(ks, self._weights), h),)
         rows, weights = self._at(h)
         ks: list[Tensor] = []
-        for f, row in zip(fs, rows[: self.evaluations], strict=False):
+        for f, row in zip(fs, rows[: self.live], strict=False):
             ks.append(f(combine(y, ks, row) if row else x))
         return (combine(y, ks, weights),)
 
@@ -119,7 +119,7 @@ class RungeKutta(Scheme):
         return ks
 
     def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
-        return weighted(self._slopes(fs, x, gs[0](x) if gs else x, h, self.evaluations), self._weights)
+        return weighted(self._slopes(fs, x, gs[0](x) if gs else x, h, self.live), self._weights)
 
     def step_with_error(
         self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()
@@ -139,7 +139,7 @@ class RungeKutta(Scheme):
     @property
     def unused(self) -> tuple[int, ...]:
         """Residual functions that only the error estimate reads; they get no gradient from the output of a step."""
-        return tuple(range(self.evaluations, self.stages))
+        return tuple(range(self.live, self.stages))
 
     def __str__(self) -> str:
         return self._tableau.name
@@ -160,5 +160,5 @@ def pruned(scheme: Scheme) -> RungeKutta:
     """
     if not isinstance(scheme, RungeKutta):
         raise SchemeError(f"pruned: {scheme!r} is no single Runge-Kutta method; only an embedded pair can be pruned.")
-    t, n = scheme.tableau, scheme.evaluations
+    t, n = scheme.tableau, scheme.live
     return RungeKutta(replace(t, name=f"pruned({t.name})", a=t.a[:n], b=t.b[:n], c=t.c[:n], b_hat=None, order_hat=None))

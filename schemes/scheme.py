@@ -114,6 +114,10 @@ class Scheme(ABC):
         """The schemes of one period, step by step: the scheme itself, or the parts of a mix."""
         return (self,)
 
+    def at(self, n: int) -> "Scheme":
+        """The scheme of step n: the plan again and again, unless the first step differs from the others."""
+        return self.plan[n % len(self.plan)]
+
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         """Width of every stream that ``init`` makes from an input of that width."""
         return (channels,) * self.streams
