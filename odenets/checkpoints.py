@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from schemes.errors import SchemeError
 from torch import Tensor, nn
+
+from schemes.errors import SchemeError
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
 PREFIXES = ("module.", "net.", "model.")

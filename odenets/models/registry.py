@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
-from schemes import SchemeError
 from torch import nn
+
+from schemes import SchemeError
 
 from .. import checkpoints
 

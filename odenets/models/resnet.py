@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
-import schemes
 import torch.nn.functional as F
-from schemes import Scheme, SchemeError, Slot
 from torch import Tensor, nn
+
+from schemes import Scheme, SchemeError, Slot
 
 from ..checkpoints import KeyMap
 from ..layers import BasicFunction, BottleneckFunction, PadShortcut, Projection, init_kaiming, linear_rates
@@ -96,7 +96,9 @@ class ResidualNet(nn.Module):
         if not 0 <= drop_rate < 1 or not 0 <= drop_path_rate < 1:
             raise SchemeError(f"drop_rate is {drop_rate}, drop_path_rate {drop_path_rate}: want 0 <= rate < 1.")
         found = schemes_of_levels(scheme, len(functions))
-        depths = [steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions), 1)]
+        depths = [
+            steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions, strict=True), 1)
+        ]
 
         self.block, self.placement, self.shortcut = block, placement, shortcut
         self.stem = _stem(stem, in_chans, widths[0], norm=placement != "preact" or stem == "conv7_pool")

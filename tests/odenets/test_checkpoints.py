@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from odenets import checkpoints
 from odenets.models import HOResNet, ResNet, create_model
 from schemes import MixingWarning, SchemeError
-from torch import nn
 
 # A small ResNet of each block, with a projection at every change of width.
 SMALL = {"functions": (2, 3), "widths": (8, 16), "num_classes": 5, "stem": "conv7_pool"}
@@ -320,7 +321,7 @@ def test_unreadable_and_unsafe_files_are_refused(tmp_path):
     with pytest.raises(SchemeError, match="no weight file at"):
         checkpoints.load(model, tmp_path / "nothing.pt")
     torch.save({"state_dict": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(SchemeError, match="holds more than tensors .* is not opened"):
+    with pytest.raises(SchemeError, match=r"holds more than tensors .* is not opened"):
         checkpoints.load(model, tmp_path / "trap.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(SchemeError, match="holds a list"):

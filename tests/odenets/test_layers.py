@@ -4,6 +4,8 @@ import doctest
 
 import pytest
 import torch
+from torch import nn
+
 from odenets import layers
 from odenets.layers import (
     BasicFunction,
@@ -16,7 +18,6 @@ from odenets.layers import (
     linear_rates,
     shortcut,
 )
-from torch import nn
 
 
 @pytest.mark.parametrize("order", ["post", "pre"])

@@ -8,14 +8,15 @@ import urllib.error
 import warnings
 
 import pytest
-import schemes
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import schemes
 from odenets import models
 from odenets.models import HOResNet, ResNet, create_model, levels, list_models, register_model, registry
 from odenets.models import resnet as resnet_module
 from schemes import MixingWarning, SchemeError
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # Parameters and multiply-adds at the published input size. Sources: torchvision's model page; He et al. 2016, table 6;
 # the HO-ResNet release, counted from its code. None: no published count of multiply-adds.
@@ -328,7 +329,7 @@ def test_pretrained_says_where_it_cannot(published, monkeypatch, tmp_path):
     folder = tmp_path / "hub" / "checkpoints"
     assert not any(folder.iterdir())
     (folder / "tiny.pth").write_bytes(b"something else")
-    with pytest.raises(SchemeError, match="SHA-256 begins with .* want 00000000.*\n.*Delete it"):
+    with pytest.raises(SchemeError, match=r"SHA-256 begins with .* want 00000000.*\n.*Delete it"):
         create_model("tiny", pretrained=True)
 
     def offline(*args, **kwargs):
