@@ -93,7 +93,7 @@ def nothing_changed(module: nn.Module, always: bool = False) -> Iterator[None]:
         if undo:
             with torch.no_grad():
                 for b, value in zip(buffers, saved, strict=True):
-                    b.copy_(value)
+                    b.data.copy_(value)
             torch.set_rng_state(states[0])
             for d, state in zip(devices, states[1], strict=True):
                 torch.cuda.set_rng_state(state, d)

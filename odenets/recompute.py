@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 
@@ -16,11 +15,11 @@ def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     ``torch.utils.checkpoint`` counts.)
     """
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
-    saved = [(b, b._version, b.clone()) for b in buffers]
+    saved = [b.clone() for b in buffers]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for b, version, value in saved:
-                if b._version != version:
-                    b.copy_(value)
+        # BatchNorm's kernels write without raising the version counter, so all are put back; and through .data, which
+        # leaves the counter alone, since autograd may have saved a buffer.
+        for b, value in zip(buffers, saved, strict=True):
+            b.data.copy_(value)
