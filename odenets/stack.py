@@ -237,7 +237,7 @@ class Stack(nn.Module):
         state = self._start(x, t, context)
         time = t if self._timed else None
         if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
-            return self.scheme.readout(self._reversed(self.backprop, state, time, context))
+            return self.scheme.readout(self._reversed(self.backprop, state, time, context))  # type: ignore[call-arg]
         if isinstance(self.backprop, Checkpoint) and torch.is_grad_enabled():
             every = self.backprop.every
             for first in range(0, len(self.steps), every):
@@ -290,7 +290,7 @@ class Stack(nn.Module):
         time = t if self._timed or self.scheme.nodes is None else None
         if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
             states: list[State] = []
-            self._reversed(self.backprop, state, time, context, states)
+            self._reversed(self.backprop, state, time, context, states)  # type: ignore[call-arg]
             return [self.scheme.readout(s) for s in states]
         found = []
         for n in range(self.depth):
