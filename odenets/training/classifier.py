@@ -10,7 +10,9 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from .schedules import Schedule, WarmupCosine
+from schemes import SchemeError
+
+from .schedules import Constant, Schedule, WarmupCosine
 
 
 def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -93,9 +95,9 @@ class Classifier(L.LightningModule):
         logits = self(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         hits = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
-        sizes = {"batch_size": len(x), "on_epoch": True, "sync_dist": True}
-        self.log("train/loss", loss, on_step=True, prog_bar=True, **sizes)
-        self.log("train/acc", hits.float().mean(), on_step=False, **sizes)
+        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        for name, figure in (("train/loss", loss), ("train/acc", hits.float().mean())):
+            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
         return loss
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
@@ -127,7 +129,15 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            if not isinstance(self.schedule, Constant):
+                raise SchemeError(
+                    f"{type(self.schedule).__name__} needs to know the run's length, but trainer.max_epochs is -1.\n"
+                    "  Give trainer.max_epochs or max_steps, or take schedule Constant."
+                )
+            steps = 1
+        steps = int(steps)
         epochs = self.trainer.max_epochs if self.trainer.max_epochs and self.trainer.max_epochs > 0 else 1
         scheduler = self.schedule(optimizer, steps, max(1, round(steps / epochs)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
