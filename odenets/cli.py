@@ -78,12 +78,12 @@ def fail(message: str, tip: str = "lightning --help shows how the command is use
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; returns None, since a script's return value becomes its exit status."""
-    args = sys.argv[1:] if args is None else args
+    words = sys.argv[1:] if args is None else args
     prog = "odenets" if sys.argv[0].endswith(("odenets", "__main__.py")) else "lightning"
-    if not args or args[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(prog=prog), end="")
         return
-    if args[0] == "--version":
+    if words[0] == "--version":
         print(f"odenets {importlib.metadata.version('odenets')}")
         return
     try:

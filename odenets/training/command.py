@@ -1,11 +1,10 @@
 """The command line behind `odenets.cli`: Lightning's, with short errors, one folder per run and safe resuming."""
 
-import difflib
 import logging
 import os
-import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,12 +20,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from odenets.cli import fail
 from schemes import SchemeError
 
 from .callbacks import Predictions, Report, Throughput
+from .messages import explain
 from .sources import DataError
 
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
@@ -35,6 +36,8 @@ QUIET = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*treespec, LeafSpec.*",
+    ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
 )
 
@@ -42,9 +45,15 @@ QUIET = (
 class Parser(LightningArgumentParser):
     """A parser that ends in two lines where jsonargparse prints its usage of ninety."""
 
+    command_line: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        fail(*explain(message, parser))
+        names = [action.dest for action in parser._actions]
+        fail(*explain(message, self.command_line, names))
 
 
 class Command(LightningCLI):
@@ -71,13 +80,8 @@ class Command(LightningCLI):
         # and Classifier warns where the two differ.
         return
 
-    @property
-    def options(self) -> Any:
-        """The configuration of the chosen subcommand."""
-        return self.config[self.subcommand]
-
     def before_instantiate_classes(self) -> None:
-        options = self.options
+        options = self.config[self.subcommand]
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.run_dir = Path(options.run_dir)
@@ -85,14 +89,25 @@ class Command(LightningCLI):
         if options.ckpt_path is None and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(f"{self.subcommand} without --ckpt_path best|last|FILE uses the net as it was built, untrained")
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as e:
+            if os.environ.get("JSONARGPARSE_DEBUG"):
+                raise
+            cause = root_cause(e)
+            fail(str(cause), "JSONARGPARSE_DEBUG=1 shows where it was raised")
+
+    def before_fit(self) -> None:
+        if not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            keep_earlier_run(self.run_dir, resumed=self.config_init[self.subcommand].ckpt_path is not None)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init[self.subcommand]
         trainer = settings.trainer
         fit = self.subcommand == "fit"
         # Other subcommands log beside the training run's files, never over them.
         folder = self.run_dir if fit else self.run_dir / str(self.subcommand)
-        if fit and not trainer.fast_dev_run:
-            keep_earlier_run(folder, resumed=settings.ckpt_path is not None)
         if trainer.default_root_dir is None:
             kwargs["default_root_dir"] = folder
         if trainer.logger in (None, True):
@@ -154,21 +169,28 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def explain(message: str, parser: Any) -> tuple[str, str]:
-    """The useful line of jsonargparse's message and a second line with the remedy."""
-    lines = [re.sub(r"^[-\s]+", "", line) for line in message.splitlines() if line.strip()]
-    line = lines[-1] if lines else message
-    tip = "lightning --help shows how the command is used"
-    return line, tip
+def root_cause(error: BaseException) -> BaseException:
+    """The error of ours in a chain of causes, else the first cause: jsonargparse wraps what a constructor raises."""
+    chain = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+    return next((e for e in chain if isinstance(e, SchemeError | DataError)), chain[-1])
 
 
-def run(args: list[str], prog: str = "lightning") -> Command | None:
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """False for Lightning's tips to install further products."""
+    return "Tip: For seamless" not in record.getMessage()
+
+
+def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
     """Run one command line; errors that the user can mend end in two lines and exit status 2."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     with warnings.catch_warnings():
         for text in QUIET:
             warnings.filterwarnings("ignore", text)
         try:
+            Parser.command_line = sys.argv[1:] if args is None else args
             return Command(
                 L.LightningModule,
                 L.LightningDataModule,
