@@ -1,1 +1,7 @@
 """Residual networks as numerical schemes: the integrator is a part one plugs in."""
+
+from schemes.errors import MixingWarning as MixingWarning
+from schemes.errors import SchemeError as SchemeError
+
+from .stack import Stack as Stack
+from .stack import as_residual as as_residual

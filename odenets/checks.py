@@ -1,0 +1,111 @@
+"""What a Stack checks once, at its first call or on an example: shapes, writes to arguments, known blocks."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from schemes.errors import SchemeError
+from schemes.scheme import Function, State
+
+if TYPE_CHECKING:
+    from .stack import Stack, Step
+
+# Blocks of well-known libraries that add their input themselves.
+OWN_SKIP = {
+    "torch.nn": {"TransformerEncoderLayer", "TransformerDecoderLayer"},
+    "torchvision.models": {"BasicBlock", "Bottleneck", "InvertedResidual", "CNBlock", "EncoderBlock", "MBConv"},
+    "timm.models": {"BasicBlock", "Bottleneck", "ConvNeXtBlock", "Block", "InvertedResidual", "MBConvBlock"},
+    "transformers.models": {"BertLayer", "ViTLayer", "GPT2Block", "LlamaDecoderLayer"},
+}
+
+
+def warn_of_own_skip(f: object) -> None:
+    """Warns where f is a block of a well-known library with a skip connection of its own."""
+    for module, names in OWN_SKIP.items():
+        if type(f).__module__.startswith(module) and type(f).__name__ in names:
+            warnings.warn(
+                f"Stack: {type(f).__name__} adds its input itself, so the stack adds it twice; "
+                "wrap it: odenets.as_residual(block).",
+                stacklevel=3,
+            )
+
+
+class Watched:
+    """A residual function under the checks of a first call."""
+
+    def __init__(self, function: Function, step: "Step", i: int, shapes: list[torch.Size]):
+        self.function, self.step, self.i, self.shapes = function, step, i, shapes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        versions = [a._version for a in tensors]
+        where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
+        try:
+            out = self.function(*args, **kwargs)
+        except Exception as error:
+            error.add_note(f"{where}: residual function was given {[tuple(a.shape) for a in tensors]}")
+            raise
+        if not isinstance(out, Tensor):
+            raise SchemeError(f"{where}: returned a {type(out).__name__}, want a tensor.")
+        if any(a._version != v for a, v in zip(tensors, versions, strict=True)):
+            raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
+        want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
+        if out.shape != want:
+            raise SchemeError(
+                f"{where}: returned {tuple(out.shape)}, the stream that it updates is {tuple(want)}.\n"
+                "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
+            )
+        return out
+
+
+def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Function]):
+    """The residual functions and shortcuts of a step, under the checks."""
+    shapes = [x.shape for x in state]
+
+    def shortcut(i: int, g: Function) -> Function:
+        def run(x: Tensor) -> Tensor:
+            y = g(x)
+            shapes[i] = y.shape
+            return y
+
+        return run
+
+    return [Watched(f, step, i, shapes) for i, f in enumerate(fs)], [shortcut(i, g) for i, g in enumerate(gs)]
+
+
+@contextmanager
+def nothing_changed(module: nn.Module, always: bool = False) -> Iterator[None]:
+    """Puts buffers and random number generators back if the body raises, or always."""
+    buffers = [b for b in module.buffers() if not is_lazy(b)]
+    saved = [b.clone() for b in buffers]
+    devices = sorted({b.device.index for b in (*module.parameters(), *buffers) if b.device.type == "cuda"})
+    states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    undo = True
+    try:
+        yield
+        undo = always
+    finally:
+        if undo:
+            with torch.no_grad():
+                for b, value in zip(buffers, saved, strict=True):
+                    b.copy_(value)
+            torch.set_rng_state(states[0])
+            for d, state in zip(devices, states[1], strict=True):
+                torch.cuda.set_rng_state(state, d)
+
+
+def first_call(stack: "Stack", x: Tensor, t: Any, context: Any, always: bool = False) -> Tensor:
+    """Runs the stack once under the checks; if it fails, buffers and generators are as before."""
+    with nothing_changed(stack, always):
+        for step in stack.steps:
+            step.watch = watch
+        try:
+            return stack.run(x, t, context)
+        finally:
+            for step in stack.steps:
+                step.watch = None

@@ -1,0 +1,482 @@
+"""Stack: residual functions, put together by a scheme."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from schemes import registry
+from schemes.errors import MixingWarning, SchemeError
+from schemes.language import Reader
+from schemes.runge_kutta import RungeKutta
+from schemes.scheme import Function, Scheme, Slot, State, bind, signature
+from schemes.step_size import Fixed, FromError, StepSize, step_size
+
+from . import checks
+from .recompute import statistics_kept
+
+MIXING_LIMIT = 30.0
+
+
+class Call(nn.Module):
+    """A plain callable as a module, so that a step can hold it among modules."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+def as_residual(module: nn.Module) -> nn.Module:
+    """Makes a residual function of a module that has a skip of its own: x -> module(x) - x.
+
+    Example:
+        >>> import torch
+        >>> from odenets import Stack, as_residual
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        >>> x = torch.randn(1, 3, 8)
+        >>> torch.allclose(Stack(as_residual(layer), "euler")(x), layer(x), atol=1e-6)
+        True
+    """
+    return _AsResidual(module)
+
+
+class _AsResidual(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) - x
+
+
+class Checkpoint(NamedTuple):
+    """Keep the state every so many steps, and recompute the steps between in the backward pass."""
+
+    every: int = 1
+
+
+class Step(nn.Module):
+    """One use of a scheme with its residual functions, shortcuts and step size; the unit of sharding and of hooks.
+
+    Keys: ``fs.{i}`` residual functions, ``gs.{i}`` shortcuts, ``h`` a learned step size.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        fs: Sequence[nn.Module],
+        gs: Sequence[nn.Module],
+        h: float,
+        learned: bool,
+        index: int,
+        shared: bool,
+    ):
+        super().__init__()
+        self.scheme, self.index = scheme, index
+        self.takes = tuple(signature(f.function if isinstance(f, Call) else f) for f in fs)
+        self.timed = any(t.time for t in self.takes)
+        self.plain = scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
+        self.fs = None if shared else nn.ModuleList(fs)
+        self.gs = nn.ModuleList(gs) if gs else None
+        self.h = nn.Parameter(torch.tensor(h)) if learned else h
+        self.watch: Any = None  # set for the checks of a first call
+        self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
+
+    def functions(
+        self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any
+    ) -> tuple[Sequence[Function], Sequence[Function]]:
+        """The residual functions, with time and context filled in where they take them, and the shortcuts."""
+        fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
+        gs: Sequence[Function] = () if self.gs is None else tuple(self.gs)
+        if self.watch is not None:
+            fs, gs = self.watch(self, state, fs, gs)
+        if not self.plain:
+            self.calls[0] = 0
+            fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, self.calls)
+        return fs, gs
+
+    def forward(
+        self, state: State, shared: nn.Module | None = None, t: Any = None, context: Any = None, h: Any = None
+    ) -> State:
+        h = self.h if h is None else h
+        fs, gs = self.functions(state, shared, t, context, h)
+        return self.scheme.advance(fs, state, h, gs)
+
+    def with_error(self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> tuple[State, Tensor]:
+        """The step, and the error estimate of the scheme's embedded companion."""
+        fs, gs = self.functions(state, shared, t, context, h)
+        return self.scheme.step_with_error(fs, state, h, gs)  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        h = "learned" if isinstance(self.h, nn.Parameter) else f"{self.h:g}"
+        return f"{self.scheme}, h={h}"
+
+
+class Estimate(NamedTuple):
+    """What ``Stack.forward_with_errors`` returns: the output, and one error estimate per step."""
+
+    output: Tensor
+    errors: list[Tensor]
+
+
+class Stack(nn.Module):
+    """Residual functions put together by a scheme: a residual network is a numerical scheme.
+
+    ``block`` is one residual function shared by all stages (a module or a callable; an nn.Sequential is one module), or
+    a sequence of them, one per stage in order. A residual function has no skip of its own (see ``as_residual``),
+    returns the shape of the stream that it updates, never writes to its arguments, and may take a time ``t`` and a
+    ``context`` by those names.
+
+    State-dict keys, stable: ``steps.{n}.fs.{i}.*`` for residual function i of step n, ``steps.0.gs.{i}.*`` for
+    shortcuts, ``steps.{n}.h`` for learned step sizes, ``block.*`` for a shared residual function, ``after.*``.
+
+    Args:
+        block: the residual function, or the residual functions.
+        scheme: a name, an expression such as "nested(midpoint, repeat(euler, 2))", or a Scheme.
+        depth: number of steps; given by a sequence, 1 for a shared residual function.
+        shortcut: module used by the first step in place of the identity (stride, projection), or one per stream. The
+            residual functions that see the step's input itself (``Slot.raw``) make the same stride and width.
+        step: step size: a number, "learned", "decay(rate)", "error(tol)".
+        steps_before: steps that come before this stack in the whole network; a decay counts from there.
+        after: applied to the streams after each step (the ReLU on the sum of post-activation networks).
+        backprop: "store", "checkpoint" or "checkpoint(k)": keep the state every k steps and recompute the rest, with
+            dropout replayed and BatchNorm statistics moved once.
+        example: a tensor or the shape of one; shapes are then checked here and not at the first call.
+
+    Shapes:
+        x: whatever the residual functions take, e.g. (n, c, h, w); the output likewise.
+
+    Raises:
+        SchemeError: unknown scheme, counts that do not fit (the nearest that do are named), shapes that do not agree.
+
+    Warns:
+        MixingWarning: a scheme whose mixing figure is above 30, over separate weights.
+
+    Example:
+        >>> import torch
+        >>> from odenets import Stack
+        >>> blocks = [torch.nn.Linear(4, 4) for _ in range(8)]
+        >>> stack = Stack(blocks, scheme="rk4")
+        >>> stack.depth, stack.evaluations, stack(torch.randn(2, 4)).shape
+        (2, 8, torch.Size([2, 4]))
+    """
+
+    steps: Sequence[Step]  # in truth an nn.ModuleList
+
+    def __init__(
+        self,
+        block: nn.Module | Function | Sequence[nn.Module | Function],
+        scheme: str | Scheme = "euler",
+        depth: int | None = None,
+        *,
+        shortcut: nn.Module | Sequence[nn.Module] | None = None,
+        step: float | str | StepSize = 1.0,
+        steps_before: int = 0,
+        after: nn.Module | None = None,
+        backprop: str | Checkpoint = "store",
+        example: Tensor | Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.scheme = registry.get(scheme)
+        self.backprop = _backprop(backprop)
+        self.rule = step_size(step)
+        functions, shared = _functions(block)
+        plan = self.scheme.plan
+        if shared is None:
+            depth = _depth(self.scheme, len(functions), depth)
+        elif depth is None:
+            depth = len(plan)
+        elif isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise SchemeError(f"Stack: depth is {depth!r}, want a whole number of steps, at least 1.")
+        for f in functions:
+            checks.warn_of_own_skip(f)
+        if shared is None:
+            _warn_of_mixing(self.scheme)
+        if isinstance(self.rule, FromError):
+            _check_companion(self.scheme)
+        gs: Sequence[Any] = (
+            () if shortcut is None else tuple(shortcut) if isinstance(shortcut, (list, tuple)) else (shortcut,)
+        )
+        if gs and len(gs) != self.scheme.streams:
+            raise SchemeError(
+                f"Stack: {len(gs)} shortcuts for {self.scheme.streams} streams of {self.scheme}; want one per stream."
+            )
+        self.block = shared
+        self.after = after
+        self.depth = depth
+        steps = []
+        # A continuous scheme with one shared function is one solve over the whole depth.
+        merged = shared is not None and self.scheme.nodes is None
+        start = 0
+        self._initial: list[float] = []
+        for n in range(1 if merged else depth):
+            part = plan[n % len(plan)]
+            fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
+            start += part.stages
+            h = self.rule(steps_before + n) * (depth if merged else 1)
+            self._initial.append(h)
+            steps.append(Step(part, fs, gs if n == 0 else (), h, self.rule.learned, n, shared is not None))
+        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+        self._timed = any(s.timed for s in steps)
+        self._checked = False
+        if example is not None:
+            x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
+            with torch.no_grad():
+                checks.first_call(self, x, 0.0, None, always=True)
+            self._checked = True
+
+    @classmethod
+    def from_factory(
+        cls,
+        make: Callable[[Slot], nn.Module],
+        scheme: str | Scheme,
+        depth: int,
+        *,
+        channels: int,
+        out_channels: int | None = None,
+        **options: Any,
+    ) -> "Stack":
+        """Makes a stack whose residual functions are made one by one, each from what its place asks for.
+
+        Args:
+            make: called once per slot with ``Slot(step, index, in_channels, out_channels, raw)``.
+            scheme: as in Stack.
+            depth: number of steps.
+            channels: width of the input.
+            out_channels: width after the first step, where the shortcut changes it.
+            options: passed to Stack.
+
+        Example:
+            >>> import torch
+            >>> from odenets import Stack
+            >>> make = lambda slot: torch.nn.Linear(slot.in_channels[0], slot.out_channels)
+            >>> net = Stack.from_factory(make, "rk4", 2, channels=4, out_channels=8, shortcut=torch.nn.Linear(4, 8))
+            >>> net(torch.randn(3, 4)).shape
+            torch.Size([3, 8])
+        """
+        found = registry.get(scheme)
+        streams = found.stream_widths(channels)
+        fs: list[nn.Module] = []
+        for n in range(depth):
+            part = found.plan[n % len(found.plan)]
+            out = out_channels if n == 0 else None
+            fs += [make(slot) for slot in part.slots(n, streams, out)]
+            streams = part.widths(n, streams, out)
+        return cls(fs, found, depth, **options)
+
+    def forward(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
+        """The readout of the last step.
+
+        Args:
+            x: the input.
+            t: time at the start, for residual functions that take one.
+            context: what residual functions with a parameter ``context`` read.
+        """
+        if not self._checked and not torch.compiler.is_compiling():
+            if not isinstance(x, Tensor):
+                raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
+            y = checks.first_call(self, x, t, context)
+            self._checked = True
+            return y
+        return self.run(x, t, context)
+
+    def run(self, x: Tensor, t: Any, context: Any) -> Tensor:
+        """The forward pass without the checks of a first call."""
+        if isinstance(self.rule, FromError):
+            return self.forward_with_errors(x, t=t, context=context).output
+        state = self._start(x, t, context)
+        time = t if self._timed else None
+        every = self.backprop.every if self.backprop is not None and torch.is_grad_enabled() else 0
+        if every:
+            for first in range(0, len(self.steps), every):
+                state = self._recomputed(self.steps[first : first + every], state, time, context)
+                if time is not None:
+                    time = time + sum(s.scheme.span * s.h for s in self.steps[first : first + every])
+            return self.scheme.readout(state)
+        return self.scheme.readout(self._advance(self.steps, state, time, context))
+
+    def _start(self, x: Tensor, t: Any, context: Any) -> State:
+        if self.scheme.streams == 1:
+            return (x,)
+        first = self.steps[0]
+        fs, _ = first.functions((x,), self.block, t if self._timed else None, context, first.h)
+        return self.scheme.init(fs, x)
+
+    def _advance(self, steps: Iterable[Step], state: State, time: Any, context: Any) -> State:
+        for step in steps:
+            state = step(state, self.block, time, context)
+            if self.after is not None:
+                state = tuple(self.after(x) for x in state)
+            if time is not None:
+                time = time + step.scheme.span * step.h
+        return state
+
+    def _recomputed(self, steps: Sequence[Step], state: State, time: Any, context: Any) -> State:
+        """Steps whose inner tensors are dropped, and made again in the backward pass with the same dropout."""
+        modules = [*steps, *(m for m in (self.block, self.after) if m is not None)]
+        return checkpoint(
+            lambda *streams: self._advance(steps, streams, time, context),
+            *state,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), statistics_kept(modules)),
+        )  # type: ignore[return-value]
+
+    def trajectory(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> list[Tensor]:
+        """The readout after each step, ``depth`` tensors, the last one the output; differentiable.
+
+        A continuous scheme is solved from one whole time to the next.
+        """
+        if isinstance(self.rule, FromError):
+            raise SchemeError("Stack: trajectory has no step sizes from errors; use forward_with_errors.")
+        state = self._start(x, t, context)
+        time = t if self._timed or self.scheme.nodes is None else None
+        found = []
+        for n in range(self.depth):
+            step = self.steps[n if n < len(self.steps) else 0]
+            h = step.h if len(self.steps) == self.depth else step.h / self.depth
+            state = step(state, self.block, time, context, h)
+            if self.after is not None:
+                state = tuple(self.after(x) for x in state)
+            if time is not None:
+                time = time + step.scheme.span * h
+            found.append(self.scheme.readout(state))
+        return found
+
+    def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
+        """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
+
+        Differentiable: log its size, add it to the loss, or let ``step="error(tol)"`` choose the step sizes by it.
+
+        Raises:
+            SchemeError: the scheme has no embedded companion.
+        """
+        _check_companion(self.scheme)
+        state = self._start(x, t, context)
+        time = t if self._timed else None
+        h = self.steps[0].h
+        errors = []
+        for step in self.steps:
+            if not isinstance(self.rule, FromError):
+                h = step.h
+            state, error = step.with_error(state, self.block, time, context, h)
+            if self.after is not None:
+                state = tuple(self.after(x) for x in state)
+            if time is not None:
+                time = time + h
+            if isinstance(self.rule, FromError):
+                assert isinstance(step.scheme, RungeKutta)
+                h = self.rule.following(h, error, step.scheme.pair_order)
+            errors.append(error)
+        return Estimate(self.scheme.readout(state), errors)
+
+    def set_step(self, h: float) -> None:
+        """Sets the size of every step, as a schedule over the epochs does; a decay keeps its ratios.
+
+        Raises:
+            SchemeError: the step sizes are learned.
+        """
+        if self.rule.learned:
+            raise SchemeError("Stack: the step sizes are learned; a schedule cannot set them too.")
+        Fixed(h)
+        first = self.rule(0)
+        for step, h0 in zip(self.steps, self._initial, strict=True):
+            step.h = h * h0 / first
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of residual functions in one forward pass; of an adaptive solver, those of the last one."""
+        return sum(s.calls[0] if s.scheme.evaluations is None else s.scheme.evaluations for s in self.steps)
+
+    def extra_repr(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        parts = [str(self.scheme), f"depth={self.depth}"]
+        parts.append("evaluations=adaptive" if self.scheme.evaluations is None else f"evaluations={self.evaluations}")
+        parts.append(f"parameters={count:,}")
+        if str(self.rule) != "1":
+            parts.append(f"step={self.rule}")
+        if self.backprop is not None:
+            parts.append(f"backprop=checkpoint({self.backprop.every})")
+        return ", ".join(parts)
+
+
+def _backprop(mode: "str | Checkpoint | None") -> Checkpoint | None:
+    if mode is None or isinstance(mode, Checkpoint):
+        found = mode
+    else:
+        found = Reader({"store": None}, {"checkpoint": Checkpoint}, what="backprop mode").read(mode)
+    if found is not None and not (isinstance(found, Checkpoint) and isinstance(found.every, int) and found.every > 0):
+        raise SchemeError(f"Stack: backprop is {mode!r}, want 'store', 'checkpoint' or 'checkpoint(k)', k at least 1.")
+    return found
+
+
+def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
+    """The residual functions as modules, and the shared one where there is only one."""
+    if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
+        return [block], block
+    if callable(block):
+        call = Call(block)  # type: ignore[arg-type]
+        return [call], call
+    try:
+        fs = list(block)
+    except TypeError:
+        raise SchemeError(
+            f"Stack: block is a {type(block).__name__}, want a module, a callable, or a sequence of them."
+        ) from None
+    for i, f in enumerate(fs):
+        if not callable(f):
+            raise SchemeError(f"Stack: residual function {i} is a {type(f).__name__}, want a module or a callable.")
+    return [f if isinstance(f, nn.Module) else Call(f) for f in fs], None
+
+
+def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
+    """The counts of residual functions nearest to n that a scheme can use: n itself, or one below and one above."""
+    period = scheme.stages
+    if n > 0 and n % period == 0:
+        return (n,)
+    below = n // period * period
+    return (below, below + period) if below else (period,)
+
+
+def _depth(scheme: Scheme, n: int, depth: int | None) -> int:
+    """The number of steps that n residual functions make."""
+    fits = fitting_counts(scheme, n)
+    if fits != (n,):
+        raise SchemeError(
+            f"Stack: {n} residual functions for {scheme}, which uses {scheme.stages} at a time; "
+            f"the nearest that fit: {' or '.join(map(str, fits))}. Or write a mix such as '3*rk4 + midpoint'."
+        )
+    made = n // scheme.stages * len(scheme.plan)
+    if depth is not None and depth != made:
+        raise SchemeError(
+            f"Stack: {n} residual functions make {made} steps of {scheme}, not depth={depth}; drop depth."
+        )
+    return made
+
+
+def _warn_of_mixing(scheme: Scheme) -> None:
+    mixing = scheme.mixing
+    if mixing is not None and mixing > MIXING_LIMIT:
+        warnings.warn(
+            f"{scheme} sums residual functions with weights of up to {mixing:,.0f} in all (max_i sum_j |a_ij|): with "
+            "separate weights its stage inputs keep little of the stream, in half precision nothing.",
+            MixingWarning,
+            stacklevel=3,
+        )
+
+
+def _check_companion(scheme: Scheme) -> None:
+    for part in scheme.plan:
+        if not isinstance(part, RungeKutta) or part.tableau.b_hat is None:
+            raise SchemeError(
+                f"Stack: {part} has no embedded companion to estimate errors; dopri5, tsit5 and verner89 have one."
+            )

@@ -1,0 +1,194 @@
+"""The small language of schemes: names, calls, n*scheme, scheme + scheme, numbers, true, false, none.
+
+The text is read by ``ast.parse`` and walked here, node by node; nothing is ever evaluated.
+"""
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from typing import Any, NoReturn
+
+from .errors import SchemeError
+
+MAX_CHARACTERS = 500
+MAX_NESTING = 8
+LITERALS = {"true": True, "false": False, "none": None}
+
+
+def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """A hint for an unknown name: the closest known ones, or the first few."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, limit, 0.5)
+    if near:
+        return f"the closest are {', '.join(near)}"
+    return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+
+
+class Reader:
+    """Reads one expression.
+
+    Args:
+        names: what a bare name stands for.
+        families: what a call stands for: functions of numbers, truth values, none and schemes.
+        add: what ``a + b`` makes of the (count, value) pairs, or None where sums are not part of the language.
+        what: the word for the thing that is read, in messages.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, Any],
+        families: Mapping[str, Callable[..., Any]],
+        add: Callable[..., Any] | None = None,
+        what: str = "scheme",
+    ):
+        self.names, self.families, self.add, self.what = names, families, add, what
+        self.text = ""
+
+    def read(self, text: str) -> Any:
+        """The value of the expression.
+
+        Raises:
+            SchemeError: the text is too long, too deep, or says anything else than the grammar allows; the message
+                names the position (from 1) and the closest known name.
+        """
+        if not isinstance(text, str):
+            raise SchemeError(f"a {self.what} is a name or an expression, such as 'rk4', not {type(text).__name__}.")
+        if len(text) > MAX_CHARACTERS:
+            raise SchemeError(f"the {self.what} has {len(text)} characters; at most {MAX_CHARACTERS} are read.")
+        self.text = text.strip()
+        if not self.text:
+            raise SchemeError(f"the {self.what} is empty; write a name such as {next(iter(self.names), 'none')}.")
+        if "\n" in self.text or not self.text.isascii():
+            raise SchemeError(f"the {self.what} {self._shown()} must be one line of plain ASCII characters.")
+        try:
+            tree = ast.parse(self.text, mode="eval")
+        except SyntaxError as error:
+            self._fail(f"cannot be read: {error.msg}", (error.offset or 1) - 1)
+        except (RecursionError, MemoryError, ValueError) as error:
+            self._fail(f"cannot be read: {error}", 0)
+        return self._value(tree.body, 0)
+
+    def _shown(self) -> str:
+        return repr(self.text if len(self.text) <= 60 else self.text[:57] + "...")
+
+    def _fail(self, problem: str, at: int) -> NoReturn:
+        raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {problem}.")
+
+    def _value(self, node: ast.expr, depth: int) -> Any:
+        at = node.col_offset
+        if depth > MAX_NESTING:
+            self._fail(f"nested more than {MAX_NESTING} deep", at)
+        match node:
+            case ast.Constant():
+                return self._constant(node)
+            case ast.Name(id=name):
+                if name.lower() in LITERALS:
+                    return LITERALS[name.lower()]
+                if name in self.names:
+                    return self.names[name]
+                if name in self.families:
+                    return self._call(name, [], {}, at)
+                self._unknown(name, at)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                if name not in self.families:
+                    if name in self.names:
+                        self._fail(f"{name} takes no arguments", at)
+                    self._unknown(name, at)
+                if any(isinstance(a, ast.Starred) for a in args) or any(k.arg is None for k in keywords):
+                    self._fail("* and ** are not part of the language", at)
+                return self._call(
+                    name,
+                    [self._value(a, depth + 1) for a in args],
+                    {str(k.arg): self._value(k.value, depth + 1) for k in keywords},
+                    at,
+                )
+            case ast.BinOp(op=ast.Add()):
+                return self._sum(node, depth)
+            case ast.BinOp(op=ast.Mult()):
+                return self._sum(node, depth)
+            case ast.BinOp(left=left, op=ast.Div(), right=right):
+                p, q = self._value(left, depth + 1), self._value(right, depth + 1)
+                if not (_number(p) and _number(q)) or q == 0:
+                    self._fail("a division needs two numbers, the second not zero", at)
+                return Fraction(p) / Fraction(q)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                value = self._value(operand, depth + 1)
+                if not _number(value):
+                    self._fail("minus stands before numbers only", at)
+                return -value
+        words: dict[type, str] = {
+            ast.Attribute: "an attribute",
+            ast.Lambda: "a lambda",
+            ast.Subscript: "an index",
+            ast.IfExp: "a condition",
+            ast.Call: "a call of anything but a name",
+        }
+        what = words.get(type(node), f"the construct {type(node).__name__}")
+        self._fail(f"{what} is not part of the language of {self.what}s", at)
+
+    def _unknown(self, name: str, at: int) -> NoReturn:
+        self._fail(f"there is no {name!r}; {closest(name, [*self.names, *self.families])}", at)
+
+    def _constant(self, node: ast.Constant) -> Any:
+        value = node.value
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            if abs(value) > 10**12:
+                self._fail("this number is too large", node.col_offset)
+            return value
+        if isinstance(value, float):
+            # Decimals are exact here: ees25(x=0.1) means 1/10. The bound keeps 1e999999 from filling the memory.
+            if not 1e-30 < abs(value) < 1e30 and value != 0:
+                self._fail("this number is out of range", node.col_offset)
+            return Fraction((ast.get_source_segment(self.text, node) or repr(value)).replace("_", ""))
+        self._fail(f"a {type(value).__name__} is not part of the language of {self.what}s", node.col_offset)
+
+    def _call(self, name: str, args: list[Any], kwargs: dict[str, Any], at: int) -> Any:
+        make = self.families[name]
+        try:
+            inspect.signature(make).bind(*args, **kwargs)
+        except TypeError as error:
+            form = ", ".join(str(p).split(":")[0].strip() for p in inspect.signature(make).parameters.values())
+            self._fail(f"{name}: {error}; it is written {name}({form})", at)
+        try:
+            return make(*args, **kwargs)
+        except SchemeError as error:
+            raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            self._fail(f"{name}: wrong kind of argument ({error})", at)
+
+    def _sum(self, node: ast.expr, depth: int) -> Any:
+        pairs: list[tuple[int, Any]] = []
+        self._terms(node, depth, pairs)
+        if self.add is None or (len(pairs) == 1 and _number(pairs[0][1])):
+            self._fail("sums and products are not part of the language here", node.col_offset)
+        try:
+            return self.add(*pairs)
+        except SchemeError as error:
+            raise SchemeError(f"{self.what} {self._shown()}, position {node.col_offset + 1}: {error}") from None
+
+    def _terms(self, node: ast.expr, depth: int, pairs: list[tuple[int, Any]]) -> None:
+        match node:
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                # A sum is flat: its left-leaning tree does not count as nesting.
+                self._terms(left, depth, pairs)
+                self._terms(right, depth, pairs)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                n, value = self._value(left, depth + 1), self._value(right, depth + 1)
+                if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                    self._fail(f"n*{self.what} needs a whole number n of at least 1 before the *", left.col_offset)
+                if _number(value) or value is None or isinstance(value, bool):
+                    self._fail(f"n* must be followed by a {self.what}", right.col_offset)
+                pairs.append((n, value))
+            case _:
+                value = self._value(node, depth + 1)
+                if _number(value) or value is None or isinstance(value, bool):
+                    self._fail(f"+ joins {self.what}s only", node.col_offset)
+                pairs.append((1, value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, Fraction)) and not isinstance(value, bool)

@@ -1,0 +1,124 @@
+"""Schemes by name: ``get("rk4")``, ``get("nested(midpoint, repeat(euler, 2))")``, ``names()``, ``register``."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import stability, tableaux
+from .adaptive import Adaptive
+from .compose import Mix, Nested, Repeat, Substeps
+from .errors import SchemeError
+from .language import Reader
+from .runge_kutta import RungeKutta
+from .scheme import Scheme
+from .tableau import Tableau
+
+
+def _runge_kutta(make: Callable[..., Tableau]) -> Callable[..., Scheme]:
+    """The family of schemes of a family of tableaux; building exact coefficients takes time, so each is kept."""
+
+    @functools.lru_cache(maxsize=64)
+    def build(*args: Any, **kwargs: Any) -> Scheme:
+        return RungeKutta(make(*args, **kwargs))
+
+    return functools.update_wrapper(build, make)
+
+
+_NAMES: dict[str, Scheme] = {name: RungeKutta(tableau) for name, tableau in tableaux.METHODS.items()}
+_FAMILIES: dict[str, Callable[..., Scheme]] = {
+    **{name: _runge_kutta(make) for name, make in tableaux.FAMILIES.items()},
+    "adaptive": Adaptive,
+    "nested": Nested,
+    "repeat": Repeat,
+    "substeps": Substeps,
+}
+
+
+def get(scheme: "str | Scheme | Tableau") -> Scheme:
+    """The scheme of that name or expression; a Scheme passes through, a Tableau becomes a Runge-Kutta scheme.
+
+    Grammar: NAME, NAME(args, key=value), n*expr, expr + expr, integers, decimals, p/q, minus, true, false, none; at
+    most 500 characters, nested at most 8 deep. The text is parsed, never evaluated.
+
+    Raises:
+        SchemeError: anything else; the message names the position and the closest known name.
+
+    Example:
+        >>> import schemes
+        >>> schemes.get("rk4").stages, schemes.get("3*rk4 + midpoint").stages
+        (4, 14)
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, Tableau):
+        return RungeKutta(scheme)
+    found = Reader(_NAMES, _FAMILIES, Mix).read(scheme)
+    if not isinstance(found, Scheme):
+        raise SchemeError(f"{scheme!r} is no scheme; write a name such as 'rk4' or an expression.")
+    return found
+
+
+def names() -> tuple[str, ...]:
+    """All names that ``get`` knows: plain ones, then those that take arguments, each sorted."""
+    return (*sorted(_NAMES), *sorted(set(_FAMILIES) - set(_NAMES)))
+
+
+def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> None:
+    """Gives a scheme, a tableau or a family of schemes a name that ``get`` and configurations know.
+
+    Raises:
+        SchemeError: the name is taken or no identifier, or the object is none of the three.
+
+    Example:
+        >>> import schemes
+        >>> schemes.register("my_heun", schemes.Tableau.parse("0 |\\n 1 | 1\\n | 1/2 1/2", order=2, name="my_heun"))
+        >>> schemes.get("my_heun").order
+        2
+    """
+    if not name.isidentifier() or name.lower() in ("true", "false", "none"):
+        raise SchemeError(f"cannot register {name!r}: a name has letters, digits and _ only.")
+    if name in _NAMES or name in _FAMILIES:
+        raise SchemeError(f"cannot register {name!r}: the name is taken.")
+    if isinstance(scheme, Tableau):
+        scheme = RungeKutta(scheme)
+    if isinstance(scheme, Scheme):
+        _NAMES[name] = scheme
+    elif callable(scheme):
+        inspect.signature(scheme)
+        _FAMILIES[name] = scheme
+    else:
+        raise SchemeError(f"cannot register {name!r}: want a Scheme, a Tableau or a function that makes a Scheme.")
+
+
+class Entry(NamedTuple):
+    """One line of the catalogue."""
+
+    name: str
+    stages: int
+    order: int | None
+    companion: int | None
+    mixing: float | None
+    real: float | None
+    imaginary: float | None
+    exact: bool
+    cite: str
+
+
+def catalogue() -> tuple[Entry, ...]:
+    """What is known of each named Runge-Kutta scheme: stages, orders, mixing figure and stability intervals.
+
+    ``real`` and ``imaginary`` are the lengths of the intervals [-r, 0] and [-i, i] on which |R(z)| <= 1; ``mixing`` is
+    max_i sum_j |a_ij|. Families stand with their smallest usual member.
+    """
+    samples = [*sorted(_NAMES), *(f for f in ("ees25", "rkc1(5)", "rkc2(5)", "rkl2(5)") if f not in _NAMES)]
+    rows = []
+    for name in samples:
+        scheme = get(name)
+        t = scheme.tableau
+        if t is None:
+            rows.append(Entry(name, scheme.stages, scheme.order, None, None, None, None, True, ""))
+            continue
+        real, imaginary = stability.real_interval(t), stability.imaginary_interval(t)
+        rows.append(Entry(name, t.stages, t.order, t.order_hat, t.mixing, real, imaginary, t.digits is None, t.cite))
+    return tuple(rows)

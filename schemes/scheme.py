@@ -1,0 +1,293 @@
+"""The central abstraction: a scheme sends streams to the next streams, and owns no weights.
+
+Three instances explain the decomposition:
+
+* ``rk4`` has one stream and four residual functions a step; its ``advance`` evaluates them at sums of each other.
+* ``revnet`` has two streams and two residual functions; its ``advance`` updates them in turn, ``retreat`` undoes it.
+* ``dense`` has one residual function and a tuple of streams that grows by one each step.
+
+Time is data, not code: ``nodes`` says at which time ``t + nodes[i] * h`` residual function i is evaluated, so the
+algebra in ``advance`` never sees a clock, and a residual function that takes no time costs nothing.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import SchemeError
+from .tableau import Tableau
+
+State = tuple[Tensor, ...]
+Function = Callable[..., Tensor]
+StepSize = float | Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one residual function is given, and what it must return.
+
+    Attributes:
+        step: number of the step, from 0.
+        index: number of the residual function in its step, from 0.
+        in_channels: width of each argument, in order.
+        out_channels: width of the result, at the resolution of the stream that it updates.
+        raw: whether it sees the step's input itself, before the shortcut (it then makes the stride and the width).
+    """
+
+    step: int
+    index: int
+    in_channels: tuple[int, ...]
+    out_channels: int
+    raw: bool = False
+
+
+class Scheme(ABC):
+    """A rule that sends a tuple of streams, some residual functions and some shortcuts to the next streams.
+
+    A subclass sets the attributes and writes ``advance``; an invertible one writes ``retreat`` too.
+
+    Attributes:
+        stages: residual functions that one step consumes.
+        order: order of accuracy for one vector field; None where no order holds.
+        nodes: residual function i is evaluated at time ``t + nodes[i] * h``; None lets it be evaluated at any time
+            in between (adaptive solvers).
+        span: a step moves time on by ``span * h``.
+        mixing: max_i sum_j |a_ij|, how far a stage's input strays from the step's, in units of the residual functions;
+            None where this is no Runge-Kutta method.
+        gain: sum_i |b_i| over a step, likewise.
+        streams: number of streams that ``init`` makes.
+        invertible: whether ``retreat`` undoes ``advance``.
+        evaluations: calls of residual functions per step; None where only a run can tell.
+    """
+
+    stages: int
+    order: int | None = None
+    nodes: tuple[float, ...] | None = ()
+    span: int = 1
+    mixing: float | None = None
+    gain: float | None = None
+    streams: int = 1
+    invertible: bool = False
+    evaluations: int | None = None
+
+    @abstractmethod
+    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        """One step: the algebra alone. ``gs`` are shortcuts, one per stream, or empty."""
+
+    def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        """The state from which ``advance`` made ``state``."""
+        raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
+
+    def init(self, fs: Sequence[Function], x: Tensor) -> State:
+        """Makes the streams from the input; ``fs`` are the functions of the first step."""
+        return (x,)
+
+    def readout(self, state: State) -> Tensor:
+        """Makes the output from the streams."""
+        return state[0]
+
+    def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
+        """The increment of one step from x, divided by h: what a step is as a residual function. One stream only."""
+        if self.streams != 1:
+            raise SchemeError(f"{self} has {self.streams} streams; only a one-stream scheme can act as a function.")
+        shortcut = gs[0](x) if gs else x
+        (y,) = self.advance(fs, (x,), h, gs=(lambda _: shortcut,) if gs else ())
+        return (y - shortcut) / h
+
+    @property
+    def tableau(self) -> Tableau | None:
+        """The exact coefficients, over one use scaled to a step of 1; None where this is no Runge-Kutta method."""
+        return None
+
+    @property
+    def raw(self) -> tuple[bool, ...]:
+        """Which residual functions see the step's input itself, before the shortcut."""
+        return (True,) * self.stages
+
+    @property
+    def plan(self) -> "tuple[Scheme, ...]":
+        """The schemes of one period, step by step: the scheme itself, or the parts of a mix."""
+        return (self,)
+
+    def stream_widths(self, channels: int) -> tuple[int, ...]:
+        """Width of every stream that ``init`` makes from an input of that width."""
+        return (channels,) * self.streams
+
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size:
+        """The shape that residual function i must return, from the shapes of the streams after the shortcut."""
+        return streams[0]
+
+    def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        """What each residual function of step n is given and must return.
+
+        Args:
+            n: number of the step.
+            streams: width of every stream before the step.
+            out_channels: width after the step, where a shortcut changes it.
+        """
+        (width,) = streams
+        out = width if out_channels is None else out_channels
+        return tuple(Slot(n, i, (width if raw else out,), out, raw) for i, raw in enumerate(self.raw))
+
+    def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
+        """Width of every stream after step n."""
+        return streams if out_channels is None else (out_channels,) * len(streams)
+
+    def step(
+        self,
+        fs: Sequence[Function],
+        state: State,
+        *,
+        gs: Sequence[Function] = (),
+        t: StepSize | None = None,
+        h: StepSize = 1.0,
+        context: Any = None,
+    ) -> State:
+        """One step with residual functions that may take time (a parameter ``t``) and a context (``context``).
+
+        Args:
+            fs: the residual functions, ``stages`` of them.
+            state: the streams.
+            gs: shortcuts, one per stream, or none.
+            t: time at the start of the step; None leaves time out.
+            h: step size.
+            context: what all residual functions may read; None leaves it out.
+        """
+        if t is not None or context is not None or self.nodes is None:
+            fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
+        return self.advance(fs, state, h, gs)
+
+    def inverse(
+        self,
+        fs: Sequence[Function],
+        state: State,
+        *,
+        gs: Sequence[Function] = (),
+        t: StepSize | None = None,
+        h: StepSize = 1.0,
+        context: Any = None,
+    ) -> State:
+        """The state before ``step``; ``t`` is the time at the start of that step. Arguments as ``step``."""
+        if t is not None or context is not None:
+            fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
+        return self.retreat(fs, state, h, gs)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __repr__(self) -> str:
+        return f"<scheme {self}>"
+
+
+class Takes(NamedTuple):
+    """How a residual function is called: with a time (as its first argument, or by keyword), with a context."""
+
+    time: bool = False
+    context: bool = False
+    first: bool = False
+
+
+def signature(f: Function) -> Takes:
+    """Reads from the signature of f, or of its ``forward``, whether it takes a time ``t`` and a ``context``."""
+    target = f.forward if isinstance(f, torch.nn.Module) else f
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return Takes()
+    first = next(iter(parameters.values()), None)
+    positional = first is not None and first.name == "t" and first.kind is not inspect.Parameter.KEYWORD_ONLY
+    return Takes("t" in parameters, "context" in parameters, positional)
+
+
+class Bound:
+    """A residual function with its time and context filled in.
+
+    With ``free`` time the caller appends the time since the start of the step; ``calls[0]`` then counts.
+    """
+
+    __slots__ = ("calls", "context", "free", "function", "takes", "time")
+
+    def __init__(
+        self, function: Function, takes: Takes, time: Any, context: Any, free: bool, calls: list[int] | None = None
+    ):
+        self.function, self.takes, self.time, self.context = function, takes, time, context
+        self.free, self.calls = free, calls
+
+    def __call__(self, *args: Any) -> Tensor:
+        time = self.time
+        if self.free:
+            args, since = args[:-1], args[-1]
+            time = since if time is None else time + since
+            if self.calls is not None:
+                self.calls[0] += 1
+        kwargs: dict[str, Any] = {"context": self.context} if self.takes.context else {}
+        if self.takes.time:
+            if time is None:
+                time = 0.0
+            if self.takes.first:
+                return self.function(time, *args, **kwargs)
+            kwargs["t"] = time
+        return self.function(*args, **kwargs)
+
+
+def bind(
+    fs: Sequence[Function],
+    takes: Sequence[Takes],
+    nodes: tuple[float, ...] | None,
+    t: StepSize | None,
+    h: StepSize,
+    context: Any,
+    calls: list[int] | None = None,
+) -> tuple[Function, ...]:
+    """Fills in the time of each residual function, ``t + nodes[i] * h``, and the context, where it takes them."""
+    if nodes is None:
+        return tuple(Bound(f, needs, t, context, True, calls) for f, needs in zip(fs, takes, strict=True))
+    return tuple(
+        Bound(f, needs, None if t is None else t + c * h, context, False) if needs.time or needs.context else f
+        for f, needs, c in zip(fs, takes, nodes, strict=True)
+    )
+
+
+def solve(
+    scheme: Scheme,
+    f: Function,
+    x: Tensor,
+    *,
+    t: tuple[float, float] = (0.0, 1.0),
+    steps: int,
+    context: Any = None,
+) -> Tensor:
+    """Integrates one vector field, x' = f(x) or f(t, x), over ``steps`` equal uses of a scheme.
+
+    Args:
+        scheme: the scheme.
+        f: the vector field; takes the time if it has a parameter ``t``.
+        x: initial value, any shape.
+        t: start and end.
+        steps: number of uses of the scheme.
+        context: passed to f where it has a parameter ``context``.
+
+    Returns:
+        The value at the end, of the shape of x.
+
+    Example:
+        >>> import torch, schemes
+        >>> y = schemes.solve(schemes.get("rk4"), lambda x: -x, torch.ones((), dtype=torch.float64), steps=10)
+        >>> round(float(y), 6)
+        0.367880
+    """
+    h = (t[1] - t[0]) / (steps * scheme.span)
+    fs, takes = (f,) * scheme.stages, (signature(f),) * scheme.stages
+    state: State = ()
+    for n in range(steps):
+        bound = bind(fs, takes, scheme.nodes, t[0] + n * scheme.span * h, h, context)
+        state = scheme.advance(bound, state if n else scheme.init(bound, x), h)
+    return scheme.readout(state)

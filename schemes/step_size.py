@@ -1,0 +1,135 @@
+"""Step sizes as rules: a number, a decay over the whole network, learned, or from the error of the step before.
+
+The step size h multiplies every a_ij and b_i of a scheme. Four readings of "RK-8 with a decaying scaling factor"
+(arXiv 2103.15244 gives no formula) are these rules and, for a change over the epochs, ``Stack.set_step``.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SchemeError
+from .language import Reader
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not 0 < float(value) < float("inf"):
+        raise SchemeError(f"{name} is {value}, want a positive number.")
+    return float(value)
+
+
+class StepSize(ABC):
+    """A rule for the size of step n, n counted over the whole network from 0."""
+
+    learned = False
+    from_error = False
+
+    @abstractmethod
+    def __call__(self, n: int) -> float:
+        """The size of step n before training or, for rules that adapt, of the first step."""
+
+
+class Fixed(StepSize):
+    """The same step size everywhere; 1 is the residual network."""
+
+    def __init__(self, h: Any = 1.0):
+        if isinstance(h, bool) or not abs(float(h)) < float("inf"):
+            raise SchemeError(f"the step size is {h}, want a finite number.")
+        self.h = float(h)
+
+    def __call__(self, n: int) -> float:
+        return self.h
+
+    def __str__(self) -> str:
+        return f"{self.h:g}"
+
+
+class Decay(StepSize):
+    r"""h_n = h0 * rate^n, n counted over the steps of the whole network.
+
+    Args:
+        rate: the factor from one step to the next, positive.
+        h0: the size of step 0.
+    """
+
+    def __init__(self, rate: Any, h0: Any = 1.0):
+        self.rate, self.h0 = _positive("decay: the rate", rate), _positive("decay: h0", h0)
+
+    def __call__(self, n: int) -> float:
+        return self.h0 * self.rate**n
+
+    def __str__(self) -> str:
+        return f"decay({self.rate:g})" if self.h0 == 1.0 else f"decay({self.rate:g}, h0={self.h0:g})"
+
+
+class Learned(StepSize):
+    """One parameter per step, ``steps.{n}.h``, that starts at h0 and is trained (under its own weight decay)."""
+
+    learned = True
+
+    def __init__(self, h0: Any = 1.0):
+        self.h0 = _positive("learned: h0", h0)
+
+    def __call__(self, n: int) -> float:
+        return self.h0
+
+    def __str__(self) -> str:
+        return "learned" if self.h0 == 1.0 else f"learned(h0={self.h0:g})"
+
+
+class FromError(StepSize):
+    r"""h_{n+1} = h_n * min(largest, max(smallest, safety * (tol / e_n)^(1/(q+1)))), no step is rejected.
+
+    e_n is the root mean square of the step's error estimate (its embedded companion), q the lower order of the pair.
+    The factor carries no gradient and is computed on the device.
+
+    Args:
+        tol: wanted error of a step, in units of the stream.
+        h0: the size of step 0.
+        safety: factor below 1 that keeps clear of the tolerance.
+        smallest: smallest change from one step to the next.
+        largest: largest change.
+    """
+
+    from_error = True
+
+    def __init__(self, tol: Any, h0: Any = 1.0, safety: Any = 0.9, smallest: Any = 0.2, largest: Any = 5.0):
+        self.tol, self.h0 = _positive("error: tol", tol), _positive("error: h0", h0)
+        self.safety = _positive("error: safety", safety)
+        self.smallest, self.largest = _positive("error: smallest", smallest), _positive("error: largest", largest)
+
+    def __call__(self, n: int) -> float:
+        return self.h0
+
+    def following(self, h: float | Tensor, error: Tensor, order: int) -> Tensor:
+        """The next step size after a step of size h with that error estimate; ``order`` is the lower of the pair."""
+        rms = error.detach().float().square().mean().sqrt()
+        factor = self.safety * (self.tol / rms.clamp_min(torch.finfo(rms.dtype).tiny)) ** (1 / (order + 1))
+        return h * factor.clamp(self.smallest, self.largest)
+
+    def __str__(self) -> str:
+        return f"error({self.tol:g})" if self.h0 == 1.0 else f"error({self.tol:g}, h0={self.h0:g})"
+
+
+def step_size(rule: "float | str | StepSize") -> StepSize:
+    """Reads a rule: a number, "learned", "decay(0.9)", "error(1e-3)", or a StepSize.
+
+    Raises:
+        SchemeError: anything else.
+
+    Example:
+        >>> from schemes.step_size import step_size
+        >>> step_size("decay(1/2)")(3)
+        0.125
+    """
+    if isinstance(rule, StepSize):
+        return rule
+    if isinstance(rule, str):
+        families = {"learned": Learned, "decay": Decay, "error": FromError}
+        found = Reader({}, families, what="step size").read(rule)
+        return found if isinstance(found, StepSize) else Fixed(found)
+    if isinstance(rule, (int, float)) and not isinstance(rule, bool):
+        return Fixed(rule)
+    raise SchemeError(f"the step size is {rule!r}, want a number, 'learned', 'decay(0.9)' or 'error(1e-3)'.")

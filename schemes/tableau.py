@@ -1,0 +1,355 @@
+"""Runge-Kutta methods as exact data: numbers, the Butcher array, and arrays made from other arrays.
+
+A coefficient is a rational number or p + q sqrt(d). Nothing is rounded before `Tableau.floats`, so that the checks
+below and the order conditions compare with ``==``. Methods that were published as rounded decimals (or as rational
+approximations of numbers that nobody wrote down) declare ``digits``; every check then allows a few units in that digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .errors import SchemeError
+from .exact import Entry, exact, show
+from .exact import Number as Number
+from .exact import Surd as Surd
+from .exact import number as number
+from .exact import sqrt as sqrt
+
+
+def _row(entries: Iterable[Entry]) -> tuple[Number, ...]:
+    return tuple(exact(x) for x in entries)
+
+
+def _sum(numbers: Iterable[Number]) -> Number:
+    return sum(numbers, Fraction(0))
+
+
+@dataclass(frozen=True, repr=False)
+class Tableau:
+    """An explicit Runge-Kutta method: k_i = f(t + c_i h, x + h sum_j a_ij k_j), x' = x + h sum_i b_i k_i.
+
+    Cost: `stages` residual functions per step, one stream; no inverse.
+
+    Args:
+        name: what error messages and the catalogue call it.
+        a: rows of the strictly lower triangle: row i (from 0) has i entries.
+        b: the weights that advance the solution.
+        c: the nodes.
+        b_hat: second weights, whose result estimates the error of the first, or None.
+        order: declared order of b; None where nobody declared one (`schemes.order.order` computes it).
+        order_hat: declared order of b_hat.
+        digits: None for exact data; else the decimals to which the published coefficients are right.
+        cite: where the coefficients are published.
+
+    Raises:
+        SchemeError: ragged rows, nodes that are not the row sums, weights that do not sum to 1.
+
+    Example:
+        >>> t = Tableau("midpoint", a=[[], ["1/2"]], b=[0, 1], c=[0, "1/2"], order=2)
+        >>> t.stages, t.exact, t.mixing
+        (2, True, 0.5)
+        >>> print(t)
+        0   |
+        1/2 | 1/2
+            | 0   1
+    """
+
+    name: str
+    a: tuple[tuple[Number, ...], ...]
+    b: tuple[Number, ...]
+    c: tuple[Number, ...]
+    b_hat: tuple[Number, ...] | None = None
+    order: int | None = None
+    order_hat: int | None = None
+    digits: int | None = None
+    cite: str = ""
+
+    def __post_init__(self):
+        for field in ("b", "c", "b_hat"):
+            if (entries := getattr(self, field)) is not None:
+                object.__setattr__(self, field, _row(entries))
+        object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
+        self._check()
+
+    def _check(self):
+        s, who = len(self.b), self.name or "tableau"
+        if s == 0 or len(self.c) != s or len(self.a) != s:
+            raise SchemeError(
+                f"{who}: {len(self.a)} rows, {len(self.c)} nodes, {s} weights; want one of each per stage."
+            )
+        for i, row in enumerate(self.a):
+            if len(row) != i:
+                raise SchemeError(
+                    f"{who}: row {i + 1} has {len(row)} entries, want {i}: explicit stages use the earlier ones only."
+                )
+            self._close(f"{who}: row {i + 1} sums to", _sum(row), f"its node c{i + 1} = ", self.c[i], row)
+        self._close(f"{who}: weights sum to", _sum(self.b), "", Fraction(1), self.b)
+        if self.b_hat is not None:
+            if len(self.b_hat) != s:
+                raise SchemeError(f"{who}: {len(self.b_hat)} second weights, want {s}, one per stage.")
+            self._close(f"{who}: second weights sum to", _sum(self.b_hat), "", Fraction(1), self.b_hat)
+
+    def _close(self, what: str, got: Number, of: str, want: Number, entries: Sequence[Number]):
+        if self.digits is None:
+            if got != want:
+                raise SchemeError(f"{what} {show(got)}, want {of}{show(want)}.")
+            return
+        tolerance = self.tolerance * max(1.0, sum(abs(float(x)) for x in entries))
+        if abs(float(got - want)) > tolerance:
+            raise SchemeError(
+                f"{what} {float(got):.17g}, want {of}{float(want):.17g} within {tolerance:.1g} "
+                f"(declared to {self.digits} digits)."
+            )
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        order: int | None,
+        name: str = "",
+        cite: str = "",
+        digits: int | None = None,
+        order_hat: int | None = None,
+    ) -> Tableau:
+        """A tableau from the array as books print it.
+
+        One line ``c | a_i1 a_i2 ...`` per stage, then ``| b``, then ``| b_hat`` if there is one; a line without ``|``
+        continues the line above. Entries are separated by blanks and read by `number`.
+
+        Example:
+            >>> heun = Tableau.parse('''
+            ...     0 |
+            ...     1 | 1
+            ...       | 1/2 1/2''', order=2)
+            >>> heun.b
+            (Fraction(1, 2), Fraction(1, 2))
+        """
+        lines: list[tuple[str, list[str]]] = []
+        for line in filter(str.strip, text.splitlines()):
+            head, bar, tail = line.partition("|")
+            if bar:
+                lines.append((head.strip(), tail.split()))
+            elif lines:
+                lines[-1][1].extend(line.split())
+            else:
+                raise SchemeError(f"{name or 'tableau'}: first line {line.strip()!r} has no '|'; write 'c | a ...'.")
+        heads = [bool(head) for head, _ in lines]
+        s = sum(heads)
+        if not all(heads[:s]) or len(lines) - s not in (1, 2):
+            raise SchemeError(
+                f"{name or 'tableau'}: want lines 'c | a ...', then '| b' and at most one '| b_hat', "
+                f"got {s} with a node and {len(lines) - s} without."
+            )
+        rows = [_row(entries) for _, entries in lines]
+        return cls(
+            name=name,
+            a=tuple(rows[:s]),
+            b=rows[s],
+            c=_row(head for head, _ in lines[:s]),
+            b_hat=rows[s + 1] if len(rows) > s + 1 else None,
+            order=order,
+            order_hat=order_hat,
+            digits=digits,
+            cite=cite,
+        )
+
+    @classmethod
+    def from_rows(cls, a: Sequence[Sequence[Entry]], b: Sequence[Entry], *, name: str = "", **fields) -> Tableau:
+        """A tableau whose nodes are the row sums; `fields` are the other fields."""
+        rows = tuple(_row(row) for row in a)
+        return cls(name=name, a=rows, b=_row(b), c=tuple(_sum(row) for row in rows), **fields)
+
+    @classmethod
+    def low_storage(cls, A: Sequence[Entry], B: Sequence[Entry], **fields) -> Tableau:
+        """Williamson's 2N form: S <- A_i S + h f(u), u <- u + B_i S, with A_1 = 0 (J. Comput. Phys. 35, 1980).
+
+        Example:
+            >>> print(Tableau.low_storage(A=[0, "-1/2"], B=["1/2", 1], name="midpoint", order=2))
+            0   |
+            1/2 | 1/2
+                | 0   1
+        """
+        if len(A) != len(B) or (A and exact(A[0]) != 0):
+            raise SchemeError(f"low_storage: {len(A)} A and {len(B)} B; want as many of each, and A_1 = 0.")
+        s = len(B)
+        rows: list[list[Number]] = []
+        u: list[Number] = [Fraction(0)] * s
+        register = list(u)
+        for i, (a_i, b_i) in enumerate(zip(_row(A), _row(B), strict=True)):
+            rows.append(u[:i])
+            register = [a_i * x + int(i == j) for j, x in enumerate(register)]
+            u = [x + b_i * y for x, y in zip(u, register, strict=True)]
+        return cls.from_rows(rows, u, **fields)
+
+    @classmethod
+    def shu_osher(cls, alpha: Sequence[Sequence[Entry]], beta: Sequence[Sequence[Entry]], **fields) -> Tableau:
+        """Shu and Osher's form u_i = sum_{j<i} alpha_ij u_j + h beta_ij f(u_j), i = 1..s, u_0 = x, x' = u_s.
+
+        Strong-stability-preserving methods are published so; the Chebyshev and Legendre recursions are of this form
+        with three alphas and two betas per stage.
+
+        Args:
+            alpha: row i (from 1) has i entries that sum to 1.
+            beta: of the same shape.
+
+        Example:
+            >>> print(Tableau.shu_osher([[1], ["1/2", "1/2"]], [[1], [0, "1/2"]], name="ssprk22", order=2))
+            0 |
+            1 | 1
+              | 1/2 1/2
+        """
+        s = len(alpha)
+        rows: list[list[Number]] = [[Fraction(0)] * s]
+        for i, (alphas, betas) in enumerate(zip(alpha, beta, strict=True), start=1):
+            if len(alphas) != i or len(betas) != i:
+                raise SchemeError(f"shu_osher: row {i} has {len(alphas)} alphas and {len(betas)} betas, want {i} each.")
+            row: list[Number] = [Fraction(0)] * s
+            weights = _row(alphas)
+            total = _sum(weights)
+            if abs(float(total - 1)) > (0.0 if fields.get("digits") is None else 5 * 10.0 ** -fields["digits"]):
+                raise SchemeError(f"shu_osher: the alphas of row {i} sum to {show(total)}, want 1.")
+            for j, (x, y) in enumerate(zip(weights, _row(betas), strict=True)):
+                row = [r + x * old + (y if j == k else 0) for k, (r, old) in enumerate(zip(row, rows[j], strict=True))]
+            rows.append(row)
+        return cls.from_rows([row[:i] for i, row in enumerate(rows[:s])], rows[s], **fields)
+
+    @property
+    def stages(self) -> int:
+        """Residual functions that one step consumes."""
+        return len(self.b)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the coefficients are the method's own, not rounded ones."""
+        return self.digits is None
+
+    @property
+    def tolerance(self) -> float:
+        """Error allowed per unit of coefficient: 0 if exact, else five units in the last declared digit."""
+        return 0.0 if self.digits is None else 5 * 10.0**-self.digits
+
+    @property
+    def mixing(self) -> float:
+        """max_i sum_j |a_ij|: by how much a stage's input can outgrow x when the residual functions differ."""
+        return max(float(_sum(abs(x) for x in row)) for row in self.a)
+
+    def floats(self) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...], tuple | None]:
+        """(a, b, c, b_hat), each exact number rounded once, to the nearest float."""
+        b_hat = None if self.b_hat is None else tuple(map(float, self.b_hat))
+        return (
+            tuple(tuple(map(float, row)) for row in self.a),
+            tuple(map(float, self.b)),
+            tuple(map(float, self.c)),
+            b_hat,
+        )
+
+    def pruned(self) -> Tableau:
+        """The method without its second weights and without the stages that only those need.
+
+        Example:
+            >>> t = Tableau("pair", [[], [1]], b=[1, 0], c=[0, 1], b_hat=["1/2", "1/2"], order=1, order_hat=2)
+            >>> t.pruned().stages
+            1
+        """
+        needed = {i for i, x in enumerate(self.b) if x != 0}
+        for i in reversed(range(self.stages)):
+            if i in needed:
+                needed |= {j for j, x in enumerate(self.a[i]) if x != 0}
+        keep = sorted(needed)
+        return Tableau(
+            name=self.name,
+            a=tuple(tuple(self.a[i][j] for j in keep if j < i) for i in keep),
+            b=tuple(self.b[i] for i in keep),
+            c=tuple(self.c[i] for i in keep),
+            order=self.order,
+            digits=self.digits,
+            cite=self.cite,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Tableau {self.name or 'unnamed'}: {self.stages} stages, order {self.order}>"
+
+    def __str__(self) -> str:
+        weights = [self.b] if self.b_hat is None else [self.b, self.b_hat]
+        nodes = [show(x) for x in self.c] + [""] * len(weights)
+        rows = [[show(x) for x in row] for row in (*self.a, *weights)]
+        widths = [max(len(row[j]) for row in rows if j < len(row)) for j in range(self.stages)]
+        left = max(map(len, nodes))
+        return "\n".join(
+            f"{node:<{left}} | {' '.join(f'{x:<{w}}' for x, w in zip(row, widths, strict=False))}".rstrip()
+            for node, row in zip(nodes, rows, strict=True)
+        )
+
+
+def nest(outer: Tableau, inner: Tableau) -> Tableau:
+    """A method whose residual functions are increments of another method: A (x) 1 b^T + I (x) a, weights B (x) b.
+
+    Row (i, j) is the input of inner stage j within outer stage i; ``outer.stages * inner.stages`` residual functions.
+    The second condition reads sum B C + sum b c = 1/2, so that two methods of order 2 or more nest to order 1.
+
+    Example:
+        >>> euler = Tableau("euler", [[]], b=[1], c=[0], order=1)
+        >>> midpoint = Tableau("midpoint", [[], ["1/2"]], b=[0, 1], c=[0, "1/2"], order=2)
+        >>> nest(midpoint, euler).a == midpoint.a, nest(midpoint, midpoint).order
+        (True, 1)
+    """
+    rows = [
+        [x * y for x in outer.a[i] for y in inner.b] + list(inner.a[j])
+        for i in range(outer.stages)
+        for j in range(inner.stages)
+    ]
+    digits = min((t.digits for t in (outer, inner) if t.digits is not None), default=None)
+    if outer.stages == 1 or inner.stages == 1:
+        order = (inner if outer.stages == 1 else outer).order
+    else:
+        slope = _sum(b * c for t in (outer, inner) for b, c in zip(t.b, t.c, strict=True))
+        order = 1 if abs(float(slope) - 0.5) > 1e-6 else None  # None: left to schemes.order
+    return Tableau.from_rows(
+        rows,
+        [x * y for x in outer.b for y in inner.b],
+        name=f"nested({outer.name}, {inner.name})",
+        order=order,
+        digits=digits,
+    )
+
+
+def compose(tableaux: Sequence[Tableau], steps: Sequence[Entry] | None = None, *, name: str = "") -> Tableau:
+    """One method that takes steps of several methods one after another, scaled to a total step of 1.
+
+    ``compose([t] * n)`` is n full steps of t (or n substeps: the two differ in the step size alone).
+
+    Args:
+        tableaux: the methods, first step first.
+        steps: their step sizes, all 1 unless given.
+
+    Example:
+        >>> euler = Tableau("euler", [[]], b=[1], c=[0], order=1)
+        >>> print(compose([euler, euler]))
+        0   |
+        1/2 | 1/2
+            | 1/2 1/2
+    """
+    sizes = _row(steps) if steps is not None else _row([1] * len(tableaux))
+    total = _sum(sizes)
+    if not tableaux or len(sizes) != len(tableaux) or total == 0:
+        raise SchemeError(
+            f"compose: {len(tableaux)} tableaux, {len(sizes)} steps of total {total}; want one step each, total not 0."
+        )
+    rows: list[list[Number]] = []
+    done: list[Number] = []
+    for tableau, size in zip(tableaux, sizes, strict=True):
+        h = size / total
+        rows += [done + [h * x for x in row] for row in tableau.a]
+        done += [h * x for x in tableau.b]
+    orders = [t.order for t in tableaux]
+    return Tableau.from_rows(
+        rows,
+        done,
+        name=name or " + ".join(t.name or "tableau" for t in tableaux),
+        order=None if None in orders else min(p for p in orders if p is not None),
+        digits=min((t.digits for t in tableaux if t.digits is not None), default=None),
+    )
