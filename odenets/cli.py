@@ -1,7 +1,7 @@
 """The console scripts `lightning` and `odenets`: `lightning fit|validate|test|predict -c FILE.yaml [--KEY VALUE ...]`.
 
-This file imports nothing heavy: `--help` and `--version` answer at once, and a torchvision that does not fit the installed
-torch is repaired before Lightning, which imports it, can trip over it.
+This file imports nothing heavy: `--help` and `--version` answer at once, and a torchvision that does not fit the
+installed torch is repaired before Lightning, which imports it, can trip over it.
 """
 
 import importlib
@@ -60,7 +60,7 @@ def repair_torchvision() -> None:
 
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901
+        library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _torchvision_ops.append(library)

@@ -41,7 +41,7 @@ def random_crop(x: Tensor, padding: int, *, generator: Generator | None = None) 
     """
     if padding == 0:
         return x
-    n, c, h, w = x.shape
+    n, _, h, w = x.shape
     padded = F.pad(x, (padding,) * 4)
     top, left = (_randint(x, 2 * padding + 1, generator) for _ in range(2))
     # All windows as a view (n, c, 2p+1, 2p+1, h, w); the index copies one window per picture.
@@ -68,8 +68,8 @@ def random_resized_crop(
     """Cut a random box from each picture and resample it bilinearly: (n, c, h, w) -> (n, c, size, size).
 
     The box has a share of the area drawn from `scale` and an aspect (width / height) drawn log-uniformly from `ratio`;
-    where it would stick out it is cut to the picture. uint8 comes back as uint8. Shrinking by more than two aliases: crop
-    large pictures when they are decoded, as `Images` does.
+    where it would stick out it is cut to the picture. uint8 comes back as uint8. Shrinking by more than two aliases:
+    crop large pictures when they are decoded, as `Images` does.
 
     Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
     """
@@ -149,7 +149,7 @@ def soft_labels(y: Tensor, num_classes: int) -> Tensor:
 def mixup(
     x: Tensor, y: Tensor, alpha: float, num_classes: int, *, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Blend each picture and its label with another of the batch, by lam ~ Beta(alpha, alpha); alpha = 0 blends nothing.
+    """Blend each picture and its label with another of the batch, by lam ~ Beta(alpha, alpha); alpha = 0 is off.
 
     x: floats (n, c, h, w); y: (n,) or (n, num_classes). Returns both, labels as rows of weights that sum to 1.
 

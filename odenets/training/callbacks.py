@@ -24,7 +24,9 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._images, self._start = -1, 0.0
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
         if self._images < 0:
             self._images, self._start = 0, time.perf_counter()
         else:
@@ -41,8 +43,8 @@ class Throughput(Callback):
 class StepSchedule(Callback):
     """Moves the step size h of every `Stack` in the net from `start` to `stop` over the run, once per epoch.
 
-    With u from 0 (first epoch) to 1 (last): linear start + u (stop - start); cosine the same with (1 - cos(pi u)) / 2 for
-    u; geometric start * (stop / start)^u.
+    With u from 0 (first epoch) to 1 (last): linear start + u (stop - start); cosine the same with (1 - cos(pi u)) / 2
+    for u; geometric start * (stop / start)^u.
 
     Args:
         start: h of the first epoch.

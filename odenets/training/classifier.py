@@ -37,6 +37,12 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0) -> list[dic
     return [group for group in groups if group["params"]]
 
 
+def evaluations(net: nn.Module) -> int:
+    """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
+    own = getattr(net, "evaluations", None)
+    return own if own is not None else sum(evaluations(part) for part in net.children())
+
+
 class Classifier(L.LightningModule):
     """Cross-entropy training of `net`, with the optimiser and its schedule as parts.
 
@@ -65,8 +71,8 @@ class Classifier(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        # From a configuration the parts are stored as class paths and arguments, and load_from_checkpoint rebuilds them.
-        # From Python they are objects, which would be pickled into the checkpoint: they stay out.
+        # From a configuration the parts are stored as class paths and arguments, from which load_from_checkpoint builds
+        # them again. From Python they are objects, which would be pickled into the checkpoint: they stay out.
         built_from_config = _given_hyperparameters.get() is not None
         self.save_hyperparameters(ignore=[] if built_from_config else ["net", "optimizer", "schedule"])
         self.net = net
@@ -123,9 +129,9 @@ class Classifier(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         # Read after the forwards: a continuous-depth net only knows its count once it has run.
-        evaluations = getattr(self.net, "evaluations", None)
-        if evaluations is not None:
-            self.log("evaluations", float(evaluations), sync_dist=True)
+        count = evaluations(self.net)
+        if count:
+            self.log("evaluations", float(count), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]

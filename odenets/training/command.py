@@ -57,7 +57,7 @@ class Parser(LightningArgumentParser):
 
 
 class Command(LightningCLI):
-    """`fit|validate|test|predict` with a folder per run, default callbacks and loggers, and checkpoints by short name."""
+    """`fit|validate|test|predict` with a folder per run, default callbacks and loggers, checkpoints by short name."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of this run's files.")
@@ -76,8 +76,8 @@ class Command(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let the checkpoint's hyper-parameters win over the command line; here the configuration decides,
-        # and Classifier warns where the two differ.
+        # Lightning would let the checkpoint's hyper-parameters win over the command line; here the configuration
+        # decides, and Classifier warns where the two differ.
         return
 
     def before_instantiate_classes(self) -> None:
@@ -87,7 +87,9 @@ class Command(LightningCLI):
         self.run_dir = Path(options.run_dir)
         options.ckpt_path = find_checkpoint(options.ckpt_path, self.run_dir / "checkpoints", self.subcommand)
         if options.ckpt_path is None and self.subcommand in ("validate", "test", "predict"):
-            rank_zero_warn(f"{self.subcommand} without --ckpt_path best|last|FILE uses the net as it was built, untrained")
+            rank_zero_warn(
+                f"{self.subcommand} without --ckpt_path best|last|FILE uses the net as it was built, untrained"
+            )
 
     def instantiate_classes(self) -> None:
         try:
@@ -144,7 +146,9 @@ def find_checkpoint(given: str | None, folder: Path, subcommand: str | None) -> 
     path = folder / f"{given}.ckpt" if given in ("best", "last") else Path(given)
     if not path.is_file():
         remedy = "Train first, without --ckpt_path" if subcommand == "fit" else "Train first"
-        raise DataError(f"ckpt_path: {given!r} asks for {path}, and there is no such file\n  {remedy}, or give --run_dir.")
+        raise DataError(
+            f"ckpt_path: {given!r} asks for {path}, and there is no such file\n  {remedy}, or give --run_dir."
+        )
     return str(path)
 
 

@@ -1,7 +1,7 @@
 """Pictures and labels for Lightning: the built-in digits, and any parquet file, image folder or hub dataset.
 
-Small pictures are decoded once into one uint8 tensor that is indexed a batch at a time; large ones are decoded and cropped
-in worker processes. Crop, flip, normalisation and blending then run on the batch, on its device.
+Small pictures are decoded once into one uint8 tensor that is indexed a batch at a time; large ones are decoded and
+cropped in worker processes. Crop, flip, normalisation and blending then run on the batch, on its device.
 """
 
 import os
@@ -72,7 +72,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def random_box(width: int, height: int, smallest: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a random box: area share in [smallest, 1], aspect in [3/4, 4/3], cut to the picture."""
+    """Left, top, right, bottom of a random box: area share in [smallest, 1], aspect in [3/4, 4/3], cut to fit."""
     area, aspect, x, y = torch.rand(4).tolist()
     area = (smallest + (1 - smallest) * area) * width * height
     aspect = (3 / 4) * (16 / 9) ** aspect
@@ -98,7 +98,12 @@ class Pictures(L.LightningDataModule):
     in_chans: int
 
     def __init__(
-        self, batch_size: int, num_workers: int | None, mean: Sequence[float], std: Sequence[float], augment: Augment | None
+        self,
+        batch_size: int,
+        num_workers: int | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment | None,
     ) -> None:
         super().__init__()
         self.batch_size, self.mean, self.std = batch_size, list(mean), list(std)
@@ -203,7 +208,7 @@ class Images(Pictures):
         test_split: Split to test on; default: test, else the validation split.
         holdout: Share that is held out where there is no validation split.
         split_seed: Seed of the share that is held out.
-        cache: Decode once and keep all pictures in memory; None does so for pictures of at most 96 pixels a side, up to 4 GiB.
+        cache: Decode once and keep all pictures in memory; None does so up to 96 pixels a side and 4 GiB in all.
         smallest_crop: Smallest share of the area in the random resized crop of pictures that are not cached.
         inner: Share of the shorter side that evaluation sees of pictures that are not cached.
         num_workers: Processes that decode; None takes the cores, at most 8. Cached pictures need none.
@@ -288,9 +293,13 @@ class Images(Pictures):
         size = self.size or (first.width if first.width == first.height else None)
         fits = max(first.size) <= 96 and len(indices) * 3 * (size or 96) ** 2 <= 4 << 30
         if fits if self.cache is None else self.cache:
-            return decode_all(source, indices, (self.size, self.size) if self.size else first.size, self.size is not None)
+            return decode_all(
+                source, indices, (self.size, self.size) if self.size else first.size, self.size is not None
+            )
         if size is None or (self.size is None and max(first.size) > 96):
-            raise DataError(f"{self.where}: pictures of {first.width}x{first.height} need one size; give --data.size 224")
+            raise DataError(
+                f"{self.where}: pictures of {first.width}x{first.height} need one size; give --data.size 224"
+            )
         return Decoded(source, indices, size, train, self.smallest_crop, self.inner)
 
 
@@ -301,7 +310,9 @@ def decode_all(source: Source, indices: Tensor, size: tuple[int, int], resize: b
         picture = source.picture(index)
         if picture.size != size:
             if not resize:
-                raise DataError(f"picture {index} is {picture.size}, the first is {size}; give one size: --data.size 64")
+                raise DataError(
+                    f"picture {index} is {picture.size}, the first is {size}; give one size: --data.size 64"
+                )
             picture = picture.resize(size, Image.Resampling.BILINEAR)
         pictures[row] = to_tensor(picture)
     return Cached(pictures, source.labels[indices])

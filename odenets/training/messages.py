@@ -1,4 +1,4 @@
-"""jsonargparse's error messages, brought to two lines: what was given and wanted, and the closest name or the remedy."""
+"""jsonargparse's error messages, brought to two lines: what was given and wanted, the closest name or the remedy."""
 
 import difflib
 import importlib
@@ -29,8 +29,8 @@ def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[
         choices = re.findall(r"[\w-]+", found[2])
         return f"there is no {found[1]!r}; wanted one of {', '.join(choices)}", _closest(found[1], choices)
     if "arguments are required" in text:
-        keys = ", ".join(re.findall(r"\bfit\.(\w+)|\b\w+\.(model|data)\b", text) and re.findall(r"\.(\w+)", text))
-        return f"{keys or text} not given", "A configuration file gives them: lightning fit -c experiments/quickstart.yaml"
+        keys = " and ".join(re.findall(r"\.(\w+)", text))
+        return f"{keys or text} not given", "A configuration file gives them: -c experiments/quickstart.yaml"
     if found := re.search(r'Parser key "([^"]+)"', text):
         return _bad_value(_full_key(found[1], args), lines, text, args)
     return text, TIP
@@ -81,8 +81,8 @@ def _full_key(key: str, args: Sequence[str]) -> str:
 
 def _class_paths(args: Sequence[str]) -> Iterator[str]:
     """Import paths of classes that the command line or its configuration files name."""
-    texts = list(args)
-    texts += [Path(arg).read_text(errors="ignore") for arg in args if arg.endswith((".yaml", ".yml")) and Path(arg).is_file()]
+    files = [Path(arg) for arg in args if arg.endswith((".yaml", ".yml")) and Path(arg).is_file()]
+    texts = [*args, *(file.read_text(errors="ignore") for file in files)]
     for text in texts:
         yield from re.findall(r"\b[A-Za-z_]\w*(?:\.\w+)+\.[A-Z]\w*", text)
 

@@ -161,7 +161,7 @@ def _folder_splits(path: Path) -> dict[str, Source]:
         splits = {"train": FolderSource(path)}
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
-        raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders of pictures\n  {THREE_WAYS}")
+        raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
     return splits
 
 

@@ -30,7 +30,7 @@ def encoded(image: Image.Image) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def write_parquet(file: Path, n: int, classes: int, image_key: str = "img", label_key: str = "label", size=(32, 32)) -> None:
+def write_parquet(file: Path, n: int, classes: int, image_key="img", label_key="label", size=(32, 32)) -> None:
     import datasets
 
     features = {image_key: datasets.Image(), label_key: datasets.ClassLabel(names=[f"c{i}" for i in range(classes)])}

@@ -90,7 +90,10 @@ def test_erasing_changes_one_box_and_no_argument(x, seed):
         assert 0 < changed.sum() == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)
 
 
-@given(batches(floats=True), seeds, st.sampled_from([0.2, 1.0, 3.0]), st.integers(2, 7), st.sampled_from(["mixup", "cutmix"]))
+alphas, names = st.sampled_from([0.2, 1.0, 3.0]), st.sampled_from(["mixup", "cutmix"])
+
+
+@given(batches(floats=True), seeds, alphas, st.integers(2, 7), names)
 def test_label_mass_is_one_and_pixels_come_from_the_batch(x, seed, alpha, classes, name):
     y = torch.arange(len(x)) % classes
     mixed, soft = getattr(A, name)(x, y, alpha, classes, generator=generator(seed))

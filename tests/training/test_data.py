@@ -59,7 +59,7 @@ def test_columns_and_splits_can_be_named(tmp_path):
     assert len(data.sets["val"]) == 5
     with pytest.raises(DataError, match="no column nope; it has pixels, kind"):
         Images(str(tmp_path), image_key="nope")
-    with pytest.raises(DataError, match="no split 'nope'.*it has"):
+    with pytest.raises(DataError, match=r"no split 'nope'.*it has"):
         Images(str(tmp_path), val_split="nope")
 
 
