@@ -8,7 +8,7 @@ import torch
 from odenets.training import Augment, DataError, Digits, Images
 from odenets.training.data import Cached, Decoded, hold_out, middle_box, random_box
 
-from .conftest import write_folder, write_parquet
+from .pictures import picture, write_folder, write_parquet
 
 
 def test_digits_are_split_by_a_fixed_seed():
@@ -35,8 +35,6 @@ def test_parquet_is_decoded_once_and_batched_by_index(cifar):
     assert data.sets["train"].pictures.dtype == torch.uint8
     x, y = next(iter(data.train_dataloader()))
     assert x.shape == (16, 3, 32, 32) and y.shape == (16,)
-    from .conftest import picture
-
     expected = torch.frombuffer(bytearray(picture(3).tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
     assert torch.equal(data.sets["train"].pictures[3], expected) and data.sets["train"].labels[3] == 3
 
