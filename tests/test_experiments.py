@@ -31,10 +31,8 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 def test_runs(file, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["fit", "-c", str(file), "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    args += CHEAPER.get(file.stem, []) + ["--trainer.enable_progress_bar", "false"]
-    root = next(
-        (folder for name, folder in pictures.items() if file.stem.split("_")[0] == name or file.stem == name), None
-    )
+    args += [*CHEAPER.get(file.stem, []), "--trainer.enable_progress_bar", "false"]
+    root = pictures.get(file.stem, pictures.get(file.stem.split("_")[0]))
     command = run([*args, *(["--data.root", str(root)] if root else [])])
     assert command.trainer.global_step == 1 and "val/acc" in command.trainer.callback_metrics
 

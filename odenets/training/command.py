@@ -37,6 +37,8 @@ QUIET = (
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*treespec, LeafSpec.*",
+    r"(?s).*JsonargparseDeprecationWarning.*",
+    ".*is not supported by the model summary.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
 )
@@ -118,7 +120,7 @@ class Command(LightningCLI):
         callbacks = list(given if isinstance(given, list) else [given])
         if trainer.enable_checkpointing is not False:
             checkpoint = settings.checkpoint
-            checkpoint.dirpath, checkpoint._enable_version_counter = str(folder.absolute() / "checkpoints"), False
+            checkpoint.dirpath, checkpoint._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
             callbacks.append(checkpoint)
         if trainer.enable_progress_bar is not False:
             # A bar that redraws itself is noise in a log file: a tenth of the lines there.

@@ -114,10 +114,8 @@ def test_the_saved_configuration_repeats_the_run():
 
 
 def test_last_resumes_to_the_same_weights_as_an_uninterrupted_run():
-    straight = fit(
-        "--trainer.max_epochs", "3", "--run_dir", "runs/straight", "--model.schedule", "odenets.training.Constant"
-    )
     constant = ["--model.schedule", "odenets.training.Constant"]
+    straight = fit("--trainer.max_epochs", "3", "--run_dir", "runs/straight", *constant)
     fit("--trainer.max_epochs", "1", *constant)
     resumed = fit("--trainer.max_epochs", "3", "--ckpt_path", "last", *constant)
     assert resumed.trainer.current_epoch == 3 and resumed.trainer.global_step == 6 == straight.trainer.global_step
@@ -174,7 +172,6 @@ def test_checkpoint_rebuilds_its_net():
 
 
 def test_loading_into_another_scheme_warns():
-    # The weights of midpoint's level are named otherwise than rk4's, so the twin with the same names is rk4 at another step.
     fit("--trainer.max_epochs", "1")
     with pytest.warns(UserWarning, match=r"differs from the configured one: step=1.0 against 0.5"):
         run(["test", *SMALL, "--ckpt_path", "last", "--model.net.step", "0.5"])
