@@ -89,6 +89,7 @@ class Step(nn.Module):
         self.fs = None if shared else nn.ModuleList(fs)
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
+        self.bare = self.plain and self.gs is None and not shared
         self.watch: Any = None  # set for the checks of a first call
         self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
 
@@ -108,6 +109,9 @@ class Step(nn.Module):
     def forward(
         self, state: State, shared: nn.Module | None = None, t: Any = None, context: Any = None, h: Any = None
     ) -> State:
+        if self.bare and h is None and self.watch is None:
+            # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
+            return self.scheme.advance(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
         h = self.h if h is None else h
         fs, gs = self.functions(state, shared, t, context, h)
         return self.scheme.advance(fs, state, h, gs)
@@ -202,11 +206,12 @@ class Stack(nn.Module):
             checks.warn_of_own_skip(f)
         if shared is None:
             _warn_of_mixing(self.scheme)
+            _warn_of_unused(self.scheme, self.rule)
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
-        gs: Sequence[Any] = (
-            () if shortcut is None else tuple(shortcut) if isinstance(shortcut, (list, tuple)) else (shortcut,)
-        )
+        gs: tuple[nn.Module, ...] = ()
+        if shortcut is not None:
+            gs = (shortcut,) if isinstance(shortcut, nn.Module) else tuple(shortcut)
         if gs and len(gs) != self.scheme.streams:
             raise SchemeError(
                 f"Stack: {len(gs)} shortcuts for {self.scheme.streams} streams of {self.scheme}; want one per stream."
@@ -220,7 +225,7 @@ class Stack(nn.Module):
         start = 0
         self._initial: list[float] = []
         for n in range(1 if merged else depth):
-            part = plan[n % len(plan)]
+            part = self.scheme.at(n)
             fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
             start += part.stages
             h = self.rule(steps_before + n) * (depth if merged else 1)
@@ -228,6 +233,16 @@ class Stack(nn.Module):
             steps.append(Step(part, fs, gs if n == 0 else (), h, self.rule.learned, n, shared is not None))
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
         self._timed = any(s.timed for s in steps)
+        # Nothing happens before, between or after the steps, which all have residual functions of their own.
+        self._direct = (
+            self.scheme.streams == 1
+            and type(self.scheme).init is Scheme.init
+            and self.backprop is None
+            and after is None
+            and shared is None
+            and not self._timed
+            and not isinstance(self.rule, FromError)
+        )
         self._checked = False
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
@@ -268,7 +283,7 @@ class Stack(nn.Module):
         streams = found.stream_widths(channels)
         fs: list[nn.Module] = []
         for n in range(depth):
-            part = found.plan[n % len(found.plan)]
+            part = found.at(n)
             out = out_channels if n == 0 else None
             fs += [make(slot) for slot in part.slots(n, streams, out)]
             streams = part.widths(n, streams, out)
@@ -282,6 +297,11 @@ class Stack(nn.Module):
             t: time at the start, for residual functions that take one.
             context: what residual functions with a parameter ``context`` read.
         """
+        if self._direct and self._checked:
+            state: State = (x,)
+            for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
+                state = step(state, None, None, context)  # type: ignore[misc]
+            return state[0]
         if not self._checked and not torch.compiler.is_compiling():
             if not isinstance(x, Tensor):
                 raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
@@ -472,6 +492,16 @@ def _warn_of_mixing(scheme: Scheme) -> None:
             MixingWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
+    for part in dict.fromkeys(scheme.plan):
+        if isinstance(part, RungeKutta) and part.unused and not isinstance(rule, FromError):
+            warnings.warn(
+                f"{part}: of its {part.stages} residual functions a step, {len(part.unused)} enter the error estimate "
+                f"only and not the output; use pruned({part}), or forward_with_errors in the loss.",
+                stacklevel=3,
+            )
 
 
 def _check_companion(scheme: Scheme) -> None:

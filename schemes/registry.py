@@ -10,7 +10,7 @@ from .adaptive import Adaptive
 from .compose import Mix, Nested, Repeat, Substeps
 from .errors import SchemeError
 from .language import Reader
-from .runge_kutta import RungeKutta
+from .runge_kutta import RungeKutta, pruned
 from .scheme import Scheme
 from .tableau import Tableau
 
@@ -30,6 +30,7 @@ _FAMILIES: dict[str, Callable[..., Scheme]] = {
     **{name: _runge_kutta(make) for name, make in tableaux.FAMILIES.items()},
     "adaptive": Adaptive,
     "nested": Nested,
+    "pruned": pruned,
     "repeat": Repeat,
     "substeps": Substeps,
 }

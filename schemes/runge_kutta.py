@@ -1,6 +1,7 @@
 """One interpreter for every explicit Runge-Kutta method."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class RungeKutta(Scheme):
     A stage whose row of A is zero is given x itself, before the shortcut g: in a network this residual function makes
     the stride and the new width.
 
-    Cost: ``stages`` residual functions a step, one stream, no inverse; the k_i of a step are kept until its end.
+    Cost: ``stages`` residual functions a step, less those that only an error estimate reads; one stream, no inverse;
+    the k_i of a step are kept until its end.
 
     Args:
         tableau: the coefficients.
@@ -60,7 +62,7 @@ class RungeKutta(Scheme):
     def __init__(self, tableau: Tableau):
         a, b, c, b_hat = tableau.floats()
         self._tableau = tableau
-        self.stages = self.evaluations = tableau.stages
+        self.stages = tableau.stages
         self.order = tableau.order
         self.nodes = tuple(c)
         self.mixing, self.gain = tableau.mixing, sum(map(abs, b))
@@ -69,6 +71,8 @@ class RungeKutta(Scheme):
         self._weights = terms(b)
         # The companion method minus the method: an estimate of the error of a step, per unit of h.
         self._errors = terms([v - u for u, v in zip(b, b_hat, strict=True)]) if b_hat else ()
+        # Stages at the end that only the companion reads are not evaluated by a plain step (dopri5's seventh).
+        self.live = self.evaluations = 1 + self._weights[-1][0]
         self._scaled: dict[float, tuple[tuple[Terms, ...], Terms]] = {1.0: (self._rows, self._weights)}
 
     @property
@@ -93,18 +97,18 @@ class RungeKutta(Scheme):
         (x,) = state
         y = gs[0](x) if gs else x
         if isinstance(h, Tensor):
-            ks = self._slopes(fs, x, y, h)
+            ks = self._slopes(fs, x, y, h, self.live)
             return (torch.addcmul(y, weighted(ks, self._weights), h),)
         rows, weights = self._at(h)
         ks: list[Tensor] = []
-        for f, row in zip(fs, rows, strict=True):
+        for f, row in zip(fs, rows[: self.live], strict=False):
             ks.append(f(combine(y, ks, row) if row else x))
         return (combine(y, ks, weights),)
 
-    def _slopes(self, fs: Sequence[Function], x: Tensor, y: Tensor, h: StepSize) -> list[Tensor]:
+    def _slopes(self, fs: Sequence[Function], x: Tensor, y: Tensor, h: StepSize, stages: int) -> list[Tensor]:
         ks: list[Tensor] = []
         rows = None if isinstance(h, Tensor) else self._at(h)[0]
-        for i, (f, row) in enumerate(zip(fs, self._rows, strict=True)):
+        for i, (f, row) in enumerate(zip(fs, self._rows[:stages], strict=False)):
             if not row:
                 argument = x
             elif rows is None:
@@ -115,7 +119,7 @@ class RungeKutta(Scheme):
         return ks
 
     def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
-        return weighted(self._slopes(fs, x, gs[0](x) if gs else x, h), self._weights)
+        return weighted(self._slopes(fs, x, gs[0](x) if gs else x, h, self.live), self._weights)
 
     def step_with_error(
         self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()
@@ -129,8 +133,32 @@ class RungeKutta(Scheme):
             raise SchemeError(f"{self} has no embedded companion; dopri5, tsit5 and verner89 estimate their error.")
         (x,) = state
         y = gs[0](x) if gs else x
-        ks = self._slopes(fs, x, y, h)
+        ks = self._slopes(fs, x, y, h, self.stages)
         return (y + h * weighted(ks, self._weights),), h * weighted(ks, self._errors)
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        """Residual functions that only the error estimate reads; they get no gradient from the output of a step."""
+        return tuple(range(self.live, self.stages))
 
     def __str__(self) -> str:
         return self._tableau.name
+
+
+def pruned(scheme: Scheme) -> RungeKutta:
+    """A Runge-Kutta method without its companion, and without the stages that only the companion reads.
+
+    ``pruned(dopri5)`` has 6 stages, ``pruned(verner89)`` the 14 of verner8: every residual function reaches the output.
+
+    Raises:
+        SchemeError: not a Runge-Kutta method.
+
+    Example:
+        >>> import schemes
+        >>> schemes.get("pruned(dopri5)").stages
+        6
+    """
+    if not isinstance(scheme, RungeKutta):
+        raise SchemeError(f"pruned: {scheme!r} is no single Runge-Kutta method; only an embedded pair can be pruned.")
+    t, n = scheme.tableau, scheme.live
+    return RungeKutta(replace(t, name=f"pruned({t.name})", a=t.a[:n], b=t.b[:n], c=t.c[:n], b_hat=None, order_hat=None))

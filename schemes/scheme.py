@@ -114,6 +114,10 @@ class Scheme(ABC):
         """The schemes of one period, step by step: the scheme itself, or the parts of a mix."""
         return (self,)
 
+    def at(self, n: int) -> "Scheme":
+        """The scheme of step n: the plan again and again, unless the first step differs from the others."""
+        return self.plan[n % len(self.plan)]
+
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         """Width of every stream that ``init`` makes from an input of that width."""
         return (channels,) * self.streams
@@ -158,6 +162,8 @@ class Scheme(ABC):
             h: step size.
             context: what all residual functions may read; None leaves it out.
         """
+        if len(fs) != self.stages:
+            raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
         if t is not None or context is not None or self.nodes is None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
         return self.advance(fs, state, h, gs)

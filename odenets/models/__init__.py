@@ -1,0 +1,10 @@
+"""Models: ``create_model(name)``, or the classes themselves."""
+
+from . import zoo as zoo
+from .registry import Weights as Weights
+from .registry import create_model as create_model
+from .registry import list_models as list_models
+from .registry import published_weights as published_weights
+from .registry import register_model as register_model
+from .resnet import HOResNet as HOResNet
+from .resnet import ResNet as ResNet
