@@ -38,6 +38,7 @@ QUIET = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*treespec, LeafSpec.*",
     r"(?s).*JsonargparseDeprecationWarning.*",
+    r"(?s).*deprecated in v4.*removed in v5.*",
     ".*is not supported by the model summary.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
@@ -118,7 +119,9 @@ class Command(LightningCLI):
             kwargs["logger"] = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
         given = trainer.callbacks or []
         callbacks = list(given if isinstance(given, list) else [given])
-        if trainer.enable_checkpointing is not False:
+        # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, over that of a real run.
+        kwargs["enable_checkpointing"] = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
+        if kwargs["enable_checkpointing"]:
             checkpoint = settings.checkpoint
             checkpoint.dirpath, checkpoint._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
             callbacks.append(checkpoint)

@@ -18,6 +18,7 @@ QUICK = str(Path(__file__).parents[2] / "experiments" / "quickstart.yaml")
 SMALL = ["-c", QUICK, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SMALL += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
 SMALL += ["--model.net.widths", "[4, 4]", "--model.net.functions", "[4, 4]", "--trainer.accelerator", "cpu"]
+SMALL += ["--trainer.log_every_n_steps", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,11 @@ def fails(capsys, *args: str) -> list[str]:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("error: "), lines
     return lines
+
+
+def rows(file: str) -> list[dict]:
+    with open(file) as lines:
+        return list(csv.DictReader(lines))
 
 
 def fit(*args: str):
@@ -67,7 +73,7 @@ def fit(*args: str):
 def test_wrong_options_end_in_two_lines(capsys, args, first, second):
     lines = fails(capsys, *args)
     assert first in lines[0], lines
-    assert second in lines[1], lines
+    assert second in " ".join(lines), lines
 
 
 def test_wrong_keys_and_syntax_in_a_file(capsys):
@@ -90,11 +96,11 @@ def test_fit_leaves_everything_in_one_folder_and_says_where(capsys):
         assert f"runs/quickstart/{file}" in out and Path("runs/quickstart", file).exists()
     assert sorted(p.name for p in Path().iterdir()) == ["runs"]
     assert list(Path("runs/quickstart").glob("events.out.tfevents*"))
-    columns = set(next(csv.reader(open("runs/quickstart/metrics.csv"))))
+    columns = set(rows("runs/quickstart/metrics.csv")[0])
     wanted = {"train/loss", "train/acc", "val/loss", "val/acc", "train/images_per_s", "evaluations", "lr-SGD/pg1"}
     assert wanted <= columns
     assert {str(level.scheme) for level in command.model.net.levels} == {"midpoint"}
-    config = yaml.safe_load(open("runs/quickstart/config.yaml"))
+    config = yaml.safe_load(Path("runs/quickstart/config.yaml").read_text())
     assert config["model"]["init_args"]["net"]["init_args"]["scheme"] == "midpoint"
 
 
@@ -120,10 +126,10 @@ def test_last_resumes_to_the_same_weights_as_an_uninterrupted_run():
     resumed = fit("--trainer.max_epochs", "3", "--ckpt_path", "last", *constant)
     assert resumed.trainer.current_epoch == 3 and resumed.trainer.global_step == 6 == straight.trainer.global_step
     assert sorted(p.name for p in Path("runs/quickstart").glob("metrics*")) == ["metrics-1.csv", "metrics.csv"]
-    epochs = [row["epoch"] for row in csv.DictReader(open("runs/quickstart/metrics.csv")) if row["epoch"]]
+    epochs = [row["epoch"] for row in rows("runs/quickstart/metrics.csv") if row["epoch"]]
     assert set(epochs) == {"1", "2"}
     assert sorted(p.name for p in Path("runs/quickstart/checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    assert torch.load("runs/quickstart/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+    assert torch.load("runs/quickstart/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten():
@@ -150,8 +156,8 @@ def test_validate_test_and_predict(capsys):
         for a, b in zip(trained.model.parameters(), done.model.parameters(), strict=True):
             assert torch.equal(a, b)
     run(["predict", *SMALL, "--ckpt_path", "last"])
-    rows = list(csv.DictReader(open("runs/quickstart/predict/predictions.csv")))
-    assert len(rows) == 359 and {row["class"] for row in rows} <= set("0123456789")
+    predicted = rows("runs/quickstart/predict/predictions.csv")
+    assert len(predicted) == 359 and {row["class"] for row in predicted} <= set("0123456789")
     assert Path("runs/quickstart/metrics.csv").read_text() == before
     run(["test", *SMALL])
 
