@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from odenets.cli import fail
 from schemes import SchemeError
@@ -84,7 +84,7 @@ class Command(LightningCLI):
         return
 
     def before_instantiate_classes(self) -> None:
-        options = self.config[self.subcommand]
+        options = self.config[str(self.subcommand)]
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.run_dir = Path(options.run_dir)
@@ -105,10 +105,10 @@ class Command(LightningCLI):
 
     def before_fit(self) -> None:
         if not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            keep_earlier_run(self.run_dir, resumed=self.config_init[self.subcommand].ckpt_path is not None)
+            keep_earlier_run(self.run_dir, resumed=self.config_init[str(self.subcommand)].ckpt_path is not None)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings = self.config_init[self.subcommand]
+        settings = self.config_init[str(self.subcommand)]
         trainer = settings.trainer
         fit = self.subcommand == "fit"
         # Other subcommands log beside the training run's files, never over them.

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -180,9 +180,9 @@ class Digits(Pictures):
             return
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-        y = torch.tensor(digits.target, dtype=torch.long)
+        pictures, labels = load_digits(return_X_y=True)
+        x = torch.tensor(pictures, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        y = torch.tensor(labels, dtype=torch.long)
         train, held = hold_out(len(y), 0.2, self.split_seed)
         self.sets["train"] = Cached(x[train], y[train])
         self.sets["val"] = self.sets["test"] = Cached(x[held], y[held])

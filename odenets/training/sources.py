@@ -145,9 +145,10 @@ def _parquet_splits(path: Path) -> dict[str, list[str]]:
 
 def _load_parquet(splits: dict[str, list[str]]) -> dict[str, Any]:
     import datasets
+    import datasets.config
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening local files would otherwise report to the hub
-    return dict(datasets.load_dataset("parquet", data_files=splits))
+    return {str(name): table for name, table in datasets.load_dataset("parquet", data_files=splits).items()}
 
 
 def _folder_splits(path: Path) -> dict[str, Source]:
@@ -168,18 +169,20 @@ def _folder_splits(path: Path) -> dict[str, Source]:
 def _load_hub(hub: str, download: bool) -> dict[str, Any]:
     """A dataset of the hub; the network is asked once, with a short limit, and only if downloading is allowed."""
     import datasets
+    import datasets.config
     import huggingface_hub
+    import huggingface_hub.constants
 
     if download:
         try:
             huggingface_hub.HfApi().dataset_info(hub, timeout=10)
         except Exception as e:  # every failure (no network, offline mode, no such name) has the same remedies
             raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__})\n  {THREE_WAYS}") from None
-        return dict(datasets.load_dataset(hub))
+        return {str(name): table for name, table in datasets.load_dataset(hub).items()}
     offline = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return dict(datasets.load_dataset(hub))
+        return {str(name): table for name, table in datasets.load_dataset(hub).items()}
     except Exception:
         raise DataError(
             f"data.hub: {hub!r} is not on this machine and downloading was not allowed\n  {THREE_WAYS}"
