@@ -13,7 +13,8 @@ from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
 if TYPE_CHECKING:
-    from .stack import Stack, Step
+    from .stack import Stack
+    from .step import Step
 
 # Blocks of well-known libraries that add their input themselves.
 OWN_SKIP = {
@@ -55,7 +56,7 @@ class Watched:
         if any(a._version != v for a, v in zip(tensors, versions, strict=True)):
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
-        if out.shape != want:
+        if want is not None and out.shape != want:
             raise SchemeError(
                 f"{where}: returned {tuple(out.shape)}, the stream that it updates is {tuple(want)}.\n"
                 "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
@@ -75,7 +76,10 @@ def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Funct
 
         return run
 
-    return [Watched(f, step, i, shapes) for i, f in enumerate(fs)], [shortcut(i, g) for i, g in enumerate(gs)]
+    watched = [Watched(f, step, i, shapes) for i, f in enumerate(fs)]
+    if step.scheme.streams != 1:  # the shortcuts of a coupling keep shapes, and have an inverse to be called by
+        return watched, gs
+    return watched, [shortcut(i, g) for i, g in enumerate(gs)]
 
 
 @contextmanager
@@ -93,7 +97,7 @@ def nothing_changed(module: nn.Module, always: bool = False) -> Iterator[None]:
         if undo:
             with torch.no_grad():
                 for b, value in zip(buffers, saved, strict=True):
-                    b.copy_(value)
+                    b.data.copy_(value)
             torch.set_rng_state(states[0])
             for d, state in zip(devices, states[1], strict=True):
                 torch.cuda.set_rng_state(state, d)

@@ -9,7 +9,6 @@ A level is a ``Stack``; its first step downsamples. Three placements of activati
 Sources: He et al., arXiv 1512.03385 and 1603.05027; Luo et al., HO-ResNet, arXiv 2103.15244.
 """
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
@@ -22,6 +21,7 @@ from schemes import Scheme, SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import BasicFunction, BottleneckFunction, PadShortcut, Projection, init_kaiming, linear_rates
 from ..stack import Stack
+from . import resnet_keys
 from .levels import schemes_of_levels, steps_that_fit, warned_once
 
 Block = Literal["basic", "bottleneck"]
@@ -222,7 +222,8 @@ class ResidualNet(nn.Module):
 
         A twin is this network under another scheme: the same residual functions, grouped into other steps.
         """
-        return _published(self, keys) or _twin(self, keys)
+        own = self.state_dict().keys()
+        return resnet_keys.published(own, keys, FUNCTIONS[self.block].convolutions) or resnet_keys.twin(own, keys)
 
 
 class ResNet(ResidualNet):
@@ -357,63 +358,3 @@ def _stem(kind: Stem, in_chans: int, width: int, norm: bool) -> nn.Sequential:
     if kind == "conv7_pool":
         stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
     return stem
-
-
-# Published layouts -----------------------------------------------------------------------------------------------
-
-_OWN = re.compile(r"levels\.(\d+)\.steps\.(\d+)\.fs\.(\d+)\.(.+)")
-_FUNCTION = re.compile(r"layer(\d+)\.(\d+)\.(conv|bn)(\d+)\.(.+)")
-_SHORTCUT = re.compile(r"layer(\d+)\.0\.(?:downsample|shortcut)\.([01])\.(.+)")
-_WHOLE = {"conv1": "stem.conv", "bn1": "stem.norm", "fc": "head", "linear": "head"}
-_PARTS = {"conv": "conv", "bn": "norm", "0": "conv", "1": "norm"}
-
-
-def _places(keys: Collection[str]) -> dict[int, list[tuple[int, int]]]:
-    """For each level the (step, index) of its residual functions, in order."""
-    found: dict[int, set[tuple[int, int]]] = {}
-    for key in keys:
-        if m := _OWN.fullmatch(key):
-            found.setdefault(int(m[1]), set()).add((int(m[2]), int(m[3])))
-    return {level: sorted(places) for level, places in found.items()}
-
-
-def _published(model: ResidualNet, keys: Collection[str]) -> KeyMap | None:
-    """torchvision's keys, and those of the CIFAR and HO-ResNet releases, whose blocks hold one function or several.
-
-    Convolution j of a block belongs to the block's function (j - 1) // c, where a function has c convolutions.
-    """
-    if "conv1.weight" not in keys or not any(key.startswith("layer1.0.conv1") for key in keys):
-        return None
-    places = _places(model.state_dict().keys())
-    per_function = FUNCTIONS[model.block].convolutions
-    per_block = max(int(m[4]) for key in keys if (m := _FUNCTION.fullmatch(key)) and m[3] == "conv") // per_function
-    names: dict[str, str | None] = {}
-    for key in keys:
-        head, _, rest = key.partition(".")
-        if head in _WHOLE:
-            dropped = _WHOLE[head] == "head" and not model.num_classes
-            names[key] = None if dropped else f"{_WHOLE[head]}.{rest}"
-        elif m := _SHORTCUT.fullmatch(key):
-            names[key] = f"levels.{int(m[1]) - 1}.steps.0.gs.0.{_PARTS[m[2]]}.{m[3]}"
-        elif m := _FUNCTION.fullmatch(key):
-            level, (inside, j) = int(m[1]) - 1, divmod(int(m[4]) - 1, per_function)
-            place = int(m[2]) * per_block + inside
-            if place < len(places.get(level, ())):
-                n, i = places[level][place]
-                names[key] = f"levels.{level}.steps.{n}.fs.{i}.{_PARTS[m[3]]}{j + 1}.{m[5]}"
-    return KeyMap("torchvision" if per_block == 1 and "fc.weight" in keys else "layers", names)
-
-
-def _twin(model: ResidualNet, keys: Collection[str]) -> KeyMap | None:
-    """The keys of this network under any scheme, with or without a head."""
-    own, given = _places(model.state_dict().keys()), _places(keys)
-    if not given:
-        return None
-    names: dict[str, str | None] = {}
-    for key in keys:
-        names[key] = None if key.startswith("head.") and not model.num_classes else key
-        if (m := _OWN.fullmatch(key)) and len(given[int(m[1])]) == len(own.get(int(m[1]), ())):
-            level = int(m[1])
-            n, i = own[level][given[level].index((int(m[2]), int(m[3])))]
-            names[key] = f"levels.{level}.steps.{n}.fs.{i}.{m[4]}"
-    return KeyMap("own" if own == given else "own, under another scheme", names)

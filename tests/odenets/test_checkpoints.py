@@ -282,6 +282,12 @@ def test_misfits_of_published_layouts_carry_the_published_names(key, value, mess
         checkpoints.load(ResNet(**SMALL), change(source.state_dict(), **{key: value}))
 
 
+def test_weights_of_another_block_are_refused():
+    basic = Published(SMALL["functions"], SMALL["widths"], False, SMALL["num_classes"])
+    with pytest.raises(SchemeError, match="nothing was loaded"):
+        checkpoints.load(ResNet(**SMALL, block="bottleneck"), basic.state_dict())
+
+
 def test_a_deeper_twin_is_refused():
     with pytest.raises(SchemeError, match="without a place"):
         checkpoints.load(create_model("ho_resnet26"), quiet("ho_resnet74").state_dict())
