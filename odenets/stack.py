@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from schemes import registry
+from schemes.coupling import Coupling
 from schemes.errors import MixingWarning, SchemeError
 from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Function, Scheme, Slot, State
@@ -17,7 +18,7 @@ from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import backprop as engine
 from . import checks
-from .modes import Checkpoint, Mode, Reverse, mode, written
+from .modes import Checkpoint, Exact, Mode, Reverse, mode, written
 from .recompute import buffers_kept
 from .step import Call, Step
 
@@ -133,8 +134,8 @@ class Stack(nn.Module):
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
         shortcuts = _shortcuts(shortcut, self.scheme, depth)
-        if isinstance(self.backprop, Reverse):
-            _check_reverse(self.scheme, self.rule, after)
+        if isinstance(self.backprop, (Reverse, Exact)):
+            _check_reverse(self.scheme, self.rule, after, isinstance(self.backprop, Exact))
         self.block = shared
         self.after = after
         self.depth = depth
@@ -236,7 +237,7 @@ class Stack(nn.Module):
             return self.forward_with_errors(x, t=t, context=context).output
         state = self._start(x, t, context)
         time = t if self._timed else None
-        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
             return self.scheme.readout(self._reversed(self.backprop, state, time, context))  # type: ignore[call-arg]
         if isinstance(self.backprop, Checkpoint) and torch.is_grad_enabled():
             every = self.backprop.every
@@ -274,7 +275,7 @@ class Stack(nn.Module):
 
     @torch.compiler.disable
     def _reversed(
-        self, how: Reverse, state: State, time: Any, context: Any, states: list[State] | None = None
+        self, how: Reverse | Exact, state: State, time: Any, context: Any, states: list[State] | None = None
     ) -> State:
         return self.monitor.run(self, how, state, time, context, states)
 
@@ -287,7 +288,7 @@ class Stack(nn.Module):
             raise SchemeError("Stack: trajectory has no step sizes from errors; use forward_with_errors.")
         state = self._start(x, t, context)
         time = t if self._timed or self.scheme.nodes is None else None
-        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
             states: list[State] = []
             self._reversed(self.backprop, state, time, context, states)  # type: ignore[call-arg]
             return [self.scheme.readout(s) for s in states]
@@ -434,8 +435,16 @@ def _shortcuts(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Mod
     return found
 
 
-def _check_reverse(scheme: Scheme, rule: StepSize, after: nn.Module | None) -> None:
-    if not scheme.invertible:
+def _check_reverse(scheme: Scheme, rule: StepSize, after: nn.Module | None, exact: bool) -> None:
+    if exact:
+        for part in (scheme.at(0), scheme.at(1)):
+            fs = [nn.Identity()] * part.stages
+            for p, *_ in part.in_training(0, torch.zeros(1, 1)).elementary(fs, 1.0):
+                if not isinstance(p, Coupling) or not p.exact:
+                    raise SchemeError(
+                        f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
+                    )
+    if not scheme.trains_by_inverse:
         raise SchemeError(
             f"Stack: {scheme} has no inverse, which backprop='reverse' needs: use backprop='checkpoint', or an "
             f"invertible scheme such as revnet or reversible({scheme})."

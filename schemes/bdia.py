@@ -142,6 +142,16 @@ class Bdia(Scheme):
         (x,) = state
         return ((gs[0](x) if gs else x) + scaled(h, fs[0](x)),)
 
+    def readout(self, state: State) -> Tensor:
+        return state[-1]
+
+    @property
+    def trains_by_inverse(self) -> bool:
+        return True
+
+    def in_training(self, n: int, x: Tensor) -> Scheme:
+        return self.at_random(n, self.draw(x))
+
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws gamma or -gamma for each sample.
 

@@ -110,6 +110,7 @@ class Coupling(Scheme):
         amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
             functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
             Learned shortcuts change it; they must be measured.
+        exact: whether the inverse can be made bit-exact on a grid; not where the scale is computed from the streams.
     """
 
     invertible = True
@@ -117,6 +118,7 @@ class Coupling(Scheme):
     made: int = 0
     shortcuts: int = 0
     amplification: float = 1.0
+    exact: bool = True
 
     @abstractmethod
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -314,6 +316,7 @@ class Affine(_Split):
     stages = evaluations = 2
     streams = 2
     nodes = (0.0, 1.0)
+    exact = False
 
     def __init__(self, dim: int = 1, bound: float = 1.0):
         self.dim, self.bound = int(dim), float(bound)

@@ -86,6 +86,18 @@ class Scheme(ABC):
         """The state from which ``advance`` made ``state``."""
         raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
 
+    @property
+    def trains_by_inverse(self) -> bool:
+        """Whether ``in_training`` is invertible, so that training can make states again instead of keeping them."""
+        return self.invertible
+
+    def in_training(self, n: int, x: Tensor) -> "Scheme":
+        """What stands for this scheme in step n of a training pass that makes states again; x is a stream of it.
+
+        The scheme itself, unless training and inference differ (bdia).
+        """
+        return self
+
     def elementary(
         self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
     ) -> "list[tuple[Scheme, Sequence[Function], StepSize, Sequence[Function]]]":
