@@ -133,9 +133,13 @@ class Stack(nn.Module):
             _warn_of_unused(self.scheme, self.rule)
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
+            if self.backprop is not None:
+                raise SchemeError(
+                    f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
+                )
         shortcuts = _shortcuts(shortcut, self.scheme, depth)
         if isinstance(self.backprop, (Reverse, Exact)):
-            _check_reverse(self.scheme, self.rule, after, isinstance(self.backprop, Exact))
+            _check_reverse(self.scheme, after, isinstance(self.backprop, Exact))
         self.block = shared
         self.after = after
         self.depth = depth
@@ -375,6 +379,8 @@ class Stack(nn.Module):
     @property
     def evaluations(self) -> int:
         """Calls of residual functions in one forward pass; of an adaptive solver, those of the last one."""
+        if isinstance(self.rule, FromError):  # the companion reads all of them
+            return sum(s.scheme.stages for s in self.steps)
         return sum(s.calls[0] if s.scheme.evaluations is None else s.scheme.evaluations for s in self.steps)
 
     def extra_repr(self) -> str:
@@ -393,7 +399,7 @@ def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     """The residual functions as modules, and the shared one where there is only one."""
     if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
         return [block], block
-    if callable(block):
+    if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
         call = Call(block)  # type: ignore[arg-type]
         return [call], call
     try:
@@ -435,7 +441,7 @@ def _shortcuts(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Mod
     return found
 
 
-def _check_reverse(scheme: Scheme, rule: StepSize, after: nn.Module | None, exact: bool) -> None:
+def _check_reverse(scheme: Scheme, after: nn.Module | None, exact: bool) -> None:
     if exact:
         for part in (scheme.at(0), scheme.at(1)):
             fs = [nn.Identity()] * part.stages
@@ -454,8 +460,6 @@ def _check_reverse(scheme: Scheme, rule: StepSize, after: nn.Module | None, exac
             "Stack: after= is a projection that cannot be undone, so backprop='reverse' refuses it: put it into the "
             "residual functions (pre-activation), or use backprop='checkpoint'."
         )
-    if isinstance(rule, FromError):
-        raise SchemeError("Stack: step sizes from errors and backprop='reverse' do not go together; use 'store'.")
 
 
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
