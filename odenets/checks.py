@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from schemes.coupling import Coupling
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
@@ -56,7 +57,7 @@ class Watched:
         if any(a._version != v for a, v in zip(tensors, versions, strict=True)):
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
-        if out.shape != want:
+        if want is not None and out.shape != want:
             raise SchemeError(
                 f"{where}: returned {tuple(out.shape)}, the stream that it updates is {tuple(want)}.\n"
                 "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
@@ -77,7 +78,7 @@ def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Funct
         return run
 
     watched = [Watched(f, step, i, shapes) for i, f in enumerate(fs)]
-    if step.scheme.streams != 1:  # the shortcuts of a coupling keep shapes, and have an inverse to be called by
+    if isinstance(step.scheme, Coupling):  # its shortcuts keep shapes, and have an inverse to be called by
         return watched, gs
     return watched, [shortcut(i, g) for i, g in enumerate(gs)]
 

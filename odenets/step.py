@@ -67,6 +67,11 @@ class Step(nn.Module):
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, self.calls)
         return fs, gs
 
+    def at_start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
+        """The residual functions at the start of the step in time, as a scheme's ``init`` evaluates them."""
+        fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
+        return fs if self.plain else bind(fs, self.takes, (0.0,) * len(fs), t, 0.0, context)
+
     def forward(
         self,
         state: State,
