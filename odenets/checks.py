@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from schemes.coupling import Coupling
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
@@ -78,7 +79,7 @@ def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Funct
         return run
 
     watched = [Watched(f, step, i, shapes) for i, f in enumerate(fs)]
-    if step.scheme.streams != 1:  # the shortcuts of a coupling keep shapes, and have an inverse to be called by
+    if isinstance(step.scheme, Coupling):  # its shortcuts keep shapes, and have an inverse to be called by
         return watched, gs
     return watched, [shortcut(i, g) for i, g in enumerate(gs)]
 

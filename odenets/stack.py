@@ -162,6 +162,7 @@ class Stack(nn.Module):
         self._direct = (
             self.scheme.streams == 1
             and type(self.scheme).init is Scheme.init
+            and type(self.scheme).readout is Scheme.readout
             and self.backprop is None
             and after is None
             and shared is None
@@ -310,7 +311,10 @@ class Stack(nn.Module):
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
         """All streams after the last step, before the readout: what ``inverse`` can start from."""
-        return self._advance(self.steps, self._start(x, t, context), t if self._timed else None, context)
+        state, time = self._start(x, t, context), t if self._timed else None
+        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+            return self._reversed(self.backprop, state, time, context)  # type: ignore[call-arg]
+        return self._advance(self.steps, state, time, context)
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
         """The input whose output is y.

@@ -167,6 +167,14 @@ class _Split(Coupling):
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
+    def enter(self, y: Tensor) -> State:
+        if self.turn and y.shape[self.dim] % self.streams:
+            raise SchemeError(f"{self}: its streams differ in width and change places; invert from Stack.final_state.")
+        return self.init((), y)
+
+    def origin(self, state: State) -> Tensor:
+        return torch.cat(state, self.dim)
+
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         small, wider = divmod(channels, self.streams)
         return (small + 1,) * wider + (small,) * (self.streams - wider)

@@ -254,6 +254,9 @@ class ReversibleHeun(_OneFunction):
     def readout(self, state: State) -> Tensor:
         return state[0] - state[2]
 
+    def origin(self, state: State) -> Tensor:
+        return state[1]
+
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
 
