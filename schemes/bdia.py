@@ -82,6 +82,9 @@ class Bidirectional(Coupling):
     def at(self, n: int) -> Scheme:
         return self if n else self.first
 
+    def enter(self, y: Tensor) -> State:
+        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+
     def readout(self, state: State) -> Tensor:
         return state[-1]
 

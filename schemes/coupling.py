@@ -32,8 +32,9 @@ class Update(NamedTuple):
 
     Attributes:
         dst: the stream that changes.
-        terms: gives (scale, shift) from the state; must not read ``state[dst]``. The shift is a new tensor that
-            nothing else holds; the scale is a number or a tensor that broadcasts, never zero.
+        terms: gives (scale, shift) from the state; must not read ``state[dst]``, nor what follows it where it is new.
+            The shift is a new tensor that nothing else holds; the scale is a number or a tensor that broadcasts, never
+            zero.
         makes: whether ``dst`` is a new stream, one more than there were; its inverse is to drop it.
         shortcut: number of the shortcut that takes the place of ``scale *`` in a step that is given shortcuts: an
             invertible module with a method ``inverse``; None where there is none.
@@ -106,6 +107,7 @@ class Coupling(Scheme):
     Attributes:
         turn: the updates are followed by a rotation of the streams: the first ``turn`` go to the end.
         made: number of streams that a step makes.
+        emitted: the streams, as they stand after a step, that its inverse does not bring back: by-products.
         shortcuts: number of shortcuts that a step may be given, all or none.
         amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
             functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
@@ -116,6 +118,7 @@ class Coupling(Scheme):
     invertible = True
     turn: int = 0
     made: int = 0
+    emitted: tuple[int, ...] = ()
     shortcuts: int = 0
     amplification: float = 1.0
     exact: bool = True

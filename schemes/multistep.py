@@ -245,6 +245,7 @@ class ReversibleHeun(_OneFunction):
 
     order = 2
     streams = 3
+    emitted = (2,)
     nodes = (1.0,)
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
