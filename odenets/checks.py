@@ -13,7 +13,8 @@ from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
 if TYPE_CHECKING:
-    from .stack import Stack, Step
+    from .stack import Stack
+    from .step import Step
 
 # Blocks of well-known libraries that add their input themselves.
 OWN_SKIP = {
@@ -75,7 +76,10 @@ def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Funct
 
         return run
 
-    return [Watched(f, step, i, shapes) for i, f in enumerate(fs)], [shortcut(i, g) for i, g in enumerate(gs)]
+    watched = [Watched(f, step, i, shapes) for i, f in enumerate(fs)]
+    if step.scheme.streams != 1:  # the shortcuts of a coupling keep shapes, and have an inverse to be called by
+        return watched, gs
+    return watched, [shortcut(i, g) for i, g in enumerate(gs)]
 
 
 @contextmanager

@@ -113,6 +113,16 @@ class Nested(Scheme):
 
         return tuple(function(i, raw) for i, raw in enumerate(self.outer.raw))
 
+    def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
+        gs = tuple(_Once(g) for g in gs)
+        return self.outer.elementary(self._functions(fs, h, gs), h, gs)
+
+    def enter(self, y: Tensor) -> State:
+        return self.outer.enter(y)
+
+    def origin(self, state: State) -> Tensor:
+        return self.outer.origin(state)
+
     def init(self, fs: Sequence[Function], x: Tensor) -> State:
         return self.outer.init(self._functions(fs, 1.0, ()), x)
 
@@ -203,11 +213,24 @@ class Composition(Scheme):
             i -= p.stages
         raise IndexError(i)
 
+    def enter(self, y: Tensor) -> State:
+        return self.parts[-1].enter(y)
+
+    def origin(self, state: State) -> Tensor:
+        return self.parts[0].origin(state)
+
     def init(self, fs: Sequence[Function], x: Tensor) -> State:
         return self.parts[0].init(fs[: self.parts[0].stages], x)
 
     def readout(self, state: State) -> Tensor:
         return self.parts[-1].readout(state)
+
+    def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
+        h, start, found = self.scale * h, 0, []
+        for p in self.parts:
+            found += p.elementary(fs[start : start + p.stages], h, gs)
+            start, gs = start + p.stages, ()
+        return found
 
     def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         h, start = self.scale * h, 0

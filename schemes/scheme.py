@@ -83,6 +83,22 @@ class Scheme(ABC):
         """The state from which ``advance`` made ``state``."""
         raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
 
+    def elementary(
+        self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
+    ) -> "list[tuple[Scheme, Sequence[Function], StepSize, Sequence[Function]]]":
+        """The schemes that make up one step, in order, each with its functions, step size and shortcuts."""
+        return [(self, fs, h, gs)]
+
+    def enter(self, y: Tensor) -> State:
+        """The streams whose readout is y, where the readout loses nothing: the start of an inverse."""
+        if self.streams != 1:
+            raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+        return (y,)
+
+    def origin(self, state: State) -> Tensor:
+        """The input from which ``init`` made these streams."""
+        return state[0]
+
     def init(self, fs: Sequence[Function], x: Tensor) -> State:
         """Makes the streams from the input; ``fs`` are the functions of the first step."""
         return (x,)
