@@ -1,4 +1,4 @@
-"""Writes the tables of the pages from the code: ``python docs/tables.py`` (``--check`` only says whether they are up to date).
+"""Writes the tables of the pages from the code: ``python docs/tables.py`` (``--check``: only says which are old).
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
@@ -54,6 +54,22 @@ def named_schemes() -> str:
     )
 
 
+# Schemes of several streams, and others without a tableau; those with parameters by a usual member.
+OTHERS = """leapfrog momentum(9/10) alf reversible_heun ab2 lm_resnet(1/2) revnet additive(3) affine multilevel(3)
+    revcol bdia reversible(rk4) dense(12) adaptive(dopri5)"""
+
+
+def other_schemes() -> str:
+    """What is no Runge-Kutta method, with the first line of its documentation."""
+    rows = []
+    for text in OTHERS.split():
+        scheme = schemes.get(text)
+        what = (type(scheme).__doc__ or "").split("\n")[0].rstrip(".").replace("|", "&#124;").replace("*", "\\*")
+        inverse = "yes" if scheme.invertible else "–"
+        rows.append([f"`{text}`", str(scheme.stages), str(scheme.streams), str(scheme.order or "–"), inverse, what])
+    return table("Scheme | Stages# | Streams# | Order# | Inverse | It is", rows)
+
+
 def named_models(kind: str) -> str:
     """Parameters of the registered models of one kind, counted without memory or time for weights."""
     rows = []
@@ -82,6 +98,7 @@ def named_models(kind: str) -> str:
 
 TABLES = {
     "schemes": named_schemes,
+    "others": other_schemes,
     "resnet": lambda: named_models("resnet"),
     "ho_resnet": lambda: named_models("ho_resnet"),
 }

@@ -3,13 +3,13 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_snippets_run_and_print_what_they_say(path):
         if kind == "pycon":
             test = doctest.DocTestParser().get_doctest(code, scope, where, str(path), line)
             out: list[str] = []
-            runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+            runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
             runner.run(test, out=out.append, clear_globs=False)
             assert not runner.failures, "".join(out)
             scope.update(test.globs)
@@ -84,14 +84,15 @@ def test_examples_of_docstrings(module):
 
 
 def test_tables_are_those_of_the_code():
-    done = subprocess.run(
-        [sys.executable, "docs/tables.py", "--check"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}run: python docs/tables.py"
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    stale = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        stale += [m[2] for m in tables.MARKS.finditer(text) if m[0] not in tables.filled(m[0])]
+    assert not stale, "run: python docs/tables.py"
 
 
 def navigation() -> list[str]:
@@ -124,15 +125,18 @@ def test_internal_links_lead_somewhere(path):
         file, _, anchor = target.partition("#")
         page = (path.parent / file).resolve() if file else path
         assert page.is_file(), f"{target}: no such file"
-        assert not page.is_relative_to(ROOT / "docs") or path.name == "README.md" or page in PAGES, target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
             assert anchor in map(slug, headings), f"{target}: no such heading"
 
 
-@pytest.mark.parametrize("path", [*TEXTS, ROOT / "docs/mkdocs.yml", ROOT / ".ci/run", *ROOT.glob("experiments/*.*")], ids=name)
+@pytest.mark.parametrize(
+    "path", [*TEXTS, ROOT / "docs/mkdocs.yml", ROOT / ".ci/run", *ROOT.glob("experiments/*.*")], ids=name
+)
 def test_no_path_of_a_machine(path):
-    found = re.findall(r"(?<![\w./:])(?:/(?:home|root|opt|work|mnt|Users|tmp|var)/|[A-Z]:\\)\S*", path.read_text("utf-8"))
+    found = re.findall(
+        r"(?<![\w./:])(?:/(?:home|root|opt|work|mnt|Users|tmp|var)/|[A-Z]:\\)\S*", path.read_text("utf-8")
+    )
     assert not found
 
 
@@ -143,7 +147,10 @@ def commands(kind: str = "bash") -> list[str]:
 
 def test_the_readme_states_two_commands_that_set_everything_up():
     run, tests = (line for line in README.splitlines() if line.startswith("pip install "))
-    for command, extra, then in ((run, "train", "lightning fit -c experiments/quickstart.yaml"), (tests, "dev", "pytest")):
+    for command, extra, then in (
+        (run, "train", "lightning fit -c experiments/quickstart.yaml"),
+        (tests, "dev", "pytest"),
+    ):
         install, _, main = command.partition(" && ")
         assert main == then
         assert shlex.split(install) == ["pip", "install", "-c", ".ci/constraints.txt", "-e", f".[{extra}]"]
@@ -158,15 +165,17 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert subprocess.run(["bash", "-n", ROOT / ".ci/run"]).returncode == 0
 
 
-@pytest.mark.parametrize("command", sorted({c for c in commands() if re.match(r"(lightning|odenets) ", c)}))
+# `lightning fit --help` and lines with FILE are forms, not commands.
+RUNS = sorted({c for c in commands() if re.match(r"(lightning|odenets) \w+ -c experiments/", c)})
+
+
+@pytest.mark.parametrize("command", RUNS)
 def test_commands_name_files_and_options_that_exist(command):
     """Parsed by the command line itself, without building or training anything."""
     from odenets.training.command import run
 
     words = shlex.split(command)[1:]
     words = [str(ROOT / w) if w.startswith("experiments/") else w for w in words]
-    if words[-1] == "--help" or "FILE" in words:
-        pytest.skip("a form, not a command")
     with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as stop:
         run([*words, "--print_config"])
     assert stop.value.code in (0, None) and "class_path" in printed.getvalue()
@@ -187,11 +196,11 @@ def test_what_a_contribution_costs():
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             lines[node.targets[0].id] = node.end_lineno - node.lineno + 1  # type: ignore[operator]
     low, high = limits["Runge-Kutta method"]
-    for method in ("midpoint", "rk4", "ralston3", "heun2"):
+    for method in ("midpoint", "rk4", "ralston3", "huta6"):
         array = len(str(schemes.get(method).tableau).splitlines())
-        assert low <= lines[method] - array <= high or lines[method] <= high
+        assert low <= lines[method] - array <= high, (method, lines[method], array)
 
-    low, high = limits["n experiment"] if "n experiment" in limits else limits["experiment"]
+    low, high = limits["experiment"]
     for file in ROOT.glob("experiments/*.yaml"):
         text = file.read_text(encoding="utf-8")
         assert low <= len([line for line in text.splitlines() if line and not line.startswith("#")]) <= high, file.name
@@ -201,13 +210,21 @@ def test_the_pages_build():
     """Strictly, where mkdocs is installed: unknown references, anchors and pages are errors."""
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     pytest.importorskip("material", reason="the extra docs is not installed")
-    start = time.perf_counter()
+    words = [
+        "mkdocs",
+        "build",
+        "--strict",
+        "-q",
+        "-f",
+        str(ROOT / "docs/mkdocs.yml"),
+        "-d",
+        str(Path("site").absolute()),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ROOT / "docs/mkdocs.yml", "-d", Path("site").absolute()],
+        [sys.executable, "-m", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert Path("site/index.html").is_file()
-    print(f"built in {time.perf_counter() - start:.1f} s")
