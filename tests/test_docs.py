@@ -181,6 +181,12 @@ def test_commands_name_files_and_options_that_exist(command):
     assert stop.value.code in (0, None) and "class_path" in printed.getvalue()
 
 
+def test_the_file_that_the_training_page_takes_apart_is_the_quickstart():
+    page = ROOT / "docs/pages/train.md"
+    (shown,) = (code for _, _, code in snippets(page, "yaml") if code.startswith("seed_everything"))
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text(encoding="utf-8"))
+
+
 def test_what_a_contribution_costs():
     """The table on the page about adding schemes: files and lines of contributions that exist."""
     page = (ROOT / "docs/pages/add_a_scheme.md").read_text(encoding="utf-8")
