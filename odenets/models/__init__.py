@@ -4,6 +4,7 @@ from . import named as named
 from . import zoo as zoo
 from .convnext import ConvNeXt as ConvNeXt
 from .densenet import DenseNet as DenseNet
+from .features import FeatureNet as FeatureNet
 from .rdnet import RDNet as RDNet
 from .registry import Weights as Weights
 from .registry import create_model as create_model
