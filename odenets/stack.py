@@ -237,6 +237,7 @@ class Stack(nn.Module):
         self._direct = (
             self.scheme.streams == 1
             and type(self.scheme).init is Scheme.init
+            and type(self.scheme).readout is Scheme.readout
             and self.backprop is None
             and after is None
             and shared is None

@@ -1,6 +1,7 @@
 """Models: ``create_model(name)``, or the classes themselves."""
 
 from . import named as named
+from . import roadmap as roadmap
 from . import zoo as zoo
 from .convnext import ConvNeXt as ConvNeXt
 from .densenet import DenseNet as DenseNet
