@@ -100,7 +100,7 @@ class Nested(Scheme):
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         return self.outer.stream_widths(channels)
 
-    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size:
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         return self.outer.shape_of(i // self.inner.stages, streams)
 
     def _functions(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function]) -> tuple[Function, ...]:
@@ -111,7 +111,8 @@ class Nested(Scheme):
             part, shortcut = fs[i * s : (i + 1) * s], gs if raw else ()
             return lambda x: slope(part, x, h, shortcut)
 
-        return tuple(function(i, raw) for i, raw in enumerate(self.outer.raw))
+        uses = len(fs) // self.stages  # more than one where the outer evaluates its functions several times over
+        return tuple(function(i, raw) for i, raw in enumerate(self.outer.raw * uses))
 
     def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
         gs = tuple(_Once(g) for g in gs)
@@ -123,8 +124,12 @@ class Nested(Scheme):
     def origin(self, state: State) -> Tensor:
         return self.outer.origin(state)
 
-    def init(self, fs: Sequence[Function], x: Tensor) -> State:
-        return self.outer.init(self._functions(fs, 1.0, ()), x)
+    def at(self, n: int) -> Scheme:
+        part = self.outer.at(n)
+        return self if part is self.outer else Nested(part, self.inner)
+
+    def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        return self.outer.init(self._functions(fs, h, ()), x, h)
 
     def readout(self, state: State) -> Tensor:
         return self.outer.readout(state)
@@ -206,7 +211,7 @@ class Composition(Scheme):
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         return self.parts[0].stream_widths(channels)
 
-    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size:
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         for p in self.parts:
             if i < p.stages:
                 return p.shape_of(i, streams)
@@ -219,8 +224,8 @@ class Composition(Scheme):
     def origin(self, state: State) -> Tensor:
         return self.parts[0].origin(state)
 
-    def init(self, fs: Sequence[Function], x: Tensor) -> State:
-        return self.parts[0].init(fs[: self.parts[0].stages], x)
+    def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        return self.parts[0].init(fs[: self.parts[0].stages], x, self.scale * h)
 
     def readout(self, state: State) -> Tensor:
         return self.parts[-1].readout(state)
