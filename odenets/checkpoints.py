@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -30,10 +31,17 @@ LISTED = 10
 
 
 class KeyMap(NamedTuple):
-    """How the keys of a published layout are called here; None drops a key on purpose (a head that is not wanted)."""
+    """How the keys of a published layout are called here.
+
+    Attributes:
+        layout: its name.
+        names: published key -> key here; None drops a key on purpose (a head that is not wanted).
+        settings: numbers that the layout implies and no tensor holds, by attribute path ("head_norm.eps").
+    """
 
     layout: str
     names: Mapping[str, str | None]
+    settings: Mapping[str, float] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -88,7 +96,7 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     state, dropped = _strip(model, state, own)
     keys = state.keys()
     known = model.key_map(keys) if isinstance(model, Renames) and keys != own.keys() else None
-    layout, names = known or KeyMap("own", {k: k for k in keys})
+    layout, names, settings = known or KeyMap("own", {k: k for k in keys})
 
     found: dict[str, Tensor] = {}
     placed: set[str] = set()
@@ -103,6 +111,9 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
             unmatched.append(key)
             continue
         placed.add(target)
+        # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1); the numbers and their order are equal.
+        if known and _without_ones(value) == _without_ones(own[target]):
+            value = value.reshape(own[target].shape)
         if value.shape != own[target].shape:
             misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(own[target].shape)}")
         else:
@@ -112,6 +123,9 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     if unmatched or misshapen or missing:
         raise SchemeError(_misfits(model, name, unmatched, misshapen, missing))
     model.load_state_dict({**own, **found})
+    for path, number in settings.items():
+        module, _, name = path.rpartition(".")
+        setattr(model.get_submodule(module), name, number)
     return Report(len(found), layout, tuple(dropped), tuple(absent))
 
 
@@ -200,6 +214,10 @@ def _strip(
         dropped += [key for key in state if not key.startswith(prefix)]
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state, dropped
+
+
+def _without_ones(x: Tensor) -> list[int]:
+    return [size for size in x.shape if size != 1]
 
 
 def _some(items: Iterable[str]) -> str:

@@ -1,6 +1,10 @@
 """Models: ``create_model(name)``, or the classes themselves."""
 
+from . import named as named
 from . import zoo as zoo
+from .convnext import ConvNeXt as ConvNeXt
+from .densenet import DenseNet as DenseNet
+from .rdnet import RDNet as RDNet
 from .registry import Weights as Weights
 from .registry import create_model as create_model
 from .registry import list_models as list_models

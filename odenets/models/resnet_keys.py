@@ -12,7 +12,7 @@ _WHOLE = {"conv1": "stem.conv", "bn1": "stem.norm", "fc": "head", "linear": "hea
 _PARTS = {"conv": "conv", "bn": "norm", "0": "conv", "1": "norm"}
 
 
-def _places(keys: Collection[str]) -> dict[int, list[tuple[int, int]]]:
+def places_of(keys: Collection[str]) -> dict[int, list[tuple[int, int]]]:
     """For each level the (step, index) of its residual functions, in order."""
     found: dict[int, set[tuple[int, int]]] = {}
     for key in keys:
@@ -28,7 +28,7 @@ def published(own: Collection[str], keys: Collection[str], per_function: int) ->
     """
     if "conv1.weight" not in keys or not any(key.startswith("layer1.0.conv1") for key in keys):
         return None
-    places = _places(own)
+    places = places_of(own)
     convolutions = [int(m[4]) for key in keys if (m := _FUNCTION.fullmatch(key)) and m[3] == "conv"]
     per_block = max(convolutions, default=0) // per_function
     names: dict[str, str | None] = {}
@@ -51,7 +51,7 @@ def published(own: Collection[str], keys: Collection[str], per_function: int) ->
 
 def twin(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     """The keys of this network under any scheme, with or without a head."""
-    places, given = _places(own), _places(keys)
+    places, given = places_of(own), places_of(keys)
     if not given:
         return None
     names: dict[str, str | None] = {}
