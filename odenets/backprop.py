@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from schemes.coupling import Coupling, Update, do, turned, undo
+from schemes.coupling import Coupling, Update, do, shortcut_of, turned, undo
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
@@ -535,21 +535,22 @@ def _differentiate(
     del others
 
     own: Tensor | None = None  # the gradient of x_d itself
+    g = shortcut_of(update, gs)
     if update.makes:
         state = state[:d]
     else:
         with torch.no_grad():
             x = state[d] - shift
-            if update.shortcut is not None:
-                x = gs[update.shortcut].inverse(x)
+            if g is not None:
+                x = g.inverse(x)
             elif not (isinstance(scale, float) and scale == 1.0):
                 x = x / scale.detach() if isinstance(scale, Tensor) else x / scale
         state = (*state[:d], x, *state[d + 1 :])
         if grad is not None:
-            if update.shortcut is not None:
+            if g is not None:
                 leaf = x.detach().requires_grad_()
                 with torch.enable_grad():
-                    scaled = gs[update.shortcut](leaf)
+                    scaled = g(leaf)
                 pairs.append((scaled, grad))
                 inputs.append(leaf)
             else:
@@ -560,14 +561,14 @@ def _differentiate(
                     own = grad if isinstance(scale, float) and scale == 1.0 else grad * scale
     del shift, scale
     found = list(_gradients(pairs, inputs, ask, sums))
-    if update.shortcut is not None and grad is not None and not update.makes:
+    if g is not None and grad is not None and not update.makes:
         own = found.pop()
     if update.makes:
         del grads[d:]
     else:
         grads[d] = own
-    for i, g in zip(places, found, strict=True):
-        grads[i] = _add(grads[i], g)
+    for i, found_grad in zip(places, found, strict=True):
+        grads[i] = _add(grads[i], found_grad)
     return state
 
 
