@@ -56,7 +56,7 @@ class Watched:
         if any(a._version != v for a, v in zip(tensors, versions, strict=True)):
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
-        if out.shape != want:
+        if want is not None and out.shape != want:
             raise SchemeError(
                 f"{where}: returned {tuple(out.shape)}, the stream that it updates is {tuple(want)}.\n"
                 "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
