@@ -64,22 +64,31 @@ class Watched:
         return out
 
 
+class WatchedShortcut:
+    """A shortcut under the checks: notes the shape that it gives a stream."""
+
+    def __init__(self, shortcut: Function, i: int, shapes: list[torch.Size]):
+        self.shortcut, self.i, self.shapes = shortcut, i, shapes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.shortcut(x)
+        # A column's shortcuts are counted from its first level, which is stream 1; they keep shapes.
+        if y.shape != x.shape:
+            self.shapes[self.i] = y.shape
+        return y
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
+        if y.shape != x.shape:
+            self.shapes[self.i] = x.shape
+        return x
+
+
 def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Function]):
     """The residual functions and shortcuts of a step, under the checks."""
     shapes = [x.shape for x in state]
-
-    def shortcut(i: int, g: Function) -> Function:
-        def run(x: Tensor) -> Tensor:
-            y = g(x)
-            shapes[i] = y.shape
-            return y
-
-        return run
-
     watched = [Watched(f, step, i, shapes) for i, f in enumerate(fs)]
-    if step.scheme.streams != 1:  # the shortcuts of a coupling keep shapes, and have an inverse to be called by
-        return watched, gs
-    return watched, [shortcut(i, g) for i, g in enumerate(gs)]
+    return watched, [WatchedShortcut(g, i, shapes) for i, g in enumerate(gs)]
 
 
 @contextmanager
