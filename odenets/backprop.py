@@ -217,6 +217,8 @@ class Monitor:
         _refuse_inner_shards(stack)
         self._read(how)
         steps = stack.steps
+        if _autocast_now(state):  # the inverse subtracts what was added, so the sums stay in single precision
+            state = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
         bound = how.bound or BOUNDS.get(state[0].dtype, 1e-5)
         auto = how.every is None and how.memory is None
         if auto and self.growth is None:

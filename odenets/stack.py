@@ -262,11 +262,10 @@ class Stack(nn.Module):
         return self.scheme.readout(self._advance(self.steps, state, time, context))
 
     def _start(self, x: Tensor, t: Any, context: Any) -> State:
-        if self.scheme.streams == 1:
+        if type(self.scheme).init is Scheme.init:
             return (x,)
         first = self.steps[0]
-        fs, _ = first.functions((x,), self.block, t if self._timed else None, context, first.h)
-        return self.scheme.init(fs, x)
+        return self.scheme.init(first.start(self.block, t if self._timed else None, context), x, first.h)
 
     def _advance(self, steps: Iterable[Step], state: State, time: Any, context: Any) -> State:
         for step in steps:
@@ -460,12 +459,14 @@ def _shortcuts(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Mod
             raise SchemeError(f"Stack: shortcuts for {len(given)} steps, want {depth}, one list per step.")
         found = {n: tuple(nn.Identity() if g is None else g for g in gs) for n, gs in enumerate(given)}
     else:
-        if len(given) != scheme.streams:
-            raise SchemeError(
-                f"Stack: {len(given)} shortcuts for {scheme.streams} streams of {scheme}; want one per stream."
-            )
         found = {0: tuple(given)}
     for n, gs in found.items():
+        want = scheme.at(n).shortcuts
+        if len(gs) != want:
+            raise SchemeError(
+                f"Stack: {len(gs)} shortcuts for step {n} of {scheme}, which takes {want or 'none'}; "
+                "a stride or projection can stand before the stack."
+            )
         for g in gs:
             if not isinstance(g, nn.Module):
                 raise SchemeError(f"Stack: the shortcut of step {n} is a {type(g).__name__}, want a module.")

@@ -67,6 +67,11 @@ class Step(nn.Module):
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, self.calls)
         return fs, gs
 
+    def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
+        """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""
+        fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
+        return fs if self.plain else bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
+
     def forward(
         self,
         state: State,

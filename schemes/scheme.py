@@ -63,6 +63,7 @@ class Scheme(ABC):
         gain: sum_i |b_i| over a step, likewise.
         streams: number of streams that ``init`` makes.
         invertible: whether ``retreat`` undoes ``advance``.
+        shortcuts: number of shortcuts that a step may be given, all or none.
         evaluations: calls of residual functions per step; None where only a run can tell.
     """
 
@@ -73,6 +74,7 @@ class Scheme(ABC):
     mixing: float | None = None
     gain: float | None = None
     streams: int = 1
+    shortcuts: int = 1
     invertible: bool = False
     evaluations: int | None = None
 

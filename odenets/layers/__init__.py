@@ -12,5 +12,6 @@ from .norm import LayerNorm2d as LayerNorm2d
 from .residual import BasicFunction as BasicFunction
 from .residual import BottleneckFunction as BottleneckFunction
 from .residual import Order as Order
+from .scale import ChannelScale as ChannelScale
 from .shortcut import PadShortcut as PadShortcut
 from .shortcut import Projection as Projection
