@@ -59,12 +59,12 @@ class _Visits(list):
 
     def __init__(self, visitor: Callable[[int, State], None] | None):
         super().__init__()
-        self.visitor, self.count = visitor, 0
+        self.visitor, self.n = visitor, 0
 
     def append(self, state: State) -> None:
         if self.visitor is not None:
-            self.visitor(self.count, state)
-        self.count += 1
+            self.visitor(self.n, state)
+        self.n += 1
 
 
 class Stack(nn.Module):

@@ -1,6 +1,7 @@
 """The residual function of a level in a multi-column network: fuse the neighbours, then a few residual blocks."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ class PictureDecoder(nn.Module):
         super().__init__()
         widths = list(reversed(channels))
         self.proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 1), LayerNorm2d(b), nn.GELU()) for a, b in zip(widths, widths[1:])
+            nn.Sequential(nn.Conv2d(a, b, 1), LayerNorm2d(b), nn.GELU()) for a, b in pairwise(widths)
         )
         self.blocks = nn.ModuleList(ConvNeXtFunction(b, kernel=3, expansion=1) for b in widths[1:])
         self.pixels = nn.Conv2d(widths[-1], colours * patch**2, 1)

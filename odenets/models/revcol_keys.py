@@ -73,7 +73,7 @@ def _function(name: str) -> str:
 def pad_kernels(state: Mapping[str, Tensor], kernel_size: int, std: float = 1e-7) -> dict[str, Tensor]:
     """A state dict whose depthwise kernels stand in the middle of larger ones, for fine-tuning with a wider view.
 
-    The new entries are drawn from a normal distribution, so that the network begins where it was, but for about ``std``.
+    The new entries are drawn from a normal distribution, so that the network begins where it was, to about ``std``.
 
     Args:
         state: a state dict, in the published layout or this library's.
