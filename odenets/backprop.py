@@ -60,6 +60,7 @@ class Call(NamedTuple):
     owners: list[Owner]
     generators: "list[Generators | None]"  # one per elementary update, None where nothing was drawn
     autocast: list[tuple[str, torch.dtype]]
+    left: set[int]  # by-products among the streams, which the inverse does not make again
 
 
 class Tape:
@@ -120,7 +121,7 @@ class Tape:
         """Sets the tape to the state before step n, and compares with what was kept there."""
         kept = self.kept.get(n)
         if kept is not None:
-            drift = _distance(state, kept)
+            drift = _distance(state, kept, self.calls[n])
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
             state = kept
         self.position, self.state = n, state
@@ -139,8 +140,10 @@ def _keep_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
-def _distance(a: State, b: State) -> Tensor:
-    """|a - b| / |b| over all streams together, on their device."""
+def _distance(a: State, b: State, call: Call) -> Tensor:
+    """|a - b| / |b| over all streams together but those that the inverse leaves, on their device."""
+    pairs = [(x, y) for i, (x, y) in enumerate(zip(a, b, strict=True)) if i not in call.left]
+    a, b = zip(*pairs, strict=True)
     error = torch.stack([torch.linalg.vector_norm((x - y).float()) for x, y in zip(a, b, strict=True)])
     size = torch.stack([torch.linalg.vector_norm(y.float()) for y in b])
     return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(size).clamp_min(1e-30)
@@ -180,7 +183,7 @@ def advance(tape: Tape, step: "Step", state: State, shared: nn.Module | None, t:
     tape.anchor(n, state)
     autocast = _autocast_now(state)
     owners = parameters(step, shared)
-    tape.calls.append(Call(step, shared, t, context, owners, [], autocast))
+    tape.calls.append(Call(step, shared, t, context, owners, [], autocast, set()))
     inputs = [o.tensor for o in owners]
     inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
     return _Node.apply(tape, n, len(state), *state, *inputs)  # type: ignore[return-value]
@@ -248,7 +251,7 @@ class Monitor:
         with torch.no_grad(), checks.nothing_changed(stack, always=True):
             for step in stack.steps[:window]:
                 autocast = _autocast_now(state)
-                calls.append(Call(step, stack.block, time, context, parameters(step, stack.block), [], autocast))
+                calls.append(Call(step, stack.block, time, context, parameters(step, stack.block), [], autocast, set()))
                 with _autocast(autocast):
                     states.append(_done(calls[-1], states[-1]))
                 if time is not None:
@@ -256,7 +259,7 @@ class Monitor:
             errors, back = [], states[-1]
             for n in reversed(range(window)):
                 back = _undone(calls[n], back)
-                errors.append(float(_distance(back, states[n])))
+                errors.append(float(_distance(back, states[n], calls[n])))
         self.growth = _growth(errors)
         self.every = _spacing(errors[0], self.growth, bound, len(stack.steps))
 
@@ -390,6 +393,8 @@ def _done(call: Call, state: State) -> State:
                 continue
             for update in scheme.updates(fs, h, len(state)):
                 state = do(update, state, gs)
+                if update.emit is not None:
+                    call.left.add(update.emit)
                 before = before.drawn(call.generators)
             state = turned(state, scheme.turn)
     except Exception as error:
@@ -487,13 +492,17 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _gradients(
-    pairs: list[tuple[Any, Tensor]], inputs: Sequence[Tensor], ask: list[Tensor], sums: list[Tensor | None]
+    pairs: list[tuple[Any, Tensor]],
+    inputs: Sequence[Tensor],
+    ask: list[Tensor],
+    sums: list[Tensor | None],
+    keep: bool = False,
 ) -> Sequence[Tensor | None]:
     """Gradients of (output, gradient) pairs at the inputs; those at ``ask`` are added to ``sums``."""
     if not pairs:
         return [None] * len(inputs)
     outputs, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, [*inputs, *ask], grads, allow_unused=True)
+    found = torch.autograd.grad(outputs, [*inputs, *ask], grads, retain_graph=keep, allow_unused=True)
     for i, g in enumerate(found[len(inputs) :]):
         sums[i] = _add(sums[i], g)
     return found[: len(inputs)]
@@ -516,9 +525,12 @@ def _differentiate(
     if update.emit is not None:
         emitted_grad, grads[update.emit] = grads[update.emit], None
     live = grad is not None or emitted_grad is not None
-    if update.makes and not live:
+    if update.makes:
+        state, made = state[:d], grads[d:]
         del grads[d:]
-        return state[:d]
+        if not live:
+            return state
+        grad = made[0]
     others = [x.detach() if i != d else x for i, x in enumerate(state)]
     inputs = [x.requires_grad_() for i, x in enumerate(others) if live and i != d and x.is_floating_point()]
     with torch.set_grad_enabled(live):
@@ -538,9 +550,7 @@ def _differentiate(
 
     own: Tensor | None = None  # the gradient of x_d itself
     g = shortcut_of(update, gs)
-    if update.makes:
-        state = state[:d]
-    else:
+    if not update.makes:
         with torch.no_grad():
             x = state[d] - shift
             if g is not None:
@@ -562,15 +572,12 @@ def _differentiate(
                 else:
                     own = grad if isinstance(scale, float) and scale == 1.0 else grad * scale
     del shift, scale
-    found = list(_gradients(pairs, inputs, ask, sums))
-    if g is not None and grad is not None and not update.makes:
-        own = found.pop()
-    if update.makes:
-        del grads[d:]
-    else:
-        grads[d] = own
-    for i, found_grad in zip(places, found, strict=True):
-        grads[i] = _add(grads[i], found_grad)
+    # A learned step size that a scheme multiplies once is one graph under all updates: it must survive each of them.
+    found = list(_gradients(pairs, inputs, ask, sums, keep=isinstance(call.step.h, Tensor)))
+    if not update.makes:
+        grads[d] = found.pop() if g is not None and grad is not None else own
+    for i, more in zip(places, found, strict=True):
+        grads[i] = _add(grads[i], more)
     return state
 
 

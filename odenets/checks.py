@@ -46,7 +46,8 @@ class Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        versions = [a._version for a in tensors]
+        counted = [a for a in tensors if not a.is_inference()]  # inference mode keeps no version counters
+        versions = [a._version for a in counted]
         where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
         try:
             out = self.function(*args, **kwargs)
@@ -55,7 +56,7 @@ class Watched:
             raise
         if not isinstance(out, Tensor):
             raise SchemeError(f"{where}: returned a {type(out).__name__}, want a tensor.")
-        if any(a._version != v for a, v in zip(tensors, versions, strict=True)):
+        if any(a._version != v for a, v in zip(counted, versions, strict=True)):
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
         if want is not None and out.shape != want:

@@ -25,7 +25,7 @@ class Throughput(Callback):
         self._images, self._start = -1, 0.0
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._images < 0:
             self._images, self._start = 0, time.perf_counter()

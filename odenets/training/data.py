@@ -285,7 +285,7 @@ class Images(Pictures):
             self.sets["val"] = self._dataset(train if val_name is None else self.splits[val_name], held, train=False)
         if stage in ("test", "predict") and "test" not in self.sets:
             own = test_name is not None and test_name != val_name
-            self.sets["test"] = self._dataset(self.splits[test_name], None, False) if own else self.sets["val"]
+            self.sets["test"] = self._dataset(self.splits[str(test_name)], None, False) if own else self.sets["val"]
 
     def _dataset(self, source: Source, indices: Tensor | None, train: bool) -> Dataset:
         indices = torch.arange(len(source)) if indices is None else indices
