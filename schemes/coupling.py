@@ -165,6 +165,12 @@ class _Split(Coupling):
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
+    def enter(self, y: Tensor) -> State:
+        return torch.tensor_split(y, self.streams, self.dim)
+
+    def origin(self, state: State) -> Tensor:
+        return self.readout(state)
+
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         small, wider = divmod(channels, self.streams)
         return (small + 1,) * wider + (small,) * (self.streams - wider)
