@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from schemes.coupling import Coupling
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
@@ -40,8 +39,10 @@ def warn_of_own_skip(f: object) -> None:
 class Watched:
     """A residual function under the checks of a first call."""
 
-    def __init__(self, function: Function, step: "Step", i: int, shapes: list[torch.Size]):
-        self.function, self.step, self.i, self.shapes = function, step, i, shapes
+    def __init__(
+        self, function: Function, step: "Step", i: int, shapes: list[torch.Size], due: dict[int, torch.Size] | None
+    ):
+        self.function, self.step, self.i, self.shapes, self.due = function, step, i, shapes, due
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -59,29 +60,52 @@ class Watched:
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
         if want is not None and out.shape != want:
-            raise SchemeError(
-                f"{where}: returned {tuple(out.shape)}, the stream that it updates is {tuple(want)}.\n"
-                "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
-            )
+            if self.due is None or self.i in self.due:
+                raise SchemeError(_misfit(where, out.shape, want))
+            self.due[self.i] = out.shape  # a coupling's shortcut comes after the function, and may give this shape
         return out
+
+
+class WatchedShortcut:
+    """A shortcut under the checks: gives a stream the shape that its residual function returned, or raises."""
+
+    def __init__(self, shortcut: Function, step: "Step", i: int, shapes: list[torch.Size], due: dict[int, torch.Size]):
+        self.shortcut, self.step, self.i, self.shapes, self.due = shortcut, step, i, shapes, due
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.shortcut(x)
+        if self.i in self.due and self.due[self.i] != y.shape:
+            where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
+            raise SchemeError(_misfit(where, self.due[self.i], y.shape))
+        # A column's shortcuts are counted from its first level, which is stream 1; they keep shapes.
+        if y.shape != x.shape:
+            self.shapes[self.i] = y.shape
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shortcut, name)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
+        if y.shape != x.shape:
+            self.shapes[self.i] = x.shape
+        return x
+
+
+def _misfit(where: str, given: torch.Size, want: torch.Size) -> str:
+    return (
+        f"{where}: returned {tuple(given)}, the stream that it updates is {tuple(want)}.\n"
+        "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
+    )
 
 
 def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Function]):
     """The residual functions and shortcuts of a step, under the checks."""
     shapes = [x.shape for x in state]
-
-    def shortcut(i: int, g: Function) -> Function:
-        def run(x: Tensor) -> Tensor:
-            y = g(x)
-            shapes[i] = y.shape
-            return y
-
-        return run
-
-    watched = [Watched(f, step, i, shapes) for i, f in enumerate(fs)]
-    if isinstance(step.scheme, Coupling):  # its shortcuts keep shapes, and have an inverse to be called by
-        return watched, gs
-    return watched, [shortcut(i, g) for i, g in enumerate(gs)]
+    due: dict[int, torch.Size] = {}
+    several = len(state) > 1 and len(gs) == len(state)
+    watched = [Watched(f, step, i, shapes, due if several else None) for i, f in enumerate(fs)]
+    return watched, [WatchedShortcut(g, step, i, shapes, due) for i, g in enumerate(gs)]
 
 
 @contextmanager

@@ -55,6 +55,19 @@ class Estimate(NamedTuple):
     errors: list[Tensor]
 
 
+class _Visits(list):
+    """Takes the states of a run one by one, and keeps none."""
+
+    def __init__(self, visitor: Callable[[int, State], None] | None):
+        super().__init__()
+        self.visitor, self.n = visitor, 0
+
+    def append(self, state: State) -> None:
+        if self.visitor is not None:
+            self.visitor(self.n, state)
+        self.n += 1
+
+
 class Stack(nn.Module):
     """Residual functions put together by a scheme: a residual network is a numerical scheme.
 
@@ -308,6 +321,31 @@ class Stack(nn.Module):
                 time = time + step.scheme.span * h
             found.append(self.scheme.readout(state))
         return found
+
+    def visit(
+        self,
+        x: Tensor,
+        visitor: Callable[[int, State], None] | None = None,
+        *,
+        t: float | Tensor = 0.0,
+        context: Any = None,
+    ) -> State:
+        """Runs the steps, calls ``visitor(n, streams)`` after step n, and returns the last streams; differentiable.
+
+        For heads that read the middle of a network: they see a state while it exists, and none is kept for them.
+        """
+        state = self._start(x, t, context)
+        time = t if self._timed else None
+        seen = _Visits(visitor)
+        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+            return self._reversed(self.backprop, state, time, context, seen)  # type: ignore[call-arg]
+        advance = self._recomputed if self.backprop is not None and torch.is_grad_enabled() else self._advance
+        for step in self.steps:
+            state = advance((step,), state, time, context)
+            seen.append(state)
+            if time is not None:
+                time = time + step.scheme.span * step.h
+        return state
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
         """All streams after the last step, before the readout: what ``inverse`` can start from."""

@@ -18,3 +18,5 @@ from .residual import Order as Order
 from .scale import ChannelScale as ChannelScale
 from .shortcut import PadShortcut as PadShortcut
 from .shortcut import Projection as Projection
+from .space import PoolPadShortcut as PoolPadShortcut
+from .space import SpaceToDepth as SpaceToDepth

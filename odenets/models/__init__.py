@@ -3,6 +3,7 @@
 from . import named as named
 from . import roadmap as roadmap
 from . import zoo as zoo
+from . import zoo_reversible as zoo_reversible
 from .convnext import ConvNeXt as ConvNeXt
 from .densenet import DenseNet as DenseNet
 from .features import FeatureNet as FeatureNet
@@ -14,3 +15,6 @@ from .registry import published_weights as published_weights
 from .registry import register_model as register_model
 from .resnet import HOResNet as HOResNet
 from .resnet import ResNet as ResNet
+from .revcol import RevCol as RevCol
+from .revcol import Supervised as Supervised
+from .revcol_keys import pad_kernels as pad_kernels

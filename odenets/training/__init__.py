@@ -13,3 +13,5 @@ from .schedules import OneCycle as OneCycle
 from .schedules import Schedule as Schedule
 from .schedules import WarmupCosine as WarmupCosine
 from .sources import DataError as DataError
+from .supervision import SupervisedClassifier as SupervisedClassifier
+from .supervision import SupervisionLoss as SupervisionLoss
