@@ -13,7 +13,8 @@ from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
 if TYPE_CHECKING:
-    from .stack import Stack, Step
+    from .stack import Stack
+    from .step import Step
 
 # Blocks of well-known libraries that add their input themselves.
 OWN_SKIP = {
@@ -38,13 +39,15 @@ def warn_of_own_skip(f: object) -> None:
 class Watched:
     """A residual function under the checks of a first call."""
 
-    def __init__(self, function: Function, step: "Step", i: int, shapes: list[torch.Size]):
-        self.function, self.step, self.i, self.shapes = function, step, i, shapes
+    def __init__(
+        self, function: Function, step: "Step", i: int, shapes: list[torch.Size], due: dict[int, torch.Size] | None
+    ):
+        self.function, self.step, self.i, self.shapes, self.due = function, step, i, shapes, due
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        # Tensors made in inference mode count no versions; a write to them stays unseen.
-        versions = [None if a.is_inference() else a._version for a in tensors]
+        counted = [a for a in tensors if not a.is_inference()]  # inference mode keeps no version counters
+        versions = [a._version for a in counted]
         where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
         try:
             out = self.function(*args, **kwargs)
@@ -53,30 +56,56 @@ class Watched:
             raise
         if not isinstance(out, Tensor):
             raise SchemeError(f"{where}: returned a {type(out).__name__}, want a tensor.")
-        if any(v is not None and a._version != v for a, v in zip(tensors, versions, strict=True)):
+        if any(a._version != v for a, v in zip(counted, versions, strict=True)):
             raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
-        if out.shape != want:
-            raise SchemeError(
-                f"{where}: returned {tuple(out.shape)}, the stream that it updates is {tuple(want)}.\n"
-                "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
-            )
+        if want is not None and out.shape != want:
+            if self.due is None or self.i in self.due:
+                raise SchemeError(_misfit(where, out.shape, want))
+            self.due[self.i] = out.shape  # a coupling's shortcut comes after the function, and may give this shape
         return out
+
+
+class WatchedShortcut:
+    """A shortcut under the checks: gives a stream the shape that its residual function returned, or raises."""
+
+    def __init__(self, shortcut: Function, step: "Step", i: int, shapes: list[torch.Size], due: dict[int, torch.Size]):
+        self.shortcut, self.step, self.i, self.shapes, self.due = shortcut, step, i, shapes, due
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.shortcut(x)
+        if self.i in self.due and self.due[self.i] != y.shape:
+            where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
+            raise SchemeError(_misfit(where, self.due[self.i], y.shape))
+        # A column's shortcuts are counted from its first level, which is stream 1; they keep shapes.
+        if y.shape != x.shape:
+            self.shapes[self.i] = y.shape
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shortcut, name)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
+        if y.shape != x.shape:
+            self.shapes[self.i] = x.shape
+        return x
+
+
+def _misfit(where: str, given: torch.Size, want: torch.Size) -> str:
+    return (
+        f"{where}: returned {tuple(given)}, the stream that it updates is {tuple(want)}.\n"
+        "  It keeps that shape; a stride or a new width also needs a shortcut: Stack(..., shortcut=projection)."
+    )
 
 
 def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Function]):
     """The residual functions and shortcuts of a step, under the checks."""
     shapes = [x.shape for x in state]
-
-    def shortcut(i: int, g: Function) -> Function:
-        def run(x: Tensor) -> Tensor:
-            y = g(x)
-            shapes[i] = y.shape
-            return y
-
-        return run
-
-    return [Watched(f, step, i, shapes) for i, f in enumerate(fs)], [shortcut(i, g) for i, g in enumerate(gs)]
+    due: dict[int, torch.Size] = {}
+    several = len(state) > 1 and len(gs) == len(state)
+    watched = [Watched(f, step, i, shapes, due if several else None) for i, f in enumerate(fs)]
+    return watched, [WatchedShortcut(g, step, i, shapes, due) for i, g in enumerate(gs)]
 
 
 @contextmanager
@@ -94,7 +123,7 @@ def nothing_changed(module: nn.Module, always: bool = False) -> Iterator[None]:
         if undo:
             with torch.no_grad():
                 for b, value in zip(buffers, saved, strict=True):
-                    b.copy_(value)
+                    b.data.copy_(value)
             torch.set_rng_state(states[0])
             for d, state in zip(devices, states[1], strict=True):
                 torch.cuda.set_rng_state(state, d)

@@ -1,27 +1,86 @@
-"""Recomputing a step in the backward pass without moving its statistics a second time."""
+"""Running a step again in the backward pass: the same random numbers, and statistics that do not move twice."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+@contextmanager
+def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts every buffer that the body wrote back: running statistics, their counters, moving averages.
+
+    In training mode BatchNorm normalises with the batch, so outputs and gradients inside are those of the first run.
+    For ``torch.utils.checkpoint``, which counts saved tensors: BatchNorm saves the same ones here as outside.
+    """
+    buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
+    saved = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        # BatchNorm's kernels write without raising the version counter, so all are put back; and through .data, which
+        # leaves the counter alone, since autograd may have saved a buffer.
+        for b, value in zip(buffers, saved, strict=True):
+            b.data.copy_(value)
 
 
 @contextmanager
 def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Puts every buffer that the body wrote back: running statistics, their counters, moving averages.
-
-    In training mode BatchNorm normalises with the batch, so outputs and gradients inside are those of the first run.
-    (Turning ``track_running_stats`` off would be quicker, but changes how many tensors BatchNorm saves, which
-    ``torch.utils.checkpoint`` counts.)
-    """
-    buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
-    saved = [(b, b._version, b.clone()) for b in buffers]
+    """As ``buffers_kept``, quicker: BatchNorm layers in training mode are told to leave their statistics alone."""
+    norms, others = [], []
+    for module in modules:
+        for m in module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                if m.track_running_stats and m.training:
+                    norms.append(m)
+            else:
+                others += m._buffers.values()
+    kept = [(b, b.clone()) for b in others if b is not None]
+    for m in norms:
+        m.track_running_stats = False
     try:
         yield
     finally:
-        with torch.no_grad():
-            for b, version, value in saved:
-                # BatchNorm's kernels write without raising the version, so that it does not tell what was written.
-                # Where it was not raised the copy must not raise it either: a graph outside may keep the buffer.
-                (b if b._version != version else b.data).copy_(value)
+        for m in norms:
+            m.track_running_stats = True
+        for b, value in kept:
+            b.data.copy_(value)
+
+
+class Generators:
+    """The states of torch's global generators: the processor's, and that of one CUDA device."""
+
+    __slots__ = ("cpu", "cuda", "device")
+
+    def __init__(self, device: torch.device, cpu: Tensor, cuda: Tensor | None):
+        self.device, self.cpu, self.cuda = device, cpu, cuda
+
+    @classmethod
+    def now(cls, device: torch.device) -> "Generators":
+        """The states at this moment."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device, torch.get_rng_state(), cuda)
+
+    def set(self) -> None:
+        """Sets the global generators to these states."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    def drawn(self, notes: "list[Generators | None]") -> "Generators":
+        """Notes these states if the generators have moved since, else None; returns the states of now."""
+        now = Generators.now(self.device)
+        same = torch.equal(self.cpu, now.cpu) and (self.cuda is None or torch.equal(self.cuda, now.cuda))  # type: ignore
+        notes.append(None if same else self)
+        return self if same else now
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the generators draw from these states; outside nobody sees that they did."""
+        before = Generators.now(self.device)
+        self.set()
+        try:
+            yield
+        finally:
+            before.set()

@@ -10,30 +10,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from schemes import registry
+from schemes.coupling import Coupling
 from schemes.errors import MixingWarning, SchemeError
-from schemes.language import Reader
 from schemes.runge_kutta import RungeKutta
-from schemes.scheme import Function, Scheme, Slot, State, bind, signature
+from schemes.scheme import Function, Scheme, Slot, State
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
+from . import backprop as engine
 from . import checks
-from .recompute import statistics_kept
+from .modes import Checkpoint, Exact, Mode, Reverse, mode, written
+from .recompute import buffers_kept
+from .step import Call, Step
 
 MIXING_LIMIT = 30.0
-
-
-class Call(nn.Module):
-    """A plain callable as a module, so that a step can hold it among modules."""
-
-    def __init__(self, function: Callable[..., Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -59,77 +48,24 @@ class _AsResidual(nn.Module):
         return self.module(x) - x
 
 
-class Checkpoint(NamedTuple):
-    """Keep the state every so many steps, and recompute the steps between in the backward pass."""
-
-    every: int = 1
-
-
-class Step(nn.Module):
-    """One use of a scheme with its residual functions, shortcuts and step size; the unit of sharding and of hooks.
-
-    Keys: ``fs.{i}`` residual functions, ``gs.{i}`` shortcuts, ``h`` a learned step size.
-    """
-
-    def __init__(
-        self,
-        scheme: Scheme,
-        fs: Sequence[nn.Module],
-        gs: Sequence[nn.Module],
-        h: float,
-        learned: bool,
-        index: int,
-        shared: bool,
-    ):
-        super().__init__()
-        self.scheme, self.index = scheme, index
-        self.takes = tuple(signature(f.function if isinstance(f, Call) else f) for f in fs)
-        self.timed = any(t.time for t in self.takes)
-        self.plain = scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
-        self.fs = None if shared else nn.ModuleList(fs)
-        self.gs = nn.ModuleList(gs) if gs else None
-        self.h = nn.Parameter(torch.tensor(h)) if learned else h
-        self.watch: Any = None  # set for the checks of a first call
-        self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
-
-    def functions(
-        self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any
-    ) -> tuple[Sequence[Function], Sequence[Function]]:
-        """The residual functions, with time and context filled in where they take them, and the shortcuts."""
-        fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
-        gs: Sequence[Function] = () if self.gs is None else tuple(self.gs)
-        if self.watch is not None:
-            fs, gs = self.watch(self, state, fs, gs)
-        if not self.plain:
-            self.calls[0] = 0
-            fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, self.calls)
-        return fs, gs
-
-    def forward(
-        self, state: State, shared: nn.Module | None = None, t: Any = None, context: Any = None, h: Any = None
-    ) -> State:
-        h = self.h if h is None else h
-        fs, gs = self.functions(state, shared, t, context, h)
-        state = self.scheme.advance(fs, state, h, gs)
-        if self.scheme.nodes is None:
-            self.calls = [*self.calls]  # an adjoint counts its calls in the backward pass in the old list
-        return state
-
-    def with_error(self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> tuple[State, Tensor]:
-        """The step, and the error estimate of the scheme's embedded companion."""
-        fs, gs = self.functions(state, shared, t, context, h)
-        return self.scheme.step_with_error(fs, state, h, gs)  # type: ignore[attr-defined]
-
-    def extra_repr(self) -> str:
-        h = "learned" if isinstance(self.h, nn.Parameter) else f"{self.h:g}"
-        return f"{self.scheme}, h={h}"
-
-
 class Estimate(NamedTuple):
     """What ``Stack.forward_with_errors`` returns: the output, and one error estimate per step."""
 
     output: Tensor
     errors: list[Tensor]
+
+
+class _Visits(list):
+    """Takes the states of a run one by one, and keeps none."""
+
+    def __init__(self, visitor: Callable[[int, State], None] | None):
+        super().__init__()
+        self.visitor, self.n = visitor, 0
+
+    def append(self, state: State) -> None:
+        if self.visitor is not None:
+            self.visitor(self.n, state)
+        self.n += 1
 
 
 class Stack(nn.Module):
@@ -147,8 +83,9 @@ class Stack(nn.Module):
         block: the residual function, or the residual functions.
         scheme: a name, an expression such as "nested(midpoint, repeat(euler, 2))", or a Scheme.
         depth: number of steps; given by a sequence, 1 for a shared residual function.
-        shortcut: module used by the first step in place of the identity (stride, projection), or one per stream. The
-            residual functions that see the step's input itself (``Slot.raw``) make the same stride and width.
+        shortcut: module used by the first step in place of the identity (stride, projection). The residual functions
+            that see the step's input itself (``Slot.raw``) make the same stride and width. For schemes of several
+            streams one per stream, or a list of those, one per step (learned scales; None where there is none).
         step: step size: a number, "learned", "decay(rate)", "error(tol)".
         steps_before: steps that come before this stack in the whole network; a decay counts from there.
         after: applied to the streams after each step (the ReLU on the sum of post-activation networks).
@@ -174,6 +111,7 @@ class Stack(nn.Module):
         (2, 8, torch.Size([2, 4]))
     """
 
+    block: nn.Module | None
     steps: Sequence[Step]  # in truth an nn.ModuleList
 
     def __init__(
@@ -182,16 +120,16 @@ class Stack(nn.Module):
         scheme: str | Scheme = "euler",
         depth: int | None = None,
         *,
-        shortcut: nn.Module | Sequence[nn.Module] | None = None,
+        shortcut: nn.Module | Sequence[nn.Module] | Sequence[Sequence[nn.Module | None]] | None = None,
         step: float | str | StepSize = 1.0,
         steps_before: int = 0,
         after: nn.Module | None = None,
-        backprop: str | Checkpoint = "store",
+        backprop: str | Mode = "store",
         example: Tensor | Sequence[int] | None = None,
     ):
         super().__init__()
         self.scheme = registry.get(scheme)
-        self.backprop = _backprop(backprop)
+        self.backprop = mode(backprop)
         self.rule = step_size(step)
         functions, shared = _functions(block)
         plan = self.scheme.plan
@@ -212,13 +150,9 @@ class Stack(nn.Module):
                 raise SchemeError(
                     f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
                 )
-        gs: tuple[nn.Module, ...] = ()
-        if shortcut is not None:
-            gs = (shortcut,) if isinstance(shortcut, nn.Module) else tuple(shortcut)
-        if gs and len(gs) != self.scheme.streams:
-            raise SchemeError(
-                f"Stack: {len(gs)} shortcuts for {self.scheme.streams} streams of {self.scheme}; want one per stream."
-            )
+        shortcuts = _shortcuts(shortcut, self.scheme, depth)
+        if isinstance(self.backprop, (Reverse, Exact)):
+            _check_reverse(self.scheme, after, isinstance(self.backprop, Exact))
         self.block = shared
         self.after = after
         self.depth = depth
@@ -233,9 +167,21 @@ class Stack(nn.Module):
             start += part.stages
             h = self.rule(steps_before + n) * (depth if merged else 1)
             self._initial.append(h)
-            steps.append(Step(part, fs, gs if n == 0 else (), h, self.rule.learned, n, shared is not None))
+            steps.append(Step(part, fs, shortcuts.get(n, ()), h, self.rule.learned, n, shared is not None))
+        self.monitor = engine.Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
         self._timed = any(s.timed for s in steps)
+        # Nothing happens before, between or after the steps, which all have residual functions of their own.
+        self._direct = (
+            self.scheme.streams == 1
+            and type(self.scheme).init is Scheme.init
+            and type(self.scheme).readout is Scheme.readout
+            and self.backprop is None
+            and after is None
+            and shared is None
+            and not self._timed
+            and not isinstance(self.rule, FromError)
+        )
         self._checked = False
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
@@ -290,6 +236,11 @@ class Stack(nn.Module):
             t: time at the start, for residual functions that take one.
             context: what residual functions with a parameter ``context`` read.
         """
+        if self._direct and self._checked:
+            state: State = (x,)
+            for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
+                state = step(state, None, None, context)  # type: ignore[misc]
+            return state[0]
         if not self._checked and not torch.compiler.is_compiling():
             if not isinstance(x, Tensor):
                 raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
@@ -304,8 +255,10 @@ class Stack(nn.Module):
             return self.forward_with_errors(x, t=t, context=context).output
         state = self._start(x, t, context)
         time = t if self._timed else None
-        every = self.backprop.every if self.backprop is not None and torch.is_grad_enabled() else 0
-        if every:
+        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
+            return self.scheme.readout(self._reversed(self.backprop, state, time, context))  # type: ignore[call-arg]
+        if isinstance(self.backprop, Checkpoint) and torch.is_grad_enabled():
+            every = self.backprop.every
             for first in range(0, len(self.steps), every):
                 state = self._recomputed(self.steps[first : first + every], state, time, context)
                 if time is not None:
@@ -314,11 +267,10 @@ class Stack(nn.Module):
         return self.scheme.readout(self._advance(self.steps, state, time, context))
 
     def _start(self, x: Tensor, t: Any, context: Any) -> State:
-        if self.scheme.streams == 1:
+        if type(self.scheme).init is Scheme.init:
             return (x,)
         first = self.steps[0]
-        fs, _ = first.functions((x,), self.block, t if self._timed else None, context, first.h)
-        return self.scheme.init(fs, x)
+        return self.scheme.init(first.start(self.block, t if self._timed else None, context), x, first.h)
 
     def _advance(self, steps: Iterable[Step], state: State, time: Any, context: Any) -> State:
         for step in steps:
@@ -336,8 +288,14 @@ class Stack(nn.Module):
             lambda *streams: self._advance(steps, streams, time, context),
             *state,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), statistics_kept(modules)),
+            context_fn=lambda: (nullcontext(), buffers_kept(modules)),
         )  # type: ignore[return-value]
+
+    @torch.compiler.disable
+    def _reversed(
+        self, how: Reverse | Exact, state: State, time: Any, context: Any, states: list[State] | None = None
+    ) -> State:
+        return self.monitor.run(self, how, state, time, context, states)
 
     def trajectory(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> list[Tensor]:
         """The readout after each step, ``depth`` tensors, the last one the output; differentiable.
@@ -348,6 +306,10 @@ class Stack(nn.Module):
             raise SchemeError("Stack: trajectory has no step sizes from errors; use forward_with_errors.")
         state = self._start(x, t, context)
         time = t if self._timed or self.scheme.nodes is None else None
+        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
+            states: list[State] = []
+            self._reversed(self.backprop, state, time, context, states)  # type: ignore[call-arg]
+            return [self.scheme.readout(s) for s in states]
         found = []
         for n in range(self.depth):
             step = self.steps[n if n < len(self.steps) else 0]
@@ -359,6 +321,62 @@ class Stack(nn.Module):
                 time = time + step.scheme.span * h
             found.append(self.scheme.readout(state))
         return found
+
+    def visit(
+        self,
+        x: Tensor,
+        visitor: Callable[[int, State], None] | None = None,
+        *,
+        t: float | Tensor = 0.0,
+        context: Any = None,
+    ) -> State:
+        """Runs the steps, calls ``visitor(n, streams)`` after step n, and returns the last streams; differentiable.
+
+        For heads that read the middle of a network: they see a state while it exists, and none is kept for them.
+        """
+        state = self._start(x, t, context)
+        time = t if self._timed else None
+        seen = _Visits(visitor)
+        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+            return self._reversed(self.backprop, state, time, context, seen)  # type: ignore[call-arg]
+        advance = self._recomputed if self.backprop is not None and torch.is_grad_enabled() else self._advance
+        for step in self.steps:
+            state = advance((step,), state, time, context)
+            seen.append(state)
+            if time is not None:
+                time = time + step.scheme.span * step.h
+        return state
+
+    def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
+        """All streams after the last step, before the readout: what ``inverse`` can start from."""
+        state, time = self._start(x, t, context), t if self._timed else None
+        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+            return self._reversed(self.backprop, state, time, context)  # type: ignore[call-arg]
+        return self._advance(self.steps, state, time, context)
+
+    def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
+        """The input whose output is y.
+
+        Args:
+            y: an output, where the readout loses nothing (revnet); else all streams, from ``final_state``.
+            t: time at the start of the forward pass.
+            context: as in the forward pass.
+
+        Raises:
+            SchemeError: the scheme has no inverse, or the readout does not tell its streams.
+        """
+        if not self.scheme.invertible or self.after is not None:
+            what = "after= cannot be undone" if self.scheme.invertible else f"{self.scheme} has no inverse"
+            raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet.")
+        state = self.scheme.enter(y) if isinstance(y, Tensor) else tuple(y)
+        times: list[Any] = [t if self._timed else None]
+        for step in self.steps:
+            times.append(None if times[-1] is None else times[-1] + step.scheme.span * step.h)
+        for n in range(len(self.steps) - 1, -1, -1):
+            step = self.steps[n]
+            fs, gs = step.functions(state, self.block, times[n], context, step.h)
+            state = step.scheme.retreat(fs, state, step.h, gs)
+        return self.scheme.origin(state)
 
     def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
         """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
@@ -415,18 +433,8 @@ class Stack(nn.Module):
         if str(self.rule) != "1":
             parts.append(f"step={self.rule}")
         if self.backprop is not None:
-            parts.append(f"backprop=checkpoint({self.backprop.every})")
+            parts.append(f"backprop={written(self.backprop)}")
         return ", ".join(parts)
-
-
-def _backprop(mode: "str | Checkpoint | None") -> Checkpoint | None:
-    if mode is None or isinstance(mode, Checkpoint):
-        found = mode
-    else:
-        found = Reader({"store": None}, {"checkpoint": Checkpoint}, what="backprop mode").read(mode)
-    if found is not None and not (isinstance(found, Checkpoint) and isinstance(found.every, int) and found.every > 0):
-        raise SchemeError(f"Stack: backprop is {mode!r}, want 'store', 'checkpoint' or 'checkpoint(k)', k at least 1.")
-    return found
 
 
 def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
@@ -446,6 +454,54 @@ def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
         if not callable(f):
             raise SchemeError(f"Stack: residual function {i} is a {type(f).__name__}, want a module or a callable.")
     return [f if isinstance(f, nn.Module) else Call(f) for f in fs], None
+
+
+def _shortcuts(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Module, ...]]:
+    """The shortcuts of each step that has some."""
+    found: dict[int, tuple[nn.Module, ...]]
+    if given is None:
+        return {}
+    if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList):
+        given = [given]
+    given = list(given)
+    if given and all(isinstance(g, (list, tuple, nn.ModuleList)) for g in given):
+        if len(given) != depth:
+            raise SchemeError(f"Stack: shortcuts for {len(given)} steps, want {depth}, one list per step.")
+        found = {n: tuple(nn.Identity() if g is None else g for g in gs) for n, gs in enumerate(given)}
+    else:
+        found = {0: tuple(given)}
+    for n, gs in found.items():
+        want = scheme.at(n).shortcuts
+        if len(gs) != want:
+            raise SchemeError(
+                f"Stack: {len(gs)} shortcuts for step {n} of {scheme}, which takes {want or 'none'}; "
+                "a stride or projection can stand before the stack."
+            )
+        for g in gs:
+            if not isinstance(g, nn.Module):
+                raise SchemeError(f"Stack: the shortcut of step {n} is a {type(g).__name__}, want a module.")
+    return found
+
+
+def _check_reverse(scheme: Scheme, after: nn.Module | None, exact: bool) -> None:
+    if exact:
+        for part in (scheme.at(0), scheme.at(1)):
+            fs = [nn.Identity()] * part.stages
+            for p, *_ in part.in_training(0, torch.zeros(1, 1)).elementary(fs, 1.0):
+                if not isinstance(p, Coupling) or not p.exact:
+                    raise SchemeError(
+                        f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
+                    )
+    if not scheme.trains_by_inverse:
+        raise SchemeError(
+            f"Stack: {scheme} has no inverse, which backprop='reverse' needs: use backprop='checkpoint', or an "
+            f"invertible scheme such as revnet or reversible({scheme})."
+        )
+    if after is not None:
+        raise SchemeError(
+            "Stack: after= is a projection that cannot be undone, so backprop='reverse' refuses it: put it into the "
+            "residual functions (pre-activation), or use backprop='checkpoint'."
+        )
 
 
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ class Adaptive(Scheme):
 
     stages = 1
     nodes = None
+    shortcuts = 0
     evaluations = None
 
     def __init__(

@@ -116,7 +116,7 @@ class Nested(Scheme):
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         return self.outer.stream_widths(channels)
 
-    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size:
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         return self.outer.shape_of(i // self.inner.stages, streams)
 
     def _functions(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function]) -> tuple[Function, ...]:
@@ -127,10 +127,25 @@ class Nested(Scheme):
             part, shortcut = fs[i * s : (i + 1) * s], gs if raw else ()
             return lambda x: slope(part, x, h, shortcut)
 
-        return tuple(function(i, raw) for i, raw in enumerate(self.outer.raw))
+        uses = len(fs) // self.stages  # more than one where the outer evaluates its functions several times over
+        return tuple(function(i, raw) for i, raw in enumerate(self.outer.raw * uses))
 
-    def init(self, fs: Sequence[Function], x: Tensor) -> State:
-        return self.outer.init(self._functions(fs, 1.0, ()), x)
+    def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
+        gs = tuple(_Once(g) for g in gs)
+        return self.outer.elementary(self._functions(fs, h, gs), h, gs)
+
+    def enter(self, y: Tensor) -> State:
+        return self.outer.enter(y)
+
+    def origin(self, state: State) -> Tensor:
+        return self.outer.origin(state)
+
+    def at(self, n: int) -> Scheme:
+        part = self.outer.at(n)
+        return self if part is self.outer else Nested(part, self.inner)
+
+    def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        return self.outer.init(self._functions(fs, h, ()), x, h)
 
     def readout(self, state: State) -> Tensor:
         return self.outer.readout(state)
@@ -216,18 +231,31 @@ class Composition(Scheme):
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         return self.parts[0].stream_widths(channels)
 
-    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size:
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         for p in self.parts:
             if i < p.stages:
                 return p.shape_of(i, streams)
             i -= p.stages
         raise IndexError(i)
 
-    def init(self, fs: Sequence[Function], x: Tensor) -> State:
-        return self.parts[0].init(fs[: self.parts[0].stages], x)
+    def enter(self, y: Tensor) -> State:
+        return self.parts[-1].enter(y)
+
+    def origin(self, state: State) -> Tensor:
+        return self.parts[0].origin(state)
+
+    def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        return self.parts[0].init(fs[: self.parts[0].stages], x, self.scale * h)
 
     def readout(self, state: State) -> Tensor:
         return self.parts[-1].readout(state)
+
+    def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
+        h, start, found = self.scale * h, 0, []
+        for p in self.parts:
+            found += p.elementary(fs[start : start + p.stages], h, gs)
+            start, gs = start + p.stages, ()
+        return found
 
     def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         h, start = self.scale * h, 0

@@ -1,22 +1,28 @@
 """Invertible schemes as lists of elementary updates: step, inverse and gradient all derive from one list.
 
-An elementary update changes one stream and reads the others: ``x_d <- scale * x_d + shift(other streams)``. Whatever the
-other streams are, it is undone by ``x_d <- (x_d - shift) / scale``, with one evaluation of the same residual functions.
+An elementary update changes one stream and reads the others: ``x_d <- scale * x_d + shift(other streams)``. Whatever
+the other streams are, it is undone by ``x_d <- (x_d - shift) / scale``, with one evaluation of the same residual
+functions.
 Three instances:
 
 * revnet: ``x_0 <- x_0 + h F_0(x_1)``, then ``x_1 <- x_1 + h F_1(x_0)``.
 * momentum: ``v <- beta v + (1 - beta) F(x)``, then ``x <- x + h v``.
 * leapfrog: ``x_0 <- x_0 + 2 h F(x_1)``, then the two streams change places (``turn``).
+
+This module holds the contract, and the couplings whose streams are slices of the input; the others are in
+``columns`` (levels of different shapes), ``multistep`` (neighbouring steps), ``dense`` and ``reversible``.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .scheme import Function, Scheme, State, StepSize
+from .errors import SchemeError
+from .scheme import Function, Scheme, Slot, State, StepSize
 
 Scale = float | Tensor
 
@@ -26,11 +32,12 @@ class Update(NamedTuple):
 
     Attributes:
         dst: the stream that changes.
-        terms: gives (scale, shift) from the state; must not read ``state[dst]``. The shift is a new tensor that
-            nothing else holds; the scale is a number or a tensor that broadcasts, never zero.
+        terms: gives (scale, shift) from the state; must not read ``state[dst]``, nor what follows it where it is new.
+            The shift is a new tensor that nothing else holds; the scale is a number or a tensor that broadcasts, never
+            zero.
         makes: whether ``dst`` is a new stream, one more than there were; its inverse is to drop it.
-        shortcut: number of the shortcut that takes the place of ``scale *``: an invertible module with a method
-            ``inverse``; None where there is none.
+        shortcut: number of the shortcut that takes the place of ``scale *`` in a step that is given shortcuts: an
+            invertible module with a method ``inverse``; None where there is none.
         emit: a stream that is overwritten by a by-product (a third result of ``terms``) which the inverse does not
             need back, such as a residual function's value that the readout uses; None where there is none.
     """
@@ -42,18 +49,25 @@ class Update(NamedTuple):
     emit: int | None = None
 
 
+def shortcut_of(update: Update, gs: Sequence[Function]) -> Any:
+    """The shortcut that takes the place of the scale, or None."""
+    return gs[update.shortcut] if gs and update.shortcut is not None else None
+
+
 def do(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
     """The state after an elementary update."""
     d = update.dst
     scale, shift, *emitted = update.terms(state)
-    if d == len(state):
+    if update.makes:
         return (*state, shift)
     new = list(state)
-    x = state[d]
-    if update.shortcut is not None:
-        new[d] = gs[update.shortcut](x) + shift
+    x, g = state[d], shortcut_of(update, gs)
+    if g is not None:
+        new[d] = g(x) + shift
+    elif isinstance(scale, Tensor):
+        new[d] = torch.addcmul(shift, x, scale)
     else:
-        new[d] = x + shift if isinstance(scale, float) and scale == 1.0 else torch.add(shift, x * scale)
+        new[d] = torch.add(shift, x, alpha=scale)
     if update.emit is not None:
         new[update.emit] = emitted[0]
     return tuple(new)
@@ -66,10 +80,11 @@ def undo(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
         return state[:d]
     new = list(state)
     scale, shift, *_ = update.terms(state)
-    if update.shortcut is not None:
-        new[d] = gs[update.shortcut].inverse(state[d] - shift)  # type: ignore[attr-defined]
+    rest, g = state[d] - shift, shortcut_of(update, gs)
+    if g is not None:
+        new[d] = g.inverse(rest)
     else:
-        new[d] = state[d] - shift if isinstance(scale, float) and scale == 1.0 else (state[d] - shift) / scale
+        new[d] = rest if isinstance(scale, float) and scale == 1.0 else rest / scale
     return tuple(new)
 
 
@@ -78,16 +93,35 @@ def turned(state: State, turn: int) -> State:
     return state[turn:] + state[:turn] if turn else state
 
 
+def scaled(h: StepSize, x: Tensor) -> Tensor:
+    """h x, without the product where h is the number 1."""
+    return x if isinstance(h, float) and h == 1.0 else x * h
+
+
 class Coupling(Scheme):
     """An invertible scheme, given by its list of elementary updates.
 
     A subclass writes ``updates``; ``advance`` and ``retreat`` follow from it, and so does the memory-saving backward
-    pass. ``turn`` rotates the streams after the updates; ``made`` is the number of streams that a step makes.
+    pass.
+
+    Attributes:
+        turn: the updates are followed by a rotation of the streams: the first ``turn`` go to the end.
+        made: number of streams that a step makes.
+        emitted: the streams, as they stand after a step, that its inverse does not bring back: by-products.
+        shortcuts: number of shortcuts that a step may be given, all or none.
+        amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
+            functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
+            Learned shortcuts change it; they must be measured.
+        exact: whether the inverse can be made bit-exact on a grid; not where the scale is computed from the streams.
     """
 
     invertible = True
     turn: int = 0
     made: int = 0
+    emitted: tuple[int, ...] = ()
+    shortcuts: int = 0
+    amplification: float = 1.0
+    exact: bool = True
 
     @abstractmethod
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -100,12 +134,277 @@ class Coupling(Scheme):
         """
 
     def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        self._check(gs)
         for update in self.updates(fs, h, len(state)):
             state = do(update, state, gs)
         return turned(state, self.turn)
 
     def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        self._check(gs)
         state = turned(state, -self.turn)
         for update in reversed(self.updates(fs, h, len(state) - self.made)):
             state = undo(update, state, gs)
         return state
+
+    def _check(self, gs: Sequence[Function]) -> None:
+        if len(gs) not in (0, self.shortcuts):
+            want = f"none or {self.shortcuts}" if self.shortcuts else "none"
+            raise SchemeError(f"{self}: {len(gs)} shortcuts, want {want}; other maps stand between two stacks.")
+
+    def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
+        return turned(streams, self.turn)  # type: ignore[arg-type,return-value]
+
+
+class _Split(Coupling):
+    """A coupling whose streams are the slices of the input along one dimension, joined again by the readout."""
+
+    dim: int = 1
+
+    def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        if x.dim() <= max(self.dim, -self.dim - 1) or x.shape[self.dim] < self.streams:
+            raise SchemeError(
+                f"{self}: cannot split {tuple(x.shape)} along dim={self.dim} into {self.streams} streams."
+            )
+        return torch.tensor_split(x, self.streams, self.dim)
+
+    def readout(self, state: State) -> Tensor:
+        return torch.cat(state, self.dim)
+
+    def enter(self, y: Tensor) -> State:
+        if self.turn and y.shape[self.dim] % self.streams:
+            raise SchemeError(f"{self}: its streams differ in width and change places; invert from Stack.final_state.")
+        return self.init((), y)
+
+    def origin(self, state: State) -> Tensor:
+        return torch.cat(state, self.dim)
+
+    def stream_widths(self, channels: int) -> tuple[int, ...]:
+        small, wider = divmod(channels, self.streams)
+        return (small + 1,) * wider + (small,) * (self.streams - wider)
+
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
+        return streams[i]
+
+    def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        outs = streams if out_channels is None else self.stream_widths(out_channels)
+        return tuple(
+            Slot(n, i, self._arguments(outs[:i], streams[i + 1 :]), self._result(outs[i]), self.raw[i])
+            for i in range(self.stages)
+        )
+
+    @property
+    def raw(self) -> tuple[bool, ...]:
+        return (True,) + (False,) * (self.stages - 1)
+
+    def _arguments(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...]:
+        """Widths of a function's arguments, from the streams before its own and after it."""
+        return (sum(before + after),)
+
+    def _result(self, width: int) -> int:
+        return width
+
+    def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
+        return streams if out_channels is None else self.stream_widths(out_channels)
+
+
+def _others(state: State, i: int, dim: int) -> Tensor:
+    others = state[:i] + state[i + 1 :]
+    return others[0] if len(others) == 1 else torch.cat(others, dim)
+
+
+def _where(dim: int) -> str:
+    return "" if dim == 1 else f"dim={dim}"
+
+
+class RevNet(_Split):
+    """Two streams, each moved by a function of the other: x_0 <- x_0 + h F_0(x_1), then x_1 <- x_1 + h F_1(x_0).
+
+    The streams are the halves of the input along ``dim`` (of odd widths the first is wider); the readout joins them.
+    Two shortcuts, if any, must be invertible (space to depth); F_0 then makes the new shape from the old one.
+
+    Cost: 2 residual functions a step, 2 streams, each of half the width. Inverse: closed form, amplification 1.
+
+    Args:
+        dim: the channel dimension, along which the input is split.
+
+    Source:
+        Gomez et al. 2017, The Reversible Residual Network, arXiv 1707.04585, equations 6 and 7.
+
+    Example:
+        >>> import torch, schemes
+        >>> revnet, fs = schemes.get("revnet"), (torch.sin, torch.cos)
+        >>> state = revnet.init(fs, torch.arange(4.0).view(1, 4))
+        >>> back = revnet.inverse(fs, revnet.step(fs, state))
+        >>> torch.allclose(revnet.readout(back), torch.arange(4.0))
+        True
+    """
+
+    stages = evaluations = 2
+    streams = shortcuts = 2
+    nodes = (0.0, 1.0)
+
+    def __init__(self, dim: int = 1):
+        self.dim = int(dim)
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        f, g = fs
+        return [
+            Update(0, lambda s: (1.0, scaled(h, f(s[1]))), shortcut=0),
+            Update(1, lambda s: (1.0, scaled(h, g(s[0]))), shortcut=1),
+        ]
+
+    def __str__(self) -> str:
+        return f"revnet({_where(self.dim)})" if _where(self.dim) else "revnet"
+
+
+class Additive(_Split):
+    """n streams, each moved by a function of all others: x_i <- x_i + h F_i(others), for i = 0 .. n - 1.
+
+    Function i is given one argument: the other streams joined along ``dim``, in order, those before i already moved.
+    Shortcuts as in revnet, which is the case of 2; with more than 2 streams they must keep the resolution.
+
+    Cost: n residual functions a step, n streams, and a copy of n - 1 of them per function. Inverse: closed form,
+    amplification 1.
+
+    Args:
+        n: number of streams, at least 2.
+        dim: the channel dimension, along which the input is split.
+
+    Raises:
+        SchemeError: fewer than 2 streams.
+
+    Source:
+        Dinh et al. 2014, NICE, arXiv 1410.8516, section 3.2; Gomez et al. 2017, arXiv 1707.04585.
+
+    Example:
+        >>> import schemes
+        >>> [slot.in_channels for slot in schemes.get("additive(3)").slots(0, (4, 4, 4))]
+        [(8,), (8,), (8,)]
+    """
+
+    def __init__(self, n: int, dim: int = 1):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+            raise SchemeError(f"additive: {n} streams, want a whole number of at least 2.")
+        self.n, self.dim = n, int(dim)
+        self.stages = self.evaluations = self.streams = self.shortcuts = n
+        self.nodes = tuple(i / (n - 1) for i in range(n))  # the mean time of the streams that function i is given
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        def update(i: int) -> Update:
+            return Update(i, lambda s: (1.0, scaled(h, fs[i](_others(s, i, self.dim)))), shortcut=i)
+
+        return [update(i) for i in range(self.n)]
+
+    def __str__(self) -> str:
+        return f"additive({', '.join(filter(None, [str(self.n), _where(self.dim)]))})"
+
+
+class Affine(_Split):
+    """Two streams with a learned scale: x_i <- exp(h bound tanh(s_i / bound)) x_i + h b_i, (s_i, b_i) = F_i(x_other).
+
+    Function i returns log-scale and shift joined along ``dim``, in twice the width of its stream. The log-scale is
+    bounded softly, by tanh (as in Real NVP), so that a step's inverse cannot amplify by more than exp(h bound).
+
+    Cost: 2 residual functions of twice the width a step, 2 streams. Inverse: closed form; ``amplification`` is the
+    bound that no input exceeds, and 1 is usual where the log-scales start at zero.
+
+    Args:
+        dim: the channel dimension, along which the input is split.
+        bound: bound of the log-scale, positive.
+
+    Raises:
+        SchemeError: the bound is not positive.
+
+    Source:
+        Dinh et al. 2017, Density estimation using Real NVP, arXiv 1605.08803, equation 7 and section 4.
+
+    Example:
+        >>> import schemes
+        >>> schemes.get("affine").slots(0, (4, 4))[0].out_channels
+        8
+    """
+
+    stages = evaluations = 2
+    streams = 2
+    nodes = (0.0, 1.0)
+    exact = False
+
+    def __init__(self, dim: int = 1, bound: float = 1.0):
+        self.dim, self.bound = int(dim), float(bound)
+        if not 0 < self.bound < 20:
+            raise SchemeError(f"affine: the bound of the log-scale is {self.bound:g}, want 0 < bound < 20.")
+        self.amplification = math.exp(self.bound)
+
+    def _terms(self, h: StepSize, y: Tensor) -> tuple[Tensor, Tensor]:
+        s, b = y.chunk(2, self.dim)
+        return torch.exp(h * self.bound * torch.tanh(s / self.bound)), h * b
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        f, g = fs
+        return [Update(0, lambda s: self._terms(h, f(s[1]))), Update(1, lambda s: self._terms(h, g(s[0])))]
+
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
+        shape = list(streams[i])
+        shape[self.dim] *= 2
+        return torch.Size(shape)
+
+    def _result(self, width: int) -> int:
+        return 2 * width
+
+    def __str__(self) -> str:
+        given = [_where(self.dim), "" if self.bound == 1 else f"bound={self.bound:g}"]
+        return f"affine({', '.join(filter(None, given))})" if any(given) else "affine"
+
+
+class MultiLevel(_Split):
+    """The multi-level coupling in its general form: x_t = h F_t(x_{t-1}, ..., x_{t-m+1}) + gamma x_{t-m}.
+
+    Streams (x_{t-m}, ..., x_{t-1}), at first the slices of the input along ``dim``. The function is given the m - 1
+    newer streams as separate arguments, newest first, so that they may differ in shape. A shortcut, if given, takes
+    the place of gamma. With m = 2 and gamma = 1, two steps are one of revnet.
+
+    Cost: 1 residual function a step, m streams. Inverse: closed form; amplifies by |gamma|^(-1/m) a step.
+
+    Args:
+        m: number of streams, at least 2.
+        gamma: factor of the oldest stream, not zero.
+        dim: the channel dimension, along which the input is split.
+
+    Raises:
+        SchemeError: fewer than 2 streams, or gamma is zero.
+
+    Source:
+        Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, equation 1 (section 2.2).
+
+    Example:
+        >>> import schemes
+        >>> scheme = schemes.get("multilevel(3, 0.5)")
+        >>> scheme.slots(0, (4, 5, 6))[0].in_channels, scheme.widths(0, (4, 5, 6))
+        ((6, 5), (5, 6, 4))
+    """
+
+    stages = evaluations = 1
+    shortcuts = 1
+    nodes = (0.0,)
+    turn = 1
+
+    def __init__(self, m: int, gamma: float = 1.0, dim: int = 1):
+        if isinstance(m, bool) or not isinstance(m, int) or m < 2:
+            raise SchemeError(f"multilevel: {m} streams, want a whole number of at least 2.")
+        self.streams, self.gamma, self.dim = m, float(gamma), int(dim)
+        if self.gamma == 0:
+            raise SchemeError("multilevel: gamma is 0, so that the oldest stream is lost; want any other number.")
+        self.amplification = abs(self.gamma) ** (-1 / m)
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        (f,) = fs
+        return [Update(0, lambda s: (self.gamma, scaled(h, f(*s[:0:-1]))), shortcut=0)]
+
+    def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        return (Slot(n, 0, streams[:0:-1], streams[0]),)
+
+    def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
+        return streams[1:] + streams[:1]
+
+    def __str__(self) -> str:
+        return f"multilevel({', '.join(filter(None, [str(self.streams), f'{self.gamma:g}', _where(self.dim)]))})"

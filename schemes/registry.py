@@ -9,9 +9,15 @@ from typing import Any, NamedTuple
 
 from . import stability, tableaux
 from .adaptive import Adaptive
+from .bdia import Bdia
+from .columns import RevCol
 from .compose import Mix, Nested, Repeat, Substeps
+from .coupling import Additive, Affine, MultiLevel, RevNet
+from .dense import Dense
 from .errors import SchemeError
 from .language import Reader, shorten
+from .multistep import AdamsBashforth2, Alf, Leapfrog, LmResNet, Momentum, ReversibleHeun
+from .reversible import Reversible
 from .runge_kutta import RungeKutta, pruned
 from .scheme import Scheme
 from .tableau import Tableau
@@ -27,13 +33,29 @@ def _runge_kutta(make: Callable[..., Tableau]) -> Callable[..., Scheme]:
     return functools.update_wrapper(build, make)
 
 
-_NAMES: dict[str, Scheme] = {name: RungeKutta(tableau) for name, tableau in tableaux.METHODS.items()}
+_NAMES: dict[str, Scheme] = {
+    **{name: RungeKutta(tableau) for name, tableau in tableaux.METHODS.items()},
+    "ab2": AdamsBashforth2(),
+    "leapfrog": Leapfrog(),
+    "reversible_heun": ReversibleHeun(),
+}
 _FAMILIES: dict[str, Callable[..., Scheme]] = {
     **{name: _runge_kutta(make) for name, make in tableaux.FAMILIES.items()},
     "adaptive": Adaptive,
+    "additive": Additive,
+    "affine": Affine,
+    "alf": Alf,
+    "bdia": Bdia,
+    "dense": Dense,
+    "lm_resnet": LmResNet,
+    "momentum": Momentum,
+    "multilevel": MultiLevel,
     "nested": Nested,
     "pruned": pruned,
     "repeat": Repeat,
+    "revcol": RevCol,
+    "reversible": Reversible,
+    "revnet": RevNet,
     "substeps": Substeps,
 }
 

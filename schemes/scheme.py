@@ -55,13 +55,15 @@ class Scheme(ABC):
         stages: residual functions that one step consumes.
         order: order of accuracy for one vector field; None where no order holds.
         nodes: residual function i is evaluated at time ``t + nodes[i] * h``; None lets it be evaluated at any time
-            in between (adaptive solvers).
+            in between (adaptive solvers). Where a step evaluates its functions several times over, there is one time
+            per evaluation, and evaluation j calls function ``j % stages``.
         span: a step moves time on by ``span * h``.
         mixing: max_i sum_j |a_ij|, how far a stage's input strays from the step's, in units of the residual functions;
             None where this is no Runge-Kutta method.
         gain: sum_i |b_i| over a step, likewise.
         streams: number of streams that ``init`` makes.
         invertible: whether ``retreat`` undoes ``advance``.
+        shortcuts: number of shortcuts that a step may be given, all or none.
         evaluations: calls of residual functions per step; None where only a run can tell.
     """
 
@@ -72,6 +74,7 @@ class Scheme(ABC):
     mixing: float | None = None
     gain: float | None = None
     streams: int = 1
+    shortcuts: int = 1
     invertible: bool = False
     evaluations: int | None = None
 
@@ -83,8 +86,36 @@ class Scheme(ABC):
         """The state from which ``advance`` made ``state``."""
         raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
 
-    def init(self, fs: Sequence[Function], x: Tensor) -> State:
-        """Makes the streams from the input; ``fs`` are the functions of the first step."""
+    @property
+    def trains_by_inverse(self) -> bool:
+        """Whether ``in_training`` is invertible, so that training can make states again instead of keeping them."""
+        return self.invertible
+
+    def in_training(self, n: int, x: Tensor) -> "Scheme":
+        """What stands for this scheme in step n of a training pass that makes states again; x is a stream of it.
+
+        The scheme itself, unless training and inference differ (bdia).
+        """
+        return self
+
+    def elementary(
+        self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
+    ) -> "list[tuple[Scheme, Sequence[Function], StepSize, Sequence[Function]]]":
+        """The schemes that make up one step, in order, each with its functions, step size and shortcuts."""
+        return [(self, fs, h, gs)]
+
+    def enter(self, y: Tensor) -> State:
+        """The streams whose readout is y, where the readout loses nothing: the start of an inverse."""
+        if self.streams != 1:
+            raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+        return (y,)
+
+    def origin(self, state: State) -> Tensor:
+        """The input from which ``init`` made these streams."""
+        return state[0]
+
+    def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        """Makes the streams from the input; ``fs`` and ``h`` are the first step's, evaluated at its start in time."""
         return (x,)
 
     def readout(self, state: State) -> Tensor:
@@ -122,8 +153,11 @@ class Scheme(ABC):
         """Width of every stream that ``init`` makes from an input of that width."""
         return (channels,) * self.streams
 
-    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size:
-        """The shape that residual function i must return, from the shapes of the streams after the shortcut."""
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
+        """The shape that residual function i must return, from the shapes of the streams after the shortcut.
+
+        None where the function chooses it: it makes a new stream.
+        """
         return streams[0]
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
@@ -256,9 +290,10 @@ def bind(
     """Fills in the time of each residual function, ``t + nodes[i] * h``, and the context, where it takes them."""
     if nodes is None:
         return tuple(Bound(f, needs, t, context, True, calls) for f, needs in zip(fs, takes, strict=True))
+    uses = len(nodes) // len(fs)
     return tuple(
         Bound(f, needs, None if t is None else t + c * h, context, False) if needs.time or needs.context else f
-        for f, needs, c in zip(fs, takes, nodes, strict=True)
+        for f, needs, c in zip(tuple(fs) * uses, tuple(takes) * uses, nodes, strict=True)
     )
 
 
@@ -294,6 +329,11 @@ def solve(
     fs, takes = (f,) * scheme.stages, (signature(f),) * scheme.stages
     state: State = ()
     for n in range(steps):
-        bound = bind(fs, takes, scheme.nodes, t[0] + n * scheme.span * h, h, context)
-        state = scheme.advance(bound, state if n else scheme.init(bound, x), h)
+        time = t[0] + n * scheme.span * h
+        if not n:
+            start = None if scheme.nodes is None else (0.0,) * scheme.stages
+            state = scheme.init(bind(fs, takes, start, time, h, context), x, h)
+        # A mix is used whole; of any other scheme the first step may differ from the others.
+        part = scheme if len(scheme.plan) > 1 else scheme.at(n)
+        state = part.advance(bind(fs[: part.stages], takes[: part.stages], part.nodes, time, h, context), state, h)
     return scheme.readout(state)

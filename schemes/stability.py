@@ -153,7 +153,7 @@ def imaginary_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
     square[0] -= 1
     noise = 10 * tableau.tolerance * tableau.stages * max(1.0, tableau.mixing)
     if tolerance == 0:  # divide by the first power that is there: the sign of what is left decides, however small
-        while square and (square[0] == 0 or abs(float(square[0])) <= noise):
+        while len(square) > 1 and (square[0] == 0 or abs(float(square[0])) <= noise):
             del square[0]
         if square[0] > 0:
             return 0.0

@@ -237,7 +237,9 @@ class Tableau:
         """max_i sum_j |a_ij|: by how much a stage's input can outgrow x when the residual functions differ."""
         return max(float(_sum(abs(x) for x in row)) for row in self.a)
 
-    def floats(self) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...], tuple | None]:
+    def floats(
+        self,
+    ) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...], tuple[float, ...] | None]:
         """(a, b, c, b_hat), each exact number rounded once, to the nearest float."""
         b_hat = None if self.b_hat is None else tuple(map(float, self.b_hat))
         return (

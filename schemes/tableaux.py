@@ -194,7 +194,7 @@ dopri5 = Tableau.parse(
     cite="Dormand, Prince, J. Comput. Appl. Math. 6 (1980) 19-26, RK5(4)7M",
 )
 
-# Published are the nodes, the weights, seven entries of A and b - b_hat; the sums and conditions give the rest.
+# What circulates as b_hat of this pair is often the difference b_hat - b: its entries sum to 0, those here to 1.
 tsit5 = Tableau.parse(
     """
     0                  |

@@ -1,0 +1,238 @@
+"""Weights in and out: published state dicts, training checkpoints and files load, or are refused whole.
+
+``load`` changes nothing unless every key fits: what a file holds is matched first, all misfits are listed in one error,
+and only then is the model written. A model that knows published layouts has a method ``key_map(keys)``; three examples:
+
+* a torchvision ResNet says ``layer1.0.conv1.weight``, the model ``levels.0.steps.0.fs.0.conv1.weight``;
+* a Lightning checkpoint holds the net under ``state_dict`` with the prefix ``net.``, compiled ones add ``_orig_mod.``;
+* the same net under another scheme groups its residual functions into other steps.
+"""
+
+import pickle
+import re
+from collections.abc import Collection, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from schemes.errors import SchemeError
+
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
+PREFIXES = ("module.", "net.", "model.")
+COMPILED = "_orig_mod."
+# Files older than BatchNorm's counter lack it, and it only matters with momentum=None; nets with a fixed step size have
+# no learned one, which starts from the same value.
+OPTIONAL = re.compile(r"(^|\.)(num_batches_tracked|steps\.\d+\.h)$")
+LISTED = 10
+
+
+class KeyMap(NamedTuple):
+    """How the keys of a published layout are called here.
+
+    Attributes:
+        layout: its name.
+        names: published key -> key here; None drops a key on purpose (a head that is not wanted).
+        settings: numbers that the layout implies and no tensor holds, by attribute path ("head_norm.eps").
+    """
+
+    layout: str
+    names: Mapping[str, str | None]
+    settings: Mapping[str, float] = MappingProxyType({})
+
+
+@runtime_checkable
+class Renames(Protocol):
+    """A model that knows published layouts of its weights."""
+
+    def key_map(self, keys: Collection[str]) -> KeyMap | None:
+        """The names of these keys here, or None for an unknown layout; keys without an entry are refused."""
+        ...
+
+
+class Report(NamedTuple):
+    """What ``load`` did.
+
+    Attributes:
+        loaded: number of tensors written.
+        layout: the layout that it found, "own" for the model's own keys.
+        dropped: keys of the source that were left out on purpose.
+        kept: keys of the model that the source lacks and may lack; they keep their values.
+    """
+
+    loaded: int
+    layout: str
+    dropped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> Report:
+    """Loads weights into a model, all or nothing.
+
+    Unwraps training checkpoints, strips the prefixes of DDP, torch.compile and Lightning, and renames published keys.
+
+    Args:
+        model: the model; written only if everything fits.
+        source: a state dict, a checkpoint dictionary that holds one, or a file (.safetensors, .pt, .pth, .ckpt; read
+            with ``weights_only``).
+
+    Returns:
+        A ``Report``.
+
+    Raises:
+        SchemeError: keys without a place, missing keys or other shapes, all listed; an unreadable or unsafe file.
+
+    Example:
+        >>> from torch import nn
+        >>> load(nn.Linear(2, 2), {"state_dict": {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)}})
+        Report(loaded=2, layout='own', dropped=(), kept=())
+    """
+    name = "state dict" if isinstance(source, Mapping) else str(source)
+    state = _unwrap(source if isinstance(source, Mapping) else read(source), name)
+    own = model.state_dict()
+    state, dropped = _strip(model, state, own)
+    keys = state.keys()
+    known = model.key_map(keys) if isinstance(model, Renames) and keys != own.keys() else None
+    layout, names, settings = known or KeyMap("own", {k: k for k in keys})
+
+    found: dict[str, Tensor] = {}
+    placed: set[str] = set()
+    unmatched: list[str] = []
+    misshapen: list[str] = []
+    for key, value in state.items():
+        target = names.get(key, key)
+        if target is None:
+            dropped.append(key)
+            continue
+        if target not in own or target in placed:
+            unmatched.append(key)
+            continue
+        placed.add(target)
+        # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1); the numbers and their order are equal.
+        if known and _without_ones(value) == _without_ones(own[target]):
+            value = value.reshape(own[target].shape)
+        if value.shape != own[target].shape:
+            misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(own[target].shape)}")
+        else:
+            found[target] = value
+    absent = [k for k in own if k not in placed]
+    missing = [k for k in absent if not OPTIONAL.search(k)]
+    if unmatched or misshapen or missing:
+        raise SchemeError(_misfits(model, name, unmatched, misshapen, missing))
+    model.load_state_dict({**own, **found})
+    for path, number in settings.items():
+        module, _, name = path.rpartition(".")
+        setattr(model.get_submodule(module), name, number)
+    return Report(len(found), layout, tuple(dropped), tuple(absent))
+
+
+def save(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Writes a model's weights as safetensors: tensors alone, no code; ``load`` reads them.
+
+    Args:
+        model: the model.
+        path: the file, ``*.safetensors`` by custom; its folder is made where there is none.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ImportError('safetensors writes this file: pip install "odenets[train]"') from None
+    # A clone each: safetensors refuses tensors that share memory, and wants them contiguous.
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(path), metadata={"format": "pt"})
+
+
+def read(path: str | PathLike[str]) -> Mapping[str, Any]:
+    """What a weight file holds, on the CPU; no code in it is run.
+
+    Args:
+        path: a .safetensors file, or one written by torch.save.
+
+    Raises:
+        SchemeError: no such file, a file that cannot be read, or one that holds more than tensors and plain values.
+        ImportError: a .safetensors file, and safetensors is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SchemeError(f"no weight file at {path}; give a .safetensors, .pt, .pth or .ckpt file, or a state dict.")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(f'{path.name} is read by safetensors: pip install "odenets[train]"') from None
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise SchemeError(f"{path} cannot be read: {error}. Is the file whole?") from None
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise SchemeError(
+            f"{path} holds more than tensors and plain values (or is no torch file), and is not opened.\n"
+            "  Where you trust its origin, save its state_dict alone, then load that."
+        ) from None
+    except (EOFError, OSError, RuntimeError) as error:
+        raise SchemeError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from None
+    if not isinstance(held, Mapping):
+        raise SchemeError(f"{path} holds a {type(held).__name__}, want a state dict or a checkpoint that holds one.")
+    return held
+
+
+def _unwrap(held: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The innermost state dict of a training checkpoint."""
+    for _ in range(3):
+        inner = next((held[c] for c in CONTAINERS if isinstance(held.get(c), Mapping)), None)
+        if inner is None:
+            break
+        held = inner
+    others = [str(k) for k, v in held.items() if not isinstance(v, Tensor)]
+    if others or not held:
+        what = f"entries that are no tensors: {_some(others)}" if others else "no tensors"
+        raise SchemeError(f"the {name} has {what}; want a state dict, or one under {', '.join(CONTAINERS)}.")
+    return dict(held)
+
+
+def _strip(
+    model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state without the prefixes that wrappers add, and the keys outside of the wrapped net."""
+    if not any(COMPILED in key for key in own):
+        state = {key.replace(COMPILED, ""): value for key, value in state.items()}
+    dropped: list[str] = []
+    while not (state.keys() & own.keys()) and not (isinstance(model, Renames) and model.key_map(state.keys())):
+        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        dropped += [key for key in state if not key.startswith(prefix)]
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state, dropped
+
+
+def _without_ones(x: Tensor) -> list[int]:
+    return [size for size in x.shape if size != 1]
+
+
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(items[:LISTED]) + more
+
+
+def _misfits(model: nn.Module, name: str, unmatched: list[str], misshapen: list[str], missing: list[str]) -> str:
+    parts = [
+        f"{len(items)} {what}: {_some(items)}"
+        for what, items in (("without a place", unmatched), ("of another shape", misshapen), ("missing", missing))
+        if items
+    ]
+    text = f"the {name} does not fit {type(model).__name__}; nothing was loaded. " + "; ".join(parts) + "."
+    if not unmatched and not missing and all(m.startswith(("head.", "fc.", "linear.")) for m in misshapen):
+        text += "\n  Build the model with the file's number of classes, load, then call reset_classifier."
+    return text

@@ -1,0 +1,97 @@
+"""The console scripts `lightning` and `odenets`: `lightning fit|validate|test|predict -c FILE.yaml [--KEY VALUE ...]`.
+
+This file imports nothing heavy: `--help` and `--version` answer at once, and a torchvision that does not fit the
+installed torch is repaired before Lightning, which imports it, can trip over it.
+"""
+
+import importlib
+import importlib.metadata
+import sys
+import warnings
+from typing import NoReturn
+
+HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
+
+  fit        train; checkpoints, config.yaml and metrics.csv go to the run's folder (--run_dir)
+  validate   evaluate a checkpoint on the validation pictures: --ckpt_path best|last|FILE
+  test       the same on the test pictures
+  predict    write the class of each test picture to predictions.csv
+
+  {prog} fit -c experiments/quickstart.yaml                              the handwritten digits, nothing to download
+  {prog} fit -c experiments/cifar10_ho_resnet.yaml --data.root FOLDER --model.net.scheme midpoint
+  {prog} fit -c FILE.yaml --ckpt_path last                               go on where the last run stopped
+  {prog} fit -c FILE.yaml --print_config                                 the resolved configuration
+  {prog} fit --help                                                      every option
+
+  --version  the version of odenets
+"""
+
+# What the extra `train` brings, by the name of the module.
+TRAIN_EXTRA = {
+    "datasets",
+    "huggingface_hub",
+    "jsonargparse",
+    "lightning",
+    "numpy",
+    "PIL",
+    "rich",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "typeshed_client",
+    "yaml",
+}
+
+_torchvision_ops = []  # a torch.library.Library takes its operators with it when it is collected
+
+
+def repair_torchvision() -> None:
+    """Make a torchvision built for another torch importable, without its compiled operators.
+
+    Lightning imports torchmetrics, which imports any torchvision it finds; a mismatched one fails with "operator
+    torchvision::nms does not exist" and takes Lightning down. Declaring the two operators lets the import through.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass  # there is none, or one that cannot be imported: torchmetrics copes with that
+    except RuntimeError as e:
+        import torch
+
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _torchvision_ops.append(library)
+        importlib.import_module("torchvision")
+        warnings.warn(f"torchvision does not fit this torch ({e}); it is used without its operators", stacklevel=2)
+
+
+def fail(message: str, tip: str = "lightning --help shows how the command is used") -> NoReturn:
+    """Print an error of exactly two lines and leave with status 2."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    rest = " ".join(lines[1:]) or tip
+    sys.stderr.write(f"error: {lines[0] if lines else 'unknown'}\n  {rest}\n")
+    sys.exit(2)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; returns None, since a script's return value becomes its exit status."""
+    words = sys.argv[1:] if args is None else args
+    prog = "odenets" if sys.argv[0].endswith(("odenets", "__main__.py")) else "lightning"
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(prog=prog), end="")
+        return
+    if words[0] == "--version":
+        print(f"odenets {importlib.metadata.version('odenets')}")
+        return
+    try:
+        repair_torchvision()
+        from odenets.training.command import run
+    except ModuleNotFoundError as e:
+        missing = (e.name or "").partition(".")[0]
+        if missing not in TRAIN_EXTRA:
+            raise
+        fail(f"training needs the package {missing}, which is not installed", 'pip install "odenets[train]"')
+    run(args, prog)

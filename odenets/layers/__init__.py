@@ -1,0 +1,22 @@
+"""Parts of networks that know nothing of schemes: residual functions, shortcuts, stochastic depth, pooling."""
+
+from .convnext import ChannelGate as ChannelGate
+from .convnext import ConvNeXtFunction as ConvNeXtFunction
+from .dense import DenseFunction as DenseFunction
+from .dense import DenseTransition as DenseTransition
+from .drop_path import DropPath as DropPath
+from .drop_path import linear_rates as linear_rates
+from .init import init_kaiming as init_kaiming
+from .init import init_truncated as init_truncated
+from .modern import ModernFunction as ModernFunction
+from .modern import make_act as make_act
+from .modern import make_norm as make_norm
+from .norm import LayerNorm2d as LayerNorm2d
+from .residual import BasicFunction as BasicFunction
+from .residual import BottleneckFunction as BottleneckFunction
+from .residual import Order as Order
+from .scale import ChannelScale as ChannelScale
+from .shortcut import PadShortcut as PadShortcut
+from .shortcut import Projection as Projection
+from .space import PoolPadShortcut as PoolPadShortcut
+from .space import SpaceToDepth as SpaceToDepth

@@ -1,0 +1,73 @@
+"""The residual functions of DenseNet, which read a concatenation and return a few new channels, and its transition."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DenseFunction(nn.Module):
+    """BN-ReLU-conv3x3, or with a bottleneck BN-ReLU-conv1x1-BN-ReLU-conv3x3.
+
+    Args:
+        in_channels: width of the concatenation that it reads.
+        out_channels: number of new channels, the growth rate.
+        bottleneck: the 1x1 convolution is so many times wider than the result; 0 leaves it out.
+        drop_rate: dropout after every convolution.
+
+    Shape:
+        x: (n, in_channels, h, w); the result is (n, out_channels, h, w).
+
+    Source:
+        Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, section 3.
+
+    Example:
+        >>> DenseFunction(24, 12, bottleneck=4)(torch.randn(2, 24, 8, 8)).shape
+        torch.Size([2, 12, 8, 8])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bottleneck: int = 4, drop_rate: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        width = bottleneck * out_channels
+        if bottleneck:
+            self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+            self.norm2 = nn.BatchNorm2d(width)
+            self.conv2 = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.bottleneck, self.drop_rate = bottleneck, drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(F.relu(self.norm1(x), inplace=True))
+        if self.bottleneck:
+            # The published ports of the bottleneck drop out before and after the 3x3 convolution, or after it alone;
+            # this is the paper's: after every convolution.
+            x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+            x = self.conv2(F.relu(self.norm2(x), inplace=True))
+        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+
+
+class DenseTransition(nn.Module):
+    """BN-ReLU-conv1x1, then the mean of 2x2 pixels.
+
+    Args:
+        in_channels: width before.
+        out_channels: width after.
+        drop_rate: dropout after the convolution.
+
+    Shape:
+        x: (n, in_channels, h, w); the result is (n, out_channels, h // 2, w // 2).
+
+    Source:
+        Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, section 3.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, drop_rate: float = 0.0):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.drop_rate = drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.relu(self.norm(x), inplace=True))
+        x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+        return F.avg_pool2d(x, 2)

@@ -1,0 +1,58 @@
+"""Stochastic depth: the result of a residual function is left out for random samples."""
+
+import torch
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    r"""Sets whole samples to zero with probability p while training, and scales the others: y_i = x_i m_i / (1 - p).
+
+    It stands at the end of a residual function, so that a dropped sample keeps its stream unchanged. At p = 1 nothing
+    is left, and nothing is scaled.
+
+    Args:
+        p: probability of dropping a sample, in [0, 1].
+
+    Shape:
+        x: (n, ...) of any rank; the result has the same shape.
+
+    Raises:
+        ValueError: p is no probability.
+
+    Source:
+        Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv 1603.09382; per sample as is common since.
+
+    Example:
+        >>> DropPath(0.5).eval()(torch.ones(2, 1)).tolist()
+        [[1.0], [1.0]]
+    """
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"DropPath: the probability is {p}, want a number from 0 to 1.")
+        self.p = float(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        keep = 1.0 - self.p
+        mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * (mask.div_(keep) if keep else mask)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}"
+
+
+def linear_rates(rate: float, count: int) -> list[float]:
+    """Drop rates that grow evenly over the depth of a network, from 0 at the first function to ``rate`` at the last.
+
+    Args:
+        rate: the last rate.
+        count: number of residual functions in the whole network.
+
+    Example:
+        >>> linear_rates(0.2, 3)
+        [0.0, 0.1, 0.2]
+    """
+    return [rate * i / max(count - 1, 1) for i in range(count)]

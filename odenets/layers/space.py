@@ -1,0 +1,72 @@
+"""Shortcuts that change the resolution of a stream: exactly invertible, or by averaging."""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class SpaceToDepth(nn.Module):
+    """Moves the pixels of every square into the channels: half the height and width, four times the channels.
+
+    No number is changed or lost, so ``inverse`` is exact: the shortcut of a reversible step that downsamples.
+
+    Args:
+        factor: side of the squares.
+
+    Shape:
+        x: (n, c, h, w), h and w multiples of ``factor``; the result is (n, factor^2 c, h / factor, w / factor).
+
+    Source:
+        Jacobsen et al. 2018, i-RevNet: Deep Invertible Networks, arXiv 1802.07088, section 3.1.
+
+    Example:
+        >>> import torch
+        >>> f, x = SpaceToDepth(), torch.randn(1, 3, 4, 4)
+        >>> f(x).shape, torch.equal(f.inverse(f(x)), x)
+        (torch.Size([1, 12, 2, 2]), True)
+    """
+
+    def __init__(self, factor: int = 2):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(x, "n c (h a) (w b) -> n (a b c) h w", a=self.factor, b=self.factor)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """What ``forward`` made y of."""
+        return rearrange(y, "n (a b c) h w -> n c (h a) (w b)", a=self.factor, b=self.factor)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class PoolPadShortcut(nn.Module):
+    """Averages squares of ``stride`` x ``stride`` pixels and pads the channels with zeros on both sides.
+
+    Args:
+        in_channels: width of the stream before.
+        out_channels: width after, at least ``in_channels``; an odd difference puts the extra channel last.
+        stride: step in height and width.
+
+    Shape:
+        x: (n, in_channels, h, w); the result is (n, out_channels, h / stride, w / stride).
+
+    Source:
+        Gomez et al. 2017, The Reversible Residual Network, arXiv 1707.04585, as released.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        more = out_channels - in_channels
+        if more < 0:
+            raise ValueError(f"PoolPadShortcut cannot go from {in_channels} to {out_channels} channels.")
+        self.before, self.after, self.stride = more // 2, more - more // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride)
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+    def extra_repr(self) -> str:
+        return f"before={self.before}, after={self.after}, stride={self.stride}"

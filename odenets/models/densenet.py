@@ -1,0 +1,133 @@
+"""DenseNet: every residual function reads all that came before in its level; under ``dense`` it is the published net.
+
+A level is a ``Stack`` over the scheme ``dense(growth)``, whose state grows by one stream a step. Under a one-stream
+scheme the same functions add to one stream of constant width: concatenation against addition, one word apart.
+
+Source: Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
+
+from torch import nn
+
+from schemes import SchemeError, Slot
+
+from ..checkpoints import KeyMap
+from ..layers import DenseFunction, DenseTransition, init_kaiming
+from ..stack import Stack
+from . import dense_keys, resnet_keys
+from .dense_levels import schemes_with_growth, width_after
+from .level_net import LevelNet, Pool, check_rates
+from .levels import steps_that_fit, warned_once
+
+Stem = Literal["conv3", "conv7_pool"]
+
+
+class DenseNet(LevelNet):
+    """DenseNet and DenseNet-BC; the defaults are DenseNet-121: 7,978,856 parameters, 2.834 GMACs at 224 x 224.
+
+    Args:
+        functions: residual functions per level.
+        growth: channels that each of them adds.
+        init_channels: width of the stem; None means twice the growth.
+        bottleneck: the 1x1 convolution makes so many times the growth; 0 leaves it out.
+        compression: a transition keeps this part of the channels.
+        scheme: one scheme for all levels, or a list with one per level; "dense" takes the growth.
+        stem: "conv3" (CIFAR) or "conv7_pool" (ImageNet).
+        backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        global_pool: "avg", "max", or "" for the feature map (without a head).
+        drop_rate: dropout after every convolution but the stem's; the paper's 0.2 is for training without augmentation.
+        drop_path_rate: refused unless 0; a concatenated stream cannot be left out.
+
+    Shapes:
+        x: (n, in_chans, h, w); the result is (n, num_classes).
+
+    Raises:
+        SchemeError: a level's count does not fit its scheme, or a wrong option.
+
+    Source:
+        Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, table 1 and section 4.2.
+
+    Example:
+        >>> import torch
+        >>> net = DenseNet([2, 2], growth=4, stem="conv3", num_classes=10)
+        >>> net(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[int] = (6, 12, 24, 16),
+        growth: int = 32,
+        init_channels: int | None = None,
+        bottleneck: int = 4,
+        compression: float = 0.5,
+        scheme: list[str] | str = "dense",
+        stem: Stem = "conv7_pool",
+        backprop: str = "store",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+    ):
+        # The paper's dropout follows the convolutions; the head has none.
+        super().__init__(0.0, head_init_scale)
+        if stem not in get_args(Stem):
+            raise SchemeError(f"stem is {stem!r}, want {' or '.join(get_args(Stem))}.")
+        if not functions:
+            raise SchemeError("no counts of residual functions: want one per level.")
+        if not 0 < compression <= 1:
+            raise SchemeError(f"compression is {compression}, want 0 < compression <= 1.")
+        check_rates(drop_rate=drop_rate)
+        if drop_path_rate:
+            raise SchemeError(
+                f"drop_path_rate is {drop_path_rate}: a DenseNet has no skip to fall back on; use drop_rate."
+            )
+        found = schemes_with_growth(scheme, [growth] * len(functions))
+
+        def make(slot: Slot) -> nn.Module:
+            return DenseFunction(sum(slot.in_channels), slot.out_channels, bottleneck=bottleneck, drop_rate=drop_rate)
+
+        width = 2 * growth if init_channels is None else init_channels
+        self.stem = _stem(stem, in_chans, width)
+        reduction = 4 if stem == "conv7_pool" else 1
+        channels = []
+        with warned_once():
+            for level, (scheme_, count) in enumerate(zip(found, functions, strict=True)):
+                transition: nn.Module = nn.Identity()
+                if level:
+                    transition = DenseTransition(width, int(width * compression), drop_rate=drop_rate)
+                    width = int(width * compression)
+                self.transitions.append(transition)
+                depth = steps_that_fit(scheme_, count, level + 1)
+                self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width, backprop=backprop))
+                width = width_after(scheme_, width, depth)
+                channels.append(width)
+        self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        # The official code draws by the fan out; torchvision's ImageNet models by the fan in.
+        init_kaiming(self, "fan_in" if stem == "conv7_pool" else "fan_out")
+        self.finish(channels, [reduction * 2**level for level in range(len(channels))], num_classes, global_pool)
+
+    def key_map(self, keys: Collection[str]) -> KeyMap | None:
+        """Names of published keys here: torchvision's (old and new), gpleiss's, andreasveit's."""
+        own = self.state_dict().keys()
+        return dense_keys.densenet(own, keys) or resnet_keys.twin(own, keys)
+
+
+def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
+    if kind == "conv3":
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, width, 3, padding=1, bias=False)))
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(in_chans, width, 7, 2, 3, bias=False),
+            norm=nn.BatchNorm2d(width),
+            act=nn.ReLU(inplace=True),
+            pool=nn.MaxPool2d(3, 2, 1),
+        )
+    )

@@ -1,0 +1,137 @@
+"""RDNet: DenseNet with ConvNeXt's residual functions, and a transition after every few of them.
+
+A mixing level is a ``Stack`` of feature mixers over ``dense(growth)``; transitions, most of stride 1, stand between.
+Under a one-stream scheme the same mixers add instead of concatenating.
+
+Source: Kim et al. 2024, DenseNets Reloaded: Paradigm Shift Beyond ResNets and ViTs, arXiv 2403.19588.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from schemes import SchemeError, Slot
+
+from ..checkpoints import KeyMap
+from ..layers import ConvNeXtFunction, LayerNorm2d, init_kaiming, linear_rates
+from ..stack import Stack
+from . import dense_keys, resnet_keys
+from .dense_levels import schemes_with_growth, width_after
+from .level_net import LevelNet, Pool, check_rates
+from .levels import steps_that_fit, warned_once
+
+
+class RDNet(LevelNet):
+    """RDNet; the defaults are RDNet-T: 23,863,008 parameters, 5.033 GMACs at 224 x 224.
+
+    Args:
+        growths: channels that each mixer of a level adds, per mixing level.
+        functions: mixers per level, one number for all or one each.
+        downsample: whether the transition before a level halves the resolution, per level; the first has none.
+        init_channels: width of the stem.
+        kernel: size of the depthwise convolutions.
+        expansion: hidden width of a mixer over its input's.
+        compression: a transition keeps this part of the channels, rounded down to a multiple of 8.
+        gate_from: the mixers of this level and all later ones have a channel gate.
+        layer_scale: initial value of gamma; None leaves gamma out.
+        head_norm_eps: epsilon of the norm before the head, 1e-6 in timm, 1e-5 in the original code.
+        scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth.
+        backprop: as in Stack; "checkpoint" recomputes each mixer.
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        global_pool: "avg", "max", or "" for the feature map (without norm and head).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth at the last mixer (its new channels are zero), growing from 0 over the depth.
+        head_init_scale: factor on a new head; 0.001 for fine-tuning.
+
+    Shapes:
+        x: (n, in_chans, h, w); the result is (n, num_classes).
+
+    Raises:
+        SchemeError: lists of unequal length, a count that does not fit its scheme, or a wrong option.
+
+    Source:
+        Kim et al. 2024, DenseNets Reloaded, arXiv 2403.19588, section 3 and table B; growth rates as released.
+
+    Example:
+        >>> import torch
+        >>> net = RDNet([8, 16], functions=2, downsample=[False, True], init_channels=16, num_classes=10)
+        >>> net(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        growths: Sequence[int] = (64, 104, 128, 128, 128, 128, 224),
+        functions: int | list[int] = 3,
+        downsample: Sequence[bool] = (False, True, True, False, False, False, True),
+        init_channels: int = 64,
+        kernel: int = 7,
+        expansion: float = 4,
+        compression: float = 0.5,
+        gate_from: int = 2,
+        layer_scale: float | None = 1e-6,
+        head_norm_eps: float = 1e-6,
+        scheme: list[str] | str = "dense",
+        backprop: str = "store",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+    ):
+        super().__init__(drop_rate, head_init_scale)
+        counts = [functions] * len(growths) if isinstance(functions, int) else list(functions)
+        if not growths or not len(growths) == len(counts) == len(downsample):
+            raise SchemeError(
+                f"{len(growths)} growths, {len(counts)} counts of mixers, {len(downsample)} entries of downsample: "
+                "want one per level."
+            )
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        found = schemes_with_growth(scheme, growths)
+        rates = iter(linear_rates(drop_path_rate, sum(counts)))
+
+        self.stem = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(in_chans, init_channels, 4, 4), norm=LayerNorm2d(init_channels))
+        )
+        width, reduction = init_channels, 4
+        channels, reductions = [], []
+        with warned_once():
+            for level, (scheme_, count, halve) in enumerate(zip(found, counts, downsample, strict=True)):
+
+                def make(slot: Slot, gate: bool = level >= gate_from) -> nn.Module:
+                    return ConvNeXtFunction(
+                        sum(slot.in_channels),
+                        slot.out_channels,
+                        kernel=kernel,
+                        expansion=expansion,
+                        divisor=8,
+                        layer_scale=layer_scale,
+                        gate=gate,
+                        drop_path=next(rates),
+                    )
+
+                transition: nn.Module = nn.Identity()
+                if level:
+                    stride = 2 if halve else 1
+                    narrow = int(width * compression / 8) * 8
+                    transition = nn.Sequential(
+                        OrderedDict(norm=LayerNorm2d(width), conv=nn.Conv2d(width, narrow, stride, stride))
+                    )
+                    width, reduction = narrow, reduction * stride
+                self.transitions.append(transition)
+                depth = steps_that_fit(scheme_, count, level + 1)
+                self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width, backprop=backprop))
+                width = width_after(scheme_, width, depth)
+                channels.append(width)
+                reductions.append(reduction)
+        self.head_norm = nn.LayerNorm(width, eps=head_norm_eps)
+        init_kaiming(self, "fan_in", linear=True)
+        self.finish(channels, reductions, num_classes, global_pool)
+
+    def key_map(self, keys: Collection[str]) -> KeyMap | None:
+        """Names of published keys here: naver-ai's and timm's, which differ in the epsilon of the head's norm."""
+        own = self.state_dict().keys()
+        return dense_keys.rdnet(own, keys) or resnet_keys.twin(own, keys)

@@ -1,0 +1,237 @@
+"""Models by name: ``create_model("resnet50", num_classes=10)``, ``list_models("ho_*")``, and where weights lie."""
+
+import difflib
+import fnmatch
+import hashlib
+import re
+import urllib.error
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import nn
+
+from schemes import SchemeError
+
+from .. import checkpoints
+from .features import FeatureNet
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Builder = Callable[..., nn.Module]
+
+
+class Weights(NamedTuple):
+    """Published weights of a model: where they lie, how the file is recognised, what pictures they expect.
+
+    Attributes:
+        tag: short name, as in ``pretrained="v1"``.
+        url: address of the file.
+        sha256: the first digits of the file's SHA-256, at least eight.
+        top1: published accuracy in per cent.
+        num_classes: width of the published head.
+        mean: per channel, subtracted from pictures in [0, 1].
+        std: per channel, divided by afterwards.
+    """
+
+    tag: str
+    url: str
+    sha256: str
+    top1: float | None = None
+    num_classes: int = 1000
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+class Entry(NamedTuple):
+    """One registered model: how it is built, and its published weights, the default first."""
+
+    build: Builder
+    weights: tuple[Weights, ...]
+
+
+_MODELS: dict[str, Entry] = {}
+
+
+@overload
+def register_model(build: Builder, /) -> Builder: ...
+@overload
+def register_model(*, name: str | None = None, weights: Sequence[Weights] = ()) -> Callable[[Builder], Builder]: ...
+def register_model(
+    build: Builder | None = None, /, *, name: str | None = None, weights: Sequence[Weights] = ()
+) -> Builder | Callable[[Builder], Builder]:
+    """Gives a function that builds a model a name that ``create_model`` knows; a decorator, with or without options.
+
+    Args:
+        build: takes keyword arguments, returns the model.
+        name: the model's name; the function's name where it is left out.
+        weights: published weights, the default first.
+
+    Raises:
+        SchemeError: the name is taken.
+
+    Example:
+        >>> from odenets.models import ResNet
+        >>> @register_model
+        ... def resnet_of_my_own(**kwargs):
+        ...     return ResNet(**{"functions": (1, 1), "widths": (8, 16), "stem": "conv3", **kwargs})
+        >>> create_model("resnet_of_my_own", num_classes=0).num_features
+        16
+    """
+
+    def register(build: Builder) -> Builder:
+        key = name or getattr(build, "__name__", "")
+        if key in _MODELS:
+            raise SchemeError(f"a model named {key!r} is registered already; choose another name.")
+        _MODELS[key] = Entry(build, tuple(weights))
+        return build
+
+    return register if build is None else register(build)
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Names of the registered models, numbers in their natural order.
+
+    Args:
+        pattern: with shell wildcards.
+        pretrained: only those with published weights.
+
+    Example:
+        >>> list_models("resnet?4*")
+        ['resnet34', 'resnet44']
+    """
+    found = [n for n, e in _MODELS.items() if fnmatch.fnmatchcase(n, pattern) and (e.weights or not pretrained)]
+    return sorted(found, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+
+
+def published_weights(name: str) -> tuple[Weights, ...]:
+    """The published weights of a registered model, the default first; empty where none are known.
+
+    Example:
+        >>> [w.tag for w in published_weights("resnet50")]
+        ['v2', 'v1']
+    """
+    return _entry(name).weights
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    scheme: str | Sequence[str] | None = None,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+    global_pool: str | None = None,
+    pretrained: bool | str = False,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a registered model; what is left out keeps the model's default.
+
+    Args:
+        name: one of ``list_models()``.
+        num_classes: width of the head; 0 gives pooled features, with ``global_pool=""`` the map.
+        in_chans: channels of the picture.
+        scheme: a scheme for all levels, or one per level.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth, growing over the depth to this rate.
+        global_pool: "avg", "max" or "".
+        pretrained: True or a tag such as "v1" loads published weights, downloaded once into torch.hub's folder and
+            checked by hash; the head is replaced where ``num_classes`` asks for another width.
+        features_only: gives a ``FeatureNet``, which returns the maps of the levels as a list.
+        out_indices: which of them; None means one map per resolution.
+        kwargs: passed to the model.
+
+    Raises:
+        SchemeError: an unknown name (the closest are named), a wrong option, or weights that are not published, not
+            reachable, or not the file they should be.
+
+    Example:
+        >>> net = create_model("ho_resnet26", scheme="midpoint", num_classes=100)
+        >>> net(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 100])
+    """
+    entry = _entry(name)
+    options = {
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "scheme": scheme,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+        "global_pool": global_pool,
+    }
+    kwargs |= {key: value for key, value in options.items() if value is not None}
+    if not features_only:
+        if out_indices is not None:
+            raise SchemeError("out_indices chooses among the maps of features_only=True; set both.")
+        return _build(name, entry, pretrained, kwargs)
+    return FeatureNet(_build(name, entry, pretrained, kwargs), out_indices)
+
+
+def _build(name: str, entry: Entry, pretrained: bool | str, kwargs: dict[str, Any]) -> nn.Module:
+    if not pretrained:
+        return entry.build(**kwargs)
+    weights = _choose(name, entry, pretrained)
+    if kwargs.get("in_chans", 3) != len(weights.mean):
+        raise SchemeError(
+            f"the published weights of {name} take {len(weights.mean)} channels, not {kwargs['in_chans']}; "
+            "repeat or mix the picture's channels."
+        )
+    classes, pool = kwargs.pop("num_classes", weights.num_classes), kwargs.pop("global_pool", None)
+    # Built with the published head, so that every key has its place; the wanted head comes after.
+    model = entry.build(**kwargs, num_classes=weights.num_classes)
+    checkpoints.load(model, _download(name, weights))
+    if classes != weights.num_classes or pool is not None:
+        model.reset_classifier(classes, pool)  # type: ignore[operator]
+    return model
+
+
+def _entry(name: str) -> Entry:
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
+        hint = f"closest: {', '.join(close)}" if close else "list_models() names them all"
+        raise SchemeError(f"there is no model named {name!r}; {hint}.")
+    return _MODELS[name]
+
+
+def _choose(name: str, entry: Entry, pretrained: bool | str) -> Weights:
+    if not entry.weights:
+        raise SchemeError(
+            f"no published weights are known for {name}; those of {', '.join(list_models(pretrained=True))} are.\n"
+            "  Weights of your own: odenets.checkpoints.load(model, path)."
+        )
+    if pretrained is True:
+        return entry.weights[0]
+    for weights in entry.weights:
+        if weights.tag == pretrained:
+            return weights
+    tags = ", ".join(repr(w.tag) for w in entry.weights)
+    raise SchemeError(f"{name} has no weights tagged {pretrained!r}; want True or one of {tags}.")
+
+
+def _download(name: str, weights: Weights) -> Path:
+    """The file of published weights in torch.hub's folder, downloaded where it is not there yet, and checked."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    by_hand = f"fetch it by hand and use odenets.checkpoints.load(create_model({name!r}), path)"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=weights.sha256)
+        except (urllib.error.URLError, OSError) as error:
+            raise SchemeError(
+                f"the weights of {name} cannot be had from {weights.url} ({error});\n  {by_hand}."
+            ) from None
+        except RuntimeError as error:  # the hash differs; torch.hub has removed what it got
+            raise SchemeError(f"{weights.url} is not the published file: {error}.") from None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(weights.sha256):
+        raise SchemeError(
+            f"{path} is not the published file: its SHA-256 begins with {digest[: len(weights.sha256)]}, want "
+            f"{weights.sha256}.\n  Delete it, and it will be fetched again."
+        )
+    return path

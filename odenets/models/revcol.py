@@ -1,0 +1,283 @@
+"""RevCol: a few columns of a pyramid network, each level of which reads its neighbours and is added reversibly.
+
+A column is one step of the multi-level coupling, and the whole network one ``Stack``: its streams are the stem's output
+and the levels, its residual functions the levels' fusion and blocks, its shortcuts a learned factor per channel.
+
+Source: Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from schemes import SchemeError
+from schemes.columns import RevCol as Coupling
+from schemes.scheme import State
+
+from ..checkpoints import KeyMap
+from ..layers import ChannelScale, ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
+from ..layers.column import Classifier, Down, LevelFunction, PatchDecoder, PictureDecoder, Up, pooled
+from ..stack import Stack
+from . import revcol_keys
+
+Pool = Literal["avg", ""]
+
+
+class Supervised(NamedTuple):
+    """What ``forward_supervised`` returns.
+
+    Attributes:
+        logits: of every head, (n, num_classes) each, the final one last.
+        images: the decoders' logits of the picture, (n, in_chans, h, w) each; one fewer than ``logits``.
+    """
+
+    logits: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
+
+
+def supervised_columns(columns: int) -> tuple[int, ...]:
+    """After which columns, counted from 1, a head stands: round(k n / 4) for k = 1 .. 4, without repetitions.
+
+    Example:
+        >>> [supervised_columns(n) for n in (1, 2, 5, 8)]
+        [(1,), (1, 2), (1, 2, 4, 5), (2, 4, 6, 8)]
+    """
+    return tuple(sorted({round(k * columns / 4) for k in range(1, 5)} - {0}))
+
+
+class Supervision(nn.Module):
+    """The heads and decoders after the columns before the last."""
+
+    def __init__(self, columns: Sequence[int], channels: Sequence[int], classes: int, patch: int, colours: int):
+        super().__init__()
+        self.columns = tuple(columns)
+        self.heads = nn.ModuleList(Classifier(channels[-1], classes) for _ in columns)
+        coarse = patch * 2 ** (len(channels) - 1)
+        # With many classes the heads are large, and the published decoder is a single layer.
+        self.decoders = nn.ModuleList(
+            PictureDecoder(channels, patch, colours) if classes <= 1000 else PatchDecoder(channels[-1], coarse, colours)
+            for _ in columns
+        )
+
+
+class RevCol(nn.Module):
+    """Reversible column network; the defaults are RevCol-T: 30,456,168 parameters, 4.517 GMACs at 224 x 224.
+
+    State-dict keys: ``stem.{conv,norm}``, ``columns.steps.{n}.fs.{l}.{down,up.{i},blocks.{j}}`` for level l of column
+    n, ``columns.steps.{n}.gs.{l}.alpha``, ``idle.{l}``, ``head.{norm,fc}``, ``supervision.{heads,decoders}.{k}``.
+    Published state dicts load through ``odenets.checkpoints.load``.
+
+    Args:
+        channels: width per level.
+        blocks: ConvNeXt blocks per level.
+        columns: number of columns, the steps of the scheme.
+        kernel_size: side of the blocks' depthwise convolutions.
+        num_classes: width of the head; 0 gives the last level's mean.
+        in_chans: channels of the picture.
+        supervision: heads and decoders also after about a quarter, a half and three quarters of the columns; see
+            ``supervised_columns``. Training then calls ``forward_supervised``.
+        huge: the first level also reads the last one of the previous column (RevCol-H).
+        backprop: as in Stack; "reverse" trains in memory that hardly grows with the columns.
+        patch: side and stride of the stem's convolution.
+        pad: whether a picture whose sides are no multiple of ``reduction`` is padded with zeros, right and below;
+            otherwise it is refused.
+        features_only: the network is a backbone: calling it gives the last column's levels, fine to coarse.
+        global_pool: "avg", or "" for the last level's map (without a head).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth, growing over the blocks of one column from 0; every column alike.
+        head_init_scale: factor of the final head's initial weights.
+
+    Shapes:
+        x: (n, in_chans, h, w), h and w multiples of ``patch * 2^(levels - 1)``; the result is (n, num_classes).
+
+    Raises:
+        SchemeError: a wrong option, or a picture whose sides do not fit.
+
+    Example:
+        >>> import torch
+        >>> net = RevCol(channels=(8, 16), blocks=(1, 1), columns=3, num_classes=10)
+        >>> net(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+        >>> [tuple(y.shape[1:]) for y in net.pyramid(torch.randn(2, 3, 16, 16))]
+        [(8, 4, 4), (16, 2, 2)]
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        blocks: Sequence[int] = (2, 2, 4, 2),
+        columns: int = 4,
+        kernel_size: int = 3,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        supervision: bool = False,
+        huge: bool = False,
+        backprop: str = "store",
+        patch: int = 4,
+        pad: bool = False,
+        features_only: bool = False,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+    ):
+        super().__init__()
+        channels, blocks = tuple(channels), tuple(blocks)
+        _check(channels, blocks, columns, drop_rate, drop_path_rate)
+        num_classes = 0 if features_only else num_classes
+        if supervision and not num_classes:
+            raise SchemeError("RevCol: supervision needs a head; give num_classes, or leave supervision out.")
+        self.pad, self.features_only, self.in_chans, self.drop_rate = pad, features_only, in_chans, drop_rate
+        self.patch, self.reduction = patch, patch * 2 ** (len(channels) - 1)
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.feature_info = [
+            {"num_chs": c, "reduction": patch * 2**level, "module": f"columns.steps.{columns - 1}:{level + 1}"}
+            for level, c in enumerate(channels)
+        ]
+
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", nn.Conv2d(in_chans, channels[0], patch, patch))
+        self.stem.add_module("norm", LayerNorm2d(channels[0]))
+        scheme = Coupling(len(channels), huge=huge)
+        fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, drop_path_rate)]
+        # The first column makes the levels and has nothing to scale.
+        scales = [() if n == 0 else tuple(ChannelScale(c) for c in channels) for n in range(columns)]
+        self.columns = Stack(fs, scheme, shortcut=scales, backprop=backprop)
+        # Published checkpoints hold factors of the first column too, though they multiply nothing.
+        self.idle = nn.ParameterList(torch.full((1, c, 1, 1), 0.5) for c in channels)
+        self.head: nn.Module = nn.Identity()
+        self.supervision: Supervision | None = None
+        if supervision:
+            self.supervision = Supervision(supervised_columns(columns)[:-1], channels, num_classes, patch, in_chans)
+        self.reset_classifier(num_classes, global_pool)
+        init_truncated(self)
+        if head_init_scale != 1 and isinstance(self.head, Classifier):
+            with torch.no_grad():
+                self.head.fc.weight.mul_(head_init_scale)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """The final logits (n, num_classes); the pyramid where the network is a backbone. x: (n, in_chans, h, w)."""
+        return self.pyramid(x) if self.features_only else self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
+        return self.columns(self._stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools and classifies a map of ``forward_features``; ``pre_logits`` stops before the head."""
+        if not self.global_pool:
+            return x
+        x = pooled(x)
+        return self.head.from_pooled(x) if isinstance(self.head, Classifier) and not pre_logits else x
+
+    def forward_supervised(self, x: Tensor) -> Supervised:
+        """Logits of every head, the final one last, and the pictures that the decoders make.
+
+        Raises:
+            SchemeError: the network has no supervision.
+        """
+        s = self.supervision
+        if s is None:
+            raise SchemeError("RevCol: no heads between the columns; build it with supervision=True.")
+        height, width = x.shape[-2:]
+        logits, images = [], []
+
+        def heads(n: int, state: State) -> None:
+            if n + 1 in s.columns:
+                k = s.columns.index(n + 1)
+                logits.append(s.heads[k](state[-1]))
+                images.append(s.decoders[k](state[-1])[..., :height, :width])
+
+        state = self.columns.visit(self._stem(x), heads)
+        return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """The levels of the last column, fine to coarse: (n, channels[l], h', w') with h' = h / (patch 2^l)."""
+        return list(self.columns.visit(self._stem(x))[1:])
+
+    def _stem(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        below, right = -height % self.reduction, -width % self.reduction
+        if below or right:
+            if not self.pad:
+                raise SchemeError(
+                    f"RevCol: the picture is {height} x {width}; want multiples of {self.reduction}.\n"
+                    "  Resize it, or let the network pad it with zeros: pad=True."
+                )
+            x = F.pad(x, (0, right, 0, below))
+        x = self.stem(x)
+        if torch.is_grad_enabled():
+            # A gradient of zero for the idle factors, as published: DDP wants one for every parameter.
+            for alpha in self.idle:
+                x = x + 0 * alpha.sum()
+        return x
+
+    def get_classifier(self) -> nn.Module:
+        """The final head: mean, norm and linear layer, or the identity."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
+        """Puts new heads in, on the device and in the dtype of the old ones.
+
+        Args:
+            num_classes: their width; 0 leaves features and drops the supervision.
+            global_pool: "avg" or "", None keeps it.
+
+        Raises:
+            SchemeError: an unknown pooling, or a head over an unpooled map.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in get_args(Pool):
+            raise SchemeError(f"global_pool is {pool!r}, want 'avg' or ''.")
+        if num_classes and not pool:
+            raise SchemeError(
+                f"global_pool='' gives a map, and {num_classes} classes need a pooled one: num_classes=0."
+            )
+        self.global_pool: Pool = pool
+        self.num_classes = num_classes
+        like = next(self.stem.parameters())
+
+        def head(drop_rate: float = 0.0) -> nn.Module:
+            made = Classifier(self.num_features, num_classes, drop_rate).to(like)
+            init_truncated(made)
+            return made
+
+        self.head = head(self.drop_rate) if num_classes else nn.Identity()
+        if self.supervision is not None:
+            if num_classes:
+                self.supervision.heads = nn.ModuleList(head() for _ in self.supervision.columns)
+            else:
+                self.supervision = None
+
+    def key_map(self, keys: Collection[str]) -> KeyMap | None:
+        """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""
+        return revcol_keys.published(self.state_dict().keys(), keys)
+
+
+def _check(channels: Sequence[int], blocks: Sequence[int], columns: int, drop_rate: float, drop_path: float) -> None:
+    if not channels or len(channels) != len(blocks) or min(blocks) < 1:
+        raise SchemeError(
+            f"RevCol: channels {channels}, blocks {blocks}; want one width and at least one block per level."
+        )
+    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+        raise SchemeError(f"RevCol: columns is {columns!r}, want a whole number, at least 1.")
+    if not 0 <= drop_rate < 1 or not 0 <= drop_path < 1:
+        raise SchemeError(f"RevCol: drop_rate is {drop_rate}, drop_path_rate {drop_path}: want 0 <= rate < 1.")
+
+
+def _column(
+    n: int, channels: Sequence[int], blocks: Sequence[int], kernel_size: int, huge: bool, drop_path: float
+) -> Iterator[LevelFunction]:
+    """The residual functions of column n, level by level; the first column has nothing above."""
+    rates = iter(linear_rates(drop_path, sum(blocks)))
+    top = len(channels) - 1
+    for level, (c, count) in enumerate(zip(channels, blocks, strict=True)):
+        below = Down(channels[level - 1], c) if level else nn.Identity()
+        above = [Up(channels[level + 1], c)] if n and level < top else []
+        if n and huge and not level:
+            above.append(Up(channels[top], c, 2**top))
+        functions = [ConvNeXtFunction(c, kernel=kernel_size, drop_path=next(rates)) for _ in range(count)]
+        yield LevelFunction(below, above, functions)

@@ -1,0 +1,248 @@
+"""RevNet and i-RevNet: residual networks of two streams, each moved by a function of the other.
+
+A RevNet's level begins with a unit that changes stride and width and cannot be undone; the units after it are one
+``Stack`` over the reversible coupling. An i-RevNet downsamples by moving pixels into channels, so all of it can be.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from ..layers import (
+    BasicFunction,
+    BottleneckFunction,
+    PoolPadShortcut,
+    Projection,
+    SpaceToDepth,
+    init_kaiming,
+    linear_rates,
+)
+from ..stack import Stack
+from .level_net import LevelNet, Pool, check_rates
+
+Block = Literal["basic", "bottleneck"]
+Stem = Literal["conv3", "conv7_pool"]
+
+FUNCTIONS = {"basic": BasicFunction, "bottleneck": BottleneckFunction}
+EPS = 1e-3  # of the norms, as released
+
+
+class RevNet(LevelNet):
+    """RevNet; the defaults are RevNet-38 for CIFAR: 464,890 parameters.
+
+    A level's first unit is y_1 = g_1(x_1) + F(x_2), y_2 = g_2(x_2) + G(y_1), where F makes the stride and the width and
+    the shortcuts g average and pad (basic) or are 1x1 convolutions (bottleneck). The others have no shortcuts to undo.
+
+    State-dict keys: ``stem.{conv,norm}``, ``transitions.{l}.steps.0.{fs,gs}.{i}`` for first units,
+    ``levels.{l}.steps.{n}.fs.{i}``, ``norm.0``, ``head``.
+
+    Args:
+        units: per level, of two residual functions each.
+        widths: of the stem and per level, both streams together, before the block's expansion.
+        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
+        stem: "conv3", or "conv7_pool" (stride 2, then a max pool of stride 2).
+        backprop: of the units after the first of each level, as in Stack; the first ones keep their tensors.
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        global_pool: "avg", "max", or "" for the feature map (without a head).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
+
+    Shapes:
+        x: (n, in_chans, h, w); the result is (n, num_classes).
+
+    Raises:
+        SchemeError: a wrong option.
+
+    Source:
+        Gomez et al. 2017, The Reversible Residual Network, arXiv 1707.04585, tables 1 and 2.
+
+    Example:
+        >>> import torch
+        >>> RevNet(units=(2, 2), widths=(8, 8, 16))(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        units: Sequence[int] = (3, 3, 3),
+        widths: Sequence[int] = (32, 32, 64, 112),
+        block: Block = "basic",
+        stem: Stem = "conv3",
+        backprop: str = "store",
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        _check(block, units)
+        if stem not in get_args(Stem):
+            raise SchemeError(f"stem is {stem!r}, want {' or '.join(get_args(Stem))}.")
+        if len(widths) != len(units) + 1 or any(w % 2 for w in widths):
+            raise SchemeError(f"RevNet: widths {tuple(widths)}, want an even one for the stem and for each level.")
+        super().__init__(drop_rate)
+        self.stem = _stem(stem, in_chans, widths[0])
+        expansion = FUNCTIONS[block].expansion
+        channels = [widths[0], *(w * expansion for w in widths[1:])]
+        rates = iter(linear_rates(drop_path_rate, 2 * sum(units)))
+        make = _maker(block, lambda: next(rates))
+        for level, (count, (width, out)) in enumerate(zip(units, pairwise(channels), strict=True)):
+            stride = 1 if level == 0 else 2
+            first = Stack(
+                [make(width // 2, out // 2, stride), make(out // 2, out // 2)],
+                "revnet",
+                shortcut=[_shortcut(block, width // 2, out // 2, stride) for _ in range(2)],
+            )
+            rest = [make(out // 2, out // 2) for _ in range(2 * count - 2)]
+            self.transitions.append(first)
+            self.levels.append(Stack(rest, "revnet", backprop=backprop) if rest else nn.Identity())
+        # The stem has normalised and cut off already what the very first function is given.
+        function = self.transitions[0].steps[0].fs[0]  # type: ignore[union-attr,index]
+        function.norm1, function.relu = nn.Identity(), nn.ReLU()
+        self._finish(channels[1:], 1 if stem == "conv3" else 4, num_classes, global_pool)
+
+    def _finish(self, channels: list[int], reduction: int, num_classes: int, global_pool: Pool) -> None:
+        self.norm = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True))
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps = EPS
+        init_kaiming(self, "fan_out")
+        self.finish(channels, [reduction * 2**level for level in range(len(channels))], num_classes, global_pool)
+
+
+class IRevNet(RevNet):
+    """Fully invertible RevNet: no picture is lost on the way to the last map, and ``inverse`` gives it back.
+
+    The stem pads the picture with zero channels; every later level begins by moving squares of four pixels into the
+    channels of both streams, a shortcut with an exact inverse. So the whole network can be trained with one kept state.
+
+    Args:
+        units: per level, of two residual functions each.
+        width: of the first level, both streams together; each later level has four times that of the one before.
+        block: "bottleneck" (1x1, 3x3, 1x1 with a quarter of the width inside) or "basic".
+        patch: side of the squares that the stem moves into the channels; 1 leaves the picture's resolution.
+        backprop: as in Stack.
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        global_pool: "avg", "max", or "" for the feature map (without a head).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
+
+    Shapes:
+        x: (n, in_chans, h, w), h and w multiples of patch 2^(levels - 1); the result is (n, num_classes).
+
+    Raises:
+        SchemeError: a wrong option.
+
+    Source:
+        Jacobsen et al. 2018, i-RevNet: Deep Invertible Networks, arXiv 1802.07088; injective by padded channels. The
+        residual functions are those of RevNet.
+
+    Example:
+        >>> import torch
+        >>> net, x = IRevNet(units=(1, 1), width=8).eval(), torch.randn(1, 3, 8, 8)
+        >>> torch.allclose(net.inverse(net.maps(x)[-1]), x, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        units: Sequence[int] = (18, 18, 18),
+        width: int = 32,
+        block: Block = "bottleneck",
+        patch: int = 1,
+        backprop: str = "store",
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        _check(block, units)
+        if width % 8 or width < in_chans * patch**2:
+            raise SchemeError(
+                f"IRevNet: width is {width}, want a multiple of 8, at least {in_chans * patch**2} (the picture's "
+                f"{in_chans} channels times {patch} x {patch} pixels)."
+            )
+        LevelNet.__init__(self, drop_rate)
+        self.in_chans, self.patch = in_chans, patch
+        self.stem = WidenedPicture(in_chans, width, patch)
+        channels = [width * 4**level for level in range(len(units))]
+        rates = iter(linear_rates(drop_path_rate, 2 * sum(units)))
+        make = _maker(block, lambda: next(rates))
+        for level, (count, out) in enumerate(zip(units, channels, strict=True)):
+            half, shortcut, fs = out // 2, None, []
+            if level:
+                shortcut = [SpaceToDepth(), SpaceToDepth()]
+                fs = [make(half // 4, half, 2), make(half, half)]
+            fs += [make(half, half) for _ in range(2 * count - len(fs))]
+            self.transitions.append(nn.Identity())
+            self.levels.append(Stack(fs, "revnet", shortcut=shortcut, backprop=backprop))
+        self._finish(channels, patch, num_classes, global_pool)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The picture whose last map, ``maps(x)[-1]``, is y; in evaluation mode, as BatchNorm must not move.
+
+        Args:
+            y: (n, num_features, h', w').
+        """
+        if self.training:
+            raise SchemeError("IRevNet: inverse needs evaluation mode, where norms are fixed: net.eval().")
+        for level in reversed(self.levels):
+            y = level.inverse(y)  # type: ignore[operator]
+        return self.stem.inverse(y)  # type: ignore[operator]
+
+
+class WidenedPicture(nn.Module):
+    """Moves squares of pixels into the channels and pads them with zero channels: (n, c, h, w) -> (n, width, ...)."""
+
+    def __init__(self, in_chans: int, width: int, patch: int):
+        super().__init__()
+        self.squares = SpaceToDepth(patch)
+        self.kept = in_chans * patch**2
+        self.more = width - self.kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.squares(x), (0, 0, 0, 0, 0, self.more))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self.squares.inverse(y[:, : self.kept])
+
+
+def _check(block: str, units: Sequence[int]) -> None:
+    if block not in get_args(Block):
+        raise SchemeError(f"block is {block!r}, want {' or '.join(get_args(Block))}.")
+    if not units or min(units) < 1:
+        raise SchemeError(f"units are {tuple(units)}; want at least one per level.")
+
+
+def _maker(block: Block, rate):  # type: ignore[no-untyped-def]
+    def make(width: int, out: int, stride: int = 1) -> nn.Module:
+        return FUNCTIONS[block](width, out, stride, order="pre", drop_path=rate())
+
+    return make
+
+
+def _shortcut(block: Block, width: int, out: int, stride: int) -> nn.Module:
+    if block == "bottleneck":
+        return Projection(width, out, stride, norm=False)
+    return PoolPadShortcut(width, out, stride)
+
+
+def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
+    stem = nn.Sequential()
+    side, stride = (7, 2) if kind == "conv7_pool" else (3, 1)
+    stem.add_module("conv", nn.Conv2d(in_chans, width, side, stride, side // 2, bias=False))
+    stem.add_module("norm", nn.BatchNorm2d(width))
+    stem.add_module("act", nn.ReLU(inplace=True))
+    if kind == "conv7_pool":
+        stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
+    return stem

@@ -1,0 +1,249 @@
+"""Augmentation of whole batches on the device they are on, in plain torch.
+
+Each function takes a batch `x: (n, c, h, w)` and draws once per picture (mixup and CutMix: once per batch), from
+`generator` or from torch's global one. Geometry works on uint8 and on floats; what blends colours wants floats.
+
+    x = random_flip(random_crop(x, padding=4))
+    x = normalize(x, mean, std)
+    x, y = cutmix(x, y, alpha=1.0, num_classes=10)      # y becomes (n, 10), each row sums to 1
+
+`Augment` chains them in the order above; it is what the data modules take.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def _rand(x: Tensor, *shape: int, generator: Generator | None) -> Tensor:
+    return torch.rand(shape, device=x.device, generator=generator)
+
+
+def _randint(x: Tensor, high: int, generator: Generator | None) -> Tensor:
+    return torch.randint(high, (len(x),), device=x.device, generator=generator)
+
+
+def _beta(alpha: float, generator: Generator | None) -> float:
+    # torch's Beta takes no generator; one draw of the given generator seeds Python's.
+    device = generator.device if generator is not None else "cpu"
+    seed = int(torch.randint(2**62, (), device=device, generator=generator))
+    return random.Random(seed).betavariate(alpha, alpha)
+
+
+def random_crop(x: Tensor, padding: int, *, generator: Generator | None = None) -> Tensor:
+    """Shift each picture by up to `padding` pixels, with zeros moved in: (n, c, h, w) -> (n, c, h, w).
+
+    >>> random_crop(torch.ones(2, 3, 8, 8), 0).sum().item()
+    384.0
+    """
+    if padding == 0:
+        return x
+    n, _, h, w = x.shape
+    padded = F.pad(x, (padding,) * 4)
+    top, left = (_randint(x, 2 * padding + 1, generator) for _ in range(2))
+    # All windows as a view (n, c, 2p+1, 2p+1, h, w); the index copies one window per picture.
+    windows = padded.unfold(2, h, 1).unfold(3, w, 1)
+    return windows[torch.arange(n, device=x.device), :, top, left]
+
+
+def random_flip(x: Tensor, p: float = 0.5, *, generator: Generator | None = None) -> Tensor:
+    """Mirror each picture left to right with probability p: (n, c, h, w) -> (n, c, h, w)."""
+    if p == 0:
+        return x
+    mirror = _rand(x, len(x), 1, 1, 1, generator=generator) < p
+    return torch.where(mirror, x.flip(3), x)
+
+
+def random_resized_crop(
+    x: Tensor,
+    size: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Cut a random box from each picture and resample it bilinearly: (n, c, h, w) -> (n, c, size, size).
+
+    The box has a share of the area drawn from `scale` and an aspect (width / height) drawn log-uniformly from `ratio`;
+    where it would stick out it is cut to the picture. uint8 comes back as uint8. Shrinking by more than two aliases:
+    crop large pictures when they are decoded, as `Images` does.
+
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
+    """
+    n, _, h, w = x.shape
+    area = scale[0] + (scale[1] - scale[0]) * _rand(x, n, generator=generator)
+    low, high = torch.tensor(ratio).log().tolist()
+    aspect = (low + (high - low) * _rand(x, n, generator=generator)).exp()
+    width = (area * aspect * h / w).sqrt().clamp(max=1)  # in units of the picture's own width and height
+    height = (area / aspect * w / h).sqrt().clamp(max=1)
+    left = (2 * _rand(x, n, generator=generator) - 1) * (1 - width)
+    top = (2 * _rand(x, n, generator=generator) - 1) * (1 - height)
+    zero = torch.zeros_like(width)
+    theta = torch.stack([torch.stack([width, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
+    pictures = x if x.is_floating_point() else x.float()
+    grid = F.affine_grid(theta.to(pictures.dtype), [n, 1, size, size], align_corners=False)
+    out = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return out if x.is_floating_point() else out.round().clamp(0, 255).to(x.dtype)
+
+
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x / 255 - mean) / std for uint8, (x - mean) / std for floats in [0, 1]; one figure per channel.
+
+    >>> normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.25]).item()
+    2.0
+    """
+    full = 1.0 if x.is_floating_point() else 255.0
+    shape = (1, -1, 1, 1)
+    m = torch.tensor(mean, device=x.device).view(shape)
+    s = torch.tensor(std, device=x.device).view(shape)
+    return x.to(torch.get_default_dtype() if full != 1.0 else x.dtype).mul(1 / (full * s)).sub_(m / s)
+
+
+def _boxes(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Masks (n, 1, h, w) that are true inside [top, top + height) x [left, left + width)."""
+    rows = torch.arange(x.shape[2], device=x.device)
+    cols = torch.arange(x.shape[3], device=x.device)
+    inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    inside_cols = (cols >= left[:, None]) & (cols < (left + width)[:, None])
+    return (inside_rows[:, :, None] & inside_cols[:, None, :])[:, None]
+
+
+def random_erasing(
+    x: Tensor,
+    p: float = 0.25,
+    scale: tuple[float, float] = (0.02, 1 / 3),
+    ratio: float = 3.0,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Fill a random box of each picture with normal noise, with probability p. For normalised floats.
+
+    Args:
+        scale: Range of the box's share of the picture.
+        ratio: The aspect is drawn log-uniformly from [1 / ratio, ratio].
+
+    Source: Zhong et al. 2020, "Random erasing data augmentation".
+    """
+    if p == 0:
+        return x
+    n, _, h, w = x.shape
+    area = (scale[0] + (scale[1] - scale[0]) * _rand(x, n, generator=generator)) * h * w
+    aspect = ratio ** (2 * _rand(x, n, generator=generator) - 1)
+    height = (area * aspect).sqrt().round().clamp(1, h)
+    width = (area / aspect).sqrt().round().clamp(1, w)
+    top = (_rand(x, n, generator=generator) * (h - height + 1)).floor()
+    left = (_rand(x, n, generator=generator) * (w - width + 1)).floor()
+    chosen = _rand(x, n, 1, 1, 1, generator=generator) < p
+    noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    return torch.where(chosen & _boxes(x, top, left, height, width), noise, x)
+
+
+def soft_labels(y: Tensor, num_classes: int) -> Tensor:
+    """Class numbers (n,) as rows of weights (n, num_classes); rows of weights stay as they are."""
+    return F.one_hot(y, num_classes).float() if y.ndim == 1 else y
+
+
+def mixup(
+    x: Tensor, y: Tensor, alpha: float, num_classes: int, *, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Blend each picture and its label with another of the batch, by lam ~ Beta(alpha, alpha); alpha = 0 is off.
+
+    x: floats (n, c, h, w); y: (n,) or (n, num_classes). Returns both, labels as rows of weights that sum to 1.
+
+    Source: Zhang et al. 2018, "mixup: beyond empirical risk minimization", equation 1.
+    """
+    y = soft_labels(y, num_classes)
+    if alpha == 0:
+        return x, y
+    lam = _beta(alpha, generator)
+    other = torch.randperm(len(x), device=x.device, generator=generator)
+    return torch.lerp(x[other], x, lam), torch.lerp(y[other], y, lam)
+
+
+def cutmix(
+    x: Tensor, y: Tensor, alpha: float, num_classes: int, *, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Paste a box of another picture of the batch into each, and weigh the labels by the pasted area.
+
+    The box covers a share 1 - lam, lam ~ Beta(alpha, alpha), cut at the border; the label uses the area that remains.
+    Its place is drawn per picture, its size per batch; alpha = 0 pastes nothing.
+
+    x: (n, c, h, w); y: (n,) or (n, num_classes). Returns both, labels as rows of weights that sum to 1.
+
+    Source: Yun et al. 2019, "CutMix", equations 1 and 2.
+    """
+    y = soft_labels(y, num_classes)
+    if alpha == 0:
+        return x, y
+    side = (1 - _beta(alpha, generator)) ** 0.5
+    n, _, h, w = x.shape
+    height, width = round(h * side), round(w * side)
+    top = _randint(x, h, generator) - height // 2
+    left = _randint(x, w, generator) - width // 2
+    mask = _boxes(x, top, left, torch.full_like(top, height), torch.full_like(left, width))
+    other = torch.randperm(n, device=x.device, generator=generator)
+    pasted = mask.float().mean((1, 2, 3))[:, None].to(y.dtype)
+    return torch.where(mask, x[other], x), y * (1 - pasted) + y[other] * pasted
+
+
+class Augment:
+    """What a training batch goes through: crop, flip, normalise, erase, then mixup or CutMix.
+
+    Everything is off by default but the normalisation, which the data module passes in.
+
+    Args:
+        crop: Pixels that a picture is shifted by at most.
+        flip: Probability of a left-right mirror image.
+        resized_crop: Smallest share of the area of a random resized crop, e.g. 0.08; None for no such crop.
+        erase: Probability of random erasing.
+        mixup: Alpha of mixup's Beta distribution; 0 is off.
+        cutmix: Alpha of CutMix's; where both are on, each batch draws one of the two.
+        seed: Seed of a generator of its own; None uses torch's global generator, which `seed_everything` seeds.
+    """
+
+    def __init__(
+        self,
+        crop: int = 0,
+        flip: float = 0.0,
+        resized_crop: float | None = None,
+        erase: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        for name, value in (("flip", flip), ("erase", erase)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"Augment: {name}={value} is a probability; it wants a figure between 0 and 1")
+        if min(crop, mixup, cutmix) < 0:
+            raise ValueError(f"Augment: crop={crop}, mixup={mixup}, cutmix={cutmix} want 0 (off) or more")
+        self.crop, self.flip, self.resized_crop, self.erase = crop, flip, resized_crop, erase
+        self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
+        self._generators: dict[torch.device, Generator] = {}
+
+    def _generator(self, device: torch.device) -> Generator | None:
+        if self.seed is None:
+            return None
+        if device not in self._generators:
+            self._generators[device] = Generator(device).manual_seed(self.seed)
+        return self._generators[device]
+
+    def __call__(
+        self, x: Tensor, y: Tensor, mean: Sequence[float], std: Sequence[float], num_classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """x: (n, c, h, w), uint8 or floats in [0, 1]; y: (n,). Labels become (n, num_classes) only where they mix."""
+        generator = self._generator(x.device)
+        if self.resized_crop is not None:
+            x = random_resized_crop(x, x.shape[-1], (self.resized_crop, 1.0), generator=generator)
+        x = random_flip(random_crop(x, self.crop, generator=generator), self.flip, generator=generator)
+        x = random_erasing(normalize(x, mean, std), self.erase, generator=generator)
+        if not self.mixup and not self.cutmix:
+            return x, y
+        blend = bool(self.mixup)
+        if self.mixup and self.cutmix:
+            blend = bool(torch.rand((), device=generator.device if generator else "cpu", generator=generator) < 0.5)
+        if blend:
+            return mixup(x, y, self.mixup, num_classes, generator=generator)
+        return cutmix(x, y, self.cutmix, num_classes, generator=generator)

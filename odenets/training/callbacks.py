@@ -1,0 +1,149 @@
+"""Callbacks: throughput, a step size that moves over the epochs, the closing report, predictions as a file."""
+
+import csv
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+
+class Throughput(Callback):
+    """Logs train/images_per_s, once per epoch and for all processes together: loading, forward, backward and update.
+
+    The first batch of an epoch, which waits for workers and compilation, is left out.
+    """
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._images, self._start = -1, 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._images < 0:
+            self._images, self._start = 0, time.perf_counter()
+        else:
+            self._images += len(batch[0])
+            self._stop = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Validation runs before this hook: the clock stopped with the last batch.
+        if self._images > 0:
+            rate = self._images / max(self._stop - self._start, 1e-9)
+            pl_module.log("train/images_per_s", rate * trainer.world_size)
+
+
+class StepSchedule(Callback):
+    """Moves the step size h of every `Stack` in the net from `start` to `stop` over the run, once per epoch.
+
+    With u from 0 (first epoch) to 1 (last): linear start + u (stop - start); cosine the same with (1 - cos(pi u)) / 2
+    for u; geometric start * (stop / start)^u.
+
+    Args:
+        start: h of the first epoch.
+        stop: h of the last.
+        shape: Of the way between.
+
+    Raises:
+        SchemeError: A geometric path through zero, or a net without a stack to set.
+    """
+
+    def __init__(
+        self, start: float = 1.0, stop: float = 0.5, shape: Literal["linear", "cosine", "geometric"] = "linear"
+    ) -> None:
+        if shape == "geometric" and not start * stop > 0:
+            raise SchemeError(f"StepSchedule: a geometric path from {start} to {stop} wants two figures of one sign")
+        self.start, self.stop, self.shape = start, stop, shape
+        self.h = start
+
+    def at(self, u: float) -> float:
+        """h at share u of the run."""
+        if self.shape == "geometric":
+            return self.start * (self.stop / self.start) ** u
+        if self.shape == "cosine":
+            u = (1 - math.cos(math.pi * u)) / 2
+        return self.start + u * (self.stop - self.start)
+
+    def apply(self, net: nn.Module, h: float) -> None:
+        """Set h in every part of the net that has `set_step`."""
+        stacks = [part for part in net.modules() if callable(getattr(part, "set_step", None))]
+        if not stacks:
+            raise SchemeError("StepSchedule: the net has no Stack whose step size could be set\n  Drop the callback.")
+        for stack in stacks:
+            stack.set_step(h)  # type: ignore[operator]
+        self.h = h
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            u = trainer.current_epoch / max(1, trainer.max_epochs - 1)
+        else:
+            u = trainer.global_step / trainer.estimated_stepping_batches
+        self.apply(pl_module, self.at(min(u, 1.0)))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("step_size", self.h)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"h": self.h}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Evaluation must use the step that the weights were trained with.
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None:
+            self.apply(pl_module, state["h"])
+
+
+class Report(Callback):
+    """Ends a training run by printing where its checkpoints, its resolved configuration and its metrics are."""
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run or trainer.log_dir is None:  # pyright: ignore
+            return
+        checkpoint = trainer.checkpoint_callback
+        folder = Path(trainer.log_dir)
+        lines: list[tuple[str, Path, str]] = []
+        if isinstance(checkpoint, ModelCheckpoint):
+            score = checkpoint.best_model_score
+            note = "" if score is None else f"  ({checkpoint.monitor} {float(score):.4f})"
+            lines += [("best", Path(p), note) for p in [checkpoint.best_model_path] if p]
+            lines += [("last", Path(p), "") for p in [checkpoint.last_model_path] if p]
+        lines += [("config", folder / "config.yaml", ""), ("metrics", folder / "metrics.csv", "")]
+        for name, path, note in lines:
+            if path.exists():
+                print(f"{name:>8}: {_relative(path)}{note}")
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+class Predictions(BasePredictionWriter):
+    """Writes one row per picture, with its most likely class and that class's probability, to a CSV file."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__("epoch")
+        self.path = Path(path)
+
+    @rank_zero_only
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Tensor], batch_indices: Any
+    ) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        classes = getattr(trainer.datamodule, "classes", None)  # pyright: ignore[reportAttributeAccessIssue]
+        with self.path.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["index", "class", "probability"])
+            best = [pair for batch in predictions for pair in zip(*(t.tolist() for t in batch.max(1)), strict=True)]
+            for index, (probability, number) in enumerate(best):
+                rows.writerow([index, classes[number] if classes else number, f"{probability:.6f}"])
+        print(f"predictions: {_relative(self.path)}")

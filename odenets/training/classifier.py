@@ -1,0 +1,174 @@
+"""The LightningModule that trains any net on labelled pictures."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from .schedules import Constant, Schedule, WarmupCosine
+
+
+def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameters in up to three groups: decayed, not decayed, and learned step sizes with a decay of their own.
+
+    Norms, biases and other vectors get no weight decay. A step size is a parameter named `h` or `step_size`. The first
+    group carries no `weight_decay` entry, so it takes the optimiser's.
+    """
+    weights, vectors, steps = [], [], []
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.rpartition(".")[2] in ("h", "step_size"):
+            steps.append(p)
+        else:
+            (weights if p.ndim > 1 else vectors).append(p)
+    groups = [
+        {"params": weights},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": steps, "weight_decay": step_weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def evaluations(net: nn.Module) -> int:
+    """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
+    own = getattr(net, "evaluations", None)
+    return own if own is not None else sum(evaluations(part) for part in net.children())
+
+
+class Classifier(L.LightningModule):
+    """Cross-entropy training of `net`, with the optimiser and its schedule as parts.
+
+    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, from 100 classes on also val/acc5 and test/acc5,
+    and `evaluations`, the residual-function evaluations of one forward, where the net counts them.
+    A batch is (pictures (n, c, h, w), labels (n,) or rows of weights (n, classes)).
+
+    Args:
+        net: Maps pictures to logits (n, classes).
+        optimizer: Called with parameter groups, e.g. `partial(torch.optim.SGD, lr=0.1)`.
+        schedule: Stepped after each optimiser step.
+        label_smoothing: Share of each label's weight that is spread over all classes, in training.
+        step_weight_decay: Weight decay of learned step sizes (parameters named `h` or `step_size`).
+        channels_last: Keep pictures and weights with the channels as the fastest axis.
+        compile: Compile the net in place, so that the names in checkpoints stay the same.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        schedule: Schedule | None = None,
+        label_smoothing: float = 0.0,
+        step_weight_decay: float = 0.0,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        # From a configuration the parts are stored as class paths and arguments, from which load_from_checkpoint builds
+        # them again. From Python they are objects, which would be pickled into the checkpoint: they stay out.
+        built_from_config = _given_hyperparameters.get() is not None
+        self.save_hyperparameters(ignore=[] if built_from_config else ["net", "optimizer", "schedule"])
+        self.net = net
+        self.optimizer = optimizer
+        self.schedule = schedule or WarmupCosine()
+        self.label_smoothing = label_smoothing
+        self.step_weight_decay = step_weight_decay
+        self.channels_last = channels_last
+        self.compile_net = compile
+        self._compiled = False
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.compile_net and not self._compiled:
+            self.net.compile()
+            self._compiled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        hits = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
+        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        for name, figure in (("train/loss", loss), ("train/acc", hits.float().mean())):
+            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        x, y = batch
+        logits = self(x)
+        best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        figures = {f"{stage}/loss": F.cross_entropy(logits, y), f"{stage}/acc": best[:, :1].any(1).float().mean()}
+        if logits.shape[1] >= 100:
+            figures[f"{stage}/acc5"] = best.any(1).float().mean()
+        for name, figure in figures.items():
+            self.log(name, figure, prog_bar=True, on_epoch=True, batch_size=len(x), sync_dist=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor] | Tensor, batch_idx: int) -> Tensor:
+        """Class probabilities (n, classes)."""
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        return self(x).float().softmax(1)
+
+    def on_train_epoch_end(self) -> None:
+        # Read after the forwards: a continuous-depth net only knows its count once it has run.
+        count = evaluations(self.net)
+        if count:
+            self.log("evaluations", float(count), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            if not isinstance(self.schedule, Constant):
+                raise SchemeError(
+                    f"{type(self.schedule).__name__} needs to know the run's length, but trainer.max_epochs is -1.\n"
+                    "  Give trainer.max_epochs or max_steps, or take schedule Constant."
+                )
+            steps = 1
+        steps = int(steps)
+        epochs = self.trainer.max_epochs if self.trainer.max_epochs and self.trainer.max_epochs > 0 else 1
+        scheduler = self.schedule(optimizer, steps, max(1, round(steps / epochs)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Equal parameter counts make it easy to load the weights of one scheme into another without noticing.
+        theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
+        if theirs is not None and ours is not None and theirs != ours:
+            rank_zero_warn(f"the checkpoint's net differs from the configured one: {_differences(theirs, ours)}")
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":  # type: ignore
+        """The model of a checkpoint; one that was built in Python needs its parts: `net=...`, `optimizer=...`."""
+        kwargs.setdefault("weights_only", True)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except TypeError as e:
+            if "'net'" not in str(e) and "'optimizer'" not in str(e):
+                raise
+            raise TypeError(
+                f"{checkpoint_path} was written by a Classifier that was built in Python and does not hold its net.\n"
+                f"  Pass the parts: {cls.__name__}.load_from_checkpoint(path, net=..., optimizer=...)"
+            ) from None
+
+
+def _differences(theirs: Any, ours: Any) -> str:
+    a, b = ({**d.get("init_args", {}), "class": d.get("class_path")} for d in (theirs, ours))
+    return ", ".join(f"{k}={a.get(k)} against {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))

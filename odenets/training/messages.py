@@ -1,0 +1,98 @@
+"""jsonargparse's error messages, brought to two lines: what was given and wanted, the closest name or the remedy."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+TIP = "lightning fit --help lists every option, lightning fit -c FILE --print_config shows what is set"
+
+
+def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[str, str]:
+    """Two lines for a parser's message.
+
+    Args:
+        message: As the parser gives it, of up to a dozen lines.
+        args: The command line, for the full name of the key at fault and the files that it names.
+        options: The parser's own option names.
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    if found := re.search(r"Option '([^']+)' is not accepted", text):
+        return _unknown(found[1], args, _accepted(args))
+    if found := re.search(r"(?:does not accept option '|unrecognized arguments: -*)([^'\s=]+)", text):
+        return _unknown(found[1], args, options)
+    if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", text):
+        choices = re.findall(r"[\w-]+", found[2])
+        return f"there is no {found[1]!r}; wanted one of {', '.join(choices)}", _closest(found[1], choices)
+    if "arguments are required" in text:
+        keys = " and ".join(re.findall(r"\.(\w+)", text))
+        return f"{keys or text} not given", "A configuration file gives them: -c experiments/quickstart.yaml"
+    if found := re.search(r'Parser key "([^"]+)"', text):
+        return _bad_value(_full_key(found[1], args), lines, text, args)
+    return text, TIP
+
+
+def _unknown(key: str, args: Sequence[str], names: Iterable[str]) -> tuple[str, str]:
+    return f"{_full_key(key, args)}: there is no such option", _closest(key, names)
+
+
+def _bad_value(key: str, lines: list[str], text: str, args: Sequence[str]) -> tuple[str, str]:
+    if found := re.search(r"File does not exist: '([^']*)'", text):
+        path = Path(found[1])
+        near = [str(p) for p in sorted(path.parent.glob("*.yaml")) or sorted(Path("experiments").glob("*.yaml"))]
+        return f"{key}: there is no file {str(path)!r}", _closest(str(path), near)
+    given = re.search(r"(?:Got value|Given value|import path string): (.+)$", lines[-1])
+    value = given[1] if given else "?"
+    if "import path" in text or "has no attribute" in text or "Import of" in text or "No module named" in text:
+        names = [*_class_paths(args), "odenets.models.HOResNet", "odenets.models.ResNet"]
+        remedy = _closest(value, names) if given else TIP
+        return f"{key}: {value if given else lines[-1]!r} cannot be imported; wanted the path of a class", remedy
+    wanted = list(dict.fromkeys(re.findall(r"Expected an? (.+?)(?=\. Got value|$)", "\n".join(lines), re.M)))
+    choices = [c for w in wanted for c in re.findall(r"'([^']+)'|\b(\d+)\b", w) if w.startswith("typing.Literal")]
+    flat = list(dict.fromkeys(a or b for a, b in choices))
+    kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", w) for w in wanted if not w.startswith("typing.Literal")]
+    kinds = [kind for kind in kinds if kind != "NoneType"]
+    listed = " or ".join([*(["one of " + ", ".join(flat)] if flat else []), *kinds]) or " ".join(lines[1:])
+    return f"{key}: got {value[:200]!r}, wanted {listed[:600]}", _closest(value, flat)
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    names = list(dict.fromkeys(names))
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if not near:  # `max_epoch` is meant for `trainer.max_epochs`, `HoResNet` for `odenets.models.HOResNet`
+        tails = {n.rpartition(".")[2].lower(): n for n in names}
+        tail = name.rpartition(".")[2].lower()
+        near = [tails[t] for t in difflib.get_close_matches(tail, tails, n=3, cutoff=0.6)]
+    return f"Closest: {', '.join(near)}" if near else TIP
+
+
+def _full_key(key: str, args: Sequence[str]) -> str:
+    """`model.net.scheme` for `scheme` where the command line has it, else the key as it is."""
+    for arg in args:
+        option = arg.partition("=")[0].lstrip("-")
+        if arg.startswith("--") and (option == key or option.endswith("." + key)):
+            return option
+    return key
+
+
+def _class_paths(args: Sequence[str]) -> Iterator[str]:
+    """Import paths of classes that the command line or its configuration files name."""
+    files = [Path(arg) for arg in args if arg.endswith((".yaml", ".yml")) and Path(arg).is_file()]
+    texts = [*args, *(file.read_text(errors="ignore") for file in files)]
+    for text in texts:
+        yield from re.findall(r"\b[A-Za-z_]\w*(?:\.\w+)+\.[A-Z]\w*", text)
+
+
+def _accepted(args: Sequence[str]) -> Iterator[str]:
+    """Argument names of those classes."""
+    for path in dict.fromkeys(_class_paths(args)):
+        module, _, name = path.rpartition(".")
+        try:
+            found: Any = getattr(importlib.import_module(module), name)
+            yield from inspect.signature(found).parameters
+        except (ImportError, AttributeError, TypeError, ValueError):
+            continue  # only a hint is lost

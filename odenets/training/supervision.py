@@ -1,0 +1,130 @@
+"""Intermediate supervision: heads and decoders in the middle of a network add to the loss."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from ..models.registry import IMAGENET_MEAN, IMAGENET_STD
+from ..models.revcol import Supervised
+from .classifier import Classifier
+
+
+class SupervisionLoss(nn.Module):
+    """Cross entropy of every head, and binary cross entropy between the decoders' pictures and the input.
+
+    With m heads and m - 1 decoders, head k = 1 .. m - 1 weighs ``labels * k / m`` and the last one 1, decoder
+    k = 1 .. m - 1 weighs ``pictures * (m - k) / (m - 1)``: the later a head, the more it is to know of the label, the
+    less of the picture. With four heads the published weights are 0.175, 0.35, 0.525, 1 and 3, 2, 1.
+
+    Args:
+        pictures: the first decoder's weight, or one weight per decoder.
+        labels: what the heads before the last weigh, or one weight per head, the last one included.
+        mean: what was subtracted from each channel of pictures in [0, 1].
+        std: what they were divided by.
+        label_smoothing: share of each label's weight that is spread over all classes.
+
+    Shapes:
+        out: ``Supervised``; x: (n, c, h, w), normalised; y: labels (n,) or rows of weights (n, classes). The result is
+        a scalar.
+
+    Raises:
+        SchemeError: lists of weights of another length than the heads and decoders.
+
+    Source:
+        Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, section 2.3 and appendix D.1.
+
+    Example:
+        >>> import torch
+        >>> from odenets.models import RevCol
+        >>> net = RevCol(channels=(4, 8), blocks=(1, 1), columns=2, num_classes=3, supervision=True)
+        >>> x, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+        >>> SupervisionLoss()(net.forward_supervised(x), x, y).shape
+        torch.Size([])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        pictures: float | Sequence[float] = 3.0,
+        labels: float | Sequence[float] = 0.7,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.pictures, self.labels, self.label_smoothing = pictures, labels, label_smoothing
+        self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1), persistent=False)
+
+    def weights(self, heads: int) -> tuple[list[float], list[float]]:
+        """The weights of the decoders and of the heads, for a network of so many heads.
+
+        Example:
+            >>> SupervisionLoss().weights(4)
+            ([3.0, 2.0, 1.0], [0.175, 0.35, 0.525, 1.0])
+        """
+        before = heads - 1
+        pictures, labels = self.pictures, self.labels
+        if isinstance(pictures, (int, float)):
+            pictures = [pictures * (heads - k) / before for k in range(1, heads)]
+        if isinstance(labels, (int, float)):
+            labels = [*(round(labels * k / heads, 12) for k in range(1, heads)), 1.0]
+        if len(pictures) != before or len(labels) != heads:
+            raise SchemeError(
+                f"SupervisionLoss: {len(pictures)} weights of pictures and {len(labels)} of labels for {before} "
+                f"decoders and {heads} heads; give one each, or single numbers."
+            )
+        return list(pictures), list(labels)
+
+    def forward(self, out: Supervised, x: Tensor, y: Tensor) -> Tensor:
+        pictures, labels = self.weights(len(out.logits))
+        # Away from 0 and 1, so that no logit has to grow without bound.
+        target = (x.detach().float() * self.std + self.mean).clamp(0.01, 0.99)
+        loss = x.new_zeros((), dtype=torch.float32)
+        for weight, logits in zip(labels, out.logits, strict=True):
+            loss = loss + weight * F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
+        for weight, image in zip(pictures, out.images, strict=True):
+            loss = loss + weight * F.binary_cross_entropy_with_logits(image.float(), target)
+        return loss
+
+
+class SupervisedClassifier(Classifier):
+    """A ``Classifier`` that trains a network with heads and decoders in its middle, and judges the final head alone.
+
+    Args:
+        pictures: see ``SupervisionLoss``.
+        labels: see ``SupervisionLoss``.
+        mean: what the data subtracts from each channel of pictures in [0, 1].
+        std: what it divides by.
+        kwargs: as in ``Classifier``.
+    """
+
+    def __init__(
+        self,
+        pictures: float | list[float] = 3.0,
+        labels: float | list[float] = 0.7,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supervision_loss = SupervisionLoss(pictures, labels, mean, std, self.label_smoothing)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        out = self.net.forward_supervised(x)  # type: ignore[operator]
+        loss = self.supervision_loss(out, x, y)
+        hits = out.logits[-1].detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
+        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        for name, figure in (("train/loss", loss), ("train/acc", hits.float().mean())):
+            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+        return loss

@@ -1,0 +1,252 @@
+"""Bidirectional integration approximation (BDIA): an unmodified residual network, trained bit-exactly in flat memory.
+
+In training each step mixes Euler's step from x_n with a step back from it, x_{n+1} = gamma x_{n-1} + (1 - gamma) x_n +
+(1 + gamma) h F(x_n), with gamma = 1/2 or -1/2 drawn for each sample and step; at inference gamma takes its mean, 0, and
+the network is plain Euler, a ResNet. Three layers:
+
+* ``Bdia`` is the scheme: Euler, and ``draw`` and ``at_random`` for training.
+* ``Bidirectional`` is the coupling of one step for a gamma that is given; its inverse amplifies by 1/|gamma|.
+* ``exact_start``, ``exact_step`` and ``exact_inverse`` are the same step on a binary grid, where with one bit per
+  element kept beside nothing is lost. Halving a multiple of the grid's unit loses its last bit, and only that.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .coupling import Coupling, Update, scaled
+from .errors import SchemeError
+from .scheme import Function, Scheme, Slot, State, StepSize
+
+
+class _First(Coupling):
+    """The first step, Euler's: x_1 = x_0 + h F(x_0) is a new stream."""
+
+    stages = evaluations = 1
+    streams = 1
+    nodes = (0.0,)
+    made = 1
+
+    def readout(self, state: State) -> Tensor:
+        return state[-1]
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        (f,) = fs
+        return [Update(1, lambda s: (1.0, s[0] + scaled(h, f(s[0]))), makes=True)]
+
+    def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        return (Slot(n, 0, streams[-1:], streams[-1]),)
+
+    def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
+        return streams * 2
+
+    def __str__(self) -> str:
+        return "bidirectional's first step"
+
+
+class Bidirectional(Coupling):
+    """One training step of BDIA: x_{n+1} = gamma x_{n-1} + (1 - gamma) x_n + (1 + gamma) h F(x_n), gamma given.
+
+    Streams (x_{n-1}, x_n). The first step makes the second stream, x_1 = x_0 + h F(x_0) (``at(0)``).
+
+    Cost: 1 residual function a step, 2 streams. Inverse: closed form; it amplifies by 1/|gamma| a step (gamma = 1/2:
+    doubles), so train on the grid (``exact_step``).
+
+    Args:
+        gamma: a number, or a tensor that broadcasts against the streams: one value per sample. Not zero.
+
+    Raises:
+        SchemeError: gamma is the number 0.
+
+    Source:
+        Zhang et al. 2024, On Exact Bit-level Reversible Transformers Without Changing Architectures, arXiv 2407.09093,
+        section 4.
+    """
+
+    stages = evaluations = 1
+    streams = 1
+    nodes = (0.0,)
+    turn = 1
+
+    def __init__(self, gamma: float | Tensor):
+        self.gamma = gamma if isinstance(gamma, Tensor) else float(gamma)
+        if isinstance(self.gamma, float):
+            if self.gamma == 0:
+                raise SchemeError("bidirectional: gamma is 0, so that x_{n-1} is lost; want any other number.")
+            self.amplification = max(1.0, 1 / abs(self.gamma))
+        else:
+            self.amplification = 2.0
+        self.first = _First()
+
+    def at(self, n: int) -> Scheme:
+        return self if n else self.first
+
+    def enter(self, y: Tensor) -> State:
+        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+
+    def readout(self, state: State) -> Tensor:
+        return state[-1]
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        (f,), gamma = fs, self.gamma
+        return [Update(0, lambda s: (gamma, (1 - gamma) * s[1] + (1 + gamma) * scaled(h, f(s[1]))))]
+
+    def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        return (Slot(n, 0, streams[-1:], streams[-1]),)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (super().__eq__(other) and not isinstance(self.gamma, Tensor))
+
+    __hash__ = Coupling.__hash__
+
+    def __str__(self) -> str:
+        return f"bidirectional({'drawn' if isinstance(self.gamma, Tensor) else format(self.gamma, 'g')})"
+
+
+class Bdia(Scheme):
+    """BDIA: Euler at inference, and in training a step forward mixed with a step back by a random gamma per sample.
+
+    As it stands this is Euler's scheme on one stream, x_{n+1} = x_n + h F(x_n): gamma at its mean, 0. In training,
+    ``at_random(n, draw(x))`` is step n: invertible, and bit-exact by ``exact_step``. Any published ResNet, ConvNeXt or
+    ViT can be fine-tuned so, without a change to its architecture.
+
+    Cost: 1 residual function a step; in training 2 streams, and 1 bit per element and step in exact arithmetic.
+
+    Args:
+        gamma: size of gamma, a power of two up to 1/2; exact arithmetic wants 1/2.
+
+    Raises:
+        SchemeError: gamma is not 1/2, 1/4, 1/8, ...
+
+    Source:
+        Zhang et al. 2024, On Exact Bit-level Reversible Transformers Without Changing Architectures, arXiv 2407.09093,
+        section 4.
+
+    Example:
+        >>> import torch, schemes
+        >>> bdia = schemes.get("bdia")
+        >>> bdia.draw(torch.zeros(3, 5, 2, 2)).shape
+        torch.Size([3, 1, 1, 1])
+    """
+
+    stages = evaluations = 1
+    order = 1
+    nodes = (0.0,)
+
+    def __init__(self, gamma: float = 0.5):
+        self.gamma = float(gamma)
+        if self.gamma not in (2.0**-n for n in range(1, 11)):
+            raise SchemeError(
+                f"bdia: gamma is {self.gamma:g}, want 1/2, 1/4, ... down to 1/1024; 1/2 is the usual one."
+            )
+
+    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        (x,) = state
+        return ((gs[0](x) if gs else x) + scaled(h, fs[0](x)),)
+
+    def readout(self, state: State) -> Tensor:
+        return state[-1]
+
+    @property
+    def trains_by_inverse(self) -> bool:
+        return True
+
+    def in_training(self, n: int, x: Tensor) -> Scheme:
+        return self.at_random(n, self.draw(x))
+
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws gamma or -gamma for each sample.
+
+        Args:
+            x: a stream, (n, ...).
+            generator: where the random bits come from; None is the global one.
+
+        Returns:
+            (n, 1, ..., 1), of the dtype and device of x.
+        """
+        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
+        bits = torch.randint(0, 2, shape, generator=generator, device=x.device)
+        return (2 * bits - 1).to(x.dtype) * self.gamma
+
+    def at_random(self, n: int, gamma: float | Tensor) -> Scheme:
+        """Step n of training, for a gamma that was drawn."""
+        step = Bidirectional(gamma)
+        step.amplification = 1 / self.gamma
+        return step.at(n)
+
+    def __str__(self) -> str:
+        return "bdia" if self.gamma == 0.5 else f"bdia({self.gamma:g})"
+
+
+def on_grid(x: Tensor, bits: int) -> Tensor:
+    """x rounded to multiples of 2^-bits, ties to even; it has no gradient (an engine passes it straight through)."""
+    return torch.round(x * 2.0**bits) * 2.0**-bits
+
+
+def grid_limit(dtype: torch.dtype, bits: int) -> float:
+    """Sums of two multiples of 2^-bits are exact in that dtype while both stay within this bound.
+
+    Example:
+        >>> grid_limit(torch.float32, 9)
+        16384.0
+    """
+    return 2.0 ** (-bits - 1) * 2 / torch.finfo(dtype).eps
+
+
+def exact_start(x: Tensor, k: Tensor, bits: int) -> State:
+    """The first two streams on the grid: x_0 and x_1 = x_0 + k, with k = h F_0(x_0). x must be on the grid."""
+    return x, x + on_grid(k, bits)
+
+
+def exact_step(before: Tensor, now: Tensor, k: Tensor, gamma: Tensor | float, bits: int) -> tuple[Tensor, Tensor]:
+    """One training step on the grid of unit u = 2^-bits: gamma (x_{n-1} + s u) + [(1 - gamma) x_n + (1 + gamma) k].
+
+    [ ] rounds to the grid; the bit s is 1 where x_{n-1} is an odd multiple of u, so that its half is on the grid.
+
+    Args:
+        before: x_{n-1}, on the grid.
+        now: x_n, on the grid.
+        k: h F(x_n), any values.
+        gamma: 1/2 or -1/2, or a tensor of these that broadcasts.
+        bits: the grid's unit is 2^-bits; 9 in the source.
+
+    Returns:
+        x_{n+1}, on the grid, and the bit per element that the inverse needs, as a bool tensor (see ``pack``).
+
+    Source:
+        arXiv 2407.09093, section 4.3.
+    """
+    side = torch.remainder(before * 2.0**bits, 2.0) == 1
+    return gamma * (before + side * 2.0**-bits) + _rounded(now, k, gamma, bits), side
+
+
+def exact_inverse(after: Tensor, now: Tensor, k: Tensor, gamma: Tensor | float, side: Tensor, bits: int) -> Tensor:
+    """x_{n-1} from x_{n+1}, x_n and the bit that ``exact_step`` gave, equal to the last bit; arguments likewise."""
+    return (after - _rounded(now, k, gamma, bits)) / gamma - side * 2.0**-bits
+
+
+def _rounded(now: Tensor, k: Tensor, gamma: Tensor | float, bits: int) -> Tensor:
+    return on_grid((1 - gamma) * now + (1 + gamma) * k, bits)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """A bool tensor as bytes, 8 elements in one: (ceil(n / 8),) of uint8.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    flat = bits.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    out = flat[:, 0].clone()
+    for i in range(1, 8):
+        out |= flat[:, i] << i
+    return out
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of that shape that ``pack`` packed."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    flat = (packed[:, None] >> shifts & 1).view(-1)
+    return flat[: torch.Size(shape).numel()].view(tuple(shape)).bool()

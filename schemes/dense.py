@@ -1,0 +1,73 @@
+"""Dense concatenation as a scheme: each step appends a stream, and nothing is ever overwritten."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .coupling import Coupling, Update, scaled
+from .errors import SchemeError
+from .scheme import Function, Slot, State, StepSize
+
+
+class Dense(Coupling):
+    """Dense concatenation: x_{n+1} = h F_n([x_0, x_1, ..., x_n]), a new stream of width ``growth`` each step.
+
+    The function is given all streams joined along ``dim``, the input first and the newest last; the readout joins them
+    likewise.
+
+    Cost: 1 residual function a step; the state is all that was computed, so memory grows with depth by the new streams
+    (and the function's joined input is transient where inner tensors are recomputed). Inverse: drops the last stream,
+    exact and free of evaluations; amplification 1.
+
+    Args:
+        growth: width of the new stream.
+        dim: the channel dimension.
+
+    Raises:
+        SchemeError: growth is no positive whole number.
+
+    Source:
+        Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, equation 2.
+
+    Example:
+        >>> import schemes
+        >>> dense = schemes.get("dense(growth=12)")
+        >>> dense.slots(2, (24, 12, 12))[0].in_channels, dense.widths(2, (24, 12, 12))
+        ((48,), (24, 12, 12, 12))
+    """
+
+    stages = evaluations = 1
+    streams = 1
+    made = 1
+    nodes = (0.0,)
+
+    def __init__(self, growth: int, dim: int = 1):
+        if isinstance(growth, bool) or not isinstance(growth, int) or growth < 1:
+            raise SchemeError(f"dense: growth is {growth}, want a whole number of at least 1.")
+        self.growth, self.dim = growth, int(dim)
+
+    def readout(self, state: State) -> Tensor:
+        return torch.cat(state, self.dim)
+
+    def enter(self, y: Tensor) -> State:
+        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+
+    def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        (f,) = fs
+        # The engine calls this with the stream that was made still in place.
+        return [Update(streams, lambda s: (1.0, scaled(h, f(torch.cat(s[:streams], self.dim)))), makes=True)]
+
+    def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
+        shape = list(streams[0])
+        shape[self.dim] = self.growth
+        return torch.Size(shape)
+
+    def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        return (Slot(n, 0, (sum(streams),), self.growth),)
+
+    def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
+        return (*streams, self.growth)
+
+    def __str__(self) -> str:
+        return f"dense({self.growth})" if self.dim == 1 else f"dense({self.growth}, dim={self.dim})"

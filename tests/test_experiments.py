@@ -1,0 +1,50 @@
+"""Every experiment file runs one batch of training and validation on small synthetic pictures."""
+
+import re
+from pathlib import Path
+
+import pytest
+from training.pictures import write_folder, write_parquet
+
+from odenets.training.command import run
+
+FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+# What makes the run short: fewer functions and channels. The rest of each file is taken as it is.
+CHEAPER = {
+    "cifar10_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
+    "cifar100_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
+    "ho_resnet50": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pictures")
+    for name, classes, key in (("cifar10", 10, "label"), ("cifar100", 100, "fine_label")):
+        write_parquet(root / name / "train.parquet", 2 * classes, classes, label_key=key)
+        write_parquet(root / name / "test.parquet", classes, classes, label_key=key)
+    write_folder(root / "imagenet", 3, 4, size=(120, 100))
+    return {"cifar10": root / "cifar10", "cifar100": root / "cifar100", "ho_resnet50": root / "imagenet"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_runs(file, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "-c", str(file), "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    args += [*CHEAPER.get(file.stem, []), "--trainer.enable_progress_bar", "false"]
+    root = pictures.get(file.stem, pictures.get(file.stem.split("_")[0]))
+    command = run([*args, *(["--data.root", str(root)] if root else [])])
+    assert command.trainer.global_step == 1 and "val/acc" in command.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_opens_with_its_command_what_to_expect_and_on_what(file):
+    head = re.match(r"(#.*\n)+", file.read_text())
+    assert head and head[0].startswith(f"# lightning fit -c experiments/{file.name}")
+    assert "Expect:" in head[0] and "Hardware:" in head[0]
+
+
+def test_the_usual_files_are_there():
+    assert {"quickstart", "cifar10_ho_resnet", "cifar10_resnet", "cifar100_ho_resnet", "ho_resnet50"} <= {
+        file.stem for file in FILES
+    }
