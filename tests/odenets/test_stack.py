@@ -413,10 +413,10 @@ def test_no_gradients_no_recomputation():
     ("mode", "message"),
     [
         ("chekpoint", "backprop mode 'chekpoint', position 1: .* closest are checkpoint"),
-        ("checkpoint(0)", "want 'store', 'checkpoint' or 'checkpoint.k.', k at least 1"),
+        ("checkpoint(0)", "is 0, want a whole number, at least 1"),
         ("checkpoint(rk4)", "there is no 'rk4'"),
         ("5", "want 'store', 'checkpoint'"),
-        (5, "a backprop mode is a name or an expression, such as 'store', not int"),
+        (5, "want 'store', 'checkpoint', 'checkpoint.k.', 'reverse' or 'exact'"),
     ],
 )
 def test_bad_modes(mode, message):
@@ -519,7 +519,7 @@ def test_bad_depths(depth):
         ([nn.Linear(2, 2), 4], {}, "residual function 1 is a int, want a module or a callable"),
         (nn.Linear(2, 2), {"scheme": "rk5"}, "closest are"),
         (nn.Linear(2, 2), {"step": "decay"}, "decay"),
-        (nn.Linear(2, 2), {"shortcut": [nn.Identity()] * 2}, "2 shortcuts for 1 streams of euler; want one per stream"),
+        (nn.Linear(2, 2), {"shortcut": [nn.Identity()] * 2}, "2 shortcuts for step 0 of euler, want 1"),
     ],
 )
 def test_bad_arguments(block, options, message):

@@ -90,7 +90,7 @@ BAD = [
     ("rk5", ["position 1", "there is no 'rk5'", "closest are", "rk4"]),
     ("nested(midpiont, rk4)", ["position 8", "'midpiont'", "midpoint"]),
     ("Rk4", ["there is no 'Rk4'", "rk4"]),
-    ("qqqqqq", ["there are adaptive"]),
+    ("qqqqqq", ["there are ab2"]),
     ("nan", ["there is no 'nan'"]),
     ("a" * 490, ["position 1", "there is no"]),
     ("", ["is empty", "write a name such as"]),
