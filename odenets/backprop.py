@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
@@ -59,7 +58,25 @@ class Call(NamedTuple):
     context: Any
     owners: list[Owner]
     generators: "list[Generators | None]"  # one per elementary update, None where nothing was drawn
-    autocast: list[tuple[str, torch.dtype]]
+    autocast: list[tuple[str, bool, torch.dtype]]
+    versions: list[int]  # of the owners' tensors
+
+
+class Trial:
+    """Runs steps forward or back without a graph, to measure how they reconstruct."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+        self.back = False
+
+    def advance(self, step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> State:
+        """The step, or the step undone that this object has seen before."""
+        with torch.no_grad():
+            if self.back:
+                return _undone(self.calls[step.index], state)
+            call = self.calls[step.index] = _call(step, state, shared, t, context)
+            with _autocast(call.autocast):
+                return _done(call, state)
 
 
 class Tape:
@@ -76,10 +93,18 @@ class Tape:
         self.drift: Tensor | None = None
         self.report: list[tuple[Tensor, Any]] | None = None  # where the drift goes when the pass is over
 
-    def anchor(self, n: int, state: State) -> None:
-        """Keeps the state before step n, if an anchor is due there."""
-        if (n == 0 and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
+    def advance(self, step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> State:
+        """One step as a node on this tape."""
+        n = len(self.calls)
+        # A step that makes streams drops them when it is undone, and their errors with them: look before that too.
+        first = n == 0 or (n == 1 and _made(self.calls[0].step) > 0 == _made(step))
+        if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self.kept[n] = tuple(x.detach() for x in state)
+        call = _call(step, state, shared, t, context)
+        self.calls.append(call)
+        inputs = [o.tensor for o in call.owners]
+        inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
+        return _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[return-value]
 
     def close(self, state: State) -> None:
         """Keeps the last state, from which the backward pass starts."""
@@ -140,9 +165,10 @@ def _keep_graph() -> bool:
 
 
 def _distance(a: State, b: State) -> Tensor:
-    """|a - b| / |b| over all streams together, on their device."""
-    error = torch.stack([torch.linalg.vector_norm((x - y).float()) for x, y in zip(a, b, strict=True)])
-    size = torch.stack([torch.linalg.vector_norm(y.float()) for y in b])
+    """|a - b| / |b| over all streams together, on their device; streams that an inverse leaves empty do not count."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.shape == y.shape]
+    error = torch.stack([torch.linalg.vector_norm((x - y).float()) for x, y in pairs])
+    size = torch.stack([torch.linalg.vector_norm(y.float()) for _, y in pairs])
     return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(size).clamp_min(1e-30)
 
 
@@ -160,30 +186,33 @@ class _Node(torch.autograd.Function):
             return _done(call, state)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
+        with torch.no_grad():
+            found = _Node.once(ctx, grads)
+        if not twice:
+            return found
+        # Always, not only where the incoming gradients need one: the graph through the states would be missing.
+        leaves = [None if g is None else g.detach().requires_grad_() for g in found]
+        message = (
+            f"Stack: backprop='reverse' cannot be differentiated twice ({ctx.tape.calls[ctx.n].step.scheme}); "
+            "use backprop='store' or 'checkpoint' for gradients of gradients."
+        )
+        return tuple(torch._C._functions.DelayedError(message, len(leaves))(*leaves))  # type: ignore[attr-defined]
+
+    @staticmethod
+    def once(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The gradients of one step's inputs."""
         tape, n, extras = ctx.tape, ctx.n, ctx.extras
         none = (None, None, None)
         if all(g is None for g in grads):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
         call: Call = tape.calls[n]
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
-        state = tape.take(n + 1, free=not _keep_graph())
-        state, found, extra = _backward(call, state, list(grads), extras, wanted)
-        tape.move(n, state)
+        streams = list(tape.take(n + 1, free=not _keep_graph()))
+        found, extra = _backward(call, streams, list(grads), extras, wanted)
+        tape.move(n, tuple(streams))
         return (*none, *found, *extra)
-
-
-def advance(tape: Tape, step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> State:
-    """One step as a node on the tape."""
-    n = len(tape.calls)
-    tape.anchor(n, state)
-    autocast = _autocast_now(state)
-    owners = parameters(step, shared)
-    tape.calls.append(Call(step, shared, t, context, owners, [], autocast))
-    inputs = [o.tensor for o in owners]
-    inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
-    return _Node.apply(tape, n, len(state), *state, *inputs)  # type: ignore[return-value]
 
 
 class Monitor:
@@ -217,7 +246,7 @@ class Monitor:
         _refuse_inner_shards(stack)
         self._read(how)
         steps = stack.steps
-        if _autocast_now(state):  # the inverse subtracts what was added, so the sums stay in single precision
+        if any(enabled for _, enabled, _ in _autocast_now(state)):  # the inverse subtracts what was added, so the sums stay in single precision
             state = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
         bound = how.bound or BOUNDS.get(state[0].dtype, 1e-5)
         auto = how.every is None and how.memory is None
@@ -241,24 +270,24 @@ class Monitor:
         return state
 
     def _measure(self, stack: "Stack", state: State, time: Any, context: Any, bound: float) -> None:
-        """Runs the first steps forward and back, and chooses the spacing of anchors from the growth of the error."""
-        window = min(len(stack.steps), WINDOW)
-        states = [tuple(x.detach() for x in state)]
-        calls: list[Call] = []
+        """Runs all steps forward and back, some at a time, and spaces anchors by how errors grow on the way back."""
+        trial, growths, errors = Trial(), [], []
+        n, depth = 0, len(stack.steps)
         with torch.no_grad(), checks.nothing_changed(stack, always=True):
-            for step in stack.steps[:window]:
-                autocast = _autocast_now(state)
-                calls.append(Call(step, stack.block, time, context, parameters(step, stack.block), [], autocast))
-                with _autocast(autocast):
-                    states.append(_done(calls[-1], states[-1]))
-                if time is not None:
-                    time = time + step.scheme.span * step.h
-            errors, back = [], states[-1]
-            for n in reversed(range(window)):
-                back = _undone(calls[n], back)
-                errors.append(float(_distance(back, states[n])))
-        self.growth = _growth(errors)
-        self.every = _spacing(errors[0], self.growth, bound, len(stack.steps))
+            state = tuple(x.detach() for x in state)
+            while n < depth:
+                states, first, trial.back = [state], n, False
+                # A step that makes streams drops their errors, so it is looked at by itself.
+                while n < depth and n - first < WINDOW and (n == first or not _made(stack.steps[n - 1])):
+                    state = stack.steps[n](state, stack.block, time, context, None, trial)
+                    states.append(state)
+                    time = None if time is None else time + stack.steps[n].scheme.span * stack.steps[n].h
+                    n += 1
+                growth, error = _window(stack, trial, first, states)
+                growths += [growth] * (n - first)
+                errors += [error] * (n - first)
+        self.growth = math.exp(sum(map(math.log, growths)) / depth) if max(growths) < math.inf else math.inf
+        self.every = _spacing(growths, errors, bound)
 
     def _read(self, how: Reverse) -> None:
         """Reads the drift of earlier backward passes, where the device has it ready; warns once where it is large."""
@@ -280,27 +309,42 @@ class Monitor:
                 )
 
 
-def _growth(errors: list[float]) -> float:
-    """g for which errors[k] = errors[0] * (1 + g + ... + g^k): 1 where each step adds its own rounding only."""
-    n = len(errors)
-    if n < 2 or not 0 < errors[0] < math.inf or not errors[-1] < math.inf:
-        return 1.0 if all(e < math.inf for e in errors) else math.inf
-    ratio = errors[-1] / errors[0]
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**k for k in range(n)) < ratio else (low, middle)
-    return max(1.0, low)
+def _made(step: "Step") -> int:
+    return getattr(step.scheme, "made", 0)
 
 
-def _spacing(first: float, growth: float, bound: float, depth: int) -> int | None:
-    """The largest number of steps between anchors that keeps the predicted error below the bound."""
-    error, added = 0.0, first
-    for k in range(1, depth):
-        error, added = error + added, added * growth
-        if not error + added <= bound:
-            return k
-    return None
+def _window(stack: "Stack", trial: Trial, first: int, states: list[State]) -> tuple[float, float]:
+    """How much a step undone grows an error, and the error that it adds, over steps that ``trial`` has just run."""
+    length, trial.back = len(states) - 1, True
+    back = states[-1]
+    largest = torch.stack([x.square().mean() for x in back]).max().sqrt()
+    # Of one size in all streams: what grows fastest may sit in a small one.
+    moved = tuple(x + torch.finfo(x.dtype).eps ** 0.5 * largest * torch.randn_like(x) for x in back)
+    distances = [float(_distance(moved, back))]
+    for n in reversed(range(first, first + length)):
+        step = stack.steps[n]
+        back = step(back, stack.block, None, None, None, trial)
+        moved = step(moved, stack.block, None, None, None, trial)
+        distances.append(float(_distance(moved, back)))
+    error = float(_distance(back, states[0]))
+    if not all(math.isfinite(d) for d in (*distances, error)):
+        return math.inf, math.inf
+    half = length // 2  # until here the error turns into the direction that grows most
+    growth = max(1.0, (distances[-1] / max(distances[half], 1e-300)) ** (1 / (length - half)))
+    return growth, error / sum(growth**k for k in range(length))
+
+
+def _spacing(growths: list[float], errors: list[float], bound: float) -> int | None:
+    """The largest number of steps between anchors that keeps the predicted error below the bound; None for all."""
+    depth = len(growths)
+    for every in sorted({-(-depth // parts) for parts in range(1, depth + 1)}, reverse=True):
+        error, worst = 0.0, 0.0
+        for n in reversed(range(depth)):
+            error = errors[n] + error * growths[n] if (n + 1) % every else errors[n]
+            worst = max(worst, error)
+        if worst <= bound:
+            return None if every == depth else every
+    return 1
 
 
 def _check_finite(step: "Step", state: State) -> None:
@@ -334,10 +378,11 @@ def parameters(*modules: nn.Module | None) -> list[Owner]:
 
 
 @contextmanager
-def _autocast(states: list[tuple[str, torch.dtype]]) -> Iterator[None]:
+def _autocast(states: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
     with ExitStack() as contexts:
-        for device, dtype in states:
-            contexts.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        for device, enabled, dtype in states:
+            if enabled or torch.is_autocast_enabled(device):
+                contexts.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))
         yield
 
 
@@ -359,13 +404,22 @@ def _as_found(owner: Owner) -> bool:
     return owner.holder.get(owner.name) is owner.tensor and owner.tensor.is_leaf and not owner.tensor._backward_hooks
 
 
-def _check_storage(call: Call) -> None:
-    for owner in call.owners:
+def _check_parameters(call: Call) -> None:
+    for owner, version in zip(call.owners, call.versions, strict=True):
+        if owner.tensor._version != version:
+            raise RuntimeError(
+                f"Stack: parameter {owner.name} of step {call.step.index}, shape {tuple(owner.tensor.shape)}, was changed "
+                "in place between the forward and the backward pass, which reverse backprop runs again."
+            )
         if owner.tensor.untyped_storage().size() == 0:
             raise SchemeError(
                 f"Stack: the parameters of step {call.step.index} are sharded away when the backward pass needs them; "
                 "shard whole steps or the root, or fully_shard(..., reshard_after_forward=False)."
             )
+
+
+def _modules(call: Call) -> list[nn.Module]:
+    return [call.step] if call.shared is None else [call.step, call.shared]
 
 
 def _elementary(call: Call, state: State, t: Any, context: Any) -> list[tuple[Any, Sequence[Function], Any, Any]]:
@@ -379,7 +433,7 @@ def _done(call: Call, state: State) -> State:
     """The step; notes the generators of each elementary update that drew from them."""
     call.generators.clear()
     before = Generators.now(state[0].device)
-    buffers = list(call.step.buffers()) if call.step.training else []
+    buffers = [b for m in _modules(call) if m.training for b in m.buffers()]
     saved = [b.clone() for b in buffers]
     start = before
     try:
@@ -396,17 +450,25 @@ def _done(call: Call, state: State) -> State:
         start.set()
         for b, value in zip(buffers, saved, strict=True):
             b.data.copy_(value)
-        error.add_note(f"{call.step.scheme}, step {call.step.index}: statistics and generators are as before the step")
+        error.add_note(
+            f"{call.step.scheme}, step {call.step.index}, update {len(call.generators)}: a residual function raised; "
+            "statistics and generators are as before the step"
+        )
         raise
     return state
 
 
-def _autocast_now(state: State) -> list[tuple[str, torch.dtype]]:
+def _autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
     return [
-        (device, torch.get_autocast_dtype(device))
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         for device in dict.fromkeys(("cpu", state[0].device.type))
-        if torch.is_autocast_enabled(device)
     ]
+
+
+def _call(step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> Call:
+    owners = parameters(step, shared)
+    versions = [o.tensor._version for o in owners]
+    return Call(step, shared, t, context, owners, [], _autocast_now(state), versions)
 
 
 def _replayed(generators: "Generators | None") -> Any:
@@ -415,11 +477,11 @@ def _replayed(generators: "Generators | None") -> Any:
 
 def _undone(call: Call, state: State) -> State:
     """The state before the step, without gradients."""
-    _check_storage(call)
+    _check_parameters(call)
     with (
         torch.no_grad(),
         _held(call.owners, [o.tensor for o in call.owners]),
-        statistics_kept([call.step, *([call.shared] if call.shared is not None else [])]),
+        statistics_kept(_modules(call)),
         _autocast(call.autocast),
     ):
         drawn = list(call.generators)
@@ -432,48 +494,46 @@ def _undone(call: Call, state: State) -> State:
             for update in reversed(scheme.updates(fs, h, len(state) - scheme.made)):
                 with _replayed(drawn.pop()):
                     state = undo(update, state, gs)
+                if update.emit is not None:  # what stood there before is lost, and read by no step
+                    state = (*state[: update.emit], state[0].new_empty(0), *state[update.emit + 1 :])
     return state
 
 
 def _backward(
-    call: Call, state: State, grads: list[Tensor | None], extras: Sequence[Tensor], wanted: Sequence[bool]
-) -> tuple[State, list[Tensor | None], list[Tensor | None]]:
-    """Undoes and differentiates a step: the state before it, the gradients of its streams and of the extra inputs."""
-    _check_storage(call)
+    call: Call, streams: list[Tensor], grads: list[Tensor | None], extras: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Undoes a step and differentiates it: returns the gradients of its streams and of the extra inputs.
+
+    ``streams``, the state after the step, becomes the state before it, one stream after the other, so that no stream
+    outlives its use.
+    """
+    _check_parameters(call)
     count = len(call.owners)
     direct = all(_as_found(o) for o in call.owners)
     leaves = list(extras) if direct else [x.detach().requires_grad_(w) for x, w in zip(extras, wanted, strict=True)]
     leaves[count:] = [x.detach().requires_grad_() for x in extras[count:]]
     t, context = _replaced((call.t, call.context), leaves[count:])
-    ask = [x for x, w in zip(leaves, wanted, strict=True) if w]
-    sums: list[Tensor | None] = [None] * len(ask)
+    work = Work(call, [x for x, w in zip(leaves, wanted, strict=True) if w], {id(x) for x in leaves})
     with (
         nullcontext() if direct else _held(call.owners, leaves[:count]),
-        statistics_kept([call.step, *([call.shared] if call.shared is not None else [])]),
+        statistics_kept(_modules(call)),
         _autocast(call.autocast),
     ):
         drawn = list(call.generators)
-        known = {id(x) for x in leaves}
         with torch.enable_grad():  # a learned step size enters the updates' closures here
-            parts = _elementary(call, state, t, context)
+            parts = _elementary(call, tuple(streams), t, context)
         for scheme, fs, h, gs in reversed(parts):
             if not isinstance(scheme, Coupling):
-                with _replayed(drawn[-1]), torch.no_grad():
-                    state = scheme.retreat(fs, state, h, gs)
-                with _replayed(drawn.pop()), torch.enable_grad():
-                    inputs = [x.detach().requires_grad_() for x in state]
-                    outputs = scheme.advance(fs, tuple(inputs), h, gs)
-                pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-                grads = list(_gradients(pairs, inputs, ask, sums))
+                _differentiate_whole(work, scheme, fs, h, gs, streams, grads, drawn.pop())
                 continue
-            state, grads = turned(state, -scheme.turn), list(turned(tuple(grads), -scheme.turn))  # type: ignore
+            streams[:], grads = turned(tuple(streams), -scheme.turn), list(turned(tuple(grads), -scheme.turn))  # type: ignore
             with torch.enable_grad():
-                updates = scheme.updates(fs, h, len(state) - scheme.made)
+                updates = scheme.updates(fs, h, len(streams) - scheme.made)
             for update in reversed(updates):
                 with _replayed(drawn.pop()):
-                    state = _differentiate(call, update, state, grads, gs, ask, sums, known)
-    found = iter(sums)
-    return state, grads, [next(found) if w else None for w in wanted]
+                    _differentiate(work, len(drawn), update, streams, grads, gs)
+    found = iter(work.sums)
+    return grads, [next(found) if w else None for w in wanted]
 
 
 def _replaced(tree: Any, leaves: Sequence[Tensor]) -> Any:
@@ -486,92 +546,112 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _gradients(
-    pairs: list[tuple[Any, Tensor]], inputs: Sequence[Tensor], ask: list[Tensor], sums: list[Tensor | None]
-) -> Sequence[Tensor | None]:
-    """Gradients of (output, gradient) pairs at the inputs; those at ``ask`` are added to ``sums``."""
-    if not pairs:
-        return [None] * len(inputs)
-    outputs, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, [*inputs, *ask], grads, allow_unused=True)
-    for i, g in enumerate(found[len(inputs) :]):
-        sums[i] = _add(sums[i], g)
-    return found[: len(inputs)]
+class Work:
+    """What the backward pass of one step collects: gradients of its parameters and other extra inputs."""
+
+    def __init__(self, call: Call, ask: list[Tensor], known: set[int]):
+        self.call, self.ask, self.known = call, ask, known
+        self.sums: list[Tensor | None] = [None] * len(ask)
+
+    def gradients(self, place: int, pairs: list[tuple[Any, Tensor]], inputs: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of (edge, gradient) pairs at the inputs; empties ``pairs``."""
+        if not pairs:
+            return [None] * len(inputs)
+        searched = self.call.step.searched
+        if place not in searched:
+            _refuse_captured(self.call, [edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
+            searched.add(place)
+        edges, grads = zip(*pairs, strict=True)
+        pairs.clear()
+        found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)
+        for i, g in enumerate(found[len(inputs) :]):
+            self.sums[i] = _add(self.sums[i], g)
+        return list(found[: len(inputs)])
+
+
+def _differentiate_whole(
+    work: Work,
+    scheme: Any,
+    fs: Sequence[Function],
+    h: Any,
+    gs: Sequence[Function],
+    streams: list[Tensor],
+    grads: list[Tensor | None],
+    generators: "Generators | None",
+) -> None:
+    """Undoes and differentiates a scheme that is no list of updates: its whole graph is alive."""
+    with _replayed(generators), torch.no_grad():
+        streams[:] = scheme.retreat(fs, tuple(streams), h, gs)
+    with _replayed(generators), torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in streams]
+        outputs = scheme.advance(fs, tuple(inputs), h, gs)
+    pairs = [
+        (get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+    ]
+    del outputs
+    grads[:] = work.gradients(-1, pairs, inputs)
 
 
 def _differentiate(
-    call: Call,
+    work: Work,
+    place: int,
     update: Update,
-    state: State,
+    streams: list[Tensor],
     grads: list[Tensor | None],
     gs: Sequence[Any],
-    ask: list[Tensor],
-    sums: list[Tensor | None],
-    known: set[int],
-) -> State:
-    """Undoes one elementary update, x_d' = scale * x_d + shift, and sends its gradients on; changes ``grads``."""
-    d = update.dst
-    grad = grads[d]
-    emitted_grad = None
-    if update.emit is not None:
-        emitted_grad, grads[update.emit] = grads[update.emit], None
+) -> None:
+    """Undoes one elementary update, x_d' = scale * x_d + shift, and sends its gradients on; changes both lists."""
+    d, e = update.dst, update.emit
+    grad, emitted_grad = grads[d], None
+    if e is not None:
+        emitted_grad, grads[e] = grads[e], None
     live = grad is not None or emitted_grad is not None
     if update.makes and not live:
-        del grads[d:]
-        return state[:d]
-    others = [x.detach() if i != d else x for i, x in enumerate(state)]
-    inputs = [x.requires_grad_() for i, x in enumerate(others) if live and i != d and x.is_floating_point()]
+        del streams[d:], grads[d:]
+        return
+    places = [i for i, x in enumerate(streams) if live and i != d and x.is_floating_point() and x.numel()]
+    others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.makes else streams)]
+    inputs = [others[i].requires_grad_() for i in places]
     with torch.set_grad_enabled(live):
         scale, shift, *emitted = update.terms(tuple(others))
+    del others
+    # An edge, not the tensor: the value can then go before the gradient is computed.
     pairs: list[tuple[Any, Tensor]] = []
     if emitted_grad is not None and emitted[0].requires_grad:
         pairs.append((get_gradient_edge(emitted[0]), emitted_grad.to(emitted[0].dtype)))
     if grad is not None and shift.requires_grad:
-        # An edge, not the tensor: the value can then go before the gradient is computed.
         pairs.append((get_gradient_edge(shift), grad.to(shift.dtype)))
-    if pairs and not call.step.searched:
-        _refuse_captured(call, [edge.node for edge, _ in pairs], known | {id(x) for x in inputs})
-        call.step.searched = True
-    shift, emitted = shift.detach(), []
-    places = [i for i, x in enumerate(others) if live and i != d and x.is_floating_point()]
-    del others
-
-    own: Tensor | None = None  # the gradient of x_d itself
-    g = shortcut_of(update, gs)
+    shift = shift.detach()
+    emitted.clear()
     if update.makes:
-        state = state[:d]
+        del streams[d:], grads[d:]
+        del scale, shift, grad, emitted_grad
     else:
+        plain, g = isinstance(scale, float) and scale == 1.0, shortcut_of(update, gs)
         with torch.no_grad():
-            x = state[d] - shift
+            x = streams[d] - shift
+            streams[d] = x
             if g is not None:
-                x = g.inverse(x)
-            elif not (isinstance(scale, float) and scale == 1.0):
-                x = x / scale.detach() if isinstance(scale, Tensor) else x / scale
-        state = (*state[:d], x, *state[d + 1 :])
+                streams[d] = x = g.inverse(x)
+            elif not plain:
+                streams[d] = x = x.div_(scale)
+        if e is not None:  # what stood there before is lost, and read by no step
+            streams[e] = x.new_empty(0)
         if grad is not None:
             if g is not None:
-                leaf = x.detach().requires_grad_()
+                inputs.append(x.detach().requires_grad_())
                 with torch.enable_grad():
-                    scaled = g(leaf)
-                pairs.append((scaled, grad))
-                inputs.append(leaf)
+                    pairs.append((get_gradient_edge(g(inputs[-1])), grad))
             else:
                 if isinstance(scale, Tensor) and scale.requires_grad:
-                    pairs.append((scale, (grad * x).sum_to_size(scale.shape).to(scale.dtype)))
-                    own = grad * scale.detach()
-                else:
-                    own = grad if isinstance(scale, float) and scale == 1.0 else grad * scale
-    del shift, scale
-    found = list(_gradients(pairs, inputs, ask, sums))
-    if g is not None and grad is not None and not update.makes:
-        own = found.pop()
-    if update.makes:
-        del grads[d:]
-    else:
-        grads[d] = own
-    for i, found_grad in zip(places, found, strict=True):
-        grads[i] = _add(grads[i], found_grad)
-    return state
+                    pairs.append((get_gradient_edge(scale), (grad * x).sum_to_size(scale.shape).to(scale.dtype)))
+                grads[d] = grad if plain else grad * (scale.detach() if isinstance(scale, Tensor) else scale)
+        del scale, shift, x, grad, emitted_grad
+    found = work.gradients(place, pairs, inputs)
+    if len(found) > len(places):
+        grads[d] = found.pop()
+    for i, g in zip(places, found, strict=True):
+        grads[i] = _add(grads[i], g)
 
 
 def _refuse_captured(call: Call, nodes: list[Any], known: set[int]) -> None:
