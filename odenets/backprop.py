@@ -12,11 +12,9 @@ What a residual function saw is seen again: generators (only for updates that dr
 Running statistics are left alone the second time.
 """
 
-import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +25,10 @@ from schemes.coupling import Coupling, Update, do, shortcut_of, turned, undo
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
-from . import checks
-from .modes import Reverse
 from .recompute import Generators, statistics_kept
 
 if TYPE_CHECKING:
-    from .stack import Stack
     from .step import Step
-
-# Relative gradient error that automatic anchors keep to.
-BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}
-DRIFT_LIMIT = 1e-3
-WINDOW = 8  # steps that the measurement of growth runs forward and back
 
 
 class Owner(NamedTuple):
@@ -62,21 +52,10 @@ class Call(NamedTuple):
     versions: list[int]  # of the owners' tensors
 
 
-class Trial:
-    """Runs steps forward or back without a graph, to measure how they reconstruct."""
+class Runner(Protocol):
+    """What runs the steps of a pass in their stead."""
 
-    def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}
-        self.back = False
-
-    def advance(self, step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> State:
-        """The step, or the step undone that this object has seen before."""
-        with torch.no_grad():
-            if self.back:
-                return _undone(self.calls[step.index], state)
-            call = self.calls[step.index] = _call(step, state, shared, t, context)
-            with _autocast(call.autocast):
-                return _done(call, state)
+    def advance(self, step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> State: ...
 
 
 class Tape:
@@ -97,10 +76,10 @@ class Tape:
         """One step as a node on this tape."""
         n = len(self.calls)
         # A step that makes streams drops them when it is undone, and their errors with them: look before that too.
-        first = n == 0 or (n == 1 and _made(self.calls[0].step) > 0 == _made(step))
+        first = n == 0 or (n == 1 and made(self.calls[0].step) > 0 == made(step))
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self.kept[n] = tuple(x.detach() for x in state)
-        call = _call(step, state, shared, t, context)
+        call = call_of(step, state, shared, t, context)
         self.calls.append(call)
         inputs = [o.tensor for o in call.owners]
         inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
@@ -129,7 +108,7 @@ class Tape:
         state = self.state if start == self.position else self.kept[start]
         while start > n:
             start -= 1
-            state = _undone(self.calls[start], state)
+            state = undone(self.calls[start], state)
         return state
 
     def take(self, n: int, free: bool) -> State:
@@ -145,7 +124,7 @@ class Tape:
         """Sets the tape to the state before step n, and compares with what was kept there."""
         kept = self.kept.get(n)
         if kept is not None:
-            drift = _distance(state, kept)
+            drift = distance(state, kept)
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
             state = kept
         self.position, self.state = n, state
@@ -164,7 +143,7 @@ def _keep_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
-def _distance(a: State, b: State) -> Tensor:
+def distance(a: State, b: State) -> Tensor:
     """|a - b| / |b| over all streams together, on their device; streams that an inverse leaves empty do not count."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.shape == y.shape]
     error = torch.stack([torch.linalg.vector_norm((x - y).float()) for x, y in pairs])
@@ -182,8 +161,8 @@ class _Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         state = tensors[:streams]
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
-        with _autocast(call.autocast):
-            return _done(call, state)
+        with autocast_as(call.autocast):
+            return done(call, state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -215,152 +194,8 @@ class _Node(torch.autograd.Function):
         return (*none, *found, *extra)
 
 
-class Monitor:
-    """What a stack learns of its own reconstruction: how often it needs anchors, and how far it drifts.
-
-    Attributes:
-        every: the spacing of anchors that was chosen, None for no anchors.
-        growth: factor by which a rounding error grows per step undone, as measured.
-        drift: relative error of made-again states in the last backward pass whose figure has arrived.
-    """
-
-    def __init__(self) -> None:
-        self.every: int | None = None
-        self.growth: float | None = None
-        self.drift: float | None = None
-        self._pending: list[tuple[Tensor, Any]] = []
-        self._warned = False
-
-    def __deepcopy__(self, memo: Any) -> "Monitor":
-        return Monitor()
-
-    def __reduce__(self) -> Any:
-        return Monitor, ()
-
-    def run(
-        self, stack: "Stack", how: Reverse, state: State, time: Any, context: Any, states: list[State] | None = None
-    ) -> State:
-        """The steps of a stack on a new tape; ``states`` collects the state after each."""
-        if torch._C._are_functorch_transforms_active():
-            raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
-        _refuse_inner_shards(stack)
-        self._read(how)
-        steps = stack.steps
-        if any(enabled for _, enabled, _ in _autocast_now(state)):  # the inverse subtracts what was added, so the sums stay in single precision
-            state = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
-        bound = how.bound or BOUNDS.get(state[0].dtype, 1e-5)
-        auto = how.every is None and how.memory is None
-        if auto and self.growth is None:
-            self._measure(stack, state, time, context, float(bound))
-        every = self.every if auto else how.every or None
-        if how.memory is not None:
-            size = sum(x.numel() * x.element_size() for x in state) / 2**20
-            every = max(1, -(-len(steps) // max(1, int(float(how.memory) / size))))
-        tape = Tape(every, how.drift)
-        for step in steps:
-            state = step(state, stack.block, time, context, None, tape)
-            if states is not None:
-                states.append(state)
-            if how.check_finite:
-                _check_finite(step, state)
-            if time is not None:
-                time = time + step.scheme.span * step.h
-        tape.close(state)
-        tape.report = self._pending if how.drift else None
-        return state
-
-    def _measure(self, stack: "Stack", state: State, time: Any, context: Any, bound: float) -> None:
-        """Runs all steps forward and back, some at a time, and spaces anchors by how errors grow on the way back."""
-        trial, growths, errors = Trial(), [], []
-        n, depth = 0, len(stack.steps)
-        with torch.no_grad(), checks.nothing_changed(stack, always=True):
-            state = tuple(x.detach() for x in state)
-            while n < depth:
-                states, first, trial.back = [state], n, False
-                # A step that makes streams drops their errors, so it is looked at by itself.
-                while n < depth and n - first < WINDOW and (n == first or not _made(stack.steps[n - 1])):
-                    state = stack.steps[n](state, stack.block, time, context, None, trial)
-                    states.append(state)
-                    time = None if time is None else time + stack.steps[n].scheme.span * stack.steps[n].h
-                    n += 1
-                growth, error = _window(stack, trial, first, states)
-                growths += [growth] * (n - first)
-                errors += [error] * (n - first)
-        self.growth = math.exp(sum(map(math.log, growths)) / depth) if max(growths) < math.inf else math.inf
-        self.every = _spacing(growths, errors, bound)
-
-    def _read(self, how: Reverse) -> None:
-        """Reads the drift of earlier backward passes, where the device has it ready; warns once where it is large."""
-        while self._pending:
-            value, event = self._pending[0]
-            if event is not None and not event.query():
-                return
-            self._pending.pop(0)
-            self.drift = float(value)
-            if self.drift <= DRIFT_LIMIT:
-                continue
-            self.growth = None  # measure anew: learned scales move during training
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"Stack: states made again by the inverse are {self.drift:.1e} off (relative), so gradients are "
-                    "too; run Stack.diagnose(x) to see where, and keep more states: backprop='reverse(every=k)'.",
-                    stacklevel=5,
-                )
-
-
-def _made(step: "Step") -> int:
+def made(step: "Step") -> int:
     return getattr(step.scheme, "made", 0)
-
-
-def _window(stack: "Stack", trial: Trial, first: int, states: list[State]) -> tuple[float, float]:
-    """How much a step undone grows an error, and the error that it adds, over steps that ``trial`` has just run."""
-    length, trial.back = len(states) - 1, True
-    back = states[-1]
-    largest = torch.stack([x.square().mean() for x in back]).max().sqrt()
-    # Of one size in all streams: what grows fastest may sit in a small one.
-    moved = tuple(x + torch.finfo(x.dtype).eps ** 0.5 * largest * torch.randn_like(x) for x in back)
-    distances = [float(_distance(moved, back))]
-    for n in reversed(range(first, first + length)):
-        step = stack.steps[n]
-        back = step(back, stack.block, None, None, None, trial)
-        moved = step(moved, stack.block, None, None, None, trial)
-        distances.append(float(_distance(moved, back)))
-    error = float(_distance(back, states[0]))
-    if not all(math.isfinite(d) for d in (*distances, error)):
-        return math.inf, math.inf
-    half = length // 2  # until here the error turns into the direction that grows most
-    growth = max(1.0, (distances[-1] / max(distances[half], 1e-300)) ** (1 / (length - half)))
-    return growth, error / sum(growth**k for k in range(length))
-
-
-def _spacing(growths: list[float], errors: list[float], bound: float) -> int | None:
-    """The largest number of steps between anchors that keeps the predicted error below the bound; None for all."""
-    depth = len(growths)
-    for every in sorted({-(-depth // parts) for parts in range(1, depth + 1)}, reverse=True):
-        error, worst = 0.0, 0.0
-        for n in reversed(range(depth)):
-            error = errors[n] + error * growths[n] if (n + 1) % every else errors[n]
-            worst = max(worst, error)
-        if worst <= bound:
-            return None if every == depth else every
-    return 1
-
-
-def _check_finite(step: "Step", state: State) -> None:
-    for i, x in enumerate(state):
-        if not torch.isfinite(x).all():
-            raise SchemeError(f"{step.scheme}, step {step.index}: stream {i} is not finite after this step.")
-
-
-def _refuse_inner_shards(stack: "Stack") -> None:
-    for step in stack.steps:
-        for name, module in step.named_modules():
-            if name and type(module).__name__.startswith("FSDP"):
-                raise SchemeError(
-                    f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='reverse' cannot undo: "
-                    "shard whole steps, fully_shard(stack.steps[n]), or the root."
-                )
 
 
 def parameters(*modules: nn.Module | None) -> list[Owner]:
@@ -378,7 +213,7 @@ def parameters(*modules: nn.Module | None) -> list[Owner]:
 
 
 @contextmanager
-def _autocast(states: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
+def autocast_as(states: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
     with ExitStack() as contexts:
         for device, enabled, dtype in states:
             if enabled or torch.is_autocast_enabled(device):
@@ -408,8 +243,8 @@ def _check_parameters(call: Call) -> None:
     for owner, version in zip(call.owners, call.versions, strict=True):
         if owner.tensor._version != version:
             raise RuntimeError(
-                f"Stack: parameter {owner.name} of step {call.step.index}, shape {tuple(owner.tensor.shape)}, was changed "
-                "in place between the forward and the backward pass, which reverse backprop runs again."
+                f"Stack: parameter {owner.name} of step {call.step.index}, {tuple(owner.tensor.shape)}, was changed in "
+                "place between the forward and the backward pass, which reverse backprop runs again."
             )
         if owner.tensor.untyped_storage().size() == 0:
             raise SchemeError(
@@ -429,7 +264,12 @@ def _elementary(call: Call, state: State, t: Any, context: Any) -> list[tuple[An
     return step.scheme.elementary(fs, h, gs)
 
 
-def _done(call: Call, state: State) -> State:
+def in_single_precision(state: State) -> State:
+    """Streams in half precision as float32: an inverse subtracts what was added, so sums must not be rounded more."""
+    return tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
+
+
+def done(call: Call, state: State) -> State:
     """The step; notes the generators of each elementary update that drew from them."""
     call.generators.clear()
     before = Generators.now(state[0].device)
@@ -444,6 +284,8 @@ def _done(call: Call, state: State) -> State:
                 continue
             for update in scheme.updates(fs, h, len(state)):
                 state = do(update, state, gs)
+                if update.makes and any(enabled for _, enabled, _ in call.autocast):
+                    state = in_single_precision(state)
                 before = before.drawn(call.generators)
             state = turned(state, scheme.turn)
     except Exception as error:
@@ -458,31 +300,31 @@ def _done(call: Call, state: State) -> State:
     return state
 
 
-def _autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
+def autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
     return [
         (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         for device in dict.fromkeys(("cpu", state[0].device.type))
     ]
 
 
-def _call(step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> Call:
+def call_of(step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> Call:
     owners = parameters(step, shared)
     versions = [o.tensor._version for o in owners]
-    return Call(step, shared, t, context, owners, [], _autocast_now(state), versions)
+    return Call(step, shared, t, context, owners, [], autocast_now(state), versions)
 
 
 def _replayed(generators: "Generators | None") -> Any:
     return nullcontext() if generators is None else generators.replayed()
 
 
-def _undone(call: Call, state: State) -> State:
+def undone(call: Call, state: State) -> State:
     """The state before the step, without gradients."""
     _check_parameters(call)
     with (
         torch.no_grad(),
         _held(call.owners, [o.tensor for o in call.owners]),
         statistics_kept(_modules(call)),
-        _autocast(call.autocast),
+        autocast_as(call.autocast),
     ):
         drawn = list(call.generators)
         for scheme, fs, h, gs in reversed(_elementary(call, state, call.t, call.context)):
@@ -517,23 +359,40 @@ def _backward(
     with (
         nullcontext() if direct else _held(call.owners, leaves[:count]),
         statistics_kept(_modules(call)),
-        _autocast(call.autocast),
+        autocast_as(call.autocast),
     ):
         drawn = list(call.generators)
-        with torch.enable_grad():  # a learned step size enters the updates' closures here
-            parts = _elementary(call, tuple(streams), t, context)
-        for scheme, fs, h, gs in reversed(parts):
+
+        def parts() -> list[tuple[Any, Sequence[Function], Any, Any]]:
+            with torch.enable_grad():  # a learned step size enters the functions and the updates here
+                return _elementary(call, tuple(streams), t, context)
+
+        fixed = None if _learned(call) else parts()
+        for k in reversed(range(len(parts() if fixed is None else fixed))):
+            # Each graph is gone once it was used, and what is computed from a learned step size is part of one.
+            scheme, fs, h, gs = (fixed or parts())[k]
             if not isinstance(scheme, Coupling):
                 _differentiate_whole(work, scheme, fs, h, gs, streams, grads, drawn.pop())
                 continue
             streams[:], grads = turned(tuple(streams), -scheme.turn), list(turned(tuple(grads), -scheme.turn))  # type: ignore
+            count = len(streams) - scheme.made
             with torch.enable_grad():
-                updates = scheme.updates(fs, h, len(streams) - scheme.made)
-            for update in reversed(updates):
+                updates = scheme.updates(fs, h, count)
+            for i in reversed(range(len(updates))):
+                if fixed is None:
+                    _, fs, h, gs = parts()[k]
+                    with torch.enable_grad():
+                        updates = scheme.updates(fs, h, count)
                 with _replayed(drawn.pop()):
-                    _differentiate(work, len(drawn), update, streams, grads, gs)
+                    _differentiate(work, len(drawn), updates[i], streams, grads, gs)
     found = iter(work.sums)
     return grads, [next(found) if w else None for w in wanted]
+
+
+def _learned(call: Call) -> bool:
+    """Whether the step size or the time needs a gradient."""
+    leaves = (call.step.h, *pytree.tree_leaves(call.t))
+    return any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
 
 
 def _replaced(tree: Any, leaves: Sequence[Tensor]) -> Any:

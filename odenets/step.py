@@ -79,7 +79,7 @@ class Step(nn.Module):
         t: Any = None,
         context: Any = None,
         h: Any = None,
-        tape: engine.Tape | engine.Trial | None = None,
+        tape: engine.Runner | None = None,
     ) -> State:
         if tape is not None:
             return tape.advance(self, state, shared, t, context)
