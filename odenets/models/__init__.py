@@ -16,3 +16,5 @@ from .resnet import ResNet as ResNet
 from .revcol import RevCol as RevCol
 from .revcol import Supervised as Supervised
 from .revcol_keys import pad_kernels as pad_kernels
+from .revnet import IRevNet as IRevNet
+from .revnet import RevNet as RevNet

@@ -6,7 +6,7 @@ and the levels, its residual functions the levels' fusion and blocks, its shortc
 Source: Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -208,12 +208,7 @@ class RevCol(nn.Module):
                     "  Resize it, or let the network pad it with zeros: pad=True."
                 )
             x = F.pad(x, (0, right, 0, below))
-        x = self.stem(x)
-        if torch.is_grad_enabled():
-            # A gradient of zero for the idle factors, as published: DDP wants one for every parameter.
-            for alpha in self.idle:
-                x = x + 0 * alpha.sum()
-        return x
+        return with_zero_gradients(self.stem(x), self.idle)
 
     def get_classifier(self) -> nn.Module:
         """The final head: mean, norm and linear layer, or the identity."""
@@ -255,6 +250,13 @@ class RevCol(nn.Module):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""
         return revcol_keys.published(self.state_dict().keys(), keys)
+
+
+def with_zero_gradients(x: Tensor, idle: Iterable[Tensor]) -> Tensor:
+    """x itself, under which parameters that multiply nothing get a gradient of zero: DDP wants one for every parameter."""
+    if torch.is_grad_enabled():
+        x = x + 0 * torch.stack([alpha.sum() for alpha in idle]).sum()
+    return x
 
 
 def _check(channels: Sequence[int], blocks: Sequence[int], columns: int, drop_rate: float, drop_path: float) -> None:
