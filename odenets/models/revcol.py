@@ -253,7 +253,7 @@ class RevCol(nn.Module):
 
 
 def with_zero_gradients(x: Tensor, idle: Iterable[Tensor]) -> Tensor:
-    """x itself, under which parameters that multiply nothing get a gradient of zero: DDP wants one for every parameter."""
+    """x itself; parameters that multiply nothing get a gradient of zero, since DDP wants one for every parameter."""
     if torch.is_grad_enabled():
         x = x + 0 * torch.stack([alpha.sum() for alpha in idle]).sum()
     return x

@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,9 +103,7 @@ class ViT(nn.Module):
                 return AttentionFunction(width, heads, drop_path=rate)
             return PerceptronFunction(width, ratio, drop_path=rate)
 
-        self.levels = nn.Sequential(
-            Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop)
-        )
+        self.levels = nn.Sequential(Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
@@ -161,7 +158,9 @@ class ViT(nn.Module):
         own = self.state_dict().keys()
         if "patch_embed.proj.weight" not in keys:
             return twin(own, keys)
-        places = sorted({(int(m[1]), int(m[2])) for key in own if (m := re.match(r"levels\.0\.steps\.(\d+)\.fs\.(\d+)\.", key))})
+        places = sorted(
+            {(int(m[1]), int(m[2])) for key in own if (m := re.match(r"levels\.0\.steps\.(\d+)\.fs\.(\d+)\.", key))}
+        )
         names: dict[str, str | None] = {}
         for key in keys:
             names[key] = _WHOLE.get(key, key.replace("patch_embed.", "stem."))

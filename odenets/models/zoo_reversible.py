@@ -1,4 +1,4 @@
-"""The named reversible networks: configurations of RevNet, i-RevNet and RevCol, as tables.
+"""The named reversible networks: configurations of RevNet, i-RevNet, RevCol and the transformers, as tables.
 
 Stochastic depth is off unless asked for; the published rates stand in ``PUBLISHED_DROP_PATH``.
 """
@@ -10,7 +10,9 @@ from torch import nn
 
 from .registry import register_model
 from .revcol import RevCol
+from .revcol_vit import RevColViT
 from .revnet import IRevNet, RevNet
+from .vit import ViT
 
 # Cai et al. 2023, arXiv 2212.11696, table 1 and the released code.
 REVCOLS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,23 @@ IREVNETS: dict[str, dict[str, Any]] = {
     "irevnet_cifar": {"units": (18, 18, 18), "width": 32},
 }
 
+VITS: dict[str, dict[str, Any]] = {
+    # Touvron et al. 2021, arXiv 2012.12877, table 1. ``scheme`` makes high-order twins of equal parameters.
+    "vit_tiny_patch16": {"depth": 12, "dim": 192, "heads": 3},
+    "vit_small_patch16": {"depth": 12, "dim": 384, "heads": 6},
+}
+
+_BASE = {"dim": 384, "heads": 6}
+
+REVCOL_VITS: dict[str, dict[str, Any]] = {
+    # Cai et al. 2023, arXiv 2212.11696, appendix. The base one also in other numbers of columns, of 48 blocks in all.
+    "revcol_vit_small": {"dim": 224, "heads": 4, "blocks": (2, 2, 2, 2), "columns": 4},
+    "revcol_vit_base": {**_BASE, "blocks": (3, 3, 3, 3), "columns": 4},
+    "revcol_vit_base_1column": {**_BASE, "blocks": (12, 12, 12, 12), "columns": 1},
+    "revcol_vit_base_2columns": {**_BASE, "blocks": (6, 6, 6, 6), "columns": 2},
+    "revcol_vit_base_8columns": {**_BASE, "blocks": (1, 2, 2, 1), "columns": 8},
+}
+
 PUBLISHED_DROP_PATH = {
     "revcol_tiny": 0.1,
     "revcol_small": 0.3,
@@ -58,6 +77,13 @@ def _register(kind: type[nn.Module], name: str, config: Mapping[str, Any]) -> Ca
     return build
 
 
-for _kind, _table in ((RevNet, REVNETS), (IRevNet, IREVNETS), (RevCol, REVCOLS)):
+_TABLES = (
+    (RevNet, REVNETS),
+    (IRevNet, IREVNETS),
+    (RevCol, REVCOLS),
+    (ViT, VITS),
+    (RevColViT, REVCOL_VITS),
+)
+for _kind, _table in _TABLES:
     for _name, _config in _table.items():
         _register(_kind, _name, _config)
