@@ -26,10 +26,11 @@ from torch.utils import _pytree as pytree
 
 from schemes.coupling import Coupling, Update, do, shortcut_of, turned, undo
 from schemes.errors import SchemeError
-from schemes.scheme import Function, State
+from schemes.scheme import Function, Scheme, State
 
 from . import checks
-from .modes import Reverse
+from .exact import Grid, Lost
+from .modes import Exact, Reverse
 from .recompute import Generators, statistics_kept
 
 if TYPE_CHECKING:
@@ -60,22 +61,27 @@ class Call(NamedTuple):
     owners: list[Owner]
     generators: "list[Generators | None]"  # one per elementary update, None where nothing was drawn
     autocast: list[tuple[str, torch.dtype]]
+    scheme: Scheme  # the step's, or what stands for it in training
+    grid: Grid | None  # exact arithmetic
+    lost: list[Lost | None]  # one per elementary update on the grid: what it did not keep
+    over: list[Tensor]  # whether a stream left the range of the grid, per elementary update
     left: set[int]  # by-products among the streams, which the inverse does not make again
 
 
 class Tape:
     """The states of one forward pass: the last one, some anchors, and the one where the backward pass stands."""
 
-    def __init__(self, every: int | None, keep_first: bool):
+    def __init__(self, every: int | None, keep_first: bool, grid: Grid | None = None):
         self.every = every
         self.keep_first = keep_first
+        self.grid = grid
         self.calls: list[Call] = []
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: list[int] = []
         self.position: int | None = None
         self.state: State = ()
         self.drift: Tensor | None = None
-        self.report: list[tuple[Tensor, Any]] | None = None  # where the drift goes when the pass is over
+        self.report: list[tuple[Tensor, Any, bool]] | None = None  # where the drift goes when the pass is over
 
     def anchor(self, n: int, state: State) -> None:
         """Keeps the state before step n, if an anchor is due there."""
@@ -87,6 +93,12 @@ class Tape:
         final = tuple(x.detach() for x in state)
         self.kept[len(self.calls)] = final
         self.versions = [x._version for x in final]
+
+    def over(self, state: State) -> Tensor:
+        """Whether any stream left the grid's range in this pass."""
+        assert self.grid is not None
+        flags = [self.grid.over(x) for x in state]
+        return torch.stack([f for call in self.calls for f in call.over] + flags).any()
 
     def before(self, n: int) -> State:
         """The state before step n, made again from the nearest one above it."""
@@ -126,12 +138,7 @@ class Tape:
             state = kept
         self.position, self.state = n, state
         if n == 0 and self.report is not None and self.drift is not None:
-            drift, event = self.drift, None
-            if drift.is_cuda:
-                drift = drift.to("cpu", non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-            self.report.append((drift, event))
+            self.report.append(_ready(self.drift, self.grid is not None))
             del self.report[:-4]
 
 
@@ -177,13 +184,18 @@ class _Node(torch.autograd.Function):
         return (*none, *found, *extra)
 
 
+def _call(step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any, grid: Grid | None = None) -> Call:
+    owners = parameters(step, shared)
+    scheme = step.scheme.in_training(step.index, state[-1])
+    return Call(step, shared, t, context, owners, [], _autocast_now(state), scheme, grid, [], [], set())
+
+
 def advance(tape: Tape, step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any) -> State:
     """One step as a node on the tape."""
     n = len(tape.calls)
     tape.anchor(n, state)
-    autocast = _autocast_now(state)
-    owners = parameters(step, shared)
-    tape.calls.append(Call(step, shared, t, context, owners, [], autocast, set()))
+    tape.calls.append(_call(step, state, shared, t, context, tape.grid))
+    owners = tape.calls[n].owners
     inputs = [o.tensor for o in owners]
     inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
     return _Node.apply(tape, n, len(state), *state, *inputs)  # type: ignore[return-value]
@@ -202,7 +214,8 @@ class Monitor:
         self.every: int | None = None
         self.growth: float | None = None
         self.drift: float | None = None
-        self._pending: list[tuple[Tensor, Any]] = []
+        self._pending: list[tuple[Tensor, Any, bool]] = []
+        self._over: list[tuple[Tensor, Any, bool]] = []
         self._warned = False
 
     def __deepcopy__(self, memo: Any) -> "Monitor":
@@ -212,36 +225,56 @@ class Monitor:
         return Monitor, ()
 
     def run(
-        self, stack: "Stack", how: Reverse, state: State, time: Any, context: Any, states: list[State] | None = None
+        self,
+        stack: "Stack",
+        how: Reverse | Exact,
+        state: State,
+        time: Any,
+        context: Any,
+        states: list[State] | None = None,
     ) -> State:
         """The steps of a stack on a new tape; ``states`` collects the state after each."""
         if torch._C._are_functorch_transforms_active():
             raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
         _refuse_inner_shards(stack)
-        self._read(how)
-        steps = stack.steps
+        self._read()
         if _autocast_now(state):  # the inverse subtracts what was added, so the sums stay in single precision
             state = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
-        bound = how.bound or BOUNDS.get(state[0].dtype, 1e-5)
-        auto = how.every is None and how.memory is None
-        if auto and self.growth is None:
-            self._measure(stack, state, time, context, float(bound))
-        every = self.every if auto else how.every or None
-        if how.memory is not None:
-            size = sum(x.numel() * x.element_size() for x in state) / 2**20
-            every = max(1, -(-len(steps) // max(1, int(float(how.memory) / size))))
-        tape = Tape(every, how.drift)
-        for step in steps:
+        if isinstance(how, Exact):
+            _refuse_compiled(stack)
+            grid = Grid(how.bits, state[0].dtype)
+            state = tuple(grid.round(x) for x in state)
+            tape = Tape(1 if how.store else None, True, grid)
+        else:
+            tape = Tape(self._anchors(stack, how, state, time, context), how.drift)
+        for step in stack.steps:
             state = step(state, stack.block, time, context, None, tape)
             if states is not None:
                 states.append(state)
-            if how.check_finite:
+            if isinstance(how, Reverse) and how.check_finite:
                 _check_finite(step, state)
             if time is not None:
                 time = time + step.scheme.span * step.h
         tape.close(state)
-        tape.report = self._pending if how.drift else None
+        tape.report = self._pending if tape.keep_first else None
+        if tape.grid is not None:
+            self._over.append(_ready(tape.over(state)))
+            if not state[0].is_cuda:
+                self._read()
         return state
+
+    def _anchors(self, stack: "Stack", how: Reverse, state: State, time: Any, context: Any) -> int | None:
+        """The spacing of anchors, given or chosen."""
+        steps = len(stack.steps)
+        if how.memory is not None:
+            size = sum(x.numel() * x.element_size() for x in state) / 2**20
+            return max(1, -(-steps // max(1, int(float(how.memory) / size))))
+        if how.every is not None:
+            return how.every or None
+        if self.growth is None:
+            bound = float(how.bound or BOUNDS.get(state[0].dtype, 1e-5))
+            self._measure(stack, state, time, context, bound)
+        return self.every
 
     def _measure(self, stack: "Stack", state: State, time: Any, context: Any, bound: float) -> None:
         """Runs the first steps forward and back, and chooses the spacing of anchors from the growth of the error."""
@@ -250,9 +283,8 @@ class Monitor:
         calls: list[Call] = []
         with torch.no_grad(), checks.nothing_changed(stack, always=True):
             for step in stack.steps[:window]:
-                autocast = _autocast_now(state)
-                calls.append(Call(step, stack.block, time, context, parameters(step, stack.block), [], autocast, set()))
-                with _autocast(autocast):
+                calls.append(_call(step, states[-1], stack.block, time, context))
+                with _autocast(calls[-1].autocast):
                     states.append(_done(calls[-1], states[-1]))
                 if time is not None:
                     time = time + step.scheme.span * step.h
@@ -263,14 +295,23 @@ class Monitor:
         self.growth = _growth(errors)
         self.every = _spacing(errors[0], self.growth, bound, len(stack.steps))
 
-    def _read(self, how: Reverse) -> None:
-        """Reads the drift of earlier backward passes, where the device has it ready; warns once where it is large."""
-        while self._pending:
-            value, event = self._pending[0]
-            if event is not None and not event.query():
-                return
-            self._pending.pop(0)
+    def _read(self) -> None:
+        """Reads what earlier passes found, where the device has it ready: overflow, drift. Warns of drift once."""
+        while self._over and _is_ready(self._over[0]):
+            if bool(self._over.pop(0)[0]):
+                self._over.clear()
+                raise SchemeError(
+                    "Stack: a stream left the range in which backprop='exact' adds without rounding; "
+                    "use fewer binary places, such as backprop='exact(bits=10)', or normalise the streams."
+                )
+        while self._pending and _is_ready(self._pending[0]):
+            value, _, exact = self._pending.pop(0)
             self.drift = float(value)
+            if exact and self.drift != 0.0:
+                raise SchemeError(
+                    f"Stack: backprop='exact' made a state again that is {self.drift:.1e} off: a function gives "
+                    "other values the second time. Make it deterministic, or use backprop='reverse'."
+                )
             if self.drift <= DRIFT_LIMIT:
                 continue
             self.growth = None  # measure anew: learned scales move during training
@@ -280,6 +321,29 @@ class Monitor:
                     f"Stack: states made again by the inverse are {self.drift:.1e} off (relative), so gradients are "
                     "too; run Stack.diagnose(x) to see where, and keep more states: backprop='reverse(every=k)'.",
                     stacklevel=5,
+                )
+
+
+def _ready(value: Tensor, exact: bool = False) -> tuple[Tensor, Any, bool]:
+    """A figure on its way from the device, and the event that tells its arrival."""
+    if not value.is_cuda:
+        return value, None, exact
+    value, event = value.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return value, event, exact
+
+
+def _is_ready(item: tuple[Tensor, Any, bool]) -> bool:
+    return item[1] is None or item[1].query()
+
+
+def _refuse_compiled(stack: "Stack") -> None:
+    for step in stack.steps:
+        for name, m in step.named_modules():
+            if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule":
+                raise SchemeError(
+                    f"Stack: steps.{step.index}.{name} is compiled, and compiled code rounds differently with and "
+                    "without gradients; backprop='exact' needs it eager, or use backprop='reverse'."
                 )
 
 
@@ -375,12 +439,13 @@ def _elementary(call: Call, state: State, t: Any, context: Any) -> list[tuple[An
     step = call.step
     h = step.h
     fs, gs = step.functions(state, call.shared, t, context, h)
-    return step.scheme.elementary(fs, h, gs)
+    return call.scheme.elementary(fs, h, gs)
 
 
 def _done(call: Call, state: State) -> State:
     """The step; notes the generators of each elementary update that drew from them."""
     call.generators.clear()
+    call.lost.clear()
     before = Generators.now(state[0].device)
     buffers = list(call.step.buffers()) if call.step.training else []
     saved = [b.clone() for b in buffers]
@@ -392,7 +457,9 @@ def _done(call: Call, state: State) -> State:
                 before = before.drawn(call.generators)
                 continue
             for update in scheme.updates(fs, h, len(state)):
-                state = do(update, state, gs)
+                state = do(update, state, gs) if call.grid is None else call.grid.do(update, state, gs, call.lost)
+                if call.grid is not None:
+                    call.over.append(call.grid.over(state[update.dst]))
                 if update.emit is not None:
                     call.left.add(update.emit)
                 before = before.drawn(call.generators)
@@ -427,7 +494,7 @@ def _undone(call: Call, state: State) -> State:
         statistics_kept([call.step, *([call.shared] if call.shared is not None else [])]),
         _autocast(call.autocast),
     ):
-        drawn = list(call.generators)
+        drawn, lost = list(call.generators), list(call.lost)
         for scheme, fs, h, gs in reversed(_elementary(call, state, call.t, call.context)):
             if not isinstance(scheme, Coupling):
                 with _replayed(drawn.pop()):
@@ -436,7 +503,7 @@ def _undone(call: Call, state: State) -> State:
             state = turned(state, -scheme.turn)
             for update in reversed(scheme.updates(fs, h, len(state) - scheme.made)):
                 with _replayed(drawn.pop()):
-                    state = undo(update, state, gs)
+                    state = undo(update, state, gs) if call.grid is None else call.grid.undo(update, state, gs, lost)
     return state
 
 
@@ -457,7 +524,7 @@ def _backward(
         statistics_kept([call.step, *([call.shared] if call.shared is not None else [])]),
         _autocast(call.autocast),
     ):
-        drawn = list(call.generators)
+        drawn, lost = list(call.generators), list(call.lost)
         known = {id(x) for x in leaves}
         with torch.enable_grad():  # a learned step size enters the updates' closures here
             parts = _elementary(call, state, t, context)
@@ -476,7 +543,7 @@ def _backward(
                 updates = scheme.updates(fs, h, len(state) - scheme.made)
             for update in reversed(updates):
                 with _replayed(drawn.pop()):
-                    state = _differentiate(call, update, state, grads, gs, ask, sums, known)
+                    state = _differentiate(call, update, state, grads, gs, ask, sums, known, lost)
     found = iter(sums)
     return state, grads, [next(found) if w else None for w in wanted]
 
@@ -517,6 +584,7 @@ def _differentiate(
     ask: list[Tensor],
     sums: list[Tensor | None],
     known: set[int],
+    lost: list[Lost | None],
 ) -> State:
     """Undoes one elementary update, x_d' = scale * x_d + shift, and sends its gradients on; changes ``grads``."""
     d = update.dst
@@ -525,6 +593,7 @@ def _differentiate(
     if update.emit is not None:
         emitted_grad, grads[update.emit] = grads[update.emit], None
     live = grad is not None or emitted_grad is not None
+    beside = lost.pop() if call.grid is not None else None
     if update.makes:
         state, made = state[:d], grads[d:]
         del grads[d:]
@@ -552,11 +621,14 @@ def _differentiate(
     g = shortcut_of(update, gs)
     if not update.makes:
         with torch.no_grad():
-            x = state[d] - shift
-            if g is not None:
-                x = g.inverse(x)
-            elif not (isinstance(scale, float) and scale == 1.0):
-                x = x / scale.detach() if isinstance(scale, Tensor) else x / scale
+            if call.grid is not None:
+                x = call.grid.restored(update, scale, shift, state[d], g, beside)
+            else:
+                x = state[d] - shift
+                if g is not None:
+                    x = g.inverse(x)
+                elif not (isinstance(scale, float) and scale == 1.0):
+                    x = x / scale.detach() if isinstance(scale, Tensor) else x / scale
         state = (*state[:d], x, *state[d + 1 :])
         if grad is not None:
             if g is not None:
@@ -572,6 +644,13 @@ def _differentiate(
                 else:
                     own = grad if isinstance(scale, float) and scale == 1.0 else grad * scale
     del shift, scale
+    # What the streams have of later updates goes in first, so that sums come out bit by bit as autograd's own.
+    if pairs:
+        for i, x in zip(places, inputs, strict=False):
+            before = grads[i]
+            if before is not None:
+                pairs.append((x, before))
+                grads[i] = None
     # A learned step size that a scheme multiplies once is one graph under all updates: it must survive each of them.
     found = list(_gradients(pairs, inputs, ask, sums, keep=isinstance(call.step.h, Tensor)))
     if not update.makes:

@@ -82,6 +82,9 @@ class WatchedShortcut:
             self.shapes[self.i] = y.shape
         return y
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shortcut, name)
+
     def inverse(self, y: Tensor) -> Tensor:
         x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
         if y.shape != x.shape:

@@ -31,7 +31,19 @@ class Reverse(NamedTuple):
     check_finite: bool = False
 
 
-Mode = Checkpoint | Reverse | None
+class Exact(NamedTuple):
+    """As Reverse, in exact arithmetic on a binary grid: states made again are equal to the last bit.
+
+    Attributes:
+        bits: streams and residual outputs are multiples of 2^-bits; None stands for 14 in fp32, 40 in fp64.
+        store: keep all states instead, on the same grid: the run that exact gradients are compared with.
+    """
+
+    bits: int | None = None
+    store: bool = False
+
+
+Mode = Checkpoint | Reverse | Exact | None
 
 
 def _count(what: str, value: Any, least: int) -> None:
@@ -46,7 +58,7 @@ def mode(given: "str | Mode") -> Mode:
         SchemeError: anything else.
     """
     if isinstance(given, str):
-        families = {"checkpoint": Checkpoint, "reverse": Reverse}
+        families = {"checkpoint": Checkpoint, "reverse": Reverse, "exact": Exact}
         found = Reader({"store": None}, families, what="backprop mode").read(given)
     else:
         found = given
@@ -61,8 +73,11 @@ def mode(given: "str | Mode") -> Mode:
                 raise SchemeError(f"backprop: reverse({what}) is {value}, want a positive number.")
         if found.every is not None and found.memory is not None:
             raise SchemeError("backprop: reverse takes every or memory, not both.")
+    elif isinstance(found, Exact):
+        if found.bits is not None:
+            _count("exact(bits)", found.bits, 1)
     elif found is not None:
-        raise SchemeError(f"backprop is {given!r}, want 'store', 'checkpoint', 'checkpoint(k)' or 'reverse'.")
+        raise SchemeError(f"backprop is {given!r}, want 'store', 'checkpoint', 'checkpoint(k)', 'reverse' or 'exact'.")
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from schemes import registry
+from schemes.coupling import Coupling
 from schemes.errors import MixingWarning, SchemeError
 from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Function, Scheme, Slot, State
@@ -17,7 +18,7 @@ from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import backprop as engine
 from . import checks
-from .modes import Checkpoint, Mode, Reverse, mode, written
+from .modes import Checkpoint, Exact, Mode, Reverse, mode, written
 from .recompute import buffers_kept
 from .step import Call, Step
 
@@ -145,9 +146,13 @@ class Stack(nn.Module):
             _warn_of_unused(self.scheme, self.rule)
         if isinstance(self.rule, FromError):
             _check_companion(self.scheme)
+            if self.backprop is not None:
+                raise SchemeError(
+                    f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
+                )
         shortcuts = _shortcuts(shortcut, self.scheme, depth)
-        if isinstance(self.backprop, Reverse):
-            _check_reverse(self.scheme, self.rule, after)
+        if isinstance(self.backprop, (Reverse, Exact)):
+            _check_reverse(self.scheme, after, isinstance(self.backprop, Exact))
         self.block = shared
         self.after = after
         self.depth = depth
@@ -250,7 +255,7 @@ class Stack(nn.Module):
             return self.forward_with_errors(x, t=t, context=context).output
         state = self._start(x, t, context)
         time = t if self._timed else None
-        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
             return self.scheme.readout(self._reversed(self.backprop, state, time, context))  # type: ignore[call-arg]
         if isinstance(self.backprop, Checkpoint) and torch.is_grad_enabled():
             every = self.backprop.every
@@ -288,7 +293,7 @@ class Stack(nn.Module):
 
     @torch.compiler.disable
     def _reversed(
-        self, how: Reverse, state: State, time: Any, context: Any, states: list[State] | None = None
+        self, how: Reverse | Exact, state: State, time: Any, context: Any, states: list[State] | None = None
     ) -> State:
         return self.monitor.run(self, how, state, time, context, states)
 
@@ -301,7 +306,7 @@ class Stack(nn.Module):
             raise SchemeError("Stack: trajectory has no step sizes from errors; use forward_with_errors.")
         state = self._start(x, t, context)
         time = t if self._timed or self.scheme.nodes is None else None
-        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
             states: list[State] = []
             self._reversed(self.backprop, state, time, context, states)  # type: ignore[call-arg]
             return [self.scheme.readout(s) for s in states]
@@ -344,7 +349,10 @@ class Stack(nn.Module):
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
         """All streams after the last step, before the readout: what ``inverse`` can start from."""
-        return self._advance(self.steps, self._start(x, t, context), t if self._timed else None, context)
+        state, time = self._start(x, t, context), t if self._timed else None
+        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
+            return self._reversed(self.backprop, state, time, context)  # type: ignore[call-arg]
+        return self._advance(self.steps, state, time, context)
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
         """The input whose output is y.
@@ -413,6 +421,8 @@ class Stack(nn.Module):
     @property
     def evaluations(self) -> int:
         """Calls of residual functions in one forward pass; of an adaptive solver, those of the last one."""
+        if isinstance(self.rule, FromError):  # the companion reads all of them
+            return sum(s.scheme.stages for s in self.steps)
         return sum(s.calls[0] if s.scheme.evaluations is None else s.scheme.evaluations for s in self.steps)
 
     def extra_repr(self) -> str:
@@ -431,7 +441,7 @@ def _functions(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     """The residual functions as modules, and the shared one where there is only one."""
     if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
         return [block], block
-    if callable(block):
+    if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
         call = Call(block)  # type: ignore[arg-type]
         return [call], call
     try:
@@ -473,8 +483,16 @@ def _shortcuts(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Mod
     return found
 
 
-def _check_reverse(scheme: Scheme, rule: StepSize, after: nn.Module | None) -> None:
-    if not scheme.invertible:
+def _check_reverse(scheme: Scheme, after: nn.Module | None, exact: bool) -> None:
+    if exact:
+        for part in (scheme.at(0), scheme.at(1)):
+            fs = [nn.Identity()] * part.stages
+            for p, *_ in part.in_training(0, torch.zeros(1, 1)).elementary(fs, 1.0):
+                if not isinstance(p, Coupling) or not p.exact:
+                    raise SchemeError(
+                        f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
+                    )
+    if not scheme.trains_by_inverse:
         raise SchemeError(
             f"Stack: {scheme} has no inverse, which backprop='reverse' needs: use backprop='checkpoint', or an "
             f"invertible scheme such as revnet or reversible({scheme})."
@@ -484,8 +502,6 @@ def _check_reverse(scheme: Scheme, rule: StepSize, after: nn.Module | None) -> N
             "Stack: after= is a projection that cannot be undone, so backprop='reverse' refuses it: put it into the "
             "residual functions (pre-activation), or use backprop='checkpoint'."
         )
-    if isinstance(rule, FromError):
-        raise SchemeError("Stack: step sizes from errors and backprop='reverse' do not go together; use 'store'.")
 
 
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:

@@ -88,7 +88,10 @@ class Step(nn.Module):
             return self.scheme.advance(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
         h = self.h if h is None else h
         fs, gs = self.functions(state, shared, t, context, h)
-        return self.scheme.advance(fs, state, h, gs)
+        state = self.scheme.advance(fs, state, h, gs)
+        if self.scheme.nodes is None:
+            self.calls = [*self.calls]  # an adjoint counts its calls in the backward pass in the old list
+        return state
 
     def with_error(self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> tuple[State, Tensor]:
         """The step, and the error estimate of the scheme's embedded companion."""

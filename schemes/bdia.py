@@ -82,6 +82,9 @@ class Bidirectional(Coupling):
     def at(self, n: int) -> Scheme:
         return self if n else self.first
 
+    def enter(self, y: Tensor) -> State:
+        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+
     def readout(self, state: State) -> Tensor:
         return state[-1]
 
@@ -141,6 +144,16 @@ class Bdia(Scheme):
     def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         (x,) = state
         return ((gs[0](x) if gs else x) + scaled(h, fs[0](x)),)
+
+    def readout(self, state: State) -> Tensor:
+        return state[-1]
+
+    @property
+    def trains_by_inverse(self) -> bool:
+        return True
+
+    def in_training(self, n: int, x: Tensor) -> Scheme:
+        return self.at_random(n, self.draw(x))
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws gamma or -gamma for each sample.

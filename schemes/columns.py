@@ -24,6 +24,9 @@ class _Column(Coupling):
         """The last level."""
         return state[-1]
 
+    def enter(self, y: Tensor) -> State:
+        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+
     def _widths(self, stem: int) -> tuple[int, ...]:
         return tuple(stem * self.growth**level for level in range(self.levels))
 

@@ -69,15 +69,31 @@ class Nested(Scheme):
             self.evaluations = outer.evaluations * inner.evaluations
         if outer.mixing is not None and inner.mixing is not None and outer.gain and inner.gain:
             self.mixing, self.gain = outer.mixing * inner.gain + inner.mixing, outer.gain * inner.gain
-        orders = outer.order, inner.order
-        if self.mixing is not None and None not in orders:
-            # sum_ij B_i b_j (C_i + c_j) is 1/2 + 1/2 and not 1/2 when both have order 2 or more.
-            self.order = max(o for o in orders if o) if 1 in (outer.stages, inner.stages) else 1
+        if self.mixing is not None and outer.order and inner.order:
+            self.order = self._order()
+
+    def _order(self) -> int | None:
+        outer, inner = self.outer, self.inner
+        if 1 in (outer.stages, inner.stages):
+            return max(o for o in (outer.order, inner.order) if o)
+        if isinstance(outer, Composition) and outer.scale == 1.0:  # full steps: each part is nested by itself
+            return min(o for p in set(outer.parts) if (o := Nested(p, inner).order))
+        if isinstance(outer, Nested):  # nesting is associative
+            return Nested(outer.outer, Nested(outer.inner, inner)).order
+        # sum_ij B_i b_j (C_i + c_j) is 1/2 + 1/2 and not 1/2 when both have order 2 or more.
+        return 1
 
     @property
     def tableau(self) -> Tableau | None:
         outer, inner = self.outer.tableau, self.inner.tableau
-        return exact.nest(outer, inner) if outer and inner else None
+        if outer is None or inner is None:
+            return None
+        if self.outer.span > 1:
+            # An inner step of size h is the part 1 / span of the whole.
+            rows = [[x / self.outer.span for x in row] for row in inner.a]
+            inner = Tableau.from_rows(rows, inner.b, name=inner.name, order=inner.order, digits=inner.digits)
+        # Its order is ours: `nest` does not know of full steps, whose order may be higher.
+        return replace(exact.nest(outer, inner), order=self.order)
 
     @property
     def raw(self) -> tuple[bool, ...]:
@@ -141,6 +157,10 @@ class Nested(Scheme):
     def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         gs = tuple(_Once(g) for g in gs)
         return self.outer.retreat(self._functions(fs, h, gs), state, h, gs)
+
+    def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
+        gs = tuple(_Once(g) for g in gs)
+        return self.outer.slope(self._functions(fs, h, gs), x, h, gs)
 
     def __str__(self) -> str:
         return f"nested({self.outer}, {self.inner})"
@@ -244,6 +264,18 @@ class Composition(Scheme):
             start, gs = start + p.stages, ()
         return state
 
+    def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
+        # The sum of the parts' slopes: no difference is divided by h, which may be small, or 0 in a warm-up.
+        gs = tuple(_Once(g) for g in gs)
+        first, *others = self.parts
+        base = gs[0](x) if gs else x
+        total, start = first.slope(fs[: first.stages], x, self.scale * h, gs), first.stages
+        for p in others:
+            y = base + self.scale * h * total
+            total = total + p.slope(fs[start : start + p.stages], y, self.scale * h)
+            start += p.stages
+        return total if self.scale == 1.0 else self.scale * total
+
     def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         h, end = self.scale * h, self.stages
         for n in range(len(self.parts) - 1, -1, -1):
@@ -280,7 +312,7 @@ class Repeat(Composition):
     Example:
         >>> import schemes
         >>> schemes.get("repeat(rk4, 3)").span
-        3.0
+        3
     """
 
     def __init__(self, scheme: Scheme, n: int):
@@ -349,4 +381,11 @@ class Mix(Composition):
         return self.parts
 
     def __str__(self) -> str:
-        return " + ".join(f"{n}*{s}" if n > 1 else str(s) for n, s in self.counts)
+        only = len(self.counts) == 1  # 1*rk4 is a mix and rk4 is not
+
+        def term(n: int, s: Scheme) -> str:
+            if isinstance(s, Mix):
+                return f"{n}*({s})"
+            return f"{n}*{s}" if n > 1 or only else str(s)
+
+        return " + ".join(term(n, s) for n, s in self.counts)

@@ -32,8 +32,9 @@ class Update(NamedTuple):
 
     Attributes:
         dst: the stream that changes.
-        terms: gives (scale, shift) from the state; must not read ``state[dst]``. The shift is a new tensor that
-            nothing else holds; the scale is a number or a tensor that broadcasts, never zero.
+        terms: gives (scale, shift) from the state; must not read ``state[dst]``, nor what follows it where it is new.
+            The shift is a new tensor that nothing else holds; the scale is a number or a tensor that broadcasts, never
+            zero.
         makes: whether ``dst`` is a new stream, one more than there were; its inverse is to drop it.
         shortcut: number of the shortcut that takes the place of ``scale *`` in a step that is given shortcuts: an
             invertible module with a method ``inverse``; None where there is none.
@@ -106,17 +107,21 @@ class Coupling(Scheme):
     Attributes:
         turn: the updates are followed by a rotation of the streams: the first ``turn`` go to the end.
         made: number of streams that a step makes.
+        emitted: the streams, as they stand after a step, that its inverse does not bring back: by-products.
         shortcuts: number of shortcuts that a step may be given, all or none.
         amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
             functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
             Learned shortcuts change it; they must be measured.
+        exact: whether the inverse can be made bit-exact on a grid; not where the scale is computed from the streams.
     """
 
     invertible = True
     turn: int = 0
     made: int = 0
+    emitted: tuple[int, ...] = ()
     shortcuts: int = 0
     amplification: float = 1.0
+    exact: bool = True
 
     @abstractmethod
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -166,10 +171,12 @@ class _Split(Coupling):
         return torch.cat(state, self.dim)
 
     def enter(self, y: Tensor) -> State:
-        return torch.tensor_split(y, self.streams, self.dim)
+        if self.turn and y.shape[self.dim] % self.streams:
+            raise SchemeError(f"{self}: its streams differ in width and change places; invert from Stack.final_state.")
+        return self.init((), y)
 
     def origin(self, state: State) -> Tensor:
-        return self.readout(state)
+        return torch.cat(state, self.dim)
 
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         small, wider = divmod(channels, self.streams)
@@ -320,6 +327,7 @@ class Affine(_Split):
     stages = evaluations = 2
     streams = 2
     nodes = (0.0, 1.0)
+    exact = False
 
     def __init__(self, dim: int = 1, bound: float = 1.0):
         self.dim, self.bound = int(dim), float(bound)

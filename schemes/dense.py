@@ -50,9 +50,13 @@ class Dense(Coupling):
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
+    def enter(self, y: Tensor) -> State:
+        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
-        return [Update(streams, lambda s: (1.0, scaled(h, f(torch.cat(s, self.dim)))), makes=True)]
+        # The engine calls this with the stream that was made still in place.
+        return [Update(streams, lambda s: (1.0, scaled(h, f(torch.cat(s[:streams], self.dim)))), makes=True)]
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         shape = list(streams[0])

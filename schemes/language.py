@@ -6,6 +6,7 @@ The text is read by ``ast.parse`` and walked here, node by node; nothing is ever
 import ast
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NoReturn
@@ -15,6 +16,11 @@ from .errors import SchemeError
 MAX_CHARACTERS = 500
 MAX_NESTING = 8
 LITERALS = {"true": True, "false": False, "none": None}
+
+
+def shorten(text: str, limit: int = 240) -> str:
+    """The text, or its beginning: messages stay readable whatever was typed."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
@@ -54,16 +60,21 @@ class Reader:
                 names the position (from 1) and the closest known name.
         """
         if not isinstance(text, str):
-            raise SchemeError(f"a {self.what} is a name or an expression, such as 'rk4', not {type(text).__name__}.")
+            like = next(iter([*self.names, *self.families]), "")
+            raise SchemeError(f"a {self.what} is a name or an expression, such as {like!r}, not {type(text).__name__}.")
         if len(text) > MAX_CHARACTERS:
             raise SchemeError(f"the {self.what} has {len(text)} characters; at most {MAX_CHARACTERS} are read.")
         self.text = text.strip()
         if not self.text:
-            raise SchemeError(f"the {self.what} is empty; write a name such as {next(iter(self.names), 'none')}.")
+            raise SchemeError(
+                f"the {self.what} is empty; write a name such as {next(iter([*self.names, *self.families]), '')!r}."
+            )
         if "\n" in self.text or not self.text.isascii():
             raise SchemeError(f"the {self.what} {self._shown()} must be one line of plain ASCII characters.")
         try:
-            tree = ast.parse(self.text, mode="eval")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python warns of texts such as "1or 2", which are refused below
+                tree = ast.parse(self.text, mode="eval")
         except SyntaxError as error:
             self._fail(f"cannot be read: {error.msg}", (error.offset or 1) - 1)
         except (RecursionError, MemoryError, ValueError) as error:
@@ -71,10 +82,10 @@ class Reader:
         return self._value(tree.body, 0)
 
     def _shown(self) -> str:
-        return repr(self.text if len(self.text) <= 60 else self.text[:57] + "...")
+        return repr(shorten(self.text, 60))
 
     def _fail(self, problem: str, at: int) -> NoReturn:
-        raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {problem}.")
+        raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(problem)}.")
 
     def _value(self, node: ast.expr, depth: int) -> Any:
         at = node.col_offset
@@ -129,7 +140,7 @@ class Reader:
         self._fail(f"{what} is not part of the language of {self.what}s", at)
 
     def _unknown(self, name: str, at: int) -> NoReturn:
-        self._fail(f"there is no {name!r}; {closest(name, [*self.names, *self.families])}", at)
+        self._fail(f"there is no {shorten(name, 60)!r}; {closest(name, [*self.names, *self.families])}", at)
 
     def _constant(self, node: ast.Constant) -> Any:
         value = node.value
@@ -156,8 +167,8 @@ class Reader:
         try:
             return make(*args, **kwargs)
         except SchemeError as error:
-            raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:
+            raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(str(error))}") from None
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self._fail(f"{name}: wrong kind of argument ({error})", at)
 
     def _sum(self, node: ast.expr, depth: int) -> Any:
@@ -168,7 +179,9 @@ class Reader:
         try:
             return self.add(*pairs)
         except SchemeError as error:
-            raise SchemeError(f"{self.what} {self._shown()}, position {node.col_offset + 1}: {error}") from None
+            raise SchemeError(
+                f"{self.what} {self._shown()}, position {node.col_offset + 1}: {shorten(str(error))}"
+            ) from None
 
     def _terms(self, node: ast.expr, depth: int, pairs: list[tuple[int, Any]]) -> None:
         match node:

@@ -245,6 +245,7 @@ class ReversibleHeun(_OneFunction):
 
     order = 2
     streams = 3
+    emitted = (2,)
     nodes = (1.0,)
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
@@ -253,6 +254,9 @@ class ReversibleHeun(_OneFunction):
 
     def readout(self, state: State) -> Tensor:
         return state[0] - state[2]
+
+    def origin(self, state: State) -> Tensor:
+        return state[1]
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import keyword
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from . import stability, tableaux
@@ -13,7 +15,7 @@ from .compose import Mix, Nested, Repeat, Substeps
 from .coupling import Additive, Affine, MultiLevel, RevNet
 from .dense import Dense
 from .errors import SchemeError
-from .language import Reader
+from .language import Reader, shorten
 from .multistep import AdamsBashforth2, Alf, Leapfrog, LmResNet, Momentum, ReversibleHeun
 from .reversible import Reversible
 from .runge_kutta import RungeKutta, pruned
@@ -24,7 +26,7 @@ from .tableau import Tableau
 def _runge_kutta(make: Callable[..., Tableau]) -> Callable[..., Scheme]:
     """The family of schemes of a family of tableaux; building exact coefficients takes time, so each is kept."""
 
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=64, typed=True)
     def build(*args: Any, **kwargs: Any) -> Scheme:
         return RungeKutta(make(*args, **kwargs))
 
@@ -78,7 +80,7 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
         return RungeKutta(scheme)
     found = Reader(_NAMES, _FAMILIES, Mix).read(scheme)
     if not isinstance(found, Scheme):
-        raise SchemeError(f"{scheme!r} is no scheme; write a name such as 'rk4' or an expression.")
+        raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
     return found
 
 
@@ -99,12 +101,15 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
         >>> schemes.get("my_heun").order
         2
     """
-    if not name.isidentifier() or name.lower() in ("true", "false", "none"):
-        raise SchemeError(f"cannot register {name!r}: a name has letters, digits and _ only.")
+    plain = isinstance(name, str) and name.isidentifier() and name.isascii()
+    if not plain or keyword.iskeyword(name) or name.lower() in ("true", "false", "none"):
+        raise SchemeError(
+            f"cannot register {name!r}: want letters a-z, digits and _, first a letter, and no word of Python."
+        )
     if name in _NAMES or name in _FAMILIES:
         raise SchemeError(f"cannot register {name!r}: the name is taken.")
     if isinstance(scheme, Tableau):
-        scheme = RungeKutta(scheme)
+        scheme = RungeKutta(replace(scheme, name=name))  # so that it prints as what reads it
     if isinstance(scheme, Scheme):
         _NAMES[name] = scheme
     elif callable(scheme):

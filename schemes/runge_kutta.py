@@ -141,8 +141,14 @@ class RungeKutta(Scheme):
         """Residual functions that only the error estimate reads; they get no gradient from the output of a step."""
         return tuple(range(self.live, self.stages))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RungeKutta) and self._tableau == other._tableau
+
+    def __hash__(self) -> int:
+        return hash(self._tableau.name)
+
     def __str__(self) -> str:
-        return self._tableau.name
+        return self._tableau.name or "unnamed"
 
 
 def pruned(scheme: Scheme) -> RungeKutta:

@@ -86,6 +86,18 @@ class Scheme(ABC):
         """The state from which ``advance`` made ``state``."""
         raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
 
+    @property
+    def trains_by_inverse(self) -> bool:
+        """Whether ``in_training`` is invertible, so that training can make states again instead of keeping them."""
+        return self.invertible
+
+    def in_training(self, n: int, x: Tensor) -> "Scheme":
+        """What stands for this scheme in step n of a training pass that makes states again; x is a stream of it.
+
+        The scheme itself, unless training and inference differ (bdia).
+        """
+        return self
+
     def elementary(
         self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
     ) -> "list[tuple[Scheme, Sequence[Function], StepSize, Sequence[Function]]]":
@@ -311,7 +323,7 @@ def solve(
         >>> import torch, schemes
         >>> y = schemes.solve(schemes.get("rk4"), lambda x: -x, torch.ones((), dtype=torch.float64), steps=10)
         >>> round(float(y), 6)
-        0.367880
+        0.36788
     """
     h = (t[1] - t[0]) / (steps * scheme.span)
     fs, takes = (f,) * scheme.stages, (signature(f),) * scheme.stages

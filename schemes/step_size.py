@@ -11,13 +11,24 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
-from .language import Reader
+from .language import Reader, shorten
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        found = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not abs(found) < float("inf"):
+        raise SchemeError(f"{name} is {shorten(str(value), 60)}, want a finite number.")
+    return found
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not 0 < float(value) < float("inf"):
-        raise SchemeError(f"{name} is {value}, want a positive number.")
-    return float(value)
+    found = _finite(name, value)
+    if found <= 0:
+        raise SchemeError(f"{name} is {found:g}, want a positive number.")
+    return found
 
 
 class StepSize(ABC):
@@ -35,9 +46,7 @@ class Fixed(StepSize):
     """The same step size everywhere; 1 is the residual network."""
 
     def __init__(self, h: Any = 1.0):
-        if isinstance(h, bool) or not abs(float(h)) < float("inf"):
-            raise SchemeError(f"the step size is {h}, want a finite number.")
-        self.h = float(h)
+        self.h = _finite("the step size", h)
 
     def __call__(self, n: int) -> float:
         return self.h

@@ -8,6 +8,9 @@ from .drop_path import DropPath as DropPath
 from .drop_path import linear_rates as linear_rates
 from .init import init_kaiming as init_kaiming
 from .init import init_truncated as init_truncated
+from .modern import ModernFunction as ModernFunction
+from .modern import make_act as make_act
+from .modern import make_norm as make_norm
 from .norm import LayerNorm2d as LayerNorm2d
 from .residual import BasicFunction as BasicFunction
 from .residual import BottleneckFunction as BottleneckFunction

@@ -48,6 +48,7 @@ class ConvNeXtFunction(nn.Module):
         kernel: size of the depthwise convolution, odd.
         expansion: hidden width over the argument's width, rounded down to a multiple of ``divisor``.
         divisor: see ``expansion``.
+        hidden: hidden width itself, in place of ``expansion``.
         layer_scale: initial value of gamma, one number per channel; None leaves gamma out.
         gate: whether the result is weighed by a ``ChannelGate``.
         drop_path: probability that a sample's result is zero while training.
@@ -75,6 +76,7 @@ class ConvNeXtFunction(nn.Module):
         kernel: int = 7,
         expansion: float = 4,
         divisor: int = 1,
+        hidden: int | None = None,
         layer_scale: float | None = 1e-6,
         gate: bool = False,
         drop_path: float = 0.0,
@@ -83,7 +85,7 @@ class ConvNeXtFunction(nn.Module):
         if kernel % 2 == 0:
             raise ValueError(f"ConvNeXtFunction: the kernel is {kernel}, want an odd size.")
         out = in_channels if out_channels is None else out_channels
-        hidden = int(in_channels * expansion / divisor) * divisor
+        hidden = int(in_channels * expansion / divisor) * divisor if hidden is None else hidden
         self.dwconv = nn.Conv2d(in_channels, in_channels, kernel, padding=kernel // 2, groups=in_channels)
         self.norm = nn.LayerNorm(in_channels, eps=1e-6)
         self.fc1 = nn.Linear(in_channels, hidden)

@@ -27,7 +27,7 @@ class ChannelScale(nn.Module):
     Example:
         >>> import torch
         >>> scale, x = ChannelScale(3), torch.ones(1, 3, 2, 2)
-        >>> float(scale(x)[0, 0, 0, 0]), torch.equal(scale.inverse(scale(x)), x)
+        >>> scale(x)[0, 0, 0, 0].item(), torch.equal(scale.inverse(scale(x)), x)
         (0.5, True)
     """
 

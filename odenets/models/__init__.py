@@ -1,10 +1,12 @@
 """Models: ``create_model(name)``, or the classes themselves."""
 
 from . import named as named
+from . import roadmap as roadmap
 from . import zoo as zoo
 from . import zoo_reversible as zoo_reversible
 from .convnext import ConvNeXt as ConvNeXt
 from .densenet import DenseNet as DenseNet
+from .features import FeatureNet as FeatureNet
 from .rdnet import RDNet as RDNet
 from .registry import Weights as Weights
 from .registry import create_model as create_model

@@ -24,9 +24,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     if "downsample_layers.0.0.weight" in keys:
         rules = {
             r"downsample_layers\.0\.([01])\.(weight|bias)": lambda m: f"stem.{_STEM[m[1]]}.{m[2]}",
-            r"downsample_layers\.([123])\.([01])\.(weight|bias)": lambda m: (
-                f"transitions.{m[1]}.{_DOWN[m[2]]}.{m[3]}"
-            ),
+            r"downsample_layers\.([123])\.([01])\.(weight|bias)": lambda m: f"transitions.{m[1]}.{_DOWN[m[2]]}.{m[3]}",
             r"stages\.(\d+)\.(\d+)\.(gamma|dwconv|norm|pwconv[12])(?:\.(weight|bias))?": lambda m: part(
                 int(m[1]), int(m[2]), m[3], m[4], OFFICIAL
             ),
@@ -37,9 +35,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     if "stages.0.blocks.0.conv_dw.weight" in keys:
         rules = {
             r"stem\.([01])\.(weight|bias)": lambda m: f"stem.{_STEM[m[1]]}.{m[2]}",
-            r"stages\.(\d+)\.downsample\.([01])\.(weight|bias)": lambda m: (
-                f"transitions.{m[1]}.{_DOWN[m[2]]}.{m[3]}"
-            ),
+            r"stages\.(\d+)\.downsample\.([01])\.(weight|bias)": lambda m: f"transitions.{m[1]}.{_DOWN[m[2]]}.{m[3]}",
             r"stages\.(\d+)\.blocks\.(\d+)\.(gamma|conv_dw|norm|mlp\.fc[12])(?:\.(weight|bias))?": lambda m: part(
                 int(m[1]), int(m[2]), m[3], m[4], _TIMM
             ),
@@ -50,9 +46,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     if "features.1.0.layer_scale" in keys:
         rules = {
             r"features\.0\.([01])\.(weight|bias)": lambda m: f"stem.{_STEM[m[1]]}.{m[2]}",
-            r"features\.([246])\.([01])\.(weight|bias)": lambda m: (
-                f"transitions.{int(m[1]) // 2}.{_DOWN[m[2]]}.{m[3]}"
-            ),
+            r"features\.([246])\.([01])\.(weight|bias)": lambda m: f"transitions.{int(m[1]) // 2}.{_DOWN[m[2]]}.{m[3]}",
             r"features\.([1357])\.(\d+)\.(layer_scale|block\.[0235])(?:\.(weight|bias))?": lambda m: part(
                 int(m[1]) // 2, int(m[2]), m[3], m[4], _TORCHVISION
             ),

@@ -23,9 +23,7 @@ def schemes_with_growth(scheme: str | Scheme | Sequence[str | Scheme], growths: 
     """
     each = [scheme] * len(growths) if isinstance(scheme, (str, Scheme)) else list(scheme)
     if len(each) != len(growths):
-        raise SchemeError(
-            f"{len(each)} schemes for {len(growths)} levels; give one scheme for all, or one per level."
-        )
+        raise SchemeError(f"{len(each)} schemes for {len(growths)} levels; give one scheme for all, or one per level.")
     return [Dense(g) if s == "dense" else schemes.get(s) for s, g in zip(each, growths, strict=True)]
 
 

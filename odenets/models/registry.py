@@ -15,6 +15,7 @@ from torch import nn
 from schemes import SchemeError
 
 from .. import checkpoints
+from .features import FeatureNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -125,6 +126,8 @@ def create_model(
     drop_path_rate: float | None = None,
     global_pool: str | None = None,
     pretrained: bool | str = False,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a registered model; what is left out keeps the model's default.
@@ -139,6 +142,8 @@ def create_model(
         global_pool: "avg", "max" or "".
         pretrained: True or a tag such as "v1" loads published weights, downloaded once into torch.hub's folder and
             checked by hash; the head is replaced where ``num_classes`` asks for another width.
+        features_only: gives a ``FeatureNet``, which returns the maps of the levels as a list.
+        out_indices: which of them; None means one map per resolution.
         kwargs: passed to the model.
 
     Raises:
@@ -160,6 +165,14 @@ def create_model(
         "global_pool": global_pool,
     }
     kwargs |= {key: value for key, value in options.items() if value is not None}
+    if not features_only:
+        if out_indices is not None:
+            raise SchemeError("out_indices chooses among the maps of features_only=True; set both.")
+        return _build(name, entry, pretrained, kwargs)
+    return FeatureNet(_build(name, entry, pretrained, kwargs), out_indices)
+
+
+def _build(name: str, entry: Entry, pretrained: bool | str, kwargs: dict[str, Any]) -> nn.Module:
     if not pretrained:
         return entry.build(**kwargs)
     weights = _choose(name, entry, pretrained)

@@ -178,6 +178,15 @@ class ResidualNet(nn.Module):
         """The last level's map, normalised where the placement asks for it: (n, num_features, h', w')."""
         return self.norm(self.levels(self.stem(x)))
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The map after each level."""
+        x = self.stem(x)
+        found = []
+        for level in self.levels:
+            x = level(x)
+            found.append(x)
+        return found
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools, drops out and classifies a map of ``forward_features``; ``pre_logits`` stops before the head."""
         if self.global_pool == "avg":

@@ -304,6 +304,22 @@ def test_shortcuts_are_given_all_or_none():
         scheme.advance((torch.sin, torch.cos), scheme.init((), normal(1, 4)), gs=(torch.nn.Identity(),))
 
 
+@pytest.mark.parametrize("name", ["revcol", "dense(2)", "leapfrog", "momentum", "reversible(rk4)"])
+def test_an_output_that_does_not_tell_the_streams_is_refused_as_the_start_of_an_inverse(name):
+    with pytest.raises(schemes.SchemeError, match="does not tell its streams"):
+        schemes.get(name).enter(normal(2, 4))
+
+
+@pytest.mark.parametrize("name", ["revcol", "dense(2)"])
+def test_terms_leave_alone_the_streams_that_are_made(name):
+    """The engine asks for them after the step, with the new streams in place."""
+    scheme = schemes.get(name).at(0)
+    fs = smooth_functions(scheme, 4, 1)[0]
+    after = scheme.advance(fs, (normal(2, 4),))
+    for u in scheme.updates(fs, 1.0, 1):
+        assert torch.equal(u.terms(after)[1], after[u.dst])
+
+
 def test_an_input_too_narrow_to_split_is_refused():
     scheme = schemes.get("additive(4)")
     with pytest.raises(schemes.SchemeError, match="into 4 streams"):

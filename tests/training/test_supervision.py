@@ -44,9 +44,10 @@ def test_the_losses_fall(backprop, tmp_path):
     x, y = torch.rand(32, 3, 16, 16), torch.arange(32) % 4
     x[:, 0] += y.view(-1, 1, 1) / 2  # the label is a shade of red
     net = RevCol((8, 16), (1, 1), columns=3, num_classes=4, supervision=True, backprop=backprop, patch=2)
-    plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    model = SupervisedClassifier(net=net, optimizer=partial(torch.optim.AdamW, lr=2e-2), **plain)
-    loss = SupervisionLoss(**plain)
+    model = SupervisedClassifier(
+        net=net, optimizer=partial(torch.optim.AdamW, lr=2e-2), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    loss = SupervisionLoss(mean=(0.0,) * 3, std=(1.0,) * 3)
     with torch.no_grad():
         before = loss(net.forward_supervised(x), x, y)
     trainer = L.Trainer(

@@ -1,0 +1,179 @@
+"""Exact arithmetic on a binary grid: a coupling's inverse gives back every bit.
+
+Streams and the shifts that are added to them are rounded to multiples of 2^-bits, straight through for gradients. Sums
+and differences of such numbers are exact while they stay below a limit, so an update with scale 1 or -1 loses nothing.
+An update with another scale a keeps floor(|a| n) of the integer n that an element is, and beside it which of the
+at most ceil(1/|a|) integers with that floor it was: 1 bit per element for a = 1/2, none for |a| >= 1. This is the least
+that any inverse needs.
+
+Prior art: Zhang et al. 2024 (BDIA), arXiv 2407.09093, for transformers and a = 1/2; MacKay et al. 2018, Reversible
+recurrent neural networks, arXiv 1810.10999, for fixed-point numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from schemes.coupling import Update, shortcut_of
+from schemes.errors import SchemeError
+from schemes.scheme import Function, State
+
+DEFAULT_BITS = {torch.float32: 14, torch.float64: 40}
+
+
+class Lost(NamedTuple):
+    """What an update did not keep: for each element a number of ``width`` bits, as packed planes."""
+
+    planes: list[Tensor]
+    shape: torch.Size
+
+
+class _Straight(torch.autograd.Function):
+    """``value`` going forward, and the gradient of ``surrogate`` going back."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = surrogate.dtype
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.dtype), None
+
+
+class Grid:
+    """Multiples of 2^-bits, in one floating-point format.
+
+    Args:
+        bits: binary places.
+        dtype: format of the streams; single or double precision.
+
+    Raises:
+        SchemeError: half precision, or more places than the format has.
+    """
+
+    def __init__(self, bits: int | None, dtype: torch.dtype):
+        if dtype not in DEFAULT_BITS:
+            raise SchemeError(f"exact arithmetic needs streams in float32 or float64, not {str(dtype)[6:]}.")
+        self.bits = DEFAULT_BITS[dtype] if bits is None else bits
+        digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+        if not 0 < self.bits < digits - 2:
+            raise SchemeError(f"exact arithmetic: {self.bits} binary places, want 1 to {digits - 3} in this format.")
+        self.unit, self.per_unit = 2.0**-self.bits, 2.0**self.bits
+        # A sum of two multiples below this bound is exact.
+        self.limit = 2.0 ** (digits - 1 - self.bits)
+
+    def round(self, x: Tensor) -> Tensor:
+        """x on the grid, ties to even; gradients pass straight through."""
+        value = torch.round(x.detach() * self.per_unit).mul_(self.unit)
+        return _Straight.apply(x, value) if x.requires_grad else value  # type: ignore[return-value]
+
+    def over(self, x: Tensor) -> Tensor:
+        """Whether x leaves the range in which sums are exact, or is not finite; a flag on its device."""
+        return (~(x.detach().abs() < self.limit)).any()
+
+    def do(self, update: Update, state: State, gs: Sequence[Function], lost: list[Lost | None]) -> State:
+        """The state after an elementary update on the grid; notes what it did not keep."""
+        d = update.dst
+        scale, shift, *emitted = update.terms(state)
+        if update.makes:
+            lost.append(None)
+            return (*state, self.round(shift.to(state[0].dtype)))
+        x, g = state[d], shortcut_of(update, gs)
+        shift = self.round(shift.to(x.dtype))
+        if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
+            lost.append(None)
+            new = x + shift if scale == 1 else shift - x
+        else:
+            factor = _factor(update, scale, g, x)
+            kept, beside = self._shrunk(x.detach(), factor)
+            lost.append(beside)
+            if torch.is_grad_enabled():
+                kept = _Straight.apply(g(x) if g is not None else x * scale, kept)
+            new = kept + shift
+        out = list(state)
+        out[d] = new
+        if update.emit is not None:
+            out[update.emit] = emitted[0]
+        return tuple(out)
+
+    def undo(self, update: Update, state: State, gs: Sequence[Function], lost: list[Lost | None]) -> State:
+        """The state before an elementary update on the grid; takes what it did not keep from the end of ``lost``."""
+        d, beside = update.dst, lost.pop()
+        if update.makes:
+            return state[:d]
+        scale, shift, *_ = update.terms(state)
+        x = self.restored(update, scale, shift, state[d], shortcut_of(update, gs), beside)
+        return (*state[:d], x, *state[d + 1 :])
+
+    def restored(self, update: Update, scale: Any, shift: Tensor, y: Tensor, g: Any, beside: Lost | None) -> Tensor:
+        """The stream before an update, from the stream after it, the update's terms and what was kept beside."""
+        rest = y - self.round(shift.detach().to(y.dtype))
+        if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
+            return rest if scale == 1 else -rest
+        return self._grown(rest, _factor(update, scale, g, y), beside)
+
+    def _shrunk(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Lost | None]:
+        """sign(a) floor(|a| n) for the integers n of x, and the place of n among those with that floor."""
+        n = x.double() * self.per_unit
+        a = factor.detach().double()
+        size = a.abs()
+        m = torch.floor(size * n)
+        beside = None
+        width = _width(size)
+        if width:
+            place = n - _first(m, size)
+            beside = Lost(_planes(place.to(torch.int32), width), x.shape)
+        return (torch.sign(a) * m * self.unit).to(x.dtype), beside
+
+    def _grown(self, x: Tensor, factor: Tensor, beside: Lost | None) -> Tensor:
+        a = factor.detach().double()
+        n = _first(torch.sign(a) * x.double() * self.per_unit, a.abs())
+        if beside is not None:
+            n = n + _from_planes(beside)
+        return (n * self.unit).to(x.dtype)
+
+
+def _factor(update: Update, scale: Any, g: Any, x: Tensor) -> Tensor:
+    """The scale of an update as a tensor that broadcasts over the stream."""
+    if g is not None:
+        found = getattr(g, "scale", None)
+        if not isinstance(found, Tensor):
+            raise SchemeError(f"exact arithmetic cannot undo the shortcut {type(g).__name__}; it has no scale.")
+        return found
+    if isinstance(scale, Tensor):
+        return scale
+    return torch.tensor(float(scale), dtype=torch.float64, device=x.device)
+
+
+def _width(size: Tensor) -> int:
+    """Bits for the place of an integer among those that share floor(size * n): at most ceil(1 / size) of them."""
+    most = math.ceil(1 / float(size.min()))
+    return (most - 1).bit_length()
+
+
+def _first(m: Tensor, size: Tensor) -> Tensor:
+    """The smallest integer n with floor(size * n) >= m; the quotient is right but for its last rounding."""
+    n = torch.ceil(m / size)
+    n = torch.where(size * (n - 1) >= m, n - 1, n)
+    return torch.where(size * n < m, n + 1, n)
+
+
+def _planes(place: Tensor, width: int) -> list[Tensor]:
+    """Numbers of ``width`` bits as ``width`` tensors of bytes, 8 elements in one."""
+    flat = torch.nn.functional.pad(place.reshape(-1), (0, -place.numel() % 8)).view(-1, 8)
+    weights = 1 << torch.arange(8, device=place.device)
+    return [((flat >> i & 1) * weights).sum(1).to(torch.uint8) for i in range(width)]
+
+
+def _from_planes(lost: Lost) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=lost.planes[0].device)
+    count = lost.shape.numel()
+    total = torch.zeros((), dtype=torch.float64, device=lost.planes[0].device)
+    for i, plane in enumerate(lost.planes):
+        bits = (plane[:, None] >> shifts & 1).view(-1)[:count].view(lost.shape)
+        total = total + bits.double() * 2.0**i
+    return total

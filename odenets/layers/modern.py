@@ -1,0 +1,100 @@
+"""The residual functions between ResNet's and ConvNeXt's: one class with a switch for each step of the way."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .norm import LayerNorm2d
+
+Norm = Literal["batch", "layer"]
+Act = Literal["relu", "gelu"]
+
+
+def make_norm(kind: Norm, channels: int) -> nn.Module:
+    """BatchNorm or LayerNorm over the channels of a map."""
+    return nn.BatchNorm2d(channels) if kind == "batch" else LayerNorm2d(channels)
+
+
+def make_act(kind: Act) -> nn.Module:
+    """ReLU or GELU."""
+    return nn.ReLU(inplace=True) if kind == "relu" else nn.GELU()
+
+
+class ModernFunction(nn.Module):
+    """Two pointwise convolutions and one k x k convolution between them, or before them.
+
+    In order: a narrow or a wide middle (``inverted``), a depthwise middle convolution (``depthwise``), moved to the
+    front (``dw_first``), with norm and activation after each convolution, or one norm (after the k x k convolution) and
+    one activation (between the pointwise ones) in all.
+
+    Args:
+        in_channels: width of the argument.
+        out_channels: width of the result.
+        stride: stride of the k x k convolution.
+        kernel: its size k.
+        depthwise: whether it has one group per channel.
+        inverted: whether the middle is four times as wide as the result; otherwise it is a quarter as wide.
+        dw_first: whether the k x k convolution comes first; it then has the argument's width.
+        one_act: one activation in all, and none in the result's place.
+        one_norm: one norm in all.
+        norm: "batch" or "layer".
+        act: "relu" or "gelu".
+
+    Shape:
+        x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
+
+    Source:
+        Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545, figures 3 and 4, sections 2.3 to 2.6.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        kernel: int = 3,
+        depthwise: bool = False,
+        inverted: bool = False,
+        dw_first: bool = False,
+        one_act: bool = False,
+        one_norm: bool = False,
+        norm: Norm = "batch",
+        act: Act = "relu",
+    ):
+        super().__init__()
+        middle = out_channels * 4 if inverted else out_channels // 4
+        wide = in_channels if dw_first else middle
+        parts = [
+            ("narrow" if not inverted else "widen", in_channels, middle, 1),
+            ("dwconv" if depthwise else "conv", wide, wide, kernel),
+            ("widen" if not inverted else "narrow", middle, out_channels, 1),
+        ]
+        if dw_first:
+            parts = [parts[1], parts[0], parts[2]]
+        self.layers = nn.Sequential()
+        for i, (name, before, after, size) in enumerate(parts):
+            spatial = i == (0 if dw_first else 1)
+            has_norm = spatial if one_norm else True
+            # The activation in the middle of the pointwise convolutions, or one after each but the last.
+            has_act = i == 1 if one_act else i < 2
+            groups = after if spatial and depthwise else 1
+            self.layers.add_module(
+                name,
+                nn.Conv2d(
+                    before,
+                    after,
+                    size,
+                    stride if spatial else 1,
+                    size // 2,
+                    groups=groups,
+                    bias=not has_norm or norm == "layer",
+                ),
+            )
+            if has_norm:
+                self.layers.add_module(f"norm{i}", make_norm(norm, after))
+            if has_act:
+                self.layers.add_module(f"act{i}", make_act(act))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)

@@ -1,0 +1,25 @@
+"""Property tests to import: hypothesis strategies for schemes, and laws that a scheme obeys.
+
+A law is a function that raises AssertionError where a scheme breaks it, so a new scheme is tested in one line each:
+
+    @given(schemes.testing.scheme_expressions())
+    def test_mine(text): ...
+
+    schemes.testing.check_order(my_scheme)
+
+Needs hypothesis (the extra ``testing``); nothing else in ``schemes`` imports this package.
+"""
+
+# ``registration`` comes before ``strategies``: hypothesis may call it in the middle of its own import, see there.
+from .laws import check_expression as check_expression
+from .laws import check_formula as check_formula
+from .laws import check_order as check_order
+from .laws import check_round_trip as check_round_trip
+from .laws import check_slots as check_slots
+from .laws import check_stack as check_stack
+from .laws import observed_order as observed_order
+from .laws import residual_functions as residual_functions
+from .registration import register as register
+from .strategies import scheme_expressions as scheme_expressions
+from .strategies import schemes as schemes
+from .strategies import tableaux as tableaux

@@ -1,0 +1,126 @@
+"""Strategies that build valid values: nothing is drawn and thrown away."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from hypothesis import strategies as st
+
+from .. import tableaux as catalogue
+from ..registry import get
+from ..runge_kutta import RungeKutta
+from ..scheme import Scheme
+from ..tableau import Tableau
+
+Draw = Callable[[st.SearchStrategy], "int | Fraction | str | Tableau | bool"]
+
+# Text and number of residual functions of the expressions that need no other expression.
+_LEAVES: list[tuple[int, str]] = sorted(
+    [(t.stages, name) for name, t in catalogue.METHODS.items()]
+    + [(len(t.pruned().b), f"pruned({name})") for name, t in catalogue.METHODS.items() if t.b_hat is not None]
+    + [(s, f"{family}({s})") for family in ("rkc1", "rkl1") for s in (1, 2, 3, 6)]
+    + [(s, f"{family}(s={s})") for family in ("rkc2", "rkl2") for s in (2, 5)]
+    + [(3, "ees25"), (3, "ees25(1/4)"), (3, "ees25(x=-0.3)"), (5, "rkc2(5, damping=1/10)")]
+)
+
+
+def _entries() -> st.SearchStrategy[Fraction]:
+    return st.fractions(-2, 2, max_denominator=6)
+
+
+@st.composite
+def tableaux(draw, *, min_stages: int = 1, max_stages: int = 5, companion: bool | None = None) -> Tableau:
+    """Explicit tableaux with small rational entries: nodes are the row sums, the last weight is 1 less the others.
+
+    Nothing is known of their order, which is 1 at least.
+
+    Args:
+        min_stages: smallest number of stages, at least 1.
+        max_stages: largest number of stages.
+        companion: whether there are second weights; None draws that too.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> @settings(max_examples=5, database=None)
+        ... @given(tableaux(max_stages=3))
+        ... def law(t):
+        ...     assert sum(t.b) == 1
+        >>> law()
+    """
+    if not 1 <= min_stages <= max_stages:
+        raise ValueError(f"tableaux(): min_stages={min_stages}, max_stages={max_stages}; want 1 <= min <= max.")
+    s = draw(st.integers(min_stages, max_stages))
+
+    def weights() -> list[Fraction]:
+        first = draw(st.lists(_entries(), min_size=s - 1, max_size=s - 1))
+        return [*first, 1 - sum(first, Fraction(0))]
+
+    rows = [draw(st.lists(_entries(), min_size=i, max_size=i)) for i in range(s)]
+    b = weights()
+    second = draw(st.booleans()) if companion is None else companion
+    return Tableau.from_rows(rows, b, b_hat=weights() if second else None, name="drawn", cite="drawn")
+
+
+@st.composite
+def scheme_expressions(draw, *, max_stages: int = 24, max_depth: int = 3, adaptive: bool = False) -> str:
+    """Valid texts of the language of schemes: names, families, nested, repeat, substeps, pruned, mixes of all.
+
+    Args:
+        max_stages: most residual functions that one step (of a mix: one period) may consume.
+        max_depth: how deep expressions are put into each other, at most 5 (the language allows 8 levels).
+        adaptive: whether continuous schemes are drawn too, as the whole expression.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> import schemes
+        >>> @settings(max_examples=5, database=None)
+        ... @given(scheme_expressions(max_stages=8))
+        ... def law(text):
+        ...     assert schemes.get(text).stages <= 8
+        >>> law()
+    """
+    if max_stages < 1 or not 0 <= max_depth <= 5:
+        raise ValueError(f"scheme_expressions(): max_stages={max_stages}, max_depth={max_depth}; want >= 1, 0 to 5.")
+    if adaptive and draw(st.booleans()):
+        method = draw(st.sampled_from(("dopri5", "dopri8", "bosh3", "heun2")))
+        options = draw(
+            st.sampled_from(("", ", rtol=1e-4", ", 1/1000, atol=0.00001", ", adjoint=True", ", max_steps=99"))
+        )
+        return f"adaptive({method}{options})"
+    return _expression(draw, max_stages, max_depth)[0]
+
+
+def _expression(draw, budget: int, depth: int) -> tuple[str, int]:
+    """An expression with at most ``budget`` stages, and how many it has."""
+    kind = draw(st.sampled_from(("name", "nested", "repeat", "substeps", "mix"))) if depth and budget > 1 else "name"
+    if kind == "nested":
+        outer, s = _expression(draw, budget, depth - 1)
+        inner, r = _expression(draw, budget // s, depth - 1)
+        return f"nested({outer}, {inner})", s * r
+    if kind in ("repeat", "substeps"):
+        n = draw(st.integers(1, min(4, budget)))
+        text, s = _expression(draw, budget // n, depth - 1)
+        return f"{kind}({text}, {draw(st.sampled_from(('', 'n=')))}{n})", n * s
+    if kind == "mix":
+        found, total = [], 0
+        for _ in range(draw(st.integers(1, 3))):
+            if total == budget:
+                break
+            n = draw(st.integers(1, min(3, budget - total)))
+            text, s = _expression(draw, (budget - total) // n, depth - 1)
+            bracketed = f"({text})" if " + " in text or "*" in text else text
+            found.append(f"{n}*{bracketed}" if n > 1 else draw(st.sampled_from((text, f"1*{bracketed}"))))
+            total += n * s
+        return " + ".join(found), total
+    fitting = [leaf for leaf in _LEAVES if leaf[0] <= budget]
+    s, text = draw(st.sampled_from(fitting))
+    return text, s
+
+
+def schemes(*, max_stages: int = 24) -> st.SearchStrategy[Scheme]:
+    """Fixed-step schemes of one stream: everything that `scheme_expressions` and `tableaux` can say.
+
+    Args:
+        max_stages: most residual functions that one step may consume.
+    """
+    drawn = tableaux(max_stages=min(5, max_stages)).map(RungeKutta)
+    return st.one_of(scheme_expressions(max_stages=max_stages).map(get), drawn)

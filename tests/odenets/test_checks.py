@@ -1,0 +1,159 @@
+"""The checks of a first call: what they refuse, when, and that a failure leaves everything as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import SchemeError, Stack, as_residual
+from schemes.errors import SchemeError as SameError
+
+
+class Stat(nn.Module):
+    """Moves a buffer and the generator, then does what it is told."""
+
+    def __init__(self, then=lambda x: x):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.then = then
+
+    def forward(self, x):
+        return self.then(nn.functional.dropout(self.norm(x), 0.5, self.training))
+
+
+def boom(x):
+    raise RuntimeError("inside")
+
+
+BAD = {
+    "shape": (lambda x: x[:1], r"midpoint, steps.0.fs.1: returned \(1, 4\), the stream that it updates is \(3, 4\)"),
+    "width": (lambda x: x[:, :2], r"returned \(3, 2\), the stream that it updates is \(3, 4\).\n  It keeps that shape"),
+    "rank": (lambda x: x.sum(), r"returned \(\), the stream"),
+    "tuple": (lambda x: (x, x), r"steps.0.fs.1: returned a tuple, want a tensor"),
+    "none": (lambda x: None, r"returned a NoneType, want a tensor"),
+    "error": (boom, "inside"),
+}
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint"])
+@pytest.mark.parametrize(("then", "message"), BAD.values(), ids=BAD)
+def test_a_bad_function_is_named_and_nothing_has_changed(then, message, mode):
+    stack = Stack([Stat(), Stat(then)], "midpoint", backprop=mode)
+    before = {k: v.clone() for k, v in stack.state_dict().items()}
+    generator = torch.get_rng_state()
+    for _ in range(2):  # the checks stay on until a call succeeds
+        with pytest.raises((SchemeError, RuntimeError), match=message) as caught:
+            stack(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+        for key, value in stack.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(step.watch is None for step in stack.steps)
+    if then is boom:
+        assert "midpoint, steps.0.fs.1: residual function was given [(3, 4)]" in caught.value.__notes__
+    else:
+        assert len(str(caught.value).splitlines()) <= 2
+
+
+def write(x):
+    x += 1
+    return x.clone()
+
+
+@pytest.mark.parametrize(
+    "f", [write, nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), lambda x: x.mul_(2), lambda x: torch.neg_(x)]
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_write_to_an_argument_is_refused(f, place):
+    fs = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    fs[place] = f
+    with pytest.raises(SchemeError, match=rf"midpoint, steps.0.fs.{place}: writes to its argument; .*inplace=False"):
+        Stack(fs, "midpoint")(torch.randn(2, 4))
+
+
+def test_in_place_inside_a_function_is_fine():
+    Stack(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), "rk4")(torch.randn(2, 4))
+
+
+def test_checks_run_at_the_first_call_only():
+    calls = []
+
+    def f(x):
+        calls.append(x)
+        return x if len(calls) == 1 else x[:, :1]
+
+    stack = Stack(f)
+    stack(torch.ones(2, 4))
+    assert stack(torch.ones(2, 4)).shape == (2, 4)  # broadcast, unseen: checking each call would cost time
+    assert len(calls) == 2
+
+
+def test_the_first_call_counts_as_a_call():
+    stack = Stack([Stat(), Stat()], "midpoint")
+    stack(torch.randn(3, 4))
+    assert [int(f.norm.num_batches_tracked) for f in stack.steps[0].fs] == [1, 1]
+
+
+def test_functions_without_a_shortcut_must_not_stride():
+    with pytest.raises(SchemeError, match=r"also needs a shortcut: Stack\(..., shortcut=projection\)"):
+        Stack(nn.Conv2d(3, 3, 3, 2, 1))(torch.randn(1, 3, 8, 8))
+    # The shortcut gives the shape that the functions must return.
+    stack = Stack(nn.Conv2d(3, 5, 3, 1, 1), shortcut=nn.Conv2d(3, 5, 1, 2))
+    with pytest.raises(SchemeError, match=r"returned \(1, 5, 8, 8\), the stream that it updates is \(1, 5, 4, 4\)"):
+        stack(torch.randn(1, 3, 8, 8))
+
+
+def test_the_step_and_the_function_are_named():
+    fs = [nn.Linear(4, 4) for _ in range(8)]
+    fs[6] = nn.Linear(4, 3)
+    with pytest.raises(SchemeError, match=r"rk4, steps.1.fs.2: returned \(2, 3\)"):
+        Stack(fs, "rk4")(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], None, 3])
+def test_the_input_is_a_tensor(x):
+    with pytest.raises(SchemeError, match=r"the input is a .*, want a tensor"):
+        Stack(nn.Identity())(x)
+
+
+@pytest.mark.parametrize("example", [(3, 4), [3, 4], torch.ones(3, 4)])
+def test_an_example_checks_in_the_constructor(example):
+    with pytest.raises(SchemeError, match=r"steps.0.fs.1: returned \(3, 5\)"):
+        Stack([nn.Linear(4, 4), nn.Linear(4, 5)], "midpoint", example=example)
+    generator = torch.get_rng_state()
+    stack = Stack([Stat(), Stat()], "midpoint", example=example)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [int(f.norm.num_batches_tracked) for f in stack.steps[0].fs] == [0, 0]
+    assert all(torch.equal(f.norm.running_var, torch.ones(4)) for f in stack.steps[0].fs)
+
+
+def test_lazy_modules_are_made_at_the_first_call():
+    stack = Stack([nn.LazyLinear(4), nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(4))], "midpoint")
+    stack(torch.randn(3, 4))
+    assert stack.steps[0].fs[0].weight.shape == (4, 4)
+    assert sum(p.numel() for p in stack.parameters()) == 2 * 20 + 8
+
+
+def test_a_block_with_a_skip_of_its_own_gets_a_warning():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    with pytest.warns(UserWarning, match=r"TransformerEncoderLayer adds its input itself.*as_residual.block."):
+        Stack([nn.Linear(8, 8), layer])
+    with pytest.warns(UserWarning, match="adds its input itself"):
+        Stack(layer)
+    stack = Stack(as_residual(layer))  # warnings are errors
+    x = torch.randn(1, 3, 8)
+    torch.testing.assert_close(stack(x), layer(x))
+
+    class BasicBlock(nn.Linear):
+        """A user's class of that name is the user's affair."""
+
+    Stack(BasicBlock(2, 2))
+
+
+@pytest.mark.parametrize("module", ["torchvision.models.resnet", "timm.models.resnet"])
+def test_known_blocks_of_other_libraries(module):
+    block = type("BasicBlock", (nn.Linear,), {"__module__": module})(2, 2)
+    with pytest.warns(UserWarning, match="BasicBlock adds its input itself"):
+        Stack(block)
+
+
+def test_one_public_error():
+    assert SchemeError is SameError and issubclass(SchemeError, ValueError)

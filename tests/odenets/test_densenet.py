@@ -1,0 +1,207 @@
+"""DenseNet: published sizes, published weights, the scheme behind it, dropout, recomputation."""
+
+import doctest
+import inspect
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from counting import gmacs, meta, parameters
+from published_nets import DenseNet as Published
+from published_nets import fill, relative
+from torch import nn
+
+from odenets import checkpoints
+from odenets.layers import DenseFunction, DenseTransition, dense
+from odenets.models import DenseNet, create_model, dense_levels, list_models, named
+from odenets.models import densenet as densenet_module
+from schemes import SchemeError
+
+# Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels), input
+# size, 10^9 multiply-adds (None: not published), counted from the released code.
+SIZES = {
+    "densenet40_k12": (1_059_298, 32, None),
+    "densenet100_k12": (7_083_538, 32, None),
+    "densenet100_k24": (28_071_706, 32, None),
+    "densenet_bc100_k12": (769_162, 32, None),
+    "densenet_bc250_k24": (15_324_406, 32, None),
+    "densenet_bc190_k40": (25_624_430, 32, None),
+    "densenet_bc40_k36": (1_542_682, 32, None),
+    "densenet_bc40_k48": (2_733_130, 32, None),
+    "densenet_bc40_k60": (4_261_690, 32, None),
+    "densenet121": (7_978_856, 224, 2.834),
+    "densenet161": (28_681_000, 224, 7.728),
+    "densenet169": (14_149_480, 224, 3.360),
+    "densenet201": (20_013_928, 224, 4.291),
+    "densenet264": (33_337_704, 224, 5.752),
+}
+# The paper's own initial width, 16, for the plain ones.
+PAPER = {"densenet40_k12": 1_019_722, "densenet100_k12": 6_979_642, "densenet100_k24": 27_249_082}
+TINY = {"functions": (2, 3), "growth": 4, "num_classes": 5, "stem": "conv3"}
+
+
+def test_every_name_stands_in_the_table_of_sizes():
+    assert set(SIZES) == set(named.DENSENETS) == set(list_models("densenet*"))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_the_published_ones(name):
+    count, size, published = SIZES[name]
+    model = meta(name)
+    assert parameters(model) == count
+    if published:
+        assert gmacs(model, size) == pytest.approx(published, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_initial_width_gives_the_papers_size(name):
+    assert parameters(meta(name, init_channels=16)) == PAPER[name]
+
+
+@pytest.mark.parametrize("name", ["densenet40_k12", "densenet_bc100_k12", "densenet121"])
+def test_depth_is_the_number_of_weighted_layers(name):
+    model = meta(name)
+    weighted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(weighted) == int("".join(c for c in name.split("_k")[0] if c.isdigit()))
+
+
+LAYOUTS = [
+    ("torchvision", "torchvision", {"stem": "conv7_pool"}),
+    ("torchvision", "torchvision, old", {"stem": "conv7_pool"}),
+    ("gpleiss", "gpleiss", {}),
+    ("andreasveit", "andreasveit", {}),
+    ("andreasveit", "andreasveit", {"bottleneck": 0, "compression": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("layout", "found", "kwargs"), LAYOUTS)
+def test_published_weights_give_the_same_logits(layout, found, kwargs):
+    plain = "bottleneck" in kwargs
+    source = fill(
+        Published(layout, (2, 3), 4, 8, 5, not plain, kwargs.get("compression", 0.5), old=found.endswith("old"))
+    )
+    model = DenseNet(**{**TINY, **kwargs}).eval()
+    state = source.state_dict()
+    if found.endswith("old"):
+        state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    report = checkpoints.load(model, state)
+    assert (report.loaded, report.layout, report.dropped) == (len(state), found, ())
+    x = torch.randn(2, 3, 64, 64)
+    assert relative(model(x), source(x)) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "keys"),
+    [
+        ("densenet121", ("torchvision", (6, 12, 24, 16), 32, 64, 1000), 727),
+        ("densenet40_k12", ("andreasveit", (12,) * 3, 12, 24, 10, False, 1.0), 236),
+        ("densenet_bc100_k12", ("gpleiss", (16,) * 3, 12, 24, 10), 596),
+        ("densenet_bc100_k12", ("andreasveit", (16,) * 3, 12, 24, 10), 596),
+    ],
+)
+def test_every_published_key_of_the_named_models_has_its_place(name, source, keys):
+    with torch.device("meta"):
+        state, model = Published(*source).state_dict(), create_model(name)
+    names = model.key_map(state.keys()).names
+    assert len(state) == keys
+    assert {names[k]: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_misfits_carry_the_published_names():
+    state = fill(Published("gpleiss", (2, 3), 4, 8, 5)).state_dict()
+    model = DenseNet(**TINY)
+    extra = "features.denseblock1.denselayer3.conv1.weight"
+    with pytest.raises(SchemeError, match=r"without a place: features\.denseblock1\.denselayer3\.conv1"):
+        checkpoints.load(model, state | {extra: torch.ones(16, 16, 1, 1)})
+    assert checkpoints.load(DenseNet(**{**TINY, "num_classes": 0}), state).dropped == (
+        "classifier.weight",
+        "classifier.bias",
+    )
+
+
+def test_a_level_is_the_written_out_scheme_and_runs_under_others():
+    net = fill(DenseNet(**TINY))
+    x = torch.randn(2, 3, 8, 8)
+    y = net.stem(x)
+    for step in net.levels[0].steps:
+        y = torch.cat([y, step.fs[0](y)], 1)
+    for _ in range(2):  # the first call goes another way than those after it
+        torch.testing.assert_close(net.maps(x)[0], y)
+    assert str(net.levels[0].scheme) == "dense(4)"
+    add = DenseNet(**{**TINY, "functions": (2, 4), "scheme": ["euler", "rk4"]})
+    assert add(x).shape == (2, 5)
+    assert [row["num_chs"] for row in add.feature_info] == [8, 4]
+    f1, f2 = (step.fs[0] for step in add.eval().levels[0].steps)
+    y = add.stem(x)
+    y = y + f1(y)
+    torch.testing.assert_close(add.maps(x)[0], y + f2(y))
+
+
+def test_functions_are_the_written_out_formulas():
+    x = torch.randn(2, 8, 6, 6)
+    kept = x.clone()
+    f = fill(DenseFunction(8, 4, bottleneck=4))
+    torch.testing.assert_close(f(x), f.conv2(F.relu(f.norm2(f.conv1(F.relu(f.norm1(x)))))))
+    plain = fill(DenseFunction(8, 4, bottleneck=0))
+    torch.testing.assert_close(plain(x), plain.conv1(F.relu(plain.norm1(x))))
+    g = fill(DenseTransition(8, 4))
+    torch.testing.assert_close(g(x), F.avg_pool2d(g.conv(F.relu(g.norm(x))), 2))
+    assert torch.equal(x, kept)
+
+
+def test_dropout_stands_after_every_convolution_but_the_first():
+    net = DenseNet(**TINY, drop_rate=0.2)
+    rates = [m.drop_rate for m in net.modules() if isinstance(m, (DenseFunction, DenseTransition))]
+    assert rates == [0.2] * 6 and net.drop_rate == 0
+    f = DenseFunction(8, 4, drop_rate=0.5)
+    x = torch.randn(4, 8, 6, 6)
+    assert 0.3 < (f(x) == 0).float().mean().item() < 0.7
+    assert (f.eval()(x) != 0).all()
+    t = DenseTransition(8, 4, drop_rate=0.99)(x)
+    assert (t == 0).float().mean().item() > 0.8
+
+
+def test_recomputation_gives_the_same_gradients_and_moves_statistics_once():
+    a = DenseNet(**TINY, drop_rate=0.2)
+    b = DenseNet(**TINY, drop_rate=0.2, backprop="checkpoint")
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(4, 3, 16, 16)
+    for net in (a, b):
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
+        torch.testing.assert_close(p.grad, q.grad, msg=key)
+    for (key, p), q in zip(a.named_buffers(), b.named_buffers(), strict=True):
+        torch.testing.assert_close(p, q[1], msg=key)
+    assert int(b.norm[0].num_batches_tracked) == int(b.levels[0].steps[0].fs[0].norm1.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"stem": "patch"}, "want conv3 or conv7_pool"),
+        ({"functions": ()}, "want one per level"),
+        ({"compression": 0}, "compression is 0"),
+        ({"drop_rate": 1}, "drop_rate is 1"),
+        ({"drop_path_rate": 0.1}, "use drop_rate"),
+        ({"scheme": ["dense"]}, "1 schemes for 2 levels"),
+        ({"scheme": "rk4"}, "level 1 has 2 residual functions"),
+        ({"global_pool": "sum"}, "global_pool is 'sum'"),
+    ],
+)
+def test_wrong_options_are_named(kwargs, message):
+    with pytest.raises(SchemeError, match=message):
+        DenseNet(**{**TINY, **kwargs})
+
+
+def test_defaults_are_what_json_keeps():
+    defaults = {k: p.default for k, p in inspect.signature(DenseNet).parameters.items()}
+    with torch.device("meta"):
+        assert DenseNet(**json.loads(json.dumps(defaults))).state_dict().keys() == DenseNet().state_dict().keys()
+
+
+@pytest.mark.parametrize("module", [densenet_module, dense_levels, dense])
+def test_examples(module):
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

@@ -1,0 +1,94 @@
+"""Names: what is there, what can be added."""
+
+import pytest
+
+import schemes
+from schemes import Repeat, RungeKutta, SchemeError, Tableau, catalogue, get, names, register, registry
+from schemes.testing import check_expression, check_formula
+
+NAMED = (
+    "bosh3 carpenter_kennedy4 cooper_verner8 dopri5 dopri8 ees27 euler fehlberg45 gill4 heun2 heun3 huta6 kutta3 "
+    "kutta_nystrom5 midpoint ralston2 ralston3 rk38 rk4 rk46nl ssprk104 ssprk33 ssprk54 tsit5 verner8 verner89 "
+    "williamson3"
+).split()
+FAMILIES = "adaptive ees25 nested pruned repeat rkc1 rkc2 rkl2 substeps".split()
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    monkeypatch.setattr(registry, "_NAMES", dict(registry._NAMES))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+
+
+def test_the_promised_names_are_there():
+    assert set(NAMED) | set(FAMILIES) <= set(names())
+    assert len(names()) == len(set(names()))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_name_is_a_scheme_with_exact_coefficients_and_a_source(name):
+    scheme = get(name)
+    t = scheme.tableau
+    assert (str(scheme), t.name, t.stages) == (name, name, scheme.stages)
+    assert len(t.cite) > 8 and t.order == scheme.order
+    check_expression(name)
+
+
+def test_a_tableau_can_be_registered(clean):
+    register("my_heun", Tableau.parse("0 |\n 1 | 1\n | 1/2 1/2", order=2))
+    assert get("my_heun").order == 2 and "my_heun" in names()
+    check_expression("nested(my_heun, repeat(my_heun, 2))")
+    check_formula(get("3*my_heun"))
+    with pytest.raises(SchemeError, match="closest are my_heun"):
+        get("my_huen")
+
+
+def test_a_scheme_and_a_family_can_be_registered(clean):
+    register("twice", Repeat(get("rk4"), 2))
+    register("times", lambda scheme, n: Repeat(scheme, n))
+    assert get("twice").stages == 8
+    assert get("times(euler, n=3)").stages == 3
+    with pytest.raises(SchemeError, match=r"times\(scheme, n\)"):
+        get("times(euler)")
+    with pytest.raises(SchemeError, match="repeat: the count is 0"):
+        get("times(euler, 0)")
+
+
+def test_a_family_whose_arguments_all_have_defaults_needs_no_brackets():
+    assert get("ees25") == get("ees25()")
+    with pytest.raises(SchemeError, match="'s'"):
+        get("rkc1")
+
+
+@pytest.mark.parametrize("name", ["", "rk 4", "4rk", "rk-4", "true", "None", "lambda", "for", "é", 4, None])
+def test_names_that_no_expression_can_say(name, clean):
+    with pytest.raises(SchemeError, match="cannot register"):
+        register(name, get("rk4"))
+
+
+@pytest.mark.parametrize("name", ["rk4", "nested", "ees25"])
+def test_taken_names(name, clean):
+    with pytest.raises(SchemeError, match="the name is taken"):
+        register(name, get("rk4"))
+
+
+def test_what_is_no_scheme(clean):
+    with pytest.raises(SchemeError, match="want a Scheme, a Tableau or a function"):
+        register("mine", 4)
+
+
+def test_catalogue():
+    rows = {row.name: row for row in catalogue()}
+    assert set(NAMED) <= set(rows)
+    rk4 = rows["rk4"]
+    assert (rk4.stages, rk4.order, rk4.companion, rk4.mixing, rk4.exact) == (4, 4, None, 1.0, True)
+    assert rk4.real == pytest.approx(2.7853, abs=1e-3) and rk4.imaginary == pytest.approx(2.8284, abs=1e-3)
+    assert rows["verner8"].mixing == pytest.approx(2307, abs=1)
+    assert rows["verner89"].companion == 9
+
+
+def test_equality_and_hash():
+    assert get("rk4") == get("rk4") != get("rk38")
+    assert len({get("2*rk4"), get("2*rk4"), get("repeat(rk4, 2)")}) == 2
+    assert isinstance(get("rk4"), RungeKutta) and repr(get("2*rk4")) == "<scheme 2*rk4>"
+    assert schemes.get("rk4") != "rk4"

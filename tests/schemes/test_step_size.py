@@ -1,0 +1,91 @@
+"""Rules of step sizes: what they say, and what they refuse."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemes import SchemeError
+from schemes.step_size import Decay, Fixed, FromError, Learned, step_size
+
+
+@pytest.mark.parametrize(
+    ("rule", "printed", "sizes"),
+    [
+        (1.0, "1", [1, 1, 1]),
+        (2, "2", [2, 2, 2]),
+        ("0.5", "0.5", [0.5, 0.5, 0.5]),
+        ("-1/4", "-0.25", [-0.25, -0.25, -0.25]),
+        ("decay(0.5)", "decay(0.5)", [1, 0.5, 0.25]),
+        ("decay(1/2, h0=2)", "decay(0.5, h0=2)", [2, 1, 0.5]),
+        ("learned", "learned", [1, 1, 1]),
+        ("learned(h0=0.1)", "learned(h0=0.1)", [0.1, 0.1, 0.1]),
+        ("error(1e-3)", "error(0.001)", [1, 1, 1]),
+        ("error(1e-3, h0=0.1)", "error(0.001, h0=0.1)", [0.1, 0.1, 0.1]),
+    ],
+)
+def test_rules(rule, printed, sizes):
+    found = step_size(rule)
+    assert str(found) == printed
+    assert [found(n) for n in range(3)] == pytest.approx(sizes)
+    assert str(step_size(printed)) == printed and step_size(found) is found
+    assert (found.learned, found.from_error) == (isinstance(found, Learned), isinstance(found, FromError))
+
+
+@given(st.floats(0.1, 2.0), st.floats(0.1, 2.0), st.integers(0, 30))
+def test_decay_falls_by_its_rate(rate, h0, n):
+    rule = Decay(rate, h0)
+    assert rule(n + 1) == pytest.approx(rule(n) * rate)
+    assert rule(0) == h0
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("decay(0)", "decay: the rate is 0, want a positive number"),
+        ("decay(-1)", "decay: the rate is -1"),
+        ("decay", "missing a required argument: 'rate'"),
+        ("decay(none)", "decay: the rate is None, want a finite number"),
+        ("decay(decay(1))", "decay: the rate is decay.1."),
+        ("decay(true)", "decay: the rate is True"),
+        ("learned(h0=0)", "learned: h0 is 0"),
+        ("error(0)", "error: tol is 0"),
+        ("error(1, safety=0)", "error: safety is 0"),
+        ("lerned", "there is no 'lerned'; the closest are learned"),
+        ("2*learned", "sums and products are not part"),
+        ("learned + learned", "joins|sums and products"),
+        ("none", "the step size is None, want a finite number"),
+        ("true", "the step size is True, want a finite number"),
+        ("", "the step size is empty"),
+        (True, "the step size is True, want a number, 'learned'"),
+        (None, "the step size is None, want a number"),
+        (float("nan"), "the step size is nan, want a finite number"),
+        (float("inf"), "the step size is inf"),
+        ([1.0], "the step size is \\[1.0\\], want a number"),
+    ],
+)
+def test_bad_rules(rule, message):
+    with pytest.raises(SchemeError, match=message):
+        step_size(rule)
+
+
+def test_exact_numbers_are_numbers():
+    assert Fixed(Fraction(1, 4))(3) == 0.25
+    with pytest.raises(SchemeError, match="want a finite number"):
+        Fixed(Fraction(10**400))
+
+
+@pytest.mark.parametrize(("error", "factor"), [(1e-3, 0.9), (1e-3 * 2.0**5, 0.45), (0.0, 5.0), (1e9, 0.2)])
+@pytest.mark.parametrize("h", [0.5, torch.tensor(0.5)])
+def test_the_step_that_follows_an_error(error, factor, h):
+    found = FromError(1e-3).following(h, torch.full((3, 2), error, requires_grad=True), 4)
+    assert not found.requires_grad
+    assert float(found) == pytest.approx(0.5 * factor, rel=1e-5)
+
+
+def test_bounds_of_the_change_can_be_set():
+    rule = FromError(1e-3, smallest=0.5, largest=2)
+    assert float(rule.following(1.0, torch.zeros(2), 4)) == 2
+    assert float(rule.following(1.0, torch.full((2,), 1e9), 4)) == 0.5

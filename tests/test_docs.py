@@ -1,0 +1,236 @@
+"""What the README and the pages promise is run: snippets, doctests, commands, tables, links."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+
+import odenets.models.registry
+import schemes
+import schemes.registry
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs/pages").rglob("*.md"))
+TEXTS = [ROOT / "README.md", *PAGES]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^(?P<note><!-- not run: .+ -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+# What a line says that it prints: print(...)  # this
+PRINTS = re.compile(r"^print\(.*\)  # (.+)$", re.M)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def snippets(path: Path, *kinds: str) -> list[tuple[int, str, str]]:
+    """(line, kind, code) of the fenced blocks of some kinds, less those that are marked as not run."""
+    text = path.read_text(encoding="utf-8")
+    found = [m for m in FENCE.finditer(text) if m["kind"] in kinds and not m["note"]]
+    return [(text.count("\n", 0, m.start("code")) + 1, m["kind"], m["code"]) for m in found]
+
+
+def modules() -> list[str]:
+    """The modules whose docstrings hold examples."""
+    files = [p for package in ("schemes", "odenets") for p in sorted((ROOT / package).rglob("*.py"))]
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files if ">>> " in p.read_text("utf-8")]
+    return [n.removesuffix(".__init__") for n in names]
+
+
+@pytest.fixture(autouse=True)
+def registries(monkeypatch, tmp_path):
+    """What an example registers is gone after it; what it writes lies in a folder of its own."""
+    monkeypatch.setattr(schemes.registry, "_NAMES", dict(schemes.registry._NAMES))
+    monkeypatch.setattr(schemes.registry, "_FAMILIES", dict(schemes.registry._FAMILIES))
+    monkeypatch.setattr(odenets.models.registry, "_MODELS", dict(odenets.models.registry._MODELS))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", [p for p in TEXTS if snippets(p, "python", "pycon")], ids=name)
+def test_snippets_run_and_print_what_they_say(path):
+    scope: dict = {"__name__": "__snippets__"}
+    for line, kind, code in snippets(path, "python", "pycon"):
+        where = f"{name(path)}:{line}"
+        if kind == "pycon":
+            test = doctest.DocTestParser().get_doctest(code, scope, where, str(path), line)
+            out: list[str] = []
+            runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+            runner.run(test, out=out.append, clear_globs=False)
+            assert not runner.failures, "".join(out)
+            scope.update(test.globs)
+            continue
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, where, "exec"), scope)
+        assert printed.getvalue().splitlines() == PRINTS.findall(code), where
+
+
+@pytest.mark.parametrize("module", modules())
+def test_examples_of_docstrings(module):
+    runner_out: list[str] = []
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(importlib.import_module(module), module):
+        runner.run(test, out=runner_out.append)
+    assert runner.tries and not runner.failures, "".join(runner_out)
+
+
+def test_tables_are_those_of_the_code():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    stale = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        stale += [m[2] for m in tables.MARKS.finditer(text) if m[0] not in tables.filled(m[0])]
+    assert not stale, "run: python docs/tables.py"
+
+
+def navigation() -> list[str]:
+    """The pages that docs/mkdocs.yml names, in order."""
+
+    def files(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [f for e in (entry if isinstance(entry, list) else entry.values()) for f in files(e)]
+
+    return files(yaml.safe_load((ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+
+
+def test_every_page_is_in_the_navigation_once():
+    assert sorted(navigation()) == sorted(str(p.relative_to(ROOT / "docs/pages")) for p in PAGES)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as Markdown's table of contents makes it."""
+    plain = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
+    return re.sub(r"[-\s]+", "-", plain)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_internal_links_lead_somewhere(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.is_file(), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+            assert anchor in map(slug, headings), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize(
+    "path", [*TEXTS, ROOT / "docs/mkdocs.yml", ROOT / ".ci/run", *ROOT.glob("experiments/*.*")], ids=name
+)
+def test_no_path_of_a_machine(path):
+    found = re.findall(
+        r"(?<![\w./:])(?:/(?:home|root|opt|work|mnt|Users|tmp|var)/|[A-Z]:\\)\S*", path.read_text("utf-8")
+    )
+    assert not found
+
+
+def commands(kind: str = "bash") -> list[str]:
+    """All the lines of shell on the pages and in the README."""
+    return [line for p in TEXTS for _, _, code in snippets(p, kind) for line in code.splitlines() if line.strip()]
+
+
+def test_the_readme_states_two_commands_that_set_everything_up():
+    run, tests = (line for line in README.splitlines() if line.startswith("pip install "))
+    for command, extra, then in (
+        (run, "train", "lightning fit -c experiments/quickstart.yaml"),
+        (tests, "dev", "pytest"),
+    ):
+        install, _, main = command.partition(" && ")
+        assert main == then
+        assert shlex.split(install) == ["pip", "install", "-c", ".ci/constraints.txt", "-e", f".[{extra}]"]
+    assert (ROOT / ".ci/constraints.txt").is_file() and (ROOT / "experiments/quickstart.yaml").is_file()
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    (pattern,) = re.findall(r"grep -E '(.+)' README\.md", script)
+    assert len(re.findall(pattern, README, re.M)) == 1
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert subprocess.run(["bash", "-n", ROOT / ".ci/run"]).returncode == 0
+
+
+# `lightning fit --help` and lines with FILE are forms, not commands.
+RUNS = sorted({c for c in commands() if re.match(r"(lightning|odenets) \w+ -c experiments/", c)})
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_commands_name_files_and_options_that_exist(command):
+    """Parsed by the command line itself, without building or training anything."""
+    from odenets.training.command import run
+
+    words = shlex.split(command)[1:]
+    words = [str(ROOT / w) if w.startswith("experiments/") else w for w in words]
+    with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as stop:
+        run([*words, "--print_config"])
+    assert stop.value.code in (0, None) and "class_path" in printed.getvalue()
+
+
+def test_the_file_that_the_training_page_takes_apart_is_the_quickstart():
+    page = ROOT / "docs/pages/train.md"
+    (shown,) = (code for _, _, code in snippets(page, "yaml") if code.startswith("seed_everything"))
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text(encoding="utf-8"))
+
+
+def test_what_a_contribution_costs():
+    """The table on the page about adding schemes: files and lines of contributions that exist."""
+    page = (ROOT / "docs/pages/add_a_scheme.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| an? ([^|]+) \| (.+) \| (.+) \|$", page, re.M)
+    limits = {what: [int(n) for n in re.findall(r"\d+", lines)] for what, _, lines in rows}
+    sources = {p: p.read_text("utf-8") for package in ("schemes", "odenets") for p in (ROOT / package).rglob("*.py")}
+
+    data = ROOT / "schemes/tableaux.py"
+    for method in ("huta6", "ssprk54", "rk46nl", "ralston3"):
+        assert [p for p, text in sources.items() if re.search(rf"\b{method} =|\"{method}\"", text)] == [data]
+    lines = {}
+    for node in ast.parse(sources[data]).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            lines[node.targets[0].id] = node.end_lineno - node.lineno + 1  # type: ignore[operator]
+    low, high = limits["Runge-Kutta method"]
+    for method in ("midpoint", "rk4", "ralston3", "huta6"):
+        array = len(str(schemes.get(method).tableau).splitlines())
+        assert low <= lines[method] - array <= high, (method, lines[method], array)
+
+    low, high = limits["experiment"]
+    for file in ROOT.glob("experiments/*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        assert low <= len([line for line in text.splitlines() if line and not line.startswith("#")]) <= high, file.name
+
+
+def test_the_pages_build():
+    """Strictly, where mkdocs is installed: unknown references, anchors and pages are errors."""
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    pytest.importorskip("material", reason="the extra docs is not installed")
+    words = [
+        "mkdocs",
+        "build",
+        "--strict",
+        "-q",
+        "-f",
+        str(ROOT / "docs/mkdocs.yml"),
+        "-d",
+        str(Path("site").absolute()),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path("site/index.html").is_file()
