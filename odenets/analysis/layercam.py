@@ -67,7 +67,7 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
 
 @contextmanager
 def _stored(model: nn.Module) -> Iterator[None]:
-    """Inside, stacks keep their tensors: a stream that is recomputed has no graph from what its own step makes of it."""
+    """Inside, stacks keep their tensors: a recomputed stream has no graph to what its own step makes of it."""
     stacks = [m for m in model.modules() if isinstance(m, Stack)]
     modes = [stack.backprop for stack in stacks]
     for stack in stacks:

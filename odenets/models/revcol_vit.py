@@ -125,7 +125,7 @@ class RevColViT(nn.Module):
         self.patch, self.drop_rate = patch, drop_rate
         self.num_features = self.head_hidden_size = dim
         self.feature_info = [
-            {"num_chs": dim, "reduction": patch, "module": f"columns.steps.{columns - 1}:{level + 1}"}
+            {"num_chs": dim, "reduction": patch, "module": f"columns.steps.{columns - 1}:{level + 1}", "map": level}
             for level in range(len(blocks))
         ]
         self.stem = PatchTokens(dim, patch, size, in_chans, class_token=False, norm=True)
@@ -143,7 +143,7 @@ class RevColViT(nn.Module):
         check_sides(x, self.patch)
         return self.columns(self.stem(x))
 
-    def pyramid(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor) -> list[Tensor]:
         """The levels of the last column, (n, dim, h / patch, w / patch) each."""
         check_sides(x, self.patch)
         state: State = self.columns.visit(self.stem(x))

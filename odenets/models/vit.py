@@ -118,6 +118,12 @@ class ViT(nn.Module):
         check_sides(x, self.patch)
         return self.norm(self.levels(self.stem(x)))
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The picture's tokens as a map, before the last norm: [(n, dim, h / patch, w / patch)]."""
+        check_sides(x, self.patch)
+        tokens = self.levels(self.stem(x))[:, 1:]
+        return [tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools, drops out and classifies tokens; ``pre_logits`` stops before the head."""
         if not self.global_pool:

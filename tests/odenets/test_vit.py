@@ -163,7 +163,7 @@ def test_revcol_vit_is_the_written_out_columns():
     y1 = second[1](y0, x2) + b(x1)
     y2 = second[2](y1) + c(x2)
     torch.testing.assert_close(net(x), net.head.fc(net.head.norm(y2.mean(1))))
-    maps = net.pyramid(x)
+    maps = net.maps(x)
     assert [m.shape for m in maps] == [(2, 16, 4, 4)] * 3
     torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), y0)
 
@@ -177,3 +177,8 @@ def test_cosine_attention_is_the_written_out_sum():
     torch.testing.assert_close(f(x)[0], f.norm(f.proj(y.transpose(0, 1).reshape(5, 8))))
     with pytest.raises(ValueError, match="3 heads for a width of 8"):
         AttentionFunction(8, 3)
+
+
+def test_backbones():
+    net = create_model("vit_tiny_patch16", features_only=True, **{k: v for k, v in SMALL.items() if k != "num_classes"})
+    assert [m.shape for m in net(torch.randn(1, 3, 16, 24))] == [(1, 16, 4, 6)]
