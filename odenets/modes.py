@@ -85,6 +85,8 @@ def written(given: Mode) -> str:
     """The mode as one writes it."""
     if given is None:
         return "store"
+    if isinstance(given, Checkpoint):
+        return "checkpoint" if given.every == 1 else f"checkpoint({given.every})"
     changed = [
         f"{k}={str(v).lower() if isinstance(v, bool) else v}"
         for k, v in given._asdict().items()

@@ -474,8 +474,8 @@ def _shortcuts(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Mod
         want = scheme.at(n).shortcuts
         if len(gs) != want:
             raise SchemeError(
-                f"Stack: {len(gs)} shortcuts for step {n} of {scheme}, which takes {want or 'none'}; "
-                "a stride or projection can stand before the stack."
+                f"Stack: {len(gs)} shortcuts for step {n} of {scheme}, want {want or 'none'}; "
+                "a stride or projection can also stand before the stack."
             )
         for g in gs:
             if not isinstance(g, nn.Module):

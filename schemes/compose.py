@@ -141,7 +141,7 @@ class Nested(Scheme):
         return self.outer.origin(state)
 
     def at(self, n: int) -> Scheme:
-        part = self.outer.at(n)
+        part = self.outer if len(self.outer.plan) > 1 else self.outer.at(n)  # a mix is nested whole
         return self if part is self.outer else Nested(part, self.inner)
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:

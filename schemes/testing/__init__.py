@@ -10,7 +10,8 @@ A law is a function that raises AssertionError where a scheme breaks it, so a ne
 Needs hypothesis (the extra ``testing``); nothing else in ``schemes`` imports this package.
 """
 
-# ``registration`` comes before ``strategies``: hypothesis may call it in the middle of its own import, see there.
+# ``registration`` comes before the modules that import hypothesis, which may call it in the middle of its own import;
+# see there.
 from .laws import check_expression as check_expression
 from .laws import check_formula as check_formula
 from .laws import check_order as check_order
@@ -20,6 +21,9 @@ from .laws import check_stack as check_stack
 from .laws import observed_order as observed_order
 from .laws import residual_functions as residual_functions
 from .registration import register as register
+from .reversible import check_inverse as check_inverse
+from .reversible import couplings as couplings
+from .reversible import states as states
 from .strategies import scheme_expressions as scheme_expressions
 from .strategies import schemes as schemes
 from .strategies import tableaux as tableaux

@@ -295,6 +295,7 @@ def check_stack(make: Callable[[str], nn.Module], x: Tensor, *, mode: str = "che
         _require(torch.equal(got, value), f"{mode}: {key} differs from store")  # type: ignore[arg-type]
     fresh = make("store")
     fresh.load_state_dict(net.state_dict())
-    net.eval(), fresh.eval()
+    net.eval()
+    fresh.eval()
     with torch.no_grad():
         _require(torch.equal(net(x), fresh(x)), "a network loaded from the state dict gives other values")

@@ -255,6 +255,9 @@ def test_decay_counts_over_the_whole_network():
     assert float(second(first(one))) == pytest.approx(2 * 1.5 * 1.25 * 1.125)
     second.set_step(2.0)  # the ratios stay: step 0 of the network is 2
     assert [s.h for s in second.steps] == [0.5, 0.25]
+    third = Stack([nn.Identity()] * 2, "euler", step="decay(0.5, h0=4)")
+    third.set_step(2.0)
+    assert [s.h for s in third.steps] == [2, 1]
 
 
 def test_a_schedule_sets_the_steps():
@@ -365,7 +368,6 @@ def test_statistics_move_once():
 
 
 def test_checkpointing_in_eval_mode():
-    """The graph keeps the running statistics there: putting them back must not count as a write to them."""
     stacks = [picture_stack("midpoint", 3, mode).eval() for mode in ("store", "checkpoint", "checkpoint(2)")]
     x = torch.randn(4, 3, 6, 6)
     for stack in stacks:
@@ -374,6 +376,13 @@ def test_checkpointing_in_eval_mode():
     for other in stacks[1:]:
         for one, two in zip(stacks[0].parameters(), other.parameters(), strict=True):
             assert torch.equal(one.grad, two.grad)
+
+
+def test_putting_buffers_back_is_no_write_for_graphs_outside():
+    block = Block().eval()
+    stack, x = Stack(block, "midpoint", backprop="checkpoint"), torch.randn(4, 3, 6, 6, requires_grad=True)
+    stack(x * block[1].running_var.view(3, 1, 1)).sum().backward()
+    assert x.grad is not None
 
 
 def test_checkpointing_runs_the_functions_again_and_keeps_less():
@@ -413,10 +422,10 @@ def test_no_gradients_no_recomputation():
     ("mode", "message"),
     [
         ("chekpoint", "backprop mode 'chekpoint', position 1: .* closest are checkpoint"),
-        ("checkpoint(0)", "want 'store', 'checkpoint' or 'checkpoint.k.', k at least 1"),
+        ("checkpoint(0)", "is 0, want a whole number, at least 1"),
         ("checkpoint(rk4)", "there is no 'rk4'"),
         ("5", "want 'store', 'checkpoint'"),
-        (5, "a backprop mode is a name or an expression, such as 'store', not int"),
+        (5, "want 'store', 'checkpoint', 'checkpoint.k.', 'reverse' or 'exact'"),
     ],
 )
 def test_bad_modes(mode, message):
@@ -519,7 +528,7 @@ def test_bad_depths(depth):
         ([nn.Linear(2, 2), 4], {}, "residual function 1 is a int, want a module or a callable"),
         (nn.Linear(2, 2), {"scheme": "rk5"}, "closest are"),
         (nn.Linear(2, 2), {"step": "decay"}, "decay"),
-        (nn.Linear(2, 2), {"shortcut": [nn.Identity()] * 2}, "2 shortcuts for 1 streams of euler; want one per stream"),
+        (nn.Linear(2, 2), {"shortcut": [nn.Identity()] * 2}, "2 shortcuts for step 0 of euler, want 1"),
     ],
 )
 def test_bad_arguments(block, options, message):

@@ -7,7 +7,7 @@ from hypothesis import given
 import schemes
 from odenets import Stack
 from schemes.coupling import Update, do, undo
-from schemes.testing_couplings import check_round_trip, couplings, run, smooth_functions, states
+from schemes.testing.reversible import check_inverse, couplings, run, smooth_functions, states
 
 NAMES = [
     "revnet",
@@ -63,12 +63,12 @@ class SpaceToDepth(torch.nn.Module):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inverse_undoes_sixteen_steps(name):
-    check_round_trip(schemes.get(name), normal(2, 8, 3), h=0.8)
+    check_inverse(schemes.get(name), normal(2, 8, 3), h=0.8)
 
 
 @given(couplings(), states())
 def test_round_trip_law(scheme, x):
-    check_round_trip(scheme, x)
+    check_inverse(scheme, x)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -249,7 +249,7 @@ def test_a_shortcut_takes_the_place_of_the_fixed_factor(name):
     assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(plain, learned, strict=True))
     other = run(scheme, fs, x, gs=(Scale(0.9),))[-1]
     assert not all(torch.allclose(a, b) for a, b in zip(plain, other, strict=True))
-    check_round_trip(scheme, x, gs=(Scale(0.9),))
+    check_inverse(scheme, x, gs=(Scale(0.9),))
 
 
 def test_an_update_that_makes_and_one_that_emits():

@@ -3,7 +3,7 @@
 import torch
 
 import schemes
-from schemes.testing_couplings import run, smooth_functions
+from schemes.testing.reversible import run, smooth_functions
 
 
 def test_the_function_sees_the_input_first_and_the_newest_last():

@@ -90,7 +90,7 @@ BAD = [
     ("rk5", ["position 1", "there is no 'rk5'", "closest are", "rk4"]),
     ("nested(midpiont, rk4)", ["position 8", "'midpiont'", "midpoint"]),
     ("Rk4", ["there is no 'Rk4'", "rk4"]),
-    ("qqqqqq", ["there are adaptive"]),
+    ("qqqqqq", ["there are ab2"]),
     ("nan", ["there is no 'nan'"]),
     ("a" * 490, ["position 1", "there is no"]),
     ("", ["is empty", "write a name such as"]),
@@ -207,7 +207,7 @@ HUGE = "((1e29/1e-29)/(1e-29/1e29))/((1e-29/1e29)/(1e29/1e-29))"
 
 
 @given(st.text() | st.lists(st.sampled_from(WORDS)).map("".join) | scheme_expressions())
-@example(f"adaptive(dopri5, rtol={HUGE}/{HUGE})")
+@example(f"adaptive(dopri5, rtol=({HUGE})/(1/({HUGE})))")
 @example("adaptive(dopri5, rtol=-1/1e-29)")
 def test_nothing_but_scheme_errors(text):
     attempt(schemes.get, text)

@@ -6,7 +6,7 @@ import torch
 import schemes
 from schemes.bdia import Bidirectional
 from schemes.linear import probe
-from schemes.testing_couplings import smooth_functions
+from schemes.testing.reversible import smooth_functions
 
 INVERTIBLE = [
     "revnet",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import schemes
-from schemes.testing_couplings import run, smooth_functions
+from schemes.testing.reversible import run, smooth_functions
 
 
 def test_a_step_is_its_formula_at_its_times():

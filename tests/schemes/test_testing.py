@@ -197,7 +197,7 @@ def test_stack_law():
 def test_stack_law_sees_statistics_that_move_twice(monkeypatch):
     from contextlib import nullcontext
 
-    monkeypatch.setattr("odenets.stack.statistics_kept", lambda modules: nullcontext())
+    monkeypatch.setattr("odenets.stack.buffers_kept", lambda modules: nullcontext())
     with pytest.raises(AssertionError, match=r"checkpoint: steps.0.fs.0.body.0.(running|num)\w+ differs from store"):
         testing.check_stack(make, torch.randn(8, 3))
 

@@ -2,7 +2,7 @@
 
 Example:
     >>> import torch, schemes
-    >>> check_round_trip(schemes.get("revnet"), torch.randn(2, 4, 3, dtype=torch.float64))
+    >>> check_inverse(schemes.get("revnet"), torch.randn(2, 4, 3, dtype=torch.float64))
 """
 
 import math
@@ -13,14 +13,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .bdia import Bidirectional
-from .columns import RevCol
-from .coupling import Additive, Affine, Coupling, MultiLevel, RevNet
-from .dense import Dense
-from .multistep import Alf, Leapfrog, LmResNet, Momentum, ReversibleHeun
-from .registry import get
-from .reversible import Reversible
-from .scheme import Function, Scheme, Slot, State
+from ..bdia import Bidirectional
+from ..columns import RevCol
+from ..coupling import Additive, Affine, Coupling, MultiLevel, RevNet
+from ..dense import Dense
+from ..multistep import Alf, Leapfrog, LmResNet, Momentum, ReversibleHeun
+from ..registry import get
+from ..reversible import Reversible
+from ..scheme import Function, Scheme, Slot, State
 
 ROUND_TRIP = 1e-9
 
@@ -117,7 +117,7 @@ def _shortcuts(scheme: Scheme, n: int, gs: Sequence) -> Sequence:
     return gs if isinstance(part, Coupling) and part.shortcuts == len(gs) else ()
 
 
-def check_round_trip(
+def check_inverse(
     scheme: Scheme, x: Tensor, *, steps: int = 16, h: float = 1.0, seed: int = 0, gs: Sequence = ()
 ) -> None:
     """Each step's inverse gives the streams before it, from the state that the inverses after it gave.
