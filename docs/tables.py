@@ -6,13 +6,15 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 import re
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import schemes
 from odenets import create_model, list_models
-from odenets.models import HOResNet
+from odenets.models import HOResNet, ResNet
 from schemes import MixingWarning
 
 PAGES = Path(__file__).parent / "pages"
@@ -70,37 +72,55 @@ def other_schemes() -> str:
     return table("Scheme | Stages# | Streams# | Order# | Inverse | It is", rows)
 
 
-def named_models(kind: str) -> str:
-    """Parameters of the registered models of one kind, counted without memory or time for weights."""
+@cache
+def built() -> dict[str, nn.Module]:
+    """The registered models, without memory or time for weights."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        return {name: create_model(name) for name in list_models()}
+
+
+def parameters(net: nn.Module) -> str:
+    """Their number."""
+    return f"{sum(p.numel() for p in net.parameters()):,}"
+
+
+def residual_nets(kind: type[ResNet] | type[HOResNet]) -> str:
+    """The registered ResNets or HO-ResNets."""
     rows = []
-    for name in list_models():
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", MixingWarning)
-            net = create_model(name)
-        if isinstance(net, HOResNet) != (kind == "ho_resnet"):
+    for name, net in built().items():
+        if not isinstance(net, kind):
             continue
-        per_level = [sum(len(step.fs) for step in stack.steps) for stack in net.levels]
-        convolutions = 2 if net.block == "basic" else 3
+        per_level = [sum(len(step.fs or ()) for step in stack.steps) for stack in net.levels]  # type: ignore
         row = [
             f"`{name}`",
-            str(convolutions * sum(per_level) + 2),
+            str((2 if net.block == "basic" else 3) * sum(per_level) + 2),
             ", ".join(map(str, per_level)),
             net.block,
             net.placement,
             f"`{net.levels[0].scheme}`",
             str(net.num_classes),
-            f"{sum(p.numel() for p in net.parameters()):,}",
+            parameters(net),
         ]
         rows.append(row)
     head = "Model | Layers# | Functions per level | Block | Placement | Scheme | Classes# | Parameters#"
     return table(head, rows)
 
 
+def other_models() -> str:
+    """The registered models of other kinds, by class."""
+    others = {n: net for n, net in built().items() if not isinstance(net, ResNet | HOResNet)}
+    others = dict(sorted(others.items(), key=lambda item: type(item[1]).__name__))
+    rows = [[f"`{n}`", type(m).__name__, str(getattr(m, "num_classes", "–")), parameters(m)] for n, m in others.items()]
+    return table("Model | Class | Classes# | Parameters#", rows)
+
+
 TABLES = {
     "schemes": named_schemes,
     "others": other_schemes,
-    "resnet": lambda: named_models("resnet"),
-    "ho_resnet": lambda: named_models("ho_resnet"),
+    "resnet": lambda: residual_nets(ResNet),
+    "ho_resnet": lambda: residual_nets(HOResNet),
+    "models": other_models,
 }
 
 

@@ -13,8 +13,9 @@ from .scheme import Function, Slot, State, StepSize
 class Dense(Coupling):
     """Dense concatenation: x_{n+1} = h F_n([x_0, x_1, ..., x_n]), a new stream of width ``growth`` each step.
 
-    The function is given all streams joined along ``dim``, the input first and the newest last; the readout joins them
-    likewise.
+    The function is given all streams joined along ``dim``, the input first and the newest last, or, without ``join``,
+    as separate arguments in that order (a function that joins them itself may drop the joined tensor and make it again
+    in the backward pass). The readout joins them.
 
     Cost: 1 residual function a step; the state is all that was computed, so memory grows with depth by the new streams
     (and the function's joined input is transient where inner tensors are recomputed). Inverse: drops the last stream,
@@ -23,6 +24,7 @@ class Dense(Coupling):
     Args:
         growth: width of the new stream.
         dim: the channel dimension.
+        join: whether the function is given one joined argument.
 
     Raises:
         SchemeError: growth is no positive whole number.
@@ -35,6 +37,8 @@ class Dense(Coupling):
         >>> dense = schemes.get("dense(growth=12)")
         >>> dense.slots(2, (24, 12, 12))[0].in_channels, dense.widths(2, (24, 12, 12))
         ((48,), (24, 12, 12, 12))
+        >>> schemes.get("dense(12, join=false)").slots(2, (24, 12, 12))[0].in_channels
+        (24, 12, 12)
     """
 
     stages = evaluations = 1
@@ -42,10 +46,10 @@ class Dense(Coupling):
     made = 1
     nodes = (0.0,)
 
-    def __init__(self, growth: int, dim: int = 1):
+    def __init__(self, growth: int, dim: int = 1, join: bool = True):
         if isinstance(growth, bool) or not isinstance(growth, int) or growth < 1:
             raise SchemeError(f"dense: growth is {growth}, want a whole number of at least 1.")
-        self.growth, self.dim = growth, int(dim)
+        self.growth, self.dim, self.join = growth, int(dim), bool(join)
 
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
@@ -55,8 +59,12 @@ class Dense(Coupling):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
-        # The engine calls this with the stream that was made still in place.
-        return [Update(streams, lambda s: (1.0, scaled(h, f(torch.cat(s[:streams], self.dim)))), makes=True)]
+
+        def terms(state: State) -> tuple[float, Tensor]:
+            given = state[:streams]  # the engine calls this with the stream that was made still in place
+            return 1.0, scaled(h, f(torch.cat(given, self.dim)) if self.join else f(*given))
+
+        return [Update(streams, terms, makes=True)]
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         shape = list(streams[0])
@@ -64,10 +72,11 @@ class Dense(Coupling):
         return torch.Size(shape)
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
-        return (Slot(n, 0, (sum(streams),), self.growth),)
+        return (Slot(n, 0, (sum(streams),) if self.join else streams, self.growth),)
 
     def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
         return (*streams, self.growth)
 
     def __str__(self) -> str:
-        return f"dense({self.growth})" if self.dim == 1 else f"dense({self.growth}, dim={self.dim})"
+        given = ["" if self.dim == 1 else f"dim={self.dim}", "" if self.join else "join=false"]
+        return f"dense({', '.join([str(self.growth), *filter(None, given)])})"

@@ -13,6 +13,13 @@ FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 CHEAPER = {
     "cifar10_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
     "cifar100_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
+    "cifar10_revcol": ["--model.net.channels", "[4, 8, 16]", "--model.net.blocks", "[1, 1, 1]"],
+    "cifar10_revnet110": ["--model.net.units", "[2, 2, 2]", "--model.net.widths", "[8, 8, 16, 32]"],
+    "cifar10_resnet110": ["--model.net.functions", "[2, 2, 2]", "--model.net.widths", "[4, 8, 16]"],
+    "revcol_tiny": [
+        *("--model.net.channels", "[4, 8, 16, 32]", "--model.net.blocks", "[1, 1, 1, 1]"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
     "ho_resnet50": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
 }
 
@@ -24,7 +31,12 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         write_parquet(root / name / "train.parquet", 2 * classes, classes, label_key=key)
         write_parquet(root / name / "test.parquet", classes, classes, label_key=key)
     write_folder(root / "imagenet", 3, 4, size=(120, 100))
-    return {"cifar10": root / "cifar10", "cifar100": root / "cifar100", "ho_resnet50": root / "imagenet"}
+    return {
+        "cifar10": root / "cifar10",
+        "cifar100": root / "cifar100",
+        "ho_resnet50": root / "imagenet",
+        "revcol_tiny": root / "imagenet",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

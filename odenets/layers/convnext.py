@@ -1,8 +1,11 @@
 """The residual function of ConvNeXt, which RDNet's feature mixers and RevCol's blocks share."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .drop_path import DropPath
 
@@ -34,6 +37,10 @@ class ChannelGate(nn.Module):
         return F.hardsigmoid(self.fc(x.mean((1, 2), keepdim=True)))
 
 
+def _again(part: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    return checkpoint(part, *xs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+
+
 class ConvNeXtFunction(nn.Module):
     r"""Depthwise convolution, LayerNorm, and a perceptron of one hidden layer at each pixel; no skip of its own.
 
@@ -52,9 +59,11 @@ class ConvNeXtFunction(nn.Module):
         layer_scale: initial value of gamma, one number per channel; None leaves gamma out.
         gate: whether the result is weighed by a ``ChannelGate``.
         drop_path: probability that a sample's result is zero while training.
+        recompute: whether the joined argument, the norm's and the GELU's results are made again in the backward pass
+            and not kept; the convolution and the products are not run again.
 
     Shape:
-        x: (n, in_channels, h, w); the result is (n, out_channels, h, w), channels-last in memory.
+        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is (n, out_channels, h, w), channels-last in memory.
 
     Raises:
         ValueError: an even kernel, which cannot keep the size of the map.
@@ -80,6 +89,7 @@ class ConvNeXtFunction(nn.Module):
         layer_scale: float | None = 1e-6,
         gate: bool = False,
         drop_path: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         if kernel % 2 == 0:
@@ -93,10 +103,23 @@ class ConvNeXtFunction(nn.Module):
         self.gate = ChannelGate(out) if gate else None
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((out,), float(layer_scale)))
         self.drop_path = DropPath(drop_path) if drop_path else None
+        self.recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        x = self.fc2(F.gelu(self.fc1(x)))
+    def _mix(self, *xs: Tensor) -> Tensor:
+        return self.dwconv(xs[0] if len(xs) == 1 else torch.cat(xs, 1))
+
+    def _widen(self, x: Tensor) -> Tensor:
+        return self.fc1(self.norm(x.permute(0, 2, 3, 1)))
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(x))
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # A recomputation stops where the last saved tensor is there again, that is before each part's costly end.
+            x = _again(self._narrow, _again(self._widen, _again(self._mix, *xs)))
+        else:
+            x = self._narrow(self._widen(self._mix(*xs)))
         scale = self.gamma
         if self.gate is not None:
             # One small product first: the map itself is then multiplied once.

@@ -1,7 +1,10 @@
 """The residual functions of DenseNet, which read a concatenation and return a few new channels, and its transition."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .norm_relu_conv import norm_relu_conv
 
 
 class DenseFunction(nn.Module):
@@ -12,9 +15,11 @@ class DenseFunction(nn.Module):
         out_channels: number of new channels, the growth rate.
         bottleneck: the 1x1 convolution is so many times wider than the result; 0 leaves it out.
         drop_rate: dropout after every convolution.
+        recompute: whether the joined argument and the results of norms and ReLUs are made again in the backward pass
+            and not kept; convolutions are not run again.
 
     Shape:
-        x: (n, in_channels, h, w); the result is (n, out_channels, h, w).
+        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is (n, out_channels, h, w).
 
     Source:
         Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, section 3.
@@ -24,7 +29,15 @@ class DenseFunction(nn.Module):
         torch.Size([2, 12, 8, 8])
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, bottleneck: int = 4, drop_rate: float = 0.0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bottleneck: int = 4,
+        drop_rate: float = 0.0,
+        recompute: bool = False,
+    ):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
         width = bottleneck * out_channels
@@ -34,15 +47,20 @@ class DenseFunction(nn.Module):
             self.conv2 = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
         else:
             self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.bottleneck, self.drop_rate = bottleneck, drop_rate
+        self.bottleneck, self.drop_rate, self.recompute = bottleneck, drop_rate, recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(F.relu(self.norm1(x), inplace=True))
+    def _part(self, norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
+        if self.recompute:
+            return norm_relu_conv(norm, conv, *xs)
+        return conv(F.relu(norm(xs[0] if len(xs) == 1 else torch.cat(xs, 1)), inplace=True))
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        x = self._part(self.norm1, self.conv1, *xs)
         if self.bottleneck:
             # The published ports of the bottleneck drop out before and after the 3x3 convolution, or after it alone;
             # this is the paper's: after every convolution.
             x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
-            x = self.conv2(F.relu(self.norm2(x), inplace=True))
+            x = self._part(self.norm2, self.conv2, x)
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
 
 

@@ -18,3 +18,7 @@ from .resnet import ResNet as ResNet
 from .revcol import RevCol as RevCol
 from .revcol import Supervised as Supervised
 from .revcol_keys import pad_kernels as pad_kernels
+from .revcol_vit import RevColViT as RevColViT
+from .revnet import IRevNet as IRevNet
+from .revnet import RevNet as RevNet
+from .vit import ViT as ViT

@@ -37,6 +37,8 @@ class ConvNeXt(LevelNet):
         layer_scale: initial value of gamma; None leaves gamma out.
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
+        recompute: make what costs little again in the backward pass (joined streams, norms, activations) and keep only
+            what convolutions and products return; finer than ``backprop="checkpoint"``, and nearly as fast as without.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).
@@ -72,6 +74,7 @@ class ConvNeXt(LevelNet):
         layer_scale: float | None = 1e-6,
         step: float | str = 1.0,
         backprop: str = "store",
+        recompute: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: Pool = "avg",
@@ -105,6 +108,7 @@ class ConvNeXt(LevelNet):
                 expansion=expansion,
                 layer_scale=layer_scale,
                 drop_path=next(rates),
+                recompute=recompute,
             )
 
         self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, widths[0], patch, patch)))

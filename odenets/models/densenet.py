@@ -37,6 +37,8 @@ class DenseNet(LevelNet):
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the growth.
         stem: "conv3" (CIFAR) or "conv7_pool" (ImageNet).
         backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
+        recompute: make what costs little again in the backward pass (joined streams, norms, activations) and keep only
+            what convolutions and products return; finer than ``backprop="checkpoint"``, and nearly as fast as without.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without a head).
@@ -69,6 +71,7 @@ class DenseNet(LevelNet):
         scheme: list[str] | str = "dense",
         stem: Stem = "conv7_pool",
         backprop: str = "store",
+        recompute: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: Pool = "avg",
@@ -92,7 +95,13 @@ class DenseNet(LevelNet):
         found = schemes_with_growth(scheme, [growth] * len(functions))
 
         def make(slot: Slot) -> nn.Module:
-            return DenseFunction(sum(slot.in_channels), slot.out_channels, bottleneck=bottleneck, drop_rate=drop_rate)
+            return DenseFunction(
+                sum(slot.in_channels),
+                slot.out_channels,
+                bottleneck=bottleneck,
+                drop_rate=drop_rate,
+                recompute=recompute,
+            )
 
         width = 2 * growth if init_channels is None else init_channels
         self.stem = _stem(stem, in_chans, width)

@@ -47,7 +47,9 @@ class FeatureNet(nn.Module):
             raise SchemeError(f"out_indices is {out_indices}, want rising numbers from 0 to {count - 1}.")
         before = set(model.state_dict())
         self.feature_info = [info[i] for i in chosen]
-        self.wanted = [int(row["module"].rpartition(".")[2]) for row in self.feature_info]
+        # Which of the maps: the level's number in its list, unless the row says otherwise (columns have no such list).
+        self.wanted = [row.get("map", row["module"].rpartition(".")[2]) for row in self.feature_info]
+        self.wanted = [int(place) for place in self.wanted]
         # What no map needs would otherwise lie idle, and DDP would wait for its gradients.
         model.reset_classifier(0)  # type: ignore[operator]
         for name in ("norm", "head_norm"):

@@ -38,6 +38,8 @@ class RDNet(LevelNet):
         head_norm_eps: epsilon of the norm before the head, 1e-6 in timm, 1e-5 in the original code.
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth.
         backprop: as in Stack; "checkpoint" recomputes each mixer.
+        recompute: make what costs little again in the backward pass (joined streams, norms, activations) and keep only
+            what convolutions and products return; finer than ``backprop="checkpoint"``, and nearly as fast as without.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).
@@ -75,6 +77,7 @@ class RDNet(LevelNet):
         head_norm_eps: float = 1e-6,
         scheme: list[str] | str = "dense",
         backprop: str = "store",
+        recompute: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: Pool = "avg",
@@ -111,6 +114,7 @@ class RDNet(LevelNet):
                         layer_scale=layer_scale,
                         gate=gate,
                         drop_path=next(rates),
+                        recompute=recompute,
                     )
 
                 transition: nn.Module = nn.Identity()

@@ -6,7 +6,7 @@ and the levels, its residual functions the levels' fusion and blocks, its shortc
 Source: Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -84,7 +84,6 @@ class RevCol(nn.Module):
         patch: side and stride of the stem's convolution.
         pad: whether a picture whose sides are no multiple of ``reduction`` is padded with zeros, right and below;
             otherwise it is refused.
-        features_only: the network is a backbone: calling it gives the last column's levels, fine to coarse.
         global_pool: "avg", or "" for the last level's map (without a head).
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth, growing over the blocks of one column from 0; every column alike.
@@ -101,7 +100,7 @@ class RevCol(nn.Module):
         >>> net = RevCol(channels=(8, 16), blocks=(1, 1), columns=3, num_classes=10)
         >>> net(torch.randn(2, 3, 16, 16)).shape
         torch.Size([2, 10])
-        >>> [tuple(y.shape[1:]) for y in net.pyramid(torch.randn(2, 3, 16, 16))]
+        >>> [tuple(y.shape[1:]) for y in net.maps(torch.randn(2, 3, 16, 16))]
         [(8, 4, 4), (16, 2, 2)]
     """
 
@@ -118,7 +117,6 @@ class RevCol(nn.Module):
         backprop: str = "store",
         patch: int = 4,
         pad: bool = False,
-        features_only: bool = False,
         global_pool: Pool = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -127,14 +125,18 @@ class RevCol(nn.Module):
         super().__init__()
         channels, blocks = tuple(channels), tuple(blocks)
         _check(channels, blocks, columns, drop_rate, drop_path_rate)
-        num_classes = 0 if features_only else num_classes
         if supervision and not num_classes:
             raise SchemeError("RevCol: supervision needs a head; give num_classes, or leave supervision out.")
-        self.pad, self.features_only, self.in_chans, self.drop_rate = pad, features_only, in_chans, drop_rate
+        self.pad, self.in_chans, self.drop_rate = pad, in_chans, drop_rate
         self.patch, self.reduction = patch, patch * 2 ** (len(channels) - 1)
         self.num_features = self.head_hidden_size = channels[-1]
         self.feature_info = [
-            {"num_chs": c, "reduction": patch * 2**level, "module": f"columns.steps.{columns - 1}:{level + 1}"}
+            {
+                "num_chs": c,
+                "reduction": patch * 2**level,
+                "module": f"columns.steps.{columns - 1}:{level + 1}",
+                "map": level,
+            }
             for level, c in enumerate(channels)
         ]
 
@@ -158,9 +160,9 @@ class RevCol(nn.Module):
             with torch.no_grad():
                 self.head.fc.weight.mul_(head_init_scale)
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """The final logits (n, num_classes); the pyramid where the network is a backbone. x: (n, in_chans, h, w)."""
-        return self.pyramid(x) if self.features_only else self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """The final logits (n, num_classes), or features where there is no head. x: (n, in_chans, h, w)."""
+        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
@@ -194,7 +196,7 @@ class RevCol(nn.Module):
         state = self.columns.visit(self._stem(x), heads)
         return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
 
-    def pyramid(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor) -> list[Tensor]:
         """The levels of the last column, fine to coarse: (n, channels[l], h', w') with h' = h / (patch 2^l)."""
         return list(self.columns.visit(self._stem(x))[1:])
 
@@ -208,12 +210,7 @@ class RevCol(nn.Module):
                     "  Resize it, or let the network pad it with zeros: pad=True."
                 )
             x = F.pad(x, (0, right, 0, below))
-        x = self.stem(x)
-        if torch.is_grad_enabled():
-            # A gradient of zero for the idle factors, as published: DDP wants one for every parameter.
-            for alpha in self.idle:
-                x = x + 0 * alpha.sum()
-        return x
+        return with_zero_gradients(self.stem(x), self.idle)
 
     def get_classifier(self) -> nn.Module:
         """The final head: mean, norm and linear layer, or the identity."""
@@ -255,6 +252,13 @@ class RevCol(nn.Module):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""
         return revcol_keys.published(self.state_dict().keys(), keys)
+
+
+def with_zero_gradients(x: Tensor, idle: Iterable[Tensor]) -> Tensor:
+    """x itself; parameters that multiply nothing get a gradient of zero, since DDP wants one for every parameter."""
+    if torch.is_grad_enabled():
+        x = x + 0 * torch.stack([alpha.sum() for alpha in idle]).sum()
+    return x
 
 
 def _check(channels: Sequence[int], blocks: Sequence[int], columns: int, drop_rate: float, drop_path: float) -> None:

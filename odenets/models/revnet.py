@@ -4,11 +4,10 @@ A RevNet's level begins with a unit that changes stride and width and cannot be 
 ``Stack`` over the reversible coupling. An i-RevNet downsamples by moving pixels into channels, so all of it can be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemes import SchemeError
@@ -120,8 +119,8 @@ class RevNet(LevelNet):
 class IRevNet(RevNet):
     """Fully invertible RevNet: no picture is lost on the way to the last map, and ``inverse`` gives it back.
 
-    The stem pads the picture with zero channels; every later level begins by moving squares of four pixels into the
-    channels of both streams, a shortcut with an exact inverse. So the whole network can be trained with one kept state.
+    The stem repeats the picture's channels up to the width; every later level begins by moving squares of four pixels
+    into the channels of both streams, a shortcut with an exact inverse. So the network trains with one state per level.
 
     Args:
         units: per level, of two residual functions each.
@@ -142,8 +141,8 @@ class IRevNet(RevNet):
         SchemeError: a wrong option.
 
     Source:
-        Jacobsen et al. 2018, i-RevNet: Deep Invertible Networks, arXiv 1802.07088; injective by padded channels. The
-        residual functions are those of RevNet.
+        Jacobsen et al. 2018, i-RevNet: Deep Invertible Networks, arXiv 1802.07088; there the
+        channels are padded with zeros. The residual functions are those of RevNet.
 
     Example:
         >>> import torch
@@ -202,16 +201,21 @@ class IRevNet(RevNet):
 
 
 class WidenedPicture(nn.Module):
-    """Moves squares of pixels into the channels and pads them with zero channels: (n, c, h, w) -> (n, width, ...)."""
+    """Moves squares of pixels into the channels and repeats these until there are ``width``; nothing is lost.
+
+    Zeros in place of the repetitions would leave one stream empty, and its BatchNorm would blow up the rounding errors
+    of a reconstruction to the size of a signal.
+    """
 
     def __init__(self, in_chans: int, width: int, patch: int):
         super().__init__()
         self.squares = SpaceToDepth(patch)
         self.kept = in_chans * patch**2
-        self.more = width - self.kept
+        self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(self.squares(x), (0, 0, 0, 0, 0, self.more))
+        x = self.squares(x)
+        return x.repeat(1, -(-self.width // self.kept), 1, 1)[:, : self.width]
 
     def inverse(self, y: Tensor) -> Tensor:
         return self.squares.inverse(y[:, : self.kept])
@@ -224,9 +228,13 @@ def _check(block: str, units: Sequence[int]) -> None:
         raise SchemeError(f"units are {tuple(units)}; want at least one per level.")
 
 
-def _maker(block: Block, rate):  # type: ignore[no-untyped-def]
+def _maker(block: Block, rate: Callable[[], float]) -> Callable[..., nn.Module]:
     def make(width: int, out: int, stride: int = 1) -> nn.Module:
-        return FUNCTIONS[block](width, out, stride, order="pre", drop_path=rate())
+        function = FUNCTIONS[block](width, out, stride, order="pre", drop_path=rate())
+        if block == "bottleneck" and stride > 1:
+            # As released: the stride stands in the first 1x1 convolution.
+            function.conv1.stride, function.conv2.stride = function.conv2.stride, function.conv1.stride
+        return function
 
     return make
 

@@ -1,4 +1,4 @@
-"""The named reversible networks: configurations of RevCol, as a table.
+"""The named reversible networks: configurations of RevNet, i-RevNet, RevCol and the transformers, as tables.
 
 Stochastic depth is off unless asked for; the published rates stand in ``PUBLISHED_DROP_PATH``.
 """
@@ -10,6 +10,9 @@ from torch import nn
 
 from .registry import register_model
 from .revcol import RevCol
+from .revcol_vit import RevColViT
+from .revnet import IRevNet, RevNet
+from .vit import ViT
 
 # Cai et al. 2023, arXiv 2212.11696, table 1 and the released code.
 REVCOLS: dict[str, dict[str, Any]] = {
@@ -19,6 +22,39 @@ REVCOLS: dict[str, dict[str, Any]] = {
     "revcol_large": {"channels": (128, 256, 512, 1024), "blocks": (1, 2, 6, 2), "columns": 8},
     "revcol_xlarge": {"channels": (224, 448, 896, 1792), "blocks": (1, 2, 6, 2), "columns": 8},
     "revcol_huge": {"channels": (360, 720, 1440, 2880), "blocks": (1, 2, 6, 2), "columns": 8, "huge": True},
+}
+
+_IMAGENET = {"widths": (128, 128, 256, 512, 832), "block": "bottleneck", "stem": "conv7_pool", "num_classes": 1000}
+
+REVNETS: dict[str, dict[str, Any]] = {
+    # Gomez et al. 2017, arXiv 1707.04585, table 2 and the released configurations.
+    "revnet38": {"units": (3, 3, 3), "widths": (32, 32, 64, 112)},
+    "revnet110": {"units": (9, 9, 9), "widths": (32, 32, 64, 128)},
+    "revnet164": {"units": (9, 9, 9), "widths": (32, 32, 64, 128), "block": "bottleneck"},
+    "revnet56_imagenet": {"units": (2, 2, 3, 2), **_IMAGENET},
+    "revnet104_imagenet": {"units": (2, 2, 11, 2), **_IMAGENET},
+}
+
+IREVNETS: dict[str, dict[str, Any]] = {
+    # Units and widths as published for CIFAR (Jacobsen et al. 2018, arXiv 1802.07088); see IRevNet.
+    "irevnet_cifar": {"units": (18, 18, 18), "width": 32},
+}
+
+VITS: dict[str, dict[str, Any]] = {
+    # Touvron et al. 2021, arXiv 2012.12877, table 1. ``scheme`` makes high-order twins of equal parameters.
+    "vit_tiny_patch16": {"depth": 12, "dim": 192, "heads": 3},
+    "vit_small_patch16": {"depth": 12, "dim": 384, "heads": 6},
+}
+
+_BASE = {"dim": 384, "heads": 6}
+
+REVCOL_VITS: dict[str, dict[str, Any]] = {
+    # Cai et al. 2023, arXiv 2212.11696, appendix. The base one also in other numbers of columns, of 48 blocks in all.
+    "revcol_vit_small": {"dim": 224, "heads": 4, "blocks": (2, 2, 2, 2), "columns": 4},
+    "revcol_vit_base": {**_BASE, "blocks": (3, 3, 3, 3), "columns": 4},
+    "revcol_vit_base_1column": {**_BASE, "blocks": (12, 12, 12, 12), "columns": 1},
+    "revcol_vit_base_2columns": {**_BASE, "blocks": (6, 6, 6, 6), "columns": 2},
+    "revcol_vit_base_8columns": {**_BASE, "blocks": (1, 2, 2, 1), "columns": 8},
 }
 
 PUBLISHED_DROP_PATH = {
@@ -41,5 +77,13 @@ def _register(kind: type[nn.Module], name: str, config: Mapping[str, Any]) -> Ca
     return build
 
 
-for _name, _config in REVCOLS.items():
-    _register(RevCol, _name, _config)
+_TABLES = (
+    (RevNet, REVNETS),
+    (IRevNet, IREVNETS),
+    (RevCol, REVCOLS),
+    (ViT, VITS),
+    (RevColViT, REVCOL_VITS),
+)
+for _kind, _table in _TABLES:
+    for _name, _config in _table.items():
+        _register(_kind, _name, _config)

@@ -125,10 +125,10 @@ def test_a_level_is_the_written_out_scheme_and_runs_under_others():
     x = torch.randn(2, 3, 8, 8)
     y = net.stem(x)
     for step in net.levels[0].steps:
-        y = torch.cat([y, step.fs[0](y)], 1)
+        y = torch.cat([y, step.fs[0](y)], 1)  # joined or not, the function reads the same
     for _ in range(2):  # the first call goes another way than those after it
         torch.testing.assert_close(net.maps(x)[0], y)
-    assert str(net.levels[0].scheme) == "dense(4)"
+    assert str(net.levels[0].scheme) == "dense(4, join=false)"
     add = DenseNet(**{**TINY, "functions": (2, 4), "scheme": ["euler", "rk4"]})
     assert add(x).shape == (2, 5)
     assert [row["num_chs"] for row in add.feature_info] == [8, 4]

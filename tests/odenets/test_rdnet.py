@@ -110,12 +110,12 @@ def test_a_level_is_the_written_out_scheme_and_runs_under_others():
     x = torch.randn(2, 3, 64, 64)
     y = net.stem(x)
     for step in net.levels[0].steps:
-        y = torch.cat([y, step.fs[0](y)], 1)
+        y = torch.cat([y, step.fs[0](y)], 1)  # joined or not, the function reads the same
     for _ in range(2):  # the first call goes another way than those after it
         torch.testing.assert_close(net.maps(x)[0], y)
     add = RDNet(**{**TINY, "init_channels": 64}, functions=4, scheme=["dense", "rk4", "midpoint", "euler"])
     assert add(x).shape == (2, 5)
-    assert [str(level.scheme) for level in add.levels] == ["dense(8)", "rk4", "midpoint", "euler"]
+    assert [str(level.scheme) for level in add.levels] == ["dense(8, join=false)", "rk4", "midpoint", "euler"]
 
 
 def test_recomputation_gives_the_same_gradients():

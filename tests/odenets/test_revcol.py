@@ -271,7 +271,7 @@ def test_logits_features_and_gradients_are_the_published_ones(columns, options, 
         want, found = [public_head(lasts[-1], state, "cls")], [net(x)]
     for a, b in zip(found, want, strict=True):
         assert close(a, b, bound)
-    for a, b in zip(net.pyramid(x), levels, strict=True):
+    for a, b in zip(net.maps(x), levels, strict=True):
         assert close(a, b, bound)
     sum(y.square().mean() for y in want).backward()
     sum(y.square().mean() for y in found).backward()
@@ -323,7 +323,7 @@ def test_the_last_of_several_heads_becomes_the_only_one():
 
 def test_a_backbone_drops_every_head_and_lists_it():
     state = random_weights(public_shapes(**SMALL, columns=4), torch.float32)
-    report = checkpoints.load(RevCol(**SMALL, columns=4, features_only=True), state)
+    report = checkpoints.load(RevCol(**{**SMALL, "num_classes": 0}, columns=4), state)
     assert sorted(report.dropped) == sorted(k for k in state if k.startswith("cls."))
 
 
@@ -448,6 +448,14 @@ def test_a_backbone_gives_the_pyramid_that_it_announces():
     assert [m.shape for m in maps] == [
         (1, row["num_chs"], 64 // row["reduction"], 96 // row["reduction"]) for row in net.feature_info
     ]
+    with torch.device("meta"):
+        coarse = create_model("revcol_tiny", features_only=True, out_indices=(-2, -1))
+    assert [row["num_chs"] for row in coarse.feature_info] == [256, 512]
+    net.train()
+    sum(m.square().sum() for m in net(torch.rand(1, 3, 32, 32))).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    state = random_weights(public_shapes((4, 8, 12, 16), (2, 2, 4, 2), 4), torch.float32)
+    assert len(checkpoints.load(net, state).dropped) == 4
 
 
 def test_heads_are_exchanged():

@@ -1,0 +1,8 @@
+"""What a network has learned: features at named places, their similarity, and the pixels that a class rests on."""
+
+from .alignment import Alignment as Alignment
+from .alignment import alignment as alignment
+from .alignment import unbiased_hsic as unbiased_hsic
+from .features import Features as Features
+from .features import places as places
+from .layercam import layer_cam as layer_cam

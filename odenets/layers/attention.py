@@ -1,0 +1,164 @@
+"""The residual functions of a transformer: attention between tokens, and a perceptron at each token."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .drop_path import DropPath
+
+NormPlace = Literal["pre", "post"]
+
+
+class AttentionFunction(nn.Module):
+    """Multi-head self-attention: F(x) = W softmax(Q K^T / sqrt(d)) V of LN(x), or LN of that of x.
+
+    Args:
+        dim: width of a token.
+        heads: number of heads, a divisor of ``dim``.
+        norm: "pre" normalises the argument, "post" the result.
+        cosine: queries and keys of length 1, and a learned factor per head in place of 1 / sqrt(d).
+        drop: dropout of the result.
+        drop_path: probability that a sample's result is zero while training.
+
+    Shape:
+        x: (n, t, dim); the result has the same shape.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+
+    Source:
+        Vaswani et al. 2017, arXiv 1706.03762; cosine and post-norm: Liu et al. 2022, Swin Transformer V2, arXiv
+        2111.09883, section 3.2.
+
+    Example:
+        >>> AttentionFunction(8, 2)(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        norm: NormPlace = "pre",
+        cosine: bool = False,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"AttentionFunction: {heads} heads for a width of {dim}, want a divisor.")
+        self.heads, self.pre = heads, norm == "pre"
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10))) if cosine else None
+        self.drop = nn.Dropout(drop)
+        self.drop_path = DropPath(drop_path) if drop_path else None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        n, t, dim = x.shape
+        y = self.norm(x) if self.pre else x
+        q, k, v = self.qkv(y).view(n, t, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        scale = None
+        if self.log_scale is not None:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, scale = q * self.log_scale.clamp(max=math.log(100)).exp(), 1.0
+        # Where a context is given it is the mask of tokens that are there: (n, t), true for those that may be read.
+        mask = None if context is None else context[:, None, None, :]
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        y = self.proj(y.transpose(1, 2).reshape(n, t, dim))
+        y = self.drop(y if self.pre else self.norm(y))
+        return y if self.drop_path is None else self.drop_path(y)
+
+
+class PerceptronFunction(nn.Module):
+    """A perceptron of one hidden layer at each token: F(x) = W2 GELU(W1 LN(x)), or LN of that of x.
+
+    Args:
+        dim: width of a token.
+        ratio: hidden width over ``dim``.
+        norm: "pre" normalises the argument, "post" the result.
+        drop: dropout of the result.
+        drop_path: probability that a sample's result is zero while training.
+
+    Shape:
+        x: (n, t, dim); the result has the same shape.
+
+    Source:
+        Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, arXiv 2010.11929, equation 3.
+
+    Example:
+        >>> PerceptronFunction(8)(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
+    """
+
+    def __init__(
+        self, dim: int, ratio: float = 4, *, norm: NormPlace = "pre", drop: float = 0.0, drop_path: float = 0.0
+    ):
+        super().__init__()
+        self.pre = norm == "pre"
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        self.drop = nn.Dropout(drop)
+        self.drop_path = DropPath(drop_path) if drop_path else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc2(F.gelu(self.fc1(self.norm(x) if self.pre else x)))
+        y = self.drop(y if self.pre else self.norm(y))
+        return y if self.drop_path is None else self.drop_path(y)
+
+
+class PatchTokens(nn.Module):
+    """Cuts a picture into patches, one token each, and adds learned positions.
+
+    For another picture size than ``size`` the positions are interpolated (bicubic).
+
+    Args:
+        dim: width of a token.
+        patch: side of a patch.
+        size: side of the pictures that the positions are made for.
+        in_chans: channels of the picture.
+        class_token: whether a learned token comes before those of the picture.
+        norm: whether LayerNorm follows the patches' linear map, before the positions.
+
+    Shape:
+        x: (n, in_chans, h, w), h and w multiples of ``patch``; the result is (n, t, dim), row by row.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        patch: int = 16,
+        size: int = 224,
+        in_chans: int = 3,
+        *,
+        class_token: bool = True,
+        norm: bool = False,
+    ):
+        super().__init__()
+        self.patch, self.grid = patch, size // patch
+        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.positions = nn.Parameter(0.02 * torch.randn(1, self.grid**2 + int(class_token), dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        positions = self._positions(x.shape[2], x.shape[3])
+        x = self.norm(x.flatten(2).transpose(1, 2))
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        return x + positions
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        if height == width == self.grid:
+            return self.positions
+        first = self.positions.shape[1] - self.grid**2
+        grid = self.positions[:, first:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([self.positions[:, :first], grid.flatten(2).transpose(1, 2)], 1)

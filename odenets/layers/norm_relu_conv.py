@@ -1,0 +1,80 @@
+"""BatchNorm, ReLU and a convolution as one node of the graph, which keeps neither the norm's nor the ReLU's result."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _NormReluConv(torch.autograd.Function):
+    """conv(relu(norm([x_0, x_1, ...]))), from which only the maps x_j and the batch's statistics are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d, padding: int, *xs: Tensor
+    ) -> Tensor:
+        x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+        y, mean, rstd = torch.native_batch_norm(
+            x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum or 0.0, norm.eps
+        )
+        ctx.save_for_backward(weight, bias, kernel, mean, rstd, *xs)
+        ctx.eps, ctx.padding = norm.eps, padding
+        return F.conv2d(y.relu_(), kernel, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weight, bias, kernel, mean, rstd, *xs = ctx.saved_tensors
+        x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+        # With given statistics the norm is one pass over the map; the variance is the one that has this rstd.
+        var = rstd.square().reciprocal_().sub_(ctx.eps)
+        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps).relu_()
+        need_x = any(ctx.needs_input_grad[5:])
+        grad_y, grad_kernel, _ = torch.ops.aten.convolution_backward(
+            grad, y, kernel, None, [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [True, True, False]
+        )
+        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_y, x, weight, None, None, mean, rstd, True, ctx.eps, [need_x, True, True]
+        )
+        parts = grad_x.split([part.shape[1] for part in xs], 1) if need_x else [None] * len(xs)
+        return grad_weight, grad_bias, grad_kernel, None, None, *parts
+
+
+def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
+    """conv(relu(norm(x))) of the joined maps x, keeping only the maps for the backward pass.
+
+    Running statistics move once. Where a plain run is needed (evaluation, synchronised or cumulative statistics, a
+    compiler, which chooses by itself what to keep), it is one, with the same value.
+
+    Cost: one joined copy and one pass of the norm and the ReLU more in the backward pass; no convolution and no
+    statistics are computed again. Second derivatives raise an error.
+
+    Args:
+        norm: the norm.
+        conv: the convolution: no bias, stride 1, one group.
+        xs: one map, or several that are joined along the channels.
+
+    Example:
+        >>> norm, conv, x = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), torch.randn(2, 4, 3, 3)
+        >>> torch.allclose(norm_relu_conv(norm, conv, *x.split(2, 1)), conv(norm(x).relu()), atol=1e-6)
+        True
+    """
+    if (
+        type(norm) is nn.BatchNorm2d
+        and type(conv) is nn.Conv2d
+        and norm.training
+        and norm.momentum is not None
+        and norm.running_mean is not None
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(xs[0].device.type)
+        and not torch.compiler.is_compiling()
+    ):
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return _NormReluConv.apply(norm.weight, norm.bias, conv.weight, norm, conv.padding[0], *xs)  # type: ignore
+    x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+    return conv(F.relu(norm(x), inplace=True))

@@ -1,0 +1,136 @@
+"""Figures of analyses, written as PNG; matplotlib is imported when one is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        # The object, not pyplot: no window, no global state, no backend that a server lacks.
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('figures need matplotlib: pip install "odenets[analysis]"') from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def _write(figure: "Figure", path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def alignment_matrix(matrix: Tensor, names: Sequence[str], path: str | Path, title: str = "") -> Path:
+    """A square of alignments between all places.
+
+    Args:
+        matrix: (n, n), from 0 to 1.
+        names: of its rows.
+        path: the PNG.
+        title: above the figure.
+    """
+    side = max(3.5, 0.22 * len(names) + 2)
+    figure = _figure(side + 0.8, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix.clamp(0, 1).cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    figure.colorbar(image, ax=axes, label="CKA", shrink=0.8)
+    axes.set_title(title, fontsize=9)
+    return _write(figure, path)
+
+
+def alignment_by_column(
+    matrix: Tensor, names: Sequence[str], path: str | Path, references: Sequence[str] = ("input", "label")
+) -> Path:
+    """How alike every level of every column is to the picture and to the label: one panel each, columns to the right.
+
+    Args:
+        matrix: (n, n), as ``odenets.analysis.alignment`` gives it.
+        names: of its rows; ``columns.steps.{n}:{l}`` are taken for columns and levels, others for one row of places.
+        path: the PNG.
+        references: the rows of the panels.
+    """
+    places = [name for name in names if name not in references]
+    keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
+    grid = all(len(key) == 2 and key[0].isdigit() for key in keys) and len({k[1] for k in keys}) > 1
+    columns = sorted({int(key[0]) for key in keys}) if grid else list(range(len(places)))
+    levels = sorted({int(key[1]) for key in keys}) if grid else [0]
+    figure = _figure(max(3.0, 0.45 * len(columns) + 1.6) * len(references), max(1.8, 0.4 * len(levels) + 1.4))
+    image: Any = None
+    for panel, reference in enumerate(references, 1):
+        row = matrix[list(names).index(reference)].clamp(0, 1).cpu()
+        values = [[float("nan")] * len(columns) for _ in levels]
+        for i, place in enumerate(places):
+            level, column = (levels.index(int(keys[i][1])), columns.index(int(keys[i][0]))) if grid else (0, i)
+            values[level][column] = float(row[list(names).index(place)])
+        axes = figure.add_subplot(1, len(references), panel)
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for a, line in enumerate(values):
+            for b, value in enumerate(line):
+                colour = "white" if value < 0.6 else "black"
+                axes.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+        ticks = [str(c + 1) for c in columns] if grid else places
+        axes.set_xticks(range(len(columns)), ticks, fontsize=7, rotation=0 if grid else 90)
+        axes.set_yticks(range(len(levels)), [str(level) for level in levels] if grid else [""], fontsize=7)
+        if grid:
+            axes.set_xlabel("column", fontsize=8)
+            axes.set_ylabel("level", fontsize=8)
+        axes.set_title(f"CKA with the {reference}", fontsize=9)
+    figure.colorbar(image, ax=figure.axes, shrink=0.9)
+    return _write(figure, path)
+
+
+def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], path: str | Path) -> Path:
+    """Pictures, and beside each the heat maps of several places, laid over it.
+
+    Args:
+        pictures: (n, c, h, w) in [0, 1], one or three channels.
+        heats: one (n, h, w) per place, from 0 to 1.
+        names: of the places.
+        path: the PNG.
+    """
+    count = len(pictures)
+    figure = _figure(1.6 * (len(heats) + 1), 1.6 * count + 0.3)
+    axes: Any = figure.subplots(count, len(heats) + 1, squeeze=False)
+    for i in range(count):
+        picture = pictures[i].clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
+        for j, heat in enumerate([None, *heats]):
+            axes[i][j].imshow(picture)
+            if heat is not None:
+                axes[i][j].imshow(heat[i].cpu().numpy(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+            axes[i][j].axis("off")
+            if i == 0:
+                axes[i][j].set_title("picture" if heat is None else names[j - 1], fontsize=7)
+    return _write(figure, path)
+
+
+def lines(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, x: str, y: str, log: bool = False
+) -> Path:
+    """Several curves in one plot, such as memory against the number of columns.
+
+    Args:
+        series: name -> (x values, y values).
+        path: the PNG.
+        x: label of the x axis.
+        y: label of the y axis.
+        log: whether the y axis is logarithmic.
+    """
+    figure = _figure(5, 3.4)
+    axes = figure.add_subplot()
+    for name, (xs, ys) in series.items():
+        axes.plot(list(xs), list(ys), marker="o", label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _write(figure, path)
