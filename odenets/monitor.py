@@ -73,7 +73,6 @@ class Monitor:
         """The steps of a stack on a new tape; ``states`` collects the state after each."""
         if torch._C._are_functorch_transforms_active():
             raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
-        _refuse_inner_shards(stack)
         steps = stack.steps
         if any(enabled for _, enabled, _ in autocast_now(state)):
             state = in_single_precision(state)
@@ -179,16 +178,6 @@ def _check_finite(step: "Step", state: State) -> None:
     for i, x in enumerate(state):
         if not torch.isfinite(x).all():
             raise SchemeError(f"{step.scheme}, step {step.index}: stream {i} is not finite after this step.")
-
-
-def _refuse_inner_shards(stack: "Stack") -> None:
-    for step in stack.steps:
-        for name, module in step.named_modules():
-            if name and type(module).__name__.startswith("FSDP"):
-                raise SchemeError(
-                    f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='reverse' cannot undo: "
-                    "shard whole steps, fully_shard(stack.steps[n]), or the root."
-                )
 
 
 class StepReport(NamedTuple):
