@@ -51,6 +51,8 @@ class Call(NamedTuple):
     generators: "list[Generators | None]"  # one per elementary update, None where nothing was drawn
     autocast: list[tuple[str, bool, torch.dtype]]
     versions: list[int]  # of the owners' tensors
+    norms: list[nn.Module]
+    holders: list[nn.Module]
     scheme: Scheme  # the step's, or what stands for it in training
     grid: Grid | None  # exact arithmetic
     lost: list[Lost | None]  # one per elementary update on the grid: what it did not keep
@@ -226,15 +228,43 @@ def made(step: "Step") -> int:
     return getattr(step.scheme, "made", 0)
 
 
-def parameters(*modules: nn.Module | None) -> list[Owner]:
-    """The parameters of some modules that need a gradient, each once, and where they are held."""
-    found: dict[int, Owner] = {}
-    for module in modules:
-        for m in module.modules() if module is not None else ():
-            for name, p in m._parameters.items():
-                if p is not None and p.requires_grad:
-                    found.setdefault(id(p), Owner(m._parameters, name, p))
-    return list(found.values())
+class Parts(NamedTuple):
+    """What a step's modules hold: one walk a pass, as walks cost more than the engine's algebra."""
+
+    owners: list[Owner]
+    norms: list[nn.Module]  # BatchNorm layers with running statistics
+    holders: list[nn.Module]  # modules with buffers
+
+
+def parts_of(step: "Step", shared: nn.Module | None) -> Parts:
+    """The parameters that need a gradient, each once, and the modules with buffers, of a step and a shared function.
+
+    Raises:
+        SchemeError: a module inside the step is sharded by itself.
+    """
+    owners: dict[int, Owner] = {}
+    norms, holders, seen = [], [], set()
+    queue: list[nn.Module | None] = [shared, step]
+    while queue:
+        m = queue.pop()
+        if m is None or id(m) in seen:
+            continue
+        seen.add(id(m))
+        if m is not step and m is not shared and type(m).__name__.startswith("FSDP"):
+            name = next(name for name, inner in step.named_modules() if inner is m)
+            raise SchemeError(
+                f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='reverse' cannot undo: "
+                "shard whole steps, fully_shard(stack.steps[n]), or the root."
+            )
+        for name, p in m._parameters.items():
+            if p is not None and p.requires_grad:
+                owners.setdefault(id(p), Owner(m._parameters, name, p))
+        if m._buffers:
+            holders.append(m)
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats:
+                norms.append(m)
+        queue.extend(reversed(m._modules.values()))
+    return Parts(list(owners.values()), norms, holders)
 
 
 # Recomputation ----------------------------------------------------------------------------------------------------
@@ -281,10 +311,6 @@ def _check_parameters(call: Call) -> None:
             )
 
 
-def _modules(call: Call) -> list[nn.Module]:
-    return [call.step] if call.shared is None else [call.step, call.shared]
-
-
 def _elementary(call: Call, state: State, t: Any, context: Any) -> list[tuple[Any, Sequence[Function], Any, Any]]:
     step = call.step
     h = step.h
@@ -303,7 +329,7 @@ def done(call: Call, state: State) -> State:
     call.lost.clear()
     call.over.clear()
     before = Generators.now(state[0].device)
-    buffers = [b for m in _modules(call) if m.training for b in m.buffers()]
+    buffers = [b for m in call.holders if m.training for b in m._buffers.values() if b is not None]
     saved = [b.clone() for b in buffers]
     start = before
     try:
@@ -344,10 +370,11 @@ def autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
 def call_of(
     step: "Step", state: State, shared: nn.Module | None, t: Any, context: Any, grid: Grid | None = None
 ) -> Call:
-    owners = parameters(step, shared)
+    """What a step is about to run with."""
+    owners, norms, holders = parts_of(step, shared)
     versions = [o.tensor._version for o in owners]
-    scheme = step.scheme.in_training(step.index, state[-1])
-    return Call(step, shared, t, context, owners, [], autocast_now(state), versions, scheme, grid, [], [])
+    scheme, autocast = step.scheme.in_training(step.index, state[-1]), autocast_now(state)
+    return Call(step, shared, t, context, owners, [], autocast, versions, norms, holders, scheme, grid, [], [])
 
 
 def _replayed(generators: "Generators | None") -> Any:
@@ -360,7 +387,7 @@ def undone(call: Call, state: State) -> State:
     with (
         torch.no_grad(),
         _held(call.owners, [o.tensor for o in call.owners]),
-        statistics_kept(_modules(call)),
+        statistics_kept(call.norms, call.holders),
         autocast_as(call.autocast),
     ):
         drawn, lost = list(call.generators), list(call.lost)
@@ -395,7 +422,7 @@ def _backward(
     work = Work(call, [x for x, w in zip(leaves, wanted, strict=True) if w], {id(x) for x in leaves})
     with (
         nullcontext() if direct else _held(call.owners, leaves[:count]),
-        statistics_kept(_modules(call)),
+        statistics_kept(call.norms, call.holders),
         autocast_as(call.autocast),
     ):
         drawn, lost = list(call.generators), list(call.lost)

@@ -91,7 +91,6 @@ class Monitor:
         """The steps of a stack on a new tape; ``states`` collects the state after each."""
         if torch._C._are_functorch_transforms_active():
             raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
-        _refuse_inner_shards(stack)
         if any(enabled for _, enabled, _ in autocast_now(state)):
             state = in_single_precision(state)
         if isinstance(how, Exact):
@@ -234,16 +233,6 @@ def _refuse_compiled(stack: "Stack") -> None:
                 raise SchemeError(
                     f"Stack: steps.{step.index}.{name} is compiled, and compiled code rounds differently with and "
                     "without gradients; backprop='exact' needs it eager, or use backprop='reverse'."
-                )
-
-
-def _refuse_inner_shards(stack: "Stack") -> None:
-    for step in stack.steps:
-        for name, module in step.named_modules():
-            if name and type(module).__name__.startswith("FSDP"):
-                raise SchemeError(
-                    f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='reverse' cannot undo: "
-                    "shard whole steps, fully_shard(stack.steps[n]), or the root."
                 )
 
 

@@ -407,6 +407,7 @@ def test_double_backward_says_so(name: str) -> None:
     torch.autograd.grad(stack(x).sum(), x, create_graph=True)  # alone it does no harm
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transforms_say_so() -> None:
     stack, x = build("revnet"), batch()
     stack(x)

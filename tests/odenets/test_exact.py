@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from invertible import CHANNELS, build
 from torch import nn
 
-from invertible import CHANNELS, build
 from odenets import Stack
 from odenets.exact import Grid
 from schemes import SchemeError
