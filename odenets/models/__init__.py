@@ -7,6 +7,7 @@ from . import zoo_reversible as zoo_reversible
 from .convnext import ConvNeXt as ConvNeXt
 from .densenet import DenseNet as DenseNet
 from .features import FeatureNet as FeatureNet
+from .multi_column import MultiColumn as MultiColumn
 from .rdnet import RDNet as RDNet
 from .registry import Weights as Weights
 from .registry import create_model as create_model

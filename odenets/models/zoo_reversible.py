@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .convnext import ConvNeXt
+from .multi_column import MultiColumn
 from .registry import register_model
 from .revcol import RevCol
 from .revcol_vit import RevColViT
@@ -57,6 +59,31 @@ REVCOL_VITS: dict[str, dict[str, Any]] = {
     "revcol_vit_base_8columns": {**_BASE, "blocks": (1, 2, 2, 1), "columns": 8},
 }
 
+# What RevCol's paper compares with, where it gives no details in configurations of our own.
+_PYRAMID = {"channels": (64, 128, 256, 512), "blocks": (2, 2, 4, 2), "columns": 4}
+
+
+def _columns(columns: int, width: int, blocks: tuple[int, ...]) -> dict[str, Any]:
+    return {"channels": tuple(width * 2**level for level in range(4)), "blocks": blocks, "columns": columns}
+
+
+# At about 4.5 GMACs (224 x 224) with 1 to 20 columns; 4 columns are RevCol-T.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "revcol_1column": _columns(1, 64, (8, 8, 18, 8)),
+    "revcol_2columns": _columns(2, 64, (4, 4, 9, 4)),
+    "revcol_8columns": _columns(8, 61, (1, 1, 2, 1)),
+    "revcol_12columns": _columns(12, 50, (1, 1, 2, 1)),
+    "revcol_20columns": _columns(20, 39, (1, 1, 2, 1)),
+}
+# RevCol-T with larger depthwise kernels; 3 is its own. create_model("revcol_tiny", supervision=True) is the last pair.
+KERNELS: dict[str, dict[str, Any]] = {f"revcol_tiny_k{k}": {**_PYRAMID, "kernel_size": k} for k in (5, 7, 11)}
+
+MULTI_COLUMNS: dict[str, dict[str, Any]] = {"multicolumn_tiny": _PYRAMID}
+# One column, reversible inside of its levels: ConvNeXt's functions under the scheme of RevNet, two streams wide.
+REVERSIBLE_CONVNEXTS: dict[str, dict[str, Any]] = {
+    "revconvnext_tiny": {"functions": (6, 6, 18, 6), "widths": (128, 256, 512, 1024), "scheme": "revnet"},
+}
+
 PUBLISHED_DROP_PATH = {
     "revcol_tiny": 0.1,
     "revcol_small": 0.3,
@@ -81,6 +108,10 @@ _TABLES = (
     (RevNet, REVNETS),
     (IRevNet, IREVNETS),
     (RevCol, REVCOLS),
+    (RevCol, COLUMNS),
+    (RevCol, KERNELS),
+    (MultiColumn, MULTI_COLUMNS),
+    (ConvNeXt, REVERSIBLE_CONVNEXTS),
     (ViT, VITS),
     (RevColViT, REVCOL_VITS),
 )

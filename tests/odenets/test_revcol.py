@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from odenets import checkpoints
 from odenets.models import RevCol, create_model, pad_kernels
 from odenets.models.revcol import supervised_columns
-from odenets.models.zoo_reversible import REVCOLS
+from odenets.models.zoo_reversible import COLUMNS, KERNELS, REVCOLS
 from schemes import SchemeError
 
 # Parameters: the backbone, with a head for 1,000 classes, with supervision for 1,000 and for 21,841 classes;
@@ -489,3 +489,54 @@ def test_heads_are_exchanged():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(SchemeError, match=message):
         RevCol(**{"channels": (4, 8), "blocks": (1, 1), **options})
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_other_numbers_of_columns_cost_about_as_much(name):
+    assert 4.4 < multiply_adds(meta(name), 224) / 1e9 < 4.6
+
+
+def test_comparison_models_train():
+    small = {"channels": (4, 8, 12, 16), "blocks": (1, 1, 1, 1), "num_classes": 3}
+    convnext = {"functions": (2, 2, 2, 2), "widths": (8, 8, 16, 16), "num_classes": 3, "backprop": "reverse"}
+    for name, options in [("multicolumn_tiny", small), ("revconvnext_tiny", convnext), *((k, small) for k in KERNELS)]:
+        net = create_model(name, **options)
+        net(torch.rand(2, 3, 32, 32)).square().sum().backward()
+        assert all(p.grad is not None for p in net.parameters()), name
+    assert create_model("revcol_tiny_k7", **small).columns.steps[0].fs[0].blocks[0].dwconv.kernel_size == (7, 7)
+
+
+def test_a_multi_column_net_reads_every_level_of_the_last_column():
+    net = create_model("multicolumn_tiny", channels=(4, 8), blocks=(1, 1), columns=3, num_classes=3)
+    x = torch.rand(2, 3, 16, 16)
+    first, second, last = net.levels
+    stem = net.stem(x)
+
+    def block(column, level, y):
+        return y + column.blocks[level][0](y)
+
+    a = block(first, 0, stem)
+    b = block(first, 1, first.links[1][0](a))
+    c = block(second, 0, a + second.links[0][1](b))
+    d = block(second, 1, second.links[1][0](a) + b)
+    e = block(last, 0, last.links[0][0](c) + d)
+    torch.testing.assert_close(net.forward_features(x), e)
+    with pytest.raises(SchemeError, match="multiples of 8"):
+        net(torch.rand(1, 3, 12, 16))
+
+
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")  # of a depthwise kernel
+@pytest.mark.parametrize("backprop", ["store", "reverse"])
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_the_idle_factors_do_not_trouble_ddp(backprop, tmp_path):
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = RevCol((4, 8), (1, 1), columns=3, num_classes=3, backprop=backprop)
+        ddp = DistributedDataParallel(net)
+        for _ in range(3):  # a parameter without a gradient is an error in the second pass
+            ddp(torch.rand(2, 3, 16, 16)).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,150 @@
+"""A multi-column network without a reversible connection, to compare RevCol with: every level reads every level.
+
+This is a configuration of our own, after the fusion of HRNet: the comparison in RevCol's paper gives no details.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from ..layers import ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
+from ..layers.column import Down, Up
+from .level_net import LevelNet, Pool, check_rates
+
+
+class FusedColumn(nn.Module):
+    """A column: each level is the sum of all levels of the last column, resized to it, then ConvNeXt blocks.
+
+    Args:
+        channels: width per level.
+        blocks: blocks per level.
+        first: whether this is the first column, which is given the stem's output alone and goes down level by level.
+        kernel_size: side of the depthwise convolutions.
+        drop_path: stochastic depth, growing over the blocks of the column.
+
+    Shape:
+        maps: one per level, (n, channels[l], h / 2^l, w / 2^l), or the stem's map alone; the result is one per level.
+    """
+
+    def __init__(self, channels: Sequence[int], blocks: Sequence[int], first: bool, kernel_size: int, drop_path: float):
+        super().__init__()
+        rates = iter(linear_rates(drop_path, sum(blocks)))
+        self.first = first
+        self.links = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        for level, (c, count) in enumerate(zip(channels, blocks, strict=True)):
+            links = nn.ModuleList()
+            for source in range(len(channels)):
+                if first and source != level - 1:
+                    continue
+                links.append(_link(channels, source, level))
+            self.links.append(links)
+            self.blocks.append(
+                nn.ModuleList(ConvNeXtFunction(c, kernel=kernel_size, drop_path=next(rates)) for _ in range(count))
+            )
+
+    def keep_last(self) -> None:
+        """Keeps what makes the last level; in the last column of a classifier the rest would lie idle."""
+        if not self.first:
+            self.links, self.blocks = self.links[-1:], self.blocks[-1:]
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for level, (links, blocks) in enumerate(zip(self.links, self.blocks, strict=True)):
+            if self.first:
+                x = links[0](found[-1]) if level else maps[0]
+            else:
+                x = sum(link(y) for link, y in zip(links, maps, strict=True))
+            for f in blocks:  # type: ignore[attr-defined]
+                x = x + f(x)
+            found.append(x)
+        return found
+
+
+def _link(channels: Sequence[int], source: int, level: int) -> nn.Module:
+    """From one level to another: strided convolutions down, a linear layer and repeated pixels up, the identity."""
+    if source < level:
+        return nn.Sequential(*(Down(channels[i], channels[i + 1]) for i in range(source, level)))
+    return Up(channels[source], channels[level], 2 ** (source - level)) if source > level else nn.Identity()
+
+
+class MultiColumn(LevelNet):
+    """Columns of a pyramid without a reversible connection: the last column's levels are plain sums over the last ones.
+
+    Stored tensors grow with the columns, and no scheme applies: what a column hands on is overwritten, not added to.
+
+    State-dict keys: ``stem.{0,1}``, ``levels.{n}.{links,blocks}.{l}.*``, ``head_norm``, ``head``.
+
+    Args:
+        channels: width per level.
+        blocks: ConvNeXt blocks per level.
+        columns: number of columns.
+        kernel_size: side of the blocks' depthwise convolutions.
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        patch: side and stride of the stem's convolution.
+        global_pool: "avg", "max", or "" for the last level's map (without a head).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth, growing over the blocks of one column; every column alike.
+
+    Shapes:
+        x: (n, in_chans, h, w), h and w multiples of ``patch * 2^(levels - 1)``; the result is (n, num_classes).
+
+    Raises:
+        SchemeError: a wrong option.
+
+    Source:
+        After Wang et al. 2020, Deep High-Resolution Representation Learning, arXiv 1908.07919, figure 3.
+
+    Example:
+        >>> import torch
+        >>> net = MultiColumn(channels=(8, 16), blocks=(1, 1), columns=3, num_classes=10)
+        >>> net(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        blocks: Sequence[int] = (2, 2, 4, 2),
+        columns: int = 4,
+        kernel_size: int = 3,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        patch: int = 4,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        if not channels or len(channels) != len(blocks) or min(blocks) < 1 or columns < 1:
+            raise SchemeError(
+                f"MultiColumn: channels {tuple(channels)}, blocks {tuple(blocks)}, columns {columns}; "
+                "want a column, and one width and at least one block per level."
+            )
+        super().__init__(drop_rate)
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, channels[0], patch, patch), LayerNorm2d(channels[0]))
+        self.levels = nn.ModuleList(
+            FusedColumn(channels, blocks, n == 0, kernel_size, drop_path_rate) for n in range(columns)
+        )
+        self.levels[-1].keep_last()  # type: ignore[operator]
+        self.head_norm = nn.LayerNorm(channels[-1], eps=1e-6)
+        init_truncated(self)
+        self.finish([channels[-1]], [patch * 2 ** (len(channels) - 1)], num_classes, global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
+        return self.maps(x)[-1]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The last level of the last column, in a list."""
+        height, width = x.shape[-2:]
+        reduction = self.feature_info[-1]["reduction"]
+        if height % reduction or width % reduction:
+            raise SchemeError(f"MultiColumn: the picture is {height} x {width}; want multiples of {reduction}.")
+        found = [self.stem(x)]
+        for column in self.levels:
+            found = column(found)
+        return found[-1:]
