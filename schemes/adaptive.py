@@ -79,12 +79,14 @@ class Adaptive(Scheme):
             "rtol": self.rtol,
             "atol": self.atol,
             "method": METHODS[self.method],
-            "options": {"max_num_steps": self.max_steps},
+            # Stepping right onto the end: an interpolated end has the interpolant's error, not the method's.
+            "options": {"max_num_steps": self.max_steps, "step_t": interval[1:].detach()},
         }
         solver: Any = torchdiffeq.odeint
         if self.adjoint:
             solver = torchdiffeq.odeint_adjoint
             options["adjoint_params"] = _inputs(f)
+            options["adjoint_options"] = {"max_num_steps": self.max_steps, "step_t": interval[:1].detach()}
         try:
             ys = solver(lambda since, y: f(y, since), x, interval, **options)
         except AssertionError as error:  # torchdiffeq reports both of its limits by assertions
