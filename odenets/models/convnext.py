@@ -37,8 +37,8 @@ class ConvNeXt(LevelNet):
         layer_scale: initial value of gamma; None leaves gamma out.
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
-        recompute: make what costs little again in the backward pass (joined streams, norms, activations) and keep only
-            what convolutions and products return; finer than ``backprop="checkpoint"``, and nearly as fast as without.
+        recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
+            the backward pass.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).
