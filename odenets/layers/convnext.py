@@ -46,8 +46,8 @@ class ConvNeXtFunction(nn.Module):
 
     .. math:: F(x) = \gamma \, W_2 \, \mathrm{GELU}(W_1 \, \mathrm{LN}(\mathrm{dwconv}(x)))
 
-    The hidden layer is ``expansion`` times as wide as the argument; the result may be narrower (RDNet). From the norm on
-    the channels come last, so that the two linear layers are plain matrix products without copies.
+    The hidden layer is ``expansion`` times as wide as the argument; the result may be narrower (RDNet). From the norm
+    on the channels come last, so that the two linear layers are plain matrix products without copies.
 
     Args:
         in_channels: width of the argument.
@@ -63,7 +63,8 @@ class ConvNeXtFunction(nn.Module):
             the norm, the first product and the GELU are made again, the convolution and the second product are not.
 
     Shape:
-        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is (n, out_channels, h, w), channels-last in memory.
+        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is
+            (n, out_channels, h, w), channels-last in memory.
 
     Raises:
         ValueError: an even kernel, which cannot keep the size of the map.

@@ -27,7 +27,7 @@ class _NormReluConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grads
         weight, bias, kernel, mean, rstd, *xs = ctx.saved_tensors
         x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)

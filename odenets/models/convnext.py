@@ -1,7 +1,7 @@
 """ConvNeXt: depthwise convolutions and perceptrons, under any one-stream scheme; under euler it is the published net.
 
-A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a transition of its own before the level, so that a level
-of four functions runs under rk4, of two under midpoint, with the same weights.
+A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a transition of its own before the level, so that a
+level of four functions runs under rk4, of two under midpoint, with the same weights.
 
 Source: Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545.
 """

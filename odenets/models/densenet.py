@@ -38,8 +38,8 @@ class DenseNet(LevelNet):
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the growth.
         stem: "conv3" (CIFAR) or "conv7_pool" (ImageNet).
         backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
-        recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the backward
-            pass: about 0.36 of the memory at 1.06 of the time.
+        recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the
+            backward pass: about 0.36 of the memory at 1.05 of the time.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without a head).

@@ -19,8 +19,8 @@ from odenets.models import DenseNet, create_model, dense_levels, list_models, na
 from odenets.models import densenet as densenet_module
 from schemes import SchemeError
 
-# Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels), input
-# size, 10^9 multiply-adds (None: not published), counted from the released code.
+# Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels),
+# input size, 10^9 multiply-adds (None: not published), counted from the released code.
 SIZES = {
     "densenet40_k12": (1_059_298, 32, None),
     "densenet100_k12": (7_083_538, 32, None),

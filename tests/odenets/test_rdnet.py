@@ -15,7 +15,7 @@ from odenets.models import RDNet, create_model, list_models, named
 from odenets.models import rdnet as rdnet_module
 from schemes import SchemeError
 
-# Parameters, 10^9 multiply-adds at 224 x 224, parameter tensors, channels of the pyramid; counted from the released code.
+# Parameters, 10^9 multiply-adds at 224 x 224, parameter tensors, channels of the pyramid; from the released code.
 SIZES = {
     "rdnet_tiny": (23_863_008, 5.0327, 251, [256, 440, 744, 1040]),
     "rdnet_small": (50_436_448, 8.7062, 399, [264, 512, 760, 1264]),
