@@ -43,8 +43,8 @@ class Variant(NamedTuple):
 def import_peers() -> dict[str, Callable[[str], nn.Module]]:
     """Model builders of timm and torchvision where they import.
 
-    A torchvision built for CUDA lacks its operators beside a CPU build of torch, and then cannot be imported, unless the
-    two that it decorates at import are declared first.
+    A torchvision built for CUDA lacks its operators beside a CPU build of torch, and then cannot be imported, unless
+    the two that it decorates at import are declared first.
     """
     found: dict[str, Callable[[str], nn.Module]] = {}
     if not torch.cuda.is_available():
@@ -74,9 +74,7 @@ def variants(names: list[str], checkpoint: bool) -> Iterator[Variant]:
         if checkpoint:
             modes = [{"backprop": "checkpoint"}, {"recompute": True}]
             for mode in modes if not name.startswith("resnet") else modes[:1]:
-                yield Variant(
-                    name, f"odenets {next(iter(mode))}", lambda name=name, mode=mode: create_model(name, **mode)
-                )
+                yield Variant(name, f"odenets {dict(mode)}", lambda name=name, mode=mode: create_model(name, **mode))
         package = PEERS.get(name)
         if package in peers:
             build = peers[package]
@@ -175,7 +173,8 @@ def main() -> None:
     for job in jobs:
         peer = next((j.best for j in jobs if j.variant[:2] == (job.variant.model, PEERS.get(job.variant.model))), None)
         ratio = f"{job.best / peer:.2f}" if peer else "-"
-        row = f"| {job.variant.model} | {job.variant.name} | {job.best * 1e3:.0f} | {ratio} | {args.batch / job.best:.1f} |"
+        model, name, _ = job.variant
+        row = f"| {model} | {name} | {job.best * 1e3:.0f} | {ratio} | {args.batch / job.best:.1f} |"
         print(row + (f" {job.peak():.0f} |" if args.memory else ""))
 
 

@@ -46,8 +46,8 @@ class ConvNeXtFunction(nn.Module):
 
     .. math:: F(x) = \gamma \, W_2 \, \mathrm{GELU}(W_1 \, \mathrm{LN}(\mathrm{dwconv}(x)))
 
-    The hidden layer is ``expansion`` times as wide as the argument; the result may be narrower (RDNet). From the norm on
-    the channels come last, so that the two linear layers are plain matrix products without copies.
+    The hidden layer is ``expansion`` times as wide as the argument; the result may be narrower (RDNet). From the norm
+    on the channels come last, so that the two linear layers are plain matrix products without copies.
 
     Args:
         in_channels: width of the argument.
@@ -59,11 +59,12 @@ class ConvNeXtFunction(nn.Module):
         layer_scale: initial value of gamma, one number per channel; None leaves gamma out.
         gate: whether the result is weighed by a ``ChannelGate``.
         drop_path: probability that a sample's result is zero while training.
-        recompute: whether the joined argument, the norm's and the GELU's results are made again in the backward pass
-            and not kept; the convolution and the products are not run again.
+        recompute: whether only the depthwise convolution's result is kept for the backward pass; the joined argument,
+            the norm, the first product and the GELU are made again, the convolution and the second product are not.
 
     Shape:
-        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is (n, out_channels, h, w), channels-last in memory.
+        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is
+            (n, out_channels, h, w), channels-last in memory.
 
     Raises:
         ValueError: an even kernel, which cannot keep the size of the map.
@@ -108,18 +109,15 @@ class ConvNeXtFunction(nn.Module):
     def _mix(self, *xs: Tensor) -> Tensor:
         return self.dwconv(xs[0] if len(xs) == 1 else torch.cat(xs, 1))
 
-    def _widen(self, x: Tensor) -> Tensor:
-        return self.fc1(self.norm(x.permute(0, 2, 3, 1)))
-
-    def _narrow(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(x))
+    def _perceive(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x.permute(0, 2, 3, 1)))))
 
     def forward(self, *xs: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            # A recomputation stops where the last saved tensor is there again, that is before each part's costly end.
-            x = _again(self._narrow, _again(self._widen, _again(self._mix, *xs)))
+            # A recomputation stops where the last saved tensor is there again: before the last operation of each part.
+            x = _again(self._perceive, _again(self._mix, *xs))
         else:
-            x = self._narrow(self._widen(self._mix(*xs)))
+            x = self._perceive(self._mix(*xs))
         scale = self.gamma
         if self.gate is not None:
             # One small product first: the map itself is then multiplied once.

@@ -19,7 +19,8 @@ class DenseFunction(nn.Module):
             and not kept; convolutions are not run again.
 
     Shape:
-        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is (n, out_channels, h, w).
+        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is
+            (n, out_channels, h, w).
 
     Source:
         Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, section 3.

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class LayerNorm2d(nn.LayerNorm):
     """Normalises every pixel over its channels: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    The kernel of torch wants the channels last, so the map is seen that way: a map in channels-last memory is normalised
-    in place of any copy, another is copied once, and the result is channels-last in memory either way.
+    The kernel of torch wants the channels last, so the map is seen that way: one in channels-last memory is normalised
+    without a copy, another is copied once, and the result is channels-last in memory either way.
 
     Args:
         channels: width of the map.
@@ -30,6 +30,6 @@ class LayerNorm2d(nn.LayerNorm):
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__(channels, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return y.permute(0, 3, 1, 2)

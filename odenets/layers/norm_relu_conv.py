@@ -21,11 +21,13 @@ class _NormReluConv(torch.autograd.Function):
         )
         ctx.save_for_backward(weight, bias, kernel, mean, rstd, *xs)
         ctx.eps, ctx.padding = norm.eps, padding
-        return F.conv2d(y.relu_(), kernel, padding=padding)
+        out = F.conv2d(y.relu_(), kernel, padding=padding)
+        ctx.dtype = out.dtype  # under autocast that of the product, which may differ from the map's
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grads
         weight, bias, kernel, mean, rstd, *xs = ctx.saved_tensors
         x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
@@ -34,14 +36,24 @@ class _NormReluConv(torch.autograd.Function):
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps).relu_()
         need_x = any(ctx.needs_input_grad[5:])
         grad_y, grad_kernel, _ = torch.ops.aten.convolution_backward(
-            grad, y, kernel, None, [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [True, True, False]
+            grad,
+            y.to(ctx.dtype),
+            kernel.to(ctx.dtype),
+            None,
+            [1, 1],
+            [ctx.padding] * 2,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [True, True, False],
         )
-        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+        grad_y = torch.ops.aten.threshold_backward(grad_y.to(y.dtype), y, 0)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, weight, None, None, mean, rstd, True, ctx.eps, [need_x, True, True]
         )
         parts = grad_x.split([part.shape[1] for part in xs], 1) if need_x else [None] * len(xs)
-        return grad_weight, grad_bias, grad_kernel, None, None, *parts
+        return grad_weight, grad_bias, grad_kernel.to(kernel.dtype), None, None, *parts
 
 
 def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
@@ -70,7 +82,6 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         and norm.momentum is not None
         and norm.running_mean is not None
         and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(xs[0].device.type)
         and not torch.compiler.is_compiling()
     ):
         if norm.num_batches_tracked is not None:

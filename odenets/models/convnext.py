@@ -1,7 +1,7 @@
 """ConvNeXt: depthwise convolutions and perceptrons, under any one-stream scheme; under euler it is the published net.
 
-A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a transition of its own before the level, so that a level
-of four functions runs under rk4, of two under midpoint, with the same weights.
+A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a transition of its own before the level, so that a
+level of four functions runs under rk4, of two under midpoint, with the same weights.
 
 Source: Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545.
 """
@@ -37,8 +37,8 @@ class ConvNeXt(LevelNet):
         layer_scale: initial value of gamma; None leaves gamma out.
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
-        recompute: make what costs little again in the backward pass (joined streams, norms, activations) and keep only
-            what convolutions and products return; finer than ``backprop="checkpoint"``, and nearly as fast as without.
+        recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
+            the backward pass.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).

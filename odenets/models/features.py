@@ -68,9 +68,9 @@ class FeatureNet(nn.Module):
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """The model's own map; what was taken out is dropped."""
-        known = self.net.key_map(keys) if isinstance(self.net, Renames) else None
+        known: KeyMap | None = self.net.key_map(keys) if isinstance(self.net, Renames) else None
         if known is None:
-            if not self.left_out & set(keys) and not set(keys) & set(self.net.state_dict()):
+            if not self.left_out & set(keys) and not any(f"net.{key}" in self.state_dict() for key in keys):
                 return None
             known = KeyMap("own", {key: key for key in keys})
         names = {}

@@ -38,8 +38,8 @@ class RDNet(LevelNet):
         head_norm_eps: epsilon of the norm before the head, 1e-6 in timm, 1e-5 in the original code.
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth.
         backprop: as in Stack; "checkpoint" recomputes each mixer.
-        recompute: make what costs little again in the backward pass (joined streams, norms, activations) and keep only
-            what convolutions and products return; finer than ``backprop="checkpoint"``, and nearly as fast as without.
+        recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
+            the backward pass: about 0.33 of the memory at 1.12 of the time ("checkpoint": 0.28 at 1.22).
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).

@@ -284,6 +284,7 @@ class MixerNet(LevelNet):
     ):
         super().__init__(0.0)
         d = design
+        layers: OrderedDict[str, nn.Module]
         if d.patch:
             layers = OrderedDict(conv=nn.Conv2d(in_chans, d.init, 4, 4), norm=LayerNorm2d(d.init))
         else:
@@ -325,7 +326,8 @@ class MixerNet(LevelNet):
 def _transition(width: int, narrow: int, stride: int, strided: bool) -> nn.Sequential:
     if strided:
         return nn.Sequential(OrderedDict(norm=LayerNorm2d(width), conv=nn.Conv2d(width, narrow, stride, stride)))
-    layers = OrderedDict(norm=LayerNorm2d(width), conv=nn.Conv2d(width, narrow, 1, bias=False))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(norm=LayerNorm2d(width))
+    layers["conv"] = nn.Conv2d(width, narrow, 1, bias=False)
     if stride > 1:
         layers["pool"] = nn.AvgPool2d(2)
     return nn.Sequential(layers)
@@ -358,10 +360,10 @@ RDNET_PARAMETERS = (20.0, 21.8, 12.9, 19.9, 21.2, 21.2, 22.4, 23.9)
 def rdnet(step: str | int, **kwargs: Any) -> LevelNet:
     """The network at a step of the way from DenseNet-201 to RDNet-T.
 
-    (a) DenseNet-201, (b) wider and shallower, (c) ConvNeXt's residual functions, (d) a middle that grows with the input,
-    (e) a transition after every three, (f) a patch stem, (g) strided transitions, (h) LayerScale and gates: RDNet-T.
-    Steps (e) to (g) have 192 new channels in the last level and 60 in the stem, (h) has 224 and 64: so say the published
-    sizes, and the released code.
+    (a) DenseNet-201, (b) wider and shallower, (c) ConvNeXt's residual functions, (d) a middle that grows with the
+    input, (e) a transition after every three, (f) a patch stem, (g) strided transitions, (h) LayerScale and gates:
+    RDNet-T. Steps (e) to (g) have 192 new channels in the last level and 60 in the stem, (h) has 224 and 64: so say the
+    published sizes, and the released code.
 
     Args:
         step: its letter, or its number from 1 to 8.

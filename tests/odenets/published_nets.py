@@ -281,3 +281,16 @@ class DenseNet(Named):
 def relative(a, b):
     """Largest difference over the largest entry."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def kept_bytes(run):
+    """Bytes of all different tensors that autograd keeps from a run until its backward pass."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = run()
+    return sum(kept.values()), out

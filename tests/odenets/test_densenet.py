@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from counting import gmacs, meta, parameters
 from published_nets import DenseNet as Published
-from published_nets import fill, relative
+from published_nets import fill, kept_bytes, relative
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from odenets import checkpoints
-from odenets.layers import DenseFunction, DenseTransition, dense
+from odenets import Stack, checkpoints
+from odenets.layers import DenseFunction, DenseTransition, dense, norm_relu_conv
 from odenets.models import DenseNet, create_model, dense_levels, list_models, named
 from odenets.models import densenet as densenet_module
 from schemes import SchemeError
 
-# Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels), input
-# size, 10^9 multiply-adds (None: not published), counted from the released code.
+# Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels),
+# input size, 10^9 multiply-adds (None: not published), counted from the released code.
 SIZES = {
     "densenet40_k12": (1_059_298, 32, None),
     "densenet100_k12": (7_083_538, 32, None),
@@ -178,6 +179,74 @@ def test_recomputation_gives_the_same_gradients_and_moves_statistics_once():
     assert int(b.norm[0].num_batches_tracked) == int(b.levels[0].steps[0].fs[0].norm1.num_batches_tracked) == 1
 
 
+def both(**kwargs):
+    """The same network twice, the second with recomputation."""
+    a, b = DenseNet(**TINY, **kwargs), DenseNet(**TINY, recompute=True, **kwargs)
+    b.load_state_dict(a.state_dict())
+    return a, b
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2])
+def test_cheap_recomputation_changes_no_gradient_moves_statistics_once_and_runs_no_convolution_again(drop_rate):
+    x = torch.randn(4, 3, 16, 16)
+    counts = []
+    a, b = both(drop_rate=drop_rate)
+    for net in (a, b):
+        torch.manual_seed(1)
+        with FlopCounterMode(display=False) as counter:
+            net(x).square().sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=key, rtol=1e-4, atol=1e-5)
+    for (key, p), q in zip(a.named_buffers(), b.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=key)
+
+
+def test_cheap_recomputation_keeps_less():
+    net = {"functions": (8,), "growth": 8, "stem": "conv3", "num_classes": 5}
+    x = torch.randn(4, 3, 16, 16)
+    plain, _ = kept_bytes(lambda: DenseNet(**net)(x))
+    small, _ = kept_bytes(lambda: DenseNet(**net, recompute=True)(x))
+    assert small < 0.4 * plain
+
+
+def test_one_node_is_norm_relu_and_convolution():
+    norm, conv = nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3, padding=1, bias=False)
+    fill(nn.Sequential(norm, conv))
+    for p in (*norm.parameters(), *norm.buffers(), *conv.parameters()):
+        p.data = p.data.double() if p.is_floating_point() else p.data
+    xs = [torch.randn(2, c, 5, 5, dtype=torch.float64, requires_grad=True) for c in (4, 2)]
+    g = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    leaves = [*xs, norm.weight, norm.bias, conv.weight]
+    norm.train()
+    want = torch.autograd.grad(conv(norm(torch.cat(xs, 1)).relu()), leaves, g)
+    out = norm_relu_conv.norm_relu_conv(norm, conv, *xs)
+    assert type(out.grad_fn).__name__ == "_NormReluConvBackward"
+    for a, b in zip(torch.autograd.grad(out, leaves, g), want, strict=True):
+        torch.testing.assert_close(a, b)
+    norm.eval()
+    torch.testing.assert_close(norm_relu_conv.norm_relu_conv(norm, conv, *xs), conv(norm(torch.cat(xs, 1)).relu()))
+
+
+def test_one_node_runs_under_autocast():
+    a, b = both()
+    x = torch.randn(8, 3, 16, 16)
+    for net in (a, b):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    found, want = (torch.cat([p.grad.flatten() for p in net.parameters()]) for net in (b, a))
+    assert ((found - want).norm() / want.norm()).item() < 0.05
+
+
+def test_joined_or_not_the_functions_read_the_same():
+    fs = [DenseFunction(8 + 4 * i, 4).eval() for i in range(3)]
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(Stack(fs, "dense(4)")(x), Stack(fs, "dense(4, join=false)")(x))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -202,6 +271,6 @@ def test_defaults_are_what_json_keeps():
         assert DenseNet(**json.loads(json.dumps(defaults))).state_dict().keys() == DenseNet().state_dict().keys()
 
 
-@pytest.mark.parametrize("module", [densenet_module, dense_levels, dense])
+@pytest.mark.parametrize("module", [densenet_module, dense_levels, dense, norm_relu_conv])
 def test_examples(module):
-    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(module, extraglobs={"torch": torch, "nn": nn}).failed == 0

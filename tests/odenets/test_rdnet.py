@@ -8,14 +8,14 @@ import pytest
 import torch
 from counting import gmacs, meta, parameters
 from published_nets import RDNet as Published
-from published_nets import fill, relative
+from published_nets import fill, kept_bytes, relative
 
 from odenets import checkpoints
 from odenets.models import RDNet, create_model, list_models, named
 from odenets.models import rdnet as rdnet_module
 from schemes import SchemeError
 
-# Parameters, 10^9 multiply-adds at 224 x 224, parameter tensors, channels of the pyramid; counted from the released code.
+# Parameters, 10^9 multiply-adds at 224 x 224, parameter tensors, channels of the pyramid; from the released code.
 SIZES = {
     "rdnet_tiny": (23_863_008, 5.0327, 251, [256, 440, 744, 1040]),
     "rdnet_small": (50_436_448, 8.7062, 399, [264, 512, 760, 1264]),
@@ -118,9 +118,10 @@ def test_a_level_is_the_written_out_scheme_and_runs_under_others():
     assert [str(level.scheme) for level in add.levels] == ["dense(8, join=false)", "rk4", "midpoint", "euler"]
 
 
-def test_recomputation_gives_the_same_gradients():
+@pytest.mark.parametrize("mode", [{"backprop": "checkpoint"}, {"recompute": True}])
+def test_recomputation_gives_the_same_gradients(mode):
     a = RDNet(**TINY, drop_path_rate=0.3)
-    b = RDNet(**TINY, drop_path_rate=0.3, backprop="checkpoint")
+    b = RDNet(**TINY, drop_path_rate=0.3, **mode)
     b.load_state_dict(a.state_dict())
     x = torch.randn(16, 3, 32, 32)
     for net in (a, b):
@@ -129,6 +130,14 @@ def test_recomputation_gives_the_same_gradients():
     for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert p.grad is not None and p.grad.abs().sum() > 0, key
         torch.testing.assert_close(p.grad, q.grad, msg=key)
+
+
+def test_recomputation_keeps_less():
+    x = torch.randn(4, 3, 64, 64)
+    plain, _ = kept_bytes(lambda: RDNet(**TINY)(x))
+    small, _ = kept_bytes(lambda: RDNet(**TINY, recompute=True)(x))
+    smaller, _ = kept_bytes(lambda: RDNet(**TINY, backprop="checkpoint")(x))
+    assert smaller < small < 0.5 * plain
 
 
 def test_drop_path_leaves_out_new_channels_alone():
