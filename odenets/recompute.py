@@ -26,24 +26,23 @@ def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """As ``buffers_kept``, quicker: BatchNorm layers in training mode are told to leave their statistics alone."""
-    norms, others = [], []
-    for module in modules:
-        for m in module.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                if m.track_running_stats and m.training:
-                    norms.append(m)
-            else:
-                others += m._buffers.values()
-    kept = [(b, b.clone()) for b in others if b is not None]
-    for m in norms:
-        m.track_running_stats = False
+def statistics_kept(norms: Sequence[nn.Module], holders: Sequence[nn.Module]) -> Iterator[None]:
+    """As ``buffers_kept``, quicker: BatchNorm layers in training mode are told to leave their statistics alone.
+
+    Args:
+        norms: the BatchNorm layers that track statistics.
+        holders: all modules that have buffers.
+    """
+    told = [m for m in norms if m.training and m.track_running_stats]
+    others = [b for m in holders if m not in norms for b in m._buffers.values() if b is not None]
+    kept = [(b, b.clone()) for b in others]
+    for m in told:
+        m.track_running_stats = False  # type: ignore[assignment]
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m in told:
+            m.track_running_stats = True  # type: ignore[assignment]
         for b, value in kept:
             b.data.copy_(value)
 

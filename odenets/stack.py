@@ -16,8 +16,9 @@ from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Function, Scheme, Slot, State
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
-from . import backprop as engine
 from . import checks
+from . import monitor as watching
+from .backprop import made
 from .modes import Checkpoint, Exact, Mode, Reverse, mode, written
 from .recompute import buffers_kept
 from .step import Call, Step
@@ -168,7 +169,7 @@ class Stack(nn.Module):
             h = self.rule(steps_before + n) * (depth if merged else 1)
             self._initial.append(h)
             steps.append(Step(part, fs, shortcuts.get(n, ()), h, self.rule.learned, n, shared is not None))
-        self.monitor = engine.Monitor()
+        self.monitor = watching.Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
         self._timed = any(s.timed for s in steps)
         # Nothing happens before, between or after the steps, which all have residual functions of their own.
@@ -354,6 +355,26 @@ class Stack(nn.Module):
             return self._reversed(self.backprop, state, time, context)  # type: ignore[call-arg]
         return self._advance(self.steps, state, time, context)
 
+    def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> watching.Diagnosis:
+        """Runs each step forward and back without gradients, and reports what is finite, drifts and grows errors.
+
+        Statistics and generators are left as they were.
+
+        Raises:
+            SchemeError: the scheme has no inverse.
+
+        Example:
+            >>> import torch
+            >>> from odenets import Stack
+            >>> stack = Stack([torch.nn.Linear(2, 2) for _ in range(4)], "revnet", backprop="reverse")
+            >>> [r.finite for r in stack.diagnose(torch.randn(3, 4)).steps]
+            [True, True]
+        """
+        if not self.scheme.invertible or self.after is not None:
+            raise SchemeError(f"Stack: diagnose runs steps back, and {self.scheme} or after= has no inverse.")
+        time = t if self._timed else None
+        return watching.diagnose(self, lambda: self._start(x, t, context), time, context)
+
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
         """The input whose output is y.
 
@@ -368,6 +389,8 @@ class Stack(nn.Module):
         if not self.scheme.invertible or self.after is not None:
             what = "after= cannot be undone" if self.scheme.invertible else f"{self.scheme} has no inverse"
             raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet.")
+        if isinstance(y, Tensor) and any(made(step) for step in self.steps):
+            raise SchemeError(f"Stack: {self.scheme} makes streams that its output does not tell; use final_state(x).")
         state = self.scheme.enter(y) if isinstance(y, Tensor) else tuple(y)
         times: list[Any] = [t if self._timed else None]
         for step in self.steps:

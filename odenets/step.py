@@ -51,7 +51,7 @@ class Step(nn.Module):
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
         self.bare = self.plain and self.gs is None and not shared
         self.watch: Any = None  # set for the checks of a first call
-        self.searched = False  # whether the engine has looked for tensors that the functions read unseen
+        self.searched: set[int] = set()  # updates in which the engine has looked for tensors read unseen
         self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
 
     def functions(
@@ -79,10 +79,10 @@ class Step(nn.Module):
         t: Any = None,
         context: Any = None,
         h: Any = None,
-        tape: engine.Tape | None = None,
+        tape: engine.Runner | None = None,
     ) -> State:
         if tape is not None:
-            return engine.advance(tape, self, state, shared, t, context)
+            return tape.advance(self, state, shared, t, context)
         if self.bare and h is None and self.watch is None:
             # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
             return self.scheme.advance(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore

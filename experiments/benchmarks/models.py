@@ -74,7 +74,9 @@ def variants(names: list[str], checkpoint: bool) -> Iterator[Variant]:
         if checkpoint:
             modes = [{"backprop": "checkpoint"}, {"recompute": True}]
             for mode in modes if not name.startswith("resnet") else modes[:1]:
-                yield Variant(name, f"odenets {next(iter(mode))}", lambda name=name, mode=mode: create_model(name, **mode))
+                yield Variant(
+                    name, f"odenets {next(iter(mode))}", lambda name=name, mode=mode: create_model(name, **mode)
+                )
         package = PEERS.get(name)
         if package in peers:
             build = peers[package]

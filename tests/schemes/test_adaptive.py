@@ -111,7 +111,7 @@ def test_a_field_that_blows_up():
 
 
 def test_no_shortcut():
-    with pytest.raises(SchemeError, match="1 shortcuts for step 0 of adaptive.dopri5., want none"):
+    with pytest.raises(SchemeError, match=r"1 shortcuts for step 0 of adaptive\(dopri5\), want none"):
         Stack(nn.Linear(2, 2), "adaptive(dopri5)", shortcut=nn.Linear(2, 2))
 
 

@@ -1,0 +1,193 @@
+"""Exact mode: bit-equal states and gradients, lost bits, ranges, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from invertible import CHANNELS, build
+from torch import nn
+
+from odenets import Stack
+from odenets.exact import Grid
+from schemes import SchemeError
+from schemes.coupling import turned
+
+SCHEMES = [
+    "revnet",
+    "additive(3)",
+    "multilevel(3, 1/2)",
+    "leapfrog",
+    "momentum(0.9)",
+    "momentum(0.5)",
+    "alf",
+    "alf(0.9)",
+    "reversible_heun",
+    "lm_resnet(-1/2)",
+    "reversible(midpoint, 0.9)",
+    "dense(growth=2)",
+    "bdia",
+    "nested(revnet, midpoint)",
+    "repeat(revnet, 2)",
+]
+
+
+class Body(nn.Module):
+    def __init__(self, slot, kind=nn.Linear):
+        super().__init__()
+        width = sum(slot.in_channels)
+        if kind is nn.Linear:
+            self.net = nn.Sequential(nn.Linear(width, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.1))
+            self.out = nn.Linear(16, slot.out_channels)
+        else:
+            self.net = nn.Sequential(nn.Conv2d(width, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
+            self.out = nn.Conv2d(8, slot.out_channels, 3, padding=1)
+
+    def forward(self, *xs):
+        return 0.5 * self.out(self.net(torch.cat(xs, 1)))
+
+
+def stack(scheme, depth, kind=nn.Linear, channels=12, backprop="exact"):
+    torch.manual_seed(0)
+    made = Stack.from_factory(lambda slot: Body(slot, kind), scheme, depth, channels=channels, backprop=backprop)
+    made._checked = True  # the checks of a first call measure nothing here
+    return made
+
+
+def stored(net, x):
+    """The same arithmetic on the same grid, all states kept by autograd: no tape, no inverse."""
+    grid = Grid(None, torch.float32)
+    state = tuple(grid.round(s.float()) for s in net._start(x, None, None))
+    for step in net.steps:
+        fs, gs = step.functions(state, None, None, None, step.h)
+        for scheme, f, h, g in step.scheme.in_training(step.index, state[-1]).elementary(fs, step.h, gs):
+            for update in scheme.updates(f, h, len(state)):
+                state = grid.do(update, state, g, [])
+            state = turned(state, scheme.turn)
+    return net.scheme.readout(state)
+
+
+def run(net, forward, x, amp=False):
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = forward(x)
+    (y.float().square().mean() + 0.01 * y.float().sum()).backward()
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_are_those_of_the_stored_run_bit_by_bit(scheme):
+    exact = stack(scheme, 6 if scheme.startswith("dense") else 12)
+    twin = copy.deepcopy(exact)
+    x = torch.randn(6, 12)
+    found, want = run(exact, exact, x), run(twin, lambda z: stored(twin, z), x)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    exact(x)  # reads the drift of the first pass
+    assert exact.monitor.drift == 0.0
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("scheme", ["revnet", "momentum(0.5)"])
+def test_depth_128_with_convolutions(scheme, amp):
+    exact = stack(scheme, 128, nn.Conv2d, channels=8)
+    twin = copy.deepcopy(exact)
+    x = torch.randn(2, 8, 6, 6)
+    found, want = run(exact, exact, x, amp), run(twin, lambda z: stored(twin, z), x, amp)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_storing_twin_mode_equals_exact():
+    exact, twin = stack("momentum(0.5)", 8), stack("momentum(0.5)", 8, backprop="exact(store=true)")
+    x = torch.randn(6, 12)
+    assert all(torch.equal(a, b) for a, b in zip(run(exact, exact, x), run(twin, twin, x), strict=True))
+
+
+def test_bdia_is_euler_at_inference_and_drawn_in_training():
+    net, euler = stack("bdia", 6).eval(), stack("euler", 6, backprop="store").eval()
+    x = torch.randn(4, 12)
+    with torch.no_grad():
+        assert torch.equal(net(x), euler(x))
+    torch.manual_seed(3)
+    assert not torch.allclose(net(x), euler(x), atol=1e-3)
+    assert torch.get_rng_state().sum() != 0
+
+
+@given(scale=st.floats(0.002, 3.0).flatmap(lambda a: st.sampled_from([a, -a])), seed=st.integers(0, 2**31))
+def test_scaling_on_the_grid_loses_nothing(scale, seed):
+    grid = Grid(None, torch.float32)
+    x = grid.round(20 * torch.randn(64, generator=torch.Generator().manual_seed(seed)))
+    factor = torch.tensor(scale, dtype=torch.float32)
+    kept, beside = grid._shrunk(x, factor)
+    assert torch.equal(grid._grown(kept, factor, beside), x)
+    assert float((kept - x * factor).abs().max()) <= 1.01 * grid.unit + 1e-5
+    assert (beside is None) == (abs(float(factor)) >= 1)
+
+
+def test_half_costs_one_bit():
+    grid = Grid(None, torch.float32)
+    _, beside = grid._shrunk(grid.round(torch.randn(80)), torch.tensor(0.5))
+    assert [p.numel() for p in beside.planes] == [10]
+
+
+def test_overflow_is_an_error():
+    net = stack("revnet", 2)
+    with pytest.raises(SchemeError, match="left the range"):
+        net(torch.full((6, 12), 600.0))
+
+
+def test_not_finite_is_an_error():
+    net = stack("revnet", 2)
+    with pytest.raises(SchemeError, match="left the range"):
+        net(torch.full((6, 12), float("nan")))
+
+
+def test_a_function_that_changes_is_an_error():
+    class Odd(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            Odd.calls += 1
+            return x.tanh() * (1 + Odd.calls % 2)
+
+    net = Stack([Odd() for _ in range(4)], "revnet", backprop="exact")
+    net._checked = True
+    x = torch.randn(2, 4, requires_grad=True)
+    Odd.calls = 0
+    net(x).sum().backward()
+    with pytest.raises(SchemeError, match="other values the second time"):
+        for _ in range(2):
+            net(x)
+
+
+@pytest.mark.parametrize("scheme", ["affine", "repeat(affine, 2)", "rk4"])
+def test_refused(scheme):
+    with pytest.raises(SchemeError, match="cannot be undone bit by bit|has no inverse"):
+        stack(scheme, 2)
+
+
+def test_compiled_functions_are_refused():
+    net = stack("revnet", 2)
+    net.steps[0].fs[0].compile(backend="eager")
+    with pytest.raises(SchemeError, match="is compiled"):
+        net(torch.randn(6, 12))
+
+
+def test_places_of_the_grid():
+    with pytest.raises(SchemeError, match="binary places"):
+        Grid(22, torch.float32)
+    with pytest.raises(SchemeError, match="float32 or float64"):
+        Grid(None, torch.bfloat16)
+    with pytest.raises(SchemeError, match="at least 1"):
+        stack("revnet", 2, backprop="exact(bits=0)")
+
+
+@pytest.mark.parametrize("name", ["revcol", "revcol, learned", "momentum, learned"])
+def test_learned_scales_and_columns(name):
+    nets = [build(name, 6, backprop=mode, dtype=torch.float32) for mode in ("exact", "exact(store=true)")]
+    x = torch.randn(4, CHANNELS)
+    found = [run(net, net, x) for net in nets]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+    nets[0](x)
+    assert nets[0].monitor.drift == 0.0
