@@ -13,6 +13,7 @@ FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 CHEAPER = {
     "cifar10_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
     "cifar100_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
+    "synthetic_translation": ["--data.sentences", "200"],
     "cifar10_revcol": ["--model.net.channels", "[4, 8, 16]", "--model.net.blocks", "[1, 1, 1]"],
     "cifar10_revnet110": ["--model.net.units", "[2, 2, 2]", "--model.net.widths", "[8, 8, 16, 32]"],
     "cifar10_resnet110": ["--model.net.functions", "[2, 2, 2]", "--model.net.widths", "[4, 8, 16]"],

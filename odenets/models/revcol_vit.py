@@ -10,7 +10,7 @@ from schemes.columns import RevCol as Coupling
 from schemes.scheme import State
 
 from ..layers import ChannelScale, linear_rates
-from ..layers.attention import PatchTokens
+from ..layers.attention import AttentionFunction, PatchTokens
 from ..layers.column import Classifier, LevelFunction, pooled
 from ..stack import Stack
 from .level_net import check_rates
@@ -29,6 +29,18 @@ class Linked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.linear(x))
+
+
+class TokenLevel(LevelFunction):
+    """A level of tokens: as ``LevelFunction``; the context is the mask (n, t) of tokens that attention may read."""
+
+    def forward(self, lower: Tensor, *upper: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.down(lower)
+        for up, y in zip(self.up, upper, strict=True):
+            x = up(y) + x
+        for f in self.blocks:
+            x = x + (f(x, context) if isinstance(f, AttentionFunction) else f(x))
+        return x
 
 
 def columns_of_tokens(
@@ -60,7 +72,7 @@ def columns_of_tokens(
             below = Linked(dim) if level else nn.Identity()
             above = [Linked(dim)] if n and level < top else []
             own, rates = rates[:count], rates[count:]
-            fs.append(LevelFunction(below, above, alternating(dim, heads, count, own, drop=drop)))
+            fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
     return Stack(fs, Coupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
