@@ -217,6 +217,10 @@ class Scheme(ABC):
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
         return self.retreat(fs, state, h, gs)
 
+    @abstractmethod
+    def __str__(self) -> str:
+        """The expression that ``get`` reads as this scheme; two schemes of one text are equal."""
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and str(self) == str(other)
 

@@ -22,6 +22,7 @@ class LayerNorm2d(nn.LayerNorm):
         ConvNet for the 2020s, arXiv 2201.03545.
 
     Example:
+        >>> import torch
         >>> y = LayerNorm2d(8)(torch.randn(2, 8, 4, 4))
         >>> y.shape, y.is_contiguous(memory_format=torch.channels_last)
         (torch.Size([2, 8, 4, 4]), True)
