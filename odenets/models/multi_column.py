@@ -4,6 +4,7 @@ This is a configuration of our own, after the fusion of HRNet: the comparison in
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -52,12 +53,15 @@ class FusedColumn(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
-        for level, (links, blocks) in enumerate(zip(self.links, self.blocks, strict=True)):
+        parts: Any = zip(self.links, self.blocks, strict=True)
+        for level, (links, blocks) in enumerate(parts):
             if self.first:
                 x = links[0](found[-1]) if level else maps[0]
             else:
-                x = sum(link(y) for link, y in zip(links, maps, strict=True))
-            for f in blocks:  # type: ignore[attr-defined]
+                x, *others = (link(y) for link, y in zip(links, maps, strict=True))
+                for y in others:
+                    x = x + y
+            for f in blocks:
                 x = x + f(x)
             found.append(x)
         return found
