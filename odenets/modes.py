@@ -19,7 +19,8 @@ class Reverse(NamedTuple):
         every: keep a state (an anchor) every so many steps; None lets the engine choose from the measured
             amplification of rounding errors, 0 keeps none.
         memory: MiB that anchors may take, in place of ``every``.
-        bound: relative gradient error that the chosen anchors keep to; None stands for 1e-5 in fp32, 1e-11 in fp64.
+        bound: relative error of states made again that the chosen anchors keep to; that of gradients is smaller, as
+            a rule. None stands for 1e-5 in fp32, 1e-11 in fp64.
         drift: whether to compare made-again states with kept ones, and to warn at the next forward pass.
         check_finite: whether to check every step for NaN and infinity; this waits for the device at each step.
     """

@@ -134,7 +134,7 @@ class Monitor:
 
     def _measure(self, stack: "Stack", state: State, time: Any, context: Any, bound: float) -> None:
         """Runs all steps forward and back, some at a time, and spaces anchors by how errors grow on the way back."""
-        trial, growths, errors = Trial(), [], []
+        trial, growths, curves = Trial(), [], []
         n, depth = 0, len(stack.steps)
         with torch.no_grad(), checks.nothing_changed(stack, always=True):
             state = tuple(x.detach() for x in state)
@@ -146,11 +146,11 @@ class Monitor:
                     states.append(state)
                     time = None if time is None else time + stack.steps[n].scheme.span * stack.steps[n].h
                     n += 1
-                growth, error = _window(stack, trial, first, states)
+                growth, curve = _window(stack, trial, first, states)
                 growths += [growth] * (n - first)
-                errors += [error] * (n - first)
+                curves.append(curve)
         self.growth = math.exp(sum(map(math.log, growths)) / depth) if max(growths) < math.inf else math.inf
-        self.every = _spacing(growths, errors, bound)
+        self.every = _spacing(self.growth, curves, depth, bound)
 
     def _read(self, bound: float | None, depth: int) -> None:
         """Reads what earlier passes found, where the device has it ready: overflow, drift. Warns of drift once.
@@ -172,7 +172,7 @@ class Monitor:
                     f"Stack: backprop='exact' made a state again that is {self.drift:.1e} off: a function gives "
                     "other values the second time. Make it deterministic, or use backprop='reverse'."
                 )
-            if bound is not None and self.drift > bound and self.every != 1:
+            if bound is not None and self.drift > 3 * bound and self.every != 1:
                 # Learned scales move during training, and the growth of errors with them.
                 self.every = max(1, (self.every or depth) // 2)
             if self.drift <= DRIFT_LIMIT:
@@ -186,38 +186,40 @@ class Monitor:
                 )
 
 
-def _window(stack: "Stack", trial: Trial, first: int, states: list[State]) -> tuple[float, float]:
-    """How much a step undone grows an error, and the error that it adds, over steps that ``trial`` has just run."""
+def _window(stack: "Stack", trial: Trial, first: int, states: list[State]) -> tuple[float, list[float]]:
+    """Undoes the steps that ``trial`` has just run: how much a step grows an error, and the error after 1, 2, ..."""
     length, trial.back = len(states) - 1, True
     back = states[-1]
     largest = torch.stack([x.square().mean() for x in back]).max().sqrt()
     # Of one size in all streams: what grows fastest may sit in a small one.
     moved = tuple(x + torch.finfo(x.dtype).eps ** 0.5 * largest * torch.randn_like(x) for x in back)
-    distances = [float(distance(moved, back))]
-    for n in reversed(range(first, first + length)):
-        step = stack.steps[n]
+    distances, errors = [float(distance(moved, back))], []
+    for n in reversed(range(length)):
+        step = stack.steps[first + n]
         back = step(back, stack.block, None, None, None, trial)
         moved = step(moved, stack.block, None, None, None, trial)
         distances.append(float(distance(moved, back)))
-    error = float(distance(back, states[0]))
-    if not all(math.isfinite(d) for d in (*distances, error)):
-        return math.inf, math.inf
+        errors.append(float(distance(back, states[n])))
+    if not all(math.isfinite(d) for d in (*distances, *errors)):
+        return math.inf, [math.inf] * length
     half = length // 2  # until here the error turns into the direction that grows most
-    growth = max(1.0, (distances[-1] / max(distances[half], 1e-300)) ** (1 / (length - half)))
-    return growth, error / sum(growth**k for k in range(length))
+    return max(1.0, (distances[-1] / max(distances[half], 1e-300)) ** (1 / (length - half))), errors
 
 
-def _spacing(growths: list[float], errors: list[float], bound: float) -> int | None:
-    """The largest number of steps between anchors that keeps the predicted error below the bound; None for all."""
-    depth = len(growths)
-    for every in sorted({-(-depth // parts) for parts in range(1, depth + 1)}, reverse=True):
-        error, worst = 0.0, 0.0
-        for n in reversed(range(depth)):
-            error = errors[n] + error * growths[n] if (n + 1) % every else errors[n]
-            worst = max(worst, error)
-        if worst <= bound:
-            return None if every == depth else every
-    return 1
+def _spacing(growth: float, curves: list[list[float]], depth: int, bound: float) -> int | None:
+    """The largest number of steps between anchors that keeps the error below the bound; None for no anchors.
+
+    ``curves`` are errors after 1, 2, ... steps undone, as measured; beyond them errors grow by ``growth`` a step.
+    """
+    error = worst = 0.0
+    one = max(curve[0] for curve in curves)
+    for k in range(depth):
+        measured = [curve[k] for curve in curves if k < len(curve)]
+        error = max(measured) if measured else one + growth * error
+        worst = max(worst, error)
+        if not worst <= bound:
+            return max(1, k)
+    return None
 
 
 def _check_finite(step: "Step", state: State) -> None:
@@ -294,7 +296,7 @@ def diagnose(stack: "Stack", start: Callable[[], State], time: Any, context: Any
         for step in stack.steps:
             trial.back = False
             after = step(state, stack.block, time, context, None, trial)
-            growth, drift = _window(stack, trial, step.index, [state, after])
+            growth, (drift,) = _window(stack, trial, step.index, [state, after])
             finite = all(bool(torch.isfinite(x).all()) for x in after)
             records.append(StepReport(step.index, str(step.scheme), finite, drift, growth))
             state = after

@@ -55,11 +55,12 @@ class FusedColumn(nn.Module):
         found: list[Tensor] = []
         levels: Any = zip(self.links, self.blocks, strict=True)
         for level, (links, blocks) in enumerate(levels):
-            x: Any
             if self.first:
                 x = links[0](found[-1]) if level else maps[0]
             else:
-                x = sum(link(y) for link, y in zip(links, maps, strict=True))
+                x, *others = (link(y) for link, y in zip(links, maps, strict=True))
+                for y in others:
+                    x = x + y
             for f in blocks:
                 x = x + f(x)
             found.append(x)

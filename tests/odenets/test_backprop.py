@@ -147,6 +147,23 @@ def test_autocast_is_the_same_in_the_backward_pass(name: str, inside: bool) -> N
         assert distance(got, want) <= (1e-5 if not forward and (plain or not inside) else 3e-2)
 
 
+def test_autocast_keeps_no_casts_without_a_graph() -> None:
+    """A layer used in the stack and after it, in one autocast region, gets both gradients."""
+    found = []
+    for mode in ("reverse", "store"):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 3)
+        stack = Stack([layer, nn.Linear(3, 3)], "revnet", backprop=mode)
+        x = batch(dtype=torch.float32)
+        stack(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(stack(x)[:, :3]).float().square().mean()
+        stack.zero_grad()
+        loss.backward()
+        found.append({k: p.grad for k, p in stack.named_parameters()})
+    assert distance(*found) <= 1e-2
+
+
 # What needs a gradient --------------------------------------------------------------------------------------------
 
 
@@ -615,7 +632,7 @@ def test_drift_that_grows_in_training_brings_anchors() -> None:
         for _ in range(6):
             gradients(stack, batch(dtype=torch.float32))
     assert stack.monitor.every is not None and stack.monitor.every < before
-    assert stack.monitor.drift is not None and stack.monitor.drift <= 1e-5
+    assert stack.monitor.drift is not None and stack.monitor.drift <= 3e-5
 
 
 # Anchors ----------------------------------------------------------------------------------------------------------
