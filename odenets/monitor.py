@@ -134,7 +134,7 @@ class Monitor:
 
     def _measure(self, stack: "Stack", state: State, time: Any, context: Any, bound: float) -> None:
         """Runs all steps forward and back, some at a time, and spaces anchors by how errors grow on the way back."""
-        trial, growths, curves = Trial(), [], []
+        trial, windows = Trial(), []
         n, depth = 0, len(stack.steps)
         with torch.no_grad(), checks.nothing_changed(stack, always=True):
             state = tuple(x.detach() for x in state)
@@ -146,11 +146,13 @@ class Monitor:
                     states.append(state)
                     time = None if time is None else time + stack.steps[n].scheme.span * stack.steps[n].h
                     n += 1
-                growth, curve = _window(stack, trial, first, states)
-                growths += [growth] * (n - first)
-                curves.append(curve)
-        self.growth = math.exp(sum(map(math.log, growths)) / depth) if max(growths) < math.inf else math.inf
-        self.every = _spacing(self.growth, curves, depth, bound)
+                windows.append(_window(stack, trial, first, states))
+        lengths = [len(errors) for _, errors in windows]
+        growths = [growth for growth, _ in windows]
+        self.growth = math.inf
+        if max(growths) < math.inf:
+            self.growth = math.exp(sum(n * math.log(g) for n, g in zip(lengths, growths, strict=True)) / depth)
+        self.every = _spacing(windows, bound)
 
     def _read(self, bound: float | None, depth: int) -> None:
         """Reads what earlier passes found, where the device has it ready: overflow, drift. Warns of drift once.
@@ -206,19 +208,22 @@ def _window(stack: "Stack", trial: Trial, first: int, states: list[State]) -> tu
     return max(1.0, (distances[-1] / max(distances[half], 1e-300)) ** (1 / (length - half))), errors
 
 
-def _spacing(growth: float, curves: list[list[float]], depth: int, bound: float) -> int | None:
+def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | None:
     """The largest number of steps between anchors that keeps the error below the bound; None for no anchors.
 
-    ``curves`` are errors after 1, 2, ... steps undone, as measured; beyond them errors grow by ``growth`` a step.
+    Each window is its growth a step, and its errors after 1, 2, ... steps undone, as measured. Beyond one window the
+    error that comes from above grows by the window's growth, and the window's own is added.
     """
-    error = worst = 0.0
-    one = max(curve[0] for curve in curves)
-    for k in range(depth):
-        measured = [curve[k] for curve in curves if k < len(curve)]
-        error = max(measured) if measured else one + growth * error
-        worst = max(worst, error)
-        if not worst <= bound:
+    for k in range(WINDOW):
+        if not max((errors[k] for _, errors in windows if k < len(errors)), default=0.0) <= bound:
             return max(1, k)
+    sums = [errors[-1] for _, errors in windows]
+    for length in range(1, len(windows)):
+        for top in range(length, len(windows)):
+            growth, errors = windows[top - length]
+            sums[top] = errors[-1] + growth ** len(errors) * sums[top]
+            if not sums[top] <= bound:
+                return length * WINDOW
     return None
 
 

@@ -10,9 +10,11 @@ ConvNeXt blocks 2,2,4,2. revlib, revtorch and memcnn take part where they are in
 
 Peak: the largest sum of the allocator's events in one forward and backward pass, above what was there before; gradients
 are preallocated, so that neither they nor parameters count. Slope: peak per block, from the smallest to the largest
-depth. Every round times every implementation once, in an order drawn anew; a time is the median over the rounds of its
-ratio, in the same round, to the stored run, and to the stored run plus one forward pass without gradients.
-Gradient error: relative, global norm, against the stored run of the same dtype.
+depth. Times are processor time of one thread; every round times every implementation once, in an order drawn anew, and
+a figure is the median over the rounds of the ratio, in the same round, to the stored run, and to the stored run plus
+one forward pass without gradients.
+Gradient error: of all parameters, relative, global norm, against the stored run of the same dtype (memcnn leaves the
+gradient of a leaf input at zero, which this does not count).
 """
 
 import argparse
@@ -197,7 +199,7 @@ def peak(net: nn.Module, x: Tensor) -> float:
 
 
 def flat(net: nn.Module, x: Tensor) -> Tensor:
-    """All gradients of one pass, one after the other, in the order in which the functions were made."""
+    """The gradients of all parameters, one after the other, in the order in which the functions were made."""
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     x.grad = torch.zeros_like(x)
@@ -206,7 +208,7 @@ def flat(net: nn.Module, x: Tensor) -> Tensor:
     ordered = [*net.named_parameters()]
     if any(".Gm." in name for name, _ in ordered):
         ordered.sort(key=lambda pair: (int(pair[0].split(".")[0]), ".Gm." in pair[0]))
-    return torch.cat([x.grad.flatten(), *(p.grad.flatten() for _, p in ordered)]).clone()  # type: ignore[union-attr]
+    return torch.cat([p.grad.flatten() for _, p in ordered]).clone()  # type: ignore[union-attr]
 
 
 def seconds(work: Callable[[], object]) -> float:
