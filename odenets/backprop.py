@@ -111,7 +111,8 @@ class Tape:
         call = call_of(step, state, shared, t, context, self.grid)
         self.calls.append(call)
         inputs = [o.tensor for o in call.owners]
-        inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
+        if t is not None or context is not None:
+            inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
         return _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[return-value]
 
     def close(self, state: State) -> None:
@@ -417,8 +418,10 @@ def _backward(
     count = len(call.owners)
     direct = all(_as_found(o) for o in call.owners)
     leaves = list(extras) if direct else [x.detach().requires_grad_(w) for x, w in zip(extras, wanted, strict=True)]
-    leaves[count:] = [x.detach().requires_grad_() for x in extras[count:]]
-    t, context = _replaced((call.t, call.context), leaves[count:])
+    t, context = call.t, call.context
+    if len(extras) > count:
+        leaves[count:] = [x.detach().requires_grad_() for x in extras[count:]]
+        t, context = _replaced((t, context), leaves[count:])
     work = Work(call, [x for x, w in zip(leaves, wanted, strict=True) if w], {id(x) for x in leaves})
     with (
         nullcontext() if direct else _held(call.owners, leaves[:count]),
@@ -456,8 +459,7 @@ def _backward(
 
 def _learned(call: Call) -> bool:
     """Whether the step size or the time needs a gradient."""
-    leaves = (call.step.h, *pytree.tree_leaves(call.t))
-    return any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+    return any(isinstance(x, Tensor) and x.requires_grad for x in (call.step.h, call.t))
 
 
 def _replaced(tree: Any, leaves: Sequence[Tensor]) -> Any:
@@ -575,10 +577,10 @@ def _differentiate(
                     pairs.append((get_gradient_edge(scale), (grad * x).sum_to_size(scale.shape).to(scale.dtype)))
                 grads[d] = grad if plain else grad * (scale.detach() if isinstance(scale, Tensor) else scale)
         del scale, shift, x, grad, emitted_grad
-    # What the streams have of later updates goes in first, so that sums come out bit by bit as autograd's own.
-    for i, x in zip(places, inputs, strict=False):
+    # On a grid, what the streams have of later updates goes in first: sums come out bit by bit as autograd's own.
+    for i, x in zip(places, inputs, strict=False) if work.call.grid is not None and pairs else ():
         before = grads[i]
-        if pairs and before is not None:
+        if before is not None:
             pairs.append((get_gradient_edge(x), before))
             grads[i] = None
             del before
