@@ -149,6 +149,7 @@ class Stack(nn.Module):
                 )
         shortcuts = structure.shortcuts_of(shortcut, self.scheme, depth)
         if isinstance(self.backprop, (Reverse, Exact)):
+            _keep_eager()
             structure.check_reverse(self.scheme, after, isinstance(self.backprop, Exact))
         self.block = shared
         self.after = after
@@ -253,7 +254,7 @@ class Stack(nn.Module):
         state = self._start(x, t, context)
         time = t if self._timed else None
         if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
-            return self.scheme.readout(self._reversed(self.backprop, state, time, context))  # type: ignore[call-arg]
+            return self.scheme.readout(_eager(self, self.backprop, state, time, context))
         if isinstance(self.backprop, Checkpoint) and torch.is_grad_enabled():
             every = self.backprop.every
             for first in range(0, len(self.steps), every):
@@ -288,7 +289,6 @@ class Stack(nn.Module):
             context_fn=lambda: (nullcontext(), buffers_kept(modules)),
         )  # type: ignore[return-value]
 
-    @torch.compiler.disable
     def _reversed(
         self, how: Reverse | Exact, state: State, time: Any, context: Any, states: list[State] | None = None
     ) -> State:
@@ -305,7 +305,7 @@ class Stack(nn.Module):
         time = t if self._timed or self.scheme.nodes is None else None
         if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
             states: list[State] = []
-            self._reversed(self.backprop, state, time, context, states)  # type: ignore[call-arg]
+            _eager(self, self.backprop, state, time, context, states)
             return [self.scheme.readout(s) for s in states]
         found = []
         for n in range(self.depth):
@@ -335,7 +335,7 @@ class Stack(nn.Module):
         time = t if self._timed else None
         seen = _Visits(visitor)
         if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
-            return self._reversed(self.backprop, state, time, context, seen)  # type: ignore[call-arg]
+            return _eager(self, self.backprop, state, time, context, seen)
         advance = self._recomputed if self.backprop is not None and torch.is_grad_enabled() else self._advance
         for step in self.steps:
             state = advance((step,), state, time, context)
@@ -348,7 +348,7 @@ class Stack(nn.Module):
         """All streams after the last step, before the readout: what ``inverse`` can start from."""
         state, time = self._start(x, t, context), t if self._timed else None
         if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
-            return self._reversed(self.backprop, state, time, context)  # type: ignore[call-arg]
+            return _eager(self, self.backprop, state, time, context)
         return self._advance(self.steps, state, time, context)
 
     def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> watching.Diagnosis:
@@ -454,3 +454,16 @@ class Stack(nn.Module):
         if self.backprop is not None:
             parts.append(f"backprop={written(self.backprop)}")
         return ", ".join(parts)
+
+
+_kept: list[Any] = []
+
+
+def _keep_eager() -> None:
+    """Keeps torch.compile out of the reverse modes. Asking for it loads the compiler, so no import does it."""
+    if not _kept:
+        _kept.append(torch.compiler.disable(Stack._reversed))
+
+
+def _eager(stack: Stack, *args: Any) -> State:
+    return (_kept[0] if _kept else Stack._reversed)(stack, *args)

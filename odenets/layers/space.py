@@ -1,7 +1,6 @@
 """Shortcuts that change the resolution of a stream: exactly invertible, or by averaging."""
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -31,10 +30,14 @@ class SpaceToDepth(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        from einops import rearrange  # its import takes a third of this package's, for this layer alone
+
         return rearrange(x, "n c (h a) (w b) -> n (a b c) h w", a=self.factor, b=self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
         """What ``forward`` made y of."""
+        from einops import rearrange
+
         return rearrange(y, "n (a b c) h w -> n c (h a) (w b)", a=self.factor, b=self.factor)
 
     def extra_repr(self) -> str:
