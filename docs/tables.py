@@ -6,15 +6,31 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import schemes
-from odenets import create_model, list_models
-from odenets.models import HOResNet, ResNet
+from odenets import Stack, create_model, list_models
+from odenets.models import (
+    ConvNeXt,
+    DenseNet,
+    HOResNet,
+    IRevNet,
+    MultiColumn,
+    RDNet,
+    ResNet,
+    RevCol,
+    RevColViT,
+    RevNet,
+    ViT,
+    roadmap,
+)
 from schemes import MixingWarning
 
 PAGES = Path(__file__).parent / "pages"
@@ -107,20 +123,77 @@ def residual_nets(kind: type[ResNet] | type[HOResNet]) -> str:
     return table(head, rows)
 
 
-def other_models() -> str:
-    """The registered models of other kinds, by class."""
-    others = {n: net for n, net in built().items() if not isinstance(net, ResNet | HOResNet)}
-    others = dict(sorted(others.items(), key=lambda item: type(item[1]).__name__))
-    rows = [[f"`{n}`", type(m).__name__, str(getattr(m, "num_classes", "–")), parameters(m)] for n, m in others.items()]
-    return table("Model | Class | Classes# | Parameters#", rows)
+def gmacs(net: nn.Module, size: int) -> str:
+    """Multiply-adds of convolutions and matrix products for one picture, in 10^9."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(torch.empty(1, 3, size, size, device="meta"))
+    return f"{counter.get_total_flops() / 2e9:.3f}"
 
 
+def family(what: str, row: Callable[[Any], list[str]], *kinds: type[nn.Module]) -> str:
+    """The registered models of some classes: their name, what ``row`` says of them, parameters and multiply-adds."""
+    rows = []
+    for name, net in built().items():
+        if type(net) in kinds:
+            size = 32 if net.num_classes == 10 else 224  # CIFAR-10 or ImageNet
+            rows.append([f"`{name}`", *row(net), str(net.num_classes), parameters(net), str(size), gmacs(net, size)])
+    return table(f"Model | {what} | Classes# | Parameters# | Size# | GMACs#", rows)
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Numbers with commas between them."""
+    return ", ".join(map(str, numbers))
+
+
+def column_net(net: Any) -> list[str]:
+    """Columns, blocks and channels per level, and the kernel of a RevCol or a RevColViT."""
+    first = net.columns.steps[0].fs
+    # A transformer block is two residual functions.
+    blocks = [len(f.blocks) // (2 if isinstance(net, RevColViT) else 1) for f in first]
+    kernel = [] if isinstance(net, RevColViT) else [str(first[0].blocks[0].dwconv.kernel_size[0])]
+    return [str(len(net.columns.steps)), listed(blocks), listed(row["num_chs"] for row in net.feature_info), *kernel]
+
+
+def level_net(net: Any) -> list[str]:
+    """Residual functions per level and channels per resolution."""
+    counts = [sum(len(step.fs) for step in level.steps) for level in net.levels]
+    return [listed(counts), listed(row["num_chs"] for row in net.feature_info)]
+
+
+def revnet(net: Any) -> list[str]:
+    """Units and channels per level."""
+    heads = [isinstance(t, Stack) for t in net.transitions]  # a RevNet's first units stand before the stacks
+    counts = [head + len(level.steps) for head, level in zip(heads, net.levels, strict=True)]
+    return [type(net).__name__, listed(counts), listed(row["num_chs"] for row in net.feature_info)]
+
+
+def steps_of(*bases: tuple[roadmap.Row, ...]) -> str:
+    """A roadmap, with what was published of each step."""
+    rows = []
+    for i, steps in enumerate(zip(*bases, strict=True), 1):
+        published = [text for s in steps for text in (figure(s.gflops), figure(s.top1))]
+        rows.append([str(i), f"`{steps[0].name}`", *published])
+    names = ["GMACs# | Top-1#"] if len(bases) == 1 else ["50: GMACs# | 50: top-1#", "200: GMACs# | 200: top-1#"]
+    return table(f"Step# | Name | {' | '.join(names)}", rows)
+
+
+PYRAMID = "Columns# | Blocks per level | Channels per level"
+FUNCTIONS = "Functions per level | Channels"
 TABLES = {
     "schemes": named_schemes,
     "others": other_schemes,
     "resnet": lambda: residual_nets(ResNet),
     "ho_resnet": lambda: residual_nets(HOResNet),
-    "models": other_models,
+    "revcol": lambda: family(f"{PYRAMID} | Kernel#", column_net, RevCol),
+    "revcol_vit": lambda: family(PYRAMID, column_net, RevColViT),
+    "multi_column": lambda: family("Channels", lambda net: [str(net.num_features)], MultiColumn),
+    "revnet": lambda: family("Class | Units per level | Channels", revnet, RevNet, IRevNet),
+    "vit": lambda: family("Blocks# | Channels", lambda n: [str(len(n.levels[0].steps) // 2), str(n.num_features)], ViT),
+    "convnext": lambda: family(FUNCTIONS, level_net, ConvNeXt),
+    "densenet": lambda: family(FUNCTIONS, level_net, DenseNet),
+    "rdnet": lambda: family(FUNCTIONS, level_net, RDNet),
+    "convnext_steps": lambda: steps_of(*roadmap.CONVNEXT.values()),
+    "rdnet_steps": lambda: steps_of(roadmap.RDNET),
 }
 
 
@@ -132,7 +205,7 @@ def filled(text: str) -> str:
 def main(check: bool) -> int:
     """Writes the pages whose tables changed, or only names them; the number of these pages."""
     stale = 0
-    for page in sorted(PAGES.glob("*.md")):
+    for page in sorted(PAGES.rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         new = filled(text)
         if new != text:

@@ -19,6 +19,7 @@ import yaml
 import odenets.models.registry
 import schemes
 import schemes.registry
+from odenets import list_models
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/pages").rglob("*.md"))
@@ -93,6 +94,13 @@ def test_tables_are_those_of_the_code():
         text = path.read_text(encoding="utf-8")
         stale += [m[2] for m in tables.MARKS.finditer(text) if m[0] not in tables.filled(m[0])]
     assert not stale, "run: python docs/tables.py"
+
+
+def test_every_registered_model_stands_in_one_table():
+    rows = [
+        row for path in PAGES for row in re.findall(r"^\| `(\w+)` \|.* \| [\d,]+ \|.*$", path.read_text("utf-8"), re.M)
+    ]
+    assert sorted(rows.count(model) for model in list_models()) == [1] * len(list_models())
 
 
 def navigation() -> list[str]:

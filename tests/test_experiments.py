@@ -1,10 +1,11 @@
-"""Every experiment file runs one batch of training and validation on small synthetic pictures."""
+"""Every experiment file runs one batch of training and validation on small synthetic pictures or texts."""
 
 import re
 from pathlib import Path
 
 import pytest
 from training.pictures import write_folder, write_parquet
+from training.texts import write_texts
 
 from odenets.training.command import run
 
@@ -14,6 +15,10 @@ CHEAPER = {
     "cifar10_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
     "cifar100_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
     "synthetic_translation": ["--data.sentences", "200"],
+    "wmt_translation": [
+        *("--model.net.dim", "16", "--model.net.heads", "2", "--model.net.columns", "2"),
+        *("--model.net.decoder_layers", "1", "--data.batch_size", "4"),
+    ],
     "cifar10_revcol": ["--model.net.channels", "[4, 8, 16]", "--model.net.blocks", "[1, 1, 1]"],
     "cifar10_revnet110": ["--model.net.units", "[2, 2, 2]", "--model.net.widths", "[8, 8, 16, 32]"],
     "cifar10_resnet110": ["--model.net.functions", "[2, 2, 2]", "--model.net.widths", "[4, 8, 16]"],
@@ -32,11 +37,14 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         write_parquet(root / name / "train.parquet", 2 * classes, classes, label_key=key)
         write_parquet(root / name / "test.parquet", classes, classes, label_key=key)
     write_folder(root / "imagenet", 3, 4, size=(120, 100))
+    write_texts(root / "wmt" / "train.parquet", 8)
+    write_texts(root / "wmt" / "validation.parquet", 4)
     return {
         "cifar10": root / "cifar10",
         "cifar100": root / "cifar100",
         "ho_resnet50": root / "imagenet",
         "revcol_tiny": root / "imagenet",
+        "wmt_translation": root / "wmt",
     }
 
 

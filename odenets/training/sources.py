@@ -1,4 +1,4 @@
-"""Where pictures come from: parquet files, image folders, the Hugging Face hub. One `Source` per split."""
+"""Where data come from: parquet files, image folders, the Hugging Face hub. One `Source` of pictures per split."""
 
 import io
 import re
@@ -67,9 +67,11 @@ class TableSource(Source):
 
         features = table.features
         images = [k for k, f in features.items() if isinstance(f, datasets.Image)]
-        self.image_key = _key(image_key, ["img", "image", *images], features, "image_key", where)
+        self.image_key = find_column(image_key, ["img", "image", *images], features, "image_key", where)
         classes = [k for k, f in features.items() if isinstance(f, datasets.ClassLabel)]
-        self.label_key = _key(label_key, ["label", "fine_label", "labels", *classes], features, "label_key", where)
+        self.label_key = find_column(
+            label_key, ["label", "fine_label", "labels", *classes], features, "label_key", where
+        )
         column = table.select_columns(self.label_key)[:][self.label_key]
         feature = features[self.label_key]
         if isinstance(feature, datasets.ClassLabel):
@@ -90,7 +92,8 @@ class TableSource(Source):
             return picture.convert("RGB")
 
 
-def _key(given: str | None, guesses: Sequence[str], features: Any, option: str, where: str) -> str:
+def find_column(given: str | None, guesses: Sequence[str], features: Any, option: str, where: str) -> str:
+    """The column that is given, or the first guess that is there."""
     for key in (given,) if given else guesses:
         if key in features:
             return key
@@ -112,21 +115,41 @@ def open_splits(
     Raises:
         DataError: There is nothing there, or no column fits. The network is only asked with `download`.
     """
+    loaded = open_tables(root, hub, download)
+    if root is not None and not loaded:
+        return _folder_splits(Path(root).expanduser())
+    where = str(root or hub)
+    return {name: TableSource(table, image_key, label_key, where) for name, table in loaded.items()}
+
+
+def open_tables(
+    root: str | Path | None,
+    hub: str | None = None,
+    download: bool = False,
+    subset: str | None = None,
+    ways: str = THREE_WAYS,
+) -> dict[str, Any]:
+    """The splits of parquet files under `root`, or on the hub, as tables; none where `root` holds no such file.
+
+    Args:
+        root: Folder or file.
+        hub: Dataset on the hub.
+        download: Allows the network.
+        subset: Configuration of the hub's dataset, where it has several.
+        ways: Remedies that an error names.
+
+    Raises:
+        DataError: There is nothing there.
+    """
     if root is not None:
         path = Path(root).expanduser()
         if not path.exists():
-            raise DataError(f"data.root: no folder {str(root)!r}\n  {THREE_WAYS}")
-        tables = _parquet_splits(path)
-        if tables:
-            loaded = _load_parquet(tables)
-        else:
-            return _folder_splits(path)
-    elif hub is not None:
-        loaded = _load_hub(hub, download)
-    else:
-        raise DataError(f"no data: neither data.root nor data.hub is set\n  {THREE_WAYS}")
-    where = str(root or hub)
-    return {name: TableSource(table, image_key, label_key, where) for name, table in loaded.items()}
+            raise DataError(f"data.root: no folder {str(root)!r}\n  {ways}")
+        files = _parquet_splits(path)
+        return _load_parquet(files) if files else {}
+    if hub is not None:
+        return _load_hub(hub, download, subset, ways)
+    raise DataError(f"no data: neither data.root nor data.hub is set\n  {ways}")
 
 
 def _parquet_splits(path: Path) -> dict[str, list[str]]:
@@ -166,7 +189,7 @@ def _folder_splits(path: Path) -> dict[str, Source]:
     return splits
 
 
-def _load_hub(hub: str, download: bool) -> dict[str, Any]:
+def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[str, Any]:
     """A dataset of the hub; the network is asked once, with a short limit, and only if downloading is allowed."""
     import datasets
     import datasets.config
@@ -177,15 +200,13 @@ def _load_hub(hub: str, download: bool) -> dict[str, Any]:
         try:
             huggingface_hub.HfApi().dataset_info(hub, timeout=10)
         except Exception as e:  # every failure (no network, offline mode, no such name) has the same remedies
-            raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__})\n  {THREE_WAYS}") from None
-        return {str(name): table for name, table in datasets.load_dataset(hub).items()}
+            raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__})\n  {ways}") from None
+        return {str(name): table for name, table in datasets.load_dataset(hub, subset).items()}
     offline = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return {str(name): table for name, table in datasets.load_dataset(hub).items()}
+        return {str(name): table for name, table in datasets.load_dataset(hub, subset).items()}
     except Exception:
-        raise DataError(
-            f"data.hub: {hub!r} is not on this machine and downloading was not allowed\n  {THREE_WAYS}"
-        ) from None
+        raise DataError(f"data.hub: {hub!r} is not on this machine and downloading was not allowed\n  {ways}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = offline
