@@ -133,6 +133,20 @@ EXTRAS = (
 )
 
 
+def test_the_import_leaves_the_compiler_alone():
+    has = "'torch._dynamo' in sys.modules"
+    code = f"import sys, torch; had = {has}; import odenets; print(had, {has})"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    had, has = result.stdout.split()
+    assert had == has, "import odenets loads torch._dynamo, which takes as long as torch itself"
+
+
 @pytest.mark.parametrize("statement", ["import odenets", "import schemes; schemes.get('nested(rk4, heun3)')"])
 def test_what_the_base_import_loads(statement):
     found = loaded(statement)
