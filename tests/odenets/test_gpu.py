@@ -1,0 +1,73 @@
+"""What only a CUDA device can show, ``pytest -m gpu``: the device's generator, fp16 autocast, figures in flight."""
+
+import pytest
+import torch
+from invertible import SCHEMES, Function, batch, build, distance, gradients
+
+from odenets import create_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_device(name, **options):
+    return build(name, dtype=torch.float32, **options).to("cuda")
+
+
+def given():
+    return batch(dtype=torch.float32, grad=False).to("cuda").requires_grad_()
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_reverse_equals_stored(name):
+    want, found = (gradients(on_device(name, backprop=mode), given()) for mode in ("store", "reverse"))
+    assert distance(found, want) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["revnet", "momentum(0.9)", "revcol"])
+def test_dropout_of_the_device_is_replayed(name):
+    found = []
+    for mode in ("store", "reverse"):
+        torch.cuda.manual_seed(0)
+        net = on_device(name, backprop=mode, make=lambda slot: Function(slot, dropout=0.3))
+        found.append((gradients(net, given()), torch.cuda.get_rng_state()))
+    assert distance(found[1][0], found[0][0]) < 1e-4
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_is_the_same_the_second_time(dtype):
+    found = []
+    for mode in ("store", "reverse"):
+        net = on_device("revnet", backprop=mode)
+        with torch.autocast("cuda", dtype):
+            y = net(given())
+        y.float().square().mean().backward()
+        found.append({k: p.grad for k, p in net.named_parameters()})
+        assert {t for step in net.steps for f in step.fs for t in f.dtypes} == {dtype}
+    assert distance(found[1], found[0]) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["revnet", "momentum(0.9)"])
+def test_exact_mode(name):
+    a, b = (gradients(on_device(name, backprop=mode), given()) for mode in ("exact", "exact(store=true)"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_drift_arrives_without_waiting():
+    net, x = on_device("revnet"), given()
+    net(x).sum().backward()
+    torch.cuda.synchronize()
+    net(x)
+    assert net.monitor.drift is not None and net.monitor.drift < 1e-3
+
+
+def test_a_model_trains_in_bf16_and_channels_last():
+    net = create_model("ho_resnet26", scheme="rk4").to("cuda").to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = net(x).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
