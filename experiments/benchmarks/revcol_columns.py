@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from odenets import plots
 from odenets.models import RevCol
 
-MODES = ("store", "checkpoint", "reverse")
+MODES = ("store", "checkpoint", "reverse", "exact")
 
 
 def network(columns: int, mode: str) -> RevCol:
