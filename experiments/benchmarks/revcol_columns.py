@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from odenets import plots
 from odenets.models import RevCol
 
-MODES = ("store", "checkpoint", "reverse", "exact")
+MODES = ("store", "checkpoint", "exact", "reverse")
 
 
 def network(columns: int, mode: str) -> RevCol:
