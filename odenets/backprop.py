@@ -312,7 +312,10 @@ def _check_parameters(call: Call) -> None:
             )
 
 
-def _elementary(call: Call, state: State, t: Any, context: Any) -> list[tuple[Any, Sequence[Function], Any, Any]]:
+def _elementary(
+    call: Call, state: State | None, t: Any, context: Any
+) -> list[tuple[Any, Sequence[Function], Any, Any]]:
+    # A first call checks shapes against the state before the step: on the way back there is none yet, and no check.
     step = call.step
     h = step.h
     fs, gs = step.functions(state, call.shared, t, context, h)
@@ -392,7 +395,7 @@ def undone(call: Call, state: State) -> State:
         autocast_as(call.autocast),
     ):
         drawn, lost = list(call.generators), list(call.lost)
-        for scheme, fs, h, gs in reversed(_elementary(call, state, call.t, call.context)):
+        for scheme, fs, h, gs in reversed(_elementary(call, None, call.t, call.context)):
             if not isinstance(scheme, Coupling):
                 with _replayed(drawn.pop()):
                     state = scheme.retreat(fs, state, h, gs)
@@ -432,7 +435,7 @@ def _backward(
 
         def parts() -> list[tuple[Any, Sequence[Function], Any, Any]]:
             with torch.enable_grad():  # a learned step size enters the functions and the updates here
-                return _elementary(call, tuple(streams), t, context)
+                return _elementary(call, None, t, context)
 
         fixed = None if _learned(call) else parts()
         for k in reversed(range(len(parts() if fixed is None else fixed))):

@@ -55,12 +55,12 @@ class Step(nn.Module):
         self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
 
     def functions(
-        self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any
+        self, state: State | None, shared: nn.Module | None, t: Any, context: Any, h: Any
     ) -> tuple[Sequence[Function], Sequence[Function]]:
         """The residual functions, with time and context filled in where they take them, and the shortcuts."""
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
         gs: Sequence[Function] = () if self.gs is None else tuple(self.gs)
-        if self.watch is not None:
+        if self.watch is not None and state is not None:
             fs, gs = self.watch(self, state, fs, gs)
         if not self.plain:
             self.calls[0] = 0

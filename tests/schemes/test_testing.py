@@ -277,3 +277,37 @@ law()
 
 def test_nested_shows_up_in_drawn_schemes():
     assert isinstance(find(testing.schemes(), lambda s: isinstance(s, Nested)), Nested)
+
+
+class Mixed(nn.Module):
+    """The same for any number of arguments of any width."""
+
+    def __init__(self, slot):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(sum(slot.in_channels), 5), nn.BatchNorm1d(5)
+        self.outer, self.dropout = nn.Linear(5, slot.out_channels), nn.Dropout(0.3)
+
+    def forward(self, *xs):
+        return 0.2 * self.outer(self.dropout(torch.tanh(self.norm(self.inner(torch.cat(xs, 1))))))
+
+
+def coupled(scheme, mode):
+    torch.manual_seed(1)
+    return Stack.from_factory(Mixed, scheme, 3, channels=6, backprop=mode).double()
+
+
+@settings(max_examples=15)
+@given(scheme=testing.couplings())
+def test_stack_law_of_reverse_mode(scheme):
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    testing.check_stack(lambda mode: coupled(scheme, mode), x, mode="reverse", tolerance=1e-9)
+
+
+def test_stack_law_sees_other_dropout_in_reverse_mode(monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr("odenets.backprop._replayed", lambda generators: nullcontext())
+    with pytest.raises(AssertionError, match=r"reverse: .* differs from store"):
+        testing.check_stack(
+            lambda mode: coupled("revnet", mode), torch.randn(8, 6).double(), mode="reverse", tolerance=1e-9
+        )
