@@ -166,5 +166,4 @@ def pruned(scheme: Scheme) -> RungeKutta:
     """
     if not isinstance(scheme, RungeKutta):
         raise SchemeError(f"pruned: {scheme!r} is no single Runge-Kutta method; only an embedded pair can be pruned.")
-    t, n = scheme.tableau, scheme.live
-    return RungeKutta(replace(t, name=f"pruned({t.name})", a=t.a[:n], b=t.b[:n], c=t.c[:n], b_hat=None, order_hat=None))
+    return RungeKutta(replace(scheme.tableau.pruned(), name=f"pruned({scheme})"))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import schemes
 from schemes import Scheme, SchemeError
 
+from ..structure import fitting_counts
+
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:
     """One scheme per level, from one for all or one each.
@@ -50,7 +52,7 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
     whole, rest = divmod(functions, period)
     if not rest:
         return whole * len(plan)
-    counts = f"{whole * period} or {(whole + 1) * period}" if whole else f"{period}"
+    counts = " or ".join(map(str, fitting_counts(scheme, functions)))
     text = f"level {level} has {functions} residual functions, and {scheme} takes {period} a step: use {counts}"
     if whole and len(plan) == 1:
         last = {1: "euler", 2: "midpoint"}.get(rest, f"{rest}*euler")
