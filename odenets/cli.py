@@ -23,6 +23,8 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   {prog} fit -c FILE.yaml --print_config                                 the resolved configuration
   {prog} fit --help                                                      every option
 
+  odenets study run -c experiments/studies/pilot_mini.yaml               many random networks, to compare schemes
+
   --version  the version of odenets
 """
 
@@ -88,6 +90,10 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         repair_torchvision()
+        if words[0] == "study":
+            from odenets.study.command import run as run_study
+
+            return run_study(words[1:])
         from odenets.training.command import run
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]

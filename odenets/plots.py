@@ -111,6 +111,40 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
     return _write(figure, path)
 
 
+def design_spaces(
+    values: dict[str, Sequence[float]], differences: dict[str, tuple[float, float, float]], path: str | Path
+) -> Path:
+    """Accuracies of groups of networks as distribution functions, and differences of means with their intervals.
+
+    Args:
+        values: name of a group -> accuracies from 0 to 1.
+        differences: name -> (difference, lower end, upper end), in the same unit.
+        path: the PNG.
+
+    Source:
+        Radosavovic et al. 2019, On Network Design Spaces for Visual Recognition, arXiv 1905.13214, for the left panel.
+    """
+    figure = _figure(8, 3.4)
+    left, right = figure.subplots(1, 2)
+    for name, group in values.items():
+        ordered = sorted(100 * v for v in group)
+        left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name)
+    left.set_xlabel("validation accuracy, per cent")
+    left.set_ylabel("share of networks up to it")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    rows = list(differences.items())[::-1]
+    for y, (_, (mean, low, high)) in enumerate(rows):
+        right.plot([100 * low, 100 * high], [y, y], color="black", linewidth=1.5)
+        right.plot([100 * mean], [y], "o", color="black")
+    right.axvline(0, color="gray", linewidth=0.8)
+    right.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    right.set_ylim(-0.6, len(rows) - 0.4)
+    right.set_xlabel(" less ".join(list(values)[::-1]) + ", points, 95 % interval")
+    right.grid(alpha=0.3, axis="x")
+    return _write(figure, path)
+
+
 def lines(
     series: dict[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, x: str, y: str, log: bool = False
 ) -> Path:

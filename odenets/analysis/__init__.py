@@ -6,3 +6,6 @@ from .alignment import unbiased_hsic as unbiased_hsic
 from .features import Features as Features
 from .features import places as places
 from .layercam import layer_cam as layer_cam
+from .rank import Rank as Rank
+from .rank import feature_rank as feature_rank
+from .rank import rank_profile as rank_profile

@@ -9,6 +9,7 @@ from .data import Digits as Digits
 from .data import Images as Images
 from .data import Pictures as Pictures
 from .schedules import Constant as Constant
+from .schedules import Milestones as Milestones
 from .schedules import OneCycle as OneCycle
 from .schedules import Schedule as Schedule
 from .schedules import WarmupCosine as WarmupCosine

@@ -6,9 +6,12 @@ torch scheduler that is stepped after every optimiser step. A schedule of your o
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from schemes import SchemeError
 
 
 class Schedule(ABC):
@@ -70,3 +73,32 @@ class OneCycle(Schedule):
         peaks = [group["lr"] for group in optimizer.param_groups]
         # One step more than are taken: torch refuses to be stepped once after the last.
         return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=self.up, cycle_momentum=self.momentum)
+
+
+class Milestones(Schedule):
+    """The optimiser's learning rate, times `factor` at each of the milestones: lr(i) = peak * factor^#{m: i >= m * n}.
+
+    Args:
+        at: Shares of the run; the default is He et al.'s for ImageNet, DenseNet's on CIFAR is (0.5, 0.75).
+        factor: What remains at each.
+
+    Source: He et al. 2016, "Deep residual learning", section 3.4; Huang et al. 2017, "Densely connected convolutional
+    networks", section 4.2.
+
+    Example:
+        >>> m = Milestones((0.5, 0.75))
+        >>> [round(m.factor_at(i, 8), 3) for i in range(8)]
+        [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    """
+
+    def __init__(self, at: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1) -> None:
+        if not all(0 < share < 1 for share in at):
+            raise SchemeError(f"Milestones: at is {list(at)}; wants shares of the run, between 0 and 1")
+        self.at, self.factor = tuple(at), factor
+
+    def factor_at(self, i: int, steps: int) -> float:
+        """Share of the peak at optimiser step i of `steps`."""
+        return self.factor ** sum(i >= share * steps for share in self.at)
+
+    def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
+        return LambdaLR(optimizer, lambda i: self.factor_at(i, steps))

@@ -1,0 +1,105 @@
+"""The command `odenets study run|report|sample`: trains random networks, compares them, shows what would be trained."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from odenets.cli import fail
+from schemes import SchemeError
+
+from ..training.messages import TIP, explain
+from ..training.sources import DataError
+from . import engine, report
+from .store import Store
+from .train import Study
+
+HELP = "odenets study run --help lists every option"
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are two lines."""
+
+    command_line: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        names = [action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions]
+        first, second = explain(message, self.command_line, names)
+        fail(first, HELP if second == TIP else second)
+
+
+def parser() -> ArgumentParser:
+    """The options of all subcommands."""
+    with_study = []
+    for name, text in (("run", "Train the networks that the file lacks."), ("sample", "Show what would be trained.")):
+        sub = Parser(prog=f"odenets study {name}", description=text)
+        sub.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with the options below.")
+        sub.add_class_arguments(Study, "study")
+        sub.add_argument("--store", type=str, default="runs/study.sqlite", help="One line per network goes here.")
+        sub.add_argument("--workers", type=int | None, default=None, help="Processes; 0 trains here; null: by cores.")
+        sub.add_argument("--address", type=str | None, default=None, help="A running Ray cluster, or auto.")
+        sub.add_argument("--retry", type=bool, default=False, help="Train again what failed.")
+        with_study.append((name, sub))
+    found = Parser(prog="odenets study")
+    commands = found.add_subcommands()
+    for name, sub in with_study:
+        commands.add_subcommand(name, sub)
+    sub = Parser(prog="odenets study report", description="Compare what a study's file holds, at any time.")
+    sub.add_argument("store", type=str, help="The file of a study.")
+    sub.add_argument("--out", type=str | None, default=None, help="Folder for the figures; none without it.")
+    commands.add_subcommand("report", sub)
+    return found
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    Parser.command_line = args
+    options = parser().parse_args(list(args))
+    try:
+        if options.subcommand == "report":
+            report.print_report(options.report.store, options.report.out)
+        else:
+            chosen = options[options.subcommand]
+            study = Study(**vars(chosen.study.clone()))
+            if options.subcommand == "sample":
+                _show(study)
+            else:
+                _train(study, chosen)
+    except (SchemeError, DataError) as error:
+        fail(str(error), HELP)
+
+
+def _show(study: Study) -> None:
+    found = study.candidates(study.data().num_classes)
+    print("number scheme order depth middle width kernel activation norm augment params macs")
+    for c in found:
+        augment = f"{c.augment}={c.strength:g}" if c.augment else "-"
+        print(
+            *(c.number, c.scheme, c.order, c.depth, c.middle, c.width, c.kernel, c.activation, c.norm, augment),
+            *(c.params, c.macs),
+        )
+
+
+def _train(study: Study, options: Namespace) -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with Store(options.store, study.settings) as store:
+        if options.retry:
+            print(f"{store.forget_failed()} failed networks are trained again", flush=True)
+        start, before = time.monotonic(), len(store.done())
+        try:
+            for p in engine.run(study, store, workers=options.workers, address=options.address):
+                c, r = p.candidate, p.result
+                left = (time.monotonic() - start) / (p.done - before) * (p.total - p.done) / 60
+                what = f"accuracy {r.accuracy:.3f}" if r.accuracy is not None else r.error
+                print(
+                    f"{p.done}/{p.total} #{c.number} {c.scheme} {c.order} {r.status}: {what}; {left:.0f} min left",
+                    flush=True,
+                )
+        except KeyboardInterrupt:
+            pass  # what is recorded stays
+        done = len(store.done())
+    print(f"{done} networks in {options.store}; the same command goes on where it stopped.")
+    print(f"odenets study report {options.store} --out FOLDER")

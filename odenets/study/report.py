@@ -1,0 +1,261 @@
+"""What a study found: means, differences with confidence intervals, ranks by depth; as tables and as figures."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from schemes import SchemeError
+
+from .store import read
+
+Line = dict[str, Any]
+NAMES = {"euler": "add", "dense": "concat"}
+
+
+class Difference(NamedTuple):
+    """Mean of one group of networks against that of another.
+
+    Attributes:
+        mean: the difference.
+        low: lower end of its confidence interval.
+        high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Difference:
+    """Difference of means, b - a, averaged over strata that count alike, with a confidence interval.
+
+    In each stratum the variance of the difference is s_a^2 / n_a + s_b^2 / n_b, with unequal variances; the interval is
+    Student's, with the degrees of freedom of Welch and Satterthwaite. One stratum gives Welch's interval.
+
+    Args:
+        strata: pairs (a, b) of at least two figures each.
+        confidence: of the interval.
+
+    Raises:
+        SchemeError: a group of fewer than two.
+
+    Source:
+        Welch 1947, The generalization of Student's problem when several different population variances are involved.
+
+    Example:
+        >>> difference([([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])]).mean
+        1.0
+    """
+    from scipy.stats import t
+
+    means, parts = [], []
+    for pair in strata:
+        if min(map(len, pair)) < 2:
+            raise SchemeError(
+                f"an interval needs two networks in every group; here are {len(pair[0])} and {len(pair[1])}."
+            )
+        a, b = (sum(x) / len(x) for x in pair)
+        means.append(b - a)
+        for x, m in zip(pair, (a, b), strict=True):
+            parts.append((sum((v - m) ** 2 for v in x) / (len(x) - 1) / len(x), len(x) - 1))
+    variance = sum(v for v, _ in parts)
+    mean = sum(means) / len(means)
+    if variance == 0:
+        return Difference(mean, mean, mean)
+    freedom = variance**2 / sum(v**2 / n for v, n in parts)
+    half = float(t.ppf((1 + confidence) / 2, freedom)) * variance**0.5 / len(means)
+    return Difference(mean, mean - half, mean + half)
+
+
+class Row(NamedTuple):
+    """One line of a comparison: networks that share a value of one column.
+
+    Attributes:
+        name: that value, or "all".
+        counts: networks with the first scheme and with the second.
+        means: of the metric.
+        spreads: standard deviations.
+        difference: second less first.
+    """
+
+    name: str
+    counts: tuple[int, int]
+    means: tuple[float, float]
+    spreads: tuple[float, float]
+    difference: Difference
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return (sum((v - _mean(values)) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+
+
+def compare(lines: Sequence[Line], first: str, second: str, metric: str, by: str | None = None) -> list[Row]:
+    """Compares two schemes on a metric, over all networks (strata: block order and augmentation) or by a column.
+
+    Values of the column with fewer than two networks of a scheme are left out.
+
+    Args:
+        lines: of ``read``, of networks that were trained.
+        first: scheme that the other is compared with.
+        second: the other.
+        metric: a column of figures, "accuracy" or "loss".
+        by: a column such as "order" or "norm"; None for all networks in one row.
+    """
+
+    def pair(of: Callable[[Line], bool]) -> tuple[list[float], list[float]]:
+        a, b = ([line[metric] for line in lines if line["scheme"] == s and of(line)] for s in (first, second))
+        return a, b
+
+    if by is not None:
+        rows = [(str(v), [pair(lambda line, v=v: line[by] == v)]) for v in sorted({line[by] for line in lines})]
+    else:
+        kinds = sorted({(line["order"], line["augment"]) for line in lines})
+        rows = [("all", [pair(lambda line, k=k: (line["order"], line["augment"]) == k) for k in kinds])]
+    found = []
+    for name, strata in rows:
+        if min(min(map(len, s)) for s in strata) < 2:
+            continue
+        a, b = (list(itertools.chain(*(s[i] for s in strata))) for i in (0, 1))
+        found.append(Row(name, (len(a), len(b)), (_mean(a), _mean(b)), (_spread(a), _spread(b)), difference(strata)))
+    return found
+
+
+class RankRow(NamedTuple):
+    """The ranks of features after one step, as means over the networks that are so deep.
+
+    Attributes:
+        scheme: of the networks.
+        step: 0 is the stem.
+        count: networks.
+        width: channels.
+        numerical: numerical rank.
+        effective: effective rank.
+    """
+
+    scheme: str
+    step: int
+    count: int
+    width: float
+    numerical: float
+    effective: float
+
+
+def ranks(lines: Sequence[Line], depth: int) -> list[RankRow]:
+    """Mean ranks after every step, over the networks of one depth, for every scheme."""
+    found = []
+    for scheme in dict.fromkeys(line["scheme"] for line in lines):
+        chosen = [
+            line["ranks"] for line in lines if line["scheme"] == scheme and line["depth"] == depth and line["ranks"]
+        ]
+        for step, values in enumerate(zip(*chosen, strict=True)):
+            found.append(RankRow(scheme, step, len(chosen), *(_mean([v[i] for v in values]) for i in range(3))))
+    return found
+
+
+def print_report(store: str | Path, out: str | Path | None = None) -> None:
+    """Prints the comparison as tables in Markdown, and draws its figures.
+
+    Args:
+        store: the file of a study.
+        out: folder for ``accuracy.png`` and ``ranks.png``; None draws none.
+
+    Raises:
+        SchemeError: no such file, or too few networks yet.
+    """
+    settings, lines = read(store)
+    trained = [line for line in lines if line["status"] == "trained"]
+    others = len(lines) - len(trained)
+    print(
+        f"# space {settings['space']}, seed {settings['seed']}: {len(trained)} networks trained, {others} failed or diverged\n"
+    )
+    first, *rest = settings["schemes"]
+    found = [(second, row) for second in rest for row in compare(trained, first, second, "accuracy")]
+    if not found:
+        raise SchemeError(f"{store} holds too few networks to compare: want two of every scheme and block order.")
+    for second in rest:
+        a, b = NAMES.get(first, first), NAMES.get(second, second)
+        print(f"| networks | {a} | {b} | accuracy {a} | accuracy {b} | {b} - {a}, 95 % interval | loss, {b} - {a} |")
+        print("|---|--:|--:|--:|--:|--:|--:|")
+        for by in (None, "order", "norm", "activation", "kernel"):
+            losses = {row.name: row.difference for row in compare(trained, first, second, "loss", by)}
+            for row in compare(trained, first, second, "accuracy", by):
+                means = " | ".join(
+                    f"{100 * m:.1f} ± {100 * s:.1f} %" for m, s in zip(row.means, row.spreads, strict=True)
+                )
+                name = row.name if by is None else f"{by} {row.name}"
+                print(
+                    f"| {name} | {row.counts[0]} | {row.counts[1]} | {means} | {_interval(row.difference, 100, 2)} "
+                    f"| {_interval(losses[row.name], 1, 3)} |"
+                )
+        print()
+    print("| scheme | networks | parameters | multiply-adds | MiB kept per step | seconds |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for scheme in settings["schemes"]:
+        chosen = [line for line in trained if line["scheme"] == scheme]
+        p, m, k, s = (_mean([line[name] for line in chosen]) for name in ("params", "macs", "kept_mib", "seconds"))
+        print(f"| {NAMES.get(scheme, scheme)} | {len(chosen)} | {p:,.0f} | {m:,.0f} | {k:.1f} | {s:.1f} |")
+    depth = common_depth(trained)
+    rows = ranks(trained, depth)
+    if rows:
+        print(f"\nDepth {depth}:\n\n| scheme | networks | step | width | numerical rank | effective rank |")
+        print("|---|--:|--:|--:|--:|--:|")
+        for r in rows:
+            name = NAMES.get(r.scheme, r.scheme)
+            print(f"| {name} | {r.count} | {r.step} | {r.width:.0f} | {r.numerical:.1f} | {r.effective:.1f} |")
+    if out is not None:
+        print()
+        for path in draw(settings["schemes"], trained, Path(out)):
+            print(path)
+
+
+def _interval(d: Difference, factor: float, digits: int) -> str:
+    return f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"
+
+
+def common_depth(lines: Sequence[Line]) -> int:
+    """The depth of which the rarest scheme has most networks."""
+    schemes = {line["scheme"] for line in lines}
+
+    def fewest(depth: int) -> int:
+        return min(sum(line["scheme"] == s and line["depth"] == depth for line in lines) for s in schemes)
+
+    return max(sorted({line["depth"] for line in lines}), key=fewest)
+
+
+def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]:
+    """Writes the two figures of a study; returns their paths.
+
+    Args:
+        schemes: what is compared.
+        lines: of networks that were trained.
+        out: the folder.
+    """
+    from .. import plots
+
+    accuracies = {NAMES.get(s, s): [line["accuracy"] for line in lines if line["scheme"] == s] for s in schemes}
+    first = schemes[0]
+    intervals = {}
+    for second in schemes[1:]:
+        for by in (None, "order", "norm"):
+            for row in compare(lines, first, second, "accuracy", by):
+                name = row.name if by is None else f"{by} {row.name}"
+                name = name if len(schemes) == 2 else f"{NAMES.get(second, second)}: {name}"
+                intervals[name] = row.difference
+    paths = [plots.design_spaces(accuracies, intervals, out / "accuracy.png")]
+    depth = common_depth(lines)
+    rows = ranks(lines, depth)
+    if rows:
+        series = {}
+        for scheme in schemes:
+            own = [r for r in rows if r.scheme == scheme]
+            steps, name = [r.step for r in own], NAMES.get(scheme, scheme)
+            series[f"{name}: width"] = (steps, [r.width for r in own])
+            series[f"{name}: numerical rank"] = (steps, [r.numerical for r in own])
+            series[f"{name}: effective rank"] = (steps, [r.effective for r in own])
+        paths.append(plots.lines(series, out / "ranks.png", f"step (networks of depth {depth})", "directions"))
+    return paths

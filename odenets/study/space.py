@@ -1,0 +1,273 @@
+"""Design spaces of random networks, and networks drawn from them: no two alike, all inside the budget, by a seed.
+
+A space says which depths, widths and parts a network may have and how many parameters and multiply-adds it must have.
+The networks inside the budget are counted out, not found by trial: a draw is uniform over them and cannot fail, and the
+space knows how many there are.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import schemes
+from schemes import SchemeError
+
+Order = Literal["pre", "post", "post_linear"]
+Activation = Literal["relu", "silu", "mish", "gelu", "leaky_relu"]
+Norm = Literal["batch", "layer"]
+
+ORDERS: tuple[Order, ...] = get_args(Order)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One network of a study, and all that is needed to build it and to tell it from the others.
+
+    Attributes:
+        number: its place in the study, from 0.
+        scheme: how the residual functions are put together: "euler" adds, "dense" concatenates.
+        order: where norms and activations stand: "pre", "post", or "post_linear" (no activation after the last norm).
+        depth: number of residual functions.
+        middle: channels inside a residual function.
+        width: channels that a residual function returns.
+        kernel: side of the middle convolution.
+        activation: its kind.
+        norm: its kind.
+        augment: the one augmentation beside crop and flip, "" for none.
+        strength: of that augmentation.
+        params: number of parameters.
+        macs: multiply-adds of the convolutions and of the head, for one picture.
+    """
+
+    number: int
+    scheme: str
+    order: Order
+    depth: int
+    middle: int
+    width: int
+    kernel: int
+    activation: Activation
+    norm: Norm
+    augment: str = ""
+    strength: float = 0.0
+    params: int = 0
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """Ranges of a design space, its budget, and the recipe that belongs to it.
+
+    Attributes:
+        params: bounds of the number of parameters, both excluded.
+        macs: bounds of the multiply-adds of one picture, both excluded.
+        depths: choices of the number of residual functions.
+        middles: choices of the channels inside.
+        widths: choices of the channels that are added or appended.
+        kernels: choices of the kernel.
+        orders: choices of the block order; every order gets equally many networks.
+        activations: choices of the activation.
+        norms: choices of the norm.
+        augments: names of augmentations and their strengths; every one gets equally many networks. Empty: none.
+        epochs: of the recipe.
+        optimizer: of the recipe.
+    """
+
+    params: tuple[float, float]
+    macs: tuple[float, float]
+    depths: tuple[int, ...]
+    middles: tuple[int, ...]
+    widths: tuple[int, ...]
+    kernels: tuple[int, ...] = (3, 5, 7, 9)
+    orders: tuple[Order, ...] = ORDERS
+    activations: tuple[Activation, ...] = ACTIVATIONS
+    norms: tuple[Norm, ...] = NORMS
+    augments: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    epochs: int = 90
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+
+
+def _steps(low: int, high: int, step: int) -> tuple[int, ...]:
+    return tuple(range(low, high + 1, step))
+
+
+_AUGMENTS = (
+    ("rand_augment", (3.0, 5.0, 7.0)),
+    ("mixup", (0.1, 0.3, 0.5)),
+    ("cutmix", (0.1, 0.3, 0.5)),
+    ("drop_path", (0.05, 0.1)),
+    ("erase", (0.25,)),
+)
+
+
+def _paper(low: float, high: float, depths: tuple[int, ...], channels: tuple[int, ...], **more: object) -> Space:
+    # One pair of bounds holds for parameters in millions and for multiply-adds in billions.
+    return Space((low * 1e6, high * 1e6), (low * 1e9, high * 1e9), depths, channels, channels, **more)  # type: ignore
+
+
+_C = (9, 10, _steps(3, 12, 1), _steps(64, 192, 8))
+
+#: The spaces A to E of Kim et al. 2024, arXiv 2403.19588, section 5.1 and appendix, and one that two CPU cores can train.
+SPACES: dict[str, Space] = {
+    "A": _paper(2, 2.5, _steps(3, 6, 1), _steps(32, 96, 8)),
+    "B": _paper(4, 5, _steps(3, 8, 1), _steps(64, 128, 8)),
+    "C": _paper(*_C),
+    "D": _paper(*_C, orders=("pre",), augments=_AUGMENTS, epochs=180),
+    "E": _paper(*_C, orders=("pre",), augments=_AUGMENTS, epochs=180, optimizer="adamw"),
+    # Without Mish, which takes five times as long as the others on a CPU.
+    "mini": Space(
+        (40e3, 50e3),
+        (7e6, 12e6),
+        _steps(3, 8, 1),
+        _steps(8, 48, 4),
+        _steps(8, 48, 4),
+        kernels=(3, 5, 7),
+        activations=("relu", "silu", "gelu", "leaky_relu"),
+        epochs=6,
+    ),
+}
+
+
+def count(
+    scheme: str,
+    order: Order,
+    depth: int,
+    middle: int,
+    width: int,
+    kernel: int,
+    *,
+    size: int,
+    classes: int,
+) -> tuple[int, int]:
+    """Parameters and multiply-adds of a network, by formula: what ``RandomNet`` of these arguments has.
+
+    Args:
+        scheme: "dense", or a scheme of one stream.
+        order: block order.
+        depth: number of residual functions.
+        middle: channels inside.
+        width: channels that are added or appended.
+        kernel: side of the middle convolution.
+        size: side of the pictures.
+        classes: width of the head.
+
+    Example:
+        >>> count("euler", "pre", 3, 32, 32, 3, size=64, classes=200)
+        (43848, 37492992)
+    """
+    dense = scheme == "dense"
+    inputs = [width * (i + 1) if dense else width for i in range(depth)]
+    last = width * (depth + 1) if dense else width
+    weights = 27 * width + sum(c * middle + kernel**2 * middle**2 + middle * width for c in inputs)
+    if order == "pre":  # norms stand before the convolutions, and one before the pooling
+        norms = sum(c + 2 * middle for c in inputs) + last
+    else:
+        norms = width + depth * (2 * middle + width)
+    pixels = ((size + 1) // 2) ** 2
+    return weights + 2 * norms + (last + 1) * classes, weights * pixels + last * classes
+
+
+@lru_cache(maxsize=256)
+def shapes(
+    space: Space, scheme: str, order: Order, size: int, classes: int
+) -> tuple[tuple[int, int, int, int, int, int], ...]:
+    """All (depth, middle, width, kernel, params, macs) of a space inside its budget."""
+    stages = 1 if scheme == "dense" else schemes.get(scheme).stages
+    found = []
+    for depth, middle, width, kernel in itertools.product(space.depths, space.middles, space.widths, space.kernels):
+        if depth % stages:
+            continue
+        params, macs = count(scheme, order, depth, middle, width, kernel, size=size, classes=classes)
+        if space.params[0] < params < space.params[1] and space.macs[0] < macs < space.macs[1]:
+            found.append((depth, middle, width, kernel, params, macs))
+    return tuple(found)
+
+
+def _cell(
+    space: Space,
+    scheme: str,
+    order: Order,
+    augment: str,
+    strengths: tuple[float, ...],
+    seed: int,
+    size: int,
+    classes: int,
+) -> tuple[int, Iterator[Candidate]]:
+    """Number of networks of one kind, and all of them in a random order, each once."""
+    inside = shapes(space, scheme, order, size, classes)
+    choices = (len(inside), len(space.activations), len(space.norms), len(strengths))
+    total = choices[0] * choices[1] * choices[2] * choices[3]
+
+    def draws() -> Iterator[Candidate]:
+        # A string seeds Python's generator by its SHA-512: the same on every machine.
+        generator = random.Random(f"{seed} {scheme} {order} {augment}")
+        seen: set[int] = set()
+        while len(seen) < total:
+            i = generator.randrange(total)
+            if i in seen:
+                continue
+            seen.add(i)
+            i, a = divmod(i, choices[1])
+            i, n = divmod(i, choices[2])
+            i, s = divmod(i, choices[3])
+            depth, middle, width, kernel, params, macs = inside[i]
+            yield Candidate(
+                -1,
+                scheme,
+                order,
+                depth,
+                middle,
+                width,
+                kernel,
+                space.activations[a],
+                space.norms[n],
+                augment,
+                strengths[s],
+                params,
+                macs,
+            )
+
+    return total, draws()
+
+
+def sample(
+    space: Space, schemes: Sequence[str], per_kind: int, *, seed: int = 0, size: int = 64, classes: int = 200
+) -> list[Candidate]:
+    """Draws equally many networks of every kind: scheme, block order and, where the space has some, augmentation.
+
+    Draws are uniform over the networks of that kind inside the budget, without repetition. The kinds take turns, so that
+    any beginning of the list is balanced; a larger ``per_kind`` gives the same list, continued.
+
+    Args:
+        space: one of ``SPACES``, or one of your own.
+        schemes: what is compared, e.g. ("euler", "dense").
+        per_kind: networks of every kind.
+        seed: of the draws.
+        size: side of the pictures, which the multiply-adds depend on.
+        classes: width of the head.
+
+    Raises:
+        SchemeError: a kind has fewer networks inside the budget than are asked for.
+
+    Example:
+        >>> [c.scheme for c in sample(SPACES["A"], ("euler", "dense"), 1)]
+        ['euler', 'dense', 'euler', 'dense', 'euler', 'dense']
+    """
+    cells = []
+    for order, (augment, strengths) in itertools.product(space.orders, space.augments or (("", (0.0,)),)):
+        for scheme in schemes:
+            total, draws = _cell(space, scheme, order, augment, strengths, seed, size, classes)
+            if total < per_kind:
+                raise SchemeError(
+                    f"the space has {total:,} networks of {scheme}, {order}{' ' + augment if augment else ''} inside its "
+                    f"budget (pictures of {size}, {classes} classes); per_kind is {per_kind:,}: take {total:,} or fewer."
+                )
+            cells.append(draws)
+    rounds = (cell for _ in range(per_kind) for cell in cells)
+    found = [next(cell) for cell in rounds]
+    return [Candidate(**{**vars(c), "number": i}) for i, c in enumerate(found)]

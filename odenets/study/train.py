@@ -1,0 +1,234 @@
+"""A study: which networks are drawn, on which pictures and by which recipe each is trained; and the training of one."""
+
+import math
+import os
+import platform
+import time
+import warnings
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from ..analysis.rank import rank_profile
+from ..training import Augment, Classifier, Images, Milestones, WarmupCosine
+from ..training.data import Cached
+from .net import RandomNet
+from .space import SPACES, Candidate, Space, sample
+from .store import Result
+
+# What may differ between two runs of one study: where the pictures lie, how much is trained and by how much hardware.
+_FREE = ("root", "per_kind", "threads", "gpus")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of schemes over random networks, trained alike.
+
+    Args:
+        space: design space: A to E of the RDNet paper, or mini.
+        schemes: what is compared; the first is what the others are compared with. "euler" adds, "dense" concatenates.
+        per_kind: networks of every scheme, block order and augmentation.
+        seed: of the draws and, with a network's number, of its weights and pictures.
+        root: folder of the pictures, as in odenets.training.Images.
+        size: side of the pictures.
+        classes: the first so many classes are used; null for all.
+        epochs: length of training; null takes the space's.
+        optimizer: sgd (momentum 0.9, Nesterov) or adamw; null takes the space's.
+        lr: peak learning rate; null takes 0.1 for sgd and 0.001 for adamw.
+        weight_decay: null takes 0.0001 for sgd and 0.05 for adamw.
+        schedule: steps (a tenth after each third) or cosine (after half an epoch of warm-up).
+        batch_size: pictures per step.
+        crop: pixels that a training picture is shifted by at most.
+        flip: probability of a mirror image.
+        precision: as in Lightning's Trainer, e.g. 32-true or bf16-mixed.
+        rank_pictures: validation pictures whose features' rank is taken after training; 0 for none.
+        threads: CPU threads (and, of several machines, cores) per network.
+        gpus: GPUs per network; a fraction lets several networks share one.
+    """
+
+    space: str = "mini"
+    schemes: tuple[str, ...] = ("euler", "dense")
+    per_kind: int = 20
+    seed: int = 0
+    root: str | None = None
+    size: int = 64
+    classes: int | None = None
+    epochs: int | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    schedule: Literal["steps", "cosine"] = "steps"
+    batch_size: int = 256
+    crop: int = 4
+    flip: float = 0.5
+    precision: str = "32-true"
+    rank_pictures: int = 64
+    threads: int = 1
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise SchemeError(f"space is {self.space!r}, want one of {', '.join(SPACES)}.")
+        if len(set(self.schemes)) < max(2, len(self.schemes)):
+            raise SchemeError(f"schemes are {', '.join(self.schemes)}: want two or more, each once.")
+        for name in ("per_kind", "size", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise SchemeError(f"{name} is {getattr(self, name)}, want 1 or more.")
+        if self.epochs is not None and self.epochs < 1:
+            raise SchemeError(f"epochs is {self.epochs}, want 1 or more.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the results: two runs of one study agree in it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE}
+
+    @property
+    def ranges(self) -> Space:
+        """The design space itself."""
+        return SPACES[self.space]
+
+    def candidates(self, classes: int) -> list[Candidate]:
+        """The study's networks, for pictures of so many classes."""
+        return sample(
+            self.ranges, self.schemes, self.per_kind, seed=self.seed, size=self.size, classes=self.classes or classes
+        )
+
+    def data(self) -> Images:
+        """The pictures; opened anew."""
+        images = Images(root=self.root, size=self.size, batch_size=self.batch_size, cache=True)
+        if self.classes is not None and not 2 <= self.classes <= images.num_classes:
+            raise SchemeError(f"classes is {self.classes}, want 2 to {images.num_classes}, as the pictures have.")
+        return images
+
+
+@lru_cache(maxsize=1)  # a worker decodes the pictures once, for all networks that it trains
+def _pictures(study: Study) -> Images:
+    images = study.data()
+    images.setup("fit")
+    if study.classes is not None:
+        images.classes = list(images.classes)[: study.classes]
+        for name, data in images.sets.items():
+            assert isinstance(data, Cached)
+            chosen = data.labels < study.classes
+            images.sets[name] = Cached(data.pictures[chosen], data.labels[chosen])
+    return images
+
+
+def train(study: Study, candidate: Candidate) -> Result:
+    """Trains one network of a study; what goes wrong on the way is its result, not an error.
+
+    The same study and candidate give the same result on the same kind of machine, whatever was trained before. The
+    random state of the process is left as it was.
+    """
+    worker = f"{platform.node()}:{os.getpid()}"
+    threads = torch.get_num_threads()
+    start = time.perf_counter()
+    try:
+        torch.set_num_threads(study.threads)
+        with isolate_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _train(study, candidate, worker)
+    except Exception as error:  # e.g. out of memory; an interrupt is no such thing, and goes through
+        text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return Result("failed", seconds=time.perf_counter() - start, error=text[:500], worker=worker)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(study: Study, candidate: Candidate, worker: str) -> Result:
+    # The weights depend on the network's number alone, and neither on the order of training nor on the machine.
+    L.seed_everything(study.seed * 1_000_003 + candidate.number, verbose=False)
+    data = _pictures(study)
+    data.augment = Augment(crop=study.crop, flip=study.flip, **_augmentation(candidate))
+    net = RandomNet(candidate, data.num_classes)
+    epochs = study.epochs or study.ranges.epochs
+    schedule = Milestones() if study.schedule == "steps" else WarmupCosine(0.5)
+    module = Classifier(net, _optimizer(study), schedule)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        accelerator="gpu" if study.gpus else "cpu",
+        precision=study.precision,  # type: ignore[arg-type]
+        check_val_every_n_epoch=epochs,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - start
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    finite = all(math.isfinite(figures[name]) for name in ("val/loss", "train/loss"))
+    x = data.on_after_batch_transfer(_batch(data, "val", study.rank_pictures or 1), 0)[0].to(module.device)
+    net.to(module.device).eval()
+    ranks = []
+    if study.rank_pictures and finite:
+        with torch.no_grad():
+            ranks = [(r.width, r.numerical, round(r.effective, 4)) for r in rank_profile(net.trajectory(x))]
+    return Result(
+        "trained" if finite else "diverged",
+        figures["val/acc"],
+        figures["val/loss"] if finite else None,
+        figures["train/loss"] if finite else None,
+        round(seconds, 2),
+        round(kept_bytes(net.train(), *_batch(data, "train", study.batch_size)) / 2**20, 3),
+        ranks,
+        worker=worker,
+    )
+
+
+def _augmentation(candidate: Candidate) -> dict[str, Any]:
+    inside_the_net = candidate.augment in ("", "drop_path")
+    return {} if inside_the_net else {candidate.augment: candidate.strength}
+
+
+def _optimizer(study: Study) -> Any:
+    if (study.optimizer or study.ranges.optimizer) == "adamw":
+        decay = 0.05 if study.weight_decay is None else study.weight_decay
+        return partial(torch.optim.AdamW, lr=study.lr or 1e-3, weight_decay=decay)
+    decay = 1e-4 if study.weight_decay is None else study.weight_decay
+    return partial(torch.optim.SGD, lr=study.lr or 0.1, momentum=0.9, nesterov=True, weight_decay=decay)
+
+
+def _batch(data: Images, name: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first pictures and labels of a set."""
+    cached = data.sets[name]
+    assert isinstance(cached, Cached)
+    return cached.pictures[:count], cached.labels[:count]
+
+
+def kept_bytes(net: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Bytes that one training step keeps for its backward pass, parameters not counted; on any device.
+
+    Args:
+        net: the classifier, in training mode.
+        x: pictures (n, c, h, w), uint8 or floats.
+        y: labels (n,).
+    """
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+    held = []  # a storage that is freed meanwhile could come back under the same address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(storage)
+        return tensor
+
+    device = next(net.parameters()).device
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        F.cross_entropy(net(x.to(device).float()), y.to(device))
+    return sum(kept.values())

@@ -1,0 +1,143 @@
+"""One network is trained the same whatever came before it, and what goes wrong on the way is a result."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from odenets.study.train import Study, kept_bytes, train
+from odenets.training import Milestones
+from odenets.training.sources import DataError
+from schemes import SchemeError
+
+
+@pytest.fixture
+def study(pictures):
+    return Study(root=str(pictures), size=32, epochs=1, batch_size=16, crop=2, rank_pictures=4)
+
+
+def measured(result):
+    return dataclasses.replace(result, seconds=None, worker="")
+
+
+def test_the_same_network_gives_the_same_line_whatever_was_trained_before(study):
+    first, second = study.candidates(4)[:2]
+    alone = measured(train(study, second))
+    assert alone.status == "trained", alone.error
+    train(study, first)
+    torch.randn(7)
+    assert measured(train(study, second)) == alone
+    assert alone.loss is not None and alone.train_loss is not None and 0 <= alone.accuracy <= 1
+    assert [r[0] for r in alone.ranks] == [second.width * (n + 1) for n in range(second.depth + 1)]
+    assert all(
+        0 < numerical <= width and 1 <= effective <= numerical + 1e-3 for width, numerical, effective in alone.ranks
+    )
+
+
+def test_seed_and_number_decide_the_weights(study):
+    c = study.candidates(4)[0]
+    losses = [
+        train(study, c).loss,
+        train(study, dataclasses.replace(c, number=6)).loss,
+        train(dataclasses.replace(study, seed=1), c).loss,
+    ]
+    assert len(set(losses)) == 3
+
+
+def test_training_leaves_random_state_and_threads_alone(study):
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(dataclasses.replace(study, threads=2), study.candidates(4)[0])
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_a_network_that_cannot_be_trained_is_a_failed_line(study):
+    broken = dataclasses.replace(study.candidates(4)[0], scheme="midpoint", depth=3)
+    result = train(study, broken)
+    assert result.status == "failed" and "midpoint takes 2 a step" in result.error and result.accuracy is None
+
+
+def test_a_loss_that_is_no_number_is_a_diverged_line(study):
+    result = train(dataclasses.replace(study, lr=1e30, epochs=2), study.candidates(4)[2])
+    assert result.status == "diverged" and result.loss is None and result.ranks == []
+
+
+@pytest.mark.parametrize("augment", ["mixup", "cutmix", "drop_path", "erase"])
+def test_augmentations_change_the_result(study, augment):
+    c = study.candidates(4)[0]
+    strong = dataclasses.replace(c, augment=augment, strength=0.9)
+    assert train(study, strong).loss != train(study, c).loss
+
+
+def test_optimisers_and_schedules_train(study):
+    for options in ({"optimizer": "adamw"}, {"schedule": "cosine"}, {"classes": 3}, {"rank_pictures": 0}):
+        own = dataclasses.replace(study, **options)
+        assert train(own, own.candidates(4)[0]).status == "trained", options
+
+
+def test_classes_are_the_first_ones(study):
+    from odenets.study.train import _pictures
+
+    data = _pictures(dataclasses.replace(study, classes=3))
+    assert data.num_classes == 3
+    assert set(data.sets["train"].labels.tolist()) == set(data.sets["val"].labels.tolist()) == {0, 1, 2}
+    assert len(data.sets["train"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"space": "F"}, "space is 'F', want one of A, B, C, D, E, mini"),
+        ({"schemes": ("euler",)}, "two or more, each once"),
+        ({"schemes": ("euler", "euler")}, "two or more, each once"),
+        ({"per_kind": 0}, "per_kind is 0, want 1 or more"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options, message):
+    with pytest.raises(SchemeError, match=message):
+        Study(**options)
+
+
+def test_classes_and_pictures_that_are_not_there(study, tmp_path):
+    with pytest.raises(SchemeError, match="classes is 9, want 2 to 4"):
+        dataclasses.replace(study, classes=9).data()
+    with pytest.raises(DataError, match="no folder"):
+        dataclasses.replace(study, root=str(tmp_path / "none")).data()
+
+
+def test_kept_bytes_of_a_net_counted_by_hand():
+    """A linear layer keeps its argument, the cross-entropy its log-softmax, the labels and the weight of the mean."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    x, y = torch.randn(8, 3, 2, 2), torch.zeros(8, dtype=torch.long)
+    arguments, outputs, labels = 8 * 12 * 4, 8 * 10 * 4, 8 * 8
+    assert kept_bytes(net, x, y) == pytest.approx(arguments + outputs + labels, abs=8)
+
+
+def test_kept_bytes_counts_a_tensor_once_and_no_parameters():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.big = nn.Parameter(torch.randn(1000, 2))
+            self.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x):
+            y = x * self.big  # keeps x, and the parameter, which is no memory of its own
+            return sum(head(y) for head in self.heads)  # three times y, which is one tensor
+
+    x, y = torch.randn(1000, 2), torch.zeros(1000, dtype=torch.long)
+    # x, y, the log-softmax and the labels: 8000 bytes each
+    assert kept_bytes(Twice(), x, y) == pytest.approx(4 * 8000, abs=8)
+
+
+def test_milestones_divide_the_rate_at_shares_of_the_run():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    scheduler = Milestones()(optimizer, 9, 3)
+    rates = []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.4] * 3 + [0.04] * 3 + [0.004] * 3)
+    with pytest.raises(SchemeError, match="shares of the run"):
+        Milestones([30, 60])
