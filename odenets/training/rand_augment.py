@@ -126,12 +126,12 @@ def _geometric(x: Tensor, kinds: Tensor, s: Tensor, fill: Tensor) -> Tensor:
     grid = torch.stack([across * (2 / w), down * (2 / h)], -1)  # in [-1, 1)
     moved = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    # PIL drops fractions. Those of 1/32 below a level are the grid's rounding: a picture that stays in place stays equal.
+    # PIL drops fractions. What is 1/32 below a level is the grid's rounding: a picture that stays in place stays equal.
     return torch.where(inside, moved.add_(1 / 32).to(torch.uint8), fill)
 
 
 def _color(x: Tensor, s: Tensor) -> Tensor:
-    return x if x.shape[1] == 1 else _blend(_grey(x), x.float(), s)
+    return x if x.shape[1] != 3 else _blend(_grey(x), x.float(), s)
 
 
 def _sharpness(x: Tensor, s: Tensor) -> Tensor:
@@ -153,9 +153,10 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
     Args:
         x: Pictures; they stay as they are.
         kinds: Indices into `OPERATIONS`, int64 (rounds, n); len(OPERATIONS) leaves a picture alone.
-        strengths: Floats (rounds, n). Degrees counter-clockwise of a rotation; columns per row, or rows per column, of a
-            shear; share of the width or height of a translation; bits that stay of a posterisation; smallest level that a
-            solarisation inverts; levels that solarise-add adds; factor of brightness, contrast, color and sharpness.
+        strengths: Floats (rounds, n). Degrees counter-clockwise of a rotation; columns per row, or rows per column, of
+            a shear; share of the width or height of a translation; bits that stay of a posterisation; smallest level
+            that a solarisation inverts; levels that solarise-add adds; factor of brightness, contrast, color and
+            sharpness. The other three have none.
         fill: Grey level, one or one per channel, in [0, 1], that moves in where a picture moves out.
 
     >>> x = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 1, 1, 3)
@@ -164,7 +165,9 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
     [0, 155, 0]
     """
     levels = [fill] if isinstance(fill, (int, float)) else fill
-    outside = torch.tensor([round(255 * level) for level in levels], dtype=torch.uint8, device=x.device).view(1, -1, 1, 1)
+    outside = torch.tensor([round(255 * level) for level in levels], dtype=torch.uint8, device=x.device).view(
+        1, -1, 1, 1
+    )
     order = kinds.argsort(1)
     # How many pictures drew each kind in each round: the one figure that the host must wait for.
     counts = (kinds[..., None] == torch.arange(len(OPERATIONS), device=x.device)).sum(1).tolist()
@@ -237,9 +240,10 @@ def rand_augment(
 
     Without `increasing`: floor(4 m) bits, at least 1; levels from floor(256 m) on; factor 0.1 + 1.8 m.
 
-    All results equal those of PIL's `ImageOps` and `ImageEnhance` on uint8 pictures; rotation, shear and translation
-    those of its bilinear `transform` to one grey level. They differ from public recipes on PIL in this: these often draw
-    bicubic resampling or ask for it; at m = 1 they may keep 0 bits, a black picture; a factor 1 - 0.9 m is the same.
+    On uint8 the results equal those of PIL's `ImageOps` and `ImageEnhance`; rotation, shear and translation equal those
+    of its bilinear `transform` to one grey level, but for points that fall exactly on the picture's edge. Public
+    recipes on PIL differ in this: they resample bicubically or draw the kernel, and keep 0 bits, a black picture, at
+    m = 1.
 
     Args:
         magnitude: From 0 to 10.
@@ -287,9 +291,9 @@ def color_jitter(
 ) -> Tensor:
     """Change brightness, then contrast, then saturation of each picture, by factors from [1 - s, 1 + s]: same shape.
 
-    x: uint8 (rounded once, at the end) or floats in [0, 1]. The order is fixed, other libraries often draw it; negative
-    factors count as 0. Each step blends the picture with black, with the mean of its grey picture, with that picture,
-    and cuts to the range. Saturation wants RGB and leaves a picture of one channel alone.
+    x: uint8 (rounded once, at the end) or floats in [0, 1]. Factors are drawn uniformly; negative ones count as 0. Each
+    step moves the picture away from black, from the mean of its grey picture, or from that grey picture, and cuts to
+    the range. The order is fixed; other libraries often draw it. Saturation leaves pictures that are not RGB alone.
 
     Args:
         brightness: s of the brightness; 0 is off.
@@ -307,7 +311,6 @@ def color_jitter(
     full = 1.0 if x.is_floating_point() else 255.0
     draws = 2 * torch.rand((3, len(x), 1, 1, 1), device=x.device, generator=generator) - 1
     out = x if x.is_floating_point() else x.float()
-    luma = torch.tensor([0.299, 0.587, 0.114], device=x.device, dtype=out.dtype).view(1, 3, 1, 1)
     for name, span, draw in zip(("brightness", "contrast", "saturation"), spans, draws, strict=True):
         if span == 0 or (name == "saturation" and x.shape[1] != 3):
             continue
@@ -315,7 +318,12 @@ def color_jitter(
         if name == "brightness":
             out = (out * factor).clamp_(0, full)
             continue
-        base = (out * luma).sum(1, keepdim=True) if x.shape[1] == 3 else out.mean(1, keepdim=True)
-        base = base.mean((2, 3), keepdim=True) if name == "contrast" else base
-        out = (out - base).mul_(factor).add_(base).clamp_(0, full)
+        if x.shape[1] == 3:
+            red, green, blue = out.split(1, 1)
+            base = (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+        else:
+            base = out.mean(1, keepdim=True)
+        if name == "contrast":
+            base = base.mean((2, 3), keepdim=True)
+        out = torch.lerp(base, out, factor).clamp_(0, full)
     return out if x.is_floating_point() else out.round_().to(x.dtype)
