@@ -90,6 +90,15 @@ def test_levels_equal_those_of_pil(name, x, magnitude, increasing):
         assert torch.equal(out, from_pil(PIL_LEVELS[name](to_pil(picture), s)))
 
 
+@pytest.mark.parametrize("name", PIL_LEVELS)
+@pytest.mark.parametrize("magnitude", range(11))
+def test_levels_equal_those_of_pil_where_every_level_occurs_unevenly(name, magnitude):
+    x = (torch.rand(1, 3, 64, 80) ** 2 * 256).to(torch.uint8)
+    x[0, :, 0, :] = torch.arange(120, 200)
+    s = strength(name, magnitude)
+    assert torch.equal(apply(x, name, s)[0], from_pil(PIL_LEVELS[name](to_pil(x[0]), s)))
+
+
 @pytest.mark.parametrize("name", PIL_ENHANCERS)
 @given(x=batches(), magnitude=magnitudes, sign=signs, increasing=st.booleans())
 def test_enhancers_equal_those_of_pil_to_one_level(name, x, magnitude, sign, increasing):
@@ -296,6 +305,12 @@ def test_jitter_keeps_type_and_range_and_is_the_same_for_floats(x, seed, span):
     assert torch.equal(x, before) and out.dtype == torch.uint8 and out.shape == x.shape
     assert floats.min() >= 0 and floats.max() <= 1
     assert (floats * 255 - out).abs().max() <= 0.51
+
+
+def test_negative_jitter_factors_count_as_0():
+    out = R.color_jitter(torch.rand(400, 1, 4, 4) / 2 + 0.25, contrast=100.0)
+    even = out.amax((1, 2, 3)) - out.amin((1, 2, 3)) < 1e-6
+    assert 150 < even.sum() < 250 and out[even].min() > 0.25
 
 
 def test_jitter_factors_fill_their_range():
