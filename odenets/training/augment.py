@@ -7,7 +7,8 @@ Each function takes a batch `x: (n, c, h, w)` and draws once per picture (mixup 
     x = normalize(x, mean, std)
     x, y = cutmix(x, y, alpha=1.0, num_classes=10)      # y becomes (n, 10), each row sums to 1
 
-`Augment` chains them in the order above; it is what the data modules take.
+`rand_augment` and `color_jitter`, in `odenets.training.rand_augment`, come between crop and normalisation. `Augment`
+chains all of them in this order; it is what the data modules take.
 """
 
 import random
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from .rand_augment import color_jitter, rand_augment
 
 
 def _rand(x: Tensor, *shape: int, generator: Generator | None) -> Tensor:
@@ -190,7 +193,7 @@ def cutmix(
 
 
 class Augment:
-    """What a training batch goes through: crop, flip, normalise, erase, then mixup or CutMix.
+    """What a training batch goes through: crop, flip, RandAugment, colour jitter, normalise, erase, mixup or CutMix.
 
     Everything is off by default but the normalisation, which the data module passes in.
 
@@ -198,6 +201,10 @@ class Augment:
         crop: Pixels that a picture is shifted by at most.
         flip: Probability of a left-right mirror image.
         resized_crop: Smallest share of the area of a random resized crop, e.g. 0.08; None for no such crop.
+        rand_augment: Magnitude of RandAugment, up to 10; 0 is off. Two operations per picture, each applied with
+            probability 1/2; what moves in has the mean's colour. Recipes with "rand-m9-mstd0.5-inc1" mean 9 here.
+        rand_augment_std: Standard deviation of a jitter of the magnitude, 0.5 for "mstd0.5".
+        color_jitter: Brightness, contrast and saturation are scaled by factors from [1 - s, 1 + s]; 0 is off.
         erase: Probability of random erasing.
         mixup: Alpha of mixup's Beta distribution; 0 is off.
         cutmix: Alpha of CutMix's; where both are on, each batch draws one of the two.
@@ -209,6 +216,9 @@ class Augment:
         crop: int = 0,
         flip: float = 0.0,
         resized_crop: float | None = None,
+        rand_augment: float = 0.0,
+        rand_augment_std: float = 0.0,
+        color_jitter: float = 0.0,
         erase: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -217,8 +227,16 @@ class Augment:
         for name, value in (("flip", flip), ("erase", erase)):
             if not 0 <= value <= 1:
                 raise ValueError(f"Augment: {name}={value} is a probability; it wants a figure between 0 and 1")
-        if min(crop, mixup, cutmix) < 0:
-            raise ValueError(f"Augment: crop={crop}, mixup={mixup}, cutmix={cutmix} want 0 (off) or more")
+        if min(crop, mixup, cutmix, color_jitter) < 0:
+            figures = f"crop={crop}, mixup={mixup}, cutmix={cutmix}, color_jitter={color_jitter}"
+            raise ValueError(f"Augment: {figures} want 0 (off) or more")
+        if not 0 <= rand_augment <= 10:
+            raise ValueError(f"Augment: rand_augment={rand_augment} is a magnitude; it wants 0 (off) to 10, such as 9")
+        if rand_augment_std < 0 or (rand_augment_std and not rand_augment):
+            raise ValueError(
+                f"Augment: rand_augment_std={rand_augment_std} wants 0 or more, and a rand_augment above 0 to jitter"
+            )
+        self.rand_augment, self.rand_augment_std, self.color_jitter = rand_augment, rand_augment_std, color_jitter
         self.crop, self.flip, self.resized_crop, self.erase = crop, flip, resized_crop, erase
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
         self._generators: dict[torch.device, Generator] = {}
@@ -238,6 +256,9 @@ class Augment:
         if self.resized_crop is not None:
             x = random_resized_crop(x, x.shape[-1], (self.resized_crop, 1.0), generator=generator)
         x = random_flip(random_crop(x, self.crop, generator=generator), self.flip, generator=generator)
+        if self.rand_augment:
+            x = rand_augment(x, self.rand_augment, self.rand_augment_std, fill=mean, generator=generator)
+        x = color_jitter(x, *(self.color_jitter,) * 3, generator=generator)
         x = random_erasing(normalize(x, mean, std), self.erase, generator=generator)
         if not self.mixup and not self.cutmix:
             return x, y
