@@ -23,6 +23,7 @@ from ..layers import BasicFunction, BottleneckFunction, PadShortcut, Projection,
 from ..stack import Stack
 from . import resnet_keys
 from .head import HeadNet, Pool
+from .keys import twin
 from .levels import schemes_of_levels, steps_that_fit, warned_once
 
 Block = Literal["basic", "bottleneck"]
@@ -194,7 +195,7 @@ class ResidualNet(HeadNet):
         A twin is this network under another scheme: the same residual functions, grouped into other steps.
         """
         own = self.state_dict().keys()
-        return resnet_keys.published(own, keys, FUNCTIONS[self.block].convolutions) or resnet_keys.twin(own, keys)
+        return resnet_keys.published(own, keys, FUNCTIONS[self.block].convolutions) or twin(own, keys)
 
 
 class ResNet(ResidualNet):

@@ -18,14 +18,11 @@ from ..layers.attention import AttentionFunction, PatchTokens, PerceptronFunctio
 from ..layers.drop_path import linear_rates
 from ..stack import Stack
 from .head import HeadNet
+from .keys import Rule, function_key, places_of, renamed, twin
 from .level_net import check_rates
 from .levels import steps_that_fit
-from .resnet_keys import twin
 
 Pool = Literal["token", "avg", ""]
-
-_BLOCK = re.compile(r"blocks\.(\d+)\.(norm1|attn|norm2|mlp)\.(.+)")
-_WHOLE = {"cls_token": "stem.class_token", "pos_embed": "stem.positions"}
 
 
 class ViT(HeadNet):
@@ -134,23 +131,20 @@ class ViT(HeadNet):
         own = self.state_dict().keys()
         if "patch_embed.proj.weight" not in keys:
             return twin(own, keys)
-        places = sorted(
-            {(int(m[1]), int(m[2])) for key in own if (m := re.match(r"levels\.0\.steps\.(\d+)\.fs\.(\d+)\.", key))}
-        )
-        names: dict[str, str | None] = {}
-        for key in keys:
-            names[key] = _WHOLE.get(key, key.replace("patch_embed.", "stem."))
-            if m := _BLOCK.fullmatch(key):
-                place = 2 * int(m[1]) + (m[2] in ("norm2", "mlp"))
-                if place >= len(places):
-                    del names[key]
-                    continue
-                n, i = places[place]
-                part = "norm." if m[2].startswith("norm") else ""
-                names[key] = f"levels.0.steps.{n}.fs.{i}.{part}{m[3]}"
-            elif key.startswith("head.") and key not in own:
-                names[key] = None
-        return KeyMap("public ViT", names)
+        places = places_of(own)
+
+        def part(m: re.Match[str]) -> str | None:
+            norm = "norm." if m[2].startswith("norm") else ""
+            return function_key(places, 0, 2 * int(m[1]) + (m[2] in ("norm2", "mlp")), norm + m[3])
+
+        rules: dict[str, Rule] = {
+            "cls_token": "stem.class_token",
+            "pos_embed": "stem.positions",
+            r"patch_embed\.(.+)": r"stem.\1",
+            r"blocks\.(\d+)\.(norm1|attn|norm2|mlp)\.(.+)": part,
+            r"(.+)": r"\1",
+        }
+        return renamed("public ViT", rules, keys, own)
 
 
 def check_sides(x: Tensor, patch: int) -> None:
