@@ -12,21 +12,10 @@ from schemes.errors import SchemeError
 from schemes.scheme import State
 
 from . import checks
-from .backprop import (
-    Call,
-    Figure,
-    Tape,
-    autocast_as,
-    autocast_now,
-    call_of,
-    distance,
-    done,
-    in_single_precision,
-    made,
-    undone,
-)
+from .backprop import Figure, Tape, distance
 from .exact import Grid
 from .modes import Exact, Reverse
+from .undo import Call, autocast_as, autocast_now, call_of, done, in_single_precision, made, undone
 
 if TYPE_CHECKING:
     from .stack import Stack

@@ -16,10 +16,10 @@ from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import checks, structure
 from . import monitor as watching
-from .backprop import made
 from .modes import Checkpoint, Exact, Mode, Reverse, mode, written
 from .recompute import buffers_kept
 from .step import Step
+from .undo import made
 
 
 def as_residual(module: nn.Module) -> nn.Module:

@@ -2,12 +2,13 @@
 
 In training each step mixes Euler's step from x_n with a step back from it, x_{n+1} = gamma x_{n-1} + (1 - gamma) x_n +
 (1 + gamma) h F(x_n), with gamma = 1/2 or -1/2 drawn for each sample and step; at inference gamma takes its mean, 0, and
-the network is plain Euler, a ResNet. Three layers:
+the network is plain Euler, a ResNet. Two layers:
 
 * ``Bdia`` is the scheme: Euler, and ``draw`` and ``at_random`` for training.
 * ``Bidirectional`` is the coupling of one step for a gamma that is given; its inverse amplifies by 1/|gamma|.
-* ``exact_start``, ``exact_step`` and ``exact_inverse`` are the same step on a binary grid, where with one bit per
-  element kept beside nothing is lost. Halving a multiple of the grid's unit loses its last bit, and only that.
+
+Exact arithmetic works as on any other coupling: on a binary grid, half a multiple of the unit loses its last bit, and
+only that; with one bit per element kept beside, a step of gamma = 1/2 is undone bit by bit.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Bidirectional(Coupling):
     Streams (x_{n-1}, x_n). The first step makes the second stream, x_1 = x_0 + h F(x_0) (``at(0)``).
 
     Cost: 1 residual function a step, 2 streams. Inverse: closed form; it amplifies by 1/|gamma| a step (gamma = 1/2:
-    doubles), so train on the grid (``exact_step``).
+    doubles), so train in exact arithmetic.
 
     Args:
         gamma: a number, or a tensor that broadcasts against the streams: one value per sample. Not zero.
@@ -108,8 +109,8 @@ class Bdia(Scheme):
     """BDIA: Euler at inference, and in training a step forward mixed with a step back by a random gamma per sample.
 
     As it stands this is Euler's scheme on one stream, x_{n+1} = x_n + h F(x_n): gamma at its mean, 0. In training,
-    ``at_random(n, draw(x))`` is step n: invertible, and bit-exact by ``exact_step``. Any published ResNet, ConvNeXt or
-    ViT can be fine-tuned so, without a change to its architecture.
+    ``at_random(n, draw(x))`` is step n: invertible, and in exact arithmetic bit by bit. Any published ResNet, ConvNeXt
+    or ViT can be fine-tuned so, without a change to its architecture.
 
     Cost: 1 residual function a step; in training 2 streams, and 1 bit per element and step in exact arithmetic.
 
@@ -177,76 +178,3 @@ class Bdia(Scheme):
 
     def __str__(self) -> str:
         return "bdia" if self.gamma == 0.5 else f"bdia({self.gamma:g})"
-
-
-def on_grid(x: Tensor, bits: int) -> Tensor:
-    """x rounded to multiples of 2^-bits, ties to even; it has no gradient (an engine passes it straight through)."""
-    return torch.round(x * 2.0**bits) * 2.0**-bits
-
-
-def grid_limit(dtype: torch.dtype, bits: int) -> float:
-    """Sums of two multiples of 2^-bits are exact in that dtype while both stay within this bound.
-
-    Example:
-        >>> grid_limit(torch.float32, 9)
-        16384.0
-    """
-    return 2.0 ** (-bits - 1) * 2 / torch.finfo(dtype).eps
-
-
-def exact_start(x: Tensor, k: Tensor, bits: int) -> State:
-    """The first two streams on the grid: x_0 and x_1 = x_0 + k, with k = h F_0(x_0). x must be on the grid."""
-    return x, x + on_grid(k, bits)
-
-
-def exact_step(before: Tensor, now: Tensor, k: Tensor, gamma: Tensor | float, bits: int) -> tuple[Tensor, Tensor]:
-    """One training step on the grid of unit u = 2^-bits: gamma (x_{n-1} + s u) + [(1 - gamma) x_n + (1 + gamma) k].
-
-    [ ] rounds to the grid; the bit s is 1 where x_{n-1} is an odd multiple of u, so that its half is on the grid.
-
-    Args:
-        before: x_{n-1}, on the grid.
-        now: x_n, on the grid.
-        k: h F(x_n), any values.
-        gamma: 1/2 or -1/2, or a tensor of these that broadcasts.
-        bits: the grid's unit is 2^-bits; 9 in the source.
-
-    Returns:
-        x_{n+1}, on the grid, and the bit per element that the inverse needs, as a bool tensor (see ``pack``).
-
-    Source:
-        arXiv 2407.09093, section 4.3.
-    """
-    side = torch.remainder(before * 2.0**bits, 2.0) == 1
-    return gamma * (before + side * 2.0**-bits) + _rounded(now, k, gamma, bits), side
-
-
-def exact_inverse(after: Tensor, now: Tensor, k: Tensor, gamma: Tensor | float, side: Tensor, bits: int) -> Tensor:
-    """x_{n-1} from x_{n+1}, x_n and the bit that ``exact_step`` gave, equal to the last bit; arguments likewise."""
-    return (after - _rounded(now, k, gamma, bits)) / gamma - side * 2.0**-bits
-
-
-def _rounded(now: Tensor, k: Tensor, gamma: Tensor | float, bits: int) -> Tensor:
-    return on_grid((1 - gamma) * now + (1 + gamma) * k, bits)
-
-
-def pack(bits: Tensor) -> Tensor:
-    """A bool tensor as bytes, 8 elements in one: (ceil(n / 8),) of uint8.
-
-    Example:
-        >>> pack(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
-    flat = bits.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    out = flat[:, 0].clone()
-    for i in range(1, 8):
-        out |= flat[:, i] << i
-    return out
-
-
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool tensor of that shape that ``pack`` packed."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    flat = (packed[:, None] >> shifts & 1).view(-1)
-    return flat[: torch.Size(shape).numel()].view(tuple(shape)).bool()

@@ -16,7 +16,8 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
 from ..stack import Stack
-from . import convnext_keys, resnet_keys
+from . import convnext_keys
+from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
 from .levels import schemes_of_levels, steps_that_fit, warned_once
 
@@ -140,4 +141,4 @@ class ConvNeXt(LevelNet):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: facebookresearch's, timm's, torchvision's, or a twin's under another scheme."""
         own = self.state_dict().keys()
-        return convnext_keys.published(own, keys) or resnet_keys.twin(own, keys)
+        return convnext_keys.published(own, keys) or twin(own, keys)

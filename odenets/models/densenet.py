@@ -18,8 +18,9 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import DenseFunction, DenseTransition, init_kaiming
 from ..stack import Stack
-from . import dense_keys, resnet_keys
+from . import dense_keys
 from .dense_levels import schemes_with_growth, width_after
+from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
 from .levels import steps_that_fit, warned_once
 
@@ -127,7 +128,7 @@ class DenseNet(LevelNet):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: torchvision's (old and new), gpleiss's, andreasveit's."""
         own = self.state_dict().keys()
-        return dense_keys.densenet(own, keys) or resnet_keys.twin(own, keys)
+        return dense_keys.densenet(own, keys) or twin(own, keys)
 
 
 class _ChannelsLast(nn.Module):

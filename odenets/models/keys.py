@@ -1,10 +1,11 @@
-"""Helpers for published key layouts: rules that rename, and where a level's residual functions stand."""
+"""Helpers for key layouts: rules that rename, where a level's residual functions stand, and the keys of a twin."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
 
 from ..checkpoints import KeyMap
-from . import resnet_keys
+
+_OWN = re.compile(r"levels\.(\d+)\.steps\.(\d+)\.fs\.(\d+)\.(.+)")
 
 Rule = str | Callable[[re.Match[str]], str | None]
 Places = Mapping[int, list[tuple[int, int]]]
@@ -35,6 +36,15 @@ def renamed(layout: str, rules: Mapping[str, Rule], keys: Collection[str], own: 
     return KeyMap(layout, names)
 
 
+def places_of(keys: Collection[str]) -> dict[int, list[tuple[int, int]]]:
+    """For each level the (step, index) of its residual functions, in order."""
+    found: dict[int, set[tuple[int, int]]] = {}
+    for key in keys:
+        if m := _OWN.fullmatch(key):
+            found.setdefault(int(m[1]), set()).add((int(m[2]), int(m[3])))
+    return {level: sorted(places) for level, places in found.items()}
+
+
 def function_key(places: Places, level: int, position: int, rest: str) -> str | None:
     """The key of a tensor of a level's residual function, counted through the level; None where there is none."""
     inside = places.get(level, [])
@@ -44,4 +54,16 @@ def function_key(places: Places, level: int, position: int, rest: str) -> str | 
     return f"levels.{level}.steps.{n}.fs.{i}.{rest}"
 
 
-places_of = resnet_keys.places_of
+def twin(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
+    """The keys of this network under any scheme, with or without a head."""
+    places, given = places_of(own), places_of(keys)
+    if not given:
+        return None
+    names: dict[str, str | None] = {}
+    for key in keys:
+        names[key] = None if key in ("head.weight", "head.bias") and key not in own else key
+        if (m := _OWN.fullmatch(key)) and len(given[int(m[1])]) == len(places.get(int(m[1]), ())):
+            level = int(m[1])
+            n, i = places[level][given[level].index((int(m[2]), int(m[3])))]
+            names[key] = f"levels.{level}.steps.{n}.fs.{i}.{m[4]}"
+    return KeyMap("own" if places == given else "own, under another scheme", names)

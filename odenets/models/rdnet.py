@@ -16,8 +16,9 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import ConvNeXtFunction, LayerNorm2d, init_kaiming, linear_rates
 from ..stack import Stack
-from . import dense_keys, resnet_keys
+from . import dense_keys
 from .dense_levels import schemes_with_growth, width_after
+from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
 from .levels import steps_that_fit, warned_once
 
@@ -138,4 +139,4 @@ class RDNet(LevelNet):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: naver-ai's and timm's, which differ in the epsilon of the head's norm."""
         own = self.state_dict().keys()
-        return dense_keys.rdnet(own, keys) or resnet_keys.twin(own, keys)
+        return dense_keys.rdnet(own, keys) or twin(own, keys)

@@ -22,19 +22,20 @@ from ..checkpoints import KeyMap
 from ..layers import BasicFunction, BottleneckFunction, PadShortcut, Projection, init_kaiming, linear_rates
 from ..stack import Stack
 from . import resnet_keys
+from .head import HeadNet, Pool
+from .keys import twin
 from .levels import schemes_of_levels, steps_that_fit, warned_once
 
 Block = Literal["basic", "bottleneck"]
 Placement = Literal["post", "public", "preact"]
 Shortcut = Literal["projection", "pad"]
 Stem = Literal["conv3", "conv3_s2", "conv7_pool"]
-Pool = Literal["avg", "max", ""]
 
 FUNCTIONS = {"basic": BasicFunction, "bottleneck": BottleneckFunction}
 REDUCTION = {"conv3": 1, "conv3_s2": 2, "conv7_pool": 4}
 
 
-class ResidualNet(nn.Module):
+class ResidualNet(HeadNet):
     """The network behind ``ResNet`` and ``HOResNet``, which differ in their defaults alone: stem, levels, norm, head.
 
     State-dict keys: ``stem.{conv,norm}``, ``levels.{l}.steps.{n}.fs.{i}.{conv,norm}{1..3}``,
@@ -120,7 +121,6 @@ class ResidualNet(nn.Module):
             {"num_chs": c, "reduction": REDUCTION[stem] * 2**level, "module": f"levels.{level}"}
             for level, c in enumerate(channels[1:])
         ]
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
         published = stem == "conv7_pool"
         init_kaiming(self, "fan_out" if published else "fan_in", linear=not published)
@@ -170,10 +170,6 @@ class ResidualNet(nn.Module):
             backprop=backprop,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, num_classes), or features where there is no head. x: (n, in_chans, h, w)."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's map, normalised where the placement asks for it: (n, num_features, h', w')."""
         return self.norm(self.levels(self.stem(x)))
@@ -188,43 +184,10 @@ class ResidualNet(nn.Module):
         return found
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools, drops out and classifies a map of ``forward_features``; ``pre_logits`` stops before the head."""
-        if self.global_pool == "avg":
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        elif self.global_pool == "max":
-            x = F.adaptive_max_pool2d(x, 1).flatten(1)
+        """As in ``HeadNet``, but a map that is not pooled goes through dropout and head too."""
+        x = self.pool(x) if self.global_pool else x
         x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
         return x if pre_logits else self.head(x)
-
-    def get_classifier(self) -> nn.Module:
-        """The head: a linear layer, or the identity."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Puts a new head in, on the device and in the dtype of the old one.
-
-        Args:
-            num_classes: its width; 0 leaves features.
-            global_pool: changes the pooling; None keeps it.
-
-        Raises:
-            SchemeError: an unknown pooling, or a head over an unpooled map.
-        """
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool not in get_args(Pool):
-            raise SchemeError(f"global_pool is {pool!r}, want 'avg', 'max' or ''.")
-        if num_classes and not pool:
-            raise SchemeError(
-                f"global_pool='' gives a map, and {num_classes} classes need a pooled one: num_classes=0."
-            )
-        self.global_pool: Pool = pool
-        self.num_classes = num_classes
-        like = next(self.parameters())
-        self.head = (
-            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            if num_classes
-            else nn.Identity()
-        )
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: torchvision's, the CIFAR and HO-ResNet releases', or a twin's.
@@ -232,7 +195,7 @@ class ResidualNet(nn.Module):
         A twin is this network under another scheme: the same residual functions, grouped into other steps.
         """
         own = self.state_dict().keys()
-        return resnet_keys.published(own, keys, FUNCTIONS[self.block].convolutions) or resnet_keys.twin(own, keys)
+        return resnet_keys.published(own, keys, FUNCTIONS[self.block].convolutions) or twin(own, keys)
 
 
 class ResNet(ResidualNet):

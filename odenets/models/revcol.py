@@ -7,7 +7,7 @@ Source: Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,10 @@ from schemes.scheme import State
 
 from ..checkpoints import KeyMap
 from ..layers import ChannelScale, ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
-from ..layers.column import Classifier, Down, LevelFunction, PatchDecoder, PictureDecoder, Up, pooled
+from ..layers.column import Classifier, Down, LevelFunction, PatchDecoder, PictureDecoder, Up
 from ..stack import Stack
 from . import revcol_keys
-
-Pool = Literal["avg", ""]
+from .head import ColumnNet, ColumnPool
 
 
 class Supervised(NamedTuple):
@@ -63,7 +62,7 @@ class Supervision(nn.Module):
         )
 
 
-class RevCol(nn.Module):
+class RevCol(ColumnNet):
     """Reversible column network; the defaults are RevCol-T: 30,456,168 parameters, 4.517 GMACs at 224 x 224.
 
     State-dict keys: ``stem.{conv,norm}``, ``columns.steps.{n}.fs.{l}.{down,up.{i},blocks.{j}}`` for level l of column
@@ -117,7 +116,7 @@ class RevCol(nn.Module):
         backprop: str = "store",
         patch: int = 4,
         pad: bool = False,
-        global_pool: Pool = "avg",
+        global_pool: ColumnPool = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
@@ -150,7 +149,7 @@ class RevCol(nn.Module):
         self.columns = Stack(fs, scheme, shortcut=scales, backprop=backprop)
         # Published checkpoints hold factors of the first column too, though they multiply nothing.
         self.idle = nn.ParameterList(torch.full((1, c, 1, 1), 0.5) for c in channels)
-        self.head: nn.Module = nn.Identity()
+        self.head = nn.Identity()
         self.supervision: Supervision | None = None
         if supervision:
             self.supervision = Supervision(supervised_columns(columns)[:-1], channels, num_classes, patch, in_chans)
@@ -160,20 +159,9 @@ class RevCol(nn.Module):
             with torch.no_grad():
                 self.head.fc.weight.mul_(head_init_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The final logits (n, num_classes), or features where there is no head. x: (n, in_chans, h, w)."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
         return self.columns(self._stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies a map of ``forward_features``; ``pre_logits`` stops before the head."""
-        if not self.global_pool:
-            return x
-        x = pooled(x)
-        return self.head.from_pooled(x) if isinstance(self.head, Classifier) and not pre_logits else x
 
     def forward_supervised(self, x: Tensor) -> Supervised:
         """Logits of every head, the final one last, and the pictures that the decoders make.
@@ -212,12 +200,8 @@ class RevCol(nn.Module):
             x = F.pad(x, (0, right, 0, below))
         return with_zero_gradients(self.stem(x), self.idle)
 
-    def get_classifier(self) -> nn.Module:
-        """The final head: mean, norm and linear layer, or the identity."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Puts new heads in, on the device and in the dtype of the old ones.
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts new heads in, on the device and in the dtype of the network.
 
         Args:
             num_classes: their width; 0 leaves features and drops the supervision.
@@ -226,28 +210,16 @@ class RevCol(nn.Module):
         Raises:
             SchemeError: an unknown pooling, or a head over an unpooled map.
         """
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool not in get_args(Pool):
-            raise SchemeError(f"global_pool is {pool!r}, want 'avg' or ''.")
-        if num_classes and not pool:
-            raise SchemeError(
-                f"global_pool='' gives a map, and {num_classes} classes need a pooled one: num_classes=0."
-            )
-        self.global_pool: Pool = pool
-        self.num_classes = num_classes
-        like = next(self.stem.parameters())
-
-        def head(drop_rate: float = 0.0) -> nn.Module:
-            made = Classifier(self.num_features, num_classes, drop_rate).to(like)
-            init_truncated(made)
-            return made
-
-        self.head = head(self.drop_rate) if num_classes else nn.Identity()
+        super().reset_classifier(num_classes, global_pool)
         if self.supervision is not None:
             if num_classes:
-                self.supervision.heads = nn.ModuleList(head() for _ in self.supervision.columns)
+                heads = (self.make_head(num_classes, drop_rate=0.0) for _ in self.supervision.columns)
+                self.supervision.heads = nn.ModuleList(heads)
             else:
                 self.supervision = None
+
+    def init_head(self, head: nn.Module) -> None:
+        init_truncated(head)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""

@@ -1,7 +1,6 @@
 """RevCol-ViT: reversible columns of transformer blocks, all levels of one resolution and width."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -11,12 +10,11 @@ from schemes.scheme import State
 
 from ..layers import ChannelScale, linear_rates
 from ..layers.attention import AttentionFunction, PatchTokens
-from ..layers.column import Classifier, LevelFunction, pooled
+from ..layers.column import LevelFunction
 from ..stack import Stack
+from .head import ColumnNet, ColumnPool
 from .level_net import check_rates
 from .vit import alternating, check_sides, init_tokens
-
-Pool = Literal["avg", ""]
 
 
 class Linked(nn.Module):
@@ -77,7 +75,7 @@ def columns_of_tokens(
     return Stack(fs, Coupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
 
-class RevColViT(nn.Module):
+class RevColViT(ColumnNet):
     """Isotropic RevCol of transformer blocks; the defaults are the small one.
 
     A level reads its neighbours through a linear layer and LayerNorm, where RevCol merges patches and upsamples; its
@@ -115,6 +113,8 @@ class RevColViT(nn.Module):
         torch.Size([2, 10])
     """
 
+    unpooled = ("tokens", "one vector")
+
     def __init__(
         self,
         dim: int = 224,
@@ -126,7 +126,7 @@ class RevColViT(nn.Module):
         backprop: str = "store",
         num_classes: int = 1000,
         in_chans: int = 3,
-        global_pool: Pool = "avg",
+        global_pool: ColumnPool = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
@@ -142,13 +142,8 @@ class RevColViT(nn.Module):
         ]
         self.stem = PatchTokens(dim, patch, size, in_chans, class_token=False, norm=True)
         self.columns = columns_of_tokens(columns, dim, heads, blocks, drop_path=drop_path_rate, backprop=backprop)
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
         init_tokens(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, num_classes), or features where there is no head. x: (n, in_chans, h, w)."""
-        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's tokens in the last column: (n, h w / patch^2, dim)."""
@@ -162,35 +157,5 @@ class RevColViT(nn.Module):
         rows = x.shape[2] // self.patch
         return [tokens.transpose(1, 2).unflatten(2, (rows, -1)) for tokens in state[1:]]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies tokens; ``pre_logits`` stops before the head."""
-        if not self.global_pool:
-            return x
-        x = pooled(x)
-        return self.head.from_pooled(x) if isinstance(self.head, Classifier) and not pre_logits else x
-
-    def get_classifier(self) -> nn.Module:
-        """The head: mean, norm and linear layer, or the identity."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Puts a new head in, on the device and in the dtype of the old one.
-
-        Args:
-            num_classes: its width; 0 leaves features.
-            global_pool: "avg" or "", None keeps it.
-
-        Raises:
-            SchemeError: an unknown pooling, or a head over unpooled tokens.
-        """
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool not in get_args(Pool):
-            raise SchemeError(f"global_pool is {pool!r}, want 'avg' or ''.")
-        if num_classes and not pool:
-            raise SchemeError(f"global_pool='' gives tokens, and {num_classes} classes need one vector: num_classes=0.")
-        self.global_pool: Pool = pool
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = Classifier(self.num_features, num_classes, self.drop_rate).to(next(self.stem.parameters()))
-            init_tokens(self.head)
+    def init_head(self, head: nn.Module) -> None:
+        init_tokens(head)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import schemes
@@ -18,17 +17,15 @@ from ..checkpoints import KeyMap
 from ..layers.attention import AttentionFunction, PatchTokens, PerceptronFunction
 from ..layers.drop_path import linear_rates
 from ..stack import Stack
+from .head import HeadNet
+from .keys import Rule, function_key, places_of, renamed, twin
 from .level_net import check_rates
 from .levels import steps_that_fit
-from .resnet_keys import twin
 
 Pool = Literal["token", "avg", ""]
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(norm1|attn|norm2|mlp)\.(.+)")
-_WHOLE = {"cls_token": "stem.class_token", "pos_embed": "stem.positions"}
 
-
-class ViT(nn.Module):
+class ViT(HeadNet):
     """Vision transformer; the defaults are ViT-Ti/16: 5,717,416 parameters.
 
     State-dict keys: ``stem.{proj,class_token,positions}``, ``levels.0.steps.{n}.fs.{i}.*``, ``norm``, ``head``. The
@@ -65,6 +62,9 @@ class ViT(nn.Module):
         >>> net(torch.randn(2, 3, 16, 16)).shape
         torch.Size([2, 10])
     """
+
+    pools = get_args(Pool)
+    unpooled = ("tokens", "one vector")
 
     def __init__(
         self,
@@ -105,13 +105,8 @@ class ViT(nn.Module):
 
         self.levels = nn.Sequential(Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
         init_tokens(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, num_classes), or features where there is no head. x: (n, in_chans, h, w)."""
-        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens, normalised, the class token first: (n, 1 + h w / patch^2, dim)."""
@@ -124,63 +119,32 @@ class ViT(nn.Module):
         tokens = self.levels(self.stem(x))[:, 1:]
         return [tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools, drops out and classifies tokens; ``pre_logits`` stops before the head."""
-        if not self.global_pool:
-            return x
-        x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
-        x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
-        return x if pre_logits else self.head(x)
+    def pool(self, x: Tensor) -> Tensor:
+        """The class token, or the mean of the picture's tokens: (n, dim)."""
+        return x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1)
 
-    def get_classifier(self) -> nn.Module:
-        """The head: a linear layer, or the identity."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Puts a new head in, on the device and in the dtype of the old one.
-
-        Args:
-            num_classes: its width; 0 leaves features.
-            global_pool: changes the pooling; None keeps it.
-
-        Raises:
-            SchemeError: an unknown pooling, or a head over unpooled tokens.
-        """
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool not in get_args(Pool):
-            raise SchemeError(f"global_pool is {pool!r}, want 'token', 'avg' or ''.")
-        if num_classes and not pool:
-            raise SchemeError(f"global_pool='' gives tokens, and {num_classes} classes need one vector: num_classes=0.")
-        self.global_pool: Pool = pool
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes:
-            like = next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            init_tokens(self.head)
+    def init_head(self, head: nn.Module) -> None:
+        init_tokens(head)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the public ViT layout's keys here, or of a twin's under another scheme."""
         own = self.state_dict().keys()
         if "patch_embed.proj.weight" not in keys:
             return twin(own, keys)
-        places = sorted(
-            {(int(m[1]), int(m[2])) for key in own if (m := re.match(r"levels\.0\.steps\.(\d+)\.fs\.(\d+)\.", key))}
-        )
-        names: dict[str, str | None] = {}
-        for key in keys:
-            names[key] = _WHOLE.get(key, key.replace("patch_embed.", "stem."))
-            if m := _BLOCK.fullmatch(key):
-                place = 2 * int(m[1]) + (m[2] in ("norm2", "mlp"))
-                if place >= len(places):
-                    del names[key]
-                    continue
-                n, i = places[place]
-                part = "norm." if m[2].startswith("norm") else ""
-                names[key] = f"levels.0.steps.{n}.fs.{i}.{part}{m[3]}"
-            elif key.startswith("head.") and key not in own:
-                names[key] = None
-        return KeyMap("public ViT", names)
+        places = places_of(own)
+
+        def part(m: re.Match[str]) -> str | None:
+            norm = "norm." if m[2].startswith("norm") else ""
+            return function_key(places, 0, 2 * int(m[1]) + (m[2] in ("norm2", "mlp")), norm + m[3])
+
+        rules: dict[str, Rule] = {
+            "cls_token": "stem.class_token",
+            "pos_embed": "stem.positions",
+            r"patch_embed\.(.+)": r"stem.\1",
+            r"blocks\.(\d+)\.(norm1|attn|norm2|mlp)\.(.+)": part,
+            r"(.+)": r"\1",
+        }
+        return renamed("public ViT", rules, keys, own)
 
 
 def check_sides(x: Tensor, patch: int) -> None:

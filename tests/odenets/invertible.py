@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,10 @@ SCHEMES: dict[str, str | Scheme] = {
 SCHEMES["revcol, learned"] = "revcol"
 SCHEMES["momentum, learned"] = "momentum(0.9)"
 SCHEMES["bidirectional"] = Bidirectional(0.75)
+
+EACH = pytest.mark.parametrize("name", SCHEMES)
+FEW = pytest.mark.parametrize("name", ["revnet", "momentum(0.9)", "reversible_heun", "revcol", "dense(2)"])
+EXACT = 1e-12  # relative, double precision, a few steps
 
 
 class Function(nn.Module):
@@ -126,3 +131,31 @@ def distance(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> float:
     assert pairs
     error = sum(float((g - w).square().sum()) for g, w in pairs)
     return (error / sum(float(w.square().sum()) for _, w in pairs)) ** 0.5
+
+
+def both(name: str, depth: int = 4, **options: Any) -> tuple[Stack, Stack]:
+    """The same stack, reversed and stored."""
+    return build(name, depth, **options), build(name, depth, **{**options, "backprop": "store"})
+
+
+def deep(name: str, depth: int = 64) -> dict[str, Any]:
+    # Concatenation grows by a stream each step, so that a deep one costs the square.
+    return {"depth": 16 if name.startswith("dense") else depth, "step": 1 / 8}
+
+
+def peak(stack: Stack, x: Tensor) -> int:
+    """Largest number of bytes that a training step holds above what was there before, gradients preallocated."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+    x.grad = torch.zeros_like(x)
+    stack(x).square().mean().backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as prof:
+        stack(x).square().mean().backward()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    total = most = 0
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        total += e.nbytes()
+        most = max(most, total)
+    return most

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from invertible import CHANNELS, batch, build, distance, gradients
-from test_backprop import peak
+from invertible import CHANNELS, batch, build, distance, gradients, peak
 from torch import Tensor, nn
 
 from odenets import Stack

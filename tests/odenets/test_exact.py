@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_stored_run_bit_by_bit(scheme):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("scheme", ["revnet", "momentum(0.5)"])
+@pytest.mark.parametrize("scheme", ["revnet", "momentum(0.5)", "bdia"])
 def test_depth_128_with_convolutions(scheme, amp):
     exact = stack(scheme, 128, nn.Conv2d, channels=8)
     twin = copy.deepcopy(exact)
@@ -114,10 +114,14 @@ def test_bdia_is_euler_at_inference_and_drawn_in_training():
     assert torch.get_rng_state().sum() != 0
 
 
-@given(scale=st.floats(0.002, 3.0).flatmap(lambda a: st.sampled_from([a, -a])), seed=st.integers(0, 2**31))
-def test_scaling_on_the_grid_loses_nothing(scale, seed):
-    grid = Grid(None, torch.float32)
-    x = grid.round(20 * torch.randn(64, generator=torch.Generator().manual_seed(seed)))
+@given(
+    scale=st.floats(0.002, 3.0).flatmap(lambda a: st.sampled_from([a, -a])),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_scaling_on_the_grid_loses_nothing(scale, seed, dtype):
+    grid = Grid(None, dtype)
+    x = grid.round(20 * torch.randn(64, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
     factor = torch.tensor(scale, dtype=torch.float32)
     kept, beside = grid._shrunk(x, factor)
     assert torch.equal(grid._grown(kept, factor, beside), x)

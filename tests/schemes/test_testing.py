@@ -306,7 +306,7 @@ def test_stack_law_of_reverse_mode(scheme):
 def test_stack_law_sees_other_dropout_in_reverse_mode(monkeypatch):
     from contextlib import nullcontext
 
-    monkeypatch.setattr("odenets.backprop._replayed", lambda generators: nullcontext())
+    monkeypatch.setattr("odenets.backprop.replayed", lambda generators: nullcontext())
     with pytest.raises(AssertionError, match=r"reverse: .* differs from store"):
         testing.check_stack(
             lambda mode: coupled("revnet", mode), torch.randn(8, 6).double(), mode="reverse", tolerance=1e-9

@@ -1,0 +1,67 @@
+"""Small stacks and their written-out formulas, for the tests of Stack."""
+
+import warnings
+
+import torch
+from torch import nn
+
+import schemes
+from odenets import Stack
+
+F64 = torch.float64
+
+
+class Block(nn.Sequential):
+    """A smooth residual function on pictures."""
+
+    def __init__(self, channels=3, out=None, stride=1):
+        out = out or channels
+        super().__init__(nn.Conv2d(channels, out, 3, stride, 1), nn.BatchNorm2d(out), nn.Tanh())
+
+
+def linears(n, width=4):
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(width, width, dtype=F64), nn.Tanh()) for _ in range(n)]
+
+
+def data(*shape):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+def quiet(*args, **kwargs):
+    """A Stack without the warnings that other tests are about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Stack(*args, **kwargs)
+
+
+def formula(tableau, fs, x, g, h):
+    """One step as a book writes it: x itself where a row is zero, the shortcut's x elsewhere."""
+    a, b, _, _ = tableau.floats()
+    y, ks = g(x), []
+    for f, row in zip(fs, a, strict=True):
+        argument = y + h * sum(w * k for w, k in zip(row, ks, strict=True)) if any(row) else x
+        ks.append(f(argument))
+    return y + h * sum(w * k for w, k in zip(b, ks, strict=True))
+
+
+def euler(f, x, h):
+    return x + h * f[0](x)
+
+
+def midpoint(f, x, h):
+    return x + h * f[1](x + h / 2 * f[0](x))
+
+
+def rk4(f, x, h):
+    k1 = f[0](x)
+    k2 = f[1](x + h / 2 * k1)
+    k3 = f[2](x + h / 2 * k2)
+    k4 = f[3](x + h * k3)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def picture_stack(scheme, steps, mode, **options):
+    torch.manual_seed(0)
+    make = options.pop("make", lambda: nn.Sequential(Block(), nn.Dropout(0.3)))
+    return quiet([make() for _ in range(steps * schemes.get(scheme).stages)], scheme, backprop=mode, **options)
