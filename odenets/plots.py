@@ -1,6 +1,6 @@
 """Figures of analyses, written as PNG; matplotlib is imported when one is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
 
 
 def design_spaces(
-    values: dict[str, Sequence[float]], differences: dict[str, tuple[float, float, float]], path: str | Path
+    values: Mapping[str, Sequence[float]], differences: Mapping[str, tuple[float, float, float]], path: str | Path
 ) -> Path:
     """Accuracies of groups of networks as distribution functions, and differences of means with their intervals.
 

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemes import Scheme, SchemeError, Slot
@@ -182,12 +181,6 @@ class ResidualNet(HeadNet):
             x = level(x)
             found.append(x)
         return found
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """As in ``HeadNet``, but a map that is not pooled goes through dropout and head too."""
-        x = self.pool(x) if self.global_pool else x
-        x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
-        return x if pre_logits else self.head(x)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: torchvision's, the CIFAR and HO-ResNet releases', or a twin's.

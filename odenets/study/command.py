@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from odenets.cli import fail
 from schemes import SchemeError
@@ -35,7 +35,7 @@ def parser() -> ArgumentParser:
     with_study = []
     for name, text in (("run", "Train the networks that the file lacks."), ("sample", "Show what would be trained.")):
         sub = Parser(prog=f"odenets study {name}", description=text)
-        sub.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with the options below.")
+        sub.add_argument("-c", "--config", action="config", help="YAML with the options below.")
         sub.add_class_arguments(Study, "study")
         sub.add_argument("--store", type=str, default="runs/study.sqlite", help="One line per network goes here.")
         sub.add_argument("--workers", type=int | None, default=None, help="Processes; 0 trains here; null: by cores.")

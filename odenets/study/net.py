@@ -28,8 +28,8 @@ _NORMS: dict[str, Any] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 class RandomFunction(nn.Sequential):
     """A bottleneck 1x1 - k x k - 1x1 with norm and activation before or after each convolution.
 
-    ``pre``: three times norm-act-conv; ``post``: conv-norm-act-conv-norm-act-conv-norm; ``post_linear`` is the same, and
-    differs in what the network does with the result (``RandomNet``).
+    ``pre``: three times norm-act-conv; ``post``: conv-norm-act-conv-norm-act-conv-norm; ``post_linear`` is the same,
+    and differs in what the network does with the result (``RandomNet``).
 
     Args:
         in_channels: width of the argument.
@@ -57,9 +57,9 @@ class RandomFunction(nn.Sequential):
 class RandomNet(LevelNet):
     """Conv3x3 of stride 2 - a ``Stack`` of ``RandomFunction`` - mean - linear: what a ``Candidate`` says.
 
-    The first stage of a ResNet alone, as in the pilot study of the RDNet paper. Under ``euler`` the results are added to
-    a stream of ``width`` channels; under ``dense`` they are appended, ``width`` at a time. Where the order is "post", an
-    activation follows the sum, or ends what is appended. Where it is "pre", norm and activation stand before the pooling.
+    The first stage of a ResNet alone, as in the pilot study of the RDNet paper. Under ``euler`` the results are added
+    to a stream of ``width`` channels; under ``dense`` they are appended, ``width`` at a time. In the order "post" an
+    activation follows the sum, or ends what is appended; in "pre", norm and activation stand before the pooling.
 
     Args:
         candidate: the network.
@@ -72,9 +72,9 @@ class RandomNet(LevelNet):
         SchemeError: a depth that the scheme's stages do not divide.
 
     Source:
-        Kim et al. 2024, DenseNets Reloaded, arXiv 2403.19588, section 5.1. What the paper leaves open (the stem, the form
-        of a block) is a reading: with this one, its bounds in millions of parameters and in billions of multiply-adds
-        hold for the same networks.
+        Kim et al. 2024, DenseNets Reloaded, arXiv 2403.19588, section 5.1. What the paper leaves open (the stem, the
+        form of a block) is a reading: with this one, its bounds in millions of parameters and in billions of
+        multiply-adds hold for the same networks.
 
     Example:
         >>> import torch

@@ -112,7 +112,9 @@ def compare(lines: Sequence[Line], first: str, second: str, metric: str, by: str
         return a, b
 
     if by is not None:
-        rows = [(str(v), [pair(lambda line, v=v: line[by] == v)]) for v in sorted({line[by] for line in lines})]
+        column = by
+        values = sorted({line[column] for line in lines})
+        rows = [(str(v), [pair(lambda line, v=v: line[column] == v)]) for v in values]
     else:
         kinds = sorted({(line["order"], line["augment"]) for line in lines})
         rows = [("all", [pair(lambda line, k=k: (line["order"], line["augment"]) == k) for k in kinds])]
@@ -131,7 +133,7 @@ class RankRow(NamedTuple):
     Attributes:
         scheme: of the networks.
         step: 0 is the stem.
-        count: networks.
+        networks: so many.
         width: channels.
         numerical: numerical rank.
         effective: effective rank.
@@ -139,7 +141,7 @@ class RankRow(NamedTuple):
 
     scheme: str
     step: int
-    count: int
+    networks: int
     width: float
     numerical: float
     effective: float
@@ -170,9 +172,8 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
     settings, lines = read(store)
     trained = [line for line in lines if line["status"] == "trained"]
     others = len(lines) - len(trained)
-    print(
-        f"# space {settings['space']}, seed {settings['seed']}: {len(trained)} networks trained, {others} failed or diverged\n"
-    )
+    print(f"# space {settings['space']}, seed {settings['seed']}:", end=" ")
+    print(f"{len(trained)} networks trained, {others} failed or diverged\n")
     first, *rest = settings["schemes"]
     found = [(second, row) for second in rest for row in compare(trained, first, second, "accuracy")]
     if not found:
@@ -206,7 +207,7 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
         print("|---|--:|--:|--:|--:|--:|")
         for r in rows:
             name = NAMES.get(r.scheme, r.scheme)
-            print(f"| {name} | {r.count} | {r.step} | {r.width:.0f} | {r.numerical:.1f} | {r.effective:.1f} |")
+            print(f"| {name} | {r.networks} | {r.step} | {r.width:.0f} | {r.numerical:.1f} | {r.effective:.1f} |")
     if out is not None:
         print()
         for path in draw(settings["schemes"], trained, Path(out)):

@@ -112,7 +112,7 @@ def _paper(low: float, high: float, depths: tuple[int, ...], channels: tuple[int
 
 _C = (9, 10, _steps(3, 12, 1), _steps(64, 192, 8))
 
-#: The spaces A to E of Kim et al. 2024, arXiv 2403.19588, section 5.1 and appendix, and one that two CPU cores can train.
+#: The spaces A to E of Kim et al. 2024, arXiv 2403.19588, section 5.1 and appendix, and one for two CPU cores.
 SPACES: dict[str, Space] = {
     "A": _paper(2, 2.5, _steps(3, 6, 1), _steps(32, 96, 8)),
     "B": _paper(4, 5, _steps(3, 8, 1), _steps(64, 128, 8)),
@@ -188,7 +188,7 @@ def shapes(
     return tuple(found)
 
 
-def _cell(
+def _kind(
     space: Space,
     scheme: str,
     order: Order,
@@ -240,8 +240,8 @@ def sample(
 ) -> list[Candidate]:
     """Draws equally many networks of every kind: scheme, block order and, where the space has some, augmentation.
 
-    Draws are uniform over the networks of that kind inside the budget, without repetition. The kinds take turns, so that
-    any beginning of the list is balanced; a larger ``per_kind`` gives the same list, continued.
+    Draws are uniform over the networks of that kind inside the budget, without repetition. The kinds take turns, so
+    that any beginning of the list is balanced; a larger ``per_kind`` gives the same list, continued.
 
     Args:
         space: one of ``SPACES``, or one of your own.
@@ -258,16 +258,16 @@ def sample(
         >>> [c.scheme for c in sample(SPACES["A"], ("euler", "dense"), 1)]
         ['euler', 'dense', 'euler', 'dense', 'euler', 'dense']
     """
-    cells = []
+    kinds = []
     for order, (augment, strengths) in itertools.product(space.orders, space.augments or (("", (0.0,)),)):
         for scheme in schemes:
-            total, draws = _cell(space, scheme, order, augment, strengths, seed, size, classes)
+            total, draws = _kind(space, scheme, order, augment, strengths, seed, size, classes)
             if total < per_kind:
+                name = ", ".join(filter(None, (scheme, order, augment)))
                 raise SchemeError(
-                    f"the space has {total:,} networks of {scheme}, {order}{' ' + augment if augment else ''} inside its "
-                    f"budget (pictures of {size}, {classes} classes); per_kind is {per_kind:,}: take {total:,} or fewer."
+                    f"the space has {total:,} networks of {name} inside its budget (pictures of {size}, {classes} "
+                    f"classes); per_kind is {per_kind:,}: take {total:,} or fewer."
                 )
-            cells.append(draws)
-    rounds = (cell for _ in range(per_kind) for cell in cells)
-    found = [next(cell) for cell in rounds]
+            kinds.append(draws)
+    found = [next(kind) for _ in range(per_kind) for kind in kinds]
     return [Candidate(**{**vars(c), "number": i}) for i, c in enumerate(found)]

@@ -100,7 +100,7 @@ def test_layers_know_no_schemes():
 
 
 def test_models_know_no_lightning():
-    allowed = ("odenets.training", "odenets.cli", "odenets.__main__")
+    allowed = ("odenets.training", "odenets.study", "odenets.cli", "odenets.__main__")
     for library in ("lightning", "pytorch_lightning", "jsonargparse", "torchmetrics", "datasets"):
         assert all(within(m, *allowed) for m in users(library)), library
     for module in FILES:

@@ -85,7 +85,7 @@ def test_ranks_by_step_are_means_over_networks_of_that_depth():
     for scheme in ("euler", "dense"):
         own = [r for r in rows if r.scheme == scheme]
         widths = [line["width"] for line in lines if line["scheme"] == scheme and line["depth"] == depth]
-        assert [r.step for r in own] == list(range(depth + 1)) and own[0].count == len(widths)
+        assert [r.step for r in own] == list(range(depth + 1)) and own[0].networks == len(widths)
         grow = [r.step + 1 if scheme == "dense" else 1 for r in own]
         assert [r.width for r in own] == pytest.approx([g * sum(widths) / len(widths) for g in grow])
         assert [r.numerical for r in own] == pytest.approx([r.width - 1 for r in own])
