@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from memory import peak_mib
 from torch import Tensor, nn
 
 from odenets import create_model
@@ -131,21 +132,7 @@ class Job:
 
     def peak(self) -> float:
         """Peak MiB of one step beyond what lives before it, gradients included in that."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-            self.step()
-        live = most = 0
-        events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()
-            most = max(most, live)
-        return most / 2**20
+        return peak_mib(self.step, self.device)
 
 
 def main() -> None:

@@ -9,12 +9,13 @@ against float64 stored, in the Euclidean norm; that of the stored run in float32
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory import peak_mib
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from odenets import plots
 from odenets.models import RevCol
@@ -40,23 +41,6 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         p.grad = torch.zeros_like(p)
     train(net, x, y)
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).double().cpu()
-
-
-def peak(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """MiB above the level before the pass."""
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train(net, x, y)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
-        train(net, x, y)
-    events = [e for e in result.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    total = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return most / 2**20
 
 
 def main() -> None:
@@ -85,7 +69,7 @@ def main() -> None:
             net = network(columns, mode).to(args.device)
             net.load_state_dict(source.state_dict())
             error = float((gradients(net, x, y) - want).norm() / want.norm())
-            found[mode].append(peak(net, x, y))
+            found[mode].append(peak_mib(partial(train, net, x, y), args.device))
             line += f"{found[mode][-1]:>16.2f}{error:>10.1e}"
             every = net.columns.monitor.every
         print(f"{line}  {every or 'none'}", flush=True)

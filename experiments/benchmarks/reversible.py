@@ -25,16 +25,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from memory import peak_mib
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from odenets import Stack
 from odenets.layers.scale import ChannelScale
 
-MIB = 2**20
 # What a row's gradients are compared with, where it is not the stored run: the same arithmetic, all states kept.
 REFERENCES = {"exact": "exact, all states", "bdia": "bdia, all states"}
 
@@ -198,18 +198,6 @@ def train(net: nn.Module, x: Tensor) -> None:
     net(x).square().mean().backward()
 
 
-def peak(net: nn.Module, x: Tensor) -> float:
-    """MiB above the level before the pass."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
-        train(net, x)
-    events = [e for e in result.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    total = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return most / MIB
-
-
 def flat(net: nn.Module, x: Tensor) -> Tensor:
     """The gradients of all parameters, one after the other, in the order in which the functions were made."""
     torch.manual_seed(0)  # bdia draws
@@ -237,7 +225,7 @@ def measure(nets: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, dic
     for name, net in nets.items():
         got, want = gradients[name], gradients[REFERENCES.get(name, "stored")]
         error = float((got - want).norm() / want.norm()) if got.shape == want.shape else math.nan
-        found[name] = {"error": error, "peak": peak(net, x)}
+        found[name] = {"error": error, "peak": peak_mib(partial(train, net, x))}
     ratios: dict[str, list[tuple[float, float, float]]] = {name: [] for name in nets}
     with torch.no_grad():
         nets["stored"](x)
