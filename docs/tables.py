@@ -31,6 +31,7 @@ from odenets.models import (
     ViT,
     roadmap,
 )
+from odenets.study.space import SPACES, shapes
 from schemes import MixingWarning
 
 PAGES = Path(__file__).parent / "pages"
@@ -179,7 +180,25 @@ def steps_of(*bases: tuple[roadmap.Row, ...]) -> str:
 
 PYRAMID = "Columns# | Blocks per level | Channels per level"
 FUNCTIONS = "Functions per level | Channels"
+def spaces() -> str:
+    """Design spaces of random networks, and how many networks of each kind lie inside the budget."""
+    rows = []
+    for name, space in SPACES.items():
+        size, classes = (32, 50) if name == "mini" else (64, 200)
+        parts = len(space.activations) * len(space.norms)
+        inside = [min(len(shapes(space, s, o, size, classes)) * parts for o in space.orders) for s in ("euler", "dense")]
+        low, high = space.params
+        macs = " to ".join(f"{bound / 1e9:g}" for bound in space.macs)
+        augments = ", ".join(f"`{augment}`" for augment, _ in space.augments) or "–"
+        widths, depths, kernels = (f"{x[0]} to {x[-1]}" for x in (space.widths, space.depths, space.kernels))
+        row = [name, f"{low:,.0f} to {high:,.0f}", macs, depths, widths, kernels, ", ".join(space.orders), augments]
+        rows.append([*row, str(space.epochs), space.optimizer, *(f"{n:,}" for n in inside)])
+    head = "Space | Parameters | GMACs | Depth | Channels | Kernel | Orders | Augmentations | Epochs# | Optimiser"
+    return table(f"{head} | Add# | Concat#", rows)
+
+
 TABLES = {
+    "spaces": spaces,
     "schemes": named_schemes,
     "others": other_schemes,
     "resnet": lambda: residual_nets(ResNet),

@@ -110,8 +110,10 @@ def _by_ray(
                 candidate = flying.pop(ready)
                 try:
                     result = ray.get(ready)
-                except RayError as error:  # its worker died each time, or the code could not be loaded there
-                    result = Result("failed", error=str(error).strip().splitlines()[0][:500])
+                except RayError as error:  # its worker died each time, or lacks something that this process has
+                    cause = getattr(error, "cause", None)
+                    text = repr(cause) if cause is not None else str(error).strip().splitlines()[0]
+                    result = Result("failed", error=text[:500])
                 yield candidate, result
     finally:
         ray.shutdown()

@@ -158,7 +158,7 @@ def count(
 
     Example:
         >>> count("euler", "pre", 3, 32, 32, 3, size=64, classes=200)
-        (43848, 37492992)
+        (41896, 35494144)
     """
     dense = scheme == "dense"
     inputs = [width * (i + 1) if dense else width for i in range(depth)]
