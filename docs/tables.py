@@ -180,13 +180,17 @@ def steps_of(*bases: tuple[roadmap.Row, ...]) -> str:
 
 PYRAMID = "Columns# | Blocks per level | Channels per level"
 FUNCTIONS = "Functions per level | Channels"
+
+
 def spaces() -> str:
     """Design spaces of random networks, and how many networks of each kind lie inside the budget."""
     rows = []
     for name, space in SPACES.items():
         size, classes = (32, 50) if name == "mini" else (64, 200)
         parts = len(space.activations) * len(space.norms)
-        inside = [min(len(shapes(space, s, o, size, classes)) * parts for o in space.orders) for s in ("euler", "dense")]
+        inside = [
+            min(len(shapes(space, s, o, size, classes)) * parts for o in space.orders) for s in ("euler", "dense")
+        ]
         low, high = space.params
         macs = " to ".join(f"{bound / 1e9:g}" for bound in space.macs)
         augments = ", ".join(f"`{augment}`" for augment, _ in space.augments) or "–"

@@ -100,6 +100,8 @@ def _train(study: Study, options: Namespace) -> None:
                 )
         except KeyboardInterrupt:
             pass  # what is recorded stays
-        done = len(store.done())
+        done, failed = len(store.done()), store.failed()
+    if failed:
+        print(f"{failed} networks failed; --retry true trains them again")
     print(f"{done} networks in {options.store}; the same command goes on where it stopped.")
     print(f"odenets study report {options.store} --out FOLDER")

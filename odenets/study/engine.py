@@ -93,6 +93,9 @@ def _by_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SchemeError(f"Ray at {address!r} cannot be used: {str(error).splitlines()[0]}") from None
     try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if address is None and study.gpus > gpus:  # Ray would wait for them for ever
+            raise SchemeError(f"study.gpus is {study.gpus:g}, and this machine has {gpus:g}; 0 trains on the CPU.")
         # A worker that dies is no error of the training: its network is given to another, up to three times.
         task = ray.remote(trainer).options(num_cpus=study.threads, num_gpus=study.gpus, max_retries=3)
         waiting = iter(left)

@@ -4,16 +4,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import schemes
-from schemes import SchemeError, Slot
-from schemes.dense import Dense
+from schemes import Slot
 
 from ..layers import DropPath, LayerNorm2d, init_kaiming, linear_rates
 from ..models.dense_levels import width_after
 from ..models.level_net import LevelNet
 from ..models.levels import steps_that_fit
 from ..stack import Stack
-from .space import Candidate
+from .space import Candidate, scheme_of
 
 _ACTIVATIONS: dict[str, Any] = {
     "relu": nn.ReLU,
@@ -88,11 +86,7 @@ class RandomNet(LevelNet):
         super().__init__(0.0)
         c = candidate
         appended = c.scheme == "dense"
-        scheme = Dense(c.width) if appended else schemes.get(c.scheme)
-        if scheme.streams != 1 or scheme.nodes is None:
-            raise SchemeError(
-                f"a study compares dense and fixed-step schemes of one stream; {c.scheme} is none of them."
-            )
+        scheme = scheme_of(c.scheme, c.width)
         act, norm = _ACTIVATIONS[c.activation], _NORMS[c.norm]
         pre, post = c.order == "pre", c.order == "post"
         self.stem = nn.Sequential(nn.Conv2d(3, c.width, 3, 2, 1, bias=False))

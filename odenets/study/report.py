@@ -162,6 +162,8 @@ def ranks(lines: Sequence[Line], depth: int) -> list[RankRow]:
 def print_report(store: str | Path, out: str | Path | None = None) -> None:
     """Prints the comparison as tables in Markdown, and draws its figures.
 
+    Networks that failed or diverged have no part in the means; they are counted for each scheme.
+
     Args:
         store: the file of a study.
         out: folder for ``accuracy.png`` and ``ranks.png``; None draws none.
@@ -171,47 +173,61 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
     """
     settings, lines = read(store)
     trained = [line for line in lines if line["status"] == "trained"]
-    others = len(lines) - len(trained)
-    print(f"# space {settings['space']}, seed {settings['seed']}:", end=" ")
-    print(f"{len(trained)} networks trained, {others} failed or diverged\n")
     first, *rest = settings["schemes"]
-    found = [(second, row) for second in rest for row in compare(trained, first, second, "accuracy")]
-    if not found:
+    if not any(compare(trained, first, second, "accuracy") for second in rest):
         raise SchemeError(f"{store} holds too few networks to compare: want two of every scheme and block order.")
+    print(f"# space {settings['space']}, seed {settings['seed']}: {len(lines)} networks\n")
     for second in rest:
-        a, b = NAMES.get(first, first), NAMES.get(second, second)
-        print(f"| networks | {a} | {b} | accuracy {a} | accuracy {b} | {b} - {a}, 95 % interval | loss, {b} - {a} |")
-        print("|---|--:|--:|--:|--:|--:|--:|")
-        for by in (None, "order", "norm", "activation", "kernel"):
-            losses = {row.name: row.difference for row in compare(trained, first, second, "loss", by)}
-            for row in compare(trained, first, second, "accuracy", by):
-                means = " | ".join(
-                    f"{100 * m:.1f} ± {100 * s:.1f} %" for m, s in zip(row.means, row.spreads, strict=True)
-                )
-                name = row.name if by is None else f"{by} {row.name}"
-                print(
-                    f"| {name} | {row.counts[0]} | {row.counts[1]} | {means} | {_interval(row.difference, 100, 2)} "
-                    f"| {_interval(losses[row.name], 1, 3)} |"
-                )
-        print()
-    print("| scheme | networks | parameters | multiply-adds | MiB kept per step | seconds |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for scheme in settings["schemes"]:
-        chosen = [line for line in trained if line["scheme"] == scheme]
-        p, m, k, s = (_mean([line[name] for line in chosen]) for name in ("params", "macs", "kept_mib", "seconds"))
-        print(f"| {NAMES.get(scheme, scheme)} | {len(chosen)} | {p:,.0f} | {m:,.0f} | {k:.1f} | {s:.1f} |")
-    depth = common_depth(trained)
-    rows = ranks(trained, depth)
-    if rows:
-        print(f"\nDepth {depth}:\n\n| scheme | networks | step | width | numerical rank | effective rank |")
-        print("|---|--:|--:|--:|--:|--:|")
-        for r in rows:
-            name = NAMES.get(r.scheme, r.scheme)
-            print(f"| {name} | {r.networks} | {r.step} | {r.width:.0f} | {r.numerical:.1f} | {r.effective:.1f} |")
+        print(_differences(trained, first, second))
+    print(_costs(lines, settings["schemes"]))
+    print(_ranks(trained))
     if out is not None:
-        print()
         for path in draw(settings["schemes"], trained, Path(out)):
             print(path)
+
+
+def _table(head: str, rows: list[list[str]]) -> str:
+    """A table in Markdown, all columns but the first flush right."""
+    names = head.split(" | ")
+    lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _differences(lines: Sequence[Line], first: str, second: str) -> str:
+    a, b = NAMES.get(first, first), NAMES.get(second, second)
+    rows = []
+    for by in (None, "order", "norm", "activation", "kernel"):
+        losses = {row.name: row.difference for row in compare(lines, first, second, "loss", by)}
+        for row in compare(lines, first, second, "accuracy", by):
+            means = [f"{100 * m:.1f} ± {100 * s:.1f} %" for m, s in zip(row.means, row.spreads, strict=True)]
+            name = row.name if by is None else f"{by} {row.name}"
+            points, loss = _interval(row.difference, 100, 2), _interval(losses[row.name], 1, 3)
+            rows.append([name, *map(str, row.counts), *means, points, loss])
+    return _table(
+        f"networks | {a} | {b} | accuracy {a} | accuracy {b} | {b} - {a}, 95 % interval | loss, {b} - {a}", rows
+    )
+
+
+def _costs(lines: Sequence[Line], schemes: Sequence[str]) -> str:
+    rows = []
+    for scheme in schemes:
+        own = [line for line in lines if line["scheme"] == scheme]
+        counts = [sum(line["status"] == status for line in own) for status in ("trained", "diverged", "failed")]
+        chosen = [line for line in own if line["status"] == "trained"]
+        p, m, k, s = (_mean([line[name] for line in chosen]) for name in ("params", "macs", "kept_mib", "seconds"))
+        rows.append([NAMES.get(scheme, scheme), *map(str, counts), f"{p:,.0f}", f"{m:,.0f}", f"{k:.1f}", f"{s:.1f}"])
+    head = "scheme | trained | diverged | failed | parameters | multiply-adds | MiB kept per step | seconds"
+    return _table(head, rows)
+
+
+def _ranks(lines: Sequence[Line]) -> str:
+    depth = common_depth(lines)
+    rows = []
+    for r in ranks(lines, depth):
+        row = [NAMES.get(r.scheme, r.scheme), str(r.networks), str(r.step), f"{r.width:.0f}"]
+        rows.append([*row, f"{r.numerical:.1f}", f"{r.effective:.1f}"])
+    head = "scheme | networks | step | width | numerical rank | effective rank"
+    return f"Depth {depth}:\n\n{_table(head, rows)}" if rows else ""
 
 
 def _interval(d: Difference, factor: float, digits: int) -> str:

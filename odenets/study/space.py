@@ -13,7 +13,8 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import schemes
-from schemes import SchemeError
+from schemes import Scheme, SchemeError
+from schemes.dense import Dense
 
 Order = Literal["pre", "post", "post_linear"]
 Activation = Literal["relu", "silu", "mish", "gelu", "leaky_relu"]
@@ -133,6 +134,20 @@ SPACES: dict[str, Space] = {
 }
 
 
+def scheme_of(name: str, width: int) -> Scheme:
+    """The scheme of a study's word, for functions that return so many channels.
+
+    Raises:
+        SchemeError: not "dense", and no fixed-step scheme of one stream.
+    """
+    if name == "dense":
+        return Dense(width)
+    scheme = schemes.get(name)
+    if scheme.streams != 1 or scheme.nodes is None or isinstance(scheme, Dense):
+        raise SchemeError(f"a study compares dense and fixed-step schemes of one stream; {name} is none of them.")
+    return scheme
+
+
 def count(
     scheme: str,
     order: Order,
@@ -177,7 +192,7 @@ def shapes(
     space: Space, scheme: str, order: Order, size: int, classes: int
 ) -> tuple[tuple[int, int, int, int, int, int], ...]:
     """All (depth, middle, width, kernel, params, macs) of a space inside its budget."""
-    stages = 1 if scheme == "dense" else schemes.get(scheme).stages
+    stages = scheme_of(scheme, 1).stages
     found = []
     for depth, middle, width, kernel in itertools.product(space.depths, space.middles, space.widths, space.kernels):
         if depth % stages:

@@ -131,6 +131,10 @@ class Store:
                 [line[name] for name in COLUMNS],
             )
 
+    def failed(self) -> int:
+        """Number of networks that failed."""
+        return self.connection.execute("SELECT count(*) FROM networks WHERE status = 'failed'").fetchone()[0]
+
     def forget_failed(self) -> int:
         """Removes the lines of networks that failed, so that they are trained again; returns how many there were."""
         with self.connection:

@@ -48,7 +48,7 @@ class Study:
         batch_size: pictures per step.
         crop: pixels that a training picture is shifted by at most.
         flip: probability of a mirror image.
-        precision: as in Lightning's Trainer, e.g. 32-true or bf16-mixed.
+        precision: of training.
         rank_pictures: validation pictures whose features' rank is taken after training; 0 for none.
         threads: CPU threads (and, of several machines, cores) per network.
         gpus: GPUs per network; a fraction lets several networks share one.
@@ -69,12 +69,13 @@ class Study:
     batch_size: int = 256
     crop: int = 4
     flip: float = 0.5
-    precision: str = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     rank_pictures: int = 64
     threads: int = 1
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schemes", tuple(self.schemes))  # a list could not be hashed
         if self.space not in SPACES:
             raise SchemeError(f"space is {self.space!r}, want one of {', '.join(SPACES)}.")
         if len(set(self.schemes)) < max(2, len(self.schemes)):
@@ -156,7 +157,7 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
         max_epochs=epochs,
         devices=1,
         accelerator="gpu" if study.gpus else "cpu",
-        precision=study.precision,  # type: ignore[arg-type]
+        precision=study.precision,
         check_val_every_n_epoch=epochs,
         num_sanity_val_steps=0,
         logger=False,

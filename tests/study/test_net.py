@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from odenets.layers import DropPath, LayerNorm2d
-from odenets.study import Candidate, RandomNet
+from odenets.study import SPACES, Candidate, RandomNet, sample
 from odenets.study.space import ACTIVATIONS, NORMS, ORDERS
 from schemes import SchemeError
 
@@ -82,7 +82,9 @@ def test_drop_path_grows_with_the_depth():
     assert rates == pytest.approx([0.1, 0.2, 0.3])  # the first function, whose rate is 0, has none
 
 
-@pytest.mark.parametrize("scheme", ["revnet", "adaptive(dopri5)"])
+@pytest.mark.parametrize("scheme", ["revnet", "adaptive(dopri5)", "dense(5)"])
 def test_schemes_that_a_study_does_not_compare_are_refused(scheme):
     with pytest.raises(SchemeError, match="fixed-step schemes of one stream"):
         RandomNet(dataclasses.replace(BASE, scheme=scheme), 3)
+    with pytest.raises(SchemeError, match="fixed-step schemes of one stream"):
+        sample(SPACES["A"], ("euler", scheme), 1)  # before anything is trained

@@ -106,7 +106,7 @@ def store(tmp_path):
 def test_the_command_prints_tables_and_draws(store, tmp_path, capsys):
     main(["study", "report", str(store), "--out", str(tmp_path / "figures")])
     out = capsys.readouterr().out
-    assert "35 networks trained, 1 failed or diverged" in out
+    assert "36 networks\n" in out and "| add | 17 | 1 | 0 |" in out and "| concat | 18 | 0 | 0 |" in out
     everything = next(line for line in out.splitlines() if line.startswith("| all |"))
     _, name, added, joined, *_, gain, loss, _ = (cell.strip() for cell in everything.split("|"))
     assert (name, added, joined) == ("all", "17", "18")
