@@ -22,6 +22,12 @@ CHEAPER = {
     "cifar10_revcol": ["--model.net.channels", "[4, 8, 16]", "--model.net.blocks", "[1, 1, 1]"],
     "cifar10_revnet110": ["--model.net.units", "[2, 2, 2]", "--model.net.widths", "[8, 8, 16, 32]"],
     "cifar10_resnet110": ["--model.net.functions", "[2, 2, 2]", "--model.net.widths", "[4, 8, 16]"],
+    "cifar10_densenet_bc100": ["--model.net.functions", "[2, 2, 2]", "--model.net.growth", "4"],
+    "convnext_tiny": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
+    "rdnet_tiny": [
+        *("--model.net.growths", "[4, 4, 4, 4, 4, 4, 4]", "--model.net.init_channels", "16"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
     "revcol_tiny": [
         *("--model.net.channels", "[4, 8, 16, 32]", "--model.net.blocks", "[1, 1, 1, 1]"),
         *("--data.size", "64", "--data.num_workers", "0"),
@@ -43,6 +49,8 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         "cifar10": root / "cifar10",
         "cifar100": root / "cifar100",
         "ho_resnet50": root / "imagenet",
+        "convnext_tiny": root / "imagenet",
+        "rdnet_tiny": root / "imagenet",
         "revcol_tiny": root / "imagenet",
         "wmt_translation": root / "wmt",
     }
