@@ -27,6 +27,25 @@ def schemes_with_growth(scheme: str | Scheme | Sequence[str | Scheme], growths: 
     return [Dense(g, join=False) if s == "dense" else schemes.get(s) for s, g in zip(each, growths, strict=True)]
 
 
+def grown_width(scheme: Scheme, width: int, count: int, growth: int) -> int:
+    """Width that a transition after a level narrows from: that of the concatenation.
+
+    A one-stream scheme keeps its width, and would be narrowed to nothing by transitions that reckon with growth; so its
+    next level gets the width that it has under ``dense``.
+
+    Args:
+        scheme: the level's scheme.
+        width: of the level's input.
+        count: residual functions of the level.
+        growth: channels that each would add.
+
+    Example:
+        >>> [grown_width(s, 64, 6, 32) for s in schemes_with_growth(["dense", "euler"], [32, 32])]
+        [256, 256]
+    """
+    return width + count * (scheme.growth if isinstance(scheme, Dense) else growth)
+
+
 def width_after(scheme: Scheme, width: int, depth: int) -> int:
     """Width of the readout after so many steps: a dense scheme widens the stream, any other keeps it."""
     return width + depth * scheme.growth if isinstance(scheme, Dense) else width

@@ -19,7 +19,7 @@ from ..checkpoints import KeyMap
 from ..layers import DenseFunction, DenseTransition, init_kaiming
 from ..stack import Stack
 from . import dense_keys
-from .dense_levels import schemes_with_growth, width_after
+from .dense_levels import grown_width, schemes_with_growth, width_after
 from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
 from .levels import steps_that_fit, warned_once
@@ -36,7 +36,8 @@ class DenseNet(LevelNet):
         init_channels: width of the stem; None means twice the growth.
         bottleneck: the 1x1 convolution makes so many times the growth; 0 leaves it out.
         compression: a transition keeps this part of the channels.
-        scheme: one scheme for all levels, or a list with one per level; "dense" takes the growth.
+        scheme: one scheme for all levels, or a list with one per level; "dense" takes the growth. Under a one-stream
+            scheme a level keeps the width that it starts with under "dense".
         stem: "conv3" (CIFAR) or "conv7_pool" (ImageNet).
         backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
         recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the
@@ -105,7 +106,7 @@ class DenseNet(LevelNet):
                 recompute=recompute,
             )
 
-        width = 2 * growth if init_channels is None else init_channels
+        width = grown = 2 * growth if init_channels is None else init_channels
         self.stem = _stem(stem, in_chans, width)
         reduction = 4 if stem == "conv7_pool" else 1
         channels = []
@@ -113,11 +114,13 @@ class DenseNet(LevelNet):
             for level, (scheme_, count) in enumerate(zip(found, functions, strict=True)):
                 transition: nn.Module = nn.Identity()
                 if level:
-                    transition = DenseTransition(width, int(width * compression), drop_rate=drop_rate)
-                    width = int(width * compression)
+                    narrow = int(grown * compression)
+                    transition = DenseTransition(width, narrow, drop_rate=drop_rate)
+                    width = narrow
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)
                 self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width, backprop=backprop))
+                grown = grown_width(scheme_, width, count, growth)
                 width = width_after(scheme_, width, depth)
                 channels.append(width)
         self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))

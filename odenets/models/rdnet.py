@@ -17,7 +17,7 @@ from ..checkpoints import KeyMap
 from ..layers import ConvNeXtFunction, LayerNorm2d, init_kaiming, linear_rates
 from ..stack import Stack
 from . import dense_keys
-from .dense_levels import schemes_with_growth, width_after
+from .dense_levels import grown_width, schemes_with_growth, width_after
 from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
 from .levels import steps_that_fit, warned_once
@@ -37,7 +37,8 @@ class RDNet(LevelNet):
         gate_from: the mixers of this level and all later ones have a channel gate.
         layer_scale: initial value of gamma; None leaves gamma out.
         head_norm_eps: epsilon of the norm before the head, 1e-6 in timm, 1e-5 in the original code.
-        scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth.
+        scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth. Under a
+            one-stream scheme a level keeps the width that it starts with under "dense".
         backprop: as in Stack; "checkpoint" recomputes each mixer.
         recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
             the backward pass: about 0.33 of the memory at 1.12 of the time ("checkpoint": 0.28 at 1.22).
@@ -101,6 +102,7 @@ class RDNet(LevelNet):
             OrderedDict(conv=nn.Conv2d(in_chans, init_channels, 4, 4), norm=LayerNorm2d(init_channels))
         )
         width, reduction = init_channels, 4
+        grown = width
         channels, reductions = [], []
         with warned_once():
             for level, (scheme_, count, halve) in enumerate(zip(found, counts, downsample, strict=True)):
@@ -121,7 +123,7 @@ class RDNet(LevelNet):
                 transition: nn.Module = nn.Identity()
                 if level:
                     stride = 2 if halve else 1
-                    narrow = int(width * compression / 8) * 8
+                    narrow = int(grown * compression / 8) * 8
                     transition = nn.Sequential(
                         OrderedDict(norm=LayerNorm2d(width), conv=nn.Conv2d(width, narrow, stride, stride))
                     )
@@ -129,6 +131,7 @@ class RDNet(LevelNet):
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)
                 self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width, backprop=backprop))
+                grown = grown_width(scheme_, width, count, growths[level])
                 width = width_after(scheme_, width, depth)
                 channels.append(width)
                 reductions.append(reduction)

@@ -15,7 +15,7 @@ from schemes import SchemeError, Slot
 
 from ..layers import ConvNeXtFunction, LayerNorm2d, ModernFunction, Projection, init_kaiming, make_act, make_norm
 from ..stack import Stack
-from .dense_levels import schemes_with_growth, width_after
+from .dense_levels import grown_width, schemes_with_growth, width_after
 from .densenet import DenseNet
 from .level_net import LevelNet, Pool
 from .levels import schemes_of_levels, steps_that_fit
@@ -303,18 +303,20 @@ class MixerNet(LevelNet):
             )
 
         width, reduction = d.init, 4
+        grown = width
         channels, reductions = [], []
         found = schemes_with_growth(scheme, d.growths)
         for level, (scheme_, count, halve) in enumerate(zip(found, d.functions, d.downsample, strict=True)):
             transition: nn.Module = nn.Identity()
             if level:
                 stride = 2 if halve else 1
-                narrow = width // 16 * 8
+                narrow = grown // 16 * 8
                 transition = _transition(width, narrow, stride, d.strided)
                 width, reduction = narrow, reduction * stride
             self.transitions.append(transition)
             depth = steps_that_fit(scheme_, count, level + 1)
             self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width))
+            grown = grown_width(scheme_, width, count, d.growths[level])
             width = width_after(scheme_, width, depth)
             channels.append(width)
             reductions.append(reduction)

@@ -1,5 +1,7 @@
 """The rank of matrices whose rank is known, and the bound that a sum keeps and a concatenation lifts."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +27,13 @@ def test_equal_directions_count_whole_whatever_the_scale(n, scale):
 
 def test_the_tolerance_is_relative_to_the_largest():
     x = torch.diag(torch.tensor([1.0, 1e-2, 1e-4]))
-    assert [feature_rank(x, t).numerical for t in (1e-1, 1e-3, 1e-5)] == [1, 2, 3]
+    for scale in (1e-6, 1.0, 1e6):
+        assert [feature_rank(scale * x, t).numerical for t in (1e-1, 1e-3, 1e-5)] == [1, 2, 3]
+
+
+def test_the_effective_rank_is_the_exponent_of_the_entropy():
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert feature_rank(torch.diag(torch.tensor([3.0, 1.0]))).effective == pytest.approx(math.exp(entropy))
 
 
 def test_maps_are_rows_of_pixels_and_zeros_have_no_rank():

@@ -132,11 +132,19 @@ def test_a_level_is_the_written_out_scheme_and_runs_under_others():
     assert str(net.levels[0].scheme) == "dense(4, join=false)"
     add = DenseNet(**{**TINY, "functions": (2, 4), "scheme": ["euler", "rk4"]})
     assert add(x).shape == (2, 5)
-    assert [row["num_chs"] for row in add.feature_info] == [8, 4]
+    assert [row["num_chs"] for row in add.feature_info] == [8, 8]
     f1, f2 = (step.fs[0] for step in add.eval().levels[0].steps)
     y = add.stem(x)
     y = y + f1(y)
     torch.testing.assert_close(add.maps(x)[0], y + f2(y))
+
+
+def test_levels_start_as_wide_under_any_scheme():
+    """Transitions narrow from the concatenation's width, or a stream that does not grow would end at nothing."""
+    join, add = (DenseNet((6, 12, 24, 16), scheme=s) for s in ("dense", "euler"))
+    starts = [[level.steps[0].fs[0].conv1.in_channels for level in net.levels] for net in (join, add)]
+    assert starts[0] == starts[1] == [64, 128, 256, 512]
+    assert [row["num_chs"] for row in add.feature_info] == starts[1]
 
 
 def test_functions_are_the_written_out_formulas():

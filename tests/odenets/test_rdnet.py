@@ -118,6 +118,14 @@ def test_a_level_is_the_written_out_scheme_and_runs_under_others():
     assert [str(level.scheme) for level in add.levels] == ["dense(8, join=false)", "rk4", "midpoint", "euler"]
 
 
+def test_levels_start_as_wide_under_any_scheme():
+    with torch.device("meta"):
+        join, add = RDNet(), RDNet(scheme="euler")
+    starts = [[level.steps[0].fs[0].dwconv.in_channels for level in net.levels] for net in (join, add)]
+    assert starts[0] == starts[1] == [64, 128, 216, 296, 336, 360, 368]
+    assert add.num_features == 368
+
+
 @pytest.mark.parametrize("mode", [{"backprop": "checkpoint"}, {"recompute": True}])
 def test_recomputation_gives_the_same_gradients(mode):
     a = RDNet(**TINY, drop_path_rate=0.3)
