@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from schemes import SchemeError
 
 from .space import Candidate
@@ -60,6 +62,7 @@ def run(
     if not left:
         return
     if workers == 0:
+        _check_gpus(study, torch.cuda.device_count())
         results = ((c, trainer(study, c)) for c in left)
     else:
         results = _by_ray(study, left, workers, address, trainer)
@@ -68,6 +71,11 @@ def run(
         store.add(candidate, result)
         finished += 1
         yield Progress(finished, len(candidates), candidate, result)
+
+
+def _check_gpus(study: Study, found: float) -> None:
+    if study.gpus > found:
+        raise SchemeError(f"study.gpus is {study.gpus:g}, and this machine has {found:g} GPUs; 0 trains on the CPU.")
 
 
 def _by_ray(
@@ -89,13 +97,12 @@ def _by_ray(
         # Results are a line each: the smallest store of objects will do.
         options |= {"num_cpus": here * study.threads, "include_dashboard": False, "object_store_memory": 100 << 20}
     try:
-        ray.init(address=address, **options)
+        ray.init(address=address or "local", **options)  # whatever RAY_ADDRESS says
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SchemeError(f"Ray at {address!r} cannot be used: {str(error).splitlines()[0]}") from None
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if address is None and study.gpus > gpus:  # Ray would wait for them for ever
-            raise SchemeError(f"study.gpus is {study.gpus:g}, and this machine has {gpus:g}; 0 trains on the CPU.")
+        if address is None:  # a cluster may grow; here Ray would wait for ever
+            _check_gpus(study, ray.cluster_resources().get("GPU", 0))
         # A worker that dies is no error of the training: its network is given to another, up to three times.
         task = ray.remote(trainer).options(num_cpus=study.threads, num_gpus=study.gpus, max_retries=3)
         waiting = iter(left)

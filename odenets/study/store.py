@@ -55,7 +55,7 @@ class Store:
 
     Args:
         path: the file; made where there is none.
-        settings: what determines the results. A file that was begun under others is refused.
+        settings: what determines the results. A file that holds networks of others is refused.
 
     Raises:
         SchemeError: other settings, another process that writes, or a file that is no such database.
@@ -102,7 +102,10 @@ class Store:
             other = [
                 f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)
             ]
-            if other:
+            if other and not self.done():  # nothing was trained under them yet
+                with self.connection:
+                    self.connection.execute("UPDATE study SET settings = ?", (json.dumps(self.settings),))
+            elif other:
                 raise SchemeError(
                     f"{self.path} was begun with other settings ({'; '.join(other)});\n"
                     "  go on with the same ones, or give this study a file of its own."

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from odenets.study.engine import run
 from odenets.study.store import Result, Store, read
@@ -75,6 +76,10 @@ def test_other_settings_are_refused_and_named(study, tmp_path):
     with pytest.raises(SchemeError, match=r"seed: 0 there, 1 now; epochs: 1 there, 2 now") as e:
         finish(other, path, trainer=quick)
     assert len(str(e.value).splitlines()) == 2
+    with Store(tmp_path / "empty.sqlite", other.settings):
+        pass
+    assert len(finish(study, tmp_path / "empty.sqlite", trainer=quick)) == 12  # nothing was trained under the others
+    assert read(tmp_path / "empty.sqlite")[0]["seed"] == 0
     moved = dataclasses.replace(study, root=study.root + "/.", threads=2)  # neither changes a result
     assert finish(moved, path, trainer=quick) == []
 
@@ -168,6 +173,13 @@ def test_ray_gives_a_killed_workers_network_to_another(deaths, pictures, tmp_pat
     calls = {n: len((tmp_path / str(n)).read_text()) for n in range(6)}
     assert calls.pop(1) == (2 if deaths == 1 else 4)  # again, but three times at most
     assert set(calls.values()) == {1}  # a crash takes no other network with it
+
+
+def test_gpus_that_are_not_there(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SchemeError, match=r"study.gpus is 0.5, and this machine has 0 GPUs"):
+        finish(dataclasses.replace(study, gpus=0.5), tmp_path / "s.sqlite", trainer=quick)
+    assert read(tmp_path / "s.sqlite")[1] == []
 
 
 def test_without_ray_the_remedy_is_named(study, tmp_path, monkeypatch):
