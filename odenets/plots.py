@@ -163,6 +163,8 @@ def lines(
         axes.plot(list(xs), list(ys), marker="o", label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if all(float(value).is_integer() for xs, _ in series.values() for value in xs):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

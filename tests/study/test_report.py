@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -75,6 +76,10 @@ def test_compare_by_columns():
     for r in rows:
         own = [line["accuracy"] for line in lines if line["scheme"] == "euler" and line["order"] == r.name]
         assert r.means[0] == pytest.approx(sum(own) / 6) and r.spreads[0] == pytest.approx(stats.tstd(own))
+    many = made_up_lines(20)
+    shifted = [{**line, "accuracy": line["accuracy"] + (line["norm"] == "batch")} for line in many]
+    (row,) = compare(shifted, "euler", "dense", "accuracy", within=("order", "augment", "norm"))
+    assert row.difference.mean == pytest.approx(0.05, abs=0.01)  # whatever the norms' shares are
     assert compare(lines[:6], "euler", "dense", "accuracy") == []  # one of each kind has no spread
 
 
@@ -96,7 +101,7 @@ def store(tmp_path):
     study = Study(size=32, classes=50)
     path = tmp_path / "s.sqlite"
     with Store(path, study.settings) as store:
-        for line in made_up_lines():
+        for line in made_up_lines(20):
             candidate = Candidate(**{f.name: line[f.name] for f in dataclasses.fields(Candidate)})
             result = Result(**{f.name: line[f.name] for f in dataclasses.fields(Result) if f.name in line})
             store.add(candidate, dataclasses.replace(result, status="diverged") if candidate.number == 0 else result)
@@ -106,17 +111,25 @@ def store(tmp_path):
 def test_the_command_prints_tables_and_draws(store, tmp_path, capsys):
     main(["study", "report", str(store), "--out", str(tmp_path / "figures")])
     out = capsys.readouterr().out
-    assert "36 networks\n" in out and "| add | 17 | 1 | 0 |" in out and "| concat | 18 | 0 | 0 |" in out
+    assert "120 networks\n" in out and "| add | 59 | 1 | 0 |" in out and "| concat | 60 | 0 | 0 |" in out
     everything = next(line for line in out.splitlines() if line.startswith("| all |"))
     _, name, added, joined, *_, gain, loss, _ = (cell.strip() for cell in everything.split("|"))
-    assert (name, added, joined) == ("all", "17", "18")
+    assert (name, added, joined) == ("all", "59", "60")
     assert 4 < float(gain.split()[0]) < 6 and float(loss.split()[0]) == pytest.approx(
         -float(gain.split()[0]) / 100, abs=1e-3
     )
-    for kind in ("order pre", "norm layer", "kernel 3"):
+    for kind in ("all, norms apart", "order pre", "norm layer", "kernel 3"):
         assert f"| {kind} |" in out
     for name in ("accuracy.png", "ranks.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_what_the_committed_lines_say(capsys):
+    root = Path(__file__).parents[2]
+    print_report(root / "experiments/results/pilot_mini.sqlite")
+    page = (root / "docs/pages/study.md").read_text("utf-8")
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(tables) == 36 and [line for line in tables if line not in page] == []
 
 
 def test_too_few_networks_are_said_to_be(tmp_path):
