@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -82,10 +83,22 @@ def _show(study: Study) -> None:
         )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's report of every single training."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _train(study: Study, options: Namespace) -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with Store(options.store, study.settings) as store:
+    with _quiet(), Store(options.store, study.settings) as store:
         if options.retry:
             print(f"{store.forget_failed()} failed networks are trained again", flush=True)
         start, before = time.monotonic(), len(store.done())

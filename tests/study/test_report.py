@@ -1,6 +1,7 @@
 """Intervals are Welch's and cover what they promise; the report says what the lines hold."""
 
 import dataclasses
+import logging
 import random
 from pathlib import Path
 
@@ -151,7 +152,9 @@ def test_a_study_runs_from_the_command_line(pictures, tmp_path, capsys):
     file = tmp_path / "s.sqlite"
     args = ["study", "run", "--study.root", str(pictures), "--study.size", "32", "--study.per_kind", "1"]
     args += ["--study.epochs", "1", "--workers", "0", "--store", str(file)]
+    level = logging.getLogger("lightning.pytorch").level
     main(args)
+    assert logging.getLogger("lightning.pytorch").level == level
     out = capsys.readouterr().out
     assert "6/6 #5 dense post_linear trained: accuracy" in out and f"6 networks in {file}" in out
     main(args)
