@@ -1,6 +1,8 @@
 """The command `odenets study run|report|sample`: trains random networks, compares them, shows what would be trained."""
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +72,8 @@ def run(args: Sequence[str]) -> None:
                 _train(study, chosen)
     except (SchemeError, DataError) as error:
         fail(str(error), HELP)
+    except BrokenPipeError:  # who reads has seen enough, as in `| head`; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(study: Study) -> None:

@@ -185,14 +185,12 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
     first, *rest = settings["schemes"]
     if not any(compare(trained, first, second, "accuracy") for second in rest):
         raise SchemeError(f"{store} holds too few networks to compare: want two of every scheme and block order.")
-    print(f"# space {settings['space']}, seed {settings['seed']}: {len(lines)} networks\n")
-    for second in rest:
-        print(_differences(trained, first, second))
-    print(_costs(lines, settings["schemes"]))
-    print(_ranks(trained))
+    text = [f"# space {settings['space']}, seed {settings['seed']}: {len(lines)} networks\n"]
+    text += [_differences(trained, first, second) for second in rest]
+    text += [_costs(lines, settings["schemes"]), _ranks(trained)]
     if out is not None:
-        for path in draw(settings["schemes"], trained, Path(out)):
-            print(path)
+        text += map(str, draw(settings["schemes"], trained, Path(out)))
+    print("\n".join(text))
 
 
 def _table(head: str, rows: list[list[str]]) -> str:
