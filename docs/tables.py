@@ -31,7 +31,7 @@ from odenets.models import (
     ViT,
     roadmap,
 )
-from odenets.study.space import SPACES, shapes
+from odenets.study.space import ORDERS, SPACES, shapes
 from schemes import MixingWarning
 
 PAGES = Path(__file__).parent / "pages"
@@ -191,13 +191,14 @@ def spaces() -> str:
         inside = [
             min(len(shapes(space, s, o, size, classes)) * parts for o in space.orders) for s in ("euler", "dense")
         ]
-        low, high = space.params
-        macs = " to ".join(f"{bound / 1e9:g}" for bound in space.macs)
-        augments = ", ".join(f"`{augment}`" for augment, _ in space.augments) or "–"
+        params, macs = (" to ".join(f"{x / unit:g}" for x in b) for b, unit in ((space.params, 1e6), (space.macs, 1e9)))
         widths, depths, kernels = (f"{x[0]} to {x[-1]}" for x in (space.widths, space.depths, space.kernels))
-        row = [name, f"{low:,.0f} to {high:,.0f}", macs, depths, widths, kernels, ", ".join(space.orders), augments]
-        rows.append([*row, str(space.epochs), space.optimizer, *(f"{n:,}" for n in inside)])
-    head = "Space | Parameters | GMACs | Depth | Channels | Kernel | Orders | Augmentations | Epochs# | Optimiser"
+        orders = "all" if len(space.orders) == len(ORDERS) else ", ".join(space.orders)
+        augments = f"one of {len(space.augments)}" if space.augments else "–"
+        recipe = f"{space.epochs}, {space.optimizer}"
+        counts = [f"{n:,}" for n in inside]
+        rows.append([name, params, macs, depths, widths, kernels, orders, augments, recipe, *counts])
+    head = "Space | M parameters | GMACs | Depth | Channels | Kernel | Orders | Augmentation | Epochs"
     return table(f"{head} | Add# | Concat#", rows)
 
 
