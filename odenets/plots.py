@@ -164,7 +164,9 @@ def lines(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if all(float(value).is_integer() for xs, _ in series.values() for value in xs):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
