@@ -1,5 +1,7 @@
 """Parts of networks that know nothing of schemes: residual functions, shortcuts, stochastic depth, pooling."""
 
+from .conv import DepthwiseConv2d as DepthwiseConv2d
+from .conv import PatchConv2d as PatchConv2d
 from .convnext import ChannelGate as ChannelGate
 from .convnext import ConvNeXtFunction as ConvNeXtFunction
 from .dense import DenseFunction as DenseFunction

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import PatchConv2d
 from .drop_path import DropPath
 
 NormPlace = Literal["pre", "post"]
@@ -142,7 +143,7 @@ class PatchTokens(nn.Module):
     ):
         super().__init__()
         self.patch, self.grid = patch, size // patch
-        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
+        self.proj = PatchConv2d(in_chans, dim, patch)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.grid**2 + int(class_token), dim))

@@ -1,12 +1,11 @@
 """The residual function of ConvNeXt, which RDNet's feature mixers and RevCol's blocks share."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .conv import DepthwiseConv2d
 from .drop_path import DropPath
 
 
@@ -35,10 +34,6 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardsigmoid(self.fc(x.mean((1, 2), keepdim=True)))
-
-
-def _again(part: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-    return checkpoint(part, *xs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
 
 class ConvNeXtFunction(nn.Module):
@@ -93,11 +88,9 @@ class ConvNeXtFunction(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        if kernel % 2 == 0:
-            raise ValueError(f"ConvNeXtFunction: the kernel is {kernel}, want an odd size.")
         out = in_channels if out_channels is None else out_channels
         hidden = int(in_channels * expansion / divisor) * divisor if hidden is None else hidden
-        self.dwconv = nn.Conv2d(in_channels, in_channels, kernel, padding=kernel // 2, groups=in_channels)
+        self.dwconv = DepthwiseConv2d(in_channels, kernel)
         self.norm = nn.LayerNorm(in_channels, eps=1e-6)
         self.fc1 = nn.Linear(in_channels, hidden)
         self.fc2 = nn.Linear(hidden, out)
@@ -106,18 +99,16 @@ class ConvNeXtFunction(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else None
         self.recompute = recompute
 
-    def _mix(self, *xs: Tensor) -> Tensor:
-        return self.dwconv(xs[0] if len(xs) == 1 else torch.cat(xs, 1))
-
     def _perceive(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.norm(x.permute(0, 2, 3, 1)))))
 
     def forward(self, *xs: Tensor) -> Tensor:
+        x = self.dwconv(*xs, recompute=self.recompute)
         if self.recompute and torch.is_grad_enabled():
-            # A recomputation stops where the last saved tensor is there again: before the last operation of each part.
-            x = _again(self._perceive, _again(self._mix, *xs))
+            # A recomputation stops where the last saved tensor is there again: before the second product.
+            x = checkpoint(self._perceive, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
         else:
-            x = self._perceive(self._mix(*xs))
+            x = self._perceive(x)
         scale = self.gamma
         if self.gate is not None:
             # One small product first: the map itself is then multiplied once.

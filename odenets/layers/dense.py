@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import PatchConv2d
 from .norm_relu_conv import norm_relu_conv
 
 
@@ -43,7 +44,7 @@ class DenseFunction(nn.Module):
         self.norm1 = nn.BatchNorm2d(in_channels)
         width = bottleneck * out_channels
         if bottleneck:
-            self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+            self.conv1: nn.Conv2d = PatchConv2d(in_channels, width, 1, bias=False)
             self.norm2 = nn.BatchNorm2d(width)
             self.conv2 = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
         else:
@@ -83,7 +84,7 @@ class DenseTransition(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, drop_rate: float = 0.0):
         super().__init__()
         self.norm = nn.BatchNorm2d(in_channels)
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.conv = PatchConv2d(in_channels, out_channels, 1, bias=False)
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .conv import is_product
+
 
 class _NormReluConv(torch.autograd.Function):
     """conv(relu(norm([x_0, x_1, ...]))), from which only the maps x_j and the batch's statistics are kept."""
@@ -21,7 +23,7 @@ class _NormReluConv(torch.autograd.Function):
         )
         ctx.save_for_backward(weight, bias, kernel, mean, rstd, *xs)
         ctx.eps, ctx.padding = norm.eps, padding
-        out = F.conv2d(y.relu_(), kernel, padding=padding)
+        out = _convolve(y.relu_(), kernel, padding)
         ctx.dtype = out.dtype  # under autocast that of the product, which may differ from the map's
         return out
 
@@ -35,25 +37,30 @@ class _NormReluConv(torch.autograd.Function):
         var = rstd.square().reciprocal_().sub_(ctx.eps)
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps).relu_()
         need_x = any(ctx.needs_input_grad[5:])
-        grad_y, grad_kernel, _ = torch.ops.aten.convolution_backward(
-            grad,
-            y.to(ctx.dtype),
-            kernel.to(ctx.dtype),
-            None,
-            [1, 1],
-            [ctx.padding] * 2,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [True, True, False],
-        )
+        grad_y, grad_kernel = _convolve_backward(grad, y.to(ctx.dtype), kernel.to(ctx.dtype), ctx.padding)
         grad_y = torch.ops.aten.threshold_backward(grad_y.to(y.dtype), y, 0)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, weight, None, None, mean, rstd, True, ctx.eps, [need_x, True, True]
         )
         parts = grad_x.split([part.shape[1] for part in xs], 1) if need_x else [None] * len(xs)
         return grad_weight, grad_bias, grad_kernel.to(kernel.dtype), None, None, *parts
+
+
+def _convolve(y: Tensor, kernel: Tensor, padding: int) -> Tensor:
+    if kernel.shape[2:] == (1, 1) and is_product(y):
+        return F.linear(y.permute(0, 2, 3, 1), kernel.flatten(1)).permute(0, 3, 1, 2)
+    return F.conv2d(y, kernel, padding=padding)
+
+
+def _convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """The gradients by the map and by the kernel."""
+    if kernel.shape[2:] == (1, 1) and is_product(y):
+        rows = grad.permute(0, 2, 3, 1)
+        grad_y = (rows @ kernel.flatten(1)).permute(0, 3, 1, 2)
+        rows = rows.reshape(-1, len(kernel))
+        return grad_y, (rows.t() @ y.permute(0, 2, 3, 1).reshape(len(rows), -1))[:, :, None, None]
+    options: Any = (None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+    return torch.ops.aten.convolution_backward(grad, y, kernel, *options)[:2]
 
 
 def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
@@ -77,7 +84,7 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
     """
     if (
         type(norm) is nn.BatchNorm2d
-        and type(conv) is nn.Conv2d
+        and isinstance(conv, nn.Conv2d)
         and norm.training
         and norm.momentum is not None
         and norm.running_mean is not None

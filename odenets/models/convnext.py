@@ -14,7 +14,7 @@ from torch import nn
 from schemes import SchemeError, Slot
 
 from ..checkpoints import KeyMap
-from ..layers import ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
+from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
 from ..stack import Stack
 from . import convnext_keys
 from .keys import twin
@@ -112,7 +112,7 @@ class ConvNeXt(LevelNet):
                 recompute=recompute,
             )
 
-        self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, widths[0], patch, patch)))
+        self.stem = nn.Sequential(OrderedDict(conv=PatchConv2d(in_chans, widths[0], patch)))
         if stem_norm:
             self.stem.add_module("norm", LayerNorm2d(widths[0]))
         before = 0
@@ -122,7 +122,7 @@ class ConvNeXt(LevelNet):
                 if level:
                     last = widths[level - 1]
                     transition = nn.Sequential(
-                        OrderedDict(norm=LayerNorm2d(last), conv=nn.Conv2d(last, width, 2, 2)),
+                        OrderedDict(norm=LayerNorm2d(last), conv=PatchConv2d(last, width, 2)),
                     )
                 self.transitions.append(transition)
                 self.levels.append(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from ..layers import ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
+from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
 from ..layers.column import Down, Up
 from .level_net import LevelNet, Pool, check_rates
 
@@ -129,7 +129,7 @@ class MultiColumn(LevelNet):
                 "want a column, and one width and at least one block per level."
             )
         super().__init__(drop_rate)
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, channels[0], patch, patch), LayerNorm2d(channels[0]))
+        self.stem = nn.Sequential(PatchConv2d(in_chans, channels[0], patch), LayerNorm2d(channels[0]))
         self.levels = nn.ModuleList(
             FusedColumn(channels, blocks, n == 0, kernel_size, drop_path_rate) for n in range(columns)
         )

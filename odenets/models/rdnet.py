@@ -14,7 +14,7 @@ from torch import nn
 from schemes import SchemeError, Slot
 
 from ..checkpoints import KeyMap
-from ..layers import ConvNeXtFunction, LayerNorm2d, init_kaiming, linear_rates
+from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_kaiming, linear_rates
 from ..stack import Stack
 from . import dense_keys
 from .dense_levels import grown_width, schemes_with_growth, width_after
@@ -99,7 +99,7 @@ class RDNet(LevelNet):
         rates = iter(linear_rates(drop_path_rate, sum(counts)))
 
         self.stem = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(in_chans, init_channels, 4, 4), norm=LayerNorm2d(init_channels))
+            OrderedDict(conv=PatchConv2d(in_chans, init_channels, 4), norm=LayerNorm2d(init_channels))
         )
         width, reduction = init_channels, 4
         grown = width
@@ -125,7 +125,7 @@ class RDNet(LevelNet):
                     stride = 2 if halve else 1
                     narrow = int(grown * compression / 8) * 8
                     transition = nn.Sequential(
-                        OrderedDict(norm=LayerNorm2d(width), conv=nn.Conv2d(width, narrow, stride, stride))
+                        OrderedDict(norm=LayerNorm2d(width), conv=PatchConv2d(width, narrow, stride))
                     )
                     width, reduction = narrow, reduction * stride
                 self.transitions.append(transition)

@@ -18,7 +18,7 @@ from schemes.columns import RevCol as Coupling
 from schemes.scheme import State
 
 from ..checkpoints import KeyMap
-from ..layers import ChannelScale, ConvNeXtFunction, LayerNorm2d, init_truncated, linear_rates
+from ..layers import ChannelScale, ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
 from ..layers.column import Classifier, Down, LevelFunction, PatchDecoder, PictureDecoder, Up
 from ..stack import Stack
 from . import revcol_keys
@@ -140,7 +140,7 @@ class RevCol(ColumnNet):
         ]
 
         self.stem = nn.Sequential()
-        self.stem.add_module("conv", nn.Conv2d(in_chans, channels[0], patch, patch))
+        self.stem.add_module("conv", PatchConv2d(in_chans, channels[0], patch))
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
         scheme = Coupling(len(channels), huge=huge)
         fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, drop_path_rate)]

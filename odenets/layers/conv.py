@@ -1,0 +1,207 @@
+"""Convolutions that do on a CPU what torch's do, in less time: of single channels, and of patches.
+
+Keys, parameters and results are those of ``nn.Conv2d``, and elsewhere the code is too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+Pair = Sequence[int]  # vertical and horizontal
+
+# Up to this padding oneDNN's depthwise kernel pads by itself; above it another one, many times slower, takes its place.
+_OWN_PADDING = 4
+
+# Elements of a map in one step of the weight gradient: 4 MiB.
+_AT_A_TIME = 2**20
+
+
+class _Depthwise(torch.autograd.Function):
+    """conv(join(xs)) with one kernel a channel; keeps the maps xs alone. Every part of it is differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, padding: Pair, *xs: Tensor) -> Tensor:
+        x = _join(xs)
+        ctx.save_for_backward(weight, *xs)
+        ctx.padding = padding
+        return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = grads
+        weight, *xs = ctx.saved_tensors
+        parts: Any = [None] * len(xs)
+        grad_weight = grad_bias = None
+        # A backward pass inside an autocast region would round the operands again.
+        with torch.autocast("cpu", enabled=False):
+            if any(ctx.needs_input_grad[3:]):
+                # The padding that keeps the size is the same in both directions.
+                turned = weight.to(grad.dtype).flip(2, 3)
+                grad_x = F.conv2d(grad, turned, padding=ctx.padding, groups=len(weight))
+                parts = grad_x.to(xs[0].dtype).split([x.shape[1] for x in xs], 1)
+            if ctx.needs_input_grad[0]:
+                grad_weight = weight_gradient(_join(xs), grad, weight.shape[2:], ctx.padding).to(weight.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
+        return grad_weight, grad_bias, None, *parts
+
+
+def _join(xs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+
+
+def weight_gradient(x: Tensor, grad: Tensor, kernel: Pair, padding: Pair) -> Tensor:
+    r"""The gradient by the weight of a depthwise convolution of stride 1, written as a depthwise convolution.
+
+    .. math:: \frac{\partial L}{\partial w_{c,i,j}} = \sum_n \sum_{y,x} g_{n,c,y,x} \, X_{n,c,\,y+i-p,\,x+j-p}
+
+    For every sample and channel that is the map X correlated with the kernel g, so all of them are one convolution of
+    n c groups, in single precision also for maps of half precision. oneDNN's own weight gradient spends 16 x 16
+    products where a channel needs one, unless the kernel is at most 3 wide.
+
+    Args:
+        x: the convolution's argument.
+        grad: the gradient by its result.
+        kernel: size (i, j) of the kernel.
+        padding: p, vertical and horizontal.
+
+    Shapes:
+        x: (n, c, h, w); grad: (n, c, h + 2 p - i + 1, w + 2 p - j + 1); the result is (c, 1, i, j).
+
+    Example:
+        >>> x, grad = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+        >>> weight_gradient(x, grad, (3, 3), (1, 1))[0, 0]
+        tensor([[18., 24., 18.],
+                [24., 32., 24.],
+                [18., 24., 18.]])
+    """
+    # Some samples at a time, so that the copies stay small and their memory is used again; a compiler plans by itself.
+    parts = 1 if torch.compiler.is_compiling() else min(len(x), 1 + x.numel() // _AT_A_TIME)
+    pairs = zip(x.chunk(parts), grad.chunk(parts), strict=True)
+    found = [_correlation(a.float(), b.float(), padding) for a, b in pairs]
+    return torch.cat(found).view(len(x), x.shape[1], 1, *kernel).sum(0)
+
+
+def _correlation(x: Tensor, g: Tensor, padding: Pair) -> Tensor:
+    """Every map of x correlated with the map of g at its place."""
+    # A kernel no wider than the padding is a case for which oneDNN has slow code only, so both maps grow by zeros.
+    more = [max(0, p + 1 - size) for p, size in zip(padding, g.shape[2:], strict=True)]
+    own = max(padding) <= _OWN_PADDING
+    ph, pw = (0, 0) if own else padding
+    x = F.pad(x, (pw, pw + more[1], ph, ph + more[0])).contiguous().flatten(0, 1)
+    g = F.pad(g, (0, more[1], 0, more[0])).contiguous().flatten(0, 1)
+    return F.conv2d(x[None], g[:, None], padding=padding if own else 0, groups=len(g))[0]
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A convolution with one kernel a channel, and a zero border that keeps the size of the map.
+
+    On a CPU with AVX2 or AVX-512 the weight gradient of a kernel wider than 3 is taken by ``weight_gradient``, with the
+    same result to rounding: a forward and backward pass at 7x7 takes 0.2 to 0.7 of torch's time, with bfloat16 a quarter.
+    Elsewhere (other devices, double precision, forward-mode and functorch transforms) this is ``nn.Conv2d``.
+
+    Args:
+        channels: width of the map.
+        kernel: size of the kernel, odd.
+
+    Shape:
+        xs: one map (n, channels, h, w), or several of that width together, which are joined; the result is
+            (n, channels, h, w).
+
+    Raises:
+        ValueError: an even kernel, which cannot keep the size of the map.
+
+    Example:
+        >>> DepthwiseConv2d(8, 7)(torch.randn(2, 8, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        if kernel % 2 == 0:
+            raise ValueError(f"DepthwiseConv2d: the kernel is {kernel}, want an odd size.")
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels)
+
+    def forward(self, *xs: Tensor, recompute: bool = False) -> Tensor:  # type: ignore[override]
+        """The convolution of the joined maps; with ``recompute`` the joined map is not kept for the backward pass."""
+        if self._fast(xs[0]):
+            padding: Any = self.padding
+            given = xs if recompute else (_join(xs),)
+            return _Depthwise.apply(self.weight, self.bias, padding, *given)  # type: ignore[return-value]
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(self._plain, *xs, use_reentrant=False, preserve_rng_state=False)  # type: ignore
+        return self._plain(*xs)
+
+    def _plain(self, *xs: Tensor) -> Tensor:
+        return super().forward(_join(xs))
+
+    def _fast(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dim() == 4
+            and self.kernel_size[1] > 3
+            and self.weight.requires_grad
+            and torch.is_grad_enabled()
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and self.weight.dtype in (torch.float32, torch.bfloat16)
+            and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+            and _VECTORS
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+        )
+
+
+# oneDNN's depthwise kernels are for x86; elsewhere torch loops over the groups.
+_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and torch.backends.mkldnn.is_available()
+
+
+class PatchConv2d(nn.Conv2d):
+    """A convolution of patches that do not overlap (kernel = stride); patches of one pixel make it pointwise.
+
+    On a CPU it is one matrix product over all patches, where that needs no copy of the whole map into another layout.
+    torch's own code takes one product a sample there, or several, and is up to twice as slow on small maps.
+
+    Args:
+        in_channels: width of the map.
+        out_channels: width of the result.
+        patch: side of a patch in pixels; rows and columns that fill no patch are left out.
+        bias: whether a bias is added.
+
+    Shape:
+        x: (n, in_channels, h, w); the result is (n, out_channels, h // patch, w // patch).
+
+    Example:
+        >>> x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+        >>> PatchConv2d(8, 4, 2)(x).shape
+        torch.Size([2, 4, 3, 3])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, patch, patch, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        side = self.kernel_size[0]
+        if not is_product(input, side):
+            return super().forward(input)
+        x, weight = input.permute(0, 2, 3, 1), self.weight
+        if side > 1:
+            x = rearrange(x, "n (h i) (w j) c -> n h w (i j c)", i=side, j=side)
+            weight = weight.permute(0, 2, 3, 1)
+        return F.linear(x, weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def is_product(x: Tensor, patch: int = 1) -> bool:
+    """Whether a convolution of patches is taken as one matrix product: where that is faster."""
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 4
+        and (patch > 1 or x.is_contiguous(memory_format=torch.channels_last))
+        and x.shape[2] % patch == x.shape[3] % patch == 0
+        # For a matrix product inductor lays the map out in another order, for a convolution it does not.
+        and not torch.compiler.is_compiling()
+    )
