@@ -73,7 +73,7 @@ def variants(names: list[str], checkpoint: bool) -> Iterator[Variant]:
     for name in names:
         yield Variant(name, "odenets", lambda name=name: create_model(name))
         if checkpoint:
-            modes = [{"backprop": "checkpoint"}, {"recompute": True}]
+            modes = [{"backprop": "checkpoint"}, {"recompute": True}, {"recompute": 4 if "rdnet" in name else 2}]
             for mode in modes if not name.startswith("resnet") else modes[:1]:
                 yield Variant(name, f"odenets {dict(mode)}", lambda name=name, mode=mode: create_model(name, **mode))
         package = PEERS.get(name)

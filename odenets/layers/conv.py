@@ -103,7 +103,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A convolution with one kernel a channel, and a zero border that keeps the size of the map.
 
     On a CPU with AVX2 or AVX-512 the weight gradient of a kernel wider than 3 is taken by ``weight_gradient``, with the
-    same result to rounding: a forward and backward pass at 7x7 takes 0.2 to 0.7 of torch's time, with bfloat16 a quarter.
+    same result to rounding: forward and backward at 7x7 take 0.2 to 0.7 of torch's time, with bfloat16 a quarter.
     Elsewhere (other devices, double precision, forward-mode and functorch transforms) this is ``nn.Conv2d``.
 
     Args:

@@ -8,6 +8,7 @@ Source: Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545.
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from ..stack import Stack
 from . import convnext_keys
 from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
-from .levels import schemes_of_levels, steps_that_fit, warned_once
+from .levels import recomputing, schemes_of_levels, steps_that_fit, warned_once
 
 
 class ConvNeXt(LevelNet):
@@ -39,7 +40,7 @@ class ConvNeXt(LevelNet):
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
         recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
-            the backward pass.
+            the backward pass; a number: in the first so many levels only.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).
@@ -75,7 +76,7 @@ class ConvNeXt(LevelNet):
         layer_scale: float | None = 1e-6,
         step: float | str = 1.0,
         backprop: str = "store",
-        recompute: bool = False,
+        recompute: bool | int = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: Pool = "avg",
@@ -96,8 +97,9 @@ class ConvNeXt(LevelNet):
             steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions, strict=True), 1)
         ]
         rates = iter(linear_rates(drop_path_rate, sum(functions)))
+        again = recomputing(recompute, len(functions))
 
-        def make(slot: Slot) -> nn.Module:
+        def make(slot: Slot, again: bool) -> nn.Module:
             if len(slot.in_channels) != 1:
                 raise SchemeError(
                     f"a residual function is given {len(slot.in_channels)} arguments; those of ConvNeXt take one."
@@ -109,7 +111,7 @@ class ConvNeXt(LevelNet):
                 expansion=expansion,
                 layer_scale=layer_scale,
                 drop_path=next(rates),
-                recompute=recompute,
+                recompute=again,
             )
 
         self.stem = nn.Sequential(OrderedDict(conv=PatchConv2d(in_chans, widths[0], patch)))
@@ -127,7 +129,13 @@ class ConvNeXt(LevelNet):
                 self.transitions.append(transition)
                 self.levels.append(
                     Stack.from_factory(
-                        make, scheme_, depth, channels=width, step=step, steps_before=before, backprop=backprop
+                        partial(make, again=again[level]),
+                        scheme_,
+                        depth,
+                        channels=width,
+                        step=step,
+                        steps_before=before,
+                        backprop=backprop,
                     )
                 )
                 before += depth

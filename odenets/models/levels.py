@@ -31,6 +31,23 @@ def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int
     return [schemes.get(s) for s in scheme]
 
 
+def recomputing(recompute: bool | int, levels: int) -> list[bool]:
+    """Which levels recompute: all, none, or the first so many, whose maps are the largest.
+
+    Raises:
+        SchemeError: a number outside 0 to ``levels``.
+
+    Example:
+        >>> recomputing(True, 3), recomputing(1, 3)
+        ([True, True, True], [True, False, False])
+    """
+    if isinstance(recompute, bool):
+        return [recompute] * levels
+    if not 0 <= recompute <= levels:
+        raise SchemeError(f"recompute is {recompute}, want true, false, or how many of the {levels} levels.")
+    return [level < recompute for level in range(levels)]
+
+
 def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
     """Number of steps that use up a level's residual functions.
 

@@ -20,7 +20,7 @@ from . import dense_keys
 from .dense_levels import grown_width, schemes_with_growth, width_after
 from .keys import twin
 from .level_net import LevelNet, Pool, check_rates
-from .levels import steps_that_fit, warned_once
+from .levels import recomputing, steps_that_fit, warned_once
 
 
 class RDNet(LevelNet):
@@ -41,7 +41,7 @@ class RDNet(LevelNet):
             one-stream scheme a level keeps the width that it starts with under "dense".
         backprop: as in Stack; "checkpoint" recomputes each mixer.
         recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
-            the backward pass: about 0.33 of the memory at 1.12 of the time ("checkpoint": 0.28 at 1.22).
+            the backward pass; a number: in the first so many levels only, whose maps take most of the memory.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without norm and head).
@@ -79,7 +79,7 @@ class RDNet(LevelNet):
         head_norm_eps: float = 1e-6,
         scheme: list[str] | str = "dense",
         backprop: str = "store",
-        recompute: bool = False,
+        recompute: bool | int = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: Pool = "avg",
@@ -97,6 +97,7 @@ class RDNet(LevelNet):
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         found = schemes_with_growth(scheme, growths)
         rates = iter(linear_rates(drop_path_rate, sum(counts)))
+        again = recomputing(recompute, len(counts))
 
         self.stem = nn.Sequential(
             OrderedDict(conv=PatchConv2d(in_chans, init_channels, 4), norm=LayerNorm2d(init_channels))
@@ -107,7 +108,7 @@ class RDNet(LevelNet):
         with warned_once():
             for level, (scheme_, count, halve) in enumerate(zip(found, counts, downsample, strict=True)):
 
-                def make(slot: Slot, gate: bool = level >= gate_from) -> nn.Module:
+                def make(slot: Slot, gate: bool = level >= gate_from, again: bool = again[level]) -> nn.Module:
                     return ConvNeXtFunction(
                         sum(slot.in_channels),
                         slot.out_channels,
@@ -117,7 +118,7 @@ class RDNet(LevelNet):
                         layer_scale=layer_scale,
                         gate=gate,
                         drop_path=next(rates),
-                        recompute=recompute,
+                        recompute=again,
                     )
 
                 transition: nn.Module = nn.Identity()

@@ -139,13 +139,16 @@ def test_what_does_not_fit_is_refused():
         ConvNeXt(**TINY, kernel=6)
     with pytest.raises(SchemeError, match=r"drop_path_rate is 1\.5"):
         ConvNeXt(**TINY, drop_path_rate=1.5)
+    with pytest.raises(SchemeError, match="recompute is 3, want true, false, or how many of the 2 levels"):
+        ConvNeXt(**TINY, recompute=3)
     with pytest.raises(SchemeError, match="2 arguments; those of ConvNeXt take one"):
         ConvNeXt(**TINY, scheme="multilevel(3)")
 
 
-def test_every_parameter_gets_a_gradient_and_checkpointing_changes_none():
+@pytest.mark.parametrize("mode", [{"backprop": "checkpoint"}, {"recompute": True}, {"recompute": 1}])
+def test_every_parameter_gets_a_gradient_and_recomputation_changes_none(mode):
     a = ConvNeXt(**TINY, drop_path_rate=0.3)
-    b = ConvNeXt(**TINY, drop_path_rate=0.3, backprop="checkpoint")
+    b = ConvNeXt(**TINY, drop_path_rate=0.3, **mode)
     b.load_state_dict(a.state_dict())
     x = torch.randn(4, 3, 32, 32)
     for net in (a, b):

@@ -187,18 +187,20 @@ def test_recomputation_gives_the_same_gradients_and_moves_statistics_once():
     assert int(b.norm[0].num_batches_tracked) == int(b.levels[0].steps[0].fs[0].norm1.num_batches_tracked) == 1
 
 
-def both(**kwargs):
+def both(recompute=True, **kwargs):
     """The same network twice, the second with recomputation."""
-    a, b = DenseNet(**TINY, **kwargs), DenseNet(**TINY, recompute=True, **kwargs)
+    a, b = DenseNet(**TINY, **kwargs), DenseNet(**TINY, recompute=recompute, **kwargs)
     b.load_state_dict(a.state_dict())
     return a, b
 
 
-@pytest.mark.parametrize("drop_rate", [0.0, 0.2])
-def test_cheap_recomputation_changes_no_gradient_moves_statistics_once_and_runs_no_convolution_again(drop_rate):
+@pytest.mark.parametrize(("recompute", "drop_rate"), [(True, 0.0), (True, 0.2), (1, 0.0)])
+def test_cheap_recomputation_changes_no_gradient_moves_statistics_once_and_runs_no_convolution_again(
+    recompute, drop_rate
+):
     x = torch.randn(4, 3, 16, 16)
     counts = []
-    a, b = both(drop_rate=drop_rate)
+    a, b = both(recompute, drop_rate=drop_rate)
     for net in (a, b):
         torch.manual_seed(1)
         with FlopCounterMode(display=False) as counter:

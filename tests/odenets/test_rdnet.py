@@ -126,7 +126,7 @@ def test_levels_start_as_wide_under_any_scheme():
     assert add.num_features == 368
 
 
-@pytest.mark.parametrize("mode", [{"backprop": "checkpoint"}, {"recompute": True}])
+@pytest.mark.parametrize("mode", [{"backprop": "checkpoint"}, {"recompute": True}, {"recompute": 1}])
 def test_recomputation_gives_the_same_gradients(mode):
     a = RDNet(**TINY, drop_path_rate=0.3)
     b = RDNet(**TINY, drop_path_rate=0.3, **mode)
@@ -144,8 +144,10 @@ def test_recomputation_keeps_less():
     x = torch.randn(4, 3, 64, 64)
     plain, _ = kept_bytes(lambda: RDNet(**TINY)(x))
     small, _ = kept_bytes(lambda: RDNet(**TINY, recompute=True)(x))
+    first, _ = kept_bytes(lambda: RDNet(**TINY, recompute=1)(x))
     smaller, _ = kept_bytes(lambda: RDNet(**TINY, backprop="checkpoint")(x))
     assert smaller < small < 0.5 * plain
+    assert small < first < 0.8 * plain
 
 
 def test_drop_path_leaves_out_new_channels_alone():
