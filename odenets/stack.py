@@ -155,8 +155,8 @@ class Stack(nn.Module):
         self.after = after
         self.depth = depth
         steps = []
-        # A continuous scheme with one shared function is one solve over the whole depth.
-        merged = shared is not None and self.scheme.nodes is None
+        # A continuous scheme with one shared function, and nothing between the steps, is one solve over the whole depth.
+        merged = shared is not None and self.scheme.nodes is None and after is None
         start = 0
         self._initial: list[float] = []
         for n in range(1 if merged else depth):

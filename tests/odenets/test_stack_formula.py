@@ -97,6 +97,16 @@ def test_after_is_applied_to_the_stream_after_each_step():
         torch.testing.assert_close(got, want)
 
 
+def test_after_is_applied_to_an_adaptive_solve_after_each_step():
+    stack = Stack(torch.tanh, "adaptive(dopri5, rtol=1e-6, atol=1e-6)", 2, after=nn.ReLU())
+    x = data(5, 4)
+    once = torch.relu(Stack(torch.tanh, "adaptive(dopri5, rtol=1e-6, atol=1e-6)")(x))
+    twice = torch.relu(Stack(torch.tanh, "adaptive(dopri5, rtol=1e-6, atol=1e-6)")(once))
+    torch.testing.assert_close(stack(x), twice)
+    for got, want in zip(stack.trajectory(x), (once, twice), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_trajectory_is_the_readout_after_each_step():
     fs = linears(12)
     stack, x = Stack(fs, "rk4", step=0.5), data(5, 4).requires_grad_()
