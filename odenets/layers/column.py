@@ -6,7 +6,6 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import PatchConv2d
 from .convnext import ConvNeXtFunction
 from .norm import LayerNorm2d
 
@@ -20,7 +19,7 @@ class Down(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = PatchConv2d(in_channels, out_channels, 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, 2, 2)
         self.norm = LayerNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class DenseNet(LevelNet):
         stem: "conv3" (CIFAR) or "conv7_pool" (ImageNet).
         backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
         recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the
-            backward pass; a number: in the first so many levels only, whose maps take most of the memory.
+            backward pass; a number: in the first so many levels only.
         num_classes: width of the head; 0 gives features.
         in_chans: channels of the picture.
         global_pool: "avg", "max", or "" for the feature map (without a head).
