@@ -155,7 +155,7 @@ class Stack(nn.Module):
         self.after = after
         self.depth = depth
         steps = []
-        # A continuous scheme with one shared function, and nothing between the steps, is one solve over the whole depth.
+        # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
         merged = shared is not None and self.scheme.nodes is None and after is None
         start = 0
         self._initial: list[float] = []
