@@ -42,7 +42,8 @@ def results(module, xs, dtype, call=None):
 def assert_same(found, wanted, tolerance=2e-5):
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == b.shape
-        assert (a.double() - b).abs().max() <= tolerance * (1 + b.abs().max())
+        scale = 1 + b.abs().max() if b.numel() else 1
+        assert ((a.double() - b).abs() <= tolerance * scale).all()
 
 
 @given(
@@ -163,6 +164,21 @@ def test_half_and_double_modules(build):
         found = results(module, [x], dtype)
         assert all(t.dtype == dtype for t in found)
         assert_same(found, results(plain(module), [x], torch.float64), tolerance)
+
+
+@pytest.mark.parametrize("build", [lambda: DepthwiseConv2d(8, 7), lambda: PatchConv2d(8, 4, 2)])
+def test_an_empty_batch_passes(build):
+    module, x = build(), torch.empty(0, 8, 6, 6)
+    assert_same(results(module, [x], torch.float32), results(plain(module), [x], torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", [lambda: DepthwiseConv2d(8, 7), lambda: PatchConv2d(8, 4, 2)])
+def test_exports_and_traces_are_of_torchs_operations(build):
+    module, x = build().eval(), torch.randn(2, 8, 6, 6)
+    for made in (torch.export.export(module, (x,)).module(), torch.jit.trace(module, x)):
+        torch.testing.assert_close(made(x), module(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
