@@ -43,8 +43,8 @@ def recomputing(recompute: bool | int, levels: int) -> list[bool]:
     """
     if isinstance(recompute, bool):
         return [recompute] * levels
-    if not 0 <= recompute <= levels:
-        raise SchemeError(f"recompute is {recompute}, want true, false, or how many of the {levels} levels.")
+    if not isinstance(recompute, int) or not 0 <= recompute <= levels:
+        raise SchemeError(f"recompute is {recompute!r}, want true, false, or how many of the {levels} levels.")
     return [level < recompute for level in range(levels)]
 
 

@@ -141,6 +141,8 @@ def test_what_does_not_fit_is_refused():
         ConvNeXt(**TINY, drop_path_rate=1.5)
     with pytest.raises(SchemeError, match="recompute is 3, want true, false, or how many of the 2 levels"):
         ConvNeXt(**TINY, recompute=3)
+    with pytest.raises(SchemeError, match="recompute is 'all', want"):
+        ConvNeXt(**TINY, recompute="all")
     with pytest.raises(SchemeError, match="2 arguments; those of ConvNeXt take one"):
         ConvNeXt(**TINY, scheme="multilevel(3)")
 
