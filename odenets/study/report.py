@@ -12,6 +12,8 @@ from .store import read
 Line = dict[str, Any]
 NAMES = {"euler": "add", "dense": "concat"}
 STRATA = ("order", "augment")  # what the sampler balances
+# Norms are drawn, not balanced, and matter more than most: so once more with chance in their shares taken out.
+OVERALL = {"all": STRATA, "all, norms apart": (*STRATA, "norm")}
 
 
 class Difference(NamedTuple):
@@ -200,22 +202,27 @@ def _table(head: str, rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _rows(lines: Sequence[Line], first: str, second: str, metric: str, columns: Sequence[str]) -> list[Row]:
+    """All networks, in every way of OVERALL, and then by each column; named by the way, or by column and value."""
+    found = [
+        row._replace(name=name)
+        for name, within in OVERALL.items()
+        for row in compare(lines, first, second, metric, within=within)
+    ]
+    for by in columns:
+        found += [row._replace(name=f"{by} {row.name}") for row in compare(lines, first, second, metric, by)]
+    return found
+
+
 def _differences(lines: Sequence[Line], first: str, second: str) -> str:
     a, b = NAMES.get(first, first), NAMES.get(second, second)
+    columns = ("order", "norm", "activation", "kernel")
+    losses = {row.name: row.difference for row in _rows(lines, first, second, "loss", columns)}
     rows = []
-
-    def add(label: str, by: str | None = None, **options: Any) -> None:
-        losses = {row.name: row.difference for row in compare(lines, first, second, "loss", by, **options)}
-        for row in compare(lines, first, second, "accuracy", by, **options):
-            means = [f"{100 * m:.1f} ± {100 * s:.1f} %" for m, s in zip(row.means, row.spreads, strict=True)]
-            points, loss = _interval(row.difference, 100, 2), _interval(losses[row.name], 1, 3)
-            rows.append([label if by is None else f"{by} {row.name}", *map(str, row.counts), *means, points, loss])
-
-    add("all")
-    # Norms are drawn, not balanced, and matter more than most: so once more with chance in their shares taken out.
-    add("all, norms apart", within=(*STRATA, "norm"))
-    for by in ("order", "norm", "activation", "kernel"):
-        add("", by)
+    for row in _rows(lines, first, second, "accuracy", columns):
+        means = [f"{100 * m:.1f} ± {100 * s:.1f} %" for m, s in zip(row.means, row.spreads, strict=True)]
+        points, loss = _interval(row.difference, 100, 2), _interval(losses[row.name], 1, 3)
+        rows.append([row.name, *map(str, row.counts), *means, points, loss])
     head = f"networks | {a} | {b} | accuracy {a} | accuracy {b} | {b} - {a}, 95 % interval | loss, {b} - {a}"
     return _table(head, rows)
 
@@ -271,13 +278,10 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
     accuracies = {NAMES.get(s, s): [line["accuracy"] for line in lines if line["scheme"] == s] for s in schemes}
     first = schemes[0]
     intervals = {}
-    ways = (("all", None, STRATA), ("all, norms apart", None, (*STRATA, "norm")), ("", "order", ()), ("", "norm", ()))
     for second in schemes[1:]:
-        for label, by, within in ways:
-            for row in compare(lines, first, second, "accuracy", by, within):
-                name = label if by is None else f"{by} {row.name}"
-                name = name if len(schemes) == 2 else f"{NAMES.get(second, second)}: {name}"
-                intervals[name] = row.difference
+        for row in _rows(lines, first, second, "accuracy", ("order", "norm")):
+            name = row.name if len(schemes) == 2 else f"{NAMES.get(second, second)}: {row.name}"
+            intervals[name] = row.difference
     paths = [plots.design_spaces(accuracies, intervals, out / "accuracy.png")]
     depth = common_depth(lines)
     rows = ranks(lines, depth)
