@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 Pair = Sequence[int]  # vertical and horizontal
 
+# oneDNN's depthwise kernels are for x86; elsewhere torch loops over the groups.
+_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and torch.backends.mkldnn.is_available()
+
 # Up to this padding oneDNN's depthwise kernel pads by itself; above it another one, many times slower, takes its place.
 _OWN_PADDING = 4
 
@@ -27,7 +30,7 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, padding: Pair, *xs: Tensor) -> Tensor:
-        x = _join(xs)
+        x = joined(xs)
         ctx.save_for_backward(weight, *xs)
         ctx.padding = padding
         return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
@@ -46,13 +49,14 @@ class _Depthwise(torch.autograd.Function):
                 grad_x = F.conv2d(grad, turned, padding=ctx.padding, groups=len(weight))
                 parts = grad_x.to(xs[0].dtype).split([x.shape[1] for x in xs], 1)
             if ctx.needs_input_grad[0]:
-                grad_weight = weight_gradient(_join(xs), grad, weight.shape[2:], ctx.padding).to(weight.dtype)
+                grad_weight = weight_gradient(joined(xs), grad, weight.shape[2:], ctx.padding).to(weight.dtype)
             if ctx.needs_input_grad[1]:
                 grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
         return grad_weight, grad_bias, None, *parts
 
 
-def _join(xs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def joined(xs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """The maps joined along the channels, without a copy of a single one."""
     return xs[0] if len(xs) == 1 else torch.cat(xs, 1)
 
 
@@ -92,11 +96,13 @@ def _correlation(x: Tensor, g: Tensor, padding: Pair) -> Tensor:
     """Every map of x correlated with the map of g at its place."""
     # A kernel no wider than the padding is a case for which oneDNN has slow code only, so both maps grow by zeros.
     more = [max(0, p + 1 - size) for p, size in zip(padding, g.shape[2:], strict=True)]
-    own = max(padding) <= _OWN_PADDING
-    ph, pw = (0, 0) if own else padding
-    x = F.pad(x, (pw, pw + more[1], ph, ph + more[0])).contiguous().flatten(0, 1)
-    g = F.pad(g, (0, more[1], 0, more[0])).contiguous().flatten(0, 1)
-    return F.conv2d(x[None], g[:, None], padding=padding if own else 0, groups=len(g))[0]
+    if any(more):
+        x, g = (F.pad(t, (0, more[1], 0, more[0])) for t in (x, g))
+    if max(padding) > _OWN_PADDING:
+        ph, pw = padding
+        x, padding = F.pad(x, (pw, pw, ph, ph)), (0, 0)
+    x, g = x.contiguous().flatten(0, 1), g.contiguous().flatten(0, 1)
+    return F.conv2d(x[None], g[:, None], padding=padding, groups=len(g))[0]
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -131,14 +137,14 @@ class DepthwiseConv2d(nn.Conv2d):
         """The convolution of the joined maps; with ``recompute`` the joined map is not kept for the backward pass."""
         if self._fast(xs[0]):
             padding: Any = self.padding
-            given = xs if recompute else (_join(xs),)
+            given = xs if recompute else (joined(xs),)
             return _Depthwise.apply(self.weight, self.bias, padding, *given)  # type: ignore[return-value]
         if recompute and torch.is_grad_enabled():
             return checkpoint(self._plain, *xs, use_reentrant=False, preserve_rng_state=False)  # type: ignore
         return self._plain(*xs)
 
     def _plain(self, *xs: Tensor) -> Tensor:
-        return super().forward(_join(xs))
+        return super().forward(joined(xs))
 
     def _fast(self, x: Tensor) -> bool:
         return (
@@ -156,10 +162,6 @@ class DepthwiseConv2d(nn.Conv2d):
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
         )
-
-
-# oneDNN's depthwise kernels are for x86; elsewhere torch loops over the groups.
-_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and torch.backends.mkldnn.is_available()
 
 
 class PatchConv2d(nn.Conv2d):

@@ -1,10 +1,9 @@
 """The residual functions of DenseNet, which read a concatenation and return a few new channels, and its transition."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import PatchConv2d
+from .conv import PatchConv2d, joined
 from .norm_relu_conv import norm_relu_conv
 
 
@@ -54,7 +53,7 @@ class DenseFunction(nn.Module):
     def _part(self, norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
         if self.recompute:
             return norm_relu_conv(norm, conv, *xs)
-        return conv(F.relu(norm(xs[0] if len(xs) == 1 else torch.cat(xs, 1)), inplace=True))
+        return conv(F.relu(norm(joined(xs)), inplace=True))
 
     def forward(self, *xs: Tensor) -> Tensor:
         x = self._part(self.norm1, self.conv1, *xs)

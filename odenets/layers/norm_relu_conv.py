@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .conv import is_product
+from .conv import is_product, joined
 
 
 class _NormReluConv(torch.autograd.Function):
@@ -15,15 +15,15 @@ class _NormReluConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d, padding: int, *xs: Tensor
+        ctx: Any, weight: Tensor, bias: Tensor, kernel: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor
     ) -> Tensor:
-        x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+        x = joined(xs)
         y, mean, rstd = torch.native_batch_norm(
             x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum or 0.0, norm.eps
         )
         ctx.save_for_backward(weight, bias, kernel, mean, rstd, *xs)
-        ctx.eps, ctx.padding = norm.eps, padding
-        out = _convolve(y.relu_(), kernel, padding)
+        ctx.eps, ctx.padding = norm.eps, conv.padding[0]
+        out = conv(y.relu_())
         ctx.dtype = out.dtype  # under autocast that of the product, which may differ from the map's
         return out
 
@@ -32,7 +32,7 @@ class _NormReluConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grads
         weight, bias, kernel, mean, rstd, *xs = ctx.saved_tensors
-        x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+        x = joined(xs)
         # With given statistics the norm is one pass over the map; the variance is the one that has this rstd.
         var = rstd.square().reciprocal_().sub_(ctx.eps)
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps).relu_()
@@ -44,12 +44,6 @@ class _NormReluConv(torch.autograd.Function):
         )
         parts = grad_x.split([part.shape[1] for part in xs], 1) if need_x else [None] * len(xs)
         return grad_weight, grad_bias, grad_kernel.to(kernel.dtype), None, None, *parts
-
-
-def _convolve(y: Tensor, kernel: Tensor, padding: int) -> Tensor:
-    if kernel.shape[2:] == (1, 1) and is_product(y):
-        return F.linear(y.permute(0, 2, 3, 1), kernel.flatten(1)).permute(0, 3, 1, 2)
-    return F.conv2d(y, kernel, padding=padding)
 
 
 def _convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -93,6 +87,6 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
     ):
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        return _NormReluConv.apply(norm.weight, norm.bias, conv.weight, norm, conv.padding[0], *xs)  # type: ignore
-    x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
+        return _NormReluConv.apply(norm.weight, norm.bias, conv.weight, norm, conv, *xs)  # type: ignore
+    x = joined(xs)
     return conv(F.relu(norm(x), inplace=True))
