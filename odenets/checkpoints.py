@@ -86,6 +86,7 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
         SchemeError: keys without a place, missing keys or other shapes, all listed; an unreadable or unsafe file.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> load(nn.Linear(2, 2), {"state_dict": {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)}})
         Report(loaded=2, layout='own', dropped=(), kept=())

@@ -26,6 +26,7 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
         Song et al. 2012, Feature Selection via Dependence Maximization, JMLR 13, equation 5.
 
     Example:
+        >>> import torch
         >>> k = torch.eye(6)
         >>> float(unbiased_hsic(k, k))
         0.0
@@ -54,6 +55,7 @@ class Alignment:
         Nguyen et al. 2021, Do Wide and Deep Networks Learn the Same Things?, arXiv 2010.15327, equation 3.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(32, 5)
         >>> a = Alignment(["x", "turned"])
         >>> a.update({"x": x, "turned": 3 * x.flip(1)})
@@ -124,6 +126,7 @@ def alignment(
         The matrix of alignments, and the names of its rows: the places, then "input" and "label".
 
     Example:
+        >>> import torch
         >>> from odenets import create_model
         >>> net = create_model("ho_resnet26", num_classes=3)
         >>> matrix, rows = alignment(net, [(torch.randn(8, 3, 16, 16), torch.arange(8) % 3)], ["stem", "levels.2"])

@@ -34,6 +34,7 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         5875-5888, equations 5 to 7.
 
     Example:
+        >>> import torch
         >>> from odenets import create_model
         >>> net = create_model("ho_resnet26", num_classes=3)
         >>> [heat] = layer_cam(net, torch.randn(2, 3, 32, 32), ["levels.1"])

@@ -35,6 +35,7 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096) -> Rank:
         Roy and Vetterli 2007, The effective rank: a measure of effective dimensionality.
 
     Example:
+        >>> import torch
         >>> a = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
         >>> feature_rank(torch.cat([a, a], 1))[:2]
         (6, 3)
@@ -59,6 +60,7 @@ def rank_profile(trajectory: Sequence[Tensor], tolerance: float = 1e-3) -> list[
         tolerance: as in ``feature_rank``.
 
     Example:
+        >>> import torch
         >>> from odenets import Stack
         >>> stack = Stack([torch.nn.Linear(4, 4), torch.nn.Linear(8, 4)], "dense(4)")
         >>> [r.width for r in rank_profile(stack.trajectory(torch.randn(32, 4)))]

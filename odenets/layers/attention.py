@@ -35,6 +35,7 @@ class AttentionFunction(nn.Module):
         2111.09883, section 3.2.
 
     Example:
+        >>> import torch
         >>> AttentionFunction(8, 2)(torch.randn(1, 5, 8)).shape
         torch.Size([1, 5, 8])
     """
@@ -93,6 +94,7 @@ class PerceptronFunction(nn.Module):
         Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, arXiv 2010.11929, equation 3.
 
     Example:
+        >>> import torch
         >>> PerceptronFunction(8)(torch.randn(1, 5, 8)).shape
         torch.Size([1, 5, 8])
     """

@@ -79,6 +79,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: Pair, padding: Pair) -> Ten
         x: (n, c, h, w); grad: (n, c, h + 2 p - i + 1, w + 2 p - j + 1); the result is (c, 1, i, j).
 
     Example:
+        >>> import torch
         >>> x, grad = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
         >>> weight_gradient(x, grad, (3, 3), (1, 1))[0, 0]
         tensor([[18., 24., 18.],
@@ -109,7 +110,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A convolution with one kernel a channel, and a zero border that keeps the size of the map.
 
     On a CPU with AVX2 or AVX-512 the weight gradient of a kernel wider than 3 is taken by ``weight_gradient``, with the
-    same result to rounding: forward and backward at 7x7 take 0.2 to 0.8 of torch's time, with bfloat16 a quarter.
+    same result to rounding: forward and backward at 7x7 take 0.2 to 0.6 of torch's time, with bfloat16 a quarter.
     Elsewhere (other devices, double precision, forward mode, functorch transforms, traces) this is ``nn.Conv2d``.
 
     Args:
@@ -124,6 +125,7 @@ class DepthwiseConv2d(nn.Conv2d):
         ValueError: an even kernel, which cannot keep the size of the map.
 
     Example:
+        >>> import torch
         >>> DepthwiseConv2d(8, 7)(torch.randn(2, 8, 6, 6)).shape
         torch.Size([2, 8, 6, 6])
     """
@@ -180,6 +182,7 @@ class PatchConv2d(nn.Conv2d):
         x: (n, in_channels, h, w); the result is (n, out_channels, h // patch, w // patch).
 
     Example:
+        >>> import torch
         >>> x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
         >>> PatchConv2d(8, 4, 2)(x).shape
         torch.Size([2, 4, 3, 3])

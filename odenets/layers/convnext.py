@@ -24,6 +24,7 @@ class ChannelGate(nn.Module):
         Lee and Park 2020, CenterMask, arXiv 1911.06667, section 3.4.
 
     Example:
+        >>> import torch
         >>> ChannelGate(8)(torch.randn(2, 4, 4, 8)).shape
         torch.Size([2, 1, 1, 8])
     """
@@ -69,6 +70,7 @@ class ConvNeXtFunction(nn.Module):
         DenseNets Reloaded, arXiv 2403.19588, section 3.
 
     Example:
+        >>> import torch
         >>> ConvNeXtFunction(8, 4, gate=True)(torch.randn(2, 8, 6, 6)).shape
         torch.Size([2, 4, 6, 6])
     """

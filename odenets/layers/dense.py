@@ -26,6 +26,7 @@ class DenseFunction(nn.Module):
         Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, section 3.
 
     Example:
+        >>> import torch
         >>> DenseFunction(24, 12, bottleneck=4)(torch.randn(2, 24, 8, 8)).shape
         torch.Size([2, 12, 8, 8])
     """

@@ -23,6 +23,7 @@ class DropPath(nn.Module):
         Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv 1603.09382; per sample as is common since.
 
     Example:
+        >>> import torch
         >>> DropPath(0.5).eval()(torch.ones(2, 1)).tolist()
         [[1.0], [1.0]]
     """

@@ -72,6 +72,8 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         xs: one map, or several that are joined along the channels.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> norm, conv, x = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False), torch.randn(2, 4, 3, 3)
         >>> torch.allclose(norm_relu_conv(norm, conv, *x.split(2, 1)), conv(norm(x).relu()), atol=1e-6)
         True

@@ -60,6 +60,7 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         SchemeError: the count is no multiple of the scheme's stages; names the nearest counts that are.
 
     Example:
+        >>> import schemes
         >>> steps_that_fit(schemes.get("rk4"), 12, level=1)
         3
     """

@@ -151,6 +151,7 @@ def create_model(
             reachable, or not the file they should be.
 
     Example:
+        >>> import torch
         >>> net = create_model("ho_resnet26", scheme="midpoint", num_classes=100)
         >>> net(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 100])

@@ -39,6 +39,7 @@ def _beta(alpha: float, generator: Generator | None) -> float:
 def random_crop(x: Tensor, padding: int, *, generator: Generator | None = None) -> Tensor:
     """Shift each picture by up to `padding` pixels, with zeros moved in: (n, c, h, w) -> (n, c, h, w).
 
+    >>> import torch
     >>> random_crop(torch.ones(2, 3, 8, 8), 0).sum().item()
     384.0
     """
@@ -95,6 +96,7 @@ def random_resized_crop(
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x / 255 - mean) / std for uint8, (x - mean) / std for floats in [0, 1]; one figure per channel.
 
+    >>> import torch
     >>> normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.25]).item()
     2.0
     """

@@ -24,6 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Cached(Dataset):
     """Pictures (n, c, h, w) and labels (n,) in memory; a whole batch is one index operation.
 
+    >>> import torch
     >>> data = Cached(torch.zeros(5, 1, 2, 2), torch.arange(5))
     >>> data.__getitems__([4, 2])[1]
     tensor([4, 2])

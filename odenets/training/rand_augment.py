@@ -159,6 +159,7 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
             sharpness. The other three have none.
         fill: Grey level, one or one per channel, in [0, 1], that moves in where a picture moves out.
 
+    >>> import torch
     >>> x = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 1, 1, 3)
     >>> kinds = torch.tensor([[OPERATIONS.index("invert")], [OPERATIONS.index("solarize")]])
     >>> operate(x, kinds, torch.tensor([[0.0], [200.0]])).flatten().tolist()
@@ -259,6 +260,7 @@ def rand_augment(
     Source: Cubuk et al. 2020, "RandAugment", arXiv 1909.13719, section 3; ranges, p and the increasing set as in
     Wightman's pytorch-image-models ("rand-m9-mstd0.5-inc1").
 
+    >>> import torch
     >>> rand_augment(torch.rand(2, 3, 8, 8), magnitude=9, std=0.5).shape
     torch.Size([2, 3, 8, 8])
     """
