@@ -169,8 +169,9 @@ class DepthwiseConv2d(nn.Conv2d):
 class PatchConv2d(nn.Conv2d):
     """A convolution of patches that do not overlap (kernel = stride); patches of one pixel make it pointwise.
 
-    On a CPU it is one matrix product over all patches, where that needs no copy of the whole map into another layout.
-    torch's own code takes one product a sample there, or several, and is up to twice as slow on small maps.
+    On a CPU it is one matrix product over all patches, where that needs no copy of the whole map into another layout;
+    a compiler chooses the layout of what it makes, so there it is one for pixels of channels-first maps. torch's own
+    code takes one product a sample, or several, and is up to twice as slow on small maps.
 
     Args:
         in_channels: width of the map.
@@ -193,6 +194,9 @@ class PatchConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         side = self.kernel_size[0]
+        if side == 1 and _is_compiled_product(input):
+            x = (self.weight.flatten(1) @ input.flatten(2)).unflatten(2, input.shape[2:])
+            return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]
         if not is_product(input, side):
             return super().forward(input)
         x, weight = input.permute(0, 2, 3, 1), self.weight
@@ -209,6 +213,16 @@ def is_product(x: Tensor, patch: int = 1) -> bool:
         and x.dim() == 4
         and (patch > 1 or x.is_contiguous(memory_format=torch.channels_last))
         and x.shape[2] % patch == x.shape[3] % patch == 0
-        # For a matrix product inductor lays the map out in another order, for a convolution it does not.
         and not torch.compiler.is_compiling()
+    )
+
+
+def _is_compiled_product(x: Tensor) -> bool:
+    """Whether dynamo traces a map for whose pixels a matrix product is faster; an exported graph keeps convolutions."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        # From a channels-last map, inductor would write the product's argument pixel by pixel.
+        and x.is_contiguous()
     )

@@ -1,7 +1,6 @@
 """Weights in and out: published layouts give the same logits; a misfit is listed and nothing is loaded."""
 
 import builtins
-import doctest
 import warnings
 
 import pytest
@@ -352,7 +351,3 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         checkpoints.load(small(), tmp_path / "a.safetensors")
     with pytest.raises(ImportError, match=r'pip install "odenets\[train\]"'):
         checkpoints.save(small(), tmp_path / "b.safetensors")
-
-
-def test_examples():
-    assert doctest.testmod(checkpoints).failed == 0

@@ -1,7 +1,5 @@
 """Convolutions that are faster on a CPU: the same values and gradients as nn.Conv2d's, in every case that they take."""
 
-import doctest
-
 import pytest
 import torch
 from hypothesis import example, given
@@ -182,12 +180,42 @@ def test_exports_and_traces_are_of_torchs_operations(build):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
-@pytest.mark.parametrize("build", [lambda: DepthwiseConv2d(8, 7), lambda: PatchConv2d(8, 4, 1)])
-def test_a_compiler_takes_them_whole(build):
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DepthwiseConv2d(8, 7),
+        lambda: PatchConv2d(8, 4, 1),
+        lambda: PatchConv2d(8, 4, 1, bias=False),
+        lambda: PatchConv2d(8, 4, 2),
+    ],
+)
+def test_a_compiler_takes_them_whole(build, memory):
+    torch._dynamo.reset()
     module = build()
-    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
-    found = results(torch.compile(module, backend="aot_eager", fullgraph=True), [x], torch.float32)
-    assert_same(found, results(plain(module), [x], torch.float64))
+    x = torch.randn(2, 8, 6, 6).to(memory_format=memory)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert_same(results(compiled, [x], torch.float32), results(plain(module), [x], torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiler_gets_products_of_pixels_where_channels_come_first_and_an_export_never():
+    torch._dynamo.reset()
+    module, x = PatchConv2d(8, 4, 1), torch.randn(2, 8, 6, 6)
+    traced = []
+
+    def backend(graph, _):
+        traced.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    compiled = torch.compile(module, backend=backend)
+    compiled(x)
+    compiled(x.to(memory_format=torch.channels_last))
+    assert [torch.conv2d in graph for graph in traced] == [False, True]
+    exported = [node.target for node in torch.export.export(module, (x,)).graph.nodes]
+    assert torch.ops.aten.conv2d.default in exported
 
 
 @given(
@@ -212,7 +240,3 @@ def test_a_convolution_of_patches_leaves_channels_last_memory():
     # One pixel a patch and channels first would take a transposed copy; and here a row fills no patch.
     assert not conv.is_product(x.contiguous())
     assert not conv.is_product(x, 4)
-
-
-def test_examples():
-    assert doctest.testmod(conv, extraglobs={"torch": torch}).failed == 0

@@ -1,6 +1,5 @@
 """DenseNet: published sizes, published weights, the scheme behind it, dropout, recomputation."""
 
-import doctest
 import inspect
 import json
 
@@ -14,9 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from odenets import Stack, checkpoints
-from odenets.layers import DenseFunction, DenseTransition, dense, norm_relu_conv
-from odenets.models import DenseNet, create_model, dense_levels, list_models, named
-from odenets.models import densenet as densenet_module
+from odenets.layers import DenseFunction, DenseTransition, norm_relu_conv
+from odenets.models import DenseNet, create_model, list_models, named
 from schemes import SchemeError
 
 # Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels),
@@ -159,6 +157,35 @@ def test_functions_are_the_written_out_formulas():
     assert torch.equal(x, kept)
 
 
+def test_in_training_a_transition_convolves_a_quarter_of_the_pixels_with_the_same_gradients():
+    t = fill(DenseTransition(8, 4)).double().train()
+    x = torch.randn(2, 8, 7, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *t.parameters()]
+    flops = []
+    for make in (lambda: t(x), lambda: F.avg_pool2d(t.conv(F.relu(t.norm(x))), 2)):
+        with FlopCounterMode(display=False) as counter:
+            y = make()
+        flops.append((y, torch.autograd.grad(y.square().sum(), leaves), counter.get_total_flops()))
+    (y, grads, few), (wanted, wanted_grads, many) = flops
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(grads, wanted_grads)
+    assert many == 42 / 9 * few  # of 7 x 6 pixels, 3 x 3 blocks
+    with FlopCounterMode(display=False) as counter:
+        t.eval()(x)
+    assert counter.get_total_flops() == many
+
+
+def test_the_stem_takes_the_greatest_first_with_the_values_and_gradients_of_the_published_order():
+    stem = fill(DenseNet([1], growth=4, num_classes=2)).stem.train()
+    x = torch.randn(2, 3, 19, 18)
+    y = stem(x)
+    wanted = stem.pool(F.relu(stem.norm(stem.conv(stem.layout(x)))))
+    assert torch.equal(y, wanted) and (y == 0).any()
+    parameters = list(stem.parameters())
+    for a, b in zip(*(torch.autograd.grad(z.square().sum(), parameters) for z in (y, wanted)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_dropout_stands_after_every_convolution_but_the_first():
     net = DenseNet(**TINY, drop_rate=0.2)
     rates = [m.drop_rate for m in net.modules() if isinstance(m, (DenseFunction, DenseTransition))]
@@ -279,8 +306,3 @@ def test_defaults_are_what_json_keeps():
     defaults = {k: p.default for k, p in inspect.signature(DenseNet).parameters.items()}
     with torch.device("meta"):
         assert DenseNet(**json.loads(json.dumps(defaults))).state_dict().keys() == DenseNet().state_dict().keys()
-
-
-@pytest.mark.parametrize("module", [densenet_module, dense_levels, dense, norm_relu_conv])
-def test_examples(module):
-    assert doctest.testmod(module, extraglobs={"torch": torch, "nn": nn}).failed == 0

@@ -1,22 +1,17 @@
 """Layers: shapes, what they leave alone, and stochastic depth per sample."""
 
-import doctest
-
 import pytest
 import torch
 from torch import nn
 
-from odenets import layers
 from odenets.layers import (
     BasicFunction,
     BottleneckFunction,
     DropPath,
     PadShortcut,
     Projection,
-    drop_path,
     init_kaiming,
     linear_rates,
-    shortcut,
 )
 
 
@@ -92,9 +87,3 @@ def test_kaiming_has_the_stated_spread():
     init_kaiming(net, "fan_in", linear=True)
     assert net[0].weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
     assert net[1].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
-
-
-@pytest.mark.parametrize("module", [drop_path, shortcut])
-def test_examples(module):
-    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
-    assert layers.DropPath is DropPath

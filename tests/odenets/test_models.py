@@ -1,6 +1,5 @@
 """ResNet and HO-ResNet: published sizes, equal twins, what fits a level, the registry, timm's conventions."""
 
-import doctest
 import hashlib
 import inspect
 import json
@@ -15,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import schemes
 from odenets import models
 from odenets.models import HOResNet, ResNet, create_model, levels, list_models, register_model, registry
-from odenets.models import resnet as resnet_module
 from schemes import MixingWarning, SchemeError
 
 # Parameters and multiply-adds at the published input size. Sources: torchvision's model page; He et al. 2016, table 6;
@@ -340,9 +338,3 @@ def test_pretrained_says_where_it_cannot(published, monkeypatch, tmp_path):
         SchemeError, match=r"cannot be had from https://download\.pytorch\.org/models/resnet18-f37072fd"
     ):
         create_model("resnet18", pretrained=True)
-
-
-@pytest.mark.parametrize("module", [registry, levels, resnet_module])
-def test_examples(module, monkeypatch):
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
-    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

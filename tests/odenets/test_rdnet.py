@@ -1,6 +1,5 @@
 """RDNet: published sizes and channels, published weights, the scheme behind it, recomputation."""
 
-import doctest
 import inspect
 import json
 
@@ -12,7 +11,6 @@ from published_nets import fill, kept_bytes, relative
 
 from odenets import checkpoints
 from odenets.models import RDNet, create_model, list_models, named
-from odenets.models import rdnet as rdnet_module
 from schemes import SchemeError
 
 # Parameters, 10^9 multiply-adds at 224 x 224, parameter tensors, channels of the pyramid; from the released code.
@@ -192,7 +190,3 @@ def test_defaults_are_what_json_keeps():
     defaults = {k: p.default for k, p in inspect.signature(RDNet).parameters.items()}
     with torch.device("meta"):
         assert RDNet(**json.loads(json.dumps(defaults))).state_dict().keys() == RDNet().state_dict().keys()
-
-
-def test_examples():
-    assert doctest.testmod(rdnet_module, extraglobs={"torch": torch}).failed == 0

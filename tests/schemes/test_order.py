@@ -1,6 +1,5 @@
 """Orders are computed: trees are counted, conditions are exact, and what breaks an order is seen."""
 
-import doctest
 from dataclasses import replace
 from fractions import Fraction
 from math import factorial
@@ -197,7 +196,3 @@ def test_requests_that_make_no_sense():
     mixed = Tableau.from_rows([[], [sqrt(2)], [0, sqrt(3)]], [0, 0, 1], order=None)
     with pytest.raises(SchemeError, match=r"sqrt of \[2, 3\]"):
         order(mixed)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(module).failed == 0

@@ -1,6 +1,5 @@
 """R(z) is what one step does to y' = lambda y; the intervals are the published ones."""
 
-import doctest
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemes import stability, tableaux
+from schemes import tableaux
 from schemes.errors import SchemeError
 from schemes.stability import R, imaginary_interval, polynomial, real_interval, region
 from schemes.tableau import compose
@@ -125,7 +124,3 @@ def test_region_samples_the_plane():
     assert grid.size[3][3] == 1.0 and grid.size[0] == pytest.approx(grid.size[6])
     with pytest.raises(SchemeError, match="at least 2"):
         region(M["rk4"], n=1)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(stability).failed == 0

@@ -1,6 +1,5 @@
 """Laws of exact numbers and Butcher arrays: field laws, refusals with the figure, forms that describe one method."""
 
-import doctest
 from dataclasses import FrozenInstanceError, replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -9,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from schemes import exact, tableau, tableaux
+from schemes import tableaux
 from schemes.errors import SchemeError
 from schemes.tableau import Surd, Tableau, compose, nest, number, sqrt
 
@@ -350,9 +349,3 @@ def test_made_tableaux_keep_the_fewest_digits():
     assert nest(tableaux.rk4, tableaux.rk46nl).digits == 12
     assert compose([tableaux.tsit5, tableaux.rk46nl, tableaux.rk4]).digits == 12
     assert compose([tableaux.rk4, tableaux.midpoint]).exact
-
-
-@pytest.mark.parametrize("module", [exact, tableau])
-def test_docstring_examples(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0 and result.failed == 0

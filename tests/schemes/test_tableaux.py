@@ -1,11 +1,10 @@
 """Every method in the catalogue has the order that it declares; the published arrays agree with an independent copy."""
 
-import doctest
 from fractions import Fraction
 
 import pytest
 
-from schemes import families, tableaux
+from schemes import tableaux
 from schemes.errors import SchemeError
 from schemes.order import antisymmetric_order, order
 from schemes.tableau import Tableau
@@ -124,7 +123,3 @@ def test_parameters_out_of_range_are_refused(bad, message):
     with pytest.raises(SchemeError) as error:
         bad()
     assert message in str(error.value)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(families).failed == 0
