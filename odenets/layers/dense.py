@@ -70,6 +70,9 @@ class DenseFunction(nn.Module):
 class DenseTransition(nn.Module):
     """BN-ReLU-conv1x1, then the mean of 2x2 pixels.
 
+    Both of the last are linear, so in training without dropout the mean comes first, and the convolution has a quarter
+    of the pixels. Elsewhere the order, and the number of multiply-adds, are the paper's.
+
     Args:
         in_channels: width before.
         out_channels: width after.
@@ -91,8 +94,6 @@ class DenseTransition(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(x), inplace=True)
         if self.training and torch.is_grad_enabled() and not self.drop_rate:
-            # Both are linear, so the mean can come first, and the convolution has a quarter of the pixels. Outside
-            # training the order, and the number of multiply-adds, are the paper's.
             return self.conv(F.avg_pool2d(x, 2))
         x = self.conv(x)
         x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
