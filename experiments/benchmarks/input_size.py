@@ -39,7 +39,7 @@ class Measured:
     """A model at all sizes.
 
     What differs in training alone is the same code in a forward pass, and shares the least time ``best``: where its
-    memory lies changes a model's time by up to a fifth, so two of each are better than one.
+    memory lies changes a model's time, so two of each are better than one.
     """
 
     def __init__(self, name: str, options: dict[str, Any], args: argparse.Namespace, best: dict[int, float]):

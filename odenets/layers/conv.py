@@ -195,6 +195,7 @@ class PatchConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         side = self.kernel_size[0]
         if side == 1 and _is_compiled_product(input):
+            # Not the form below: from permuted maps inductor makes code that is slower than the convolution.
             x = (self.weight.flatten(1) @ input.flatten(2)).unflatten(2, input.shape[2:])
             return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]
         if not is_product(input, side):
