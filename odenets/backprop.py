@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from schemes.coupling import Coupling, Update, shortcut_of, turned
+from schemes.coupling import Coupling, Update, rotated, shortcut_of
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
@@ -231,8 +231,8 @@ def _backward(
             if not isinstance(scheme, Coupling):
                 _differentiate_whole(work, scheme, fs, h, gs, streams, grads, drawn.pop())
                 continue
-            streams[:], grads = turned(tuple(streams), -scheme.turn), list(turned(tuple(grads), -scheme.turn))  # type: ignore
-            count = len(streams) - scheme.made
+            streams[:], grads = rotated(tuple(streams), -scheme.rotate), list(rotated(tuple(grads), -scheme.rotate))  # type: ignore
+            count = len(streams) - scheme.streams_added
             with torch.enable_grad():
                 updates = scheme.updates(fs, h, count)
             for i in reversed(range(len(updates))):
@@ -297,10 +297,10 @@ def _differentiate_whole(
 ) -> None:
     """Undoes and differentiates a scheme that is no list of updates: its whole graph is alive."""
     with replayed(generators), torch.no_grad():
-        streams[:] = scheme.retreat(fs, tuple(streams), h, gs)
+        streams[:] = scheme._inverse(fs, tuple(streams), h, gs)
     with replayed(generators), torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in streams]
-        outputs = scheme.advance(fs, tuple(inputs), h, gs)
+        outputs = scheme._step(fs, tuple(inputs), h, gs)
     pairs = [
         (get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
     ]
@@ -318,16 +318,16 @@ def _differentiate(
     beside: Lost | None,
 ) -> None:
     """Undoes one elementary update, x_d' = scale * x_d + shift, and sends its gradients on; changes both lists."""
-    d, e = update.dst, update.emit
+    d, e = update.dst, update.byproduct
     grad, emitted_grad = grads[d], None
     if e is not None:
         emitted_grad, grads[e] = grads[e], None
     live = grad is not None or emitted_grad is not None
-    if update.makes and not live:
+    if update.appends and not live:
         del streams[d:], grads[d:]
         return
     places = [i for i, x in enumerate(streams) if live and i != d and x.is_floating_point() and x.numel()]
-    others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.makes else streams)]
+    others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.appends else streams)]
     inputs = [others[i].requires_grad_() for i in places]
     with torch.set_grad_enabled(live):
         scale, shift, *emitted = update.terms(tuple(others))
@@ -340,7 +340,7 @@ def _differentiate(
         pairs.append((get_gradient_edge(shift), grad.to(shift.dtype)))
     shift = shift.detach()
     emitted.clear()
-    if update.makes:
+    if update.appends:
         del streams[d:], grads[d:]
         del scale, shift, grad, emitted_grad
     else:

@@ -79,7 +79,7 @@ class Grid:
         """The state after an elementary update on the grid; notes what it did not keep."""
         d = update.dst
         scale, shift, *emitted = update.terms(state)
-        if update.makes:
+        if update.appends:
             lost.append(None)
             return (*state, self.round(shift.to(state[0].dtype)))
         x, g = state[d], shortcut_of(update, gs)
@@ -96,14 +96,14 @@ class Grid:
             new = kept + shift
         out = list(state)
         out[d] = new
-        if update.emit is not None:
-            out[update.emit] = emitted[0]
+        if update.byproduct is not None:
+            out[update.byproduct] = emitted[0]
         return tuple(out)
 
     def undo(self, update: Update, state: State, gs: Sequence[Function], lost: list[Lost | None]) -> State:
         """The state before an elementary update on the grid; takes what it did not keep from the end of ``lost``."""
         d, beside = update.dst, lost.pop()
-        if update.makes:
+        if update.appends:
             return state[:d]
         scale, shift, *_ = update.terms(state)
         x = self.restored(update, scale, shift, state[d], shortcut_of(update, gs), beside)

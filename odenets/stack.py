@@ -387,15 +387,15 @@ class Stack(nn.Module):
             raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet.")
         if isinstance(y, Tensor) and any(made(step) for step in self.steps):
             raise SchemeError(f"Stack: {self.scheme} makes streams that its output does not tell; use final_state(x).")
-        state = self.scheme.enter(y) if isinstance(y, Tensor) else tuple(y)
+        state = self.scheme.state_from_output(y) if isinstance(y, Tensor) else tuple(y)
         times: list[Any] = [t if self._timed else None]
         for step in self.steps:
             times.append(None if times[-1] is None else times[-1] + step.scheme.span * step.h)
         for n in range(len(self.steps) - 1, -1, -1):
             step = self.steps[n]
             fs, gs = step.functions(state, self.block, times[n], context, step.h)
-            state = step.scheme.retreat(fs, state, step.h, gs)
-        return self.scheme.origin(state)
+            state = step.scheme._inverse(fs, state, step.h, gs)
+        return self.scheme.input_from_state(state)
 
     def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
         """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.

@@ -85,10 +85,10 @@ class Step(nn.Module):
             return tape.advance(self, state, shared, t, context)
         if self.bare and h is None and self.watch is None:
             # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
-            return self.scheme.advance(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
+            return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
         h = self.h if h is None else h
         fs, gs = self.functions(state, shared, t, context, h)
-        state = self.scheme.advance(fs, state, h, gs)
+        state = self.scheme._step(fs, state, h, gs)
         if self.scheme.nodes is None:
             self.calls = [*self.calls]  # an adjoint counts its calls in the backward pass in the old list
         return state

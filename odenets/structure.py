@@ -68,12 +68,12 @@ def check_reverse(scheme: Scheme, after: nn.Module | None, exact: bool) -> None:
     if exact:
         for part in (scheme.at(0), scheme.at(1)):
             fs = [nn.Identity()] * part.stages
-            for p, *_ in part.in_training(0, torch.zeros(1, 1)).elementary(fs, 1.0):
+            for p, *_ in part.training_scheme(0, torch.zeros(1, 1)).decompose(fs, 1.0):
                 if not isinstance(p, Coupling) or not p.exact:
                     raise SchemeError(
                         f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
                     )
-    if not scheme.trains_by_inverse:
+    if not scheme.reversible_in_training:
         raise SchemeError(
             f"Stack: {scheme} has no inverse, which backprop='reverse' needs: use backprop='checkpoint', or an "
             f"invertible scheme such as revnet or reversible({scheme})."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from schemes.coupling import Coupling, do, turned, undo
+from schemes.coupling import Coupling, apply_update, invert_update, rotated
 from schemes.errors import SchemeError
 from schemes.scheme import Function, Scheme, State
 
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 def made(step: "Step") -> int:
     """How many streams the step adds."""
-    return getattr(step.scheme, "made", 0)
+    return getattr(step.scheme, "streams_added", 0)
 
 
 class Parts(NamedTuple):
@@ -142,7 +142,7 @@ def elementary(call: Call, state: State | None, t: Any, context: Any) -> list[tu
     step = call.step
     h = step.h
     fs, gs = step.functions(state, call.shared, t, context, h)
-    return call.scheme.elementary(fs, h, gs)
+    return call.scheme.decompose(fs, h, gs)
 
 
 def in_single_precision(state: State) -> State:
@@ -164,7 +164,7 @@ def call_of(
     """What a step is about to run with."""
     owners, norms, holders = parts_of(step, shared)
     versions = [o.tensor._version for o in owners]
-    scheme, autocast = step.scheme.in_training(step.index, state[-1]), autocast_now(state)
+    scheme, autocast = step.scheme.training_scheme(step.index, state[-1]), autocast_now(state)
     return Call(step, shared, t, context, owners, [], autocast, versions, norms, holders, scheme, grid, [], [])
 
 
@@ -185,19 +185,19 @@ def done(call: Call, state: State) -> State:
     try:
         for scheme, fs, h, gs in elementary(call, state, call.t, call.context):
             if not isinstance(scheme, Coupling):
-                state = scheme.advance(fs, state, h, gs)
+                state = scheme._step(fs, state, h, gs)
                 before = before.drawn(call.generators)
                 continue
             for update in scheme.updates(fs, h, len(state)):
                 if call.grid is None:
-                    state = do(update, state, gs)
+                    state = apply_update(update, state, gs)
                 else:
                     state = call.grid.do(update, state, gs, call.lost)
                     call.over.append(call.grid.over(state[update.dst]))
-                if update.makes and any(enabled for _, enabled, _ in call.autocast):
+                if update.appends and any(enabled for _, enabled, _ in call.autocast):
                     state = in_single_precision(state)
                 before = before.drawn(call.generators)
-            state = turned(state, scheme.turn)
+            state = rotated(state, scheme.rotate)
     except Exception as error:
         start.set()
         for b, value in zip(buffers, saved, strict=True):
@@ -223,12 +223,16 @@ def undone(call: Call, state: State) -> State:
         for scheme, fs, h, gs in reversed(elementary(call, None, call.t, call.context)):
             if not isinstance(scheme, Coupling):
                 with replayed(drawn.pop()):
-                    state = scheme.retreat(fs, state, h, gs)
+                    state = scheme._inverse(fs, state, h, gs)
                 continue
-            state = turned(state, -scheme.turn)
-            for update in reversed(scheme.updates(fs, h, len(state) - scheme.made)):
+            state = rotated(state, -scheme.rotate)
+            for update in reversed(scheme.updates(fs, h, len(state) - scheme.streams_added)):
                 with replayed(drawn.pop()):
-                    state = undo(update, state, gs) if call.grid is None else call.grid.undo(update, state, gs, lost)
-                if update.emit is not None:  # what stood there before is lost, and read by no step
-                    state = (*state[: update.emit], state[0].new_empty(0), *state[update.emit + 1 :])
+                    state = (
+                        invert_update(update, state, gs)
+                        if call.grid is None
+                        else call.grid.undo(update, state, gs, lost)
+                    )
+                if update.byproduct is not None:  # what stood there before is lost, and read by no step
+                    state = (*state[: update.byproduct], state[0].new_empty(0), *state[update.byproduct + 1 :])
     return state

@@ -64,7 +64,7 @@ class Adaptive(Scheme):
             if not 0 < value < float("inf"):
                 raise SchemeError(f"adaptive: {key} is {value}, want a positive number.")
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         try:
             import torchdiffeq
         except ModuleNotFoundError:

@@ -27,14 +27,14 @@ class _First(Coupling):
     stages = evaluations = 1
     streams = 1
     nodes = (0.0,)
-    made = 1
+    streams_added = 1
 
     def readout(self, state: State) -> Tensor:
         return state[-1]
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
-        return [Update(1, lambda s: (1.0, s[0] + scaled(h, f(s[0]))), makes=True)]
+        return [Update(1, lambda s: (1.0, s[0] + scaled(h, f(s[0]))), appends=True)]
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return (Slot(n, 0, streams[-1:], streams[-1]),)
@@ -68,7 +68,7 @@ class Bidirectional(Coupling):
     stages = evaluations = 1
     streams = 1
     nodes = (0.0,)
-    turn = 1
+    rotate = 1
 
     def __init__(self, gamma: float | Tensor):
         self.gamma = gamma if isinstance(gamma, Tensor) else float(gamma)
@@ -83,7 +83,7 @@ class Bidirectional(Coupling):
     def at(self, n: int) -> Scheme:
         return self if n else self.first
 
-    def enter(self, y: Tensor) -> State:
+    def state_from_output(self, y: Tensor) -> State:
         raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
 
     def readout(self, state: State) -> Tensor:
@@ -134,6 +134,7 @@ class Bdia(Scheme):
     stages = evaluations = 1
     order = 1
     nodes = (0.0,)
+    training_differs = True
 
     def __init__(self, gamma: float = 0.5):
         self.gamma = float(gamma)
@@ -142,7 +143,7 @@ class Bdia(Scheme):
                 f"bdia: gamma is {self.gamma:g}, want 1/2, 1/4, ... down to 1/1024; 1/2 is the usual one."
             )
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         (x,) = state
         return ((gs[0](x) if gs else x) + scaled(h, fs[0](x)),)
 
@@ -150,10 +151,10 @@ class Bdia(Scheme):
         return state[-1]
 
     @property
-    def trains_by_inverse(self) -> bool:
+    def reversible_in_training(self) -> bool:
         return True
 
-    def in_training(self, n: int, x: Tensor) -> Scheme:
+    def training_scheme(self, n: int, x: Tensor) -> Scheme:
         return self.at_random(n, self.draw(x))
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -24,7 +24,7 @@ class _Column(Coupling):
         """The last level."""
         return state[-1]
 
-    def enter(self, y: Tensor) -> State:
+    def state_from_output(self, y: Tensor) -> State:
         raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
 
     def _widths(self, stem: int) -> tuple[int, ...]:
@@ -45,11 +45,11 @@ class FirstColumn(_Column):
 
     def __init__(self, levels: int, growth: int, huge: bool):
         super().__init__(levels, growth, huge)
-        self.made = levels
+        self.streams_added = levels
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         def update(level: int) -> Update:
-            return Update(level + 1, lambda s: (1.0, scaled(h, fs[level](s[level]))), makes=True)
+            return Update(level + 1, lambda s: (1.0, scaled(h, fs[level](s[level]))), appends=True)
 
         return [update(level) for level in range(self.levels)]
 

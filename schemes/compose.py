@@ -130,15 +130,15 @@ class Nested(Scheme):
         uses = len(fs) // self.stages  # more than one where the outer evaluates its functions several times over
         return tuple(function(i, raw) for i, raw in enumerate(self.outer.raw * uses))
 
-    def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
+    def decompose(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
         gs = tuple(_Once(g) for g in gs)
-        return self.outer.elementary(self._functions(fs, h, gs), h, gs)
+        return self.outer.decompose(self._functions(fs, h, gs), h, gs)
 
-    def enter(self, y: Tensor) -> State:
-        return self.outer.enter(y)
+    def state_from_output(self, y: Tensor) -> State:
+        return self.outer.state_from_output(y)
 
-    def origin(self, state: State) -> Tensor:
-        return self.outer.origin(state)
+    def input_from_state(self, state: State) -> Tensor:
+        return self.outer.input_from_state(state)
 
     def at(self, n: int) -> Scheme:
         part = self.outer if len(self.outer.plan) > 1 else self.outer.at(n)  # a mix is nested whole
@@ -150,13 +150,13 @@ class Nested(Scheme):
     def readout(self, state: State) -> Tensor:
         return self.outer.readout(state)
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         gs = tuple(_Once(g) for g in gs)
-        return self.outer.advance(self._functions(fs, h, gs), state, h, gs)
+        return self.outer._step(self._functions(fs, h, gs), state, h, gs)
 
-    def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         gs = tuple(_Once(g) for g in gs)
-        return self.outer.retreat(self._functions(fs, h, gs), state, h, gs)
+        return self.outer._inverse(self._functions(fs, h, gs), state, h, gs)
 
     def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
         gs = tuple(_Once(g) for g in gs)
@@ -238,11 +238,11 @@ class Composition(Scheme):
             i -= p.stages
         raise IndexError(i)
 
-    def enter(self, y: Tensor) -> State:
-        return self.parts[-1].enter(y)
+    def state_from_output(self, y: Tensor) -> State:
+        return self.parts[-1].state_from_output(y)
 
-    def origin(self, state: State) -> Tensor:
-        return self.parts[0].origin(state)
+    def input_from_state(self, state: State) -> Tensor:
+        return self.parts[0].input_from_state(state)
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
         return self.parts[0].init(fs[: self.parts[0].stages], x, self.scale * h)
@@ -250,17 +250,17 @@ class Composition(Scheme):
     def readout(self, state: State) -> Tensor:
         return self.parts[-1].readout(state)
 
-    def elementary(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
+    def decompose(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()) -> list:
         h, start, found = self.scale * h, 0, []
         for p in self.parts:
-            found += p.elementary(fs[start : start + p.stages], h, gs)
+            found += p.decompose(fs[start : start + p.stages], h, gs)
             start, gs = start + p.stages, ()
         return found
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         h, start = self.scale * h, 0
         for p in self.parts:
-            state = p.advance(fs[start : start + p.stages], state, h, gs)
+            state = p._step(fs[start : start + p.stages], state, h, gs)
             start, gs = start + p.stages, ()
         return state
 
@@ -276,11 +276,11 @@ class Composition(Scheme):
             start += p.stages
         return total if self.scale == 1.0 else self.scale * total
 
-    def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         h, end = self.scale * h, self.stages
         for n in range(len(self.parts) - 1, -1, -1):
             p = self.parts[n]
-            state = p.retreat(fs[end - p.stages : end], state, h, gs if n == 0 else ())
+            state = p._inverse(fs[end - p.stages : end], state, h, gs if n == 0 else ())
             end -= p.stages
         return state
 

@@ -7,7 +7,7 @@ Three instances:
 
 * revnet: ``x_0 <- x_0 + h F_0(x_1)``, then ``x_1 <- x_1 + h F_1(x_0)``.
 * momentum: ``v <- beta v + (1 - beta) F(x)``, then ``x <- x + h v``.
-* leapfrog: ``x_0 <- x_0 + 2 h F(x_1)``, then the two streams change places (``turn``).
+* leapfrog: ``x_0 <- x_0 + 2 h F(x_1)``, then the two streams change places (``rotate``).
 
 This module holds the contract, and the couplings whose streams are slices of the input; the others are in
 ``columns`` (levels of different shapes), ``multistep`` (neighbouring steps), ``dense`` and ``reversible``.
@@ -35,18 +35,18 @@ class Update(NamedTuple):
         terms: gives (scale, shift) from the state; must not read ``state[dst]``, nor what follows it where it is new.
             The shift is a new tensor that nothing else holds; the scale is a number or a tensor that broadcasts, never
             zero.
-        makes: whether ``dst`` is a new stream, one more than there were; its inverse is to drop it.
+        appends: whether ``dst`` is a new stream, one more than there were; its inverse is to drop it.
         shortcut: number of the shortcut that takes the place of ``scale *`` in a step that is given shortcuts: an
             invertible module with a method ``inverse``; None where there is none.
-        emit: a stream that is overwritten by a by-product (a third result of ``terms``) which the inverse does not
+        byproduct: a stream that is overwritten by a third result of ``terms`` which the inverse does not
             need back, such as a residual function's value that the readout uses; None where there is none.
     """
 
     dst: int
     terms: Callable[[State], tuple]
-    makes: bool = False
+    appends: bool = False
     shortcut: int | None = None
-    emit: int | None = None
+    byproduct: int | None = None
 
 
 def shortcut_of(update: Update, gs: Sequence[Function]) -> Any:
@@ -54,11 +54,11 @@ def shortcut_of(update: Update, gs: Sequence[Function]) -> Any:
     return gs[update.shortcut] if gs and update.shortcut is not None else None
 
 
-def do(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
+def apply_update(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
     """The state after an elementary update."""
     d = update.dst
-    scale, shift, *emitted = update.terms(state)
-    if update.makes:
+    scale, shift, *byproducts = update.terms(state)
+    if update.appends:
         return (*state, shift)
     new = list(state)
     x, g = state[d], shortcut_of(update, gs)
@@ -68,15 +68,15 @@ def do(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
         new[d] = torch.addcmul(shift, x, scale)
     else:
         new[d] = torch.add(shift, x, alpha=scale)
-    if update.emit is not None:
-        new[update.emit] = emitted[0]
+    if update.byproduct is not None:
+        new[update.byproduct] = byproducts[0]
     return tuple(new)
 
 
-def undo(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
-    """The state before an elementary update; a stream that it made is dropped, one that it emitted is left."""
+def invert_update(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
+    """The state before an elementary update; a stream that it appended is dropped, a by-product is left."""
     d = update.dst
-    if update.makes:
+    if update.appends:
         return state[:d]
     new = list(state)
     scale, shift, *_ = update.terms(state)
@@ -88,9 +88,9 @@ def undo(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
     return tuple(new)
 
 
-def turned(state: State, turn: int) -> State:
-    """The streams, rotated: the first ``turn`` go to the end."""
-    return state[turn:] + state[:turn] if turn else state
+def rotated(state: State, by: int) -> State:
+    """The streams, rotated: the first ``by`` go to the end."""
+    return state[by:] + state[:by] if by else state
 
 
 def scaled(h: StepSize, x: Tensor) -> Tensor:
@@ -101,13 +101,13 @@ def scaled(h: StepSize, x: Tensor) -> Tensor:
 class Coupling(Scheme):
     """An invertible scheme, given by its list of elementary updates.
 
-    A subclass writes ``updates``; ``advance`` and ``retreat`` follow from it, and so does the memory-saving backward
+    A subclass writes ``updates``; ``_step`` and ``_inverse`` follow from it, and so does the memory-saving backward
     pass.
 
     Attributes:
-        turn: the updates are followed by a rotation of the streams: the first ``turn`` go to the end.
-        made: number of streams that a step makes.
-        emitted: the streams, as they stand after a step, that its inverse does not bring back: by-products.
+        rotate: the updates are followed by a rotation of the streams: the first ``rotate`` go to the end.
+        streams_added: number of streams that a step appends.
+        byproducts: the streams, as they stand after a step, that its inverse does not bring back.
         shortcuts: number of shortcuts that a step may be given, all or none.
         amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
             functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
@@ -116,9 +116,9 @@ class Coupling(Scheme):
     """
 
     invertible = True
-    turn: int = 0
-    made: int = 0
-    emitted: tuple[int, ...] = ()
+    rotate: int = 0
+    streams_added: int = 0
+    byproducts: tuple[int, ...] = ()
     shortcuts: int = 0
     amplification: float = 1.0
     exact: bool = True
@@ -133,17 +133,17 @@ class Coupling(Scheme):
             streams: number of streams before the step.
         """
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         self._check(gs)
         for update in self.updates(fs, h, len(state)):
-            state = do(update, state, gs)
-        return turned(state, self.turn)
+            state = apply_update(update, state, gs)
+        return rotated(state, self.rotate)
 
-    def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         self._check(gs)
-        state = turned(state, -self.turn)
-        for update in reversed(self.updates(fs, h, len(state) - self.made)):
-            state = undo(update, state, gs)
+        state = rotated(state, -self.rotate)
+        for update in reversed(self.updates(fs, h, len(state) - self.streams_added)):
+            state = invert_update(update, state, gs)
         return state
 
     def _check(self, gs: Sequence[Function]) -> None:
@@ -152,7 +152,7 @@ class Coupling(Scheme):
             raise SchemeError(f"{self}: {len(gs)} shortcuts, want {want}; other maps stand between two stacks.")
 
     def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
-        return turned(streams, self.turn)  # type: ignore[arg-type,return-value]
+        return rotated(streams, self.rotate)  # type: ignore[arg-type,return-value]
 
 
 class _Split(Coupling):
@@ -170,12 +170,12 @@ class _Split(Coupling):
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
-    def enter(self, y: Tensor) -> State:
-        if self.turn and y.shape[self.dim] % self.streams:
+    def state_from_output(self, y: Tensor) -> State:
+        if self.rotate and y.shape[self.dim] % self.streams:
             raise SchemeError(f"{self}: its streams differ in width and change places; invert from Stack.final_state.")
         return self.init((), y)
 
-    def origin(self, state: State) -> Tensor:
+    def input_from_state(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
     def stream_widths(self, channels: int) -> tuple[int, ...]:
@@ -386,7 +386,7 @@ class MultiLevel(_Split):
     stages = evaluations = 1
     shortcuts = 1
     nodes = (0.0,)
-    turn = 1
+    rotate = 1
 
     def __init__(self, m: int, gamma: float = 1.0, dim: int = 1):
         if isinstance(m, bool) or not isinstance(m, int) or m < 2:

@@ -43,7 +43,7 @@ class Dense(Coupling):
 
     stages = evaluations = 1
     streams = 1
-    made = 1
+    streams_added = 1
     nodes = (0.0,)
 
     def __init__(self, growth: int, dim: int = 1, join: bool = True):
@@ -54,7 +54,7 @@ class Dense(Coupling):
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
-    def enter(self, y: Tensor) -> State:
+    def state_from_output(self, y: Tensor) -> State:
         raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -64,7 +64,7 @@ class Dense(Coupling):
             given = state[:streams]  # the engine calls this with the stream that was made still in place
             return 1.0, scaled(h, f(torch.cat(given, self.dim)) if self.join else f(*given))
 
-        return [Update(streams, terms, makes=True)]
+        return [Update(streams, terms, appends=True)]
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         shape = list(streams[0])

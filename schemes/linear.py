@@ -6,7 +6,7 @@ section 2): with streams y and evaluations Y_i = F_i(argument i),
     arguments = U y + h A F,        new y = V y + h B F.
 
 ``probe`` reads them back by feeding unit vectors through a step. They are an oracle: Runge-Kutta methods must give
-their tableau, a declared inverse must be the derived one, and a contributor who writes ``advance`` alone has the rest.
+their tableau, a declared inverse must be the derived one, and a contributor who writes ``_step`` alone has the rest.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ class LinearMethod:
         v = torch.linalg.inv(m.v)
         return LinearMethod(m._backwards(), m.u @ v, -v @ m.b, v, m.functions)
 
-    def advance(self, fs: Sequence[Function], state: State) -> State:
+    def step(self, fs: Sequence[Function], state: State) -> State:
         """One step, by the matrices; evaluations go in any order in which none waits for a later one.
 
         Raises:
@@ -182,7 +182,7 @@ def _run(scheme: Scheme, h: float, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor
         return f
 
     try:
-        new = scheme.advance([function(i) for i in range(scheme.stages)], tuple(x[None] for x in y), h)
+        new = scheme._step([function(i) for i in range(scheme.stages)], tuple(x[None] for x in y), h)
     except (RuntimeError, IndexError, ValueError) as error:
         if isinstance(error, SchemeError):
             raise

@@ -52,7 +52,7 @@ class Leapfrog(_OneFunction):
     order = 2
     streams = 2
     shortcuts = 1
-    turn = 1
+    rotate = 1
 
     def __init__(self, first: bool = False):
         self.first = self if first else Leapfrog(first=True)
@@ -245,7 +245,7 @@ class ReversibleHeun(_OneFunction):
 
     order = 2
     streams = 3
-    emitted = (2,)
+    byproducts = (2,)
     nodes = (1.0,)
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
@@ -255,7 +255,7 @@ class ReversibleHeun(_OneFunction):
     def readout(self, state: State) -> Tensor:
         return state[0] - state[2]
 
-    def origin(self, state: State) -> Tensor:
+    def input_from_state(self, state: State) -> Tensor:
         return state[1]
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -265,7 +265,7 @@ class ReversibleHeun(_OneFunction):
             k = f(s[1])
             return 1.0, scaled(h, k), (0.5 * h) * k
 
-        return [Update(1, lambda s: (-1.0, 2.0 * s[0])), Update(0, move, emit=2)]
+        return [Update(1, lambda s: (-1.0, 2.0 * s[0])), Update(0, move, byproduct=2)]
 
     def __str__(self) -> str:
         return "reversible_heun"
@@ -306,7 +306,7 @@ class AdamsBashforth2(Scheme):
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
         return x, torch.zeros_like(x)
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         if gs:
             raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; other maps stand between two stacks.")
         x, before = state

@@ -93,7 +93,7 @@ class RungeKutta(Scheme):
             found = self._scaled[h] = rows, tuple((j, h * b) for j, b in self._weights)
         return found
 
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         (x,) = state
         y = gs[0](x) if gs else x
         if isinstance(h, Tensor):

@@ -2,23 +2,24 @@
 
 Three instances explain the decomposition:
 
-* ``rk4`` has one stream and four residual functions a step; its ``advance`` evaluates them at sums of each other.
-* ``revnet`` has two streams and two residual functions; its ``advance`` updates them in turn, ``retreat`` undoes it.
+* ``rk4`` has one stream and four residual functions a step; its ``_step`` evaluates them at sums of each other.
+* ``revnet`` has two streams and two residual functions; its ``_step`` updates them in turn, ``_inverse`` undoes it.
 * ``dense`` has one residual function and a tuple of streams that grows by one each step.
 
 Time is data, not code: ``nodes`` says at which time ``t + nodes[i] * h`` residual function i is evaluated, so the
-algebra in ``advance`` never sees a clock, and a residual function that takes no time costs nothing.
+algebra in ``_step`` never sees a clock, and a residual function that takes no time costs nothing.
 """
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .deprecation import adopt, renamed
 from .errors import SchemeError
 from .tableau import Tableau
 
@@ -49,7 +50,7 @@ class Slot:
 class Scheme(ABC):
     """A rule that sends a tuple of streams, some residual functions and some shortcuts to the next streams.
 
-    A subclass sets the attributes and writes ``advance``; an invertible one writes ``retreat`` too.
+    A subclass sets the attributes and writes ``_step``; an invertible one writes ``_inverse`` too.
 
     Attributes:
         stages: residual functions that one step consumes.
@@ -62,9 +63,10 @@ class Scheme(ABC):
             None where this is no Runge-Kutta method.
         gain: sum_i |b_i| over a step, likewise.
         streams: number of streams that ``init`` makes.
-        invertible: whether ``retreat`` undoes ``advance``.
+        invertible: whether ``_inverse`` undoes ``_step``.
         shortcuts: number of shortcuts that a step may be given, all or none.
         evaluations: calls of residual functions per step; None where only a run can tell.
+        training_differs: whether ``training_scheme`` is another scheme than this one (bdia).
     """
 
     stages: int
@@ -77,40 +79,59 @@ class Scheme(ABC):
     shortcuts: int = 1
     invertible: bool = False
     evaluations: int | None = None
+    training_differs: bool = False
+
+    _RENAMED: ClassVar[dict[str, str]] = {
+        "advance": "_step",
+        "retreat": "_inverse",
+        "elementary": "decompose",
+        "enter": "state_from_output",
+        "origin": "input_from_state",
+        "in_training": "training_scheme",
+        "trains_by_inverse": "reversible_in_training",
+        "turn": "rotate",
+        "made": "streams_added",
+        "emitted": "byproducts",
+    }
+    advance, retreat = renamed("advance", "_step"), renamed("retreat", "_inverse")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        adopt(cls, cls._RENAMED)
 
     @abstractmethod
-    def advance(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+    def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         """One step: the algebra alone. ``gs`` are shortcuts, one per stream, or empty."""
 
-    def retreat(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
-        """The state from which ``advance`` made ``state``."""
+    def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        """The state from which ``_step`` made ``state``."""
         raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
 
     @property
-    def trains_by_inverse(self) -> bool:
-        """Whether ``in_training`` is invertible, so that training can make states again instead of keeping them."""
+    def reversible_in_training(self) -> bool:
+        """Whether ``training_scheme`` is invertible, so that training can make states again instead of keeping them."""
         return self.invertible
 
-    def in_training(self, n: int, x: Tensor) -> "Scheme":
+    def training_scheme(self, n: int, x: Tensor) -> "Scheme":
         """What stands for this scheme in step n of a training pass that makes states again; x is a stream of it.
 
         The scheme itself, unless training and inference differ (bdia).
         """
         return self
 
-    def elementary(
+    def decompose(
         self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
     ) -> "list[tuple[Scheme, Sequence[Function], StepSize, Sequence[Function]]]":
         """The schemes that make up one step, in order, each with its functions, step size and shortcuts."""
         return [(self, fs, h, gs)]
 
-    def enter(self, y: Tensor) -> State:
+    def state_from_output(self, y: Tensor) -> State:
         """The streams whose readout is y, where the readout loses nothing: the start of an inverse."""
         if self.streams != 1:
             raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
         return (y,)
 
-    def origin(self, state: State) -> Tensor:
+    def input_from_state(self, state: State) -> Tensor:
         """The input from which ``init`` made these streams."""
         return state[0]
 
@@ -127,7 +148,7 @@ class Scheme(ABC):
         if self.streams != 1:
             raise SchemeError(f"{self} has {self.streams} streams; only a one-stream scheme can act as a function.")
         shortcut = gs[0](x) if gs else x
-        (y,) = self.advance(fs, (x,), h, gs=(lambda _: shortcut,) if gs else ())
+        (y,) = self._step(fs, (x,), h, gs=(lambda _: shortcut,) if gs else ())
         return (y - shortcut) / h
 
     @property
@@ -200,7 +221,7 @@ class Scheme(ABC):
             raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
         if t is not None or context is not None or self.nodes is None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
-        return self.advance(fs, state, h, gs)
+        return self._step(fs, state, h, gs)
 
     def inverse(
         self,
@@ -215,7 +236,7 @@ class Scheme(ABC):
         """The state before ``step``; ``t`` is the time at the start of that step. Arguments as ``step``."""
         if t is not None or context is not None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
-        return self.retreat(fs, state, h, gs)
+        return self._inverse(fs, state, h, gs)
 
     @abstractmethod
     def __str__(self) -> str:
@@ -339,5 +360,5 @@ def solve(
             state = scheme.init(bind(fs, takes, start, time, h, context), x, h)
         # A mix is used whole; of any other scheme the first step may differ from the others.
         part = scheme if len(scheme.plan) > 1 else scheme.at(n)
-        state = part.advance(bind(fs[: part.stages], takes[: part.stages], part.nodes, time, h, context), state, h)
+        state = part._step(bind(fs[: part.stages], takes[: part.stages], part.nodes, time, h, context), state, h)
     return scheme.readout(state)

@@ -108,7 +108,7 @@ def run(scheme: Scheme, fs: Sequence[Sequence[Function]], x: Tensor, h: float = 
     """
     found = [scheme.init(fs[0], x, h)]
     for n, part in enumerate(fs):
-        found.append(scheme.at(n).advance(part, found[-1], h, _shortcuts(scheme, n, gs)))
+        found.append(scheme.at(n)._step(part, found[-1], h, _shortcuts(scheme, n, gs)))
     return found
 
 
@@ -152,7 +152,7 @@ def check_inverse(
         state = part.inverse(fs[n], state, gs=_shortcuts(scheme, n, gs), h=h)
         assert len(state) == len(found[n]), f"{scheme}: inverse of step {n} has {len(state)} streams"
         for i, (got, want) in enumerate(zip(state, found[n], strict=True)):
-            if not isinstance(part, Coupling) or i not in part.emitted:
+            if not isinstance(part, Coupling) or i not in part.byproducts:
                 error = float((got - want).abs().max()) / scale
                 assert error <= ROUND_TRIP, f"{scheme}: inverse of step {n}, stream {i}, is off by {error:.1e}"
 
@@ -167,9 +167,13 @@ def check_declared(scheme: Scheme, fs: Sequence[Sequence[SmoothFunction]], found
         assert tuple(s.shape[1] for s in after) == widths, f"{scheme}: widths after step {n} are not {widths}"
         if isinstance(part, Coupling):
             updates = part.updates(fs[n], 1.0, len(before))
-            emitted = {(u.emit - part.turn) % len(before) for u in updates if u.emit is not None}
-            assert emitted == set(part.emitted), f"{scheme}: emits streams {emitted}, declared are {part.emitted}"
-            assert sum(u.makes for u in updates) == part.made, f"{scheme}: makes other than {part.made} streams"
+            byproducts = {(u.byproduct - part.rotate) % len(before) for u in updates if u.byproduct is not None}
+            assert byproducts == set(part.byproducts), (
+                f"{scheme}: has by-products {byproducts}, declared are {part.byproducts}"
+            )
+            assert sum(u.appends for u in updates) == part.streams_added, (
+                f"{scheme}: appends other than {part.streams_added} streams"
+            )
         calls = sum(f.calls for f in fs[n]) - (started if n == 0 else 0)
         assert calls == part.evaluations, f"{scheme}: {calls} evaluations in step {n}, not {part.evaluations}"
         for i, slot in enumerate(part.slots(n, tuple(s.shape[1] for s in before))):

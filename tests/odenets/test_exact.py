@@ -12,7 +12,7 @@ from torch import nn
 from odenets import Stack
 from odenets.exact import Grid
 from schemes import SchemeError
-from schemes.coupling import turned
+from schemes.coupling import rotated
 
 SCHEMES = [
     "revnet",
@@ -61,10 +61,10 @@ def stored(net, x):
     state = tuple(grid.round(s.float()) for s in net._start(x, None, None))
     for step in net.steps:
         fs, gs = step.functions(state, None, None, None, step.h)
-        for scheme, f, h, g in step.scheme.in_training(step.index, state[-1]).elementary(fs, step.h, gs):
+        for scheme, f, h, g in step.scheme.training_scheme(step.index, state[-1]).decompose(fs, step.h, gs):
             for update in scheme.updates(f, h, len(state)):
                 state = grid.do(update, state, g, [])
-            state = turned(state, scheme.turn)
+            state = rotated(state, scheme.rotate)
     return net.scheme.readout(state)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 
 import schemes
 from odenets import Stack
-from schemes.coupling import Update, do, undo
+from schemes.coupling import Update, apply_update, invert_update
 from schemes.testing.reversible import check_inverse, couplings, run, smooth_functions, states
 
 NAMES = [
@@ -253,15 +253,15 @@ def test_a_shortcut_takes_the_place_of_the_fixed_factor(name):
 
 
 def test_an_update_that_makes_and_one_that_emits():
-    made = Update(1, lambda s: (1.0, 2 * s[0]), makes=True)
+    made = Update(1, lambda s: (1.0, 2 * s[0]), appends=True)
     x = normal(3)
-    assert torch.equal(do(made, (x,))[1], 2 * x)
-    assert len(undo(made, do(made, (x,)))) == 1
-    emits = Update(0, lambda s: (-1.0, s[1].sin(), s[1].cos()), emit=2)
+    assert torch.equal(apply_update(made, (x,))[1], 2 * x)
+    assert len(invert_update(made, apply_update(made, (x,)))) == 1
+    emits = Update(0, lambda s: (-1.0, s[1].sin(), s[1].cos()), byproduct=2)
     state = (x, 2 * x, torch.zeros(3))
-    after = do(emits, state)
+    after = apply_update(emits, state)
     assert torch.equal(after[2], (2 * x).cos())
-    back = undo(emits, after)
+    back = invert_update(emits, after)
     assert torch.allclose(back[0], x) and back[2] is after[2]
 
 
@@ -295,19 +295,19 @@ def test_shortcuts_that_a_scheme_cannot_use_are_refused(name):
     scheme = schemes.get(name)
     fs = smooth_functions(scheme, 4, 1)[0]
     with pytest.raises(schemes.SchemeError, match="1 shortcuts, want none"):
-        scheme.advance(fs, scheme.init(fs, normal(1, 4)), gs=(torch.nn.Identity(),))
+        scheme._step(fs, scheme.init(fs, normal(1, 4)), gs=(torch.nn.Identity(),))
 
 
 def test_shortcuts_are_given_all_or_none():
     scheme = schemes.get("revnet")
     with pytest.raises(schemes.SchemeError, match="1 shortcuts, want none or 2"):
-        scheme.advance((torch.sin, torch.cos), scheme.init((), normal(1, 4)), gs=(torch.nn.Identity(),))
+        scheme._step((torch.sin, torch.cos), scheme.init((), normal(1, 4)), gs=(torch.nn.Identity(),))
 
 
 @pytest.mark.parametrize("name", ["revcol", "dense(2)", "leapfrog", "momentum", "reversible(rk4)"])
 def test_an_output_that_does_not_tell_the_streams_is_refused_as_the_start_of_an_inverse(name):
     with pytest.raises(schemes.SchemeError, match="does not tell its streams"):
-        schemes.get(name).enter(normal(2, 4))
+        schemes.get(name).state_from_output(normal(2, 4))
 
 
 @pytest.mark.parametrize("name", ["revcol", "dense(2)"])
@@ -315,7 +315,7 @@ def test_terms_leave_alone_the_streams_that_are_made(name):
     """The engine asks for them after the step, with the new streams in place."""
     scheme = schemes.get(name).at(0)
     fs = smooth_functions(scheme, 4, 1)[0]
-    after = scheme.advance(fs, (normal(2, 4),))
+    after = scheme._step(fs, (normal(2, 4),))
     for u in scheme.updates(fs, 1.0, 1):
         assert torch.equal(u.terms(after)[1], after[u.dst])
 

@@ -23,7 +23,7 @@ def test_the_function_sees_the_input_first_and_the_newest_last():
 
 def test_widths_grow_by_one_stream_a_step():
     dense = schemes.get("dense(growth=12)")
-    assert dense.made == 1 and dense.amplification == 1.0
+    assert dense.streams_added == 1 and dense.amplification == 1.0
     streams = dense.stream_widths(24)
     for n in range(3):
         (slot,) = dense.slots(n, streams)

@@ -81,11 +81,11 @@ def test_the_derived_step_and_inverse_are_the_written_ones(name):
     assert m.invertible and scheme.invertible
     fs = [f for (f,) in smooth_functions(schemes.get("euler"), 3, scheme.stages)]
     state = tuple(torch.randn(2, 3, dtype=torch.float64) for _ in range(m.v.shape[0]))
-    after = scheme.advance(fs, state, h)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(m.advance(fs, state), after, strict=True))
+    after = scheme._step(fs, state, h)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(m.step(fs, state), after, strict=True))
     kept = m.read
-    derived = m.inverse().advance(fs, tuple(after[i] for i in kept))
-    declared = scheme.retreat(fs, after, h)
+    derived = m.inverse().step(fs, tuple(after[i] for i in kept))
+    declared = scheme._inverse(fs, after, h)
     for i, got in zip(kept, derived, strict=True):
         assert torch.allclose(got, state[i], atol=1e-11)
         assert torch.allclose(got, declared[i], atol=1e-11)
@@ -113,7 +113,7 @@ def test_an_inverse_that_nobody_wrote():
     class Verlet(schemes.Scheme):
         stages, streams, evaluations, nodes = 2, 2, 2, (0.0, 1.0)
 
-        def advance(self, fs, state, h=1.0, gs=()):
+        def _step(self, fs, state, h=1.0, gs=()):
             x, v = state
             half = v + h / 2 * fs[0](x)
             x = x + h * half
@@ -125,7 +125,7 @@ def test_an_inverse_that_nobody_wrote():
     m = probe(Verlet(), h=0.3)
     state = (torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
     fs = (torch.sin, torch.cos)
-    back = m.inverse().advance(fs, Verlet().advance(fs, state, 0.3))
+    back = m.inverse().step(fs, Verlet()._step(fs, state, 0.3))
     assert m.invertible and m.amplification == pytest.approx(1.0, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(back, state, strict=True))
 
@@ -149,7 +149,7 @@ def test_a_step_that_is_not_linear_is_refused():
     class Bent(schemes.Scheme):
         stages, evaluations = 1, 1
 
-        def advance(self, fs, state, h=1.0, gs=()):
+        def _step(self, fs, state, h=1.0, gs=()):
             return (state[0] * state[0] + fs[0](state[0]),)
 
         def __str__(self):

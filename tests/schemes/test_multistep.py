@@ -59,7 +59,7 @@ def test_leapfrog_keeps_its_order_by_its_first_step():
         h, state = 1 / n, (START, START)
         for i in range(n):
             fs = bind((field,), [signature(field)], scheme.nodes, i * h, h, None)
-            state = scheme.advance(fs, state, h)
+            state = scheme._step(fs, state, h)
         wrong.append(float((state[1] - exact()).norm()))
     assert math.log2(wrong[1] / wrong[2]) == pytest.approx(1, abs=0.1)
     assert errors(scheme)[2] < wrong[2] / 20
@@ -153,7 +153,7 @@ def test_an_error_of_the_streams_grows_as_declared(name, amplification):
     sizes = []
     for _ in range(41):
         sizes.append(sum(float(x.norm()) for x in state[:read]))
-        state = scheme.retreat(zero, state)
+        state = scheme._inverse(zero, state)
     assert (sizes[40] / sizes[20]) ** (1 / 20) == pytest.approx(amplification, rel=0.03)
     assert scheme.amplification == pytest.approx(amplification)
 
@@ -182,7 +182,7 @@ def test_a_step_with_a_gamma_for_each_sample_has_its_inverse():
     check_inverse(scheme, torch.randn(5, 4, 2, dtype=torch.float64))
     x, (f,) = torch.randn(5, 4, 2, dtype=torch.float64), smooth_functions(scheme, 4, 2)[1]
     old = torch.randn_like(x)
-    _, new = scheme.advance((f,), (old, x))
+    _, new = scheme._step((f,), (old, x))
     for i, g in enumerate(gamma.flatten()):
-        (_, alone) = Bidirectional(float(g)).advance((f,), (old[i : i + 1], x[i : i + 1]))
+        (_, alone) = Bidirectional(float(g))._step((f,), (old[i : i + 1], x[i : i + 1]))
         assert torch.allclose(new[i], alone[0], atol=1e-14)

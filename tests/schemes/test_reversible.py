@@ -82,7 +82,7 @@ def test_the_interval_is_what_a_run_shows(h, grows):
     scheme, f = schemes.get("reversible(rk4, coupling=0.8)"), (torch.neg,) * 4
     state = (torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     for _ in range(2000):
-        state = scheme.advance(f, state, h)
+        state = scheme._step(f, state, h)
     assert (float(state[1].abs()) > 1) == grows
 
 
@@ -96,7 +96,7 @@ def test_its_inverse_amplifies_by_the_reciprocal_of_the_coupling():
     assert scheme.amplification == 2.0
     zero, state = (torch.zeros_like,), (torch.ones(1), torch.zeros(1))
     for _ in range(10):
-        state = scheme.retreat(zero, state)
+        state = scheme._inverse(zero, state)
     assert float(state[0]) == 2.0**10
     assert str(scheme) == "reversible(euler, coupling=0.5)"
 

@@ -148,9 +148,9 @@ def test_steps_write_to_nothing_that_they_were_given():
 def test_many_step_sizes_do_not_pile_up():
     scheme = RungeKutta(schemes.tableaux.rk4)
     for n in range(200):
-        scheme.advance([torch.neg] * 4, (torch.ones(()),), 1 / (n + 1))
+        scheme._step([torch.neg] * 4, (torch.ones(()),), 1 / (n + 1))
     assert len(scheme._scaled) <= 64
-    (y,) = scheme.advance([torch.neg] * 4, (torch.ones((), dtype=F64),), 1e-2)
+    (y,) = scheme._step([torch.neg] * 4, (torch.ones((), dtype=F64),), 1e-2)
     assert float(y) == pytest.approx(math.exp(-0.01), abs=1e-11)
 
 

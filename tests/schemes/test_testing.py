@@ -14,7 +14,7 @@ from torch import nn
 from odenets import Stack
 from schemes import Nested, RungeKutta, Slot, get, testing
 from schemes.compose import Composition
-from schemes.coupling import Coupling, Update, undo
+from schemes.coupling import Coupling, Update, invert_update
 from schemes.language import Reader
 
 RK4 = get("rk4").tableau
@@ -44,9 +44,9 @@ class Rev(Coupling):
 class Forgetful(Rev):
     """Its inverse goes through the updates in the wrong order."""
 
-    def retreat(self, fs, state, h=1.0, gs=()):
+    def _inverse(self, fs, state, h=1.0, gs=()):
         for update in self.updates(fs, h, 2):
-            state = undo(update, state)
+            state = invert_update(update, state)
         return state
 
 
@@ -63,10 +63,10 @@ class Swapped(Rev):
 
 
 class Still(Rev):
-    def advance(self, fs, state, h=1.0, gs=()):
+    def _step(self, fs, state, h=1.0, gs=()):
         return state
 
-    retreat = advance
+    _inverse = _step
 
 
 def test_round_trip():
@@ -115,7 +115,7 @@ class Altered(RungeKutta):
         if how == "times":
             self.nodes = (0.0, 0.5, 0.5, 0.5)
 
-    def advance(self, fs, state, h=1.0, gs=()):
+    def _step(self, fs, state, h=1.0, gs=()):
         if self.how == "twice":
             fs[0](state[0])
         if self.how == "order":
@@ -123,10 +123,10 @@ class Altered(RungeKutta):
         if self.how == "size":
             h = h * (1 + 1e-8)
         if self.how == "after" and gs:  # every residual function sees what comes after the shortcut
-            return super().advance(fs, (gs[0](state[0]),), h)
+            return super()._step(fs, (gs[0](state[0]),), h)
         if self.how == "before" and gs:  # the sum lacks the shortcut for one stage
-            return super().advance(fs, state, h, (lambda x: gs[0](x) * (1 + 1e-6),))
-        return super().advance(fs, state, h, gs)
+            return super()._step(fs, state, h, (lambda x: gs[0](x) * (1 + 1e-6),))
+        return super()._step(fs, state, h, gs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""Names of 0.1 that still work, with a warning, until 0.3."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warns that ``old`` is now called ``new``."""
+    warnings.warn(f"{old} is now {new}; the old name goes in 0.3.", DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed(old: str, new: str) -> Callable[..., Any]:
+    """A method ``old`` that warns and calls ``new``."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)(*args, **kwargs)
+
+    method.__name__, method.__doc__ = old, f"The name of ``{new}`` before 0.2."
+    return method
+
+
+def adopt(cls: type, names: Mapping[str, str]) -> None:
+    """Gives a class that defines old names, as written for 0.1, the new ones too."""
+    for old, new in names.items():
+        if old in cls.__dict__ and new not in cls.__dict__:
+            warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
+            setattr(cls, new, cls.__dict__[old])
