@@ -27,3 +27,16 @@ def adopt(cls: type, names: Mapping[str, str]) -> None:
         if old in cls.__dict__ and new not in cls.__dict__:
             warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
             setattr(cls, new, cls.__dict__[old])
+
+
+def renamed_arguments(what: str, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments that were given by their old names, under the new ones.
+
+    Raises:
+        TypeError: a name that is not among the old ones.
+    """
+    for old in given:
+        if old not in names:
+            raise TypeError(f"{what}() got an unexpected keyword argument {old!r}")
+        warn_renamed(f"{what}({old}=)", f"{names[old]}=", stacklevel=4)
+    return {names[old]: value for old, value in given.items()}

@@ -67,6 +67,7 @@ class Scheme(ABC):
         shortcuts: number of shortcuts that a step may be given, all or none.
         evaluations: calls of residual functions per step; None where only a run can tell.
         training_differs: whether ``training_scheme`` is another scheme than this one (bdia).
+        streams_added: number of streams that a step appends.
     """
 
     stages: int
@@ -80,6 +81,7 @@ class Scheme(ABC):
     invertible: bool = False
     evaluations: int | None = None
     training_differs: bool = False
+    streams_added: int = 0
 
     _RENAMED: ClassVar[dict[str, str]] = {
         "advance": "_step",

@@ -134,7 +134,7 @@ class ConvNeXt(LevelNet):
                         depth,
                         channels=width,
                         step=step,
-                        steps_before=before,
+                        step_offset=before,
                         backprop=backprop,
                     )
                 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import schemes
 from schemes import Scheme, SchemeError
 
-from ..structure import fitting_counts
+from ..build import fitting_counts
 
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:

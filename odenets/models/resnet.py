@@ -164,8 +164,8 @@ class ResidualNet(HeadNet):
             out_channels=None if width == out else out,
             shortcut=shortcut,
             step=step,
-            steps_before=before,
-            after=after,
+            step_offset=before,
+            post_step=after,
             backprop=backprop,
         )
 

@@ -181,12 +181,12 @@ class RevCol(ColumnNet):
                 logits.append(s.heads[k](state[-1]))
                 images.append(s.decoders[k](state[-1])[..., :height, :width])
 
-        state = self.columns.visit(self._stem(x), heads)
+        state = self.columns.visit_states(self._stem(x), heads)
         return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The levels of the last column, fine to coarse: (n, channels[l], h', w') with h' = h / (patch 2^l)."""
-        return list(self.columns.visit(self._stem(x))[1:])
+        return list(self.columns.final_state(self._stem(x))[1:])
 
     def _stem(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

@@ -153,7 +153,7 @@ class RevColViT(ColumnNet):
     def maps(self, x: Tensor) -> list[Tensor]:
         """The levels of the last column, (n, dim, h / patch, w / patch) each."""
         check_sides(x, self.patch)
-        state: State = self.columns.visit(self.stem(x))
+        state: State = self.columns.final_state(self.stem(x))
         rows = x.shape[2] // self.patch
         return [tokens.transpose(1, 2).unflatten(2, (rows, -1)) for tokens in state[1:]]
 

@@ -183,7 +183,7 @@ class ModernNet(LevelNet):
                     channels=width,
                     out_channels=out if changes else None,
                     shortcut=_projection(width, out, stride, d.norm) if changes else None,
-                    after=None if d.one_act else make_act(d.act),
+                    post_step=None if d.one_act else make_act(d.act),
                 )
             )
             width = out

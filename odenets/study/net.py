@@ -100,7 +100,7 @@ class RandomNet(LevelNet):
         after = act() if post and not appended else None
         steps = steps_that_fit(scheme, c.depth, 1)
         self.transitions.append(nn.Identity())
-        self.levels.append(Stack.from_factory(make, scheme, steps, channels=c.width, after=after))
+        self.levels.append(Stack.from_factory(make, scheme, steps, channels=c.width, post_step=after))
         last = width_after(scheme, c.width, steps)
         if pre:
             self.norm = nn.Sequential(norm(last), act())
