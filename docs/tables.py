@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import schemes
@@ -89,10 +91,32 @@ def other_schemes() -> str:
     return table("Scheme | Stages# | Streams# | Order# | Inverse | It is", rows)
 
 
+class Passed(TorchFunctionMode):
+    """Gives back the first argument of some functions: on the meta device a value that nobody reads need not be made.
+
+    Args:
+        functions: what is passed over; each returns a tensor of the shape and type of its first argument.
+    """
+
+    def __init__(self, functions: Iterable[Callable]):
+        super().__init__()
+        self.functions = frozenset(functions)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        return (args[0] if args else kwargs["tensor"]) if func in self.functions else func(*args, **kwargs)
+
+
+# Both take most of the time on the meta device, and neither has a part in what the tables show.
+INITIALISERS = [f for n, f in vars(nn.init).items() if n.endswith("_") and callable(f)]
+INITIALISERS += [getattr(torch.Tensor, n) for n in ("normal_", "uniform_", "fill_", "zero_")]
+NO_PRODUCTS = (F.layer_norm, F.batch_norm, F.gelu, F.relu)
+
+
 @cache
 def built() -> dict[str, nn.Module]:
     """The registered models, without memory or time for weights."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), Passed(INITIALISERS), warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
         return {name: create_model(name) for name in list_models()}
 
@@ -126,7 +150,7 @@ def residual_nets(kind: type[ResNet] | type[HOResNet]) -> str:
 
 def gmacs(net: nn.Module, size: int) -> str:
     """Multiply-adds of convolutions and matrix products for one picture, in 10^9."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with Passed(NO_PRODUCTS), FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.empty(1, 3, size, size, device="meta"))
     return f"{counter.get_total_flops() / 2e9:.3f}"
 

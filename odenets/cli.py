@@ -5,10 +5,11 @@ installed torch is repaired before Lightning, which imports it, can trip over it
 """
 
 import importlib
-import importlib.metadata
 import sys
 import warnings
 from typing import NoReturn
+
+from odenets import __version__
 
 HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
 
@@ -86,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
         print(HELP.format(prog=prog), end="")
         return
     if words[0] == "--version":
-        print(f"odenets {importlib.metadata.version('odenets')}")
+        print(f"odenets {__version__}")
         return
     try:
         repair_torchvision()
