@@ -218,6 +218,7 @@ class WidenedPicture(nn.Module):
         return x.repeat(1, -(-self.width // self.kept), 1, 1)[:, : self.width]
 
     def inverse(self, y: Tensor) -> Tensor:
+        """The picture whose widened form is y."""
         return self.squares.inverse(y[:, : self.kept])
 
 

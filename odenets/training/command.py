@@ -104,6 +104,7 @@ class Command(LightningCLI):
             fail(str(cause), "JSONARGPARSE_DEBUG=1 shows where it was raised")
 
     def before_fit(self) -> None:
+        """Sets an earlier run in the same folder aside."""
         if not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             keep_earlier_run(self.run_dir, resumed=self.config_init[str(self.subcommand)].ckpt_path is not None)
 

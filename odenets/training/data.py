@@ -260,6 +260,7 @@ class Images(Pictures):
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
+        """The number of classes of the training pictures."""
         return len(self.classes)
 
     def _split(self, option: str, given: str | None, names: Sequence[str]) -> str | None:
