@@ -122,6 +122,7 @@ def warn(scheme: Scheme, rule: StepSize, functions: Sequence[nn.Module], shared:
 
 
 def warn_of_mixing(scheme: Scheme) -> None:
+    """Warns of a scheme whose mixing figure is over the limit."""
     mixing = scheme.mixing
     if mixing is not None and mixing > MIXING_LIMIT:
         warnings.warn(
@@ -133,6 +134,7 @@ def warn_of_mixing(scheme: Scheme) -> None:
 
 
 def warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
+    """Warns of residual functions that only an error estimate uses, where no step size follows from errors."""
     for part in dict.fromkeys(scheme.plan):
         if isinstance(part, RungeKutta) and part.unused and not isinstance(rule, FromError):
             warnings.warn(
@@ -143,6 +145,7 @@ def warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
 
 
 def check_companion(scheme: Scheme) -> None:
+    """Raises a SchemeError where a part of the scheme has no embedded companion."""
     for part in scheme.plan:
         if not isinstance(part, RungeKutta) or part.tableau.b_hat is None:
             raise SchemeError(

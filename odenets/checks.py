@@ -84,6 +84,7 @@ class WatchedShortcut:
         return getattr(self.shortcut, name)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """The shortcut's inverse, whose shapes are noted as those of the forward pass are."""
         x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
         if y.shape != x.shape:
             self.shapes[self.i] = x.shape
