@@ -192,7 +192,7 @@ def revnet(net: Any) -> list[str]:
     return [type(net).__name__, listed(counts), listed(row["num_chs"] for row in net.feature_info)]
 
 
-def steps_of(*bases: tuple[roadmap.Row, ...]) -> str:
+def steps_of(*bases: tuple[roadmap.RoadmapStep, ...]) -> str:
     """A roadmap, with what was published of each step."""
     rows = []
     for i, steps in enumerate(zip(*bases, strict=True), 1):

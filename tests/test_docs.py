@@ -19,7 +19,7 @@ from types import FunctionType, ModuleType
 import pytest
 import yaml
 
-import odenets.models.registry
+import odenets.models.catalogue
 import schemes
 import schemes.registry
 from odenets import list_models
@@ -56,7 +56,7 @@ def registries(monkeypatch, tmp_path):
     """What an example registers is gone after it; what it writes lies in a folder of its own."""
     monkeypatch.setattr(schemes.registry, "_NAMES", dict(schemes.registry._NAMES))
     monkeypatch.setattr(schemes.registry, "_FAMILIES", dict(schemes.registry._FAMILIES))
-    monkeypatch.setattr(odenets.models.registry, "_MODELS", dict(odenets.models.registry._MODELS))
+    monkeypatch.setattr(odenets.models.catalogue, "_MODELS", dict(odenets.models.catalogue._MODELS))
     monkeypatch.chdir(tmp_path)
 
 
