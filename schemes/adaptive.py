@@ -42,6 +42,7 @@ class Adaptive(Scheme):
         'adaptive(dopri5, rtol=0.0001)'
     """
 
+    examples = ("adaptive(dopri5)", "adaptive(bosh3, rtol=1e-4, adjoint=true)")
     stages = 1
     nodes = None
     shortcuts = 0

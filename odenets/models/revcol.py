@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemes import SchemeError
-from schemes.columns import RevCol as Coupling
+from schemes.columns import RevColCoupling
 from schemes.scheme import State
 
 from ..checkpoints import KeyMap
@@ -142,7 +142,7 @@ class RevCol(ColumnNet):
         self.stem = nn.Sequential()
         self.stem.add_module("conv", PatchConv2d(in_chans, channels[0], patch))
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
-        scheme = Coupling(len(channels), huge=huge)
+        scheme = RevColCoupling(len(channels), huge=huge)
         fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, drop_path_rate)]
         # The first column makes the levels and has nothing to scale.
         scales = [() if n == 0 else tuple(ChannelScale(c) for c in channels) for n in range(columns)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from schemes import SchemeError
-from schemes.columns import RevCol as Coupling
+from schemes.columns import RevColCoupling
 from schemes.scheme import State
 
 from ..layers import ChannelScale, linear_rates
@@ -72,7 +72,7 @@ def columns_of_tokens(
             own, rates = rates[:count], rates[count:]
             fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
-    return Stack(fs, Coupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
+    return Stack(fs, RevColCoupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
 
 class RevColViT(ColumnNet):
