@@ -112,7 +112,8 @@ class Bdia(Scheme):
     ``at_random(n, draw(x))`` is step n: invertible, and in exact arithmetic bit by bit. Any published ResNet, ConvNeXt
     or ViT can be fine-tuned so, without a change to its architecture.
 
-    Cost: 1 residual function a step, no shortcuts; in training 2 streams, and 1 bit per element and step in exact arithmetic.
+    Cost: 1 residual function a step, no shortcuts; in training 2 streams, and 1 bit per element and step in exact
+    arithmetic.
 
     Args:
         gamma: size of gamma, a power of two up to 1/2; exact arithmetic wants 1/2.

@@ -81,8 +81,9 @@ class Momentum(_OneFunction):
 
     Streams (x, v), at first (x, 0). A shortcut, if given, takes the place of beta.
 
-    Cost: 1 residual function a step, 2 streams. Order 1 for |beta| < 1. Inverse: closed form; it amplifies by 1/|beta| a step, so
-    that small betas need anchors. Stable on the negative real axis up to 2 (1 + beta) / (1 - beta).
+    Cost: 1 residual function a step, 2 streams. Order 1 for |beta| < 1. Inverse: closed form; it amplifies by
+    1/|beta| a step, so that small betas need anchors. Stable on the negative real axis up to
+    2 (1 + beta) / (1 - beta).
 
     Args:
         beta: share of the old velocity, neither 0 nor 1.

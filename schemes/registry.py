@@ -168,7 +168,7 @@ def catalogue() -> tuple[CatalogueEntry, ...]:
     ``real`` and ``imaginary`` are the lengths of the intervals [-r, 0] and [-i, i] on which |R(z)| <= 1; ``mixing`` is
     max_i sum_j |a_ij|. Families of tableaux stand with their usual member, the first of their examples.
     """
-    samples = [*sorted(_NAMES), *(make.examples[0] for name, make in sorted(tableaux.FAMILIES.items()))]
+    samples = [*sorted(_NAMES), *(examples(name)[0] for name in sorted(tableaux.FAMILIES))]
     rows = []
     for name in samples:
         scheme = get(name)

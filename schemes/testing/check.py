@@ -60,8 +60,8 @@ def check_scheme(scheme: str | Scheme) -> None:
 
 def _check_reversible(scheme: Scheme, x: torch.Tensor, training: bool) -> None:
     check_inverse(scheme, x, h=0.8, training=training)
-    check_amplification(scheme, training=training)
     check_updates(scheme, training=training)
+    check_amplification(scheme, training=training)
 
 
 def check_wrappers(text: str) -> None:
