@@ -50,7 +50,9 @@ def adopt(cls: type, names: Mapping[str, str]) -> None:
     for old, new in names.items():
         own = cls.__dict__
         if old in own and new not in own:
-            warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
+            warn_renamed(
+                f"{cls.__name__}.{old}", new, stacklevel=5
+            )  # past adopt, __init_subclass__ and abc, at the class
             setattr(cls, new, own[old])
             if not isinstance(own[new], FunctionType):
                 setattr(cls, old, _Attribute(old, new))  # so that both names go on meaning one value
