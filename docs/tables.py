@@ -75,18 +75,15 @@ def named_schemes() -> str:
     )
 
 
-# Schemes of several streams, and others without a tableau; those with parameters by a usual member.
-OTHERS = """leapfrog momentum(9/10) alf reversible_heun ab2 lm_resnet(1/2) revnet additive(3) affine multilevel(3)
-    revcol bdia reversible(rk4) dense(12) adaptive(dopri5)"""
-
-
 def other_schemes() -> str:
-    """What is no Runge-Kutta method, with the first line of its documentation."""
+    """What is no Runge-Kutta method, by its usual member, with the first line of its documentation."""
     rows = []
-    for text in OTHERS.split():
+    for text in (schemes.examples(name)[0] for name in schemes.names()):
         scheme = schemes.get(text)
+        if scheme.tableau is not None:
+            continue
         what = (type(scheme).__doc__ or "").split("\n")[0].rstrip(".").replace("|", "&#124;").replace("*", "\\*")
-        inverse = "yes" if scheme.invertible else "–"
+        inverse = "yes" if scheme.invertible else "in training" if scheme.reversible_in_training else "–"
         rows.append([f"`{text}`", str(scheme.stages), str(scheme.streams), str(scheme.order or "–"), inverse, what])
     return table("Scheme | Stages# | Streams# | Order# | Inverse | It is", rows)
 

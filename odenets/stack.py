@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from schemes import registry
-from schemes.deprecation import renamed, renamed_arguments
+from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
 from schemes.scheme import Function, Scheme, Slot, State
 from schemes.step_size import Fixed, FromError, StepSize, step_size
@@ -285,8 +285,6 @@ class Stack(nn.Module):
         """
         return self._walk(x, t, context, visitor)
 
-    visit = renamed("visit", "visit_states")
-
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
         """All streams after the last step, before the readout: what ``inverse`` can start from."""
         return self._walk(x, t, context)
@@ -384,6 +382,9 @@ class Stack(nn.Module):
         if not self.backprop.keeps_all:
             parts.append(f"backprop={format_mode(self.backprop)}")
         return ", ".join(parts)
+
+
+adopt(Stack, {"visit": "visit_states"})
 
 
 @contextmanager

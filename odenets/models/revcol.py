@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import schemes.columns
 from schemes import SchemeError
+from schemes.columns import RevColCoupling
 from schemes.scheme import State
 
 from ..checkpoints import KeyMap
@@ -127,7 +127,7 @@ class RevCol(ColumnNet):
         self.stem = nn.Sequential()
         self.stem.add_module("conv", PatchConv2d(self.in_chans, channels[0], patch))
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
-        scheme = schemes.columns.RevCol(len(channels), huge=huge)
+        scheme = RevColCoupling(len(channels), huge=huge)
         fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, self.drop_path_rate)]
         # The first column makes the levels and has nothing to scale.
         scales = [() if n == 0 else tuple(ChannelScale(c) for c in channels) for n in range(columns)]

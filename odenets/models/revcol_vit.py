@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import schemes.columns
 from schemes import SchemeError
+from schemes.columns import RevColCoupling
 from schemes.scheme import State
 
 from ..layers import ChannelScale, linear_rates
@@ -73,7 +73,7 @@ def columns_of_tokens(
             own, rates = rates[:count], rates[count:]
             fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
-    return Stack(fs, schemes.columns.RevCol(len(blocks), growth=1), shortcut=scales, backprop=backprop)
+    return Stack(fs, RevColCoupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
 
 class RevColViT(ColumnNet):
