@@ -6,6 +6,7 @@ space knows how many there are.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def _kind(
     """Number of networks of one kind, and all of them in a random order, each once."""
     inside = shapes(space, scheme, order, size, classes)
     choices = (len(inside), len(space.activations), len(space.norms), len(strengths))
-    total = choices[0] * choices[1] * choices[2] * choices[3]
+    total = math.prod(choices)
 
     def draws() -> Iterator[Candidate]:
         # A string seeds Python's generator by its SHA-512: the same on every machine.
@@ -230,22 +231,9 @@ def _kind(
             i, a = divmod(i, choices[1])
             i, n = divmod(i, choices[2])
             i, s = divmod(i, choices[3])
-            depth, middle, width, kernel, params, macs = inside[i]
-            yield Candidate(
-                -1,
-                scheme,
-                order,
-                depth,
-                middle,
-                width,
-                kernel,
-                space.activations[a],
-                space.norms[n],
-                augment,
-                strengths[s],
-                params,
-                macs,
-            )
+            *shape, params, macs = inside[i]
+            parts = (space.activations[a], space.norms[n], augment, strengths[s])
+            yield Candidate(-1, scheme, order, *shape, *parts, params, macs)
 
     return total, draws()
 

@@ -100,7 +100,7 @@ class StepSchedule(Callback):
             self.apply(pl_module, state["h"])
 
 
-class Report(Callback):
+class RunSummary(Callback):
     """Ends a training run by printing where its checkpoints, its resolved configuration and its metrics are."""
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -23,11 +23,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from odenets.cli import fail
 from schemes import SchemeError
 
-from .callbacks import Predictions, Report, Throughput
-from .messages import explain
+from ..messages import explain, fail
+from .callbacks import Predictions, RunSummary, Throughput
 from .sources import DataError
 
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
@@ -45,7 +44,7 @@ QUIET = (
 )
 
 
-class Parser(LightningArgumentParser):
+class TrainingParser(LightningArgumentParser):
     """A parser that ends in two lines where jsonargparse prints its usage of ninety."""
 
     command_line: Sequence[str] = ()
@@ -130,7 +129,7 @@ class Command(LightningCLI):
             bar = RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=10)
             callbacks += [] if has(callbacks, ProgressBar) else [bar]
         if fit:
-            defaults: list[Callback] = [Throughput(), Report()]
+            defaults: list[Callback] = [Throughput(), RunSummary()]
             if trainer.logger is not False:
                 defaults.append(LearningRateMonitor("step"))
             callbacks += [callback for callback in defaults if not has(callbacks, type(callback))]
@@ -199,11 +198,11 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
         for text in QUIET:
             warnings.filterwarnings("ignore", text)
         try:
-            Parser.command_line = sys.argv[1:] if args is None else args
+            TrainingParser.command_line = sys.argv[1:] if args is None else args
             return Command(
                 L.LightningModule,
                 L.LightningDataModule,
-                parser_class=Parser,
+                parser_class=TrainingParser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
