@@ -24,8 +24,6 @@ from .supervision import SupervisionLoss as SupervisionLoss
 
 def __getattr__(name: str) -> Any:
     if name == "Report":  # the name until 0.2; a checkpoint's report is another thing
-        warnings.warn(
-            "odenets.training.Report is now RunSummary; the old name goes in 0.3", FutureWarning, stacklevel=2
-        )
+        warn_renamed("odenets.training.Report", "RunSummary")
         return RunSummary
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
