@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import schemes
@@ -217,7 +217,7 @@ def _kind(
     """Number of networks of one kind, and all of them in a random order, each once."""
     inside = shapes(space, scheme, order, size, classes)
     choices = (len(inside), len(space.activations), len(space.norms), len(strengths))
-    total = math.prod(choices)
+    total, drawn = math.prod(choices), partial(Candidate, -1, scheme, order)
 
     def draws() -> Iterator[Candidate]:
         # A string seeds Python's generator by its SHA-512: the same on every machine.
@@ -231,9 +231,9 @@ def _kind(
             i, a = divmod(i, choices[1])
             i, n = divmod(i, choices[2])
             i, s = divmod(i, choices[3])
-            *shape, params, macs = inside[i]
-            parts = (space.activations[a], space.norms[n], augment, strengths[s])
-            yield Candidate(-1, scheme, order, *shape, *parts, params, macs)
+            depth, middle, width, kernel, params, macs = inside[i]
+            act, norm, strength = space.activations[a], space.norms[n], strengths[s]
+            yield drawn(depth, middle, width, kernel, act, norm, augment, strength, params, macs)
 
     return total, draws()
 
