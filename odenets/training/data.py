@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augment, normalize
+from .order import batch_generator, evaluation_loader, training_loader
 from .sources import TEST, TRAIN, VALIDATION, DataError, Source, open_splits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -114,20 +115,25 @@ class Pictures(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         x, y = batch
+        if x.dtype in (torch.float16, torch.bfloat16):  # --trainer.precision bf16-true; augmentation wants more digits
+            x = x.float()
         if self.trainer is not None and self.trainer.training:
-            return self.augment(x, y, self.mean, self.std, self.num_classes)
-        return normalize(x, self.mean, self.std), y
+            generator = batch_generator(self.trainer, x.device, self.augment.seed)
+            x, y = self.augment(x, y, self.mean, self.std, self.num_classes, generator)
+        else:
+            x = normalize(x, self.mean, self.std)
+        precision = getattr(self.trainer, "precision_plugin", None)
+        return (x if precision is None else precision.convert_input(x)), y
 
     def _loader(self, name: str) -> DataLoader:
         data, train = self.sets[name], name == "train"
         cached = isinstance(data, Cached)
         workers = 0 if cached else self.num_workers
-        return DataLoader(
+        loader = training_loader if train else evaluation_loader
+        return loader(
+            self,
             data,
-            batch_size=self.batch_size,
-            shuffle=train,
-            # BatchNorm cannot take a last batch of one picture; a set smaller than a batch is still used.
-            drop_last=train and len(data) >= self.batch_size,  # type: ignore[arg-type]
+            self.batch_size,
             num_workers=workers,
             collate_fn=_as_is if cached else None,
             pin_memory=torch.cuda.is_available(),
@@ -161,20 +167,25 @@ def hold_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 class Digits(Pictures):
     """The 1,797 handwritten digits of scikit-learn, 8x8 grey: nothing to download.
 
-    One fifth (359 pictures) is held out, by a fixed seed; it serves as validation and test set.
+    One fifth (359 pictures) is held out, by a fixed seed, for validation; the test takes the same, or some of its own.
 
     Args:
         batch_size: Pictures per step.
-        split_seed: Which fifth is held out.
+        split_seed: Which digits are held out.
+        test_share: Share of the digits that only the test sees; 0 tests on those of the validation.
         augment: Default: none.
     """
 
     num_classes = 10
     in_chans = 1
 
-    def __init__(self, batch_size: int = 64, split_seed: int = 0, augment: Augment | None = None) -> None:
+    def __init__(
+        self, batch_size: int = 64, split_seed: int = 0, test_share: float = 0.0, augment: Augment | None = None
+    ) -> None:
         super().__init__(batch_size, 0, [0.3], [0.375], augment)
-        self.split_seed = split_seed
+        if not 0 <= test_share <= 0.5:
+            raise DataError(f"data.test_share={test_share}: wants a share between 0 and 0.5")
+        self.split_seed, self.test_share = split_seed, test_share
 
     def setup(self, stage: str) -> None:
         if self.sets:
@@ -185,8 +196,11 @@ class Digits(Pictures):
         x = torch.tensor(pictures, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         y = torch.tensor(labels, dtype=torch.long)
         train, held = hold_out(len(y), 0.2, self.split_seed)
-        self.sets["train"] = Cached(x[train], y[train])
-        self.sets["val"] = self.sets["test"] = Cached(x[held], y[held])
+        parts = {"train": train, "val": held, "test": held}
+        if self.test_share:
+            rest, test = hold_out(len(train), self.test_share * len(y) / len(train), self.split_seed)
+            parts |= {"train": train[rest], "test": train[test]}
+        self.sets.update({name: Cached(x[rows], y[rows]) for name, rows in parts.items()})
 
 
 class Images(Pictures):

@@ -72,12 +72,12 @@ def test_schemes_need_torch_and_the_standard_library_alone():
 
 
 def test_mathematics_needs_no_torch():
-    for module in ("tableau", "tableaux", "exact", "families", "order", "stability", "language", "errors"):
+    for module in ("tableau", "tableaux", "exact_numbers", "families", "order", "stability", "language", "errors"):
         assert f"schemes.{module}" not in users("torch"), module
 
 
 def test_data_does_not_know_who_interprets_it():
-    for module in ("tableau", "tableaux", "exact", "families", "order", "stability"):
+    for module in ("tableau", "tableaux", "exact_numbers", "families", "order", "stability"):
         for name in EVERY[f"schemes.{module}"][0]:
             assert not within(name, "schemes.scheme", "schemes.registry", "schemes.runge_kutta"), (module, name)
 

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from odenets.cli import main
+from odenets.messages import explain
 from odenets.training import Classifier
 from odenets.training.command import run
-from odenets.training.messages import explain
 
 QUICK = str(Path(__file__).parents[2] / "experiments" / "quickstart.yaml")
 SMALL = ["-c", QUICK, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
