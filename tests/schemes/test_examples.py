@@ -276,3 +276,17 @@ def test_a_step_of_every_coupling_is_given_by_its_updates():
     """The base class writes step and inverse; no coupling of the package overrides them."""
     for cls in concrete(Coupling):
         assert cls._step is Coupling._step and cls._inverse is Coupling._inverse, cls.__name__
+
+
+def test_steps_of_a_wrapper_are_numbered_through_in_training():
+    seen = []
+
+    class Numbered(schemes.Bdia):
+        def training_scheme(self, n, x):
+            seen.append(n)
+            return super().training_scheme(n, x)
+
+    x = torch.zeros(2, 3)
+    schemes.Repeat(Numbered(), 3).at(2).training_scheme(2, x)
+    schemes.Nested(schemes.Substeps(Numbered(), 2), schemes.get("midpoint")).training_scheme(1, x)
+    assert seen == [6, 7, 8, 2, 3]
