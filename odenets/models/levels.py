@@ -97,12 +97,15 @@ def steps_of_levels(found: Sequence[Scheme], functions: Sequence[int]) -> list[i
 def takes_shortcut(scheme: Scheme) -> bool:
     """Whether the first step of a level can make its stride and width: one stream, whose identity a shortcut replaces.
 
+    Not under bdia, which keeps two states of one shape in training.
+
     Example:
         >>> import schemes
-        >>> [takes_shortcut(schemes.get(s)) for s in ("rk4", "revnet", "leapfrog")]
-        [True, False, False]
+        >>> [takes_shortcut(schemes.get(s)) for s in ("rk4", "revnet", "leapfrog", "bdia")]
+        [True, False, False, False]
     """
-    return scheme.nodes is not None and scheme.streams == 1 and scheme.at(0).shortcuts == 1
+    one_stream = scheme.streams == 1 and not scheme.training_differs
+    return scheme.nodes is not None and one_stream and scheme.at(0).shortcuts == 1
 
 
 class _Misfit(Exception):
