@@ -2,15 +2,18 @@
 
 import contextlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import schemes
 from schemes import Scheme, SchemeError, Slot
 
 from ..build import fitting_counts
+from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d
 
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:
@@ -193,6 +196,16 @@ def _along(scheme: Scheme, depth: int, width: int, dim: int, ndim: int, heads: i
     except (SchemeError, _Misfit):
         return ""
     return f"scheme='{found}', "
+
+
+def mixer(slot: Slot, rates: Iterator[float], **options: Any) -> nn.Module:
+    """ConvNeXt's residual function for a place in a stack, with the next rate of stochastic depth."""
+    return ConvNeXtFunction(sum(slot.in_channels), slot.out_channels, drop_path=next(rates), **options)
+
+
+def patch_transition(width: int, out: int, stride: int) -> nn.Module:
+    """LayerNorm and a convolution of patches, between two levels."""
+    return nn.Sequential(OrderedDict(norm=LayerNorm2d(width), conv=PatchConv2d(width, out, stride)))
 
 
 @contextlib.contextmanager
