@@ -158,7 +158,7 @@ class Decoded(Dataset):
         index = int(self.indices[i])
         return self.source.name(index) + (" (unreadable)" if index in self.tally else "")
 
-    def order(self, generator: Generator, window: int = 8) -> Tensor:
+    def order(self, generator: Generator, window: int = 16) -> Tensor:
         """An order of the pictures for an epoch: any, or where they lie in shards, one that reads these in turn.
 
         The shards are shuffled, and then the pictures of each `window` of them together: so the first n of an order can
@@ -437,7 +437,10 @@ class Images(Pictures):
             name = self.splits.find(part.strip())
             if name is None:
                 there = ", ".join([*self.splits, *sorted(self.splits.others)])
-                raise DataError(f"data.{option}: no split {part.strip()!r} in {self.where}; it has {there}")
+                raise DataError(
+                    f"data.{option}: no split {part.strip()!r} in {self.where}; it has {there}\n"
+                    "  Name one of them, or several: train+extra"
+                )
             self.splits.open(name)
             found.append(name)
         return "+".join(found)
@@ -570,8 +573,13 @@ class Kept(Source):
 
     def __init__(self, source: Source, indices: Tensor, tally: Tally) -> None:
         self.source, self.labels, self.names, self.classes = source, source.labels, source.names, source.classes
-        self.kept = {index: source.encoded(index) for index in indices.tolist()}
-        self.kept = {i: x if isinstance(x, bytes) else x.read_bytes() for i, x in self.kept.items() if i not in tally}
+        self.kept: dict[int, bytes] = {}
+        for index in indices.tolist():
+            stored = source.encoded(index)
+            try:
+                self.kept[index] = stored if isinstance(stored, bytes) else stored.read_bytes()
+            except OSError as e:
+                tally.add(index, Unreadable(str(e)), "the next picture takes its place")
 
     def encoded(self, i: int) -> bytes:
         return self.kept[i]

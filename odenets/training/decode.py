@@ -83,7 +83,7 @@ class Picture:
         pixels = self.image.width * self.image.height
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Unreadable(f"{pixels:,} pixels are more than PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS:,}")
-        self.turn = _UPRIGHT.get(self._orientation())
+        self.turn = _UPRIGHT.get(self._orientation() or 1)
         width, height = self.image.size
         self.size = (
             (height, width)

@@ -395,6 +395,16 @@ def _load_parquet(root: Path, files: Sequence[str]) -> Any:
     return datasets.load_dataset("parquet", data_files=names, split="train")
 
 
+def open_files(path: str) -> Any:
+    """What pyarrow reads `path` from: a local path itself, an open file of the hub otherwise."""
+    if "://" not in path:
+        return path
+    import fsspec.core
+
+    system, inside = fsspec.core.url_to_fs(path)
+    return system.open(inside, "rb", block_size=1 << 22)
+
+
 def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[str, Any]:
     """A dataset of the hub; the network is asked once, with a short limit, and only if downloading is allowed."""
     import datasets
