@@ -24,7 +24,7 @@ validation = st.sampled_from(["val", "valid", "validation", "dev", "x.val", "val
 test = st.sampled_from(["test", "testing", "eval", "evaluation", "my_test", "test_0"])
 plain = st.sampled_from(["cat", "dog", "tube", "trainer", "contest", "evaluated", "valley", "01", "a b"])
 noise = st.sampled_from(
-    [".hidden/9.png", "__MACOSX/cat/9.png", "__MACOSX/train/9.png", ".git/train/cat/9.png", "notes.txt", "._9.png"]
+    [".hidden/9.png", "__MACOSX/cat/9.png", "__MACOSX/train/9.png", ".git/train/cat/9.png", "notes.dat", "._9.png"]
 )
 
 
