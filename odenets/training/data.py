@@ -98,7 +98,10 @@ class Decoded(Dataset):
 
     Attributes:
         seed: Of the random boxes of requests (epoch, index).
+        takes_pairs: It draws by such requests itself.
     """
+
+    takes_pairs = True
 
     def __init__(
         self,
