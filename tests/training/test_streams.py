@@ -1,4 +1,4 @@
-"""Shards read where they lie: the same samples as elsewhere, in an order that is resumed without reading what is done."""
+"""Shards read where they lie: the samples as elsewhere, in an order that is resumed without reading what is done."""
 
 import io
 import json
