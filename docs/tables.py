@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import schemes
@@ -73,26 +75,45 @@ def named_schemes() -> str:
     )
 
 
-# Schemes of several streams, and others without a tableau; those with parameters by a usual member.
-OTHERS = """leapfrog momentum(9/10) alf reversible_heun ab2 lm_resnet(1/2) revnet additive(3) affine multilevel(3)
-    revcol bdia reversible(rk4) dense(12) adaptive(dopri5)"""
-
-
 def other_schemes() -> str:
-    """What is no Runge-Kutta method, with the first line of its documentation."""
+    """What is no Runge-Kutta method, by its usual member, with the first line of its documentation."""
     rows = []
-    for text in OTHERS.split():
+    for text in (schemes.examples(name)[0] for name in schemes.names()):
         scheme = schemes.get(text)
+        if scheme.tableau is not None:
+            continue
         what = (type(scheme).__doc__ or "").split("\n")[0].rstrip(".").replace("|", "&#124;").replace("*", "\\*")
-        inverse = "yes" if scheme.invertible else "–"
+        inverse = "yes" if scheme.invertible else "in training" if scheme.reversible_in_training else "–"
         rows.append([f"`{text}`", str(scheme.stages), str(scheme.streams), str(scheme.order or "–"), inverse, what])
     return table("Scheme | Stages# | Streams# | Order# | Inverse | It is", rows)
+
+
+class Passed(TorchFunctionMode):
+    """Gives back the first argument of some functions: on the meta device a value that nobody reads need not be made.
+
+    Args:
+        functions: what is passed over; each returns a tensor of the shape and type of its first argument.
+    """
+
+    def __init__(self, functions: Iterable[Callable]):
+        super().__init__()
+        self.functions = frozenset(functions)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        return (args[0] if args else kwargs["tensor"]) if func in self.functions else func(*args, **kwargs)
+
+
+# Both take most of the time on the meta device, and neither has a part in what the tables show.
+INITIALISERS = [f for n, f in vars(nn.init).items() if n.endswith("_") and callable(f)]
+INITIALISERS += [getattr(torch.Tensor, n) for n in ("normal_", "uniform_", "fill_", "zero_")]
+NO_PRODUCTS = (F.layer_norm, F.batch_norm, F.gelu, F.relu)
 
 
 @cache
 def built() -> dict[str, nn.Module]:
     """The registered models, without memory or time for weights."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), Passed(INITIALISERS), warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
         return {name: create_model(name) for name in list_models()}
 
@@ -126,7 +147,7 @@ def residual_nets(kind: type[ResNet] | type[HOResNet]) -> str:
 
 def gmacs(net: nn.Module, size: int) -> str:
     """Multiply-adds of convolutions and matrix products for one picture, in 10^9."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with Passed(NO_PRODUCTS), FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.empty(1, 3, size, size, device="meta"))
     return f"{counter.get_total_flops() / 2e9:.3f}"
 
@@ -168,7 +189,7 @@ def revnet(net: Any) -> list[str]:
     return [type(net).__name__, listed(counts), listed(row["num_chs"] for row in net.feature_info)]
 
 
-def steps_of(*bases: tuple[roadmap.Row, ...]) -> str:
+def steps_of(*bases: tuple[roadmap.RoadmapStep, ...]) -> str:
     """A roadmap, with what was published of each step."""
     rows = []
     for i, steps in enumerate(zip(*bases, strict=True), 1):

@@ -7,3 +7,5 @@ from .models import create_model as create_model
 from .models import list_models as list_models
 from .stack import Stack as Stack
 from .stack import as_residual as as_residual
+
+__version__ = "0.2.0"

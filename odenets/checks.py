@@ -1,9 +1,9 @@
 """What a Stack checks once, at its first call or on an example: shapes, writes to arguments, known blocks."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from torch.nn.parameter import is_lazy
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
-if TYPE_CHECKING:
-    from .stack import Stack
-    from .step import Step
+from .step import Functions, Step
 
 # Blocks of well-known libraries that add their input themselves.
 OWN_SKIP = {
@@ -32,7 +30,7 @@ def warn_of_own_skip(f: object) -> None:
             warnings.warn(
                 f"Stack: {type(f).__name__} adds its input itself, so the stack adds it twice; "
                 "wrap it: odenets.as_residual(block).",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -40,7 +38,7 @@ class Watched:
     """A residual function under the checks of a first call."""
 
     def __init__(
-        self, function: Function, step: "Step", i: int, shapes: list[torch.Size], due: dict[int, torch.Size] | None
+        self, function: Function, step: Step, i: int, shapes: list[torch.Size], due: dict[int, torch.Size] | None
     ):
         self.function, self.step, self.i, self.shapes, self.due = function, step, i, shapes, due
 
@@ -69,7 +67,7 @@ class Watched:
 class WatchedShortcut:
     """A shortcut under the checks: gives a stream the shape that its residual function returned, or raises."""
 
-    def __init__(self, shortcut: Function, step: "Step", i: int, shapes: list[torch.Size], due: dict[int, torch.Size]):
+    def __init__(self, shortcut: Function, step: Step, i: int, shapes: list[torch.Size], due: dict[int, torch.Size]):
         self.shortcut, self.step, self.i, self.shapes, self.due = shortcut, step, i, shapes, due
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -86,6 +84,7 @@ class WatchedShortcut:
         return getattr(self.shortcut, name)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """The shortcut's inverse, whose shapes are noted as those of the forward pass are."""
         x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
         if y.shape != x.shape:
             self.shapes[self.i] = x.shape
@@ -99,7 +98,7 @@ def _misfit(where: str, given: torch.Size, want: torch.Size) -> str:
     )
 
 
-def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Function]):
+def watch(step: Step, state: State, fs: Sequence[Function], gs: Sequence[Function]) -> Functions:
     """The residual functions and shortcuts of a step, under the checks."""
     shapes = [x.shape for x in state]
     due: dict[int, torch.Size] = {}
@@ -109,11 +108,13 @@ def watch(step: "Step", state: State, fs: Sequence[Function], gs: Sequence[Funct
 
 
 @contextmanager
-def nothing_changed(module: nn.Module, always: bool = False) -> Iterator[None]:
+def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Iterator[None]:
     """Puts buffers and random number generators back if the body raises, or always."""
-    buffers = [b for b in module.buffers() if not is_lazy(b)]
+    modules = list(modules)
+    buffers = [b for m in modules for b in m.buffers() if not is_lazy(b)]
     saved = [b.clone() for b in buffers]
-    devices = sorted({b.device.index for b in (*module.parameters(), *buffers) if b.device.type == "cuda"})
+    tensors = (*(p for m in modules for p in m.parameters()), *buffers)
+    devices = sorted({x.device.index for x in tensors if x.device.type == "cuda"})
     states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
     undo = True
     try:
@@ -127,15 +128,3 @@ def nothing_changed(module: nn.Module, always: bool = False) -> Iterator[None]:
             torch.set_rng_state(states[0])
             for d, state in zip(devices, states[1], strict=True):
                 torch.cuda.set_rng_state(state, d)
-
-
-def first_call(stack: "Stack", x: Tensor, t: Any, context: Any, always: bool = False) -> Tensor:
-    """Runs the stack once under the checks; if it fails, buffers and generators are as before."""
-    with nothing_changed(stack, always):
-        for step in stack.steps:
-            step.watch = watch
-        try:
-            return stack.run(x, t, context)
-        finally:
-            for step in stack.steps:
-                step.watch = None

@@ -5,10 +5,12 @@ installed torch is repaired before Lightning, which imports it, can trip over it
 """
 
 import importlib
-import importlib.metadata
 import sys
 import warnings
-from typing import NoReturn
+
+from .messages import fail
+
+from odenets import __version__
 
 HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
 
@@ -70,14 +72,6 @@ def repair_torchvision() -> None:
         warnings.warn(f"torchvision does not fit this torch ({e}); it is used without its operators", stacklevel=2)
 
 
-def fail(message: str, tip: str = "lightning --help shows how the command is used") -> NoReturn:
-    """Print an error of exactly two lines and leave with status 2."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    rest = " ".join(lines[1:]) or tip
-    sys.stderr.write(f"error: {lines[0] if lines else 'unknown'}\n  {rest}\n")
-    sys.exit(2)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line; returns None, since a script's return value becomes its exit status."""
     words = sys.argv[1:] if args is None else args
@@ -86,12 +80,12 @@ def main(args: list[str] | None = None) -> None:
         print(HELP.format(prog=prog), end="")
         return
     if words[0] == "--version":
-        print(f"odenets {importlib.metadata.version('odenets')}")
+        print(f"odenets {__version__}")
         return
     try:
         repair_torchvision()
         if words[0] == "study":
-            from odenets.study.command import run as run_study
+            from odenets.study.subcommands import run as run_study
 
             return run_study(words[1:])
         from odenets.training.command import run

@@ -1,25 +1,24 @@
 """Stack: residual functions, put together by a scheme."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from schemes import registry
+from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
-from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Function, Scheme, Slot, State
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
-from . import checks, structure
-from . import monitor as watching
-from .modes import Checkpoint, Exact, Mode, Reverse, mode, written
-from .recompute import buffers_kept
+from . import build, checks
+from .backprop.diagnose import Diagnosis, diagnose
+from .backprop.modes import Mode, Store, WithErrors, format_mode, parse_mode
+from .backprop.monitor import Monitor
+from .backprop.walk import Observer, Pass
 from .step import Step
-from .undo import made
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -52,19 +51,6 @@ class Estimate(NamedTuple):
     errors: list[Tensor]
 
 
-class _Visits(list):
-    """Takes the states of a run one by one, and keeps none."""
-
-    def __init__(self, visitor: Callable[[int, State], None] | None):
-        super().__init__()
-        self.visitor, self.n = visitor, 0
-
-    def append(self, state: State) -> None:
-        if self.visitor is not None:
-            self.visitor(self.n, state)
-        self.n += 1
-
-
 class Stack(nn.Module):
     """Residual functions put together by a scheme: a residual network is a numerical scheme.
 
@@ -74,7 +60,8 @@ class Stack(nn.Module):
     ``context`` by those names.
 
     State-dict keys, stable: ``steps.{n}.fs.{i}.*`` for residual function i of step n, ``steps.0.gs.{i}.*`` for
-    shortcuts, ``steps.{n}.h`` for learned step sizes, ``block.*`` for a shared residual function, ``after.*``.
+    shortcuts, ``steps.{n}.h`` for learned step sizes, ``block.*`` for a shared residual function, ``after.*`` for
+    ``post_step``.
 
     Args:
         block: the residual function, or the residual functions.
@@ -84,10 +71,11 @@ class Stack(nn.Module):
             that see the step's input itself (``Slot.raw``) make the same stride and width. For schemes of several
             streams one per stream, or a list of those, one per step (learned scales; None where there is none).
         step: step size: a number, "learned", "decay(rate)", "error(tol)".
-        steps_before: steps that come before this stack in the whole network; a decay counts from there.
-        after: applied to the streams after each step (the ReLU on the sum of post-activation networks).
-        backprop: "store", "checkpoint" or "checkpoint(k)": keep the state every k steps and recompute the rest, with
-            dropout replayed and BatchNorm statistics moved once.
+        step_offset: steps that come before this stack in the whole network; a decay counts from there.
+        post_step: applied to the streams after each step (the ReLU on the sum of post-activation networks).
+        backprop: "store" keeps what autograd asks for; "checkpoint" or "checkpoint(k)" the state every k steps, and
+            recomputes the rest with dropout replayed and BatchNorm statistics moved once; "reverse" the last state,
+            from which the scheme's inverse makes the others again; "exact" likewise, to the last bit.
         example: a tensor or the shape of one; shapes are then checked here and not at the first call.
 
     Shapes:
@@ -119,73 +107,76 @@ class Stack(nn.Module):
         *,
         shortcut: nn.Module | Sequence[nn.Module] | Sequence[Sequence[nn.Module | None]] | None = None,
         step: float | str | StepSize = 1.0,
-        steps_before: int = 0,
-        after: nn.Module | None = None,
-        backprop: str | Mode = "store",
+        step_offset: int = 0,
+        post_step: nn.Module | None = None,
+        backprop: str | Mode | None = "store",
         example: Tensor | Sequence[int] | None = None,
+        **old: Any,
     ):
         super().__init__()
+        given = renamed_arguments("Stack", old, {"steps_before": "step_offset", "after": "post_step"})
+        step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
         self.scheme = registry.get(scheme)
-        self.backprop = mode(backprop)
         self.rule = step_size(step)
-        functions, shared = structure.functions_of(block)
-        plan = self.scheme.plan
-        if shared is None:
-            depth = structure.depth_of(self.scheme, len(functions), depth)
-        elif depth is None:
-            depth = len(plan)
-        elif isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise SchemeError(f"Stack: depth is {depth!r}, want a whole number of steps, at least 1.")
-        for f in functions:
-            checks.warn_of_own_skip(f)
-        if shared is None:
-            structure.warn_of_mixing(self.scheme)
-            structure.warn_of_unused(self.scheme, self.rule)
-        if isinstance(self.rule, FromError):
-            structure.check_companion(self.scheme)
-            if self.backprop is not None:
-                raise SchemeError(
-                    f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
-                )
-        shortcuts = structure.shortcuts_of(shortcut, self.scheme, depth)
-        if isinstance(self.backprop, (Reverse, Exact)):
-            _keep_eager()
-            structure.check_reverse(self.scheme, after, isinstance(self.backprop, Exact))
+        functions, shared = build.functions_of(block)
+        self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
+        build.warn(self.scheme, self.rule, functions, shared is not None)
         self.block = shared
-        self.after = after
-        self.depth = depth
-        steps = []
+        self.after = post_step  # the name of its state-dict keys
         # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
-        merged = shared is not None and self.scheme.nodes is None and after is None
-        start = 0
-        self._initial: list[float] = []
-        for n in range(1 if merged else depth):
-            part = self.scheme.at(n)
-            fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
-            start += part.stages
-            h = self.rule(steps_before + n) * (depth if merged else 1)
-            self._initial.append(h)
-            steps.append(Step(part, fs, shortcuts.get(n, ()), h, self.rule.learned, n, shared is not None))
-        self.monitor = watching.Monitor()
+        self._merged = shared is not None and self.scheme.nodes is None and post_step is None
+        shortcuts = build.shortcuts_of(shortcut, self.scheme, self.depth)
+        sizes = [self.rule(step_offset + n) for n in range(self.depth)]
+        self._initial = [sizes[0] * self.depth] if self._merged else sizes
+        steps = build.steps_of(self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
+        self.monitor = Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
         self._timed = any(s.timed for s in steps)
-        # Nothing happens before, between or after the steps, which all have residual functions of their own.
-        self._direct = (
-            self.scheme.streams == 1
-            and type(self.scheme).init is Scheme.init
-            and type(self.scheme).readout is Scheme.readout
-            and self.backprop is None
-            and after is None
-            and shared is None
-            and not self._timed
-            and not isinstance(self.rule, FromError)
-        )
+        self._makes_streams = type(self.scheme).init is not Scheme.init
+        self._calls = 0  # evaluations that an adaptive solver made in the last pass
         self._checked = False
+        self.backprop = backprop
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
             with torch.no_grad():
-                checks.first_call(self, x, 0.0, None, always=True)
-            self._checked = True
+                self._first_call(x, 0.0, None, None, always=True)
+
+    @property
+    def backprop(self) -> Mode:
+        """The way to backpropagate; setting it to a mode or its text checks that it fits the scheme.
+
+        Raises:
+            SchemeError: an unknown mode, or one that this scheme cannot run.
+        """
+        return self._backprop
+
+    @backprop.setter
+    def backprop(self, mode: str | Mode | None) -> None:
+        found = parse_mode(mode)
+        found.check(self.scheme, self.after)
+        if isinstance(self.rule, FromError):
+            build.check_companion(self.scheme)
+            if not found.keeps_all:
+                raise SchemeError(
+                    f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
+                )
+        self._backprop = found
+        # Nothing happens before, between or after the steps, which all have residual functions of their own.
+        self._direct = (
+            found.keeps_all
+            and self.scheme.streams == 1
+            and not self._makes_streams
+            and type(self.scheme).readout is Scheme.readout
+            and self.after is None
+            and self.block is None
+            and not self._timed
+            and not isinstance(self.rule, FromError)
+        )
+
+    @property
+    def post_step(self) -> nn.Module | None:
+        """What is applied to the streams after each step."""
+        return self.after
 
     @classmethod
     def from_factory(
@@ -234,124 +225,85 @@ class Stack(nn.Module):
             t: time at the start, for residual functions that take one.
             context: what residual functions with a parameter ``context`` read.
         """
-        if self._direct and self._checked:
+        if self._direct and self._checked:  # the walk, spared what it does not need: microseconds on small states
             state: State = (x,)
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
                 state = step(state, None, None, context)  # type: ignore[misc]
             return state[0]
+        return self.scheme.readout(self._walk(x, t, context))
+
+    def _walk(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> State:
+        """The state after the last step; ``on_step`` is shown the state after each."""
         if not self._checked and not torch.compiler.is_compiling():
-            if not isinstance(x, Tensor):
-                raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
-            y = checks.first_call(self, x, t, context)
-            self._checked = True
-            return y
-        return self.run(x, t, context)
+            return self._first_call(x, t, context, on_step)
+        return self._run(x, t, context, on_step)
 
-    def run(self, x: Tensor, t: Any, context: Any) -> Tensor:
-        """The forward pass without the checks of a first call."""
-        if isinstance(self.rule, FromError):
-            return self.forward_with_errors(x, t=t, context=context).output
-        state = self._start(x, t, context)
-        time = t if self._timed else None
-        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
-            return self.scheme.readout(_eager(self, self.backprop, state, time, context))
-        if isinstance(self.backprop, Checkpoint) and torch.is_grad_enabled():
-            every = self.backprop.every
-            for first in range(0, len(self.steps), every):
-                state = self._recomputed(self.steps[first : first + every], state, time, context)
-                if time is not None:
-                    time = time + sum(s.scheme.span * s.h for s in self.steps[first : first + every])
-            return self.scheme.readout(state)
-        return self.scheme.readout(self._advance(self.steps, state, time, context))
-
-    def _start(self, x: Tensor, t: Any, context: Any) -> State:
-        if type(self.scheme).init is Scheme.init:
-            return (x,)
-        first = self.steps[0]
-        return self.scheme.init(first.start(self.block, t if self._timed else None, context), x, first.h)
-
-    def _advance(self, steps: Iterable[Step], state: State, time: Any, context: Any) -> State:
-        for step in steps:
-            state = step(state, self.block, time, context)
-            if self.after is not None:
-                state = tuple(self.after(x) for x in state)
-            if time is not None:
-                time = time + step.scheme.span * step.h
+    def _first_call(self, x: Tensor, t: Any, context: Any, on_step: Observer | None, always: bool = False) -> State:
+        """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
+        if not isinstance(x, Tensor):
+            raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
+        with checks.nothing_changed([self], always):
+            state = self._run(x, t, context, on_step, checks.watch)
+        self._checked = True
         return state
 
-    def _recomputed(self, steps: Sequence[Step], state: State, time: Any, context: Any) -> State:
-        """Steps whose inner tensors are dropped, and made again in the backward pass with the same dropout."""
-        modules = [*steps, *(m for m in (self.block, self.after) if m is not None)]
-        return checkpoint(
-            lambda *streams: self._advance(steps, streams, time, context),
-            *state,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), buffers_kept(modules)),
-        )  # type: ignore[return-value]
+    def _run(self, x: Tensor, t: Any, context: Any, on_step: Observer | None, wrap: Any = None) -> State:
+        given, state = self._pass(x, t, context, on_step)
+        mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
+        state = mode.run(given._replace(wrap=wrap), state)
+        if given.calls is not None:
+            self._calls = given.calls[0]
+        return state
 
-    def _reversed(
-        self, how: Reverse | Exact, state: State, time: Any, context: Any, states: list[State] | None = None
-    ) -> State:
-        return self.monitor.run(self, how, state, time, context, states)
+    def _pass(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> tuple[Pass, State]:
+        """A pass through the steps, and the streams that it starts from."""
+        time = t if self._timed else None
+        steps, sizes = self.steps, None
+        if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
+            steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
+        state: State = (x,)
+        if self._makes_streams:
+            state = self.scheme.init(steps[0].start(self.block, time, context), x, steps[0].h)
+        calls = [0] if self.scheme.evaluations is None else None
+        return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, calls=calls), state
 
     def trajectory(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> list[Tensor]:
         """The readout after each step, ``depth`` tensors, the last one the output; differentiable.
 
         A continuous scheme is solved from one whole time to the next.
         """
-        if isinstance(self.rule, FromError):
-            raise SchemeError("Stack: trajectory has no step sizes from errors; use forward_with_errors.")
-        state = self._start(x, t, context)
-        time = t if self._timed or self.scheme.nodes is None else None
-        if isinstance(self.backprop, (Reverse, Exact)) and torch.is_grad_enabled():
-            states: list[State] = []
-            _eager(self, self.backprop, state, time, context, states)
-            return [self.scheme.readout(s) for s in states]
-        found = []
-        for n in range(self.depth):
-            step = self.steps[n if n < len(self.steps) else 0]
-            h = step.h if len(self.steps) == self.depth else step.h / self.depth
-            state = step(state, self.block, time, context, h)
-            if self.after is not None:
-                state = tuple(self.after(x) for x in state)
-            if time is not None:
-                time = time + step.scheme.span * h
-            found.append(self.scheme.readout(state))
+        found: list[Tensor] = []
+        self._walk(x, t, context, lambda n, state: found.append(self.scheme.readout(state)))
         return found
 
-    def visit(
-        self,
-        x: Tensor,
-        visitor: Callable[[int, State], None] | None = None,
-        *,
-        t: float | Tensor = 0.0,
-        context: Any = None,
+    def visit_states(
+        self, x: Tensor, visitor: Observer | None = None, *, t: float | Tensor = 0.0, context: Any = None
     ) -> State:
         """Runs the steps, calls ``visitor(n, streams)`` after step n, and returns the last streams; differentiable.
 
         For heads that read the middle of a network: they see a state while it exists, and none is kept for them.
         """
-        state = self._start(x, t, context)
-        time = t if self._timed else None
-        seen = _Visits(visitor)
-        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
-            return _eager(self, self.backprop, state, time, context, seen)
-        advance = self._recomputed if self.backprop is not None and torch.is_grad_enabled() else self._advance
-        for step in self.steps:
-            state = advance((step,), state, time, context)
-            seen.append(state)
-            if time is not None:
-                time = time + step.scheme.span * step.h
-        return state
+        return self._walk(x, t, context, visitor)
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
         """All streams after the last step, before the readout: what ``inverse`` can start from."""
-        state, time = self._start(x, t, context), t if self._timed else None
-        if isinstance(self.backprop, Reverse) and torch.is_grad_enabled():
-            return _eager(self, self.backprop, state, time, context)
-        return self._advance(self.steps, state, time, context)
+        return self._walk(x, t, context)
 
-    def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> watching.Diagnosis:
+    def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
+        """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
+
+        Differentiable: log its size, add it to the loss, or let ``step="error(tol)"`` choose the step sizes by it.
+
+        Raises:
+            SchemeError: the scheme has no embedded companion.
+        """
+        build.check_companion(self.scheme)
+        given, state = self._pass(x, t, context)
+        rule = self.rule if isinstance(self.rule, FromError) else None
+        state, errors = WithErrors(self._backprop, rule).estimates(given, state)
+        return Estimate(self.scheme.readout(state), errors)
+
+    def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Diagnosis:
         """Runs each step forward and back without gradients, and reports what is finite, drifts and grows errors.
 
         Statistics and generators are left as they were.
@@ -366,10 +318,9 @@ class Stack(nn.Module):
             >>> [r.finite for r in stack.diagnose(torch.randn(3, 4)).steps]
             [True, True]
         """
-        if not self.scheme.invertible or self.after is not None:
-            raise SchemeError(f"Stack: diagnose runs steps back, and {self.scheme} or after= has no inverse.")
-        time = t if self._timed else None
-        return watching.diagnose(self, lambda: self._start(x, t, context), time, context)
+        self._check_invertible(self.training and self.scheme.reversible_in_training)
+        with torch.no_grad(), checks.nothing_changed([self], always=True):
+            return diagnose(*self._pass(x, t, context))
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
         """The input whose output is y.
@@ -382,47 +333,22 @@ class Stack(nn.Module):
         Raises:
             SchemeError: the scheme has no inverse, or the readout does not tell its streams.
         """
-        if not self.scheme.invertible or self.after is not None:
-            what = "after= cannot be undone" if self.scheme.invertible else f"{self.scheme} has no inverse"
-            raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet.")
-        if isinstance(y, Tensor) and any(made(step) for step in self.steps):
+        self._check_invertible()
+        if isinstance(y, Tensor) and any(step.scheme.streams_added for step in self.steps):
             raise SchemeError(f"Stack: {self.scheme} makes streams that its output does not tell; use final_state(x).")
         state = self.scheme.state_from_output(y) if isinstance(y, Tensor) else tuple(y)
         times: list[Any] = [t if self._timed else None]
         for step in self.steps:
-            times.append(None if times[-1] is None else times[-1] + step.scheme.span * step.h)
-        for n in range(len(self.steps) - 1, -1, -1):
-            step = self.steps[n]
-            fs, gs = step.functions(state, self.block, times[n], context, step.h)
+            times.append(step.end(times[-1]))
+        for step, time in zip(reversed(self.steps), reversed(times[:-1]), strict=True):
+            fs, gs = step.functions(self.block, time, context, step.h)
             state = step.scheme._inverse(fs, state, step.h, gs)
         return self.scheme.input_from_state(state)
 
-    def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
-        """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
-
-        Differentiable: log its size, add it to the loss, or let ``step="error(tol)"`` choose the step sizes by it.
-
-        Raises:
-            SchemeError: the scheme has no embedded companion.
-        """
-        structure.check_companion(self.scheme)
-        state = self._start(x, t, context)
-        time = t if self._timed else None
-        h = self.steps[0].h
-        errors = []
-        for step in self.steps:
-            if not isinstance(self.rule, FromError):
-                h = step.h
-            state, error = step.with_error(state, self.block, time, context, h)
-            if self.after is not None:
-                state = tuple(self.after(x) for x in state)
-            if time is not None:
-                time = time + h
-            if isinstance(self.rule, FromError):
-                assert isinstance(step.scheme, RungeKutta)
-                h = self.rule.following(h, error, step.scheme.pair_order)
-            errors.append(error)
-        return Estimate(self.scheme.readout(state), errors)
+    def _check_invertible(self, or_else: bool = False) -> None:
+        if not (self.scheme.invertible or or_else) or self.after is not None:
+            what = "post_step= cannot be undone" if self.after is not None else f"{self.scheme} has no inverse"
+            raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet, without post_step=.")
 
     def set_step(self, h: float) -> None:
         """Sets the size of every step, as a schedule over the epochs does; a decay keeps its ratios.
@@ -440,9 +366,11 @@ class Stack(nn.Module):
     @property
     def evaluations(self) -> int:
         """Calls of residual functions in one forward pass; of an adaptive solver, those of the last one."""
-        if isinstance(self.rule, FromError):  # the companion reads all of them
-            return sum(s.scheme.stages for s in self.steps)
-        return sum(s.calls[0] if s.scheme.evaluations is None else s.scheme.evaluations for s in self.steps)
+        if self.scheme.evaluations is None:
+            return self._calls
+        # The companion of an embedded pair reads all of them.
+        every = isinstance(self.rule, FromError)
+        return sum(s.scheme.stages if every else s.scheme.evaluations or 0 for s in self.steps)
 
     def extra_repr(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -451,19 +379,30 @@ class Stack(nn.Module):
         parts.append(f"parameters={count:,}")
         if str(self.rule) != "1":
             parts.append(f"step={self.rule}")
-        if self.backprop is not None:
-            parts.append(f"backprop={written(self.backprop)}")
+        if not self.backprop.keeps_all:
+            parts.append(f"backprop={format_mode(self.backprop)}")
         return ", ".join(parts)
 
 
-_kept: list[Any] = []
+adopt(Stack, {"visit": "visit_states"})
 
 
-def _keep_eager() -> None:
-    """Keeps torch.compile out of the reverse modes. Asking for it loads the compiler, so no import does it."""
-    if not _kept:
-        _kept.append(torch.compiler.disable(Stack._reversed))
+@contextmanager
+def keeping_all(module: nn.Module) -> Iterator[None]:
+    """Inside, all stacks of a module keep their tensors: a recomputed state has no graph to what its step makes of it.
 
-
-def _eager(stack: Stack, *args: Any) -> State:
-    return (_kept[0] if _kept else Stack._reversed)(stack, *args)
+    Example:
+        >>> net = Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop="reverse")
+        >>> with keeping_all(net):
+        ...     print(net.backprop)
+        store
+    """
+    stacks = [m for m in module.modules() if isinstance(m, Stack)]
+    modes = [stack.backprop for stack in stacks]
+    try:
+        for stack in stacks:
+            stack.backprop = Store()
+        yield
+    finally:
+        for stack, mode in zip(stacks, modes, strict=True):
+            stack.backprop = mode

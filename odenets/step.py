@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from schemes.scheme import Function, Scheme, State, bind, signature
 
-from . import backprop as engine
+Functions = tuple[Sequence[Function], Sequence[Function]]  # residual functions and shortcuts
+Runner = Callable[["Step", State, nn.Module | None, Any, Any, Any], State]
+Wrap = Callable[["Step", State, Sequence[Function], Sequence[Function]], Functions]
 
 
-class Call(nn.Module):
+class FunctionModule(nn.Module):
     """A plain callable as a module, so that a step can hold it among modules."""
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -19,9 +21,11 @@ class Call(nn.Module):
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Calls the function."""
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        """The function's name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
@@ -43,34 +47,45 @@ class Step(nn.Module):
     ):
         super().__init__()
         self.scheme, self.index = scheme, index
-        self.takes = tuple(signature(f.function if isinstance(f, Call) else f) for f in fs)
+        self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)
         self.timed = any(t.time for t in self.takes)
         self.plain = scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
         self.fs = None if shared else nn.ModuleList(fs)
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
-        self.bare = self.plain and self.gs is None and not shared
-        self.watch: Any = None  # set for the checks of a first call
-        self.searched: set[int] = set()  # updates in which the engine has looked for tensors read unseen
-        self.calls = [0]  # evaluations that an adaptive solver made in the last forward pass
+        self.bare = self.plain and self.gs is None and not shared and not scheme.training_differs
 
     def functions(
-        self, state: State | None, shared: nn.Module | None, t: Any, context: Any, h: Any
-    ) -> tuple[Sequence[Function], Sequence[Function]]:
-        """The residual functions, with time and context filled in where they take them, and the shortcuts."""
+        self, shared: nn.Module | None, t: Any, context: Any, h: Any, calls: list[int] | None = None
+    ) -> Functions:
+        """The residual functions, with time and context filled in where they take them, and the shortcuts.
+
+        Args:
+            shared: the residual function of all steps, where there is only one.
+            t: time at the start of the step.
+            context: what functions with a parameter ``context`` read.
+            h: step size.
+            calls: counts the evaluations of an adaptive solver.
+        """
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
-        gs: Sequence[Function] = () if self.gs is None else tuple(self.gs)
-        if self.watch is not None and state is not None:
-            fs, gs = self.watch(self, state, fs, gs)
         if not self.plain:
-            self.calls[0] = 0
-            fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, self.calls)
-        return fs, gs
+            fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
+        return fs, () if self.gs is None else tuple(self.gs)
 
     def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
         """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
         return fs if self.plain else bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
+
+    def end(self, t: Any, h: Any = None) -> Any:
+        """The time at the end of a step that starts at t; None where no function reads the time."""
+        return None if t is None else t + self.scheme.span * (self.h if h is None else h)
+
+    def scheme_on(self, state: State) -> Scheme:
+        """The scheme, or in training what stands for it there (bdia draws)."""
+        if self.training and self.scheme.training_differs:
+            return self.scheme.training_scheme(self.index, state[-1])
+        return self.scheme
 
     def forward(
         self,
@@ -79,25 +94,43 @@ class Step(nn.Module):
         t: Any = None,
         context: Any = None,
         h: Any = None,
-        tape: engine.Runner | None = None,
+        runner: Runner | None = None,
     ) -> State:
-        if tape is not None:
-            return tape.advance(self, state, shared, t, context)
-        if self.bare and h is None and self.watch is None:
+        """The streams after the step.
+
+        Args:
+            state: the streams before it.
+            shared: the residual function of all steps, where there is only one.
+            t: time at the start, None where no function reads it.
+            context: what functions with a parameter ``context`` read.
+            h: step size; None is the step's own.
+            runner: what runs the step in its stead (a mode of backpropagation), here where the hooks of FSDP hang.
+        """
+        if runner is not None:
+            return runner(self, state, shared, t, context, h)
+        if self.bare and h is None:
             # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
             return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
-        h = self.h if h is None else h
-        fs, gs = self.functions(state, shared, t, context, h)
-        state = self.scheme._step(fs, state, h, gs)
-        if self.scheme.nodes is None:
-            self.calls = [*self.calls]  # an adjoint counts its calls in the backward pass in the old list
-        return state
+        return self.evaluate(state, shared, t, context, h)
 
-    def with_error(self, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> tuple[State, Tensor]:
-        """The step, and the error estimate of the scheme's embedded companion."""
-        fs, gs = self.functions(state, shared, t, context, h)
-        return self.scheme.step_with_error(fs, state, h, gs)  # type: ignore[attr-defined]
+    def evaluate(
+        self,
+        state: State,
+        shared: nn.Module | None,
+        t: Any,
+        context: Any,
+        h: Any = None,
+        wrap: Wrap | None = None,
+        calls: list[int] | None = None,
+    ) -> State:
+        """The step by plain evaluation, its functions wrapped by what a pass collects or checks."""
+        h = self.h if h is None else h
+        fs, gs = self.functions(shared, t, context, h, calls)
+        if wrap is not None:
+            fs, gs = wrap(self, state, fs, gs)
+        return self.scheme_on(state)._step(fs, state, h, gs)
 
     def extra_repr(self) -> str:
+        """Scheme and step size."""
         h = "learned" if isinstance(self.h, nn.Parameter) else f"{self.h:g}"
         return f"{self.scheme}, h={h}"

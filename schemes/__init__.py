@@ -5,7 +5,7 @@ from . import stability as stability
 from . import tableaux as tableaux
 from .adaptive import Adaptive as Adaptive
 from .bdia import Bdia as Bdia
-from .columns import RevCol as RevCol
+from .columns import RevColCoupling as RevColCoupling
 from .compose import Mix as Mix
 from .compose import Nested as Nested
 from .compose import Repeat as Repeat
@@ -14,9 +14,10 @@ from .coupling import Additive as Additive
 from .coupling import Affine as Affine
 from .coupling import Coupling as Coupling
 from .coupling import MultiLevel as MultiLevel
-from .coupling import RevNet as RevNet
+from .coupling import RevNetCoupling as RevNetCoupling
 from .coupling import Update as Update
 from .dense import Dense as Dense
+from .deprecation import renamed_names as _renamed_names
 from .errors import MixingWarning as MixingWarning
 from .errors import SchemeError as SchemeError
 from .linear import LinearMethod as LinearMethod
@@ -28,6 +29,7 @@ from .multistep import LmResNet as LmResNet
 from .multistep import Momentum as Momentum
 from .multistep import ReversibleHeun as ReversibleHeun
 from .registry import catalogue as catalogue
+from .registry import examples as examples
 from .registry import get as get
 from .registry import names as names
 from .registry import register as register
@@ -37,3 +39,5 @@ from .scheme import Scheme as Scheme
 from .scheme import Slot as Slot
 from .scheme import solve as solve
 from .tableau import Tableau as Tableau
+
+__getattr__ = _renamed_names(__name__, globals(), {"RevCol": "RevColCoupling", "RevNet": "RevNetCoupling"})

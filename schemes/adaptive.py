@@ -42,6 +42,12 @@ class Adaptive(Scheme):
         'adaptive(dopri5, rtol=0.0001)'
     """
 
+    examples = (
+        "adaptive(dopri5)",
+        "adaptive(bosh3, rtol=1e-4, adjoint=true)",
+        "adaptive(dopri8, 1/1000, atol=0.00001)",
+        "adaptive(heun2, max_steps=99)",
+    )
     stages = 1
     nodes = None
     shortcuts = 0

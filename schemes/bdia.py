@@ -112,7 +112,8 @@ class Bdia(Scheme):
     ``at_random(n, draw(x))`` is step n: invertible, and in exact arithmetic bit by bit. Any published ResNet, ConvNeXt
     or ViT can be fine-tuned so, without a change to its architecture.
 
-    Cost: 1 residual function a step; in training 2 streams, and 1 bit per element and step in exact arithmetic.
+    Cost: 1 residual function a step, no shortcuts; in training 2 streams, and 1 bit per element and step in exact
+    arithmetic.
 
     Args:
         gamma: size of gamma, a power of two up to 1/2; exact arithmetic wants 1/2.
@@ -131,9 +132,11 @@ class Bdia(Scheme):
         torch.Size([3, 1, 1, 1])
     """
 
+    examples = ("bdia", "bdia(1/4)")
     stages = evaluations = 1
     order = 1
     nodes = (0.0,)
+    shortcuts = 0  # training mixes streams from before and after the first step: they must have one shape
     training_differs = True
 
     def __init__(self, gamma: float = 0.5):
@@ -144,8 +147,10 @@ class Bdia(Scheme):
             )
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        if gs:
+            raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; other maps stand between two stacks.")
         (x,) = state
-        return ((gs[0](x) if gs else x) + scaled(h, fs[0](x)),)
+        return (x + scaled(h, fs[0](x)),)
 
     def readout(self, state: State) -> Tensor:
         return state[-1]

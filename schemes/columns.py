@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
+from .deprecation import renamed_names
 from .errors import SchemeError
-from .scheme import Function, Scheme, Slot, State, StepSize
+from .scheme import Function, Scheme, Slot, State, StepSize, limit_functions
+
+__getattr__ = renamed_names(__name__, globals(), {"RevCol": "RevColCoupling"})
 
 
 class _Column(Coupling):
@@ -64,7 +67,7 @@ class FirstColumn(_Column):
         return (streams[0], *self._widths(streams[0]))
 
 
-class RevCol(_Column):
+class RevColCoupling(_Column):
     """RevCol's coupling: x_l <- alpha_l x_l + h F_l(x_{l-1} of this column, x_{l+1} of the last column).
 
     Streams: the stem's output x_{-1}, which no column changes, then one per level, from fine to coarse. A step is a
@@ -95,11 +98,14 @@ class RevCol(_Column):
         [(64, 128), (64, 256), (128, 512), (256,)]
     """
 
+    examples = ("revcol", "revcol(1)", "revcol(3, growth=1)", "revcol(3, huge=true)")
+
     def __init__(self, levels: int = 4, growth: int = 2, huge: bool = False):
         least = 3 if huge else 1
         for name, number, low in (("levels", levels, least), ("growth", growth, 1)):
             if isinstance(number, bool) or not isinstance(number, int) or number < low:
                 raise SchemeError(f"revcol: {name} is {number}, want a whole number of at least {low}.")
+        limit_functions("revcol", levels)
         super().__init__(levels, growth, bool(huge))
         self.shortcuts = levels
         self.first = FirstColumn(levels, growth, bool(huge))

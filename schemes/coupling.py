@@ -21,13 +21,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .deprecation import renamed_names, warn_renamed
 from .errors import SchemeError
-from .scheme import Function, Scheme, Slot, State, StepSize
+from .scheme import MAX_FUNCTIONS, Function, Scheme, Slot, State, StepSize, limit_functions
 
 Scale = float | Tensor
 
+_RENAMED = {
+    "do": "apply_update",
+    "undo": "invert_update",
+    "turned": "rotated",
+    "RevNet": "RevNetCoupling",
+}
+__getattr__ = renamed_names(__name__, globals(), _RENAMED)
 
-class Update(NamedTuple):
+
+class _Update(NamedTuple):
+    dst: int
+    terms: Callable[[State], tuple]
+    appends: bool = False
+    shortcut: int | None = None
+    byproduct: int | None = None
+
+
+class Update(_Update):
     """One elementary update of a coupling: ``state[dst] <- scale * state[dst] + shift``.
 
     Attributes:
@@ -42,11 +59,26 @@ class Update(NamedTuple):
             need back, such as a residual function's value that the readout uses; None where there is none.
     """
 
-    dst: int
-    terms: Callable[[State], tuple]
-    appends: bool = False
-    shortcut: int | None = None
-    byproduct: int | None = None
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        dst: int,
+        terms: Callable[[State], tuple],
+        appends: bool = False,
+        shortcut: int | None = None,
+        byproduct: int | None = None,
+        **old: Any,
+    ) -> "Update":
+        if "makes" in old:
+            warn_renamed("Update(makes=)", "Update(appends=)")
+            appends = old.pop("makes")
+        if "emit" in old:
+            warn_renamed("Update(emit=)", "Update(byproduct=)")
+            byproduct = old.pop("emit")
+        if old:
+            raise TypeError(f"Update: unexpected keyword {next(iter(old))!r}")
+        return super().__new__(cls, dst, terms, appends, shortcut, byproduct)
 
 
 def shortcut_of(update: Update, gs: Sequence[Function]) -> Any:
@@ -106,22 +138,12 @@ class Coupling(Scheme):
 
     Attributes:
         rotate: the updates are followed by a rotation of the streams: the first ``rotate`` go to the end.
-        streams_added: number of streams that a step appends.
-        byproducts: the streams, as they stand after a step, that its inverse does not bring back.
-        shortcuts: number of shortcuts that a step may be given, all or none.
-        amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
-            functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
-            Learned shortcuts change it; they must be measured.
-        exact: whether the inverse can be made bit-exact on a grid; not where the scale is computed from the streams.
     """
 
     invertible = True
-    rotate: int = 0
-    streams_added: int = 0
-    byproducts: tuple[int, ...] = ()
+    exact = True
     shortcuts: int = 0
-    amplification: float = 1.0
-    exact: bool = True
+    rotate: int = 0
 
     @abstractmethod
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -151,8 +173,17 @@ class Coupling(Scheme):
             want = f"none or {self.shortcuts}" if self.shortcuts else "none"
             raise SchemeError(f"{self}: {len(gs)} shortcuts, want {want}; other maps stand between two stacks.")
 
+    @property
+    def raw(self) -> tuple[bool, ...]:
+        # Shortcuts stand in place of a factor here and keep the shape; where they do not, a subclass says so.
+        return (False,) * self.stages
+
     def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
         return rotated(streams, self.rotate)  # type: ignore[arg-type,return-value]
+
+    def shapes_after(self, streams: tuple[torch.Size | None, ...]) -> tuple[torch.Size | None, ...]:
+        new = tuple(self.shape_of(i, streams) for i in range(self.streams_added))  # type: ignore[arg-type]
+        return rotated((*streams, *new), self.rotate)  # type: ignore[arg-type,return-value]
 
 
 class _Split(Coupling):
@@ -216,7 +247,7 @@ def _where(dim: int) -> str:
     return "" if dim == 1 else f"dim={dim}"
 
 
-class RevNet(_Split):
+class RevNetCoupling(_Split):
     """Two streams, each moved by a function of the other: x_0 <- x_0 + h F_0(x_1), then x_1 <- x_1 + h F_1(x_0).
 
     The streams are the halves of the input along ``dim`` (of odd widths the first is wider); the readout joins them.
@@ -239,6 +270,7 @@ class RevNet(_Split):
         True
     """
 
+    examples = ("revnet",)
     stages = evaluations = 2
     streams = shortcuts = 2
     nodes = (0.0, 1.0)
@@ -282,9 +314,12 @@ class Additive(_Split):
         [(8,), (8,), (8,)]
     """
 
+    examples = ("additive(3)", "additive(2)", "additive(4)")
+
     def __init__(self, n: int, dim: int = 1):
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
             raise SchemeError(f"additive: {n} streams, want a whole number of at least 2.")
+        limit_functions("additive", n)
         self.n, self.dim = n, int(dim)
         self.stages = self.evaluations = self.streams = self.shortcuts = n
         self.nodes = tuple(i / (n - 1) for i in range(n))  # the mean time of the streams that function i is given
@@ -324,6 +359,7 @@ class Affine(_Split):
         8
     """
 
+    examples = ("affine", "affine(bound=0.3)")
     stages = evaluations = 2
     streams = 2
     nodes = (0.0, 1.0)
@@ -383,6 +419,7 @@ class MultiLevel(_Split):
         ((6, 5), (5, 6, 4))
     """
 
+    examples = ("multilevel(3)", "multilevel(2)", "multilevel(2, 0.5)", "multilevel(3, -0.7)")
     stages = evaluations = 1
     shortcuts = 1
     nodes = (0.0,)
@@ -391,6 +428,10 @@ class MultiLevel(_Split):
     def __init__(self, m: int, gamma: float = 1.0, dim: int = 1):
         if isinstance(m, bool) or not isinstance(m, int) or m < 2:
             raise SchemeError(f"multilevel: {m} streams, want a whole number of at least 2.")
+        if m > MAX_FUNCTIONS:
+            raise SchemeError(
+                f"multilevel: {m} streams; at most {MAX_FUNCTIONS}, of which each has a part of the input."
+            )
         self.streams, self.gamma, self.dim = m, float(gamma), int(dim)
         if self.gamma == 0:
             raise SchemeError("multilevel: gamma is 0, so that the oldest stream is lost; want any other number.")
@@ -399,6 +440,10 @@ class MultiLevel(_Split):
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
         return [Update(0, lambda s: (self.gamma, scaled(h, f(*s[:0:-1]))), shortcut=0)]
+
+    @property
+    def raw(self) -> tuple[bool, ...]:
+        return (False,)
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return (Slot(n, 0, streams[:0:-1], streams[0]),)

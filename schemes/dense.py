@@ -41,6 +41,7 @@ class Dense(Coupling):
         (24, 12, 12)
     """
 
+    examples = ("dense(12)", "dense(3)", "dense(2, join=false)")
     stages = evaluations = 1
     streams = 1
     streams_added = 1

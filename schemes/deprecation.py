@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 
@@ -10,20 +11,81 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(f"{old} is now {new}; the old name goes in 0.3.", DeprecationWarning, stacklevel=stacklevel)
 
 
-def renamed(old: str, new: str) -> Callable[..., Any]:
-    """A method ``old`` that warns and calls ``new``."""
+def _method(old: str, new: str, target: Callable[..., Any]) -> Callable[..., Any]:
+    """A method ``old`` that warns and calls ``target``, the ``new`` of the class that it stands in.
+
+    That very class's, and not the object's: ``super().old()`` then means what it meant.
+    """
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         warn_renamed(f"{type(self).__name__}.{old}", new)
-        return getattr(self, new)(*args, **kwargs)
+        return target(self, *args, **kwargs)
 
     method.__name__, method.__doc__ = old, f"The name of ``{new}`` before 0.2."
     return method
 
 
+class _Attribute:
+    """An attribute ``old`` that warns, and reads and sets ``new``."""
+
+    def __init__(self, old: str, new: str):
+        self.old, self.new = old, new
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
+        return getattr(owner if instance is None else instance, self.new)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        warn_renamed(f"{type(instance).__name__}.{self.old}", self.new)
+        setattr(instance, self.new, value)
+
+
 def adopt(cls: type, names: Mapping[str, str]) -> None:
-    """Gives a class that defines old names, as written for 0.1, the new ones too."""
+    """Gives a class that defines old names, as written for 0.1, the new ones too, and the other way round.
+
+    Args:
+        cls: the class; what it inherits was adopted where it is defined.
+        names: old names and their new ones, of methods, properties and attributes.
+    """
     for old, new in names.items():
-        if old in cls.__dict__ and new not in cls.__dict__:
-            warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=4)
-            setattr(cls, new, cls.__dict__[old])
+        own = cls.__dict__
+        if old in own and new not in own:
+            # Past adopt, __init_subclass__ and abc, at the class.
+            warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=5)
+            setattr(cls, new, own[old])
+            if not isinstance(own[new], FunctionType):
+                setattr(cls, old, _Attribute(old, new))  # so that both names go on meaning one value
+        elif new in own and old not in own:
+            value = own[new]
+            setattr(cls, old, _method(old, new, value) if isinstance(value, FunctionType) else _Attribute(old, new))
+
+
+def renamed_names(module: str, values: Mapping[str, Any], names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that still answers to old names of its members.
+
+    Args:
+        module: its name, for messages.
+        values: what stands in it: ``globals()``.
+        names: old names and their new ones.
+    """
+
+    def member(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
+        return values[names[name]]
+
+    return member
+
+
+def renamed_arguments(what: str, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments that were given by their old names, under the new ones.
+
+    Raises:
+        TypeError: a name that is not among the old ones.
+    """
+    for old in given:
+        if old not in names:
+            raise TypeError(f"{what}() got an unexpected keyword argument {old!r}")
+        warn_renamed(f"{what}({old}=)", f"{names[old]}=", stacklevel=4)
+    return {names[old]: value for old, value in given.items()}

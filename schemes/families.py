@@ -9,13 +9,15 @@ from fractions import Fraction
 from typing import TypeAlias
 
 from .errors import SchemeError
-from .exact import Entry, Number, exact
+from .exact_numbers import Number, NumberLike, exact
+from .language import sampled
 from .tableau import Tableau
 
 Numbers: TypeAlias = Sequence[Number]
 
 
-def ees25(x: Entry = "1/10") -> Tableau:
+@sampled("ees25", "ees25(1/4)", "ees25(x=-0.3)")
+def ees25(x: NumberLike = "1/10") -> Tableau:
     """Order 2 and antisymmetric order 5 in three stages, for any x but 1 and +-1/2.
 
     Example:
@@ -73,14 +75,15 @@ def _stages(name: str, s: int, least: int) -> int:
     return s
 
 
-def _damping(name: str, damping: Entry) -> Fraction:
+def _damping(name: str, damping: NumberLike) -> Fraction:
     value = exact(damping)
     if not isinstance(value, Fraction) or value < 0:
         raise SchemeError(f"{name}: damping {damping} is no rational number >= 0, such as '1/20'.")
     return value
 
 
-def rkc1(s: int, damping: Entry = "1/20") -> Tableau:
+@sampled("rkc1(5)", "rkc1(1)", "rkc1(2)", "rkc1(3)")
+def rkc1(s: int, damping: NumberLike = "1/20") -> Tableau:
     """First-order Chebyshev method: R(z) = T_s(w0 + w1 z) / T_s(w0); stable to about (2 - 4/3 damping) s^2.
 
     Example:
@@ -102,7 +105,8 @@ def rkc1(s: int, damping: Entry = "1/20") -> Tableau:
     )
 
 
-def rkc2(s: int, damping: Entry = "2/13") -> Tableau:
+@sampled("rkc2(5)", "rkc2(2)", "rkc2(s=5, damping=1/10)")
+def rkc2(s: int, damping: NumberLike = "2/13") -> Tableau:
     """Second-order Chebyshev method; stable to about 2/3 (s^2 - 1) (1 - 2/15 damping).
 
     Example:
@@ -127,6 +131,7 @@ def rkc2(s: int, damping: Entry = "2/13") -> Tableau:
     )
 
 
+@sampled("rkl1(5)", "rkl1(1)", "rkl1(2)", "rkl1(3)")
 def rkl1(s: int) -> Tableau:
     """First-order Legendre method, R(z) = P_s(1 + 2 z / (s^2 + s)); stable to s^2 + s."""
     s = _stages("rkl1", s, 1)
@@ -143,6 +148,7 @@ def rkl1(s: int) -> Tableau:
     )
 
 
+@sampled("rkl2(5)", "rkl2(2)")
 def rkl2(s: int) -> Tableau:
     """Second-order Legendre method; stable to (s^2 + s - 2) / 2 at least."""
     s = _stages("rkl2", s, 2)

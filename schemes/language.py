@@ -18,6 +18,16 @@ MAX_NESTING = 8
 LITERALS = {"true": True, "false": False, "none": None}
 
 
+def sampled(*texts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a function of the language its ``examples``, as a class of schemes declares them: the usual one first."""
+
+    def mark(make: Callable[..., Any]) -> Callable[..., Any]:
+        make.examples = texts  # type: ignore[attr-defined]
+        return make
+
+    return mark
+
+
 def shorten(text: str, limit: int = 240) -> str:
     """The text, or its beginning: messages stay readable whatever was typed."""
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -49,6 +49,7 @@ class Leapfrog(_OneFunction):
         True
     """
 
+    examples = ("leapfrog",)
     order = 2
     streams = 2
     shortcuts = 1
@@ -80,8 +81,9 @@ class Momentum(_OneFunction):
 
     Streams (x, v), at first (x, 0). A shortcut, if given, takes the place of beta.
 
-    Cost: 1 residual function a step, 2 streams. Order 1. Inverse: closed form; it amplifies by 1/|beta| a step, so
-    that small betas need anchors. Stable on the negative real axis up to 2 (1 + beta) / (1 - beta).
+    Cost: 1 residual function a step, 2 streams. Order 1 for |beta| < 1. Inverse: closed form; it amplifies by
+    1/|beta| a step, so that small betas need anchors. Stable on the negative real axis up to
+    2 (1 + beta) / (1 - beta).
 
     Args:
         beta: share of the old velocity, neither 0 nor 1.
@@ -98,7 +100,7 @@ class Momentum(_OneFunction):
         2.0
     """
 
-    order = 1
+    examples = ("momentum(9/10)", "momentum", "momentum(0.5)", "momentum(-0.5)", "momentum(2)")
     streams = 2
     shortcuts = 1
 
@@ -106,6 +108,7 @@ class Momentum(_OneFunction):
         self.beta = float(beta)
         if self.beta in (0.0, 1.0):
             raise SchemeError(f"momentum: beta is {self.beta:g}, want any number but 0 and 1; 0 is Euler: 'euler'.")
+        self.order = 1 if abs(self.beta) < 1 else None  # else the velocity grows, or swings, step by step
         self.amplification = max(1.0, 1 / abs(self.beta))
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
@@ -146,6 +149,7 @@ class LmResNet(_OneFunction):
         2.0
     """
 
+    examples = ("lm_resnet(1/2)", "lm_resnet(-2)")
     streams = 2
     shortcuts = 1
 
@@ -196,6 +200,7 @@ class Alf(_OneFunction):
         True
     """
 
+    examples = ("alf", "alf(0.9)", "alf(0.8)")
     streams = 2
     nodes = (0.5,)
 
@@ -243,6 +248,7 @@ class ReversibleHeun(_OneFunction):
         True
     """
 
+    examples = ("reversible_heun",)
     order = 2
     streams = 3
     byproducts = (2,)
@@ -292,9 +298,11 @@ class AdamsBashforth2(Scheme):
         True
     """
 
+    examples = ("ab2",)
     order = 2
     stages = evaluations = 1
     streams = 2
+    shortcuts = 0
     nodes = (0.0,)
 
     def __init__(self, first: bool = False):
@@ -313,6 +321,10 @@ class AdamsBashforth2(Scheme):
         k = fs[0](x)
         slope = k if self.first is self else 1.5 * k - 0.5 * before
         return x + scaled(h, slope), k
+
+    @property
+    def raw(self) -> tuple[bool, ...]:
+        return (False,)
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return (Slot(n, 0, streams[:1], streams[0]),)

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from . import stability, tableaux
 from .adaptive import Adaptive
 from .bdia import Bdia
-from .columns import RevCol
+from .columns import RevColCoupling
 from .compose import Mix, Nested, Repeat, Substeps
-from .coupling import Additive, Affine, MultiLevel, RevNet
+from .coupling import Additive, Affine, MultiLevel, RevNetCoupling
 from .dense import Dense
 from .errors import SchemeError
 from .language import Reader, shorten
 from .multistep import AdamsBashforth2, Alf, Leapfrog, LmResNet, Momentum, ReversibleHeun
 from .reversible import Reversible
 from .runge_kutta import RungeKutta, pruned
-from .scheme import Scheme
+from .scheme import Scheme, limit_functions
 from .tableau import Tableau
 
 
@@ -53,9 +53,9 @@ _FAMILIES: dict[str, Callable[..., Scheme]] = {
     "nested": Nested,
     "pruned": pruned,
     "repeat": Repeat,
-    "revcol": RevCol,
+    "revcol": RevColCoupling,
     "reversible": Reversible,
-    "revnet": RevNet,
+    "revnet": RevNetCoupling,
     "substeps": Substeps,
 }
 
@@ -81,12 +81,41 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
     found = Reader(_NAMES, _FAMILIES, Mix).read(scheme)
     if not isinstance(found, Scheme):
         raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
+    limit_functions(str(found), found.stages)
     return found
 
 
 def names() -> tuple[str, ...]:
     """All names that ``get`` knows: plain ones, then those that take arguments, each sorted."""
     return (*sorted(_NAMES), *sorted(set(_FAMILIES) - set(_NAMES)))
+
+
+def examples(name: str | None = None) -> tuple[str, ...]:
+    """Expressions that sample everything registered: every plain name, and what each family and class declares.
+
+    Laws, strategies and tables go through them, so that a new scheme needs no second mention: a class of schemes says
+    its ``examples`` in its body, and a function by the decorator ``schemes.language.sampled``. A family that declares
+    none and can be called without arguments stands with its name.
+
+    Args:
+        name: only those of that name; None is all.
+
+    Example:
+        >>> import schemes
+        >>> schemes.examples("affine")
+        ('affine', 'affine(bound=0.3)')
+    """
+    found: list[str] = []
+    for each in names() if name is None else (name,):
+        make = _FAMILIES.get(each)
+        if make is None:
+            found.append(each)
+            found += type(_NAMES[each]).__dict__.get("examples", ())
+        else:
+            found += vars(make).get("examples", ())
+    if name is None:  # a sum has no name
+        found += Mix.examples
+    return tuple(dict.fromkeys(found))
 
 
 def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> None:
@@ -119,7 +148,7 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
         raise SchemeError(f"cannot register {name!r}: want a Scheme, a Tableau or a function that makes a Scheme.")
 
 
-class Entry(NamedTuple):
+class CatalogueEntry(NamedTuple):
     """One line of the catalogue."""
 
     name: str
@@ -133,20 +162,22 @@ class Entry(NamedTuple):
     cite: str
 
 
-def catalogue() -> tuple[Entry, ...]:
+def catalogue() -> tuple[CatalogueEntry, ...]:
     """What is known of each named Runge-Kutta scheme: stages, orders, mixing figure and stability intervals.
 
     ``real`` and ``imaginary`` are the lengths of the intervals [-r, 0] and [-i, i] on which |R(z)| <= 1; ``mixing`` is
-    max_i sum_j |a_ij|. Families stand with their smallest usual member.
+    max_i sum_j |a_ij|. Families of tableaux stand with their usual member, the first of their examples.
     """
-    samples = [*sorted(_NAMES), *(f for f in ("ees25", "rkc1(5)", "rkc2(5)", "rkl2(5)") if f not in _NAMES)]
+    samples = [*sorted(_NAMES), *(examples(name)[0] for name in sorted(tableaux.FAMILIES))]
     rows = []
     for name in samples:
         scheme = get(name)
         t = scheme.tableau
         if t is None:
-            rows.append(Entry(name, scheme.stages, scheme.order, None, None, None, None, True, ""))
+            rows.append(CatalogueEntry(name, scheme.stages, scheme.order, None, None, None, None, True, ""))
             continue
         real, imaginary = stability.real_interval(t), stability.imaginary_interval(t)
-        rows.append(Entry(name, t.stages, t.order, t.order_hat, t.mixing, real, imaginary, t.digits is None, t.cite))
+        rows.append(
+            CatalogueEntry(name, t.stages, t.order, t.order_hat, t.mixing, real, imaginary, t.digits is None, t.cite)
+        )
     return tuple(rows)

@@ -50,11 +50,19 @@ class Reversible(Coupling):
         (8, 4, 0.01)
     """
 
+    examples = (
+        "reversible(rk4)",
+        "reversible(midpoint, 0.9)",
+        "reversible(euler, 0.5)",
+        "reversible(repeat(heun2, 2))",
+    )
     streams = 2
 
     def __init__(self, base: Scheme, coupling: float = 0.999):
-        if not isinstance(base, Scheme) or base.streams != 1 or base.nodes is None or base.invertible:
-            raise SchemeError(f"reversible: the base {base} must have one stream and fixed steps, such as rk4.")
+        if not isinstance(base, Scheme) or base.nodes is None or base.invertible or not base.one_stream:
+            raise SchemeError(
+                f"reversible: the base {base} must have one stream and fixed steps, such as rk4, in training too."
+            )
         self.base, self.coupling = base, float(coupling)
         if not 0 < self.coupling < 1:
             raise SchemeError(f"reversible: the coupling is {self.coupling:g}, want 0 < coupling < 1.")
@@ -68,7 +76,8 @@ class Reversible(Coupling):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         # Given times, each function comes twice, at the times of either half; without times both halves share.
-        forth, back = fs[: self.stages], fs[-self.stages :]
+        half = max(len(fs) // 2, self.stages)
+        forth, back = fs[:half], fs[-half:]
         c, slope = self.coupling, self.base.slope
 
         def first(s: State) -> tuple[float, Tensor]:
@@ -111,6 +120,18 @@ class Reversible(Coupling):
             _first(lambda r: growth(complex(-span * r)) > tolerance),
             _first(lambda r: growth(1j * span * r) > imaginary_tolerance),
         )
+
+    def at(self, n: int) -> Scheme:
+        base = self.base.whole(n)
+        return self if base is self.base else Reversible(base, self.coupling)
+
+    @property
+    def raw(self) -> tuple[bool, ...]:
+        return self.base.raw
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        return self.base.unused
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return self.base.slots(n, streams[:1])

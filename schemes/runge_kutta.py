@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
+from .language import sampled
 from .scheme import Function, Scheme, State, StepSize
 from .tableau import Tableau
 
@@ -58,6 +59,8 @@ class RungeKutta(Scheme):
         >>> round(float(y), 6)
         0.904837
     """
+
+    examples = ("rk4",)
 
     def __init__(self, tableau: Tableau):
         a, b, c, b_hat = tableau.floats()
@@ -138,7 +141,7 @@ class RungeKutta(Scheme):
 
     @property
     def unused(self) -> tuple[int, ...]:
-        """Residual functions that only the error estimate reads; they get no gradient from the output of a step."""
+        # Those that only the error estimate reads.
         return tuple(range(self.live, self.stages))
 
     def __eq__(self, other: object) -> bool:
@@ -151,6 +154,7 @@ class RungeKutta(Scheme):
         return self._tableau.name or "unnamed"
 
 
+@sampled("pruned(dopri5)", "pruned(verner89)", "pruned(tsit5)", "pruned(bosh3)", "pruned(rk4)")
 def pruned(scheme: Scheme) -> RungeKutta:
     """A Runge-Kutta method without its companion, and without the stages that only the companion reads.
 

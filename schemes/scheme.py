@@ -19,13 +19,28 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .deprecation import adopt, renamed
+from .deprecation import adopt
 from .errors import SchemeError
 from .tableau import Tableau
 
 State = tuple[Tensor, ...]
 Function = Callable[..., Tensor]
 StepSize = float | Tensor
+
+MAX_FUNCTIONS = 4096
+
+
+def limit_functions(name: str, count: int) -> None:
+    """Refuses a step of more than 4,096 residual functions, before anything of that size is built.
+
+    Raises:
+        SchemeError: the count is larger.
+    """
+    if count > MAX_FUNCTIONS:
+        raise SchemeError(
+            f"{name}: {count} residual functions a step; at most {MAX_FUNCTIONS}.\n"
+            "  The steps of a Stack have no limit: write a smaller scheme and make more steps of it."
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,18 @@ class Scheme(ABC):
         shortcuts: number of shortcuts that a step may be given, all or none.
         evaluations: calls of residual functions per step; None where only a run can tell.
         training_differs: whether ``training_scheme`` is another scheme than this one (bdia).
+        streams_added: number of streams that a step appends.
+        byproducts: the streams, as they stand after a step, that its inverse does not bring back.
+        amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
+            functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
+            Learned shortcuts change it; they must be measured.
+        exact: whether the inverse can be made bit-exact on a grid; not where the scale of an update is computed from
+            the streams.
+        examples: expressions of the language that read as members of this class, the usual one first. The laws of
+            ``schemes.testing``, the strategies and the tables of the documentation go through them.
     """
+
+    examples: ClassVar[tuple[str, ...]] = ()
 
     stages: int
     order: int | None = None
@@ -80,6 +106,10 @@ class Scheme(ABC):
     invertible: bool = False
     evaluations: int | None = None
     training_differs: bool = False
+    streams_added: int = 0
+    byproducts: tuple[int, ...] = ()
+    amplification: float = 1.0
+    exact: bool = False
 
     _RENAMED: ClassVar[dict[str, str]] = {
         "advance": "_step",
@@ -93,7 +123,6 @@ class Scheme(ABC):
         "made": "streams_added",
         "emitted": "byproducts",
     }
-    advance, retreat = renamed("advance", "_step"), renamed("retreat", "_inverse")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,11 +142,22 @@ class Scheme(ABC):
         return self.invertible
 
     def training_scheme(self, n: int, x: Tensor) -> "Scheme":
-        """What stands for this scheme in step n of a training pass that makes states again; x is a stream of it.
+        """What stands for this scheme in step n of a training pass; x is a stream of it.
 
-        The scheme itself, unless training and inference differ (bdia).
+        The scheme itself, unless training and inference differ (bdia). A Stack asks the scheme of its step,
+        ``at(n).training_scheme(n, x)``.
         """
         return self
+
+    @property
+    def one_stream(self) -> bool:
+        """Whether every step sends one stream to one stream, in training too: it can then act as a function."""
+        return self.streams == 1 and not self.training_differs and not any(self.whole(n).streams_added for n in (0, 1))
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        """Residual functions that do not reach the output of a step, and so get no gradient from it."""
+        return ()
 
     def decompose(
         self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
@@ -170,6 +210,10 @@ class Scheme(ABC):
         """The scheme of step n: the plan again and again, unless the first step differs from the others."""
         return self.plan[n % len(self.plan)]
 
+    def whole(self, n: int) -> "Scheme":
+        """The scheme of use n where all of it counts as one step: ``at(n)``, and of a mix the whole period."""
+        return self.at(n) if len(self.plan) == 1 else self
+
     def stream_widths(self, channels: int) -> tuple[int, ...]:
         """Width of every stream that ``init`` makes from an input of that width."""
         return (channels,) * self.streams
@@ -180,6 +224,10 @@ class Scheme(ABC):
         None where the function chooses it: it makes a new stream.
         """
         return streams[0]
+
+    def shapes_after(self, streams: "tuple[torch.Size | None, ...]") -> "tuple[torch.Size | None, ...]":
+        """The shape of every stream after a step, from those before it; None where a residual function chooses it."""
+        return streams
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         """What each residual function of step n is given and must return.
@@ -250,6 +298,9 @@ class Scheme(ABC):
 
     def __repr__(self) -> str:
         return f"<scheme {self}>"
+
+
+adopt(Scheme, Scheme._RENAMED)
 
 
 class Takes(NamedTuple):
@@ -358,7 +409,6 @@ def solve(
         if not n:
             start = None if scheme.nodes is None else (0.0,) * scheme.stages
             state = scheme.init(bind(fs, takes, start, time, h, context), x, h)
-        # A mix is used whole; of any other scheme the first step may differ from the others.
-        part = scheme if len(scheme.plan) > 1 else scheme.at(n)
+        part = scheme.whole(n)
         state = part._step(bind(fs[: part.stages], takes[: part.stages], part.nodes, time, h, context), state, h)
     return scheme.readout(state)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .errors import SchemeError
-from .exact import Entry, exact, show
-from .exact import Number as Number
-from .exact import Surd as Surd
-from .exact import number as number
-from .exact import sqrt as sqrt
+from .exact_numbers import Number as Number
+from .exact_numbers import NumberLike, exact, show
+from .exact_numbers import Surd as Surd
+from .exact_numbers import number as number
+from .exact_numbers import sqrt as sqrt
 
 
-def _row(entries: Iterable[Entry]) -> tuple[Number, ...]:
+def _row(entries: Iterable[NumberLike]) -> tuple[Number, ...]:
     return tuple(exact(x) for x in entries)
 
 
@@ -158,13 +158,15 @@ class Tableau:
         )
 
     @classmethod
-    def from_rows(cls, a: Sequence[Sequence[Entry]], b: Sequence[Entry], *, name: str = "", **fields) -> Tableau:
+    def from_rows(
+        cls, a: Sequence[Sequence[NumberLike]], b: Sequence[NumberLike], *, name: str = "", **fields
+    ) -> Tableau:
         """A tableau whose nodes are the row sums; `fields` are the other fields."""
         rows = tuple(_row(row) for row in a)
         return cls(name=name, a=rows, b=_row(b), c=tuple(_sum(row) for row in rows), **fields)
 
     @classmethod
-    def low_storage(cls, A: Sequence[Entry], B: Sequence[Entry], **fields) -> Tableau:
+    def low_storage(cls, A: Sequence[NumberLike], B: Sequence[NumberLike], **fields) -> Tableau:
         """Williamson's 2N form: S <- A_i S + h f(u), u <- u + B_i S, with A_1 = 0 (J. Comput. Phys. 35, 1980).
 
         Example:
@@ -186,7 +188,9 @@ class Tableau:
         return cls.from_rows(rows, u, **fields)
 
     @classmethod
-    def shu_osher(cls, alpha: Sequence[Sequence[Entry]], beta: Sequence[Sequence[Entry]], **fields) -> Tableau:
+    def shu_osher(
+        cls, alpha: Sequence[Sequence[NumberLike]], beta: Sequence[Sequence[NumberLike]], **fields
+    ) -> Tableau:
         """Shu and Osher's form u_i = sum_{j<i} alpha_ij u_j + h beta_ij f(u_j), i = 1..s, u_0 = x, x' = u_s.
 
         Strong-stability-preserving methods are published so; the Chebyshev and Legendre recursions are of this form
@@ -319,7 +323,7 @@ def nest(outer: Tableau, inner: Tableau) -> Tableau:
     )
 
 
-def compose(tableaux: Sequence[Tableau], steps: Sequence[Entry] | None = None, *, name: str = "") -> Tableau:
+def compose(tableaux: Sequence[Tableau], steps: Sequence[NumberLike] | None = None, *, name: str = "") -> Tableau:
     """One method that takes steps of several methods one after another, scaled to a total step of 1.
 
     ``compose([t] * n)`` is n full steps of t (or n substeps: the two differ in the step size alone).

@@ -1,10 +1,11 @@
-"""One thread, fixed seeds, hypothesis profiles, and the folder of real pictures (``ODENETS_DATA``)."""
+"""Workers of one thread each, fixed seeds, hypothesis profiles, and the folder of real pictures (``ODENETS_DATA``)."""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import pytest
 import torch
@@ -16,6 +17,18 @@ torch.set_num_threads(1)
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """What ``-n auto`` of pyproject.toml means: a worker per core for folders, none for files and single tests.
+
+    A file is done before a worker has begun. Eight at most, as each takes more than a gigabyte.
+    """
+    if all(Path(config.invocation_params.dir, arg.split("::")[0]).is_file() for arg in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(8, int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") or cores))
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture(autouse=True)

@@ -85,8 +85,10 @@ class Features:
 
 
 def places(model: nn.Module) -> list[str]:
-    """Places worth a look in any model: every level of every column, the readouts of every step of its stacks, or, in
-    a network without stacks, the modules that ``feature_info`` names.
+    """Places worth a look in any model.
+
+    Every level of every column and the readouts of every step of its stacks, or, in a network without stacks, the
+    modules that ``feature_info`` names.
 
     Example:
         >>> from odenets.models import RevCol

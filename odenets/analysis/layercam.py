@@ -1,7 +1,6 @@
 """LayerCAM: which pixels a class rests on, at any layer of a network."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from ..stack import Stack
+from ..stack import keeping_all
 from .features import Features
 
 
@@ -45,7 +44,7 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
     model.eval()
     try:
         # The input asks for a gradient, so that features have a graph even in a frozen network.
-        with torch.enable_grad(), _stored(model), Features(model, names) as features:
+        with torch.enable_grad(), keeping_all(model), Features(model, names) as features:
             logits = model(x.detach().requires_grad_())
             if target is None:
                 target = logits.argmax(1)
@@ -64,20 +63,6 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         heat = F.interpolate(heat[:, None], x.shape[-2:], mode="bilinear", align_corners=False)
         found.append(heat[:, 0])
     return found
-
-
-@contextmanager
-def _stored(model: nn.Module) -> Iterator[None]:
-    """Inside, stacks keep their tensors: a recomputed stream has no graph to what its own step makes of it."""
-    stacks = [m for m in model.modules() if isinstance(m, Stack)]
-    modes = [stack.backprop for stack in stacks]
-    for stack in stacks:
-        stack.backprop = None
-    try:
-        yield
-    finally:
-        for stack, mode in zip(stacks, modes, strict=True):
-            stack.backprop = mode
 
 
 def _as_map(y: Tensor, name: str, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from .conv import DepthwiseConv2d as DepthwiseConv2d
 from .conv import PatchConv2d as PatchConv2d
 from .convnext import ChannelGate as ChannelGate
 from .convnext import ConvNeXtFunction as ConvNeXtFunction
-from .dense import DenseFunction as DenseFunction
-from .dense import DenseTransition as DenseTransition
+from .densenet import DenseFunction as DenseFunction
+from .densenet import DenseTransition as DenseTransition
 from .drop_path import DropPath as DropPath
 from .drop_path import linear_rates as linear_rates
 from .init import init_kaiming as init_kaiming
@@ -19,6 +19,6 @@ from .residual import BottleneckFunction as BottleneckFunction
 from .residual import Order as Order
 from .scale import ChannelScale as ChannelScale
 from .shortcut import PadShortcut as PadShortcut
+from .shortcut import PoolPadShortcut as PoolPadShortcut
 from .shortcut import Projection as Projection
-from .space import PoolPadShortcut as PoolPadShortcut
-from .space import SpaceToDepth as SpaceToDepth
+from .shortcut import SpaceToDepth as SpaceToDepth

@@ -155,7 +155,7 @@ class PatchTokens(nn.Module):
         positions = self._positions(x.shape[2], x.shape[3])
         x = self.norm(x.flatten(2).transpose(1, 2))
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
         return x + positions
 
     def _positions(self, height: int, width: int) -> Tensor:
@@ -163,5 +163,8 @@ class PatchTokens(nn.Module):
             return self.positions
         first = self.positions.shape[1] - self.grid**2
         grid = self.positions[:, first:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        # Half precision has no kernel of its own on every device, and single precision rounds the weights once.
+        wide = grid if grid.dtype is torch.float64 else grid.float()
+        wide = F.interpolate(wide, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        grid = wide.to(grid.dtype)
         return torch.cat([self.positions[:, :first], grid.flatten(2).transpose(1, 2)], 1)

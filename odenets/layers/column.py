@@ -74,7 +74,7 @@ class LevelFunction(nn.Module):
         return x
 
 
-class Classifier(nn.Module):
+class NormedHead(nn.Module):
     """Mean over the pixels, LayerNorm, dropout, linear layer.
 
     Shape:

@@ -43,8 +43,10 @@ class ChannelScale(nn.Module):
     def scale(self) -> Tensor:
         """The scale that is applied."""
         a = self.alpha
-        # a - a.detach() is exactly 0 and has the gradient of a.
-        bound = torch.where(a < 0, -self.smallest, self.smallest) + (a - a.detach())
+        # Of alpha's dtype, as numbers in where() would be single precision; a - a.detach() is exactly 0 and has the
+        # gradient of a.
+        smallest = torch.full_like(a, self.smallest, requires_grad=False)
+        bound = torch.where(a < 0, -smallest, smallest) + (a - a.detach())
         return torch.where(a.abs() < self.smallest, bound, a)
 
     def forward(self, x: Tensor) -> Tensor:

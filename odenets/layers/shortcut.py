@@ -1,4 +1,4 @@
-"""Shortcuts that change the resolution and the width of a stream; the first step of a level uses one."""
+"""Shortcuts that change the resolution and the width of a stream: pixels left out, averaged, moved, projected."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class Projection(nn.Module):
         out_channels: width after.
         stride: step in height and width.
         norm: whether BatchNorm follows; fully pre-activated networks have none.
+        kernel: size of the convolution, odd; 3 where no residual function sees the pixels between the strides.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
@@ -59,10 +60,81 @@ class Projection(nn.Module):
         He et al. 2016, Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 3.3.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, norm: bool = True):
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, norm: bool = True, kernel: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
+
+
+class SpaceToDepth(nn.Module):
+    """Moves the pixels of every square into the channels: half the height and width, four times the channels.
+
+    No number is changed or lost, so ``inverse`` is exact: the shortcut of a reversible step that downsamples.
+
+    Args:
+        factor: side of the squares.
+
+    Shape:
+        x: (n, c, h, w), h and w multiples of ``factor``; the result is (n, factor^2 c, h / factor, w / factor).
+
+    Source:
+        Jacobsen et al. 2018, i-RevNet: Deep Invertible Networks, arXiv 1802.07088, section 3.1.
+
+    Example:
+        >>> import torch
+        >>> f, x = SpaceToDepth(), torch.randn(1, 3, 4, 4)
+        >>> f(x).shape, torch.equal(f.inverse(f(x)), x)
+        (torch.Size([1, 12, 2, 2]), True)
+    """
+
+    def __init__(self, factor: int = 2):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        from einops import rearrange  # its import takes a third of this package's, for this layer alone
+
+        return rearrange(x, "n c (h a) (w b) -> n (a b c) h w", a=self.factor, b=self.factor)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """What ``forward`` made y of."""
+        from einops import rearrange
+
+        return rearrange(y, "n (a b c) h w -> n c (h a) (w b)", a=self.factor, b=self.factor)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class PoolPadShortcut(nn.Module):
+    """Averages squares of ``stride`` x ``stride`` pixels and pads the channels with zeros on both sides.
+
+    Args:
+        in_channels: width of the stream before.
+        out_channels: width after, at least ``in_channels``; an odd difference puts the extra channel last.
+        stride: step in height and width.
+
+    Shape:
+        x: (n, in_channels, h, w); the result is (n, out_channels, h / stride, w / stride).
+
+    Source:
+        Gomez et al. 2017, The Reversible Residual Network, arXiv 1707.04585, as released.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        more = out_channels - in_channels
+        if more < 0:
+            raise ValueError(f"PoolPadShortcut cannot go from {in_channels} to {out_channels} channels.")
+        self.before, self.after, self.stride = more // 2, more - more // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride)
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+    def extra_repr(self) -> str:
+        return f"before={self.before}, after={self.after}, stride={self.stride}"

@@ -1,4 +1,4 @@
-"""ConvNeXt: depthwise convolutions and perceptrons, under any one-stream scheme; under euler it is the published net.
+"""ConvNeXt: depthwise convolutions and perceptrons, under any scheme; under euler it is the published net.
 
 A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a transition of its own before the level, so that a
 level of four functions runs under rk4, of two under midpoint, with the same weights.
@@ -9,6 +9,7 @@ Source: Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545.
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -17,10 +18,11 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
 from ..stack import Stack
-from . import convnext_keys
-from .keys import twin
-from .level_net import LevelNet, Pool, check_rates
-from .levels import recomputing, schemes_of_levels, steps_that_fit, warned_once
+from .catalogue import register_variants, torchvision_weights
+from .keys import convnext as keys_of_convnext
+from .keys.layout import twin
+from .level_net import LevelNet
+from .levels import check_streams, recomputing, schemes_of_levels, steps_of_levels, warned_once
 
 
 class ConvNeXt(LevelNet):
@@ -41,12 +43,7 @@ class ConvNeXt(LevelNet):
         backprop: as in Stack.
         recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
             the backward pass; a number: in the first so many levels only.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without norm and head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
-        head_init_scale: factor on a new head; 0.001 for fine-tuning.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -77,33 +74,21 @@ class ConvNeXt(LevelNet):
         step: float | str = 1.0,
         backprop: str = "store",
         recompute: bool | int = False,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        head_init_scale: float = 1.0,
+        **head: Any,
     ):
-        super().__init__(drop_rate, head_init_scale)
+        super().__init__(**head)
         if not functions or len(functions) != len(widths):
             raise SchemeError(
                 f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."
             )
         if kernel % 2 == 0:
             raise SchemeError(f"kernel is {kernel}, want an odd size.")
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         found = schemes_of_levels(scheme, len(functions))
-        depths = [
-            steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions, strict=True), 1)
-        ]
-        rates = iter(linear_rates(drop_path_rate, sum(functions)))
+        depths = steps_of_levels(found, functions)
+        rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
         again = recomputing(recompute, len(functions))
 
         def make(slot: Slot, again: bool) -> nn.Module:
-            if len(slot.in_channels) != 1:
-                raise SchemeError(
-                    f"a residual function is given {len(slot.in_channels)} arguments; those of ConvNeXt take one."
-                )
             return ConvNeXtFunction(
                 slot.in_channels[0],
                 slot.out_channels,
@@ -114,7 +99,7 @@ class ConvNeXt(LevelNet):
                 recompute=again,
             )
 
-        self.stem = nn.Sequential(OrderedDict(conv=PatchConv2d(in_chans, widths[0], patch)))
+        self.stem = nn.Sequential(OrderedDict(conv=PatchConv2d(self.in_chans, widths[0], patch)))
         if stem_norm:
             self.stem.add_module("norm", LayerNorm2d(widths[0]))
         before = 0
@@ -126,6 +111,7 @@ class ConvNeXt(LevelNet):
                     transition = nn.Sequential(
                         OrderedDict(norm=LayerNorm2d(last), conv=PatchConv2d(last, width, 2)),
                     )
+                check_streams(scheme_, depth, width, "ConvNeXt")
                 self.transitions.append(transition)
                 self.levels.append(
                     Stack.from_factory(
@@ -134,14 +120,16 @@ class ConvNeXt(LevelNet):
                         depth,
                         channels=width,
                         step=step,
-                        steps_before=before,
+                        step_offset=before,
                         backprop=backprop,
                     )
                 )
                 before += depth
         self.head_norm = nn.LayerNorm(widths[-1], eps=1e-6)
         init_truncated(self)
-        self.finish(list(widths), [patch * 2**level for level in range(len(widths))], num_classes, global_pool)
+        reductions = [patch * 2**level for level in range(len(widths))]
+        self.least = reductions[-1]
+        self.finish_levels(list(widths), reductions)
 
     def init_head(self, head: nn.Linear) -> None:
         init_truncated(head)
@@ -149,4 +137,37 @@ class ConvNeXt(LevelNet):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: facebookresearch's, timm's, torchvision's, or a twin's under another scheme."""
         own = self.state_dict().keys()
-        return convnext_keys.published(own, keys) or twin(own, keys)
+        return keys_of_convnext.published(own, keys) or twin(own, keys)
+
+
+_SMALL = {"widths": (96, 192, 384, 768)}
+_ISOTROPIC = {"patch": 16, "stem_norm": False}
+
+CONVNEXTS: dict[str, dict[str, Any]] = {
+    # Liu et al. 2022, table 9.
+    "convnext_tiny": {"functions": (3, 3, 9, 3), **_SMALL},
+    "convnext_small": {"functions": (3, 3, 27, 3), **_SMALL},
+    "convnext_base": {"functions": (3, 3, 27, 3), "widths": (128, 256, 512, 1024)},
+    "convnext_large": {"functions": (3, 3, 27, 3), "widths": (192, 384, 768, 1536)},
+    "convnext_xlarge": {"functions": (3, 3, 27, 3), "widths": (256, 512, 1024, 2048)},
+    # Section 3.3: one level at stride 16, as a vision transformer has; only the large one was trained with gamma.
+    "convnext_isotropic_small": {"functions": (18,), "widths": (384,), "layer_scale": None, **_ISOTROPIC},
+    "convnext_isotropic_base": {"functions": (18,), "widths": (768,), "layer_scale": None, **_ISOTROPIC},
+    "convnext_isotropic_large": {"functions": (36,), "widths": (1024,), **_ISOTROPIC},
+}
+
+# One column, reversible inside of its levels: the functions of a ConvNeXt under the scheme of RevNet, two streams wide.
+REVERSIBLE_CONVNEXTS: dict[str, dict[str, Any]] = {
+    "revconvnext_tiny": {"functions": (6, 6, 18, 6), "widths": (128, 256, 512, 1024), "scheme": "revnet"},
+}
+
+_PUBLISHED: dict[str, tuple[str, float]] = {
+    "convnext_tiny": ("983f1562", 82.520),
+    "convnext_small": ("0c510722", 83.616),
+    "convnext_base": ("6075fbad", 84.062),
+    "convnext_large": ("ea097f82", 84.414),
+}
+_WEIGHTS = {name: [torchvision_weights(name, "v1", *row)] for name, row in _PUBLISHED.items()}
+
+register_variants(ConvNeXt, CONVNEXTS, _WEIGHTS)
+register_variants(ConvNeXt, REVERSIBLE_CONVNEXTS)

@@ -9,7 +9,7 @@ Source: Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import DenseFunction, DenseTransition, init_kaiming
 from ..stack import Stack
-from . import dense_keys
+from .catalogue import register_variants, torchvision_weights
 from .dense_levels import grown_width, schemes_with_growth, width_after
-from .keys import twin
-from .level_net import LevelNet, Pool, check_rates
+from .head import check_choices, check_rates
+from .keys import densenet as keys_of_densenet
+from .keys.layout import twin
+from .level_net import LevelNet
 from .levels import recomputing, steps_that_fit, warned_once
 
 Stem = Literal["conv3", "conv7_pool"]
@@ -43,11 +45,9 @@ class DenseNet(LevelNet):
         backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
         recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the
             backward pass; a number: in the first so many levels only.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without a head).
         drop_rate: dropout after every convolution but the stem's; the paper's 0.2 is for training without augmentation.
         drop_path_rate: refused unless 0; a concatenated stream cannot be left out.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -76,17 +76,13 @@ class DenseNet(LevelNet):
         stem: Stem = "conv7_pool",
         backprop: str = "store",
         recompute: bool | int = False,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        head_init_scale: float = 1.0,
+        **head: Any,
     ):
         # The paper's dropout follows the convolutions; the head has none.
-        super().__init__(0.0, head_init_scale)
-        if stem not in get_args(Stem):
-            raise SchemeError(f"stem is {stem!r}, want {' or '.join(get_args(Stem))}.")
+        super().__init__(**head)
+        check_choices(stem=(stem, Stem))
         if not functions:
             raise SchemeError("no counts of residual functions: want one per level.")
         if not 0 < compression <= 1:
@@ -109,7 +105,7 @@ class DenseNet(LevelNet):
             )
 
         width = grown = 2 * growth if init_channels is None else init_channels
-        self.stem = _stem(stem, in_chans, width)
+        self.stem = _stem(stem, self.in_chans, width)
         reduction = 4 if stem == "conv7_pool" else 1
         channels = []
         with warned_once():
@@ -132,12 +128,15 @@ class DenseNet(LevelNet):
         self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         # The official code draws by the fan out; torchvision's ImageNet models by the fan in.
         init_kaiming(self, "fan_in" if stem == "conv7_pool" else "fan_out")
-        self.finish(channels, [reduction * 2**level for level in range(len(channels))], num_classes, global_pool)
+        reductions = [reduction * 2**level for level in range(len(channels))]
+        # The stem of stride 4 rounds up, the transitions round down.
+        self.least = reductions[-1] - reduction + 1
+        self.finish_levels(channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: torchvision's (old and new), gpleiss's, andreasveit's."""
         own = self.state_dict().keys()
-        return dense_keys.densenet(own, keys) or twin(own, keys)
+        return keys_of_densenet.published(own, keys) or twin(own, keys)
 
 
 class _ChannelsLast(nn.Module):
@@ -166,3 +165,46 @@ def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
             act=nn.ReLU(inplace=True),
         )
     )
+
+
+_CIFAR = {"stem": "conv3", "num_classes": 10}
+
+
+def _plain(layers: int, growth: int) -> dict[str, Any]:
+    return {"functions": ((layers - 4) // 3,) * 3, "growth": growth, "bottleneck": 0, "compression": 1.0, **_CIFAR}
+
+
+def _bc(layers: int, growth: int) -> dict[str, Any]:
+    return {"functions": ((layers - 4) // 6,) * 3, "growth": growth, **_CIFAR}
+
+
+DENSENETS: dict[str, dict[str, Any]] = {
+    # Huang et al. 2017, table 2. 24 initial channels, as the official code and its ports; the paper's 16 is
+    # init_channels=16.
+    "densenet40_k12": {**_plain(40, 12), "init_channels": 24},
+    "densenet100_k12": {**_plain(100, 12), "init_channels": 24},
+    "densenet100_k24": {**_plain(100, 24), "init_channels": 48},
+    "densenet_bc100_k12": _bc(100, 12),
+    "densenet_bc250_k24": _bc(250, 24),
+    "densenet_bc190_k40": _bc(190, 40),
+    # "Wide": the official repository's shallow ones.
+    "densenet_bc40_k36": _bc(40, 36),
+    "densenet_bc40_k48": _bc(40, 48),
+    "densenet_bc40_k60": _bc(40, 60),
+    # Table 1 (161: the official repository's; 264: table 3).
+    "densenet121": {"functions": (6, 12, 24, 16)},
+    "densenet161": {"functions": (6, 12, 36, 24), "growth": 48},
+    "densenet169": {"functions": (6, 12, 32, 32)},
+    "densenet201": {"functions": (6, 12, 48, 32)},
+    "densenet264": {"functions": (6, 12, 64, 48)},
+}
+
+_PUBLISHED: dict[str, tuple[str, float]] = {
+    "densenet121": ("a639ec97", 74.434),
+    "densenet161": ("8d451a50", 77.138),
+    "densenet169": ("b2777c0a", 75.600),
+    "densenet201": ("c1103571", 76.896),
+}
+_WEIGHTS = {name: [torchvision_weights(name, "v1", *row)] for name, row in _PUBLISHED.items()}
+
+register_variants(DenseNet, DENSENETS, _WEIGHTS)

@@ -1,6 +1,8 @@
-"""What every classifier shares: pooling, a head that can be replaced, and dropout between the two."""
+"""What every classifier shares: options of picture and head, pooling, a head that can be replaced, and dropout."""
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -9,33 +11,143 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from ..layers.column import Classifier, pooled
+from ..layers.column import NormedHead, pooled
 
 Pool = Literal["avg", "max", ""]
 ColumnPool = Literal["avg", ""]
 
 
+def check_choices(**given: tuple[str, Any]) -> None:
+    """Raises SchemeError for an option that is none of its type's literals: name=(value, type)."""
+    for what, (value, kind) in given.items():
+        if value not in get_args(kind):
+            raise SchemeError(f"{what} is {value!r}, want {' or '.join(get_args(kind))}.")
+
+
+def check_rates(**rates: float) -> None:
+    """Raises SchemeError unless every rate is in [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise SchemeError(f"{name} is {rate}: want 0 <= rate < 1.")
+
+
+def _signature(kind: type) -> inspect.Signature:
+    """The options of a class: its constructor's, then those that the constructor hands on to the next one."""
+    found: dict[str, inspect.Parameter] = {}
+    for k in kind.__mro__:
+        if (init := k.__dict__.get("__init__")) is None:
+            continue
+        own = list(inspect.signature(init).parameters.values())[1:]
+        handed_on = [p for p in own if p.kind is p.VAR_KEYWORD]
+        rest = [p for p in own if p not in handed_on and p.name not in found]
+        found |= {p.name: p.replace(kind=p.KEYWORD_ONLY) if found else p for p in rest}
+        if not handed_on:
+            break
+    # Once one is passed by name only, all that follow are.
+    return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
+
+
 class HeadNet(nn.Module, ABC):
     """A network with a head: x -> ``forward_features`` -> pooling -> dropout -> head.
 
-    A subclass sets ``num_features`` and ``drop_rate``, makes its layers, and then calls ``reset_classifier``.
+    The options that all of them share stand in this constructor, once: a subclass names its own options and those
+    whose defaults differ, and hands on the others (``**head``). It makes its layers and then calls ``finish``.
+
+    Args:
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        global_pool: "avg", "max", or "" for what ``forward_features`` gives (without a head).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth; in networks of
+            columns over the blocks of one column, every column alike.
+        head_init_scale: factor of a new head's weights; 0.001 for fine-tuning.
+        pad: whether a picture whose sides are no multiples of ``reduction`` is padded with zeros, right and below;
+            otherwise it is refused where the network needs such sides, and taken as it is elsewhere.
 
     Attributes:
         pools: kinds of pooling; "" leaves the features as they are, and has no head.
         unpooled: what the features are without pooling, and what a head wants instead; for the message.
-        head_init_scale: factor of a new head's weights.
+        whole: whether the picture's sides must be multiples of ``reduction``.
+        least: the smallest side that leaves a pixel of the last map.
+
+    Raises:
+        SchemeError: a rate outside [0, 1), an unknown pooling, or a head over what is not pooled.
     """
 
     pools: ClassVar[tuple[str, ...]] = get_args(Pool)
     unpooled: ClassVar[tuple[str, str]] = ("a map", "a pooled one")
+    whole: ClassVar[bool] = False
 
     num_features: int
-    num_classes: int
-    global_pool: str
-    drop_rate: float
-    head_init_scale: float = 1.0
     feature_info: list[dict[str, Any]]
     head: nn.Module
+    least: int = 1
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: Pool = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+        pad: bool = False,
+    ):
+        super().__init__()
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, str(global_pool)
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        self.head_init_scale, self.pad = head_init_scale, pad
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)
+
+    def finish(self, features: list[dict[str, Any]], init: Callable[[nn.Module], Any] | None = None) -> None:
+        """Notes what the network gives and makes the head; every constructor ends with it.
+
+        Args:
+            features: ``feature_info``, a row of width, reduction and module for each map, fine to coarse.
+            init: draws the weights of the whole network, the head's too.
+        """
+        self.feature_info = features
+        self.num_features = self.head_hidden_size = features[-1]["num_chs"]
+        self._put_head(self.num_classes, self.global_pool)
+        if init is not None:
+            init(self)
+        self._scale_head()
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of the picture per pixel of the last map, in height and width."""
+        return self.feature_info[-1]["reduction"]
+
+    def picture(self, x: Tensor) -> Tensor:
+        """The picture as the stem takes it: padded where the network pads, else checked.
+
+        Raises:
+            SchemeError: sides that the network cannot take.
+        """
+        height, width = x.shape[-2:]
+        reduction = self.reduction
+        if self.pad:
+            below, right = -height % reduction, -width % reduction
+            return F.pad(x, (0, right, 0, below)) if below or right else x
+        if self.whole and not self._fits(height, width):
+            raise SchemeError(
+                f"{type(self).__name__}: the picture is {height} x {width}; want multiples of {reduction}.\n"
+                "  Resize it, or let the network pad it with zeros: pad=True."
+            )
+        if self.least > 1 and not torch.compiler.is_compiling() and min(height, width) < self.least:
+            raise SchemeError(
+                f"{type(self).__name__}: the picture is {height} x {width}; want at least {self.least} x {self.least}."
+                "\n  Resize it, or let the network pad it with zeros: pad=True."
+            )
+        return x
+
+    def _fits(self, height: int, width: int) -> bool:
+        return height % self.reduction == width % self.reduction == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, num_classes), or features where there is no head. x: (n, in_chans, h, w)."""
@@ -44,6 +156,10 @@ class HeadNet(nn.Module, ABC):
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
         """What is pooled: a map (n, num_features, h', w'), or tokens (n, t, num_features)."""
+
+    @abstractmethod
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The maps of the levels, fine to coarse; ``feature_info`` says their widths and reductions."""
 
     def pool(self, x: Tensor) -> Tensor:
         """Pools what ``forward_features`` gives: (n, num_features)."""
@@ -74,7 +190,10 @@ class HeadNet(nn.Module, ABC):
         Raises:
             SchemeError: an unknown pooling, or a head over what is not pooled.
         """
-        pool = self.global_pool if global_pool is None else global_pool
+        self._put_head(num_classes, self.global_pool if global_pool is None else global_pool)
+        self._scale_head()
+
+    def _put_head(self, num_classes: int, pool: str) -> None:
         if pool not in self.pools:
             *others, last = map(repr, self.pools)
             raise SchemeError(f"global_pool is {pool!r}, want {', '.join(others)} or {last}.")
@@ -85,14 +204,19 @@ class HeadNet(nn.Module, ABC):
         self.num_classes = num_classes
         self.head = self.make_head(num_classes) if num_classes else nn.Identity()
 
+    def _scale_head(self) -> None:
+        if self.head_init_scale != 1:
+            with torch.no_grad():
+                for m in self.head.modules():
+                    if isinstance(m, nn.Linear):
+                        m.weight.mul_(self.head_init_scale)
+                        m.bias.mul_(self.head_init_scale)
+
     def make_head(self, num_classes: int) -> nn.Module:
         """A linear layer with new weights."""
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.init_head(head)
-        with torch.no_grad():
-            head.weight.mul_(self.head_init_scale)
-            head.bias.mul_(self.head_init_scale)
         return head
 
     def init_head(self, head: Any) -> None:
@@ -100,9 +224,18 @@ class HeadNet(nn.Module, ABC):
 
 
 class ColumnNet(HeadNet):
-    """A network of columns, whose head is a ``Classifier``: the mean, then norm, dropout and linear layer."""
+    """A network of columns, whose head is a ``NormedHead``: the mean, then norm, dropout and linear layer.
+
+    Args:
+        global_pool: "avg", or "" for the last level (without a head).
+        head: as in ``HeadNet``.
+    """
 
     pools = get_args(ColumnPool)
+    whole = True
+
+    def __init__(self, global_pool: ColumnPool = "avg", **head: Any):
+        super().__init__(global_pool=global_pool, **head)
 
     def pool(self, x: Tensor) -> Tensor:
         return pooled(x)
@@ -112,11 +245,11 @@ class ColumnNet(HeadNet):
         if not self.global_pool:
             return x
         x = self.pool(x)
-        return self.head.from_pooled(x) if isinstance(self.head, Classifier) and not pre_logits else x
+        return self.head.from_pooled(x) if isinstance(self.head, NormedHead) and not pre_logits else x
 
     def make_head(self, num_classes: int, drop_rate: float | None = None) -> nn.Module:
         """Norm, dropout and linear layer with new weights; ``drop_rate`` is the network's unless it is given."""
         rate = self.drop_rate if drop_rate is None else drop_rate
-        head = Classifier(self.num_features, num_classes, rate).to(next(self.parameters()))
+        head = NormedHead(self.num_features, num_classes, rate).to(next(self.parameters()))
         self.init_head(head)
         return head

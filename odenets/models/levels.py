@@ -2,12 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 import schemes
-from schemes import Scheme, SchemeError
+from schemes import Scheme, SchemeError, Slot
 
-from ..structure import fitting_counts
+from ..build import fitting_counts
 
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:
@@ -76,6 +79,117 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         last = {1: "euler", 2: "midpoint"}.get(rest, f"{rest}*euler")
         text += f", or a mix that fits, such as '{whole}*{scheme} + {last}'"
     raise SchemeError(text + ".")
+
+
+def steps_of_levels(found: Sequence[Scheme], functions: Sequence[int]) -> list[int]:
+    """Number of steps of each level; see ``steps_that_fit``.
+
+    Args:
+        found: the levels' schemes.
+        functions: the levels' numbers of residual functions.
+
+    Raises:
+        SchemeError: a count that does not fit.
+    """
+    return [steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions, strict=True), 1)]
+
+
+def takes_shortcut(scheme: Scheme) -> bool:
+    """Whether the first step of a level can make its stride and width: one stream, whose identity a shortcut replaces.
+
+    Example:
+        >>> import schemes
+        >>> [takes_shortcut(schemes.get(s)) for s in ("rk4", "revnet", "leapfrog")]
+        [True, False, False]
+    """
+    return scheme.nodes is not None and scheme.streams == 1 and scheme.at(0).shortcuts == 1
+
+
+class _Misfit(Exception):
+    """Why a scheme does not fit a network, as the end of a sentence, and whether another dimension would do."""
+
+
+def check_streams(
+    scheme: Scheme, depth: int, width: int, family: str, *, dim: int = 1, ndim: int = 4, heads: int = 0
+) -> None:
+    """Runs a scheme with stand-ins that have shapes and no values: does it give what the network's functions take?
+
+    Args:
+        scheme: the level's scheme.
+        depth: number of its steps.
+        width: width of the level.
+        family: name of the network, for the message.
+        dim: the channel dimension of the stream.
+        ndim: number of its dimensions.
+        heads: if not 0, functions return the width that they take, and this number divides it.
+
+    Raises:
+        SchemeError: functions are given several arguments, slices of another dimension or widths that they cannot
+            take, or the level's output is wider than its input; names schemes that fit.
+
+    Example:
+        >>> import schemes
+        >>> check_streams(schemes.get("revnet"), 4, 64, "ConvNeXt")
+    """
+    if scheme.nodes is None or takes_shortcut(scheme):
+        return
+    shape = [2] + [64] * (ndim - 1)
+    shape[dim] = width
+    try:
+        _probe(scheme, depth, torch.empty(shape, device="meta"), dim, heads)
+    except _Misfit as misfit:
+        raise SchemeError(
+            f"{scheme} does not fit {family}, {misfit}.\n"
+            f"  Use {_along(scheme, depth, width, dim, ndim, heads)}scheme='leapfrog' or scheme='euler'; DenseNet is "
+            "made for dense, RevCol for revcol."
+        ) from None
+
+
+def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
+    """Runs a few steps; raises ``_Misfit``."""
+
+    def stand_in(slot: Slot) -> Callable[..., Tensor]:
+        if len(slot.in_channels) != 1:
+            raise _Misfit(f"whose functions take one argument: one of its is given {len(slot.in_channels)}")
+        (given,), wanted = slot.in_channels, slot.out_channels
+        if heads and (given != wanted or wanted % heads):
+            raise _Misfit(
+                f"whose functions keep a width that {heads} heads divide: one of its goes {given} -> {wanted}"
+            )
+
+        def f(x: Tensor) -> Tensor:
+            if x.shape[dim] != given:
+                raise _Misfit(f"whose channels are dimension {dim}: it splits another")
+            return x.new_empty((*x.shape[:dim], wanted, *x.shape[dim + 1 :]))
+
+        return f
+
+    streams, state, y = scheme.stream_widths(x.shape[dim]), None, x
+    try:
+        for n in range(min(depth, len(scheme.plan) + 3)):
+            part = scheme.at(n)
+            fs = [stand_in(slot) for slot in part.slots(n, streams)]
+            state = scheme.init(fs, x) if state is None else state
+            state, streams = part._step(fs, state), part.widths(n, streams)
+            y = scheme.readout(state)
+    except RuntimeError:  # torch cannot join streams that differ in two dimensions
+        raise _Misfit(f"whose channels are dimension {dim}: it joins another") from None
+    if y.shape != x.shape:
+        raise _Misfit(f"whose levels keep their width: it goes {x.shape[dim]} -> {y.shape[dim]}")
+
+
+def _along(scheme: Scheme, depth: int, width: int, dim: int, ndim: int, heads: int) -> str:
+    """The scheme as one writes it to split dimension ``dim``, or nothing where that does not fit either."""
+    name, _, rest = str(scheme).partition("(")
+    given = [x for x in rest.removesuffix(")").split(", ") if x and not x.startswith("dim=")]
+    shape = [2] + [64] * (ndim - 1)
+    shape[dim] = width
+    try:
+        found = schemes.get(f"{name}({', '.join([*given, f'dim={dim}'])})")
+        _probe(found, depth, torch.empty(shape, device="meta"), dim, heads)
+    except (SchemeError, _Misfit):
+        return ""
+    return f"scheme='{found}', "
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from schemes import SchemeError
 
 from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
 from ..layers.column import Down, Up
-from .level_net import LevelNet, Pool, check_rates
+from .catalogue import register_variants
+from .level_net import LevelNet
 
 
 class FusedColumn(nn.Module):
@@ -86,12 +87,8 @@ class MultiColumn(LevelNet):
         blocks: ConvNeXt blocks per level.
         columns: number of columns.
         kernel_size: side of the blocks' depthwise convolutions.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
         patch: side and stride of the stem's convolution.
-        global_pool: "avg", "max", or "" for the last level's map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth, growing over the blocks of one column; every column alike.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w), h and w multiples of ``patch * 2^(levels - 1)``; the result is (n, num_classes).
@@ -109,34 +106,31 @@ class MultiColumn(LevelNet):
         torch.Size([2, 10])
     """
 
+    whole = True
+
     def __init__(
         self,
         channels: Sequence[int] = (64, 128, 256, 512),
         blocks: Sequence[int] = (2, 2, 4, 2),
         columns: int = 4,
         kernel_size: int = 3,
-        num_classes: int = 1000,
-        in_chans: int = 3,
         patch: int = 4,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **head: Any,
     ):
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        super().__init__(**head)
         if not channels or len(channels) != len(blocks) or min(blocks) < 1 or columns < 1:
             raise SchemeError(
                 f"MultiColumn: channels {tuple(channels)}, blocks {tuple(blocks)}, columns {columns}; "
                 "want a column, and one width and at least one block per level."
             )
-        super().__init__(drop_rate)
-        self.stem = nn.Sequential(PatchConv2d(in_chans, channels[0], patch), LayerNorm2d(channels[0]))
+        self.stem = nn.Sequential(PatchConv2d(self.in_chans, channels[0], patch), LayerNorm2d(channels[0]))
         self.levels = nn.ModuleList(
-            FusedColumn(channels, blocks, n == 0, kernel_size, drop_path_rate) for n in range(columns)
+            FusedColumn(channels, blocks, n == 0, kernel_size, self.drop_path_rate) for n in range(columns)
         )
         self.levels[-1].keep_last()  # type: ignore[operator]
         self.head_norm = nn.LayerNorm(channels[-1], eps=1e-6)
         init_truncated(self)
-        self.finish([channels[-1]], [patch * 2 ** (len(channels) - 1)], num_classes, global_pool)
+        self.finish_levels([channels[-1]], [patch * 2 ** (len(channels) - 1)])
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
@@ -144,11 +138,15 @@ class MultiColumn(LevelNet):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The last level of the last column, in a list."""
-        height, width = x.shape[-2:]
-        reduction = self.feature_info[-1]["reduction"]
-        if height % reduction or width % reduction:
-            raise SchemeError(f"MultiColumn: the picture is {height} x {width}; want multiples of {reduction}.")
-        found = [self.stem(x)]
+        found = [self.stem(self.picture(x))]
         for column in self.levels:
             found = column(found)
         return found[-1:]
+
+
+# The pyramid of RevCol-T: what its paper compares with, where it gives no details, is a configuration of our own.
+MULTI_COLUMNS: dict[str, dict[str, Any]] = {
+    "multicolumn_tiny": {"channels": (64, 128, 256, 512), "blocks": (2, 2, 4, 2), "columns": 4},
+}
+
+register_variants(MultiColumn, MULTI_COLUMNS)

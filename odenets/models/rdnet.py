@@ -8,6 +8,7 @@ Source: Kim et al. 2024, DenseNets Reloaded: Paradigm Shift Beyond ResNets and V
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -16,10 +17,11 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_kaiming, linear_rates
 from ..stack import Stack
-from . import dense_keys
+from .catalogue import register_variants
 from .dense_levels import grown_width, schemes_with_growth, width_after
-from .keys import twin
-from .level_net import LevelNet, Pool, check_rates
+from .keys import rdnet as keys_of_rdnet
+from .keys.layout import twin
+from .level_net import LevelNet
 from .levels import recomputing, steps_that_fit, warned_once
 
 
@@ -42,12 +44,7 @@ class RDNet(LevelNet):
         backprop: as in Stack; "checkpoint" recomputes each mixer.
         recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
             the backward pass; a number: in the first so many levels only, whose maps take most of the memory.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without norm and head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last mixer (its new channels are zero), growing from 0 over the depth.
-        head_init_scale: factor on a new head; 0.001 for fine-tuning.
+        head: as in ``HeadNet``; a mixer that is dropped adds channels of zeros.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -80,27 +77,21 @@ class RDNet(LevelNet):
         scheme: list[str] | str = "dense",
         backprop: str = "store",
         recompute: bool | int = False,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        head_init_scale: float = 1.0,
+        **head: Any,
     ):
-        super().__init__(drop_rate, head_init_scale)
+        super().__init__(**head)
         counts = [functions] * len(growths) if isinstance(functions, int) else list(functions)
         if not growths or not len(growths) == len(counts) == len(downsample):
             raise SchemeError(
                 f"{len(growths)} growths, {len(counts)} counts of mixers, {len(downsample)} entries of downsample: "
                 "want one per level."
             )
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         found = schemes_with_growth(scheme, growths)
-        rates = iter(linear_rates(drop_path_rate, sum(counts)))
+        rates = iter(linear_rates(self.drop_path_rate, sum(counts)))
         again = recomputing(recompute, len(counts))
 
         self.stem = nn.Sequential(
-            OrderedDict(conv=PatchConv2d(in_chans, init_channels, 4), norm=LayerNorm2d(init_channels))
+            OrderedDict(conv=PatchConv2d(self.in_chans, init_channels, 4), norm=LayerNorm2d(init_channels))
         )
         width, reduction = init_channels, 4
         grown = width
@@ -138,9 +129,28 @@ class RDNet(LevelNet):
                 reductions.append(reduction)
         self.head_norm = nn.LayerNorm(width, eps=head_norm_eps)
         init_kaiming(self, "fan_in", linear=True)
-        self.finish(channels, reductions, num_classes, global_pool)
+        self.least = reductions[-1]
+        self.finish_levels(channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: naver-ai's and timm's, which differ in the epsilon of the head's norm."""
         own = self.state_dict().keys()
-        return dense_keys.rdnet(own, keys) or twin(own, keys)
+        return keys_of_rdnet.published(own, keys) or twin(own, keys)
+
+
+def _levels(first: int, second: int, middle: int, count: int, last: int, lasts: int) -> dict[str, Any]:
+    """Growth per mixing level, and where the resolution is halved: before levels 1 and 2, and before the last ones."""
+    growths = (first, second, *(middle,) * count, *(last,) * lasts)
+    halves = (False, True, True, *(False,) * (count - 1), True, *(False,) * (lasts - 1))
+    return {"growths": growths, "downsample": halves}
+
+
+RDNETS: dict[str, dict[str, Any]] = {
+    # Kim et al. 2024, table A and B, with the released code's growth rates.
+    "rdnet_tiny": {"init_channels": 64, **_levels(64, 104, 128, 4, 224, 1)},
+    "rdnet_small": {"init_channels": 72, **_levels(64, 128, 128, 7, 240, 2)},
+    "rdnet_base": {"init_channels": 120, **_levels(96, 128, 168, 7, 336, 2)},
+    "rdnet_large": {"init_channels": 144, **_levels(128, 192, 256, 8, 360, 2)},
+}
+
+register_variants(RDNet, RDNETS)

@@ -1,29 +1,35 @@
-"""ResNet and HO-ResNet: one network of levels, whose residual functions any one-stream scheme puts together.
+"""ResNet and HO-ResNet: one network of levels, whose residual functions any scheme puts together.
 
-A level is a ``Stack``; its first step downsamples. Three placements of activation and norm around the same scheme:
+A level is a ``Stack``. Three placements of activation and norm around the same scheme:
 
 * ``post``: F = conv-BN-ReLU-...-BN, ReLU on the sum. With euler this is the ResNet of torchvision, key for key.
 * ``public``: F = BN-ReLU-conv-BN-ReLU-conv, ReLU on the sum, no norm before the head: HO-ResNet as it was released.
 * ``preact``: the same F, nothing on the sum, one BN-ReLU before the head: the stream is a plain sum of functions.
 
+The first step of a level makes its stride and width where the scheme has one stream whose identity a shortcut can
+replace. Elsewhere (several streams, adaptive solvers) a strided 3x3 convolution stands before the level.
+
 Sources: He et al., arXiv 1512.03385 and 1603.05027; Luo et al., HO-ResNet, arXiv 2103.15244.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from schemes import Scheme, SchemeError, Slot
 
 from ..checkpoints import KeyMap
 from ..layers import BasicFunction, BottleneckFunction, PadShortcut, Projection, init_kaiming, linear_rates
 from ..stack import Stack
-from . import resnet_keys
-from .head import HeadNet, Pool
-from .keys import twin
-from .levels import schemes_of_levels, steps_that_fit, warned_once
+from .catalogue import register_variants, torchvision_weights
+from .head import check_choices
+from .keys import resnet as keys_of_resnet
+from .keys.layout import twin
+from .level_net import LevelNet
+from .levels import check_streams, schemes_of_levels, steps_of_levels, takes_shortcut, warned_once
 
 Block = Literal["basic", "bottleneck"]
 Placement = Literal["post", "public", "preact"]
@@ -34,198 +40,32 @@ FUNCTIONS = {"basic": BasicFunction, "bottleneck": BottleneckFunction}
 REDUCTION = {"conv3": 1, "conv3_s2": 2, "conv7_pool": 4}
 
 
-class ResidualNet(HeadNet):
+class ResidualNet(LevelNet):
     """The network behind ``ResNet`` and ``HOResNet``, which differ in their defaults alone: stem, levels, norm, head.
 
     State-dict keys: ``stem.{conv,norm}``, ``levels.{l}.steps.{n}.fs.{i}.{conv,norm}{1..3}``,
-    ``levels.{l}.steps.0.gs.0.{conv,norm}``, ``norm`` (preact), ``head``.
+    ``levels.{l}.steps.0.gs.0.{conv,norm}`` or, where the scheme takes no shortcut, ``transitions.{l}.{conv,norm}``,
+    ``norm`` (preact), ``head``.
 
     Args:
         functions: residual functions per level; a multiple of the level's scheme's stages.
         widths: width per level, before the block's expansion.
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
         scheme: one scheme for all levels, or a list with one per level.
-        placement: "post", "public" or "preact"; see the module's head.
+        placement: "post" (ReLU on the sum), "public" (pre-activated functions and ReLU on the sum) or "preact"
+            (nothing on the sum); of several streams the ReLU acts on each.
         shortcut: "projection" (1x1 convolution) or "pad" (zeros, no parameters), where stride or width change.
         stem: "conv3", "conv3_s2" (stride 2) or "conv7_pool" (stride 2, then a max pool of stride 2).
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes), without a head (n, c), without pooling (n, c, h', w').
 
     Raises:
-        SchemeError: a level's count does not fit its scheme (the nearest that fit are named), or a wrong option.
-    """
-
-    def __init__(
-        self,
-        functions: Sequence[int],
-        widths: Sequence[int],
-        block: Block,
-        scheme: str | Sequence[str],
-        placement: Placement,
-        shortcut: Shortcut,
-        stem: Stem,
-        step: float | str,
-        backprop: str,
-        num_classes: int,
-        in_chans: int,
-        global_pool: Pool,
-        drop_rate: float,
-        drop_path_rate: float,
-    ):
-        super().__init__()
-        for what, value, known in (
-            ("block", block, Block),
-            ("placement", placement, Placement),
-            ("shortcut", shortcut, Shortcut),
-            ("stem", stem, Stem),
-        ):
-            if value not in get_args(known):
-                raise SchemeError(f"{what} is {value!r}, want {' or '.join(get_args(known))}.")
-        if not functions or len(functions) != len(widths):
-            raise SchemeError(
-                f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."
-            )
-        if not 0 <= drop_rate < 1 or not 0 <= drop_path_rate < 1:
-            raise SchemeError(f"drop_rate is {drop_rate}, drop_path_rate {drop_path_rate}: want 0 <= rate < 1.")
-        found = schemes_of_levels(scheme, len(functions))
-        depths = [
-            steps_that_fit(s, count, level) for level, (s, count) in enumerate(zip(found, functions, strict=True), 1)
-        ]
-
-        self.block, self.placement, self.shortcut = block, placement, shortcut
-        self.stem = _stem(stem, in_chans, widths[0], norm=placement != "preact" or stem == "conv7_pool")
-        rates = iter(linear_rates(drop_path_rate, sum(functions)))
-        channels = [widths[0], *(w * FUNCTIONS[block].expansion for w in widths)]
-        self.levels = nn.Sequential()
-        with warned_once():
-            before = 0
-            for level, (scheme_, depth, (width, out)) in enumerate(zip(found, depths, pairwise(channels), strict=True)):
-                stride = 1 if level == 0 else 2
-                self.levels.append(self._level(scheme_, depth, width, out, stride, rates, step, before, backprop))
-                before += depth
-        last = channels[-1]
-        preact = placement == "preact"
-        self.norm = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(inplace=True)) if preact else nn.Identity()
-        self.num_features = self.head_hidden_size = last
-        self.drop_rate = drop_rate
-        self.feature_info = [
-            {"num_chs": c, "reduction": REDUCTION[stem] * 2**level, "module": f"levels.{level}"}
-            for level, c in enumerate(channels[1:])
-        ]
-        self.reset_classifier(num_classes, global_pool)
-        published = stem == "conv7_pool"
-        init_kaiming(self, "fan_out" if published else "fan_in", linear=not published)
-
-    def _level(
-        self,
-        scheme: Scheme,
-        depth: int,
-        width: int,
-        out: int,
-        stride: int,
-        rates: Iterator[float],
-        step: float | str,
-        before: int,
-        backprop: str,
-    ) -> Stack:
-        order = "post" if self.placement == "post" else "pre"
-
-        def make(slot: Slot) -> nn.Module:
-            if len(slot.in_channels) != 1:
-                raise SchemeError(
-                    f"{scheme} gives a residual function {len(slot.in_channels)} arguments; those of a ResNet take one."
-                )
-            # Only a function that sees the step's input itself has the stride to make; the others come after it.
-            own = stride if slot.step == 0 and slot.raw else 1
-            build = FUNCTIONS[self.block]
-            return build(slot.in_channels[0], slot.out_channels, own, order=order, drop_path=next(rates))
-
-        shortcut = None
-        if stride > 1 or width != out:
-            if self.shortcut == "pad":
-                shortcut = PadShortcut(width, out, stride)
-            else:
-                shortcut = Projection(width, out, stride, norm=self.placement != "preact")
-        # A step of one stream ends in a new sum, which its ReLU may overwrite; several streams may share tensors.
-        after = None if self.placement == "preact" else nn.ReLU(inplace=scheme.streams == 1)
-        return Stack.from_factory(
-            make,
-            scheme,
-            depth,
-            channels=width,
-            out_channels=None if width == out else out,
-            shortcut=shortcut,
-            step=step,
-            steps_before=before,
-            after=after,
-            backprop=backprop,
-        )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last level's map, normalised where the placement asks for it: (n, num_features, h', w')."""
-        return self.norm(self.levels(self.stem(x)))
-
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """The map after each level."""
-        x = self.stem(x)
-        found = []
-        for level in self.levels:
-            x = level(x)
-            found.append(x)
-        return found
-
-    def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here: torchvision's, the CIFAR and HO-ResNet releases', or a twin's.
-
-        A twin is this network under another scheme: the same residual functions, grouped into other steps.
-        """
-        own = self.state_dict().keys()
-        return resnet_keys.published(own, keys, FUNCTIONS[self.block].convolutions) or twin(own, keys)
-
-
-class ResNet(ResidualNet):
-    """ResNet: post-activated, euler and projections by default; every level takes any one-stream scheme.
-
-    The defaults are ResNet-18 for ImageNet: 11,689,512 parameters, 1.814 GMACs at 224 x 224.
-
-    Args:
-        functions: residual functions per level; a multiple of the level's scheme's stages.
-        widths: width per level, before the block's expansion.
-        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
-        scheme: one scheme for all levels, or a list with one per level.
-        placement: "post" (ReLU on the sum), "public" (pre-activated functions and ReLU on the sum), "preact".
-        shortcut: "projection" or "pad", where stride or width change.
-        stem: "conv3", "conv3_s2" or "conv7_pool".
-        step: step size, as in Stack; a decay counts over the whole network.
-        backprop: as in Stack.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
-
-    Shapes:
-        x: (n, in_chans, h, w); the result is (n, num_classes).
-
-    Raises:
-        SchemeError: a level's count does not fit its scheme (the nearest that fit are named), or a wrong option.
-
-    Source:
-        He et al. 2016, Deep Residual Learning for Image Recognition, arXiv 1512.03385, table 1 and section 4.2.
-
-    Example:
-        >>> import torch
-        >>> net = ResNet([4, 4], [8, 16], scheme=["rk4", "midpoint"], stem="conv3", num_classes=10)
-        >>> net(torch.randn(2, 3, 16, 16)).shape
-        torch.Size([2, 10])
+        SchemeError: a level's count does not fit its scheme (the nearest that fit are named), a scheme whose functions
+            take several arguments, or a wrong option.
     """
 
     def __init__(
@@ -239,16 +79,107 @@ class ResNet(ResidualNet):
         stem: Stem = "conv7_pool",
         step: float | str = 1.0,
         backprop: str = "store",
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **head: Any,
     ):
-        super().__init__(
-            functions, widths, block, scheme, placement, shortcut, stem, step, backprop, num_classes, in_chans,
-            global_pool, drop_rate, drop_path_rate,
-        )  # fmt: skip
+        super().__init__(**head)
+        check_choices(block=(block, Block), placement=(placement, Placement), shortcut=(shortcut, Shortcut))
+        check_choices(stem=(stem, Stem))
+        if not functions or len(functions) != len(widths):
+            raise SchemeError(
+                f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."
+            )
+        found = schemes_of_levels(scheme, len(functions))
+        depths = steps_of_levels(found, functions)
+        self.block, self.placement, self.shortcut = block, placement, shortcut
+        self.stem = _stem(stem, self.in_chans, widths[0], norm=placement != "preact" or stem == "conv7_pool")
+        rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
+        channels = [widths[0], *(w * FUNCTIONS[block].expansion for w in widths)]
+        before = 0
+        with warned_once():
+            for level, (scheme_, depth, (width, out)) in enumerate(zip(found, depths, pairwise(channels), strict=True)):
+                options = {"step": step, "step_offset": before, "backprop": backprop}
+                self._add_level(scheme_, depth, width, out, 1 if level == 0 else 2, rates, options)
+                before += depth
+        last = channels[-1]
+        if placement == "preact":
+            self.norm = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(inplace=True))
+        published = stem == "conv7_pool"
+        init = partial(init_kaiming, mode="fan_out" if published else "fan_in", linear=not published)
+        self.finish_levels(channels[1:], [REDUCTION[stem] * 2**level for level in range(len(widths))], init)
+
+    def _add_level(
+        self,
+        scheme: Scheme,
+        depth: int,
+        width: int,
+        out: int,
+        stride: int,
+        rates: Iterator[float],
+        options: dict[str, Any],
+    ) -> None:
+        shortcut, transition, norm = None, nn.Identity(), self.placement != "preact"
+        if stride > 1 or width != out:
+            if not takes_shortcut(scheme):
+                transition = Projection(width, out, stride, norm=norm, kernel=3)
+                width, stride = out, 1
+            elif self.shortcut == "pad":
+                shortcut = PadShortcut(width, out, stride)
+            else:
+                shortcut = Projection(width, out, stride, norm=norm)
+        check_streams(scheme, depth, width, type(self).__name__)
+        # A step of one stream ends in a new sum, which its ReLU may overwrite; several streams may share tensors.
+        after = None if self.placement == "preact" else nn.ReLU(inplace=scheme.streams == 1)
+        stack = Stack.from_factory(
+            partial(self._function, scheme, stride, rates),
+            scheme,
+            depth,
+            channels=width,
+            out_channels=None if width == out else out,
+            shortcut=shortcut,
+            post_step=after,
+            **options,
+        )
+        self.transitions.append(transition)
+        self.levels.append(stack)
+
+    def _function(self, scheme: Scheme, stride: int, rates: Iterator[float], slot: Slot) -> nn.Module:
+        kind = FUNCTIONS[self.block]
+        if slot.out_channels % kind.expansion:
+            raise SchemeError(
+                f"{scheme} asks for bottlenecks of {slot.out_channels} channels, no multiple of 4: choose other "
+                "widths, or block='basic'."
+            )
+        # Only a function that sees the step's input itself has the stride to make; the others come after it.
+        own = stride if slot.step == 0 and slot.raw else 1
+        order = "post" if self.placement == "post" else "pre"
+        return kind(slot.in_channels[0], slot.out_channels, own, order=order, drop_path=next(rates))
+
+    def init_head(self, head: nn.Linear) -> None:
+        """A new head keeps torch's weights and biases."""
+
+    def key_map(self, keys: Collection[str]) -> KeyMap | None:
+        """Names of published keys here: torchvision's, the CIFAR and HO-ResNet releases', or a twin's.
+
+        A twin is this network under another scheme: the same residual functions, grouped into other steps.
+        """
+        own = self.state_dict().keys()
+        return keys_of_resnet.published(own, keys, FUNCTIONS[self.block].convolutions) or twin(own, keys)
+
+
+class ResNet(ResidualNet):
+    """ResNet: post-activated, euler and projections by default; the options are those of ``ResidualNet``.
+
+    The defaults are ResNet-18 for ImageNet: 11,689,512 parameters, 1.814 GMACs at 224 x 224.
+
+    Source:
+        He et al. 2016, Deep Residual Learning for Image Recognition, arXiv 1512.03385, table 1 and section 4.2.
+
+    Example:
+        >>> import torch
+        >>> net = ResNet([4, 4], [8, 16], scheme=["rk4", "midpoint"], stem="conv3", num_classes=10)
+        >>> net(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
 
 
 class HOResNet(ResidualNet):
@@ -260,24 +191,13 @@ class HOResNet(ResidualNet):
     Args:
         functions: residual functions per level; a multiple of the level's scheme's stages.
         widths: width per level, before the block's expansion.
-        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
+        block: "basic" or "bottleneck".
         scheme: one scheme for all levels, or a list with one per level.
-        placement: "public" (pre-activated functions and ReLU on the sum), "preact" (nothing on the sum), "post".
-        shortcut: "pad" or "projection", where stride or width change.
+        placement: "public" (as released), "preact" or "post".
+        shortcut: "pad" (as released) or "projection".
         stem: "conv3_s2" (as released), "conv3" (four times the pixels) or "conv7_pool".
-        step: step size, as in Stack; a decay counts over the whole network.
-        backprop: as in Stack.
         num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
-
-    Shapes:
-        x: (n, in_chans, h, w); the result is (n, num_classes).
-
-    Raises:
-        SchemeError: a level's count does not fit its scheme (the nearest that fit are named), or a wrong option.
+        options: as in ``ResidualNet``.
 
     Source:
         Luo et al. 2021, Rethinking ResNets: Improved Stacking Strategies With High Order Schemes, arXiv 2103.15244.
@@ -297,18 +217,12 @@ class HOResNet(ResidualNet):
         placement: Placement = "public",
         shortcut: Shortcut = "pad",
         stem: Stem = "conv3_s2",
-        step: float | str = 1.0,
-        backprop: str = "store",
         num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **options: Any,
     ):
         super().__init__(
-            functions, widths, block, scheme, placement, shortcut, stem, step, backprop, num_classes, in_chans,
-            global_pool, drop_rate, drop_path_rate,
-        )  # fmt: skip
+            functions, widths, block, scheme, placement, shortcut, stem, num_classes=num_classes, **options
+        )
 
 
 def _stem(kind: Stem, in_chans: int, width: int, norm: bool) -> nn.Sequential:
@@ -323,3 +237,64 @@ def _stem(kind: Stem, in_chans: int, width: int, norm: bool) -> nn.Sequential:
     if kind == "conv7_pool":
         stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
     return stem
+
+
+_CIFAR = {"widths": (16, 32, 64), "shortcut": "pad", "stem": "conv3", "num_classes": 10}
+_BOTTLENECK = {"block": "bottleneck"}
+_IMAGENET_HO = {
+    "widths": (64, 128, 256, 512),
+    "block": "bottleneck",
+    "placement": "post",
+    "shortcut": "projection",
+    "stem": "conv7_pool",
+    "num_classes": 1000,
+}
+
+RESNETS: dict[str, dict[str, Any]] = {
+    # He et al. 2016, section 4.2: 6 n + 2 layers, zero-padded shortcuts.
+    "resnet20": {"functions": (3, 3, 3), **_CIFAR},
+    "resnet32": {"functions": (5, 5, 5), **_CIFAR},
+    "resnet44": {"functions": (7, 7, 7), **_CIFAR},
+    "resnet56": {"functions": (9, 9, 9), **_CIFAR},
+    "resnet110": {"functions": (18, 18, 18), **_CIFAR},
+    # He et al. 2016, arXiv 1603.05027: 9 n + 2 layers.
+    "resnet164_preact": {
+        **_CIFAR,
+        **_BOTTLENECK,
+        "functions": (18, 18, 18),
+        "placement": "preact",
+        "shortcut": "projection",
+    },
+    "resnet18": {"functions": (2, 2, 2, 2)},
+    "resnet34": {"functions": (3, 4, 6, 3)},
+    "resnet50": {"functions": (3, 4, 6, 3), **_BOTTLENECK},
+    "resnet101": {"functions": (3, 4, 23, 3), **_BOTTLENECK},
+    "resnet152": {"functions": (3, 8, 36, 3), **_BOTTLENECK},
+}
+
+# The default scheme is the one of highest order among euler, midpoint, rk4 and verner8 whose stages divide the levels;
+# any of the others that fit is one word away, at equal parameters.
+HO_RESNETS: dict[str, dict[str, Any]] = {
+    # CIFAR. The paper's 30 and 58 layers are read as one and two levels of 14 functions.
+    "ho_resnet26": {"functions": (4, 4, 4), "scheme": "rk4"},
+    "ho_resnet30": {"functions": (14,), "widths": (16,), "scheme": "verner8"},
+    "ho_resnet58": {"functions": (14, 14), "widths": (16, 32), "scheme": "verner8"},
+    "ho_resnet74": {"functions": (12, 12, 12), "scheme": "rk4"},
+    "ho_resnet86": {"functions": (14, 14, 14), "scheme": "verner8"},
+    "ho_resnet170_cifar": {"functions": (28, 28, 28), "scheme": "verner8"},
+    # ImageNet: bottlenecks, so three layers per function.
+    "ho_resnet50": {**_IMAGENET_HO, "functions": (4, 4, 4, 4), "scheme": "rk4"},
+    "ho_resnet170": {**_IMAGENET_HO, "functions": (14, 14, 14, 14), "scheme": "verner8"},
+}
+
+_PUBLISHED: dict[str, tuple[tuple[str, str, float], ...]] = {
+    "resnet18": (("v1", "f37072fd", 69.758),),
+    "resnet34": (("v1", "b627a593", 73.314),),
+    "resnet50": (("v2", "11ad3fa6", 80.858), ("v1", "0676ba61", 76.130)),
+    "resnet101": (("v2", "cd907fc2", 81.886), ("v1", "63fe2227", 77.374)),
+    "resnet152": (("v2", "f82ba261", 82.284), ("v1", "394f9c45", 78.312)),
+}
+_WEIGHTS = {name: [torchvision_weights(name, *row) for row in rows] for name, rows in _PUBLISHED.items()}
+
+register_variants(ResNet, RESNETS, _WEIGHTS)
+register_variants(HOResNet, HO_RESNETS)

@@ -7,22 +7,22 @@ Source: Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemes import SchemeError
-from schemes.columns import RevCol as Coupling
+from schemes.columns import RevColCoupling
 from schemes.scheme import State
 
 from ..checkpoints import KeyMap
 from ..layers import ChannelScale, ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
-from ..layers.column import Classifier, Down, LevelFunction, PatchDecoder, PictureDecoder, Up
+from ..layers.column import Down, LevelFunction, NormedHead, PatchDecoder, PictureDecoder, Up
 from ..stack import Stack
-from . import revcol_keys
-from .head import ColumnNet, ColumnPool
+from .catalogue import register_variants
+from .head import ColumnNet
+from .keys import revcol as keys_of_revcol
 
 
 class Supervised(NamedTuple):
@@ -53,7 +53,7 @@ class Supervision(nn.Module):
     def __init__(self, columns: Sequence[int], channels: Sequence[int], classes: int, patch: int, colours: int):
         super().__init__()
         self.columns = tuple(columns)
-        self.heads = nn.ModuleList(Classifier(channels[-1], classes) for _ in columns)
+        self.heads = nn.ModuleList(NormedHead(channels[-1], classes) for _ in columns)
         coarse = patch * 2 ** (len(channels) - 1)
         # With many classes the heads are large, and the published decoder is a single layer.
         self.decoders = nn.ModuleList(
@@ -74,19 +74,12 @@ class RevCol(ColumnNet):
         blocks: ConvNeXt blocks per level.
         columns: number of columns, the steps of the scheme.
         kernel_size: side of the blocks' depthwise convolutions.
-        num_classes: width of the head; 0 gives the last level's mean.
-        in_chans: channels of the picture.
         supervision: heads and decoders also after about a quarter, a half and three quarters of the columns; see
             ``supervised_columns``. Training then calls ``forward_supervised``.
         huge: the first level also reads the last one of the previous column (RevCol-H).
         backprop: as in Stack; "reverse" trains in memory that hardly grows with the columns.
         patch: side and stride of the stem's convolution.
-        pad: whether a picture whose sides are no multiple of ``reduction`` is padded with zeros, right and below;
-            otherwise it is refused.
-        global_pool: "avg", or "" for the last level's map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth, growing over the blocks of one column from 0; every column alike.
-        head_init_scale: factor of the final head's initial weights.
+        head: as in ``ColumnNet``.
 
     Shapes:
         x: (n, in_chans, h, w), h and w multiples of ``patch * 2^(levels - 1)``; the result is (n, num_classes).
@@ -109,27 +102,19 @@ class RevCol(ColumnNet):
         blocks: Sequence[int] = (2, 2, 4, 2),
         columns: int = 4,
         kernel_size: int = 3,
-        num_classes: int = 1000,
-        in_chans: int = 3,
         supervision: bool = False,
         huge: bool = False,
         backprop: str = "store",
         patch: int = 4,
-        pad: bool = False,
-        global_pool: ColumnPool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        head_init_scale: float = 1.0,
+        **head: Any,
     ):
-        super().__init__()
+        super().__init__(**head)
         channels, blocks = tuple(channels), tuple(blocks)
-        _check(channels, blocks, columns, drop_rate, drop_path_rate)
-        if supervision and not num_classes:
+        _check(channels, blocks, columns)
+        if supervision and not self.num_classes:
             raise SchemeError("RevCol: supervision needs a head; give num_classes, or leave supervision out.")
-        self.pad, self.in_chans, self.drop_rate = pad, in_chans, drop_rate
-        self.patch, self.reduction = patch, patch * 2 ** (len(channels) - 1)
-        self.num_features = self.head_hidden_size = channels[-1]
-        self.feature_info = [
+        self.patch = patch
+        features = [
             {
                 "num_chs": c,
                 "reduction": patch * 2**level,
@@ -140,10 +125,10 @@ class RevCol(ColumnNet):
         ]
 
         self.stem = nn.Sequential()
-        self.stem.add_module("conv", PatchConv2d(in_chans, channels[0], patch))
+        self.stem.add_module("conv", PatchConv2d(self.in_chans, channels[0], patch))
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
-        scheme = Coupling(len(channels), huge=huge)
-        fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, drop_path_rate)]
+        scheme = RevColCoupling(len(channels), huge=huge)
+        fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, self.drop_path_rate)]
         # The first column makes the levels and has nothing to scale.
         scales = [() if n == 0 else tuple(ChannelScale(c) for c in channels) for n in range(columns)]
         self.columns = Stack(fs, scheme, shortcut=scales, backprop=backprop)
@@ -152,12 +137,9 @@ class RevCol(ColumnNet):
         self.head = nn.Identity()
         self.supervision: Supervision | None = None
         if supervision:
-            self.supervision = Supervision(supervised_columns(columns)[:-1], channels, num_classes, patch, in_chans)
-        self.reset_classifier(num_classes, global_pool)
-        init_truncated(self)
-        if head_init_scale != 1 and isinstance(self.head, Classifier):
-            with torch.no_grad():
-                self.head.fc.weight.mul_(head_init_scale)
+            before_last = supervised_columns(columns)[:-1]
+            self.supervision = Supervision(before_last, channels, self.num_classes, patch, self.in_chans)
+        self.finish(features, init_truncated)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
@@ -181,36 +163,19 @@ class RevCol(ColumnNet):
                 logits.append(s.heads[k](state[-1]))
                 images.append(s.decoders[k](state[-1])[..., :height, :width])
 
-        state = self.columns.visit(self._stem(x), heads)
+        state = self.columns.visit_states(self._stem(x), heads)
         return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The levels of the last column, fine to coarse: (n, channels[l], h', w') with h' = h / (patch 2^l)."""
-        return list(self.columns.visit(self._stem(x))[1:])
+        return list(self.columns.final_state(self._stem(x))[1:])
 
     def _stem(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        below, right = -height % self.reduction, -width % self.reduction
-        if below or right:
-            if not self.pad:
-                raise SchemeError(
-                    f"RevCol: the picture is {height} x {width}; want multiples of {self.reduction}.\n"
-                    "  Resize it, or let the network pad it with zeros: pad=True."
-                )
-            x = F.pad(x, (0, right, 0, below))
-        return with_zero_gradients(self.stem(x), self.idle)
+        return with_zero_gradients(self.stem(self.picture(x)), self.idle)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts new heads in, on the device and in the dtype of the network.
-
-        Args:
-            num_classes: their width; 0 leaves features and drops the supervision.
-            global_pool: "avg" or "", None keeps it.
-
-        Raises:
-            SchemeError: an unknown pooling, or a head over an unpooled map.
-        """
-        super().reset_classifier(num_classes, global_pool)
+    def _put_head(self, num_classes: int, pool: str) -> None:
+        """Puts new heads in; without classes the supervision goes too."""
+        super()._put_head(num_classes, pool)
         if self.supervision is not None:
             if num_classes:
                 heads = (self.make_head(num_classes, drop_rate=0.0) for _ in self.supervision.columns)
@@ -223,7 +188,7 @@ class RevCol(ColumnNet):
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""
-        return revcol_keys.published(self.state_dict().keys(), keys)
+        return keys_of_revcol.published(self.state_dict().keys(), keys)
 
 
 def with_zero_gradients(x: Tensor, idle: Iterable[Tensor]) -> Tensor:
@@ -233,15 +198,13 @@ def with_zero_gradients(x: Tensor, idle: Iterable[Tensor]) -> Tensor:
     return x
 
 
-def _check(channels: Sequence[int], blocks: Sequence[int], columns: int, drop_rate: float, drop_path: float) -> None:
+def _check(channels: Sequence[int], blocks: Sequence[int], columns: int) -> None:
     if not channels or len(channels) != len(blocks) or min(blocks) < 1:
         raise SchemeError(
             f"RevCol: channels {channels}, blocks {blocks}; want one width and at least one block per level."
         )
     if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
         raise SchemeError(f"RevCol: columns is {columns!r}, want a whole number, at least 1.")
-    if not 0 <= drop_rate < 1 or not 0 <= drop_path < 1:
-        raise SchemeError(f"RevCol: drop_rate is {drop_rate}, drop_path_rate {drop_path}: want 0 <= rate < 1.")
 
 
 def _column(
@@ -257,3 +220,44 @@ def _column(
             above.append(Up(channels[top], c, 2**top))
         functions = [ConvNeXtFunction(c, kernel=kernel_size, drop_path=next(rates)) for _ in range(count)]
         yield LevelFunction(below, above, functions)
+
+
+# Cai et al. 2023, arXiv 2212.11696, table 1 and the released code.
+REVCOLS: dict[str, dict[str, Any]] = {
+    "revcol_tiny": {"channels": (64, 128, 256, 512), "blocks": (2, 2, 4, 2), "columns": 4},
+    "revcol_small": {"channels": (64, 128, 256, 512), "blocks": (2, 2, 4, 2), "columns": 8},
+    "revcol_base": {"channels": (72, 144, 288, 576), "blocks": (1, 1, 3, 2), "columns": 16},
+    "revcol_large": {"channels": (128, 256, 512, 1024), "blocks": (1, 2, 6, 2), "columns": 8},
+    "revcol_xlarge": {"channels": (224, 448, 896, 1792), "blocks": (1, 2, 6, 2), "columns": 8},
+    "revcol_huge": {"channels": (360, 720, 1440, 2880), "blocks": (1, 2, 6, 2), "columns": 8, "huge": True},
+}
+
+_PYRAMID = {"channels": (64, 128, 256, 512), "blocks": (2, 2, 4, 2), "columns": 4}
+
+
+def _columns(columns: int, width: int, blocks: tuple[int, ...]) -> dict[str, Any]:
+    return {"channels": tuple(width * 2**level for level in range(4)), "blocks": blocks, "columns": columns}
+
+
+# At about 4.5 GMACs (224 x 224) with 1 to 20 columns; 4 columns are RevCol-T.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "revcol_1column": _columns(1, 64, (8, 8, 18, 8)),
+    "revcol_2columns": _columns(2, 64, (4, 4, 9, 4)),
+    "revcol_8columns": _columns(8, 61, (1, 1, 2, 1)),
+    "revcol_12columns": _columns(12, 50, (1, 1, 2, 1)),
+    "revcol_20columns": _columns(20, 39, (1, 1, 2, 1)),
+}
+# RevCol-T with larger depthwise kernels; 3 is its own. create_model("revcol_tiny", supervision=True) is the last pair.
+KERNELS: dict[str, dict[str, Any]] = {f"revcol_tiny_k{k}": {**_PYRAMID, "kernel_size": k} for k in (5, 7, 11)}
+# Stochastic depth is off unless asked for; these are the published rates.
+PUBLISHED_DROP_PATH = {
+    "revcol_tiny": 0.1,
+    "revcol_small": 0.3,
+    "revcol_base": 0.4,
+    "revcol_large": 0.5,
+    "revcol_xlarge": 0.5,
+    "revcol_huge": 0.5,
+}
+
+for _variants in (REVCOLS, COLUMNS, KERNELS):
+    register_variants(RevCol, _variants)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from .level_net import check_rates
+from .head import check_rates
 from .revcol_vit import columns_of_tokens
 from .vit import init_tokens
 

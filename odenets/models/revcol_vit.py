@@ -1,20 +1,21 @@
 """RevCol-ViT: reversible columns of transformer blocks, all levels of one resolution and width."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from schemes import SchemeError
-from schemes.columns import RevCol as Coupling
+from schemes.columns import RevColCoupling
 from schemes.scheme import State
 
 from ..layers import ChannelScale, linear_rates
 from ..layers.attention import AttentionFunction, PatchTokens
 from ..layers.column import LevelFunction
 from ..stack import Stack
-from .head import ColumnNet, ColumnPool
-from .level_net import check_rates
-from .vit import alternating, check_sides, init_tokens
+from .catalogue import register_variants
+from .head import ColumnNet
+from .vit import alternating, init_tokens
 
 
 class Linked(nn.Module):
@@ -72,7 +73,7 @@ def columns_of_tokens(
             own, rates = rates[:count], rates[count:]
             fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
-    return Stack(fs, Coupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
+    return Stack(fs, RevColCoupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
 
 class RevColViT(ColumnNet):
@@ -91,11 +92,7 @@ class RevColViT(ColumnNet):
         patch: side of a patch.
         size: side of the pictures that the positions are made for; others are interpolated.
         backprop: as in Stack; "reverse" trains in memory that hardly grows with the columns.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", or "" for the last level's tokens (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth, growing over the blocks of one column; every column alike.
+        head: as in ``ColumnNet``.
 
     Shapes:
         x: (n, in_chans, h, w), h and w multiples of ``patch``; the result is (n, num_classes).
@@ -124,38 +121,44 @@ class RevColViT(ColumnNet):
         patch: int = 16,
         size: int = 224,
         backprop: str = "store",
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: ColumnPool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **head: Any,
     ):
-        super().__init__()
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        super().__init__(**head)
         if not blocks or min(blocks) < 1 or columns < 1:
             raise SchemeError(f"RevColViT: blocks {tuple(blocks)}, columns {columns}; want at least one of each.")
-        self.patch, self.drop_rate = patch, drop_rate
-        self.num_features = self.head_hidden_size = dim
-        self.feature_info = [
+        self.patch = patch
+        features = [
             {"num_chs": dim, "reduction": patch, "module": f"columns.steps.{columns - 1}:{level + 1}", "map": level}
             for level in range(len(blocks))
         ]
-        self.stem = PatchTokens(dim, patch, size, in_chans, class_token=False, norm=True)
-        self.columns = columns_of_tokens(columns, dim, heads, blocks, drop_path=drop_path_rate, backprop=backprop)
-        self.reset_classifier(num_classes, global_pool)
-        init_tokens(self)
+        self.stem = PatchTokens(dim, patch, size, self.in_chans, class_token=False, norm=True)
+        self.columns = columns_of_tokens(columns, dim, heads, blocks, drop_path=self.drop_path_rate, backprop=backprop)
+        self.finish(features, init_tokens)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's tokens in the last column: (n, h w / patch^2, dim)."""
-        check_sides(x, self.patch)
-        return self.columns(self.stem(x))
+        return self.columns(self.stem(self.picture(x)))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The levels of the last column, (n, dim, h / patch, w / patch) each."""
-        check_sides(x, self.patch)
-        state: State = self.columns.visit(self.stem(x))
+        x = self.picture(x)
+        state: State = self.columns.final_state(self.stem(x))
         rows = x.shape[2] // self.patch
         return [tokens.transpose(1, 2).unflatten(2, (rows, -1)) for tokens in state[1:]]
 
     def init_head(self, head: nn.Module) -> None:
         init_tokens(head)
+
+
+_BASE = {"dim": 384, "heads": 6}
+
+REVCOL_VITS: dict[str, dict[str, Any]] = {
+    # Cai et al. 2023, arXiv 2212.11696, appendix. The base one also in other numbers of columns, of 48 blocks in all.
+    "revcol_vit_small": {"dim": 224, "heads": 4, "blocks": (2, 2, 2, 2), "columns": 4},
+    "revcol_vit_base": {**_BASE, "blocks": (3, 3, 3, 3), "columns": 4},
+    "revcol_vit_base_1column": {**_BASE, "blocks": (12, 12, 12, 12), "columns": 1},
+    "revcol_vit_base_2columns": {**_BASE, "blocks": (6, 6, 6, 6), "columns": 2},
+    "revcol_vit_base_8columns": {**_BASE, "blocks": (1, 2, 2, 1), "columns": 8},
+}
+
+register_variants(RevColViT, REVCOL_VITS)

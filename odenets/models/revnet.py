@@ -6,7 +6,7 @@ A RevNet's level begins with a unit that changes stride and width and cannot be 
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,7 +22,9 @@ from ..layers import (
     linear_rates,
 )
 from ..stack import Stack
-from .level_net import LevelNet, Pool, check_rates
+from .catalogue import register_variants
+from .head import check_choices
+from .level_net import LevelNet
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["conv3", "conv7_pool"]
@@ -31,7 +33,30 @@ FUNCTIONS = {"basic": BasicFunction, "bottleneck": BottleneckFunction}
 EPS = 1e-3  # of the norms, as released
 
 
-class RevNet(LevelNet):
+class _Reversible(LevelNet):
+    """What a RevNet and an i-RevNet share: the checks of their options, BN-ReLU at the end, the weights' distribution.
+
+    Args:
+        head: as in ``HeadNet``.
+    """
+
+    whole = True
+
+    def _check(self, block: str, units: Sequence[int]) -> None:
+        check_choices(block=(block, Block))
+        if not units or min(units) < 1:
+            raise SchemeError(f"units are {tuple(units)}; want at least one per level.")
+
+    def _finish(self, channels: list[int], reduction: int) -> None:
+        self.norm = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True))
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps = EPS
+        init_kaiming(self, "fan_out")
+        self.finish_levels(channels, [reduction * 2**level for level in range(len(channels))])
+
+
+class RevNet(_Reversible):
     """RevNet; the defaults are RevNet-38 for CIFAR: 464,890 parameters.
 
     A level's first unit is y_1 = g_1(x_1) + F(x_2), y_2 = g_2(x_2) + G(y_1), where F makes the stride and the width and
@@ -47,10 +72,7 @@ class RevNet(LevelNet):
         stem: "conv3", or "conv7_pool" (stride 2, then a max pool of stride 2).
         backprop: of the units after the first of each level, as in Stack; the first ones keep their tensors.
         num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -75,22 +97,17 @@ class RevNet(LevelNet):
         stem: Stem = "conv3",
         backprop: str = "store",
         num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **head: Any,
     ):
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        _check(block, units)
-        if stem not in get_args(Stem):
-            raise SchemeError(f"stem is {stem!r}, want {' or '.join(get_args(Stem))}.")
+        super().__init__(num_classes=num_classes, **head)
+        self._check(block, units)
+        check_choices(stem=(stem, Stem))
         if len(widths) != len(units) + 1 or any(w % 2 for w in widths):
             raise SchemeError(f"RevNet: widths {tuple(widths)}, want an even one for the stem and for each level.")
-        super().__init__(drop_rate)
-        self.stem = _stem(stem, in_chans, widths[0])
+        self.stem = _stem(stem, self.in_chans, widths[0])
         expansion = FUNCTIONS[block].expansion
         channels = [widths[0], *(w * expansion for w in widths[1:])]
-        rates = iter(linear_rates(drop_path_rate, 2 * sum(units)))
+        rates = iter(linear_rates(self.drop_path_rate, 2 * sum(units)))
         make = _maker(block, lambda: next(rates))
         for level, (count, (width, out)) in enumerate(zip(units, pairwise(channels), strict=True)):
             stride = 1 if level == 0 else 2
@@ -105,18 +122,15 @@ class RevNet(LevelNet):
         # The stem has normalised and cut off already what the very first function is given.
         function = self.transitions[0].steps[0].fs[0]  # type: ignore[union-attr,index]
         function.norm1, function.relu = nn.Identity(), nn.ReLU()
-        self._finish(channels[1:], 1 if stem == "conv3" else 4, num_classes, global_pool)
+        self._finish(channels[1:], 1 if stem == "conv3" else 4)
 
-    def _finish(self, channels: list[int], reduction: int, num_classes: int, global_pool: Pool) -> None:
-        self.norm = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True))
-        for m in self.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.eps = EPS
-        init_kaiming(self, "fan_out")
-        self.finish(channels, [reduction * 2**level for level in range(len(channels))], num_classes, global_pool)
+    def _fits(self, height: int, width: int) -> bool:
+        # The stem rounds up; only what comes after it must be even.
+        first = self.feature_info[0]["reduction"]
+        return all(-(-side // first) % (self.reduction // first) == 0 for side in (height, width))
 
 
-class IRevNet(RevNet):
+class IRevNet(_Reversible):
     """Fully invertible RevNet: no picture is lost on the way to the last map, and ``inverse`` gives it back.
 
     The stem repeats the picture's channels up to the width; every later level begins by moving squares of four pixels
@@ -127,12 +141,9 @@ class IRevNet(RevNet):
         width: of the first level, both streams together; each later level has four times that of the one before.
         block: "bottleneck" (1x1, 3x3, 1x1 with a quarter of the width inside) or "basic".
         patch: side of the squares that the stem moves into the channels; 1 leaves the picture's resolution.
-        backprop: as in Stack.
+        backprop: as in Stack, without "exact": pixels that move into channels are undone, but on no grid of numbers.
         num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map (without a head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w), h and w multiples of patch 2^(levels - 1); the result is (n, num_classes).
@@ -159,23 +170,24 @@ class IRevNet(RevNet):
         patch: int = 1,
         backprop: str = "store",
         num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **head: Any,
     ):
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        _check(block, units)
-        if width % 8 or width < in_chans * patch**2:
+        super().__init__(num_classes=num_classes, **head)
+        self._check(block, units)
+        if len(units) > 1 and backprop.startswith("exact"):
             raise SchemeError(
-                f"IRevNet: width is {width}, want a multiple of 8, at least {in_chans * patch**2} (the picture's "
-                f"{in_chans} channels times {patch} x {patch} pixels)."
+                "IRevNet: exact arithmetic cannot undo the shortcuts that move pixels into channels: use "
+                "backprop='reverse'."
             )
-        LevelNet.__init__(self, drop_rate)
-        self.in_chans, self.patch = in_chans, patch
-        self.stem = WidenedPicture(in_chans, width, patch)
+        self.patch, least = patch, self.in_chans * patch**2
+        if width % 8 or width < least:
+            raise SchemeError(
+                f"IRevNet: width is {width}, want a multiple of 8, at least {least} (the picture's "
+                f"{self.in_chans} channels times {patch} x {patch} pixels)."
+            )
+        self.stem = WidenedPicture(self.in_chans, width, patch)
         channels = [width * 4**level for level in range(len(units))]
-        rates = iter(linear_rates(drop_path_rate, 2 * sum(units)))
+        rates = iter(linear_rates(self.drop_path_rate, 2 * sum(units)))
         make = _maker(block, lambda: next(rates))
         for level, (count, out) in enumerate(zip(units, channels, strict=True)):
             half, shortcut, fs = out // 2, None, []
@@ -185,7 +197,7 @@ class IRevNet(RevNet):
             fs += [make(half, half) for _ in range(2 * count - len(fs))]
             self.transitions.append(nn.Identity())
             self.levels.append(Stack(fs, "revnet", shortcut=shortcut, backprop=backprop))
-        self._finish(channels, patch, num_classes, global_pool)
+        self._finish(channels, patch)
 
     def inverse(self, y: Tensor) -> Tensor:
         """The picture whose last map, ``maps(x)[-1]``, is y; in evaluation mode, as BatchNorm must not move.
@@ -218,14 +230,8 @@ class WidenedPicture(nn.Module):
         return x.repeat(1, -(-self.width // self.kept), 1, 1)[:, : self.width]
 
     def inverse(self, y: Tensor) -> Tensor:
+        """The picture whose widened form is y."""
         return self.squares.inverse(y[:, : self.kept])
-
-
-def _check(block: str, units: Sequence[int]) -> None:
-    if block not in get_args(Block):
-        raise SchemeError(f"block is {block!r}, want {' or '.join(get_args(Block))}.")
-    if not units or min(units) < 1:
-        raise SchemeError(f"units are {tuple(units)}; want at least one per level.")
 
 
 def _maker(block: Block, rate: Callable[[], float]) -> Callable[..., nn.Module]:
@@ -254,3 +260,23 @@ def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
     if kind == "conv7_pool":
         stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
     return stem
+
+
+_IMAGENET = {"widths": (128, 128, 256, 512, 832), "block": "bottleneck", "stem": "conv7_pool", "num_classes": 1000}
+
+REVNETS: dict[str, dict[str, Any]] = {
+    # Gomez et al. 2017, arXiv 1707.04585, table 2 and the released configurations.
+    "revnet38": {"units": (3, 3, 3), "widths": (32, 32, 64, 112)},
+    "revnet110": {"units": (9, 9, 9), "widths": (32, 32, 64, 128)},
+    "revnet164": {"units": (9, 9, 9), "widths": (32, 32, 64, 128), "block": "bottleneck"},
+    "revnet56_imagenet": {"units": (2, 2, 3, 2), **_IMAGENET},
+    "revnet104_imagenet": {"units": (2, 2, 11, 2), **_IMAGENET},
+}
+
+IREVNETS: dict[str, dict[str, Any]] = {
+    # Units and widths as published for CIFAR (Jacobsen et al. 2018, arXiv 1802.07088); see IRevNet.
+    "irevnet_cifar": {"units": (18, 18, 18), "width": 32},
+}
+
+register_variants(RevNet, REVNETS)
+register_variants(IRevNet, IREVNETS)

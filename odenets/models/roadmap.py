@@ -17,7 +17,7 @@ from ..layers import ConvNeXtFunction, LayerNorm2d, ModernFunction, Projection, 
 from ..stack import Stack
 from .dense_levels import grown_width, schemes_with_growth, width_after
 from .densenet import DenseNet
-from .level_net import LevelNet, Pool
+from .level_net import LevelNet
 from .levels import schemes_of_levels, steps_that_fit
 from .rdnet import RDNet
 
@@ -47,7 +47,7 @@ class Design:
     separate: bool = False
 
 
-class Row(NamedTuple):
+class RoadmapStep(NamedTuple):
     """A step of a roadmap: its name, its network, and what was published of it.
 
     Attributes:
@@ -92,14 +92,14 @@ _RESNET200 = (
 )  # fmt: skip
 
 
-def _rows(base: tuple[int, ...], ratio: Design, width: int, published: tuple) -> tuple[Row, ...]:
+def _rows(base: tuple[int, ...], ratio: Design, width: int, published: tuple) -> tuple[RoadmapStep, ...]:
     designs = {"resnet": Design(base), "recipe": Design(base), "ratio": ratio}
     design = ratio
     for name, change in _CHANGES:
         design = replace(design, **change, **({"width": width} if name == "widen" else {}))
         designs[name] = design
     return tuple(
-        Row(name, d, gflops, top1) for (name, d), gflops, top1 in zip(designs.items(), *published, strict=True)
+        RoadmapStep(name, d, gflops, top1) for (name, d), gflops, top1 in zip(designs.items(), *published, strict=True)
     )
 
 
@@ -117,9 +117,7 @@ class ModernNet(LevelNet):
     Args:
         design: the step.
         scheme: one scheme for all levels, or a list with one per level.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -129,18 +127,16 @@ class ModernNet(LevelNet):
         self,
         design: Design,
         scheme: str | Sequence[str] = "euler",
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
+        **head: Any,
     ):
-        super().__init__(0.0)
+        super().__init__(**head)
         d = design
         self.stem = nn.Sequential()
         if d.patch:
             bias = d.norm == "layer"
-            self.stem.add_module("conv", nn.Conv2d(in_chans, d.width, 4, 4, bias=bias))
+            self.stem.add_module("conv", nn.Conv2d(self.in_chans, d.width, 4, 4, bias=bias))
         else:
-            self.stem.add_module("conv", nn.Conv2d(in_chans, d.width, 7, 2, 3, bias=False))
+            self.stem.add_module("conv", nn.Conv2d(self.in_chans, d.width, 7, 2, 3, bias=False))
         self.stem.add_module("norm", make_norm(d.norm, d.width))
         if not d.one_act:
             self.stem.add_module("act", make_act(d.act))
@@ -183,7 +179,7 @@ class ModernNet(LevelNet):
                     channels=width,
                     out_channels=out if changes else None,
                     shortcut=_projection(width, out, stride, d.norm) if changes else None,
-                    after=None if d.one_act else make_act(d.act),
+                    post_step=None if d.one_act else make_act(d.act),
                 )
             )
             width = out
@@ -191,7 +187,8 @@ class ModernNet(LevelNet):
         if d.separate:
             self.head_norm = nn.LayerNorm(width, eps=1e-6)
         init_kaiming(self, "fan_out")
-        self.finish(channels, [4 * 2**level for level in range(len(channels))], num_classes, global_pool)
+        self.least = (32 if d.separate else 4) if d.patch else 1
+        self.finish_levels(channels, [4 * 2**level for level in range(len(channels))])
 
 
 def _projection(width: int, out: int, stride: int, norm: Literal["batch", "layer"]) -> nn.Module:
@@ -228,7 +225,7 @@ def convnext(step: str | int, base: str = "resnet50", **kwargs: Any) -> ModernNe
     return ModernNet(_find(CONVNEXT[base], step).design, **kwargs)
 
 
-def _find(rows: Sequence[Row], step: str | int) -> Row:
+def _find(rows: Sequence[RoadmapStep], step: str | int) -> RoadmapStep:
     names = [row.name for row in rows]
     if step in names:
         return rows[names.index(str(step))]
@@ -266,9 +263,7 @@ class MixerNet(LevelNet):
     Args:
         design: the step.
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for the feature map.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -278,18 +273,16 @@ class MixerNet(LevelNet):
         self,
         design: MixerDesign,
         scheme: str | Sequence[str] = "dense",
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: Pool = "avg",
+        **head: Any,
     ):
-        super().__init__(0.0)
+        super().__init__(**head)
         d = design
         layers: OrderedDict[str, nn.Module]
         if d.patch:
-            layers = OrderedDict(conv=nn.Conv2d(in_chans, d.init, 4, 4), norm=LayerNorm2d(d.init))
+            layers = OrderedDict(conv=nn.Conv2d(self.in_chans, d.init, 4, 4), norm=LayerNorm2d(d.init))
         else:
             layers = OrderedDict(
-                conv=nn.Conv2d(in_chans, d.init, 7, 2, 3, bias=False),
+                conv=nn.Conv2d(self.in_chans, d.init, 7, 2, 3, bias=False),
                 norm=nn.BatchNorm2d(d.init),
                 act=nn.ReLU(inplace=True),
                 pool=nn.MaxPool2d(3, 2, 1),
@@ -322,7 +315,8 @@ class MixerNet(LevelNet):
             reductions.append(reduction)
         self.head_norm = nn.LayerNorm(width, eps=1e-6)
         init_kaiming(self, "fan_in", linear=True)
-        self.finish(channels, reductions, num_classes, global_pool)
+        self.least = reductions[-1] if d.patch else reductions[-1] - 3
+        self.finish_levels(channels, reductions)
 
 
 def _transition(width: int, narrow: int, stride: int, strided: bool) -> nn.Sequential:
@@ -347,14 +341,14 @@ _PATCH = replace(_MORE, patch=True)
 
 # Kim et al. 2024, table 1, with its published 10^6 parameters beside.
 RDNET = (
-    Row("a", {"functions": (6, 12, 48, 32)}, 4.3, 79.7),
-    Row("b", {"functions": (3, 3, 12, 3), "growth": 120, "init_channels": 120}, 11.1, 79.5),
-    Row("c", _MIXERS, 4.8, 80.4),
-    Row("d", _LARGE, 4.7, 80.8),
-    Row("e", _MORE, 5.0, 82.3),
-    Row("f", _PATCH, 4.9, 82.4),
-    Row("g", replace(_PATCH, strided=True), 4.9, 82.6),
-    Row("h", {}, 5.0, 82.8),
+    RoadmapStep("a", {"functions": (6, 12, 48, 32)}, 4.3, 79.7),
+    RoadmapStep("b", {"functions": (3, 3, 12, 3), "growth": 120, "init_channels": 120}, 11.1, 79.5),
+    RoadmapStep("c", _MIXERS, 4.8, 80.4),
+    RoadmapStep("d", _LARGE, 4.7, 80.8),
+    RoadmapStep("e", _MORE, 5.0, 82.3),
+    RoadmapStep("f", _PATCH, 4.9, 82.4),
+    RoadmapStep("g", replace(_PATCH, strided=True), 4.9, 82.6),
+    RoadmapStep("h", {}, 5.0, 82.8),
 )
 RDNET_PARAMETERS = (20.0, 21.8, 12.9, 19.9, 21.2, 21.2, 22.4, 23.9)
 

@@ -4,23 +4,23 @@ Under euler it is the published ViT. The functions alternate, so that a scheme o
 perceptron, and ``nested(midpoint, repeat(euler, 2))`` makes midpoint steps of whole transformer blocks.
 """
 
-import re
 from collections.abc import Collection, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 import schemes
-from schemes import SchemeError, Slot
+from schemes import Slot
 
 from ..checkpoints import KeyMap
 from ..layers.attention import AttentionFunction, PatchTokens, PerceptronFunction
 from ..layers.drop_path import linear_rates
 from ..stack import Stack
+from .catalogue import register_variants
 from .head import HeadNet
-from .keys import Rule, function_key, places_of, renamed, twin
-from .level_net import check_rates
-from .levels import steps_that_fit
+from .keys import vit as keys_of_vit
+from .keys.layout import twin
+from .levels import check_streams, steps_that_fit
 
 Pool = Literal["token", "avg", ""]
 
@@ -41,11 +41,8 @@ class ViT(HeadNet):
         ratio: hidden width of the perceptrons over ``dim``.
         step: step size, as in Stack.
         backprop: as in Stack.
-        num_classes: width of the head; 0 gives features.
-        in_chans: channels of the picture.
         global_pool: "token" (the class token), "avg" (the mean of the picture's tokens) or "" (all tokens, no head).
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth, growing from 0 over the depth.
+        head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w), h and w multiples of ``patch``; the result is (n, num_classes).
@@ -65,6 +62,7 @@ class ViT(HeadNet):
 
     pools = get_args(Pool)
     unpooled = ("tokens", "one vector")
+    whole = True
 
     def __init__(
         self,
@@ -77,27 +75,20 @@ class ViT(HeadNet):
         ratio: float = 4,
         step: float | str = 1.0,
         backprop: str = "store",
-        num_classes: int = 1000,
-        in_chans: int = 3,
         global_pool: Pool = "token",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **head: Any,
     ):
-        super().__init__()
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        super().__init__(global_pool=global_pool, **head)  # type: ignore[arg-type]
         found = schemes.get(scheme)
         steps = steps_that_fit(found, 2 * depth, 1)
-        self.patch, self.drop_rate = patch, drop_rate
-        self.num_features = self.head_hidden_size = dim
-        self.feature_info = [{"num_chs": dim, "reduction": patch, "module": "levels.0"}]
-        self.stem = PatchTokens(dim, patch, size, in_chans)
+        self.patch = patch
+        self.stem = PatchTokens(dim, patch, size, self.in_chans)
         # Both functions of a block are dropped at one rate.
-        rates = iter([rate for rate in linear_rates(drop_path_rate, depth) for _ in range(2)])
+        rates = iter([rate for rate in linear_rates(self.drop_path_rate, depth) for _ in range(2)])
+        check_streams(found, steps, dim, "a ViT", dim=2, ndim=3, heads=heads)
         kinds = iter([True, False] * depth)
 
         def make(slot: Slot) -> nn.Module:
-            if len(slot.in_channels) != 1 or slot.in_channels[0] != slot.out_channels:
-                raise SchemeError(f"{found}: the functions of a ViT take one argument, of the width that they return.")
             rate, width = next(rates), slot.out_channels
             if next(kinds):
                 return AttentionFunction(width, heads, drop_path=rate)
@@ -105,17 +96,15 @@ class ViT(HeadNet):
 
         self.levels = nn.Sequential(Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.reset_classifier(num_classes, global_pool)
-        init_tokens(self)
+        self.finish([{"num_chs": dim, "reduction": patch, "module": "levels.0"}], init_tokens)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens, normalised, the class token first: (n, 1 + h w / patch^2, dim)."""
-        check_sides(x, self.patch)
-        return self.norm(self.levels(self.stem(x)))
+        return self.norm(self.levels(self.stem(self.picture(x))))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The picture's tokens as a map, before the last norm: [(n, dim, h / patch, w / patch)]."""
-        check_sides(x, self.patch)
+        x = self.picture(x)
         tokens = self.levels(self.stem(x))[:, 1:]
         return [tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
@@ -129,29 +118,7 @@ class ViT(HeadNet):
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the public ViT layout's keys here, or of a twin's under another scheme."""
         own = self.state_dict().keys()
-        if "patch_embed.proj.weight" not in keys:
-            return twin(own, keys)
-        places = places_of(own)
-
-        def part(m: re.Match[str]) -> str | None:
-            norm = "norm." if m[2].startswith("norm") else ""
-            return function_key(places, 0, 2 * int(m[1]) + (m[2] in ("norm2", "mlp")), norm + m[3])
-
-        rules: dict[str, Rule] = {
-            "cls_token": "stem.class_token",
-            "pos_embed": "stem.positions",
-            r"patch_embed\.(.+)": r"stem.\1",
-            r"blocks\.(\d+)\.(norm1|attn|norm2|mlp)\.(.+)": part,
-            r"(.+)": r"\1",
-        }
-        return renamed("public ViT", rules, keys, own)
-
-
-def check_sides(x: Tensor, patch: int) -> None:
-    """Raises SchemeError for a picture that the patches do not fill."""
-    height, width = x.shape[-2:]
-    if height % patch or width % patch:
-        raise SchemeError(f"the picture is {height} x {width}, the patches {patch} x {patch}; want whole patches.")
+        return keys_of_vit.published(own, keys) or twin(own, keys)
 
 
 def init_tokens(module: nn.Module) -> None:
@@ -172,3 +139,12 @@ def alternating(
         found.append(AttentionFunction(dim, heads, norm="post", cosine=True, drop=drop, drop_path=rate))
         found.append(PerceptronFunction(dim, ratio, norm="post", drop=drop, drop_path=rate))
     return found
+
+
+VITS: dict[str, dict[str, Any]] = {
+    # Touvron et al. 2021, arXiv 2012.12877, table 1. ``scheme`` makes high-order twins of equal parameters.
+    "vit_tiny_patch16": {"depth": 12, "dim": 192, "heads": 3},
+    "vit_small_patch16": {"depth": 12, "dim": 384, "heads": 6},
+}
+
+register_variants(ViT, VITS)

@@ -103,27 +103,41 @@ def _by_ray(
     try:
         if address is None:  # a cluster may grow; here Ray would wait for ever
             _check_gpus(study, ray.cluster_resources().get("GPU", 0))
-        # A worker that dies is no error of the training: its network is given to another, up to three times.
-        task = ray.remote(trainer).options(num_cpus=study.threads, num_gpus=study.gpus, max_retries=3)
-        waiting = iter(left)
-        flying: dict[Any, Candidate] = {}
-        while True:
-            # Twice what can run at once, so that no worker waits; counted anew, since a cluster may grow.
-            room = workers or max(1, int(ray.cluster_resources().get("CPU", 1) // study.threads))
-            while len(flying) < (room if address is not None and workers else 2 * room):
-                if (candidate := next(waiting, None)) is None:
-                    break
-                flying[task.remote(study, candidate)] = candidate
-            if not flying:
-                return
-            for ready in ray.wait(list(flying), num_returns=1)[0]:
-                candidate = flying.pop(ready)
-                try:
-                    result = ray.get(ready)
-                except RayError as error:  # its worker died each time, or lacks something that this process has
-                    cause = getattr(error, "cause", None)
-                    text = repr(cause) if cause is not None else str(error).strip().splitlines()[0]
-                    result = Result("failed", error=text[:500])
-                yield candidate, result
+        limit = workers if address is not None else None
+        yield from _hand_out(ray, RayError, study, left, workers, limit, trainer)
     finally:
         ray.shutdown()
+
+
+def _hand_out(
+    ray: Any,
+    ray_error: type[Exception],
+    study: Study,
+    left: list[Candidate],
+    workers: int | None,
+    limit: int | None,
+    trainer: Trainer,
+) -> Iterator[tuple[Candidate, Result]]:
+    """Keeps the workers busy, and yields each result when it comes; at most `limit` networks are under way."""
+    # A worker that dies is no error of the training: its network is given to another, up to three times.
+    task = ray.remote(trainer).options(num_cpus=study.threads, num_gpus=study.gpus, max_retries=3)
+    waiting = iter(left)
+    flying: dict[Any, Candidate] = {}
+    while True:
+        # Twice what can run at once, so that no worker waits; counted anew, since a cluster may grow.
+        room = workers or max(1, int(ray.cluster_resources().get("CPU", 1) // study.threads))
+        while len(flying) < (limit or 2 * room):
+            if (candidate := next(waiting, None)) is None:
+                break
+            flying[task.remote(study, candidate)] = candidate
+        if not flying:
+            return
+        for ready in ray.wait(list(flying), num_returns=1)[0]:
+            candidate = flying.pop(ready)
+            try:
+                result = ray.get(ready)
+            except ray_error as error:  # its worker died each time, or lacks something that this process has
+                cause = getattr(error, "cause", None)
+                text = repr(cause) if cause is not None else str(error).strip().splitlines()[0]
+                result = Result("failed", error=text[:500])
+            yield candidate, result

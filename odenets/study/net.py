@@ -83,7 +83,7 @@ class RandomNet(LevelNet):
     """
 
     def __init__(self, candidate: Candidate, num_classes: int):
-        super().__init__(0.0)
+        super().__init__(num_classes=num_classes)
         c = candidate
         appended = c.scheme == "dense"
         scheme = scheme_of(c.scheme, c.width)
@@ -100,12 +100,12 @@ class RandomNet(LevelNet):
         after = act() if post and not appended else None
         steps = steps_that_fit(scheme, c.depth, 1)
         self.transitions.append(nn.Identity())
-        self.levels.append(Stack.from_factory(make, scheme, steps, channels=c.width, after=after))
+        self.levels.append(Stack.from_factory(make, scheme, steps, channels=c.width, post_step=after))
         last = width_after(scheme, c.width, steps)
         if pre:
             self.norm = nn.Sequential(norm(last), act())
         init_kaiming(self)
-        self.finish([last], [2], num_classes, "avg")
+        self.finish_levels([last], [2])
 
     def trajectory(self, x: Tensor) -> list[Tensor]:
         """The stem's result, and the stream (joined, where streams are appended) after every step."""

@@ -71,7 +71,7 @@ def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confid
     return Difference(mean, mean - half, mean + half)
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """One line of a comparison: networks that share a value of one column.
 
     Attributes:
@@ -104,7 +104,7 @@ def compare(
     metric: str,
     by: str | None = None,
     within: Sequence[str] = STRATA,
-) -> list[Row]:
+) -> list[ComparisonRow]:
     """Compares two schemes on a metric, over all networks (the mean difference within strata) or by a column.
 
     Values of the column with fewer than two networks of a scheme are left out.
@@ -134,7 +134,9 @@ def compare(
         if min(min(map(len, s)) for s in strata) < 2:
             continue
         a, b = (list(itertools.chain(*(s[i] for s in strata))) for i in (0, 1))
-        found.append(Row(name, (len(a), len(b)), (_mean(a), _mean(b)), (_spread(a), _spread(b)), difference(strata)))
+        found.append(
+            ComparisonRow(name, (len(a), len(b)), (_mean(a), _mean(b)), (_spread(a), _spread(b)), difference(strata))
+        )
     return found
 
 
@@ -202,7 +204,7 @@ def _table(head: str, rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _rows(lines: Sequence[Line], first: str, second: str, metric: str, columns: Sequence[str]) -> list[Row]:
+def _rows(lines: Sequence[Line], first: str, second: str, metric: str, columns: Sequence[str]) -> list[ComparisonRow]:
     """All networks, in every way of OVERALL, and then by each column; named by the way, or by column and value."""
     found = [
         row._replace(name=name)

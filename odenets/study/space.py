@@ -6,10 +6,11 @@ space knows how many there are.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import schemes
@@ -216,7 +217,7 @@ def _kind(
     """Number of networks of one kind, and all of them in a random order, each once."""
     inside = shapes(space, scheme, order, size, classes)
     choices = (len(inside), len(space.activations), len(space.norms), len(strengths))
-    total = choices[0] * choices[1] * choices[2] * choices[3]
+    total, drawn = math.prod(choices), partial(Candidate, -1, scheme, order)
 
     def draws() -> Iterator[Candidate]:
         # A string seeds Python's generator by its SHA-512: the same on every machine.
@@ -231,21 +232,8 @@ def _kind(
             i, n = divmod(i, choices[2])
             i, s = divmod(i, choices[3])
             depth, middle, width, kernel, params, macs = inside[i]
-            yield Candidate(
-                -1,
-                scheme,
-                order,
-                depth,
-                middle,
-                width,
-                kernel,
-                space.activations[a],
-                space.norms[n],
-                augment,
-                strengths[s],
-                params,
-                macs,
-            )
+            act, norm, strength = space.activations[a], space.norms[n], strengths[s]
+            yield drawn(depth, middle, width, kernel, act, norm, augment, strength, params, macs)
 
     return total, draws()
 

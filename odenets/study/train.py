@@ -150,21 +150,8 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
     data = _pictures(study)
     data.augment = Augment(crop=study.crop, flip=study.flip, **_augmentation(candidate))
     net = RandomNet(candidate, data.num_classes)
-    epochs = study.epochs or study.ranges.epochs
     schedule = Milestones() if study.schedule == "steps" else WarmupCosine(0.5)
-    module = Classifier(net, _optimizer(study), schedule)
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        devices=1,
-        accelerator="gpu" if study.gpus else "cpu",
-        precision=study.precision,
-        check_val_every_n_epoch=epochs,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    module, trainer = Classifier(net, _optimizer(study), schedule), _trainer(study)
     start = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - start
@@ -187,6 +174,22 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
         round(kept_bytes(net.train(), *_batch(data, "train", study.batch_size)) / 2**20, 3),
         ranks,
         worker=worker,
+    )
+
+
+def _trainer(study: Study) -> L.Trainer:
+    epochs = study.epochs or study.ranges.epochs
+    return L.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        accelerator="gpu" if study.gpus else "cpu",
+        precision=study.precision,
+        check_val_every_n_epoch=epochs,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
 
 

@@ -1,7 +1,11 @@
 """Training on pictures with Lightning: the module, the data, augmentation, schedules and callbacks."""
 
+from typing import Any
+
+from schemes.deprecation import warn_renamed
+
 from .augment import Augment as Augment
-from .callbacks import Report as Report
+from .callbacks import RunSummary as RunSummary
 from .callbacks import StepSchedule as StepSchedule
 from .callbacks import Throughput as Throughput
 from .classifier import Classifier as Classifier
@@ -16,3 +20,10 @@ from .schedules import WarmupCosine as WarmupCosine
 from .sources import DataError as DataError
 from .supervision import SupervisedClassifier as SupervisedClassifier
 from .supervision import SupervisionLoss as SupervisionLoss
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Report":  # the name until 0.2; a checkpoint's report is another thing
+        warn_renamed("odenets.training.Report", "RunSummary")
+        return RunSummary
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -263,10 +263,16 @@ class Augment:
         return self._generators[device]
 
     def __call__(
-        self, x: Tensor, y: Tensor, mean: Sequence[float], std: Sequence[float], num_classes: int
+        self,
+        x: Tensor,
+        y: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int,
+        generator: Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: (n, c, h, w), uint8 or floats in [0, 1]; y: (n,). Labels become (n, num_classes) only where they mix."""
-        generator = self._generator(x.device)
+        generator = generator or self._generator(x.device)
         if self.resized_crop is not None:
             x = random_resized_crop(x, x.shape[-1], (self.resized_crop, 1.0), generator=generator)
         x = random_flip(random_crop(x, self.crop, generator=generator), self.flip, generator=generator)

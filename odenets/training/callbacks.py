@@ -2,17 +2,22 @@
 
 import csv
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ModelSummary
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
 from torch import Tensor, nn
 
 from schemes import SchemeError
+
+from .order import run_seed
 
 
 class Throughput(Callback):
@@ -100,24 +105,81 @@ class StepSchedule(Callback):
             self.apply(pl_module, state["h"])
 
 
-class Report(Callback):
-    """Ends a training run by printing where its checkpoints, its resolved configuration and its metrics are."""
+class RunSummary(Callback):
+    """Ends a training run by printing where its checkpoints, its resolved configuration and its metrics are.
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run or trainer.log_dir is None:  # pyright: ignore
+    Args:
+        folder: of the run.
+        last: of the last checkpoint.
+    """
+
+    def __init__(self, folder: str | Path, last: Path | None = None) -> None:
+        self.folder, self.last = Path(folder), last
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         checkpoint = trainer.checkpoint_callback
-        folder = Path(trainer.log_dir)
         lines: list[tuple[str, Path, str]] = []
         if isinstance(checkpoint, ModelCheckpoint):
             score = checkpoint.best_model_score
             note = "" if score is None else f"  ({checkpoint.monitor} {float(score):.4f})"
             lines += [("best", Path(p), note) for p in [checkpoint.best_model_path] if p]
-            lines += [("last", Path(p), "") for p in [checkpoint.last_model_path] if p]
-        lines += [("config", folder / "config.yaml", ""), ("metrics", folder / "metrics.csv", "")]
+        lines += [("last", self.last, "")] if self.last is not None else []
+        lines += [("config", self.folder / "config.yaml", ""), ("metrics", self.folder / "metrics.csv", "")]
         for name, path, note in lines:
             if path.exists():
                 print(f"{name:>8}: {_relative(path)}{note}")
+
+
+class EpochLines(Callback):
+    """One line per epoch, for output that is no terminal, where a bar that redraws itself is noise."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        figures = trainer.callback_metrics  # computed by all processes together
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+            shown = [f"{k} {float(v):.4g}" for k, v in figures.items() if k.startswith(("train/", "val/"))]
+            print(f"epoch {trainer.current_epoch + 1}{of}, step {trainer.global_step}: {', '.join(shown)}", flush=True)
+
+
+class Summary(ModelSummary):
+    """Lightning's table of the module's parts, without counts that it does not know."""
+
+    @staticmethod
+    def summarize(*args: Any, **kwargs: Any) -> None:
+        table = _format_summary_table(*args[1:5], kwargs.get("total_flops", 0), *args[0])
+        lines = [line for line in table.splitlines() if " mode" not in line and not _NO_FLOPS.match(line)]
+        rank_zero_info("\n".join(lines))
+
+
+_NO_FLOPS = re.compile(r"0\s+Total F")
+
+
+class Agreement(Callback):
+    """Stops at once where the processes of a run do not have the same seed, classes, samples or net.
+
+    Each would train a net of its own, or wait for the others for ever.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        seed = run_seed(trainer)
+        if trainer.world_size == 1:
+            return
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        own: dict[str, Any] = {"the seed": seed, "the number of classes": getattr(data, "num_classes", None)}
+        own |= {f"the number of {k} samples": len(v) for k, v in getattr(data, "sets", {}).items()}
+        own["the number of parameters"] = sum(p.numel() for p in pl_module.parameters())
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, own)
+        for name in own:
+            values = [other.get(name) for other in found]
+            if any(value != values[0] for value in values):
+                listed = ", ".join(f"{value} in process {rank}" for rank, value in enumerate(values[:8]))
+                raise SchemeError(
+                    f"{name} differs between the processes: {listed}\n"
+                    "  Give each the same configuration and the same data; seed_everything is one number for all."
+                )
 
 
 def _relative(path: Path) -> Path:
@@ -128,22 +190,37 @@ def _relative(path: Path) -> Path:
 
 
 class Predictions(BasePredictionWriter):
-    """Writes one row per picture, with its most likely class and that class's probability, to a CSV file."""
+    """Writes one row per picture, with its most likely class and that class's probability, to a CSV file.
+
+    Rows stand in the order of the pictures, whichever process predicted them.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__("epoch")
         self.path = Path(path)
 
-    @rank_zero_only
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Tensor], batch_indices: Any
     ) -> None:
+        own: dict[int, tuple[float, int]] = {}
+        indices = [i for batch in batch_indices[0] for i in batch]
+        best = [pair for batch in predictions for pair in zip(*(t.tolist() for t in batch.max(1)), strict=True)]
+        for index, pair in zip(indices, best, strict=True):
+            if not isinstance(index, tuple):  # else it is there to give every process equally many
+                own[index] = pair
+        found: list[Any] = [own]
+        if trainer.world_size > 1:
+            found = [None] * trainer.world_size
+            torch.distributed.all_gather_object(found, own)
+        if trainer.is_global_zero:
+            everything = {index: pair for part in found for index, pair in part.items()}
+            self._write(everything, getattr(trainer.datamodule, "classes", None))  # pyright: ignore
+
+    def _write(self, rows: dict[int, tuple[float, int]], classes: Sequence[str] | None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        classes = getattr(trainer.datamodule, "classes", None)  # pyright: ignore[reportAttributeAccessIssue]
         with self.path.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["index", "class", "probability"])
-            best = [pair for batch in predictions for pair in zip(*(t.tolist() for t in batch.max(1)), strict=True)]
-            for index, (probability, number) in enumerate(best):
-                rows.writerow([index, classes[number] if classes else number, f"{probability:.6f}"])
+            writer = csv.writer(file)
+            writer.writerow(["index", "class", "probability"])
+            for index, (probability, number) in sorted(rows.items()):
+                writer.writerow([index, classes[number] if classes else number, f"{probability:.6f}"])
         print(f"predictions: {_relative(self.path)}")

@@ -1,33 +1,53 @@
 """The command line behind `odenets.cli`: Lightning's, with short errors, one folder per run and safe resuming."""
 
+import errno
 import logging
 import os
+import shlex
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelSummary,
     ProgressBar,
     RichProgressBar,
-    TQDMProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from odenets.cli import fail
 from schemes import SchemeError
 
-from .callbacks import Predictions, Report, Throughput
-from .messages import explain
+from ..config_files import check_files
+from ..messages import explain, fail
+from .callbacks import Agreement, EpochLines, Predictions, RunSummary, Summary, Throughput
+from .files import (
+    UNWRITABLE,
+    FolderLock,
+    WholeCheckpoints,
+    close_part,
+    first_process,
+    open_checkpoint,
+    unwritable,
+    write_whole,
+)
+from .finite import FiniteLoss
+from .loggers import Metrics
+from .options import check_numbers, check_resumed
+from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
 
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
@@ -45,7 +65,7 @@ QUIET = (
 )
 
 
-class Parser(LightningArgumentParser):
+class TrainingParser(LightningArgumentParser):
     """A parser that ends in two lines where jsonargparse prints its usage of ninety."""
 
     command_line: Sequence[str] = ()
@@ -59,13 +79,42 @@ class Parser(LightningArgumentParser):
         fail(*explain(message, self.command_line, names))
 
 
+class SavedConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder and the same into every checkpoint.
+
+    It starts a new run wherever it is used: what a run was resumed from is no part of it.
+    """
+
+    resolved: Mapping[str, Any]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        if trainer.is_global_zero and not self.already_saved:
+            text = yaml.safe_dump({**self.resolved, "ckpt_path": None}, sort_keys=False, allow_unicode=True)
+            write_whole(Path(folder) / self.config_filename, text.encode())
+        self.already_saved = True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        metrics = next((logger.written for logger in trainer.loggers if isinstance(logger, Metrics)), None)
+        checkpoint.setdefault(KEY, {}).update(config={**self.resolved, "ckpt_path": None}, metrics=metrics)
+
+
 class Command(LightningCLI):
     """`fit|validate|test|predict` with a folder per run, default callbacks and loggers, checkpoints by short name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.lock: FolderLock | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of this run's files.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; None leaves torch's choice.")
         parser.add_class_arguments(ModelCheckpoint, "checkpoint", skip={"dirpath", "enable_version_counter"})
+        parser.add_class_arguments(LastCheckpoint, "last")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
@@ -84,15 +133,36 @@ class Command(LightningCLI):
         return
 
     def before_instantiate_classes(self) -> None:
+        """Everything that can be refused before any data is opened."""
         options = self.config[str(self.subcommand)]
+        text = self._parser(self.subcommand).dump(options, skip_none=False)
+        self.resolved: dict[str, Any] = yaml.safe_load(text)
+        check_numbers(self.resolved)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.run_dir = Path(options.run_dir)
-        options.ckpt_path = find_checkpoint(options.ckpt_path, self.run_dir / "checkpoints", self.subcommand)
-        if options.ckpt_path is None and self.subcommand in ("validate", "test", "predict"):
+        fit = self.subcommand == "fit"
+        if fit and not options.trainer.fast_dev_run and first_process():
+            self.lock = FolderLock(self.run_dir)
+            self.lock.acquire()
+        self.written: dict[str, int] | None = None
+        given = options.ckpt_path or (requeued(self.run_dir) if fit else None)
+        options.ckpt_path = find_checkpoint(given, self.run_dir / "checkpoints", self.subcommand)
+        if options.ckpt_path is not None:
+            self._open_checkpoint(Path(options.ckpt_path))
+        elif not fit:
             rank_zero_warn(
                 f"{self.subcommand} without --ckpt_path best|last|FILE uses the net as it was built, untrained"
             )
+
+    def _open_checkpoint(self, path: Path) -> None:
+        """Refuses a checkpoint that is not whole, or that was trained otherwise, before the run changes anything."""
+        fit = self.subcommand == "fit"
+        ours = open_checkpoint(path, resume=fit).held.get(KEY, {})
+        if fit:
+            if isinstance(ours.get("config"), dict):
+                check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
+            self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
 
     def instantiate_classes(self) -> None:
         try:
@@ -104,44 +174,95 @@ class Command(LightningCLI):
             fail(str(cause), "JSONARGPARSE_DEBUG=1 shows where it was raised")
 
     def before_fit(self) -> None:
-        if not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            keep_earlier_run(self.run_dir, resumed=self.config_init[str(self.subcommand)].ckpt_path is not None)
+        """Closes the earlier part of a resumed run, or sets an earlier run in the same folder aside."""
+        if self.lock is None:
+            return
+        if self.config_init["fit"].ckpt_path is not None:
+            close_part(self.run_dir, self.written)
+        else:
+            self.lock.set_aside()
+        for logger in self.trainer.loggers:
+            if isinstance(logger, Metrics):
+                logger.count_parts()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init[str(self.subcommand)]
         trainer = settings.trainer
         fit = self.subcommand == "fit"
         # Other subcommands log beside the training run's files, never over them.
-        folder = self.run_dir if fit else self.run_dir / str(self.subcommand)
+        self.folder = self.run_dir if fit else self.run_dir / str(self.subcommand)
         if trainer.default_root_dir is None:
-            kwargs["default_root_dir"] = folder
-        if trainer.logger in (None, True):
-            kwargs["logger"] = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
-        given = trainer.callbacks or []
-        callbacks = list(given if isinstance(given, list) else [given])
+            kwargs["default_root_dir"] = self.folder
+        if trainer.logger is not False:
+            given = [] if trainer.logger in (None, True) else trainer.logger
+            extra = list(given) if isinstance(given, Sequence) else [given]
+            ours: list[Logger] = [Metrics(self.folder), TensorBoardLogger(self.folder, name="", version="")]
+            kwargs["logger"] = ours + extra
+        plugins = trainer.plugins or []
+        plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
+        if not has(plugins, CheckpointIO):
+            kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, over that of a real run.
         kwargs["enable_checkpointing"] = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
-        if kwargs["enable_checkpointing"]:
-            checkpoint = settings.checkpoint
-            checkpoint.dirpath, checkpoint._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
-            callbacks.append(checkpoint)
-        if trainer.enable_progress_bar is not False:
-            # A bar that redraws itself is noise in a log file: a tenth of the lines there.
-            bar = RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=10)
-            callbacks += [] if has(callbacks, ProgressBar) else [bar]
+        given = trainer.callbacks or []
+        callbacks = list(given if isinstance(given, list) else [given])
+        shown, kwargs["enable_progress_bar"] = self._output(trainer, callbacks)
+        callbacks += shown
         if fit:
-            defaults: list[Callback] = [Throughput(), Report()]
-            if trainer.logger is not False:
-                defaults.append(LearningRateMonitor("step"))
-            callbacks += [callback for callback in defaults if not has(callbacks, type(callback))]
+            callbacks = self._around(callbacks, settings, kwargs["enable_checkpointing"])
+        elif kwargs["enable_checkpointing"]:
+            callbacks += [self._best(settings)]
         if self.subcommand == "predict" and not has(callbacks, Predictions):
-            callbacks.append(Predictions(folder / "predictions.csv"))
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+            callbacks.append(Predictions(self.folder / "predictions.csv"))
+        self.save_config_callback = type("SavedConfig", (SavedConfig,), {"resolved": self.resolved})
+        return super().instantiate_trainer(**kwargs, callbacks=[Agreement(), *callbacks])
+
+    def _output(self, trainer: Any, callbacks: list[Callback]) -> tuple[list[Callback], bool]:
+        """What shows a run while it goes on, and whether there is a bar."""
+        shown: list[Callback] = []
+        bar = trainer.enable_progress_bar is not False
+        if bar and not has(callbacks, ProgressBar):
+            bar = sys.stdout.isatty()
+            shown.append(RichProgressBar() if bar else EpochLines())
+        if trainer.enable_model_summary is not False and not has(callbacks, ModelSummary):
+            shown.append(Summary())
+        return shown, bar
+
+    def _around(self, callbacks: list[Callback], settings: Any, checkpoints: bool) -> list[Callback]:
+        """The callbacks of a training run, in the order that resuming rests on: what saves the state comes first."""
+        last = settings.last if checkpoints and settings.checkpoint.save_last else None
+        before: list[Callback] = [resume := Resume()]
+        if last is not None:
+            last.path, last.resume = (self.run_dir / "checkpoints" / "last.ckpt").absolute(), resume
+            before.append(last)
+        if not has(callbacks, Seeds):
+            before.append(Seeds())
+        if not has(callbacks, FiniteLoss):
+            before.append(FiniteLoss(None if settings.trainer.fast_dev_run else self.run_dir))
+        after: list[Callback] = [Throughput(), RunSummary(self.run_dir, last and last.path)]
+        if settings.trainer.logger is not False:
+            after.append(LearningRateMonitor("step"))
+        after = [callback for callback in after if not has(callbacks, type(callback))]
+        return [*before, *callbacks, *after, *([self._best(settings)] if checkpoints else [])]
+
+    def _best(self, settings: Any) -> ModelCheckpoint:
+        best = settings.checkpoint
+        best.dirpath, best._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
+        best.save_last = None  # another callback's: Lightning's writes `last` only where `best` improves
+        return best
 
 
-def has(callbacks: list[Callback], kind: type) -> bool:
-    """Whether one of the callbacks is of this kind."""
-    return any(isinstance(callback, kind) for callback in callbacks)
+def has(things: Sequence[Any], kind: type) -> bool:
+    """Whether one of the callbacks, or of the plugins, is of this kind."""
+    return any(isinstance(thing, kind) for thing in things)
+
+
+def requeued(folder: Path) -> str | None:
+    """The checkpoint that Lightning wrote when SLURM put this job back into its queue."""
+    if not SLURMEnvironment.detect():
+        return None
+    found = [(int(path.stem.rpartition("_")[2]), path) for path in folder.glob("hpc_ckpt_*.ckpt")]
+    return str(max(found)[1]) if found else None
 
 
 def find_checkpoint(given: str | None, folder: Path, subcommand: str | None) -> str | None:
@@ -157,27 +278,6 @@ def find_checkpoint(given: str | None, folder: Path, subcommand: str | None) -> 
     return str(path)
 
 
-@rank_zero_only
-def keep_earlier_run(folder: Path, resumed: bool) -> None:
-    """Before training writes to `folder`: set an earlier run aside, or, when it is resumed, its metrics file."""
-    metrics = folder / "metrics.csv"
-    if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0":
-        return
-    if resumed and metrics.exists():
-        metrics.rename(free_name(metrics))  # Lightning's CSVLogger starts by deleting the file
-    elif not resumed and (folder / "config.yaml").exists():
-        aside = folder.rename(free_name(folder))
-        rank_zero_info(f"{folder} holds an earlier run: it is now {aside}")
-
-
-def free_name(path: Path) -> Path:
-    """`runs/x` -> `runs/x-1`, `metrics.csv` -> `metrics-1.csv`: the first number that is free."""
-    number = 1
-    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    return free
-
-
 def root_cause(error: BaseException) -> BaseException:
     """The error of ours in a chain of causes, else the first cause: jsonargparse wraps what a constructor raises."""
     chain = [error]
@@ -191,26 +291,65 @@ def no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
 
 
+def resuming_line(words: Sequence[str], prog: str) -> str:
+    """The command line that goes on with a run that stopped."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and not word.startswith("--ckpt_path="):
+            kept += [] if word == "--ckpt_path" else [word]
+        skip = word == "--ckpt_path"
+    return shlex.join([prog, *kept, "--ckpt_path", "last"])
+
+
 def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
     """Run one command line; errors that the user can mend end in two lines and exit status 2."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    words = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         for text in QUIET:
             warnings.filterwarnings("ignore", text)
         try:
-            Parser.command_line = sys.argv[1:] if args is None else args
+            TrainingParser.command_line = words
+            check_files(words)
             return Command(
                 L.LightningModule,
                 L.LightningDataModule,
-                parser_class=Parser,
+                parser_class=TrainingParser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
+                save_config_callback=SavedConfig,
                 save_config_kwargs={"overwrite": True},
                 seed_everything_default=0,
                 args=args,
                 parser_kwargs={"prog": prog},
             )
-        except (SchemeError, DataError) as e:
-            fail(str(e))
+        except Exception as e:
+            explain_failure(e, words, prog)
+        except KeyboardInterrupt:
+            fail("interrupted before training began", "Nothing was trained, and nothing is lost", 130)
+
+
+def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoReturn:
+    """Two lines for what the user can mend; anything else is raised again."""
+    again = resuming_line(words, prog)
+    if isinstance(error, Interrupted):
+        if rank_zero_only.rank not in (0, None):
+            sys.exit(128 + error.signum)
+        name = signal.Signals(error.signum).name
+        where = "before the first step" if error.path is None else f"at step {error.step}; {error.path} holds it"
+        fail(f"stopped by {name} {where}", f"Go on: {again}", 128 + error.signum)
+    if isinstance(error, SchemeError | DataError):
+        fail(str(error))
+    if isinstance(error, MisconfigurationException):
+        fail(str(error), "lightning fit --help lists every option")
+    if isinstance(error, OSError) and error.errno in UNWRITABLE - {errno.EEXIST}:
+        fail(str(unwritable(Path(error.filename or "the run's folder"), error)))
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE):
+        fail("another process of this run has ended, and this one cannot go on alone", f"Once mended, go on: {again}")
+    raise error
+
+
+# What gloo and NCCL say where a process of the group is gone.
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL remote process exited", "Broken pipe")

@@ -8,7 +8,6 @@ for a pair from one that is seeded by the data set's `seed`, the epoch and the i
 """
 
 import copy
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,13 +17,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augment, normalize
 from .decode import Interpolation, Picture, Unreadable, drawn
 from .decode import middle_box as middle_box
 from .decode import random_box as random_box
 from .labels import NONE, unify
+from .order import batch_generator, evaluation_loader, seed_of, training_loader
 from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source, open_splits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -141,7 +141,7 @@ class Decoded(Dataset):
             index = int(self.indices[at])
             if index in self.tally:
                 continue
-            generator = None if epoch is None else seeded(self.seed, epoch, at)
+            generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
             try:
                 return self._cut(Picture(self.source.encoded(index)), generator), self.labels[at]
             except Unreadable as e:
@@ -170,12 +170,6 @@ class Decoded(Dataset):
         return shard_order(self.source.shards, self.indices, generator, window)
 
 
-def seeded(*numbers: int) -> Generator:
-    """A generator that is seeded by several numbers at once."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
 def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Generator, window: int) -> Tensor:
     """Positions in `indices` (n,), shuffled; see `Decoded.order`."""
     if shards is None:
@@ -185,20 +179,6 @@ def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Genera
     turn = place[torch.searchsorted(ends, indices, right=True)] // window
     shuffled = torch.randperm(len(indices), generator=generator)
     return shuffled[turn[shuffled].argsort(stable=True)]
-
-
-class ShardSampler(Sampler[int]):
-    """A new order of a data set in shards for each epoch, drawn from torch's global generator."""
-
-    def __init__(self, data: Decoded) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Any:
-        seed = int(torch.empty((), dtype=torch.int64).random_())
-        return iter(self.data.order(Generator().manual_seed(seed)).tolist())
 
 
 class Pictures(L.LightningDataModule):
@@ -226,21 +206,24 @@ class Pictures(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         x, y = batch
+        if x.dtype in (torch.float16, torch.bfloat16):  # --trainer.precision bf16-true; augmentation wants more digits
+            x = x.float()
         if self.trainer is not None and self.trainer.training:
-            return self.augment(x, y, self.mean, self.std, self.num_classes)
-        return normalize(x, self.mean, self.std), y
+            generator = batch_generator(self.trainer, x.device, self.augment.seed)
+            x, y = self.augment(x, y, self.mean, self.std, self.num_classes, generator)
+        else:
+            x = normalize(x, self.mean, self.std)
+        precision = getattr(self.trainer, "precision_plugin", None)
+        return (x if precision is None else precision.convert_input(x)), y
 
     def _loader(self, name: str) -> DataLoader:
         data, train = self.sets[name], name == "train"
         workers = 0 if isinstance(data, Cached) else self.num_workers
-        sharded = train and isinstance(data, Decoded) and data.source.shards is not None
-        return DataLoader(
+        loader = training_loader if train else evaluation_loader
+        return loader(
+            self,
             data,
-            batch_size=self.batch_size,
-            shuffle=train and not sharded,
-            sampler=ShardSampler(data) if sharded else None,  # type: ignore[arg-type]
-            # BatchNorm cannot take a last batch of one picture; a set smaller than a batch is still used.
-            drop_last=train and len(data) >= self.batch_size,  # type: ignore[arg-type]
+            self.batch_size,
             num_workers=workers,
             collate_fn=_as_is if hasattr(data, "__getitems__") else None,
             pin_memory=torch.cuda.is_available(),
@@ -257,7 +240,16 @@ class Pictures(L.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader("predict" if "predict" in self.sets else "test")
+        return self._loader(self._predicted)
+
+    @property
+    def _predicted(self) -> str:
+        return "predict" if "predict" in self.sets else "test"
+
+    def predicted_name(self, i: int) -> str:
+        """File, or file and row, of picture i of those that `predict` runs over."""
+        name = getattr(self.sets[self._predicted], "name", str)
+        return name(i)
 
 
 def _as_is(batch: Any) -> Any:
@@ -274,20 +266,25 @@ def hold_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 class Digits(Pictures):
     """The 1,797 handwritten digits of scikit-learn, 8x8 grey: nothing to download.
 
-    One fifth (359 pictures) is held out, by a fixed seed; it serves as validation and test set.
+    One fifth (359 pictures) is held out, by a fixed seed, for validation; the test takes the same, or some of its own.
 
     Args:
         batch_size: Pictures per step.
-        split_seed: Which fifth is held out.
+        split_seed: Which digits are held out.
+        test_share: Share of the digits that only the test sees; 0 tests on those of the validation.
         augment: Default: none.
     """
 
     num_classes = 10
     in_chans = 1
 
-    def __init__(self, batch_size: int = 64, split_seed: int = 0, augment: Augment | None = None) -> None:
+    def __init__(
+        self, batch_size: int = 64, split_seed: int = 0, test_share: float = 0.0, augment: Augment | None = None
+    ) -> None:
         super().__init__(batch_size, 0, [0.3], [0.375], augment)
-        self.split_seed = split_seed
+        if not 0 <= test_share <= 0.5:
+            raise DataError(f"data.test_share={test_share}: wants a share between 0 and 0.5")
+        self.split_seed, self.test_share = split_seed, test_share
 
     def setup(self, stage: str) -> None:
         if self.sets:
@@ -298,8 +295,11 @@ class Digits(Pictures):
         x = torch.tensor(pictures, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         y = torch.tensor(labels, dtype=torch.long)
         train, held = hold_out(len(y), 0.2, self.split_seed)
-        self.sets["train"] = Cached(x[train], y[train])
-        self.sets["val"] = self.sets["test"] = Cached(x[held], y[held])
+        parts = {"train": train, "val": held, "test": held}
+        if self.test_share:
+            rest, test = hold_out(len(train), self.test_share * len(y) / len(train), self.split_seed)
+            parts |= {"train": train[rest], "test": train[test]}
+        self.sets.update({name: Cached(x[rows], y[rows]) for name, rows in parts.items()})
 
 
 class Images(Pictures):
@@ -421,6 +421,7 @@ class Images(Pictures):
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
+        """The number of classes of all splits together."""
         if not self.classes:
             raise DataError(
                 f"{self.where}: no labels, so the classes are not known: {self._why()}\n"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from ..models.registry import IMAGENET_MEAN, IMAGENET_STD
+from ..models.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from ..models.revcol import Supervised
 from .classifier import Classifier
 

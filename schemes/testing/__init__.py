@@ -21,9 +21,17 @@ from .laws import check_stack as check_stack
 from .laws import observed_order as observed_order
 from .laws import residual_functions as residual_functions
 from .registration import register as register
+
+from .check import check_scheme as check_scheme  # isort: skip
+from .check import check_wrappers as check_wrappers  # isort: skip
+from .reversible import check_amplification as check_amplification
+from .reversible import check_declared as check_declared
 from .reversible import check_inverse as check_inverse
+from .reversible import check_updates as check_updates
 from .reversible import couplings as couplings
 from .reversible import states as states
 from .strategies import scheme_expressions as scheme_expressions
 from .strategies import schemes as schemes
 from .strategies import tableaux as tableaux
+from .wrappers import check_attributes as check_attributes
+from .wrappers import check_wrapper as check_wrapper

@@ -29,11 +29,12 @@ def _field(t: float, y: Tensor) -> Tensor:
     return y * y * math.cos(t)
 
 
-def observed_order(scheme: Scheme) -> float:
+def observed_order(scheme: Scheme, most: int = 3000) -> float:
     """The slope of log error against log step size on y' = y^2 cos t, y = 1 / (c + sin 1/2 - sin t) on [1/2, 2].
 
     The error is the norm over sixteen values of c, so that it has no zero where one solution's error changes sign. The
-    slope is fitted to the four finest grids, a factor sqrt(2) apart, whose error stands clear of rounding.
+    slope is fitted to the four finest grids, a factor sqrt(2) apart, whose error stands clear of rounding and which
+    make at most ``most`` calls of residual functions.
     """
     c = torch.linspace(0.87, 1.07, 16, dtype=DTYPE)
     want = 1 / (c + math.sin(0.5) - math.sin(2.0))
@@ -42,7 +43,7 @@ def observed_order(scheme: Scheme) -> float:
     floor = max(1e-13, 0.0 if tableau is None else 30 * tableau.tolerance) * size
     points: list[tuple[float, float]] = []
     steps = 2.0
-    while round(steps) * scheme.stages <= 3000:
+    while round(steps) * scheme.stages <= most:
         n = round(steps)
         error = float((solve(scheme, _field, 1 / c, t=(0.5, 2.0), steps=n) - want).norm())
         if error < floor:
@@ -56,12 +57,13 @@ def observed_order(scheme: Scheme) -> float:
     return -sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
-def check_order(scheme: Scheme, order: int | None = None) -> None:
+def check_order(scheme: Scheme, order: int | None = None, *, most: int = 3000) -> None:
     """The error on a nonlinear, time-dependent equation falls with the declared power of the step size, in fp64.
 
     Args:
-        scheme: a scheme of one stream, with fixed steps.
+        scheme: a scheme of fixed steps, whose functions are given one stream.
         order: what the slope must round to; ``scheme.order`` unless given.
+        most: calls of residual functions on the finest grid.
 
     Raises:
         AssertionError: the slope is more than a half away.
@@ -73,7 +75,7 @@ def check_order(scheme: Scheme, order: int | None = None) -> None:
     """
     want = scheme.order if order is None else order
     _require(want is not None, f"{scheme} declares no order; say which: check_order(scheme, order=2)")
-    slope = observed_order(scheme)
+    slope = observed_order(scheme, most)
     _require(abs(slope - want) < 0.5, f"{scheme}: the error falls with order {slope:.2f}, want {want}")  # type: ignore[operator]
 
 
@@ -163,7 +165,7 @@ def check_formula(scheme: Scheme, *, h: float = 0.3, t: float = 0.7, seed: int =
 
 def _start(scheme: Scheme, channels: int, seed: int) -> tuple[State, list[Function]]:
     """Streams made from an input, and the residual functions of step 0."""
-    fs = residual_functions(scheme, 0, scheme.stream_widths(channels), seed=seed)
+    fs = residual_functions(scheme.at(0), 0, scheme.stream_widths(channels), seed=seed)
     return scheme.init(fs, _input(channels, seed)), fs
 
 
@@ -212,7 +214,7 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
         AssertionError: a number of arguments, a width, or the number of slots differs.
     """
     changes = ((None, ()), (channels + 2, (lambda x: torch.cat((x, x[:, :2]), 1),)))
-    for out, gs in changes if scheme.streams == 1 else changes[:1]:
+    for out, gs in changes if scheme.one_stream and scheme.shortcuts == 1 else changes[:1]:
         state, _ = _start(scheme, channels, seed)
         for n in range(steps):
             part = scheme.at(n)
@@ -220,6 +222,8 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
             width = out if n == 0 else None
             slots = part.slots(n, before, width)
             _require(len(slots) == part.stages, f"{part}: {len(slots)} slots for {part.stages} residual functions")
+            raw = tuple(slot.raw for slot in slots)
+            _require(raw == part.raw, f"{part}: raw is {part.raw}, its slots say {raw}")
             fs = residual_functions(part, n, before, width, seed)
             entered, state = state, part.step(fs, state, gs=gs if n == 0 else ())
             for i, (f, slot) in enumerate(zip(fs, slots, strict=True)):

@@ -1,26 +1,33 @@
 """Strategies that build valid values: nothing is drawn and thrown away."""
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from .. import tableaux as catalogue
-from ..registry import get
+from .. import tableaux as methods
+from ..registry import examples, get
 from ..runge_kutta import RungeKutta
 from ..scheme import Scheme
 from ..tableau import Tableau
 
 Draw = Callable[[st.SearchStrategy], "int | Fraction | str | Tableau | bool"]
 
-# Text and number of residual functions of the expressions that need no other expression.
-_LEAVES: list[tuple[int, str]] = sorted(
-    [(t.stages, name) for name, t in catalogue.METHODS.items()]
-    + [(len(t.pruned().b), f"pruned({name})") for name, t in catalogue.METHODS.items() if t.b_hat is not None]
-    + [(s, f"{family}({s})") for family in ("rkc1", "rkl1") for s in (1, 2, 3, 6)]
-    + [(s, f"{family}(s={s})") for family in ("rkc2", "rkl2") for s in (2, 5)]
-    + [(3, "ees25"), (3, "ees25(1/4)"), (3, "ees25(x=-0.3)"), (5, "rkc2(5, damping=1/10)")]
-)
+
+@functools.cache
+def _leaves() -> list[tuple[int, str]]:
+    """Text and number of residual functions of the expressions that need no other: Runge-Kutta methods of one scheme.
+
+    They are the examples of the language, and the pruned form of every embedded pair.
+    """
+    texts = [*examples(), *(f"pruned({name})" for name, t in methods.METHODS.items() if t.b_hat is not None)]
+    return sorted((s.stages, text) for text in dict.fromkeys(texts) if isinstance(s := get(text), RungeKutta))
+
+
+def _continuous() -> list[str]:
+    """The examples that choose their own steps."""
+    return [text for text in examples() if get(text).nodes is None]
 
 
 def _entries() -> st.SearchStrategy[Fraction]:
@@ -81,11 +88,7 @@ def scheme_expressions(draw, *, max_stages: int = 24, max_depth: int = 3, adapti
     if max_stages < 1 or not 0 <= max_depth <= 5:
         raise ValueError(f"scheme_expressions(): max_stages={max_stages}, max_depth={max_depth}; want >= 1, 0 to 5.")
     if adaptive and draw(st.booleans()):
-        method = draw(st.sampled_from(("dopri5", "dopri8", "bosh3", "heun2")))
-        options = draw(
-            st.sampled_from(("", ", rtol=1e-4", ", 1/1000, atol=0.00001", ", adjoint=True", ", max_steps=99"))
-        )
-        return f"adaptive({method}{options})"
+        return draw(st.sampled_from(_continuous()))
     return _expression(draw, max_stages, max_depth)[0]
 
 
@@ -111,7 +114,7 @@ def _expression(draw, budget: int, depth: int) -> tuple[str, int]:
             found.append(f"{n}*{bracketed}" if n > 1 else draw(st.sampled_from((text, f"1*{bracketed}"))))
             total += n * s
         return " + ".join(found), total
-    fitting = [leaf for leaf in _LEAVES if leaf[0] <= budget]
+    fitting = [leaf for leaf in _leaves() if leaf[0] <= budget]
     s, text = draw(st.sampled_from(fitting))
     return text, s
 

@@ -9,7 +9,7 @@ from invertible import EACH, EXACT, SCHEMES, Function, Timed, batch, both, build
 from torch import Tensor, nn
 
 from odenets import Stack
-from odenets.modes import Reverse
+from odenets.backprop import Reverse
 from schemes.errors import SchemeError
 
 # Gradients --------------------------------------------------------------------------------------------------------
@@ -88,11 +88,11 @@ def test_generator_states_are_kept_for_updates_that_drew() -> None:
     stack = Stack(fs, "revnet", backprop="reverse").double()
     calls: list[Any] = []
     y = stack(batch())
-    calls = y.grad_fn.next_functions[0][0].tape.calls  # type: ignore[union-attr]
-    assert [[g is not None for g in call.generators] for call in calls] == [[False, True], [False, True]]
+    calls = y.grad_fn.next_functions[0][0].tape.records  # type: ignore[union-attr]
+    assert [[g is not None for g in call.notes] for call in calls] == [[False, True], [False, True]]
     stack.eval()
-    calls = stack(batch()).grad_fn.next_functions[0][0].tape.calls  # type: ignore[union-attr]
-    assert [[g is not None for g in call.generators] for call in calls] == [[False, False], [False, False]]
+    calls = stack(batch()).grad_fn.next_functions[0][0].tape.records  # type: ignore[union-attr]
+    assert [[g is not None for g in call.notes] for call in calls] == [[False, False], [False, False]]
 
 
 @EACH

@@ -14,6 +14,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     # Dynamo looks at the gradient of every tensor that enters a graph.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # Torch 2.11 tells of the profiler that measures the memory.
+    pytest.mark.filterwarnings("ignore:.*[Pp]rofiler:UserWarning"),
 ]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from odenets import Stack
-from odenets.modes import Reverse
+from odenets.backprop import Reverse
 from schemes.errors import SchemeError
 
 # Graphs -----------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_loss_on_middle_outputs_only(name: str) -> None:
         outputs = stack.trajectory(x)
         (outputs[1].square().mean() + outputs[2].sin().mean()).backward()
         found.append({**{k: p.grad for k, p in stack.named_parameters()}, "input": x.grad})
-        if stack.backprop is not None:
+        if not stack.backprop.keeps_all:
             assert all(g is None for k, g in found[-1].items() if k.startswith("steps.3"))
     assert distance(*found) <= EXACT
 
@@ -140,7 +140,7 @@ def test_schemes_without_inverse_and_projections_are_refused() -> None:
     with pytest.raises(SchemeError, match="no inverse"):
         Stack(nn.Linear(3, 3), "rk4", 1, backprop="reverse")
     with pytest.raises(SchemeError, match="cannot be undone"):
-        Stack(nn.Linear(3, 3), "revnet", 1, after=nn.ReLU(), backprop="reverse")
+        Stack(nn.Linear(3, 3), "revnet", 1, post_step=nn.ReLU(), backprop="reverse")
 
 
 # Together with torch.utils.checkpoint -----------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import schemes
 from odenets import Stack
+from odenets.backprop import Reverse
 from odenets.layers.scale import ChannelScale
-from odenets.modes import Reverse
 from schemes.errors import SchemeError
 from schemes.multistep import Momentum
 
@@ -162,8 +162,7 @@ def test_anchors_by_number_by_memory_and_by_measurement() -> None:
 
     def places(mode: Any, beta: float = 0.5) -> list[int]:
         s = stack(mode, beta)
-        tape = s._reversed(s.backprop, s._start(batch(), 0.0, None), None, None)[0].grad_fn.tape  # type: ignore
-        return sorted(tape.kept)
+        return sorted(s.final_state(batch())[0].grad_fn.tape.kept)  # type: ignore[union-attr]
 
     assert places("reverse(every=8)") == [0, 8, 16, 24]
     assert places("reverse(every=0)") == [0, 24]

@@ -12,7 +12,7 @@ from torch import nn
 
 from odenets import checkpoints
 from odenets.layers import ChannelGate, ConvNeXtFunction, LayerNorm2d
-from odenets.models import ConvNeXt, create_model, features, list_models, named
+from odenets.models import ConvNeXt, convnext, create_model, feature_net, list_models
 from schemes import SchemeError
 
 # Parameters and 10^9 multiply-adds at 224 x 224, counted from the released code; the paper rounds them the same way.
@@ -38,7 +38,7 @@ def test_sizes_are_the_published_ones(name):
 
 
 def test_every_name_stands_in_the_table_of_sizes():
-    assert set(SIZES) == set(named.CONVNEXTS) == set(list_models("convnext_*"))
+    assert set(SIZES) == set(convnext.CONVNEXTS) == set(list_models("convnext_*"))
 
 
 @pytest.mark.parametrize("layout", ["facebookresearch", "timm", "torchvision"])
@@ -210,14 +210,14 @@ def test_pyramids(name):
 def test_a_pyramid_gives_the_levels_maps_ends_with_the_last_of_them_and_takes_weights():
     source = fill(ConvNeXt(**TINY))
     x = torch.randn(2, 3, 32, 32)
-    net = features.FeatureNet(ConvNeXt(**TINY), (0,)).eval()
+    net = feature_net.FeatureNet(ConvNeXt(**TINY), (0,)).eval()
     report = checkpoints.load(net, source.state_dict())
     assert len(net.net.levels) == len(net.net.transitions) == 1
     assert all(key.startswith(("levels.1", "transitions.1", "head")) for key in report.dropped)
     (found,) = net(x)
     assert torch.equal(found, source.maps(x)[0])
     published = fill(Published("timm", (2, 4), (8, 16), 5))
-    both = features.FeatureNet(ConvNeXt(**TINY)).eval()
+    both = feature_net.FeatureNet(ConvNeXt(**TINY)).eval()
     assert checkpoints.load(both, published.state_dict()).layout == "timm"
     both.train()(x)[-1].sum().backward()
     assert all(p.grad is not None for p in both.parameters())
@@ -234,7 +234,7 @@ def test_pyramids_refuse_what_they_cannot_give():
     with pytest.raises(SchemeError, match="set both"):
         meta("convnext_tiny", out_indices=(0,))
     with pytest.raises(SchemeError, match="Linear has no pyramid"):
-        features.FeatureNet(nn.Linear(1, 1))
+        feature_net.FeatureNet(nn.Linear(1, 1))
 
 
 def test_defaults_are_what_json_keeps():

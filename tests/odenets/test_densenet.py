@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from odenets import Stack, checkpoints
 from odenets.layers import DenseFunction, DenseTransition, norm_relu_conv
-from odenets.models import DenseNet, create_model, list_models, named
+from odenets.models import DenseNet, create_model, densenet, list_models
 from schemes import SchemeError
 
 # Parameters (table 2 of the paper rounds them; 1,059,298 and so on with the official code's 2 k initial channels),
@@ -41,7 +41,7 @@ TINY = {"functions": (2, 3), "growth": 4, "num_classes": 5, "stem": "conv3"}
 
 
 def test_every_name_stands_in_the_table_of_sizes():
-    assert set(SIZES) == set(named.DENSENETS) == set(list_models("densenet*"))
+    assert set(SIZES) == set(densenet.DENSENETS) == set(list_models("densenet*"))
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -72,12 +72,12 @@ def test_schemes_need_torch_and_the_standard_library_alone():
 
 
 def test_mathematics_needs_no_torch():
-    for module in ("tableau", "tableaux", "exact", "families", "order", "stability", "language", "errors"):
+    for module in ("tableau", "tableaux", "exact_numbers", "families", "order", "stability", "language", "errors"):
         assert f"schemes.{module}" not in users("torch"), module
 
 
 def test_data_does_not_know_who_interprets_it():
-    for module in ("tableau", "tableaux", "exact", "families", "order", "stability"):
+    for module in ("tableau", "tableaux", "exact_numbers", "families", "order", "stability"):
         for name in EVERY[f"schemes.{module}"][0]:
             assert not within(name, "schemes.scheme", "schemes.registry", "schemes.runge_kutta"), (module, name)
 
@@ -110,9 +110,66 @@ def test_models_know_no_lightning():
 
 
 def test_the_stack_knows_no_models():
-    for module in ("odenets.stack", "odenets.checks", "odenets.recompute"):
+    for module in (m for m in FILES if within(m, "odenets.stack", "odenets.checks", "odenets.backprop")):
         for name in EVERY[module][0]:
             assert not within(name, "odenets.models", "odenets.checkpoints", "odenets.analysis"), (module, name)
+
+
+def edges(module):
+    """The modules of ours that a module imports, in whatever function and under whatever condition."""
+    found = set()
+    for name in EVERY[module][0]:
+        # `from package import module` reads the module; what the package itself re-exports is not asked for.
+        if any(other != name and within(other, name) for other in EVERY[module][0] if other in FILES):
+            continue
+        while name and name not in FILES:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {"", module}
+
+
+def circles(graph):
+    """The sets of modules that reach each other (Tarjan's strongly connected components of more than one)."""
+    number, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        number[module] = low[module] = len(number)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == number[module]:
+            at = stack.index(module)
+            found.append(stack[at:])
+            del stack[at:]
+
+    for module in graph:
+        if module not in number:
+            visit(module)
+    return [sorted(c) for c in found if len(c) > 1]
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+    assert edges("odenets.backprop.tape") >= {"odenets.backprop.walk", "odenets.step", "schemes.coupling"}
+    assert "odenets.backprop.reverse" in edges("odenets.backprop.modes")  # in a function
+
+
+def test_no_module_imports_what_imports_it():
+    """Imports run one way: also those inside functions, and those under TYPE_CHECKING."""
+    assert circles({module: edges(module) for module in FILES}) == []
+
+
+def test_layers_of_the_stack():
+    """schemes <- step <- checks, build, backprop <- stack <- models <- training <- study <- cli."""
+    order = ["odenets.step", "odenets.checks", "odenets.backprop", "odenets.stack", "odenets.models"]
+    order += ["odenets.training", "odenets.study", "odenets.cli"]
+    for low, package in enumerate(order):
+        for module in (m for m in FILES if within(m, package)):
+            above = [name for name in edges(module) if within(name, *order[low + 1 :])]
+            assert not above, (module, above)
 
 
 def loaded(statement):

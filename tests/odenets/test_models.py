@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import schemes
-from odenets import models
-from odenets.models import HOResNet, ResNet, create_model, levels, list_models, register_model, registry
+from odenets.models import HOResNet, ResNet, catalogue, create_model, levels, list_models, register_model, resnet
 from schemes import MixingWarning, SchemeError
 
 # Parameters and multiply-adds at the published input size. Sources: torchvision's model page; He et al. 2016, table 6;
@@ -70,7 +69,7 @@ def gmacs(model, size):
 
 
 def test_every_name_stands_in_the_table_of_sizes():
-    built_in = {n for n in list_models() if inspect.getmodule(registry._MODELS[n].build) is models.zoo}
+    built_in = {n for n in list_models() if inspect.getmodule(catalogue._MODELS[n].build) is resnet}
     assert built_in == set(SIZES)
 
 
@@ -192,7 +191,7 @@ def test_the_mix_that_the_error_suggests_fits(scheme, functions):
         ({"stem": "patch"}, "want conv3 or conv3_s2 or conv7_pool"),
         ({"global_pool": "sum"}, "global_pool is 'sum'"),
         ({"global_pool": ""}, "num_classes=0"),
-        ({"drop_path_rate": 1.5}, "drop_path_rate 1.5: want 0 <= rate < 1"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate is 1.5: want 0 <= rate < 1"),
         ({"widths": (8,)}, "3 counts of residual functions, 1 widths"),
     ],
 )
@@ -288,11 +287,11 @@ def published(tmp_path, monkeypatch):
     file = tmp_path / "tiny.pth"
     torch.save(source.state_dict(), file)
     sha = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    monkeypatch.setattr(catalogue, "_MODELS", dict(catalogue._MODELS))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
     def add(**changes):
-        weights = registry.Weights("v1", file.as_uri(), sha, num_classes=6)._replace(**changes)
+        weights = catalogue.Weights("v1", file.as_uri(), sha, num_classes=6)._replace(**changes)
         register_model(name="tiny", weights=[weights])(
             lambda **kw: HOResNet(**{"functions": (1,), "widths": (4,), "scheme": "euler", **kw})
         )

@@ -10,7 +10,7 @@ from published_nets import RDNet as Published
 from published_nets import fill, kept_bytes, relative
 
 from odenets import checkpoints
-from odenets.models import RDNet, create_model, list_models, named
+from odenets.models import RDNet, create_model, list_models, rdnet
 from schemes import SchemeError
 
 # Parameters, 10^9 multiply-adds at 224 x 224, parameter tensors, channels of the pyramid; from the released code.
@@ -30,7 +30,7 @@ TINY_SOURCE = (16, (8, 16, 8, 8), (0, 1, 1, 0), 5)
 
 
 def test_every_name_stands_in_the_table_of_sizes():
-    assert set(SIZES) == set(named.RDNETS) == set(list_models("rdnet*"))
+    assert set(SIZES) == set(rdnet.RDNETS) == set(list_models("rdnet*"))
 
 
 @pytest.mark.parametrize("name", SIZES)

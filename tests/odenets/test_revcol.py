@@ -8,8 +8,7 @@ from published_revcol import public_shapes, random_weights
 
 from odenets import checkpoints
 from odenets.models import RevCol, create_model
-from odenets.models.revcol import supervised_columns
-from odenets.models.zoo_reversible import COLUMNS, KERNELS
+from odenets.models.revcol import COLUMNS, KERNELS, supervised_columns
 from schemes import SchemeError
 
 

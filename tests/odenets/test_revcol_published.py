@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from odenets import checkpoints
 from odenets.models import RevCol, pad_kernels
-from odenets.models.zoo_reversible import REVCOLS
+from odenets.models.revcol import REVCOLS
 from schemes import SchemeError
 
 # Parameters: the backbone, with a head for 1,000 classes, with supervision for 1,000 and for 21,841 classes;

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from odenets.layers import PoolPadShortcut, SpaceToDepth
 from odenets.models import IRevNet, RevNet, create_model
-from odenets.models.zoo_reversible import REVNETS
+from odenets.models.revnet import REVNETS
 from schemes import SchemeError
 
 # Parameters and 10^9 multiply-adds at the published side, counted from the released configurations.

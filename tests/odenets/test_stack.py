@@ -25,7 +25,7 @@ def test_state_dict_keys_are_stable():
         "steps.0.gs.0.weight",
         "steps.0.gs.0.bias",
     ]
-    shared = Stack(nn.Linear(2, 2), "rk4", 3, after=nn.BatchNorm1d(2))
+    shared = Stack(nn.Linear(2, 2), "rk4", 3, post_step=nn.BatchNorm1d(2))
     assert list(shared.state_dict()) == [
         "block.weight",
         "block.bias",

@@ -8,7 +8,7 @@ from torch import nn
 from odenets import checkpoints
 from odenets.layers.attention import AttentionFunction, PerceptronFunction
 from odenets.models import RevColViT, ViT, create_model
-from odenets.models.zoo_reversible import REVCOL_VITS
+from odenets.models.revcol_vit import REVCOL_VITS
 from schemes import SchemeError
 
 NESTED = "nested(midpoint, repeat(euler, 2))"
@@ -95,7 +95,7 @@ def test_other_sides_interpolate_the_positions_and_broken_patches_are_refused():
     with torch.no_grad():
         net.stem.positions.fill_(0.7)
     torch.testing.assert_close(net.stem._positions(6, 4), torch.full((1, 25, 16), 0.7))
-    with pytest.raises(SchemeError, match=r"18 x 16, the patches 4 x 4; want whole patches"):
+    with pytest.raises(SchemeError, match=r"the picture is 18 x 16; want multiples of 4"):
         net(torch.randn(1, 3, 18, 16))
 
 

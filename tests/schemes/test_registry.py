@@ -3,15 +3,8 @@
 import pytest
 
 import schemes
-from schemes import Repeat, RungeKutta, SchemeError, Tableau, catalogue, get, names, register, registry
+from schemes import Repeat, RungeKutta, SchemeError, Tableau, catalogue, get, names, register, registry, tableaux
 from schemes.testing import check_expression, check_formula
-
-NAMED = (
-    "bosh3 carpenter_kennedy4 cooper_verner8 dopri5 dopri8 ees27 euler fehlberg45 gill4 heun2 heun3 huta6 kutta3 "
-    "kutta_nystrom5 midpoint ralston2 ralston3 rk38 rk4 rk46nl ssprk104 ssprk33 ssprk54 tsit5 verner8 verner89 "
-    "williamson3"
-).split()
-FAMILIES = "adaptive ees25 nested pruned repeat rkc1 rkc2 rkl2 substeps".split()
 
 
 @pytest.fixture
@@ -20,12 +13,12 @@ def clean(monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
 
 
-def test_the_promised_names_are_there():
-    assert set(NAMED) | set(FAMILIES) <= set(names())
+def test_every_method_and_family_has_a_name():
+    assert set(tableaux.METHODS) | set(tableaux.FAMILIES) <= set(names())
     assert len(names()) == len(set(names()))
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", tableaux.METHODS)
 def test_every_name_is_a_scheme_with_exact_coefficients_and_a_source(name):
     scheme = get(name)
     t = scheme.tableau
@@ -79,7 +72,8 @@ def test_what_is_no_scheme(clean):
 
 def test_catalogue():
     rows = {row.name: row for row in catalogue()}
-    assert set(NAMED) <= set(rows)
+    assert set(tableaux.METHODS) <= set(rows)
+    assert {schemes.examples(family)[0] for family in tableaux.FAMILIES} <= set(rows)
     rk4 = rows["rk4"]
     assert (rk4.stages, rk4.order, rk4.companion, rk4.mixing, rk4.exact) == (4, 4, None, 1.0, True)
     assert rk4.real == pytest.approx(2.7853, abs=1e-3) and rk4.imaginary == pytest.approx(2.8284, abs=1e-3)

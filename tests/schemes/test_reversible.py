@@ -104,5 +104,9 @@ def test_its_inverse_amplifies_by_the_reciprocal_of_the_coupling():
 def test_an_adaptive_base_and_one_without_a_tableau():
     with pytest.raises(schemes.SchemeError, match="fixed steps"):
         schemes.get("reversible(adaptive(dopri5))")
+
+    class Unknown(schemes.RungeKutta):
+        tableau = None
+
     with pytest.raises(schemes.SchemeError, match="no tableau"):
-        schemes.get("reversible(bdia)").stability_interval()
+        schemes.Reversible(Unknown(schemes.tableaux.rk4)).stability_interval()

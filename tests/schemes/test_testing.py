@@ -195,9 +195,7 @@ def test_stack_law():
 
 
 def test_stack_law_sees_statistics_that_move_twice(monkeypatch):
-    from contextlib import nullcontext
-
-    monkeypatch.setattr("odenets.stack.buffers_kept", lambda modules: nullcontext())
+    monkeypatch.setattr("odenets.backprop.checkpoint.buffer_slots", lambda modules: [])
     with pytest.raises(AssertionError, match=r"checkpoint: steps.0.fs.0.body.0.(running|num)\w+ differs from store"):
         testing.check_stack(make, torch.randn(8, 3))
 
@@ -206,7 +204,8 @@ def test_stack_law_sees_other_dropout(monkeypatch):
     from torch.utils.checkpoint import checkpoint
 
     monkeypatch.setattr(
-        "odenets.stack.checkpoint", lambda *args, **kwargs: checkpoint(*args, preserve_rng_state=False, **kwargs)
+        "odenets.backprop.checkpoint.checkpoint",
+        lambda *args, **kwargs: checkpoint(*args, preserve_rng_state=False, **kwargs),
     )
     with pytest.raises(AssertionError, match="differs from store"):
         testing.check_stack(make, torch.randn(8, 3))
@@ -306,7 +305,7 @@ def test_stack_law_of_reverse_mode(scheme):
 def test_stack_law_sees_other_dropout_in_reverse_mode(monkeypatch):
     from contextlib import nullcontext
 
-    monkeypatch.setattr("odenets.backprop.replayed", lambda generators: nullcontext())
+    monkeypatch.setattr("odenets.backprop.tape.replayed", lambda generators: nullcontext())
     with pytest.raises(AssertionError, match=r"reverse: .* differs from store"):
         testing.check_stack(
             lambda mode: coupled("revnet", mode), torch.randn(8, 6).double(), mode="reverse", tolerance=1e-9

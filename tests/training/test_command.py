@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from odenets.cli import main
+from odenets.messages import explain
 from odenets.training import Classifier
 from odenets.training.command import run
-from odenets.training.messages import explain
 
 QUICK = str(Path(__file__).parents[2] / "experiments" / "quickstart.yaml")
 SMALL = ["-c", QUICK, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -197,10 +197,17 @@ def test_the_printed_configuration_is_complete(capsys):
 
 
 def test_help_and_version_need_nothing_heavy():
-    code = "import sys; sys.argv[1:] = {args}; import odenets.cli as c; c.main(); assert 'lightning' not in sys.modules"
-    for args in ([], ["--help"], ["-h"]):
-        done = subprocess.run([sys.executable, "-c", code.format(args=args)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and "fit|validate|test|predict" in done.stdout, done.stderr
+    code = """
+import sys
+from odenets.cli import main
+for args in ([], ["--help"], ["-h"], ["--version"]):
+    sys.argv[1:] = args
+    main()
+    assert "lightning" not in sys.modules, args
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("usage: ") == 3, done.stderr
+    assert done.stdout.count("fit|validate|test|predict") == 3 and done.stdout.splitlines()[-1].startswith("odenets ")
 
 
 ROOT = Path(__file__).parents[2]

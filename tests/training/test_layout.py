@@ -320,6 +320,6 @@ def test_predict_takes_pictures_without_labels(tmp_path):
         data.setup("predict")
         batch = next(iter(data.predict_dataloader()))
         assert data.num_classes == 2 and batch[0].shape == (2, 3, 4, 4)
-        assert sorted(data.predict_dataloader().dataset.name(i) for i in range(2)) == ["y/x.png", "z.png"]
+        assert sorted(data.predicted_name(i) for i in range(2)) == ["y/x.png", "z.png"]
     with pytest.raises(DataError, match="predict_root"):
         _ = Images(str(new)).num_classes

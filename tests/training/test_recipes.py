@@ -1,5 +1,7 @@
-"""What the experiments' training pictures go through, as a whole: against timm's pipeline where it imports, and else
-against a drawing of our own by the published rules."""
+"""What the pictures of each experiment go through, as a whole.
+
+Measured against timm's pipeline where it imports, and against a drawing of our own by the published rules.
+"""
 
 import math
 import random

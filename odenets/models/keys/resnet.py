@@ -3,8 +3,8 @@
 import re
 from collections.abc import Collection
 
-from ..checkpoints import KeyMap
-from .keys import Rule, function_key, places_of, renamed
+from ...checkpoints import KeyMap
+from .layout import Rule, function_key, places_of, renamed
 
 _CONVOLUTION = re.compile(r"layer\d+\.\d+\.conv(\d+)\..+")
 _PARTS = {"conv": "conv", "bn": "norm", "0": "conv", "1": "norm"}

@@ -10,10 +10,9 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from odenets.cli import fail
 from schemes import SchemeError
 
-from ..training.messages import TIP, explain
+from ..messages import TIP, explain, fail
 from ..training.sources import DataError
 from . import engine, report
 from .store import Store
@@ -22,7 +21,7 @@ from .train import Study
 HELP = "odenets study run --help lists every option"
 
 
-class Parser(ArgumentParser):
+class StudyParser(ArgumentParser):
     """A parser whose errors are two lines."""
 
     command_line: Sequence[str] = ()
@@ -37,7 +36,7 @@ def parser() -> ArgumentParser:
     """The options of all subcommands."""
     with_study = []
     for name, text in (("run", "Train the networks that the file lacks."), ("sample", "Show what would be trained.")):
-        sub = Parser(prog=f"odenets study {name}", description=text)
+        sub = StudyParser(prog=f"odenets study {name}", description=text)
         sub.add_argument("-c", "--config", action="config", help="YAML with the options below.")
         sub.add_class_arguments(Study, "study")
         sub.add_argument("--store", type=str, default="runs/study.sqlite", help="One line per network goes here.")
@@ -45,11 +44,11 @@ def parser() -> ArgumentParser:
         sub.add_argument("--address", type=str | None, default=None, help="A running Ray cluster, or auto.")
         sub.add_argument("--retry", type=bool, default=False, help="Train again what failed.")
         with_study.append((name, sub))
-    found = Parser(prog="odenets study")
+    found = StudyParser(prog="odenets study")
     commands = found.add_subcommands()
     for name, sub in with_study:
         commands.add_subcommand(name, sub)
-    sub = Parser(prog="odenets study report", description="Compare what a study's file holds, at any time.")
+    sub = StudyParser(prog="odenets study report", description="Compare what a study's file holds, at any time.")
     sub.add_argument("store", type=str, help="The file of a study.")
     sub.add_argument("--out", type=str | None, default=None, help="Folder for the figures; none without it.")
     commands.add_subcommand("report", sub)
@@ -58,7 +57,7 @@ def parser() -> ArgumentParser:
 
 def run(args: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
-    Parser.command_line = args
+    StudyParser.command_line = args
     options = parser().parse_args(list(args))
     try:
         if options.subcommand == "report":

@@ -37,7 +37,9 @@ class Surd:
 
     def __post_init__(self):
         if not self.q or _square_part(self.d) != 1 or self.d < 2:
-            raise SchemeError(f"{self.p} + {self.q}*sqrt({self.d}) is no surd: use Fraction, or schemes.exact.sqrt(n).")
+            raise SchemeError(
+                f"{self.p} + {self.q}*sqrt({self.d}) is no surd: use Fraction, or schemes.exact_numbers.sqrt(n)."
+            )
 
     def __add__(self, other: int | Fraction | Surd) -> Number:
         p, q = self._parts(other)
@@ -182,10 +184,10 @@ def number(text: str) -> Number:
         raise SchemeError(f"{shown!r} is no exact number; write 1/2, -0.25 or (2-sqrt(2))/2.") from None
 
 
-Entry: TypeAlias = int | Fraction | Surd | str
+NumberLike: TypeAlias = int | Fraction | Surd | str
 
 
-def exact(x: Entry) -> Number:
+def exact(x: NumberLike) -> Number:
     """A number as it stands, a text as `number` reads it; floats are refused, as they were rounded before."""
     if isinstance(x, str):
         return number(x)

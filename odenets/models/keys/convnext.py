@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from ..checkpoints import KeyMap
-from .keys import function_key, places_of, renamed
+from ...checkpoints import KeyMap
+from .layout import function_key, places_of, renamed
 
 # A residual function's parts in each layout.
 OFFICIAL = {"dwconv": "dwconv", "norm": "norm", "pwconv1": "fc1", "pwconv2": "fc2"}

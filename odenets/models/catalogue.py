@@ -5,8 +5,9 @@ import fnmatch
 import hashlib
 import re
 import urllib.error
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from schemes import SchemeError
 
 from .. import checkpoints
-from .features import FeatureNet
+from .feature_net import FeatureNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,14 +46,23 @@ class Weights(NamedTuple):
     std: tuple[float, ...] = IMAGENET_STD
 
 
-class Entry(NamedTuple):
-    """One registered model: how it is built, and its published weights, the default first."""
+class Registered(NamedTuple):
+    """One registered model.
+
+    Attributes:
+        build: takes keyword arguments, returns the model.
+        weights: published weights, the default first.
+        kind: the class that a variant configures; None where a function builds the model.
+        options: what the variant gives to the class.
+    """
 
     build: Builder
     weights: tuple[Weights, ...]
+    kind: type[nn.Module] | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
-_MODELS: dict[str, Entry] = {}
+_MODELS: dict[str, Registered] = {}
 
 
 @overload
@@ -85,10 +95,49 @@ def register_model(
         key = name or getattr(build, "__name__", "")
         if key in _MODELS:
             raise SchemeError(f"a model named {key!r} is registered already; choose another name.")
-        _MODELS[key] = Entry(build, tuple(weights))
+        _MODELS[key] = Registered(build, tuple(weights))
         return build
 
     return register if build is None else register(build)
+
+
+def register_variants(
+    kind: type[nn.Module],
+    variants: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, Sequence[Weights]] | None = None,
+) -> None:
+    """Registers the named configurations of a class; keyword arguments of ``create_model`` override them.
+
+    Args:
+        kind: the class.
+        variants: options by name.
+        weights: published weights by name.
+
+    Raises:
+        SchemeError: a name is taken.
+    """
+    for name, config in variants.items():
+
+        def build(*, _config: Mapping[str, Any] = config, **kwargs: Any) -> nn.Module:
+            return kind(**{**_config, **kwargs})
+
+        build.__name__ = build.__qualname__ = name
+        build.__module__ = kind.__module__
+        build.__doc__ = f"{kind.__name__} with {dict(config)}; keyword arguments override."
+        register_model(name=name, weights=(weights or {}).get(name, ()))(build)
+        _MODELS[name] = _MODELS[name]._replace(kind=kind, options=config)
+
+
+def torchvision_weights(name: str, tag: str, sha256: str, top1: float) -> Weights:
+    """Weights that torchvision publishes: a file's name ends in the first eight digits of its SHA-256.
+
+    Accuracies are those of torchvision's model page.
+
+    Example:
+        >>> torchvision_weights("resnet18", "v1", "f37072fd", 69.758).url
+        'https://download.pytorch.org/models/resnet18-f37072fd.pth'
+    """
+    return Weights(tag, f"https://download.pytorch.org/models/{name}-{sha256}.pth", sha256, top1)
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
@@ -113,7 +162,7 @@ def published_weights(name: str) -> tuple[Weights, ...]:
         >>> [w.tag for w in published_weights("resnet50")]
         ['v2', 'v1']
     """
-    return _entry(name).weights
+    return _registered(name).weights
 
 
 def create_model(
@@ -156,7 +205,7 @@ def create_model(
         >>> net(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 100])
     """
-    entry = _entry(name)
+    entry = _registered(name)
     options = {
         "num_classes": num_classes,
         "in_chans": in_chans,
@@ -173,7 +222,7 @@ def create_model(
     return FeatureNet(_build(name, entry, pretrained, kwargs), out_indices)
 
 
-def _build(name: str, entry: Entry, pretrained: bool | str, kwargs: dict[str, Any]) -> nn.Module:
+def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[str, Any]) -> nn.Module:
     if not pretrained:
         return entry.build(**kwargs)
     weights = _choose(name, entry, pretrained)
@@ -191,7 +240,7 @@ def _build(name: str, entry: Entry, pretrained: bool | str, kwargs: dict[str, An
     return model
 
 
-def _entry(name: str) -> Entry:
+def _registered(name: str) -> Registered:
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
         hint = f"closest: {', '.join(close)}" if close else "list_models() names them all"
@@ -199,7 +248,7 @@ def _entry(name: str) -> Entry:
     return _MODELS[name]
 
 
-def _choose(name: str, entry: Entry, pretrained: bool | str) -> Weights:
+def _choose(name: str, entry: Registered, pretrained: bool | str) -> Weights:
     if not entry.weights:
         raise SchemeError(
             f"no published weights are known for {name}; those of {', '.join(list_models(pretrained=True))} are.\n"

@@ -1,18 +1,18 @@
-"""What a Stack works out before it runs: its residual functions, steps and shortcuts, and what does not go together."""
+"""What a Stack works out before it runs: residual functions, steps, shortcuts, and what does not go together."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from schemes.coupling import Coupling
 from schemes.errors import MixingWarning, SchemeError
 from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Scheme
 from schemes.step_size import FromError, StepSize
 
-from .step import Call
+from .checks import warn_of_own_skip
+from .step import FunctionModule, Step
 
 # Above this mixing figure the stage inputs of separate weights keep little of the stream.
 MIXING_LIMIT = 30.0
@@ -23,7 +23,7 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
         return [block], block
     if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
-        call = Call(block)  # type: ignore[arg-type]
+        call = FunctionModule(block)  # type: ignore[arg-type]
         return [call], call
     try:
         fs = list(block)
@@ -34,7 +34,7 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     for i, f in enumerate(fs):
         if not callable(f):
             raise SchemeError(f"Stack: residual function {i} is a {type(f).__name__}, want a module or a callable.")
-    return [f if isinstance(f, nn.Module) else Call(f) for f in fs], None
+    return [f if isinstance(f, nn.Module) else FunctionModule(f) for f in fs], None
 
 
 def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Module, ...]]:
@@ -64,27 +64,6 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
     return found
 
 
-def check_reverse(scheme: Scheme, after: nn.Module | None, exact: bool) -> None:
-    if exact:
-        for part in (scheme.at(0), scheme.at(1)):
-            fs = [nn.Identity()] * part.stages
-            for p, *_ in part.training_scheme(0, torch.zeros(1, 1)).decompose(fs, 1.0):
-                if not isinstance(p, Coupling) or not p.exact:
-                    raise SchemeError(
-                        f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
-                    )
-    if not scheme.reversible_in_training:
-        raise SchemeError(
-            f"Stack: {scheme} has no inverse, which backprop='reverse' needs: use backprop='checkpoint', or an "
-            f"invertible scheme such as revnet or reversible({scheme})."
-        )
-    if after is not None:
-        raise SchemeError(
-            "Stack: after= is a projection that cannot be undone, so backprop='reverse' refuses it: put it into the "
-            "residual functions (pre-activation), or use backprop='checkpoint'."
-        )
-
-
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
     """The counts of residual functions nearest to n that a scheme can use: n itself, or one below and one above."""
     period = scheme.stages
@@ -94,44 +73,79 @@ def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
     return (below, below + period) if below else (period,)
 
 
-def depth_of(scheme: Scheme, n: int, depth: int | None) -> int:
-    """The number of steps that n residual functions make."""
-    fits = fitting_counts(scheme, n)
-    if fits != (n,):
+def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
+    """The number of steps: that of so many residual functions, or the one given for a shared function (None)."""
+    if functions is None:
+        depth = len(scheme.plan) if depth is None else depth
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise SchemeError(f"Stack: depth is {depth!r}, want a whole number of steps, at least 1.")
+        return depth
+    fits = fitting_counts(scheme, functions)
+    if fits != (functions,):
         raise SchemeError(
-            f"Stack: {n} residual functions for {scheme}, which uses {scheme.stages} at a time; "
+            f"Stack: {functions} residual functions for {scheme}, which uses {scheme.stages} at a time; "
             f"the nearest that fit: {' or '.join(map(str, fits))}. Or write a mix such as '3*rk4 + midpoint'."
         )
-    made = n // scheme.stages * len(scheme.plan)
+    made = functions // scheme.stages * len(scheme.plan)
     if depth is not None and depth != made:
         raise SchemeError(
-            f"Stack: {n} residual functions make {made} steps of {scheme}, not depth={depth}; drop depth."
+            f"Stack: {functions} residual functions make {made} steps of {scheme}, not depth={depth}; drop depth."
         )
     return made
 
 
+def steps_of(
+    scheme: Scheme,
+    functions: Sequence[nn.Module],
+    shared: nn.Module | None,
+    shortcuts: Mapping[int, Sequence[nn.Module]],
+    sizes: Sequence[float],
+    learned: bool,
+) -> list[Step]:
+    """The steps, one for each size, each with its share of the residual functions."""
+    steps, start = [], 0
+    for n, h in enumerate(sizes):
+        part = scheme.at(n)
+        fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
+        start += part.stages
+        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared is not None))
+    return steps
+
+
+def warn(scheme: Scheme, rule: StepSize, functions: Sequence[nn.Module], shared: bool) -> None:
+    """Warns of what would run and mean something else than was meant."""
+    for f in functions:
+        warn_of_own_skip(f)
+    if not shared:
+        warn_of_mixing(scheme)
+        warn_of_unused(scheme, rule)
+
+
 def warn_of_mixing(scheme: Scheme) -> None:
+    """Warns of a scheme whose mixing figure is over the limit."""
     mixing = scheme.mixing
     if mixing is not None and mixing > MIXING_LIMIT:
         warnings.warn(
             f"{scheme} sums residual functions with weights of up to {mixing:,.0f} in all (max_i sum_j |a_ij|): with "
             "separate weights its stage inputs keep little of the stream, in half precision nothing.",
             MixingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
+    """Warns of residual functions that only an error estimate uses, where no step size follows from errors."""
     for part in dict.fromkeys(scheme.plan):
         if isinstance(part, RungeKutta) and part.unused and not isinstance(rule, FromError):
             warnings.warn(
                 f"{part}: of its {part.stages} residual functions a step, {len(part.unused)} enter the error estimate "
                 f"only and not the output; use pruned({part}), or forward_with_errors in the loss.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
 def check_companion(scheme: Scheme) -> None:
+    """Raises a SchemeError where a part of the scheme has no embedded companion."""
     for part in scheme.plan:
         if not isinstance(part, RungeKutta) or part.tableau.b_hat is None:
             raise SchemeError(

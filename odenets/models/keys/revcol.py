@@ -8,7 +8,7 @@ from torch import Tensor
 
 from schemes import SchemeError
 
-from ..checkpoints import KeyMap
+from ...checkpoints import KeyMap
 
 _STEM = re.compile(r"stem\.([01])\.(.+)")
 _ALPHA = re.compile(r"subnet(\d+)\.alpha(\d+)")

@@ -1,14 +1,29 @@
-"""jsonargparse's error messages, brought to two lines: what was given and wanted, the closest name or the remedy."""
+"""What every command prints when it fails: two lines, what was given and wanted, and the remedy."""
 
 import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 TIP = "lightning fit --help lists every option, lightning fit -c FILE --print_config shows what is set"
+
+
+def fail(message: str, tip: str = "lightning --help shows how the command is used", status: int = 2) -> NoReturn:
+    """Print an error of exactly two lines and leave.
+
+    Args:
+        message: its first line names the cause; what follows is the remedy.
+        tip: the second line where the message has but one.
+        status: exit status.
+    """
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    rest = " ".join(lines[1:]) or tip
+    sys.stderr.write(f"error: {lines[0] if lines else 'unknown'}\n  {rest}\n")
+    sys.exit(status)
 
 
 def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[str, str]:

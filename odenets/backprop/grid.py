@@ -24,7 +24,7 @@ from schemes.scheme import Function, State
 DEFAULT_BITS = {torch.float32: 14, torch.float64: 40}
 
 
-class Lost(NamedTuple):
+class Spilled(NamedTuple):
     """What an update did not keep: for each element a number of ``width`` bits, as packed planes."""
 
     planes: list[Tensor]
@@ -75,65 +75,65 @@ class Grid:
         """Whether x leaves the range in which sums are exact, or is not finite; a flag on its device."""
         return (~(x.detach().abs() < self.limit)).any()
 
-    def do(self, update: Update, state: State, gs: Sequence[Function], lost: list[Lost | None]) -> State:
+    def apply(self, update: Update, state: State, gs: Sequence[Function], spills: list[Spilled | None]) -> State:
         """The state after an elementary update on the grid; notes what it did not keep."""
         d = update.dst
-        scale, shift, *emitted = update.terms(state)
+        scale, shift, *byproducts = update.terms(state)
         if update.appends:
-            lost.append(None)
+            spills.append(None)
             return (*state, self.round(shift.to(state[0].dtype)))
         x, g = state[d], shortcut_of(update, gs)
         shift = self.round(shift.to(x.dtype))
         if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
-            lost.append(None)
+            spills.append(None)
             new = x + shift if scale == 1 else shift - x
         else:
             factor = _factor(update, scale, g, x)
-            kept, beside = self._shrunk(x.detach(), factor)
-            lost.append(beside)
+            kept, spill = self._shrink(x.detach(), factor)
+            spills.append(spill)
             if torch.is_grad_enabled():
                 kept = _Straight.apply(g(x) if g is not None else x * scale, kept)
             new = kept + shift
         out = list(state)
         out[d] = new
         if update.byproduct is not None:
-            out[update.byproduct] = emitted[0]
+            out[update.byproduct] = byproducts[0]
         return tuple(out)
 
-    def undo(self, update: Update, state: State, gs: Sequence[Function], lost: list[Lost | None]) -> State:
-        """The state before an elementary update on the grid; takes what it did not keep from the end of ``lost``."""
-        d, beside = update.dst, lost.pop()
+    def invert(self, update: Update, state: State, gs: Sequence[Function], spills: list[Spilled | None]) -> State:
+        """The state before an elementary update on the grid; takes what it did not keep from the end of ``spills``."""
+        d, spill = update.dst, spills.pop()
         if update.appends:
             return state[:d]
         scale, shift, *_ = update.terms(state)
-        x = self.restored(update, scale, shift, state[d], shortcut_of(update, gs), beside)
+        x = self.before(update, scale, shift, state[d], shortcut_of(update, gs), spill)
         return (*state[:d], x, *state[d + 1 :])
 
-    def restored(self, update: Update, scale: Any, shift: Tensor, y: Tensor, g: Any, beside: Lost | None) -> Tensor:
+    def before(self, update: Update, scale: Any, shift: Tensor, y: Tensor, g: Any, spill: Spilled | None) -> Tensor:
         """The stream before an update, from the stream after it, the update's terms and what was kept beside."""
         rest = y - self.round(shift.detach().to(y.dtype))
         if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
             return rest if scale == 1 else -rest
-        return self._grown(rest, _factor(update, scale, g, y), beside)
+        return self._grow(rest, _factor(update, scale, g, y), spill)
 
-    def _shrunk(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Lost | None]:
+    def _shrink(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Spilled | None]:
         """sign(a) floor(|a| n) for the integers n of x, and the place of n among those with that floor."""
         n = x.double() * self.per_unit
         a = factor.detach().double()
         size = a.abs()
         m = torch.floor(size * n)
-        beside = None
+        spill = None
         width = _width(size)
         if width:
             place = n - _first(m, size)
-            beside = Lost(_planes(place.to(torch.int32), width), x.shape)
-        return (torch.sign(a) * m * self.unit).to(x.dtype), beside
+            spill = Spilled(_planes(place.to(torch.int32), width), x.shape)
+        return (torch.sign(a) * m * self.unit).to(x.dtype), spill
 
-    def _grown(self, x: Tensor, factor: Tensor, beside: Lost | None) -> Tensor:
+    def _grow(self, x: Tensor, factor: Tensor, spill: Spilled | None) -> Tensor:
         a = factor.detach().double()
         n = _first(torch.sign(a) * x.double() * self.per_unit, a.abs())
-        if beside is not None:
-            n = n + _from_planes(beside)
+        if spill is not None:
+            n = n + _from_planes(spill)
         return (n * self.unit).to(x.dtype)
 
 
@@ -169,11 +169,11 @@ def _planes(place: Tensor, width: int) -> list[Tensor]:
     return [((flat >> i & 1) * weights).sum(1).to(torch.uint8) for i in range(width)]
 
 
-def _from_planes(lost: Lost) -> Tensor:
-    shifts = torch.arange(8, dtype=torch.uint8, device=lost.planes[0].device)
-    count = lost.shape.numel()
-    total = torch.zeros((), dtype=torch.float64, device=lost.planes[0].device)
-    for i, plane in enumerate(lost.planes):
-        bits = (plane[:, None] >> shifts & 1).view(-1)[:count].view(lost.shape)
+def _from_planes(spill: Spilled) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=spill.planes[0].device)
+    count = spill.shape.numel()
+    total = torch.zeros((), dtype=torch.float64, device=spill.planes[0].device)
+    for i, plane in enumerate(spill.planes):
+        bits = (plane[:, None] >> shifts & 1).view(-1)[:count].view(spill.shape)
         total = total + bits.double() * 2.0**i
     return total

@@ -1,0 +1,110 @@
+"""Where anchors go: how errors grow when steps are undone, measured by running them forward and back."""
+
+import math
+
+import torch
+from torch import nn
+
+from schemes.scheme import State
+
+from ..checks import nothing_changed
+from ..step import Step
+from .monitor import distance
+from .replay import StepRecord, autocast_as, invert_step, record_of, run_step
+from .walk import Pass
+
+# Relative error of states made again that automatic anchors keep to.
+BOUNDS = {torch.float64: 1e-11, torch.complex128: 1e-11}
+WINDOW = 8  # steps that the measurement of growth runs forward and back
+
+
+class Trial:
+    """Runs steps without a graph, and undoes them, to measure how they reconstruct."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, StepRecord] = {}
+
+    def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
+        """The state after the step."""
+        with torch.no_grad():
+            record = self.records[step.index] = record_of(step, state, shared, t, context)
+            with autocast_as(record.autocast):
+                return run_step(record, state)
+
+    def invert(self, step: Step, state: State, *given: object) -> State:
+        """The state before the step, which must have been run."""
+        return invert_step(self.records[step.index], state)
+
+
+def growth_of(steps: list[Step], trial: Trial, states: list[State]) -> tuple[float, list[float]]:
+    """How much undoing one of some steps grows an error, and the error after 1, 2, ... of them.
+
+    Args:
+        steps: steps that ``trial`` has just run.
+        trial: what ran them.
+        states: the states before the first and after each.
+    """
+    length, back = len(steps), states[-1]
+    largest = torch.stack([x.abs().square().mean() for x in back if x.numel()] or [torch.ones(())]).max().sqrt()
+    # Of one size in all streams: what grows fastest may sit in a small one.
+    moved = tuple(x + torch.finfo(x.dtype).eps ** 0.5 * largest * torch.randn_like(x) for x in back)
+    distances, errors = [float(distance(moved, back))], []
+    for n in reversed(range(length)):
+        back, moved = (steps[n](x, runner=trial.invert) for x in (back, moved))
+        distances.append(float(distance(moved, back)))
+        errors.append(float(distance(back, states[n])))
+    if not all(math.isfinite(d) for d in (*distances, *errors)):
+        return math.inf, [math.inf] * length
+    half = length // 2  # until here the error turns into the direction that grows most
+    return max(1.0, (distances[-1] / max(distances[half], 1e-300)) ** (1 / (length - half))), errors
+
+
+def windows_of(given: Pass, state: State) -> list[tuple[float, list[float]]]:
+    """The growth of all steps, some at a time; buffers and generators stay as they are."""
+    trial, found = Trial(), []
+    steps: list[Step] = []
+    states = [state]
+
+    def on_step(n: int, state: State) -> None:
+        step = given.steps[n]
+        steps.append(step)
+        states.append(state)
+        # A step that appends streams drops their errors, so it is looked at by itself.
+        if len(steps) == WINDOW or step.scheme.streams_added or step is given.steps[-1]:
+            found.append(growth_of(steps, trial, states))
+            steps.clear()
+            states[:] = states[-1:]
+
+    with torch.no_grad(), nothing_changed([*given.steps, *([given.shared] if given.shared else [])], always=True):
+        given._replace(on_step=on_step, wrap=None).walk(state, trial.run)
+    return found
+
+
+def measure(given: Pass, state: State, bound: float) -> None:
+    """Runs all steps forward and back, and tells the monitor how often states must be kept."""
+    windows = windows_of(given, tuple(x.detach() for x in state))
+    weighted = [(growth, len(errors)) for growth, errors in windows]
+    monitor = given.monitor
+    monitor.growth = math.inf
+    if max(g for g, _ in weighted) < math.inf:
+        monitor.growth = math.exp(sum(n * math.log(g) for g, n in weighted) / len(given.steps))
+    monitor.every = _spacing(windows, bound)
+
+
+def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | None:
+    """The largest number of steps between anchors that keeps the error below the bound; None for no anchors.
+
+    Each window is its growth a step, and its errors after 1, 2, ... steps undone, as measured. Beyond one window the
+    error that comes from above grows by the window's growth, and the window's own is added.
+    """
+    for k in range(WINDOW):
+        if not max((errors[k] for _, errors in windows if k < len(errors)), default=0.0) <= bound:
+            return max(1, k)
+    sums = [errors[-1] for _, errors in windows]
+    for length in range(1, len(windows)):
+        for top in range(length, len(windows)):
+            growth, errors = windows[top - length]
+            sums[top] = errors[-1] + growth ** len(errors) * sums[top]
+            if not sums[top] <= bound:
+                return length * WINDOW
+    return None

@@ -1,0 +1,111 @@
+"""What a stack remembers of its reconstruction from pass to pass: growth of errors, spacing of anchors, drift."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from schemes.errors import SchemeError
+from schemes.scheme import State
+
+DRIFT_LIMIT = 1e-3
+
+
+class PendingScalar(NamedTuple):
+    """A scalar on its way from the device, the event that tells its arrival, and whether it must be zero."""
+
+    value: Tensor
+    event: Any
+    must_be_zero: bool
+
+    @classmethod
+    def of(cls, value: Tensor, must_be_zero: bool = False) -> "PendingScalar":
+        """Sends a scalar on its way, without waiting for it."""
+        if not value.is_cuda:
+            return cls(value, None, must_be_zero)
+        value, event = value.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record()
+        return cls(value, event, must_be_zero)
+
+    def ready(self) -> bool:
+        """Whether it has arrived."""
+        return self.event is None or self.event.query()
+
+
+class Monitor:
+    """What a stack remembers of its reconstruction: how often it needs anchors, and how far it drifts.
+
+    Attributes:
+        every: the spacing of anchors that was chosen, None for no anchors.
+        growth: factor by which a rounding error grows per step undone, as measured.
+        drift: relative error of made-again states in the last backward pass whose figure has arrived.
+        pending: drifts on their way.
+        overflow: whether a stream left the range of exact arithmetic; on their way.
+        searched: (step, update) whose graphs have been searched for tensors that a function reads unseen.
+    """
+
+    def __init__(self) -> None:
+        self.every: int | None = None
+        self.growth: float | None = None
+        self.drift: float | None = None
+        self.pending: list[PendingScalar] = []
+        self.overflow: list[PendingScalar] = []
+        self.searched: set[tuple[int, int]] = set()
+        self._warned = False
+
+    def __deepcopy__(self, memo: Any) -> "Monitor":
+        return Monitor()
+
+    def __reduce__(self) -> Any:
+        return Monitor, ()
+
+    def read(self, bound: float | None, depth: int) -> None:
+        """Reads what earlier passes found, where the device has it ready: overflow, drift. Warns of drift once.
+
+        Args:
+            bound: anchors are moved closer together where the drift is above it; None leaves them where they are.
+            depth: number of steps.
+
+        Raises:
+            SchemeError: in exact arithmetic a stream left the range, or a state came back different.
+        """
+        while self.overflow and self.overflow[0].ready():
+            if bool(self.overflow.pop(0).value):
+                self.overflow.clear()
+                raise SchemeError(
+                    "Stack: a stream left the range in which backprop='exact' adds without rounding; "
+                    "use fewer binary places, such as backprop='exact(bits=10)', or normalise the streams."
+                )
+        while self.pending and self.pending[0].ready():
+            scalar = self.pending.pop(0)
+            self.drift = float(scalar.value)
+            if scalar.must_be_zero and self.drift != 0.0:
+                raise SchemeError(
+                    f"Stack: backprop='exact' made a state again that is {self.drift:.1e} off: a function gives "
+                    "other values the second time. Make it deterministic, or use backprop='reverse'."
+                )
+            if bound is not None and self.drift > 3 * bound and self.every != 1:
+                # Learned scales move during training, and the growth of errors with them.
+                self.every = max(1, (self.every or depth) // 2)
+            if self.drift <= DRIFT_LIMIT:
+                continue
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"Stack: states made again by the inverse are {self.drift:.1e} off (relative), so gradients are "
+                    "too; run Stack.diagnose(x) to see where, and keep more states: backprop='reverse(every=k)'.",
+                    stacklevel=5,
+                )
+
+
+def distance(a: State, b: State) -> Tensor:
+    """|a - b| / |b| over all streams together, on their device; streams that an inverse leaves empty do not count."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.shape == y.shape]
+    error = torch.stack([torch.linalg.vector_norm(_single(x - y)) for x, y in pairs])
+    size = torch.stack([torch.linalg.vector_norm(_single(y)) for _, y in pairs])
+    return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(size).clamp_min(1e-30)
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.to(torch.complex64) if x.is_complex() else x.float()

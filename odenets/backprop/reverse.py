@@ -1,0 +1,99 @@
+"""Passes whose states are made again by the inverse: rounded as always, or exact on a grid.
+
+They run outside torch's compiler, which must not take their autograd nodes apart. Decorating for that loads the
+compiler, which takes as long as torch itself: this module is imported when a stack asks for such a pass.
+"""
+
+import torch
+
+from schemes.errors import SchemeError
+from schemes.scheme import State
+
+from .anchors import BOUNDS, measure
+from .grid import Grid
+from .monitor import PendingScalar
+from .replay import autocast_now, in_single_precision
+from .tape import Tape
+from .walk import Pass
+
+
+@torch.compiler.disable
+def run_reversed(
+    given: Pass,
+    state: State,
+    every: int | None,
+    memory: float | None,
+    bound: float | None,
+    drift: bool,
+    check_finite: bool,
+) -> State:
+    """The state after the last step; see ``modes.Reverse`` for the options."""
+    state = _start(state)
+    bound = float(bound or BOUNDS.get(state[0].dtype, 1e-5))
+    tape = Tape(_anchors(given, state, every, memory, bound), drift, None, given)
+    if check_finite:
+        seen = given.on_step
+
+        def on_step(n: int, state: State) -> None:
+            _check_finite(given, n, state)
+            if seen is not None:
+                seen(n, state)
+
+        given = given._replace(on_step=on_step)
+    state = given.walk(state, tape.run)
+    tape.close(state)
+    tape.report = given.monitor.pending if drift else None
+    return state
+
+
+@torch.compiler.disable
+def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State:
+    """The state after the last step; see ``modes.Exact`` for the options."""
+    state, monitor = _start(state), given.monitor
+    _refuse_compiled(given)
+    monitor.read(None, len(given.steps))
+    grid = Grid(bits, state[0].dtype)
+    tape = Tape(1 if store else None, True, grid, given)
+    state = given.walk(tuple(grid.round(x) for x in state), tape.run)
+    tape.close(state)
+    tape.report = monitor.pending
+    monitor.overflow.append(PendingScalar.of(tape.over(state)))
+    if not state[0].is_cuda:  # elsewhere the flag is read at the next pass, without waiting for it
+        monitor.read(None, len(given.steps))
+    return state
+
+
+def _start(state: State) -> State:
+    if torch._C._are_functorch_transforms_active():
+        raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
+    return in_single_precision(state) if any(enabled for _, enabled, _ in autocast_now(state)) else state
+
+
+def _anchors(given: Pass, state: State, every: int | None, memory: float | None, bound: float) -> int | None:
+    """The spacing of anchors, given or chosen."""
+    auto = every is None and memory is None
+    given.monitor.read(bound if auto else None, len(given.steps))
+    if memory is not None:
+        size = sum(x.numel() * x.element_size() for x in state) / 2**20
+        return max(1, -(-len(given.steps) // max(1, int(float(memory) / size))))
+    if not auto:
+        return every or None
+    if given.monitor.growth is None:
+        measure(given, state, bound)
+    return given.monitor.every
+
+
+def _check_finite(given: Pass, n: int, state: State) -> None:
+    for i, x in enumerate(state):
+        if not torch.isfinite(x).all():
+            raise SchemeError(f"{given.steps[n].scheme}, step {n}: stream {i} is not finite after this step.")
+
+
+def _refuse_compiled(given: Pass) -> None:
+    for step in given.steps:
+        for name, m in step.named_modules():
+            if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule":
+                raise SchemeError(
+                    f"Stack: steps.{step.index}.{name} is compiled, and compiled code rounds differently with and "
+                    "without gradients; backprop='exact' needs it eager, or use backprop='reverse'."
+                )

@@ -1,0 +1,398 @@
+"""Backpropagation that keeps one state instead of all: the states before are made again by the scheme's inverse.
+
+One autograd node per step, chained. A node's backward pass takes the state after its step, undoes the step's elementary
+updates from the last to the first, and differentiates each on the way: every residual function runs once forward and
+once backward, one function's graph is alive at a time, and no scheme carries backward code of its own. Parameters are
+inputs of the nodes, so their gradients leave as soon as they exist.
+
+The nodes share a tape that knows the state before one step. A node that finds it elsewhere (a loss on a middle output,
+a second backward pass) moves it there first; nothing depends on the order in which autograd runs the nodes.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from schemes.coupling import Coupling, Update, rotated, shortcut_of
+from schemes.errors import SchemeError
+from schemes.scheme import Function, State
+
+from ..step import Step
+from .grid import Grid, Spilled
+from .monitor import PendingScalar, distance
+from .replay import StepRecord, as_it_ran, autocast_as, invert_step, parts_of, record_of, replayed, run_step
+from .surroundings import Slot, Surroundings, swapped
+from .walk import Pass
+
+
+class Tape:
+    """The states of one forward pass: the last one, some anchors, and the one where the backward pass stands.
+
+    Args:
+        every: keep a state every so many steps; None keeps none.
+        keep_first: whether to keep the first state, to compare with what is made again.
+        grid: exact arithmetic.
+        given: the pass.
+    """
+
+    def __init__(self, every: int | None, keep_first: bool, grid: Grid | None, given: Pass):
+        self.every, self.keep_first, self.grid = every, keep_first, grid
+        self.wrap, self.searched = given.wrap, given.monitor.searched
+        self.records: list[StepRecord] = []
+        self.kept: dict[int, State] = {}  # n: the state before step n, as it was
+        self.versions: list[int] = []
+        self.position: int | None = None
+        self.state: State = ()
+        self.drift: Tensor | None = None
+        self.report: list[PendingScalar] | None = None  # where the drift goes when the pass is over
+
+    def run(self, step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
+        """One step as a node on this tape."""
+        n, added = len(self.records), step.scheme.streams_added
+        # A step that appends streams drops them when it is undone, and their errors with them: look before that too.
+        first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
+        if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
+            self.kept[n] = tuple(x.detach() for x in state)
+        record = record_of(step, state, shared, t, context, self.grid)
+        self.records.append(record)
+        inputs = [slot.tensor for slot in record.members.parameters]
+        if t is not None or context is not None:
+            inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
+        return _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[return-value]
+
+    def close(self, state: State) -> None:
+        """Keeps the last state, from which the backward pass starts."""
+        final = tuple(x.detach() for x in state)
+        self.kept[len(self.records)] = final
+        self.versions = [x._version for x in final]
+
+    def over(self, state: State) -> Tensor:
+        """Whether any stream left the grid's range in this pass."""
+        assert self.grid is not None
+        flags = [self.grid.over(x) for x in state]
+        return torch.stack([f for record in self.records for f in record.overflow] + flags).any()
+
+    def before(self, n: int) -> State:
+        """The state before step n, made again from the nearest one above it."""
+        places = [p for p in self.kept if p >= n]
+        if self.position is not None and self.position >= n:
+            places.append(self.position)
+        if not places:
+            raise RuntimeError(
+                "Trying to backward through a stack a second time: its states are freed. "
+                "Specify retain_graph=True if you need to backward through it again."
+            )
+        start = min(places)
+        last = len(self.records)
+        if start == last and [x._version for x in self.kept[last]] != self.versions:
+            raise RuntimeError("Stack: its output was changed in place; reverse backprop starts from it. Clone it.")
+        state = self.state if start == self.position else self.kept[start]
+        while start > n:
+            start -= 1
+            state = invert_step(self.records[start], state)
+        return state
+
+    def take(self, n: int, free: bool) -> State:
+        """The state before step n; with ``free`` the tape lets go of it, and of all that lies above."""
+        state = self.before(n)
+        if free:
+            self.position, self.state = None, ()
+            for p in [p for p in self.kept if p >= n]:
+                del self.kept[p]
+        return state
+
+    def move(self, n: int, state: State) -> None:
+        """Sets the tape to the state before step n, and compares with what was kept there."""
+        kept = self.kept.get(n)
+        if kept is not None:
+            drift = distance(state, kept)
+            self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
+            state = kept
+        self.position, self.state = n, state
+        if n == 0 and self.report is not None and self.drift is not None:
+            self.report.append(PendingScalar.of(self.drift, self.grid is not None))
+            del self.report[:-4]
+
+
+def _keep_graph() -> bool:
+    """Whether the backward pass that runs now was asked to keep its graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+
+
+class _Node(torch.autograd.Function):
+    """One step: forward without a graph, backward by the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, n: int, streams: int, *tensors: Tensor) -> State:
+        record = tape.records[n]
+        ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
+        ctx.set_materialize_grads(False)
+        # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
+        with autocast_as(record.autocast):
+            return run_step(record, tensors[:streams], tape.wrap)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
+        with torch.no_grad():
+            found = _Node.once(ctx, grads)
+        if not twice:
+            return found
+        # Always, not only where the incoming gradients need one: the graph through the states would be missing.
+        leaves = [None if g is None else g.detach().requires_grad_() for g in found]
+        message = (
+            f"Stack: backprop='reverse' cannot be differentiated twice ({ctx.tape.records[ctx.n].step.scheme}); "
+            "use backprop='store' or 'checkpoint' for gradients of gradients."
+        )
+        return tuple(torch._C._functions.DelayedError(message, len(leaves))(*leaves))  # type: ignore[attr-defined]
+
+    @staticmethod
+    def once(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The gradients of one step's inputs."""
+        tape, n, extras = ctx.tape, ctx.n, ctx.extras
+        none = (None, None, None)
+        if all(g is None for g in grads):
+            return (*none, *(None for _ in ctx.needs_input_grad[3:]))
+        wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
+        streams = list(tape.take(n + 1, free=not _keep_graph()))
+        found, extra = _StepBackward(tape, n, extras, wanted).run(streams, list(grads))
+        tape.move(n, tuple(streams))
+        return (*none, *found, *extra)
+
+
+class _StepBackward:
+    """Undoes one step and differentiates it, update by update; collects the gradients of its extra inputs.
+
+    Args:
+        tape: the tape.
+        n: number of the step.
+        extras: the extra inputs: parameters, then tensors of the time and the context.
+        wanted: which of them need a gradient.
+    """
+
+    def __init__(self, tape: Tape, n: int, extras: Sequence[Tensor], wanted: Sequence[bool]):
+        self.tape, self.n, self.record = tape, n, tape.records[n]
+        slots, count = self.record.members.parameters, len(self.record.members.parameters)
+        # A gradient can be asked of a parameter itself where nobody would notice: no hook, no tensor in its stead.
+        self.direct = all(_untouched(slot) for slot in slots)
+        leaves = [x.detach().requires_grad_(w) for x, w in zip(extras, wanted, strict=True)]
+        if self.direct:
+            leaves[:count] = extras[:count]
+        self.given = (self.record.t, self.record.context)
+        if len(extras) > count:
+            rest = iter(leaves[count:])
+            self.given = pytree.tree_map(
+                lambda x: next(rest) if isinstance(x, Tensor) and x.requires_grad else x, self.given
+            )
+        self.slots, self.leaves, self.wanted = slots, leaves[:count], wanted
+        self.ask = [x for x, w in zip(leaves, wanted, strict=True) if w]
+        self.known = {id(x) for x in leaves}
+        self.sums: list[Tensor | None] = [None] * len(self.ask)
+
+    def parts(self) -> list[Any]:
+        """The step's elementary schemes, on the leaves; a learned step size enters functions and updates here."""
+        with torch.enable_grad():
+            return parts_of(self.record, *self.given)
+
+    def run(self, streams: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The gradients of the streams before the step, and of the extra inputs.
+
+        ``streams``, the state after the step, becomes the state before it, one stream after the other, so that no
+        stream outlives its use.
+        """
+        record = self.record
+        notes, spills = list(record.notes), list(record.spills)
+        # A step size or a time that needs a gradient is part of the graph of all that is computed from it, and a graph
+        # is gone once it was used: the parts are then made anew for each update.
+        anew = any(isinstance(x, Tensor) and x.requires_grad for x in (record.step.h, record.t))
+        with as_it_ran(record), nullcontext() if self.direct else swapped(self.slots, self.leaves):
+            fixed = None if anew else self.parts()
+            for k in reversed(range(len(fixed or self.parts()))):
+                scheme, fs, h, gs = (fixed or self.parts())[k]
+                if not isinstance(scheme, Coupling):
+                    grads = self._whole(scheme, fs, h, gs, streams, grads, notes.pop())
+                    continue
+                streams[:], grads = rotated(tuple(streams), -scheme.rotate), [*rotated(tuple(grads), -scheme.rotate)]  # type: ignore
+                count = len(streams) - scheme.streams_added
+                with torch.enable_grad():
+                    updates = scheme.updates(fs, h, count)
+                for i in reversed(range(len(updates))):
+                    if anew:
+                        _, fs, h, gs = self.parts()[k]
+                        with torch.enable_grad():
+                            updates = scheme.updates(fs, h, count)
+                    with replayed(notes.pop()):
+                        spill = spills.pop() if spills else None
+                        self._update(len(notes), updates[i], streams, grads, gs, spill)
+        found = iter(self.sums)
+        return grads, [next(found) if w else None for w in self.wanted]
+
+    def _gradients(self, place: int, pairs: list[tuple[Any, Tensor]], inputs: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
+        if not pairs:
+            return [None] * len(inputs)
+        if (self.n, place) not in self.tape.searched:
+            self._refuse_captured([edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
+            self.tape.searched.add((self.n, place))
+        edges, grads = zip(*pairs, strict=True)
+        pairs.clear()
+        found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)
+        for i, g in enumerate(found[len(inputs) :]):
+            self.sums[i] = _add(self.sums[i], g)
+        return list(found[: len(inputs)])
+
+    def _whole(
+        self,
+        scheme: Any,
+        fs: Sequence[Function],
+        h: Any,
+        gs: Sequence[Function],
+        streams: list[Tensor],
+        grads: list[Tensor | None],
+        note: Surroundings | None,
+    ) -> list[Tensor | None]:
+        """Undoes and differentiates a scheme that is no list of updates: its whole graph is alive."""
+        with replayed(note), torch.no_grad():
+            streams[:] = scheme._inverse(fs, tuple(streams), h, gs)
+        with replayed(note), torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in streams]
+            outputs = scheme._step(fs, tuple(inputs), h, gs)
+        pairs = [
+            (get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+        ]
+        del outputs
+        return self._gradients(-1, pairs, inputs)
+
+    def _update(
+        self,
+        place: int,
+        update: Update,
+        streams: list[Tensor],
+        grads: list[Tensor | None],
+        gs: Sequence[Any],
+        spill: Spilled | None,
+    ) -> None:
+        """Undoes one elementary update, x_d' = scale * x_d + shift, and sends its gradients on; changes both lists.
+
+        The shift is computed once, with a graph: its value gives x_d back, its graph the gradients of what it read.
+        """
+        d, e = update.dst, update.byproduct
+        grad, byproduct_grad = grads[d], None
+        if e is not None:
+            byproduct_grad, grads[e] = grads[e], None
+        live = grad is not None or byproduct_grad is not None
+        if update.appends and not live:
+            del streams[d:], grads[d:]
+            return
+        places = [i for i, x in enumerate(streams) if live and i != d and _differentiable(x) and x.numel()]
+        others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.appends else streams)]
+        inputs = [others[i].requires_grad_() for i in places]
+        with torch.set_grad_enabled(live):
+            scale, shift, *byproducts = update.terms(tuple(others))
+        del others
+        # An edge, not the tensor: the value can then go before the gradient is computed.
+        pairs: list[tuple[Any, Tensor]] = []
+        if byproduct_grad is not None and byproducts[0].requires_grad:
+            pairs.append((get_gradient_edge(byproducts[0]), byproduct_grad.to(byproducts[0].dtype)))
+        if grad is not None and shift.requires_grad:
+            pairs.append((get_gradient_edge(shift), grad.to(shift.dtype)))
+        shift = shift.detach()
+        byproducts.clear()
+        if update.appends:
+            del streams[d:], grads[d:]
+        else:
+            x = self._undo(update, scale, shift, streams, gs, spill)
+            if grad is not None:
+                grads[d] = self._through_scale(update, scale, x, grad, gs, pairs, inputs)
+            del x
+        del scale, shift, grad, byproduct_grad
+        # On a grid, what the streams have of later updates goes in first: sums come out bit by bit as autograd's own.
+        for i, x in zip(places, inputs, strict=False) if self.record.grid is not None and pairs else ():
+            if grads[i] is not None:
+                pairs.append((get_gradient_edge(x), grads[i]))  # type: ignore[arg-type]
+                grads[i] = None
+        found = self._gradients(place, pairs, inputs)
+        if len(found) > len(places):
+            grads[d] = found.pop()
+        for i, g in zip(places, found, strict=True):
+            grads[i] = _add(grads[i], g)
+
+    def _undo(
+        self, update: Update, scale: Any, shift: Tensor, streams: list[Tensor], gs: Sequence[Any], spill: Spilled | None
+    ) -> Tensor:
+        """Puts x_d = (x_d' - shift) / scale where x_d' was, and returns it."""
+        d, g = update.dst, shortcut_of(update, gs)
+        with torch.no_grad():
+            if self.record.grid is not None:
+                streams[d] = x = self.record.grid.before(update, scale, shift, streams[d], g, spill)
+            else:
+                streams[d] = x = streams[d] - shift
+                if g is not None:
+                    streams[d] = x = g.inverse(x)
+                elif not _is_one(scale):
+                    streams[d] = x = x.div_(scale)
+        if update.byproduct is not None:  # what stood there before is lost, and read by no step
+            streams[update.byproduct] = x.new_empty(0)
+        return x
+
+    def _through_scale(
+        self,
+        update: Update,
+        scale: Any,
+        x: Tensor,
+        grad: Tensor,
+        gs: Sequence[Any],
+        pairs: list[tuple[Any, Tensor]],
+        inputs: list[Tensor],
+    ) -> Tensor | None:
+        """The gradient of x_d where it is known at once; what a graph must tell is added to ``pairs``."""
+        g = shortcut_of(update, gs)
+        if g is not None:
+            inputs.append(x.detach().requires_grad_())
+            with torch.enable_grad():
+                pairs.append((get_gradient_edge(g(inputs[-1])), grad))
+            return grad  # replaced by what the graph of the shortcut gives
+        if isinstance(scale, Tensor) and scale.requires_grad:
+            pairs.append((get_gradient_edge(scale), (grad * x.conj()).sum_to_size(scale.shape).to(scale.dtype)))
+        if _is_one(scale):
+            return grad
+        return grad * (scale.detach().conj() if isinstance(scale, Tensor) else scale)
+
+    def _refuse_captured(self, nodes: list[Any], known: set[int]) -> None:
+        """Finds tensors that need a gradient and that a residual function reads without being given them."""
+        seen, queue = set(), list(nodes)
+        while queue:
+            node = queue.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in known:
+                raise SchemeError(
+                    f"{self.record.step.scheme}, {self.record.where}: a residual function reads a tensor of shape "
+                    f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
+                    "  Register it in the residual function's module, or pass it as context: stack(x, context=...)."
+                )
+            queue += [following for following, _ in node.next_functions]
+
+
+def _untouched(slot: Slot) -> bool:
+    """Whether the module still holds the very tensor, and a gradient can be asked of it without side effects."""
+    return slot.holder.get(slot.name) is slot.tensor and slot.tensor.is_leaf and not slot.tensor._backward_hooks
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _is_one(scale: Any) -> bool:
+    return isinstance(scale, float) and scale == 1.0
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

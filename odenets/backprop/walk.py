@@ -1,0 +1,86 @@
+"""The one walk through the steps of a stack: time moves on, projections are applied, each state is shown."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from schemes.scheme import State
+
+from ..step import Runner, Step, Wrap
+from .monitor import Monitor
+
+Observer = Callable[[int, State], None]
+
+
+class Pass(NamedTuple):
+    """One pass through some steps, and what it runs with; a mode of backpropagation decides how.
+
+    Attributes:
+        steps: the steps, in order.
+        monitor: what the stack knows of its own reconstruction.
+        shared: the residual function of all steps, where there is only one.
+        post_step: applied to each stream after each step, or None.
+        time: time at the start, None where no function reads it.
+        context: what functions with a parameter ``context`` read.
+        sizes: a step size for each step, in place of its own; asked for when the step begins.
+        on_step: called with the number of a step and the state after it.
+        runner: what evaluates a step where its states are kept, in place of the step itself.
+        wrap: what each step's functions are wrapped in.
+        calls: counts the evaluations of an adaptive solver.
+        first: number of the first step.
+        extras: how many of the last entries of a state are no streams, but ride along.
+    """
+
+    steps: Sequence[Step]
+    monitor: Monitor
+    shared: nn.Module | None = None
+    post_step: nn.Module | None = None
+    time: Any = None
+    context: Any = None
+    sizes: Iterable[Any] | None = None
+    on_step: Observer | None = None
+    runner: Runner | None = None
+    wrap: Wrap | None = None
+    calls: list[int] | None = None
+    first: int = 0
+    extras: int = 0
+
+    def walk(self, state: State, runner: Runner | None = None) -> State:
+        """The state after the last step; ``runner`` is what runs each of them, by default the step itself."""
+        time = self.time
+        for n, (step, h) in enumerate(zip(self.steps, self.sizes or repeat(None)), self.first):  # noqa: B905
+            state = step(state, self.shared, time, self.context, h, runner)
+            if self.post_step is not None:
+                streams = len(state) - self.extras
+                state = (*(self.post_step(x) for x in state[:streams]), *state[streams:])
+            time = step.end(time, h)
+            if self.on_step is not None:
+                self.on_step(n, state)
+        return state
+
+    def keep(self, state: State) -> State:
+        """The state after the last step, each state kept by autograd as far as it needs it."""
+        plain = self.wrap is None and self.calls is None
+        return self.walk(state, self.runner or (None if plain else self._evaluate))
+
+    def _evaluate(self, step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
+        return step.evaluate(state, shared, t, context, h, self.wrap, self.calls)
+
+    def parts(self, every: int) -> "Iterator[Pass]":
+        """Passes through ``every`` steps each, one after the other, without the observer."""
+        time, sizes = self.time, None if self.sizes is None else list(self.sizes)
+        for first in range(0, len(self.steps), every):
+            steps = self.steps[first : first + every]
+            own = None if sizes is None else sizes[first : first + every]
+            part = self._replace(steps=steps, time=time, sizes=own, on_step=None, first=self.first + first)
+            yield part
+            for step, h in zip(steps, own or repeat(None)):  # noqa: B905
+                time = step.end(time, h)
+
+
+def needs_graph() -> bool:
+    """Whether this pass may be differentiated: gradients are on, and nobody traces the operations for use elsewhere."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()

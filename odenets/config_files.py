@@ -1,0 +1,128 @@
+"""Configuration files as they are meant: what a YAML parser would accept in silence, or choke on, is two lines here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemes import SchemeError
+
+MOST_NODES = 100_000  # of a file with its aliases written out; a large experiment has some hundreds
+DEEPEST = 100  # levels
+LARGEST = 10 << 20  # bytes
+
+
+def check_files(words: Sequence[str]) -> None:
+    """Checks every YAML file that a command line names.
+
+    Args:
+        words: the command line.
+
+    Raises:
+        SchemeError: a file that is no UTF-8, has a tab as indentation, a key twice in one mapping, or aliases that
+            would fill the memory.
+    """
+    values = [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
+    configs = {words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-c", "--config")}
+    for value in dict.fromkeys(values):
+        if value in configs or value.lower().endswith((".yaml", ".yml")):
+            path = Path(value)
+            try:
+                found = path.is_file()
+            except (OSError, ValueError):
+                continue
+            if found:
+                check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Checks one YAML file; see ``check_files``."""
+    import yaml
+
+    if path.stat().st_size > LARGEST:
+        raise SchemeError(f"{path} has {path.stat().st_size:,} bytes\n  A configuration has a few thousand.")
+    text = _text(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(e, "problem", None) or str(e).splitlines()[0]
+        remedy = "Every [ and { wants its end, every key a colon and a space."
+        if "\\t" in str(problem) or _has_tab(text, mark):
+            problem, remedy = "a tab, which YAML does not allow as indentation", "Use spaces."
+        raise SchemeError(f"parsing {path}{place}: {problem}\n  {remedy}") from None
+    except RecursionError:
+        raise SchemeError(f"{path} is nested too deeply\n  A configuration has some ten levels.") from None
+    if node is not None:
+        _walk(node, path, {}, [])
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        raise SchemeError(
+            f"{path}, line {line}: byte {data[e.start]:#04x} is no UTF-8\n  Save the file as UTF-8."
+        ) from None
+
+
+def _has_tab(text: str, mark: Any) -> bool:
+    lines = text.splitlines()
+    return mark is not None and mark.line < len(lines) and lines[mark.line].lstrip(" ").startswith("\t")
+
+
+def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int:
+    """The number of values below a node, aliases written out; raises for a key that stands twice."""
+    if id(node) in above:
+        raise SchemeError(f"{path}, line {node.start_mark.line + 1}: an alias of something that it is a part of")
+    if id(node) in sizes:
+        return sizes[id(node)]
+    if len(above) > DEEPEST:
+        raise SchemeError(f"{path} is nested too deeply\n  A configuration has some ten levels.")
+    below = node.value if isinstance(node.value, list) else []
+    if below and isinstance(below[0], tuple):
+        _check_keys(below, path)
+        below = [part for pair in below for part in pair]
+    size = 1 + sum(_walk(part, path, sizes, [*above, id(node)]) for part in below)
+    if size > MOST_NODES:
+        raise SchemeError(
+            f"{path}, line {node.start_mark.line + 1}: its aliases stand for more than {MOST_NODES:,} values\n"
+            "  Write out what is meant."
+        )
+    sizes[id(node)] = size
+    return size
+
+
+def _check_keys(pairs: Sequence[tuple[Any, Any]], path: Path) -> None:
+    seen: dict[Any, int] = {}
+    for key, _ in pairs:
+        line = key.start_mark.line + 1
+        if not isinstance(key.value, str) or key.value == "<<":
+            continue
+        if key.value in seen:
+            raise SchemeError(
+                f"{path}: the key {key.value!r} stands twice, in lines {seen[key.value]} and {line}\n"
+                "  Keep one of them: YAML would take the second and drop the first."
+            )
+        seen[key.value] = line
+
+
+def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted names.
+
+    Example:
+        >>> flat({"a": {"b": 1, "c": [2, {"d": 3}]}})
+        {'a.b': 1, 'a.c.0': 2, 'a.c.1.d': 3}
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{above}{key}"
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
+            found.update(flat(value, f"{name}."))
+        else:
+            found[name] = value
+    return found

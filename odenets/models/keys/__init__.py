@@ -1,0 +1,1 @@
+"""Published key layouts of each family, and how their keys are called here."""

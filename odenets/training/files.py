@@ -1,0 +1,306 @@
+"""The folder of a run: who may write to it, and checkpoints that are whole or not there.
+
+Three promises. A checkpoint is written beside its place and renamed, so that whatever ends the process, each file that
+is there can be read. A folder belongs to one run at a time, by a lock that the kernel takes back when the process dies.
+And what an earlier run left is set aside, never overwritten.
+"""
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import os
+import re
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from schemes import SchemeError
+
+from .sources import DataError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Where a run cannot write, by the error's number; anything else is a fault of the program.
+UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
+PART = ".part"  # ends the name of a file that is being written
+
+
+class CheckpointError(SchemeError):
+    """A checkpoint that cannot be written or read; one or two lines with the remedy."""
+
+
+def write_whole(path: Path, data: Any) -> None:
+    """Writes bytes, or what ``torch.save`` takes, beside `path`, and then renames it: whole, or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-{os.getpid()}-", suffix=PART)
+    try:
+        with os.fdopen(number, "wb") as file:
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                # torch would turn a full disk into an error of its zip writer: it writes to memory, and we to the disk.
+                torch.save(data, buffer := io.BytesIO())
+                file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # a temporary file is its owner's alone
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems do not sync folders
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints as local files, written beside their place and renamed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        try:
+            write_whole(Path(path), checkpoint)
+        except OSError as e:
+            raise CheckpointError(
+                f"{path} cannot be written: {e.strerror or e}\n"
+                "  The checkpoint before is as it was. Make room, or the folder writable, and resume: --ckpt_path last"
+            ) from None
+
+
+class Found(NamedTuple):
+    """A checkpoint that can be read.
+
+    Attributes:
+        path: the file.
+        step: optimiser steps in it.
+        held: what it holds; tensors are read when they are used.
+    """
+
+    path: Path
+    step: int
+    held: dict[str, Any]
+
+
+def open_checkpoint(path: Path, resume: bool) -> Found:
+    """Opens a training checkpoint without reading its tensors.
+
+    Args:
+        path: the file.
+        resume: whether training goes on from it, which needs more than weights.
+
+    Raises:
+        CheckpointError: a file that is cut off, empty, of another kind, or without what resuming needs; the second line
+            names another checkpoint beside it that is whole.
+    """
+    problem, held = _examine(path, resume)
+    if problem is None:
+        return Found(path, int(held["global_step"]), held)
+    others = []
+    for other in sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []:
+        if other != path and (found := _examine(other, resume))[0] is None:
+            others.append((int(found[1]["global_step"]), other))
+    remedy = "Give another checkpoint: --ckpt_path FILE"
+    if others:
+        step, other = max(others)
+        remedy = f"{other} is whole, of step {step}: --ckpt_path {other}"
+    raise CheckpointError(f"{path} {problem}\n  {remedy}")
+
+
+def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint, if anything, and what it holds."""
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            return "is empty", {}
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except PermissionError:
+        return "cannot be read: permission denied", {}
+    except Exception as e:  # damaged files raise whatever their bytes lead to
+        cut = zipped and "central directory" in str(e)
+        why = "cut off" if cut else f"damaged, or no checkpoint ({type(e).__name__})"
+        return f"is {why}: {size:,} bytes", {}
+    if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict) or "global_step" not in held:
+        return "is no checkpoint of a training run: it holds no state_dict with the step it was saved at", {}
+    lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in held]
+    if resume and lacking:
+        return f"holds weights only, without {', '.join(lacking)}, and cannot be resumed", {}
+    return None, held
+
+
+class FolderLock:
+    """Holds a run's folder for this process; the kernel releases it when the process ends, however it ends.
+
+    A record lock, which workers that are forked do not inherit. The file ``.lock`` says who holds it.
+
+    Args:
+        folder: the run's folder; made where there is none.
+
+    Raises:
+        DataError: another process holds it, or it cannot be written.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._number = folder, -1
+        self._made: list[Path] = []
+
+    def acquire(self) -> None:
+        """Takes the lock, or raises."""
+        try:
+            missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+            while True:
+                number = os.open(self.folder / self.NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as e:
+                    holder = os.read(number, 200).decode(errors="replace").strip() or "another process"
+                    os.close(number)
+                    if e.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise
+                    raise DataError(
+                        f"{self.folder} is in use: {holder} trains there\n"
+                        "  Wait for it, or give this run a folder of its own: --run_dir FOLDER"
+                    ) from None
+                if self._is_there(number):
+                    break
+                os.close(number)  # it was set aside between the two calls
+            os.truncate(number, 0)
+            os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            self._number = number
+            self._check_inside()
+        except OSError as e:
+            self.release()
+            raise unwritable(self.folder, e) from None
+
+    def _check_inside(self) -> None:
+        """A run that could not write its checkpoints at the first epoch's end is refused at once."""
+        inside = self.folder / "checkpoints"
+        for folder in (self.folder, inside) if inside.exists() else (self.folder,):
+            for stale in folder.glob(f".*{PART}"):
+                stale.unlink()
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PART) as file:
+                file.write(b"0" * 4096)
+                file.flush()
+
+    def _is_there(self, number: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(number), os.stat(self.folder / self.NAME))
+        except FileNotFoundError:
+            return False
+
+    def set_aside(self) -> None:
+        """Gives an earlier run in the folder another name, and holds a new folder in its place."""
+        if not (self.folder / "config.yaml").exists():
+            return
+        old, aside = self._number, self.folder.rename(free_name(self.folder))
+        (aside / self.NAME).unlink()
+        self._number = -1
+        self.acquire()
+        os.close(old)
+        rank_zero_info(f"{self.folder} held an earlier run: it is now {aside}")
+
+    def release(self) -> None:
+        """Gives the folder back, and removes what this lock made and nobody used."""
+        if self._number >= 0:
+            if self._is_there(self._number):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.folder / self.NAME)
+            os.close(self._number)
+            self._number = -1
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._made = []
+
+
+def unwritable(folder: Path, e: OSError) -> DataError:
+    """The two lines for a folder that cannot be written."""
+    if e.errno in FULL:
+        return DataError(f"run_dir: no room to write to {folder} ({e.strerror})\n  Make room, or give --run_dir FOLDER")
+    return DataError(
+        f"run_dir: {folder} cannot be written: {e.strerror or e}\n"
+        "  Give a folder where this user has the permission to write: --run_dir FOLDER"
+    )
+
+
+def first_process() -> bool:
+    """Whether this is the one process, of all that train together, that writes to the folder."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return rank_zero_only.rank in (0, None) and node == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def free_name(path: Path) -> Path:
+    """`runs/x` -> `runs/x-1`, `metrics.csv` -> `metrics-1.csv`: the first number that is free."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return free
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The metrics that were written before the run was last resumed, `metrics-1.csv` first."""
+    numbered = [(int(m[1]), p) for p in folder.glob("metrics-*.csv") if (m := re.fullmatch(r"metrics-(\d+)", p.stem))]
+    return [path for _, path in sorted(numbered)]
+
+
+def close_part(folder: Path, written: dict[str, int] | None) -> None:
+    """Before a run is resumed: sets its metrics aside, such that all parts in order are its rows, each once.
+
+    Rows of steps that the checkpoint does not have, and that are taken again, go to a file `...-superseded.csv`.
+
+    Args:
+        folder: of the run.
+        written: the part and the rows in it that were written when the checkpoint was; None where it does not say.
+    """
+    metrics, parts = folder / "metrics.csv", parts_of(folder)
+    if written is None:
+        if metrics.exists():
+            metrics.rename(free_name(metrics))
+        return
+    now = [*parts, *([metrics] if metrics.exists() else [])]
+    for number, path in enumerate(now):
+        if number < written["part"]:
+            continue
+        rows = written["rows"] if number == written["part"] else 0
+        name = folder / f"metrics-{number + 1}.csv"
+        head, body = _lines(path)
+        if len(body) > rows:
+            write_whole(free_name(name.with_stem(f"{name.stem}-superseded")), "".join([head, *body[rows:]]).encode())
+        if rows:
+            write_whole(name, "".join([head, *body[:rows]]).encode())
+        if path != name or not rows:
+            path.unlink()
+
+
+def _lines(path: Path) -> tuple[str, list[str]]:
+    """The header of a CSV file and its rows, as text."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+
+    def text(row: list[str]) -> str:
+        csv.writer(out := io.StringIO()).writerow(row)
+        return out.getvalue()
+
+    return (text(rows[0]), [text(row) for row in rows[1:]]) if rows else ("", [])

@@ -1,0 +1,55 @@
+"""The metrics file of a run: every row once, also where the run is killed between two of them."""
+
+import csv
+import io
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from .files import parts_of, write_whole
+
+
+class Metrics(CSVLogger):
+    """``metrics.csv`` in a run's folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, name="", version="")
+        self.part = 0
+
+    def count_parts(self) -> None:
+        """Finds out which part of the run's metrics this file is, once the earlier ones are set aside."""
+        self.part = len(parts_of(Path(self.save_dir)))
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "_Writer":
+        if self._experiment is None:
+            self._experiment = _Writer(log_dir=self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @property
+    def written(self) -> dict[str, int]:
+        """Which part of the run's metrics this file is, and how many rows of it are on the disk."""
+        return {"part": self.part, "rows": getattr(self._experiment, "rows", 0)}
+
+
+class _Writer(ExperimentWriter):
+    """Lightning's, which empties the file to give it another column: here the longer file takes its place."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir=log_dir)
+        self.rows = 0
+
+    def save(self) -> None:
+        self.rows += len(self.metrics)
+        super().save()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        writer = csv.DictWriter(out := io.StringIO(), fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(Path(self.metrics_file_path), out.getvalue().encode())

@@ -1,0 +1,101 @@
+"""What options may be, and what may change between a run and its resumption.
+
+Numbers are judged by the last word of their name, before any data is opened. On resume, an option that determines the
+result has the value that the checkpoint was trained with, unless the command line gives another.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from schemes import SchemeError
+
+from ..config_files import flat
+
+_Rule = tuple[Callable[[Any], bool], str]
+_POSITIVE: _Rule = (lambda v: v >= 1, "1 or more")
+_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "0 or more")
+_SHARE: _Rule = (lambda v: 0 <= v < 1, "a share, 0 or more and below 1")
+_LIMIT: _Rule = (lambda v: v >= -1, "-1 (no limit) or more")
+# By the last word of an option's name.
+RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("batch_size", "threads", "accumulate_grad_batches", "num_nodes", "size"), _POSITIVE),
+    **dict.fromkeys(("check_val_every_n_epoch", "every_n_train_steps"), _POSITIVE),
+    **dict.fromkeys(("lr", "max_lr", "weight_decay", "step_weight_decay", "eps", "warmup", "final"), _NOT_NEGATIVE),
+    **dict.fromkeys(("num_workers", "num_sanity_val_steps", "log_every_n_steps", "gradient_clip_val"), _NOT_NEGATIVE),
+    **dict.fromkeys(("momentum", "dampening", "label_smoothing", "holdout"), _SHARE),
+    **dict.fromkeys(("max_epochs", "max_steps"), _LIMIT),
+}
+# What may change from run to run without a word: where things are, how much hardware works, what is printed.
+FREE = re.compile(
+    r"ckpt_path|weights_only|run_dir|threads|(checkpoint|last)\..*|data\.(num_workers|download|cache)"
+    r"|trainer\.(accelerator|strategy|devices|num_nodes|logger|enable_\w+|default_root_dir|profiler|log_every_n_steps"
+    r"|fast_dev_run|barebones|plugins|max_time|detect_anomaly|benchmark|inference_mode|use_distributed_sampler"
+    r"|num_sanity_val_steps|limit_(val|test|predict)_batches|reload_dataloaders_every_n_epochs|model_registry)(\..*)?"
+)
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuses numbers that no run can have.
+
+    Args:
+        config: the resolved configuration, nested.
+
+    Raises:
+        SchemeError: a number that is NaN or infinite, or outside of what its option takes.
+    """
+    for name, value in flat(config).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        short = short_name(name)
+        if not math.isfinite(value):
+            raise SchemeError(f"{short} is {value}, which is no finite number\n  Give a number: --{short} VALUE")
+        holds, wanted = RULES.get(name.rpartition(".")[2], (None, ""))
+        if holds is not None and not holds(value):
+            raise SchemeError(f"{short} is {value}; wanted {wanted}\n  Give another: --{short} VALUE")
+
+
+def short_name(name: str) -> str:
+    """An option as one types it: `model.optimizer.lr` for `model.init_args.optimizer.init_args.lr`."""
+    return name.replace("init_args.", "")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options that determine the result and differ, by their short names: (before, now)."""
+    old, new = flat(before), flat(now)
+    found = {}
+    for name in [*new, *(n for n in old if n not in new)]:
+        a, b = old.get(name), new.get(name)
+        last = name.rpartition(".")[2]
+        # An option that one side lacks is of another release, unless it is a list's element or a class.
+        known = (name in old and name in new) or last.isdigit() or last == "class_path"
+        if a != b and known and not FREE.fullmatch(short_name(name)):
+            found[short_name(name)] = (a, b)
+    return found
+
+
+def given(words: Sequence[str]) -> set[str]:
+    """The short names of the options that a command line gives itself, not by a file."""
+    return {short_name(word[2:].partition("=")[0]) for word in words if word.startswith("--")}
+
+
+def check_resumed(before: Mapping[str, Any], now: Mapping[str, Any], words: Sequence[str], name: str) -> None:
+    """Refuses a resumption with other options than the checkpoint's, unless the command line gives them.
+
+    Args:
+        before: the configuration that the checkpoint was trained with.
+        now: the configuration of this run.
+        words: its command line.
+        name: of the checkpoint.
+
+    Raises:
+        SchemeError: options that differ, with both values.
+    """
+    options = given(words)
+    for option, (a, b) in changes(before, now).items():
+        if not any(option == o or option.startswith(f"{o}.") for o in options):
+            raise SchemeError(
+                f"{option} is {b} now, and {name} was trained with {a}\n"
+                f"  Say which on the command line, --{option} {b} or {a}; or train anew, without --ckpt_path"
+            )

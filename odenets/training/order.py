@@ -1,0 +1,275 @@
+"""Which samples a process takes, batch by batch, and what its random numbers are: functions of where training is.
+
+The order of an epoch is drawn by a generator that is seeded with (seed, epoch); the random numbers of a sample by
+(seed, epoch, sample), those of a batch by (seed, epoch, batch, process). So neither the number of workers nor the
+moment at which a process was started, killed or resumed changes what is drawn, and no random state has to be saved:
+
+* epoch 3 is shuffled alike in a run that began with it and in one that came from epoch 2;
+* a run that goes on with batch 17 skips 16 batches of indices and loads none of their samples;
+* two processes share each batch that one process would take whole, and augment their halves differently.
+"""
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+_SEEDS: WeakKeyDictionary[L.Trainer, int] = WeakKeyDictionary()
+PADDING = -1  # the epoch of a sample that is repeated to give every process equally many
+IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it out
+
+
+def seed_of(*place: int | str) -> int:
+    """A seed for each place, without patterns: seed_of(0, 1) and seed_of(1, 0) have nothing in common.
+
+    Example:
+        >>> seed_of(1, "order", 2) == seed_of(1, "order", 2) != seed_of(1, "order", 3)
+        True
+    """
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds what a module, an augmentation or a data set may draw from: torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Seeds the generators of the CPU for as long as the context lasts, and leaves them as they were."""
+    numpy = sys.modules.get("numpy")
+    states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy:
+            numpy.random.set_state(states[2])
+
+
+class TrainingOrder(DistributedSampler):
+    """The samples of one process in training, as pairs (epoch, index); every process has equally many.
+
+    The epoch's order is cut into batches of all processes; process r of w takes every w-th sample of each, from the
+    r-th on. It is a ``DistributedSampler``, which Lightning leaves in its place.
+
+    Args:
+        data: a data set with a length; where it has ``order(generator)``, that gives the order.
+        batch_size: samples of a step in one process.
+        seed: of the order.
+        replicas: number of processes.
+        rank: this process.
+        shuffle: a new order in each epoch; False for the data set's own.
+
+    Attributes:
+        epoch: the epoch that the next iteration gives.
+        skip: batches that the next iteration leaves out, since they were trained on before.
+
+    Example:
+        >>> order = TrainingOrder(range(5), batch_size=2, seed=0, shuffle=False)
+        >>> order.set_epoch(3)
+        >>> list(order)
+        [(3, 0), (3, 1), (3, 2), (3, 3)]
+        >>> order.skip = 1
+        >>> list(order)
+        [(3, 2), (3, 3)]
+    """
+
+    def __init__(
+        self, data: Any, batch_size: int, seed: int, replicas: int = 1, rank: int = 0, shuffle: bool = True
+    ) -> None:
+        super().__init__(data, replicas, rank, shuffle=shuffle, seed=0, drop_last=True)
+        self.batch_size, self.order_seed, self.skip = batch_size, seed, 0
+        # BatchNorm cannot take a last batch of one picture; a set smaller than a batch is still used.
+        whole = len(data) // (batch_size * replicas) * batch_size
+        self.num_samples = whole or -(-len(data) // replicas)
+        self.total_size = self.num_samples * replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.skip = 0
+        self.epoch = epoch
+
+    def permutation(self, epoch: int) -> list[int]:
+        """The indices of an epoch, of all processes together."""
+        if not self.shuffle:
+            indices = list(range(len(self.dataset)))  # type: ignore[arg-type]
+        else:
+            generator = torch.Generator().manual_seed(seed_of(self.order_seed, "order", epoch))
+            own = getattr(self.dataset, "order", None)
+            drawn = own(generator) if own else torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+            indices = drawn.tolist()
+        return (indices * -(-self.total_size // max(1, len(indices))))[: self.total_size]
+
+    def batch(self, epoch: int, number: int) -> list[int]:
+        """The samples of this process in a batch."""
+        own = self.permutation(epoch)[self.rank :: self.num_replicas]
+        return own[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        begin, self.skip = self.skip * self.batch_size, 0
+        for i in self.permutation(self.epoch)[self.rank :: self.num_replicas][begin:]:
+            yield self.epoch, i
+
+
+class EvaluationOrder(DistributedSampler):
+    """The samples of one process in evaluation, in order: every w-th, as plain indices.
+
+    Every process has equally many, since evaluation may exchange buffers at each batch. What is repeated for that comes
+    as a pair (``PADDING``, index): its label becomes ``IGNORED``, and no figure counts it.
+
+    Example:
+        >>> [list(EvaluationOrder(range(5), replicas=2, rank=r)) for r in (0, 1)]
+        [[0, 2, 4], [1, 3, (-1, 4)]]
+    """
+
+    def __init__(self, data: Any, replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(data, replicas, rank, shuffle=False, drop_last=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        count = len(self.dataset)  # type: ignore[arg-type]
+        for i in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas):
+            yield i if i < count else (PADDING, count - 1)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+class Numbered(Dataset):
+    """A data set that is asked for pairs (epoch, index), and draws by them; a plain index is passed on.
+
+    What the data set draws for a pair from the generators of torch, Python and NumPy is a function of the seed, the
+    epoch and the index. A data set with ``takes_pairs`` gets the pairs themselves, and has its own way.
+
+    Args:
+        data: the data set.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, data: Any, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.takes_pairs = getattr(data, "takes_pairs", False)
+        if self.takes_pairs:
+            data.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, tuple) or (self.takes_pairs and key[0] != PADDING):
+            return self.data[key]
+        with seeded_generators(seed_of(self.seed, "sample", *key)):
+            sample = self.data[key[1]]
+        return _without_label(sample, slice(None)) if key[0] == PADDING else sample
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        if not hasattr(self.data, "__getitems__"):
+            return [self[key] for key in keys]
+        padding = [n for n, key in enumerate(keys) if isinstance(key, tuple) and key[0] == PADDING]
+        if self.takes_pairs:
+            batch = self.data.__getitems__([key[1] if n in padding else key for n, key in enumerate(keys)])
+        else:
+            with seeded_generators(seed_of(self.seed, "samples", *map(str, keys[:1]))):
+                batch = self.data.__getitems__([key[1] if isinstance(key, tuple) else key for key in keys])
+        return _without_label(batch, padding) if padding else batch
+
+
+def _without_label(batch: Any, rows: Any) -> Any:
+    """The batch (or one sample) with the labels of these rows ignored, where it has labels at all."""
+    if isinstance(batch, list):  # one sample each: the collate function comes later
+        return [_without_label(sample, slice(None)) if n in rows else sample for n, sample in enumerate(batch)]
+    if not isinstance(batch, tuple) or len(batch) < 2 or not isinstance(batch[1], torch.Tensor):
+        return batch
+    labels = batch[1].clone()
+    labels[... if labels.ndim == 0 else rows] = IGNORED
+    return (batch[0], labels, *batch[2:])
+
+
+def run_seed(trainer: L.Trainer | None) -> int:
+    """The seed of this run: what torch's generator was seeded with when the run first asked."""
+    if trainer is None:
+        return torch.initial_seed()
+    # Kept with the trainer, since every batch seeds the generator anew.
+    if trainer not in _SEEDS:
+        _SEEDS[trainer] = torch.initial_seed()
+    return _SEEDS[trainer]
+
+
+def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None = None) -> torch.Generator | None:
+    """A generator for the training batch that is being prepared, seeded by (seed, epoch, batch, process).
+
+    Args:
+        trainer: says where training is.
+        device: of the generator.
+        seed: None takes the run's.
+    """
+    if not hasattr(trainer, "fit_loop"):
+        return None
+    return torch.Generator(device).manual_seed(batch_seed(trainer, run_seed(trainer) if seed is None else seed))
+
+
+def batch_seed(trainer: L.Trainer, seed: int, stream: str = "augment") -> int:
+    """The seed of the training batch that is being prepared; of a `stream` of its own for each user."""
+    loop = trainer.fit_loop
+    number = loop.epoch_loop.batch_progress.current.ready
+    return seed_of(seed, stream, loop.epoch_progress.current.processed, number, trainer.global_rank)
+
+
+def processes(module: L.LightningDataModule) -> tuple[int, int]:
+    """The number of processes that train together, and which of them this is."""
+    return getattr(module.trainer, "world_size", 1), getattr(module.trainer, "global_rank", 0)
+
+
+class ResumableLoader(DataLoader):
+    """A loader that Lightning takes for resumable, as it is: the trainer counts the batches, the order skips them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the place in training says it all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+def training_loader(module: L.LightningDataModule, data: Any, batch_size: int, **options: Any) -> DataLoader:
+    """A loader whose order and random numbers depend on the seed, the epoch and the sample alone.
+
+    Args:
+        module: the data module, whose trainer says which process this is.
+        data: the data set.
+        batch_size: samples of a step in one process.
+        options: of the ``DataLoader``.
+    """
+    seed = run_seed(module.trainer)
+    if getattr(module.trainer, "overfit_batches", 0):  # the same few batches in every epoch
+        return DataLoader(Numbered(data, seed), batch_size=batch_size, **options)
+    order = TrainingOrder(data, batch_size, seed, *processes(module))
+    return ResumableLoader(Numbered(data, seed), batch_size=batch_size, sampler=order, **options)
+
+
+def evaluation_loader(module: L.LightningDataModule, data: Any, batch_size: int, **options: Any) -> DataLoader:
+    """A loader of every sample once, in order, shared by the processes.
+
+    Args:
+        module: the data module, whose trainer says which process this is.
+        data: the data set.
+        batch_size: samples of a step in one process.
+        options: of the ``DataLoader``.
+    """
+    order = EvaluationOrder(data, *processes(module))
+    return DataLoader(Numbered(data, 0), batch_size=batch_size, sampler=order, **options)

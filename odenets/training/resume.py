@@ -1,0 +1,396 @@
+"""Runs that go on exactly: what a checkpoint says of where training is, and when the last one is written.
+
+A run that is killed and resumed shall have the weights of one that was not. Four things make it so: batches and random
+numbers are functions of the place in training (``order``); the place is written down as (epoch, batches done, whether
+their validation is still due); a checkpoint is only written where all of a batch is done, or all of an epoch; and the
+sums behind an epoch's means are written with it. Three examples of places:
+
+* (3, 0, False): three epochs are done, with their validation and their rows of metrics;
+* (3, 16, False): go on with batch 16 of epoch 3 (both from 0), whatever the sampler did before;
+* (3, 22, True): all 22 batches of epoch 3 are done, then the signal came: validate, and end the epoch.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loops.progress import _BatchProgress, _Progress
+from lightning.pytorch.loops.training_epoch_loop import RestartStage
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from schemes import SchemeError
+
+from .order import TrainingOrder, batch_seed, run_seed, seed_generators
+
+KEY = "odenets"  # of a checkpoint: what this package adds to Lightning's
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; what it had done is saved.
+
+    Attributes:
+        signum: the signal.
+        step: optimiser steps that were taken.
+        path: the checkpoint; None where training had not begun.
+    """
+
+    def __init__(self, signum: int, step: int, path: Path | None) -> None:
+        super().__init__(signum, step, path)
+        self.signum, self.step, self.path = signum, step, path
+
+
+class Place(NamedTuple):
+    """Where training is.
+
+    Attributes:
+        epoch: epochs that are done.
+        batch: batches of the next one that are done.
+        validate: whether validation follows before the next batch.
+        stepped: what Lightning counts for the column `step` of metrics.
+    """
+
+    epoch: int
+    batch: int
+    validate: bool
+    stepped: int
+
+
+def place_of(trainer: L.Trainer, validate: bool = False) -> Place:
+    """Where the run is, at any hook of a callback.
+
+    Args:
+        trainer: in its fit loop.
+        validate: whether the validation that runs, or comes next, is to be repeated.
+    """
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
+    epoch, done, stepped = epochs.processed, batches.processed, loop._batches_that_stepped
+    whole = done >= trainer.num_training_batches
+    if epochs.started == epochs.processed:  # between epochs, or after the last
+        if whole or not done:
+            return Place(epoch, 0, False, stepped)
+        return Place(epoch - 1, done, False, stepped)  # max_steps ended it inside an epoch
+    if validate:
+        return Place(epoch, done, True, stepped)
+    if trainer.validating:
+        return Place(epoch + 1, 0, False, stepped + 1) if whole else Place(epoch, done, False, stepped)
+    inside_batch_end = batches.completed < done
+    due = inside_batch_end and loop._should_check_val_fx(fit._data_fetcher)  # pyright: ignore[reportArgumentType]
+    counted = inside_batch_end and not due and not loop._should_accumulate()
+    return Place(epoch, done, due, stepped + counted)
+
+
+def _set(progress: _Progress | _BatchProgress, current: int, total: int | None = None, begun: int = 0) -> None:
+    for tracker, count in ((progress.current, current), (progress.total, current if total is None else total)):
+        tracker.processed = tracker.completed = count  # type: ignore[attr-defined]
+        tracker.ready = tracker.started = count + begun  # type: ignore[attr-defined]
+
+
+def go_to(trainer: L.Trainer, place: Place) -> None:
+    """Has a fit loop that was restored, and has not begun, go on at a place."""
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    inside = place.batch > 0
+    _set(fit.epoch_progress, place.epoch, begun=int(inside))
+    _set(loop.batch_progress, place.batch, loop.batch_progress.total.ready)
+    loop.batch_progress.is_last_batch = inside and place.batch == trainer.num_training_batches
+    loop._batches_that_stepped = place.stepped
+    loop.restarting = inside  # and of the loops within
+    loop.val_loop.batch_progress.reset()
+    fit._restart_stage = RestartStage.RESTARTED_MID_EPOCH if inside else RestartStage.NONE
+    loop._restart_stage = RestartStage.RESTARTED_ON_LAST if inside else RestartStage.NONE
+    again = inside and place.validate
+    loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION if again else RestartStage.NONE
+    # The loader's iterator was made while the optimiser was set up, before the checkpoint said where to begin.
+    order = order_of(trainer)
+    if order is not None and fit._data_fetcher is not None:
+        order.set_epoch(place.epoch)
+        order.skip = place.batch
+        iter(fit._data_fetcher)
+
+
+def order_of(trainer: L.Trainer) -> TrainingOrder | None:
+    """The order of the training samples, where the data module has one of ours."""
+    order = getattr(trainer.train_dataloader, "sampler", None)
+    return order if isinstance(order, TrainingOrder) else None
+
+
+class Seeds(Callback):
+    """Seeds torch, Python and NumPy at each training batch by (seed, epoch, batch, process).
+
+    Dropout and whatever else a net draws are then the same in a run that was resumed.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        run_seed(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        seed_generators(batch_seed(trainer, run_seed(trainer), "net"))
+
+
+class Resume(Callback):
+    """Writes the place in training into every checkpoint, and begins there when one is resumed.
+
+    Learning rates follow the configuration: a schedule that was given another length, or an optimiser with another
+    learning rate, goes on at the step that the checkpoint has.
+    """
+
+    def __init__(self) -> None:
+        self.validate = False  # set by who saves before a validation
+        self._loaded: dict[str, Any] = {}
+        self._sums: dict[str, Any] = {}
+        self._ended: dict[str, Any] = {}
+        self._fresh: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        place = place_of(trainer, self.validate)
+        order = order_of(trainer)
+        sums = (self._ended or _sums(trainer)) if place.batch else {}
+        checkpoint.setdefault(KEY, {}).update(
+            place=tuple(place), sums=_gathered(trainer, sums), data=None if order is None else _data(order)
+        )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
+        if "place" in self._loaded:  # Lightning asks these whether anything is left to train
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+            for name in ("total", "current"):
+                epochs[name].update(processed=self._loaded["place"][0], completed=self._loaded["place"][0])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # As the configuration has them; the checkpoint's replace them after this hook.
+        self._fresh = [
+            ([{k: v for k, v in g.items() if k != "params"} for g in c.scheduler.optimizer.param_groups], c)  # type: ignore
+            for c in trainer.lr_scheduler_configs
+        ]
+        self._fresh = [(groups, config, dict(config.scheduler.state_dict())) for groups, config in self._fresh]  # type: ignore
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "place" not in self._loaded:
+            return
+        place = Place(*self._loaded["place"])
+        order, before = order_of(trainer), self._loaded.get("data")
+        sums = self._loaded.get("sums") or []
+        if place.batch and order is not None and before is not None and (now := _data(order)) != before:
+            changed = ", ".join(f"{k} {before[k]} there, {now[k]} here" for k in now if before.get(k) != now[k])
+            rank_zero_warn(
+                f"the checkpoint ends after batch {place.batch} of epoch {place.epoch}, which cannot go on with other "
+                f"data or processes ({changed}): the run goes on with epoch {place.epoch + 1}"
+            )
+            place, sums = Place(place.epoch + 1, 0, False, place.stepped), []
+        go_to(trainer, place)
+        self._sums = sums[trainer.global_rank] if trainer.global_rank < len(sums) else {}
+        if self._sums and (place.validate or place.batch == trainer.num_training_batches):
+            self._restore_sums(trainer)
+        for groups, config, state in self._fresh:  # type: ignore[misc]
+            _reschedule(config.scheduler, groups, state)  # type: ignore[union-attr]
+        self._loaded = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._ended = {}
+        if self._sums:  # only now, since the first batch begins by clearing them
+            self._restore_sums(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = _sums(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = {}
+
+    def _restore_sums(self, trainer: L.Trainer) -> None:
+        results = trainer.fit_loop.epoch_loop._results
+        for key, (log, value, count) in self._sums.items():
+            value = value.to(trainer.strategy.root_device)
+            if key not in results:
+                fold = getattr(torch, log["reduce_fx"])
+                sync = {"sync_dist_fn": trainer.strategy.reduce, "sync_dist_group": None}
+                results.log(**{**log, "reduce_fx": fold}, value=value, batch_size=1, **sync)
+                results[key].value, results[key].cumulated_batch_size = value, torch.tensor(count, device=value.device)
+            elif log["reduce_fx"] in ("mean", "sum"):
+                results[key].value = results[key].value + value
+                if log["reduce_fx"] == "mean":
+                    results[key].cumulated_batch_size = results[key].cumulated_batch_size + count
+            else:
+                results[key].value = getattr(torch, log["reduce_fx"] + "imum")(results[key].value, value)
+            results[key]._computed = None
+        self._sums = {}
+
+
+def _data(order: TrainingOrder) -> dict[str, int]:
+    """What the place in an epoch depends on."""
+    return {
+        "samples": len(order.dataset),  # type: ignore[arg-type]
+        "batch size": order.batch_size,
+        "processes": order.num_replicas,
+    }
+
+
+def _sums(trainer: L.Trainer) -> dict[str, Any]:
+    """How each figure of this epoch was logged, its sum so far, and the number of samples in it."""
+    found = {}
+    for key, metric in trainer.fit_loop.epoch_loop._results.items():
+        meta = metric.meta
+        if metric.is_tensor and meta.on_epoch and not meta.is_custom_reduction and not metric.has_reset:
+            names = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
+            log = {name: getattr(meta, name) for name in names}
+            log |= {"reduce_fx": meta.reduce_fx.__name__, "sync_dist": meta.sync.should}
+            count = int(metric.cumulated_batch_size) if meta.is_mean_reduction else 0
+            found[key] = (log, metric.value.detach().cpu().clone(), count)
+    return found
+
+
+def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
+    """The value of every process."""
+    if trainer.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def _reschedule(scheduler: LRScheduler, groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Moves a schedule as it was configured to the step that a checkpoint has."""
+    if not isinstance(scheduler, LambdaLR | OneCycleLR):
+        return
+    step = scheduler.last_epoch
+    for group, fresh in zip(scheduler.optimizer.param_groups, groups, strict=True):
+        group.update(fresh)
+    if step == 0:
+        return
+    if isinstance(scheduler, OneCycleLR) and step >= state["total_steps"]:
+        raise SchemeError(
+            f"OneCycle ends after {state['total_steps'] - 1} steps, and the checkpoint has taken {step}\n"
+            "  Resume with a longer run: --trainer.max_epochs or --trainer.max_steps"
+        )
+    scheduler.load_state_dict({**state, "last_epoch": step - 1, "_step_count": step})
+    scheduler.step()
+
+
+class LastCheckpoint(Callback):
+    """Writes ``last.ckpt`` at the end of each epoch, of the run, every n steps if told, and when a signal comes.
+
+    It stands before all other callbacks: at the hooks where it saves, the batch or the epoch before is done for all of
+    them. SIGTERM and SIGINT are noted, and served where a checkpoint can be written; a second one ends the process.
+
+    Args:
+        every_n_train_steps: also after so many optimiser steps.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise SchemeError(f"last.every_n_train_steps={every_n_train_steps}: wants 1 or more, or null")
+        self.every_n_train_steps = every_n_train_steps
+        self.path = Path("last.ckpt")
+        self.resume: Resume | None = None
+        self._requeue: Callable[[int, Any], Any] | None = None
+        self._saved = (-1, -1, False)
+        self._signum = 0
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step, self._saved = trainer.global_step, place_of(trainer)[:3]
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[signum] = signal.signal(signum, self._note)
+        if SLURMEnvironment.detect() and callable(requeue := signal.getsignal(signal.SIGUSR1)):
+            # Lightning's handler saves and asks for the requeue wherever training is: here it waits for a safe point.
+            self._requeue = requeue
+            self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self._signum and signum != signal.SIGUSR1:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self._signum = signum
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if done and done % trainer.accumulate_grad_batches == 0:  # else gradients of a part of a step are under way
+            self._safe_point(trainer, self._due(trainer))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._fits(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._safe_point(trainer, self._due(trainer), validate=True)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.sanity_checking and self._agreed(trainer):
+            raise Interrupted(self._signum, trainer.global_step, None)
+        # Averaged weights stand in the net's place while it is validated: then its end is waited for.
+        averaging = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # pyright: ignore
+        if self._fits(trainer) and not averaging and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._safe_point(trainer, False, validate=True)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step:
+            self._safe_point(trainer, True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _fits(self, trainer: L.Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        n, step = self.every_n_train_steps, trainer.global_step
+        due = n is not None and step // n > self._step // n
+        self._step = step
+        return due
+
+    def _agreed(self, trainer: L.Trainer) -> bool:
+        """Whether a signal has come to any process."""
+        if trainer.world_size == 1:
+            return bool(self._signum)
+        signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        self._signum = int(signum)
+        return bool(self._signum)
+
+    def _safe_point(self, trainer: L.Trainer, due: bool, validate: bool = False) -> None:
+        stop = self._agreed(trainer)
+        if due or stop:
+            self._save(trainer, validate)
+        if stop and self._signum == signal.SIGUSR1 and self._requeue is not None:
+            self._signum = 0
+            self._requeue(signal.SIGUSR1, None)
+        elif stop:
+            raise Interrupted(self._signum, trainer.global_step, self.path)
+
+    def _save(self, trainer: L.Trainer, validate: bool = False) -> None:
+        if self.resume is not None:
+            self.resume.validate = validate
+        try:
+            place = place_of(trainer, validate)[:3]
+            if place == self._saved:
+                return
+            for logger in trainer.loggers:  # rows that the checkpoint takes for written
+                logger.save()
+            trainer.save_checkpoint(self.path)
+            self._saved = place
+        finally:
+            if self.resume is not None:
+                self.resume.validate = False

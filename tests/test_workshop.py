@@ -1,0 +1,110 @@
+"""What the project says of itself agrees: its version, its checks, what counts as a long function."""
+
+import importlib.util
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import odenets.cli
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+
+def lines():
+    spec = importlib.util.spec_from_file_location("lines", ROOT / ".ci/lines.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_is_one_version(capsys):
+    assert "version" in PROJECT["project"]["dynamic"] and "version" not in PROJECT["project"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "odenets/__init__.py"
+    assert CITATION["version"] == odenets.__version__
+    changes = (ROOT / "docs/pages/changelog.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## (\d+)\.(\d+)\.(\d+) - \d{4}-\d\d-\d\d$", changes, re.M)
+    numbers = [tuple(map(int, r)) for r in releases]
+    assert ".".join(releases[0]) == odenets.__version__ and numbers == sorted(set(numbers), reverse=True)
+    odenets.cli.main(["--version"])
+    assert capsys.readouterr().out == f"odenets {odenets.__version__}\n"
+
+
+def test_the_authors_are_those_of_the_citation():
+    assert [a["name"] for a in PROJECT["project"]["authors"]] == [a["name"] for a in CITATION["authors"]]
+    assert PROJECT["project"]["license"] == CITATION["license"]
+
+
+def test_a_classifier_for_each_python():
+    lowest = int(re.fullmatch(r">=3\.(\d+)", PROJECT["project"]["requires-python"])[1])  # type: ignore[index]
+    found = [re.fullmatch(r"Programming Language :: Python :: 3\.(\d+)", c) for c in PROJECT["project"]["classifiers"]]
+    minors = [int(m[1]) for m in found if m]
+    assert minors == list(range(lowest, lowest + len(minors))) and minors
+
+
+def test_hooks_run_what_ci_runs():
+    """Each check of .ci/check has a hook, which fetches nothing; .ci/run runs them all."""
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert local["repo"] == "local" and {hook["language"] for hook in local["hooks"]} == {"system"}
+    asked = subprocess.run(["bash", ROOT / ".ci/check", "nothing"], capture_output=True, text=True)
+    assert asked.returncode == 2
+    checks = asked.stderr.split("wanted: ")[1].split()
+    assert [hook["entry"] for hook in local["hooks"]] == [f".ci/check {name}" for name in checks]
+    assert "\n.ci/check\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def body(count: int, head: str = "def f():", above: str = "") -> str:
+    return "\n".join([above, head, '    """Says\n\n    a lot.\n    """', "    # why", "", *["    a = 1"] * (count - 1)])
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "said"),
+    [
+        (body(3), 3, False),
+        (body(41), 41, False),
+        (body(41, above="# long: a table"), 41, True),
+        (body(41, "def f():  # long: a table"), 41, True),
+        (body(41, "def f():  # long:"), 41, False),  # no reason
+        (body(41, above="# long: a table\n"), 41, False),  # not on the line above
+        (body(41, "@cache\ndef f():", above="# long: a table"), 41, True),
+        ("def f():\n    x = '''\n    a\n    '''\n    return x  # as it is", 5, False),  # a text that is no docstring
+    ],
+)
+def test_what_a_long_function_is(text, size, said):
+    ((node, found, why),) = lines().Source(text).functions()
+    assert (node.name, found, why) == ("f", size, said)
+
+
+def test_a_function_counts_with_those_inside_it():
+    text = 'def f():\n    def g():\n        """What."""\n        return 1\n    return g\n'
+    assert {node.name: size for node, size, _ in lines().Source(text).functions()} == {"f": 4, "g": 2}
+
+
+def test_comments_are_those_for_readers():
+    source = lines().Source("# why\na = 1  # and so\nb = '# no'\nc = d  # type: ignore\n# noqa\n")
+    assert sorted(source.comments) == [1, 2] and source.code == {2, 3, 4} and source.length == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "cores", "workers"),
+    [
+        (["tests"], "2", 2),
+        (["tests/schemes", "tests/test_docs.py"], "3", 3),
+        (["tests"], "64", 8),
+        (["tests"], "1", 0),
+        (["tests/test_docs.py"], "2", 0),
+        (["tests/test_docs.py::test_the_pages_build", "tests/test_workshop.py"], "2", 0),
+    ],
+)
+def test_folders_are_tested_by_workers_and_files_by_none(args, cores, workers, request, monkeypatch):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests/conftest.py"))
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", cores)
+    config = SimpleNamespace(args=args, invocation_params=SimpleNamespace(dir=ROOT))
+    assert conftest.pytest_xdist_auto_num_workers(config) == workers
