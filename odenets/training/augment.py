@@ -72,19 +72,23 @@ def random_resized_crop(
     """Cut a random box from each picture and resample it bilinearly: (n, c, h, w) -> (n, c, size, size).
 
     The box has a share of the area drawn from `scale` and an aspect (width / height) drawn log-uniformly from `ratio`;
-    where it would stick out it is cut to the picture. uint8 comes back as uint8. Shrinking by more than two aliases:
-    crop large pictures when they are decoded, as `Images` does.
+    both are drawn again where it would stick out, up to ten times, and then it is the largest middle box with an aspect
+    in `ratio`. uint8 comes back as uint8. Shrinking by more than two aliases: `Images` crops pictures when they are
+    decoded instead.
 
-    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; the drawing as torchvision and timm do it.
     """
     n, _, h, w = x.shape
-    area = scale[0] + (scale[1] - scale[0]) * _rand(x, n, generator=generator)
     low, high = torch.tensor(ratio).log().tolist()
-    aspect = (low + (high - low) * _rand(x, n, generator=generator)).exp()
-    width = (area * aspect * h / w).sqrt().clamp(max=1)  # in units of the picture's own width and height
-    height = (area / aspect * w / h).sqrt().clamp(max=1)
-    left = (2 * _rand(x, n, generator=generator) - 1) * (1 - width)
-    top = (2 * _rand(x, n, generator=generator) - 1) * (1 - height)
+    area = scale[0] + (scale[1] - scale[0]) * _rand(x, 10, n, generator=generator)
+    aspect = (low + (high - low) * _rand(x, 10, n, generator=generator)).exp() * (h / w)
+    width, height = (area * aspect).sqrt(), (area / aspect).sqrt()  # in units of the picture's own width and height
+    fits = (width <= 1) & (height <= 1)
+    tried = fits.int().argmax(0), torch.arange(n, device=x.device)  # the first that fits
+    some = fits.any(0)
+    width = torch.where(some, width[tried], min(1.0, ratio[1] * h / w))
+    height = torch.where(some, height[tried], min(1.0, w / h / ratio[0]))
+    left, top = (torch.where(some, 2 * _rand(x, n, generator=generator) - 1, 0.0) * (1 - s) for s in (width, height))
     zero = torch.zeros_like(width)
     theta = torch.stack([torch.stack([width, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
     pictures = x if x.is_floating_point() else x.float()
@@ -102,9 +106,11 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """
     full = 1.0 if x.is_floating_point() else 255.0
     shape = (1, -1, 1, 1)
+    dtype = torch.get_default_dtype() if full != 1.0 else x.dtype
     m = torch.tensor(mean, device=x.device).view(shape)
     s = torch.tensor(std, device=x.device).view(shape)
-    return x.to(torch.get_default_dtype() if full != 1.0 else x.dtype).mul(1 / (full * s)).sub_(m / s)
+    # Decoders hand over pictures with the channels as the fastest axis; what comes out is laid out as others are.
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True).mul_(1 / (full * s)).sub_(m / s)
 
 
 def _boxes(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
@@ -120,30 +126,35 @@ def random_erasing(
     x: Tensor,
     p: float = 0.25,
     scale: tuple[float, float] = (0.02, 1 / 3),
-    ratio: float = 3.0,
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
     *,
     generator: Generator | None = None,
 ) -> Tensor:
     """Fill a random box of each picture with normal noise, with probability p. For normalised floats.
 
+    The box is drawn again where it does not fit, up to ten times; then the picture stays as it is.
+
     Args:
         scale: Range of the box's share of the picture.
-        ratio: The aspect is drawn log-uniformly from [1 / ratio, ratio].
+        ratio: Range of its aspect, height / width, which is drawn log-uniformly.
 
-    Source: Zhong et al. 2020, "Random erasing data augmentation".
+    Source: Zhong et al. 2020, "Random erasing data augmentation", algorithm 1.
     """
     if p == 0:
         return x
     n, _, h, w = x.shape
-    area = (scale[0] + (scale[1] - scale[0]) * _rand(x, n, generator=generator)) * h * w
-    aspect = ratio ** (2 * _rand(x, n, generator=generator) - 1)
-    height = (area * aspect).sqrt().round().clamp(1, h)
-    width = (area / aspect).sqrt().round().clamp(1, w)
+    area = (scale[0] + (scale[1] - scale[0]) * _rand(x, 10, n, generator=generator)) * h * w
+    low, high = torch.tensor(ratio).log().tolist()
+    aspect = (low + (high - low) * _rand(x, 10, n, generator=generator)).exp()
+    height, width = (area * aspect).sqrt().round().clamp(min=1), (area / aspect).sqrt().round().clamp(min=1)
+    fits = (height < h) & (width < w)
+    tried = fits.int().argmax(0), torch.arange(n, device=x.device)  # the first that fits
+    height, width = height[tried], width[tried]
     top = (_rand(x, n, generator=generator) * (h - height + 1)).floor()
     left = (_rand(x, n, generator=generator) * (w - width + 1)).floor()
-    chosen = _rand(x, n, 1, 1, 1, generator=generator) < p
+    chosen = (_rand(x, n, generator=generator) < p) & fits.any(0)
     noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-    return torch.where(chosen & _boxes(x, top, left, height, width), noise, x)
+    return torch.where(chosen[:, None, None, None] & _boxes(x, top, left, height, width), noise, x)
 
 
 def soft_labels(y: Tensor, num_classes: int) -> Tensor:
@@ -202,7 +213,8 @@ class Augment:
     Args:
         crop: Pixels that a picture is shifted by at most.
         flip: Probability of a left-right mirror image.
-        resized_crop: Smallest share of the area of a random resized crop, e.g. 0.08; None for no such crop.
+        resized_crop: Smallest share of the area of a random resized crop, e.g. 0.08; None for no such crop. `Images`
+            takes it over, as its `smallest_crop`, and cuts pictures when it decodes them.
         rand_augment: Magnitude of RandAugment, up to 10; 0 is off. Two operations per picture, each applied with
             probability 1/2; what moves in has the mean's colour. Recipes with "rand-m9-mstd0.5-inc1" mean 9 here.
         rand_augment_std: Standard deviation of a jitter of the magnitude, 0.5 for "mstd0.5".

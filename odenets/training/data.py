@@ -1,25 +1,35 @@
-"""Pictures and labels for Lightning: the built-in digits, and any parquet file, image folder or hub dataset.
+"""Pictures and labels for Lightning: the built-in digits, and any parquet file, image folder, shards or hub dataset.
 
 Small pictures are decoded once into one uint8 tensor that is indexed a batch at a time; large ones are decoded and
 cropped in worker processes. Crop, flip, normalisation and blending then run on the batch, on its device.
+
+A data set takes indices, or pairs (epoch, index). A random box is drawn from torch's global generator for an index, and
+for a pair from one that is seeded by the data set's `seed`, the epoch and the index: whichever process asks, and when.
 """
 
+import copy
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augment, normalize
-from .order import batch_generator, evaluation_loader, training_loader
-from .sources import TEST, TRAIN, VALIDATION, DataError, Source, open_splits
+from .decode import Interpolation, Picture, Unreadable, drawn
+from .decode import middle_box as middle_box
+from .decode import random_box as random_box
+from .labels import NONE, unify
+from .order import batch_generator, evaluation_loader, seed_of, training_loader
+from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source, open_splits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = 96  # pixels a side; up to here pictures are kept in memory, and training cuts no random box unless told
+Request = int | tuple[int, int]  # an index, or (epoch, index)
 
 
 class Cached(Dataset):
@@ -27,67 +37,148 @@ class Cached(Dataset):
 
     >>> import torch
     >>> data = Cached(torch.zeros(5, 1, 2, 2), torch.arange(5))
-    >>> data.__getitems__([4, 2])[1]
+    >>> data.__getitems__([4, (7, 2)])[1]
     tensor([4, 2])
     """
 
-    def __init__(self, pictures: Tensor, labels: Tensor) -> None:
-        self.pictures, self.labels = pictures, labels
+    def __init__(self, pictures: Tensor, labels: Tensor, name: Callable[[int], str] = str) -> None:
+        self.pictures, self.labels, self._name = pictures, labels, name
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        i = request[1] if isinstance(request, tuple) else request
         return self.pictures[i], self.labels[i]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        picked = torch.as_tensor(indices)
+    def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        picked = torch.as_tensor([r[1] if isinstance(r, tuple) else r for r in requests])
         return self.pictures[picked], self.labels[picked]
+
+    def name(self, i: int) -> str:
+        """File, or file and row, of picture i."""
+        return self._name(i)
+
+
+class Tally:
+    """Which pictures of a source could not be read, over all processes; ends the run with the list at `limit`."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.seen = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    def __contains__(self, i: int) -> bool:
+        return bool(self.seen[i])
+
+    def add(self, i: int, why: Unreadable, then: str) -> None:
+        """Counts picture i, once, and says so."""
+        if i in self:
+            return
+        self.seen[i] = 1
+        count = int(self.seen.sum(dtype=torch.long))
+        if count > self.limit:
+            names = [self.source.name(int(j)) for j in self.seen.nonzero()[:20, 0]]
+            more = f" and {count - len(names):,} more" if count > len(names) else ""
+            raise DataError(
+                f"{count:,} pictures cannot be read: {', '.join(names)}{more}\n"
+                f"  Bring or remove them, or allow more than data.max_unreadable={self.limit}"
+            )
+        warnings.warn(
+            f"{self.source.name(i)} cannot be read ({why}); {then}. So far {count:,}, data.max_unreadable={self.limit}",
+            stacklevel=2,
+        )
 
 
 class Decoded(Dataset):
     """Pictures that are decoded and brought to (3, size, size) uint8 when asked for.
 
-    Training cuts a random box (share of the area from [`smallest`, 1]) and resizes it; evaluation resizes the shorter
-    side to size / `inner` and cuts the middle.
+    Training cuts a random box (share of the area from [`smallest`, 1]) and resizes it. Evaluation, and training where
+    `smallest` is 0, resizes the shorter side to size / `inner` and cuts the middle. The next picture takes the place of
+    one that cannot be read.
+
+    Attributes:
+        seed: Of the random boxes of requests (epoch, index).
+        takes_pairs: It draws by such requests itself.
     """
 
-    def __init__(self, source: Source, indices: Tensor, size: int, train: bool, smallest: float, inner: float) -> None:
-        self.source, self.indices, self.size = source, indices, size
-        self.train, self.smallest, self.inner = train, smallest, inner
+    takes_pairs = True
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Tensor,
+        size: int,
+        train: bool,
+        smallest: float,
+        inner: float,
+        interpolation: str = "bilinear",
+        tally: Tally | None = None,
+    ) -> None:
+        self.source, self.indices, self.size, self.train = source, indices, size, train
+        self.smallest, self.inner, self.interpolation = smallest if train else 0.0, inner, interpolation
+        self.tally = tally or Tally(source, 0)
+        self.labels = source.labels[indices]
+        self.seed = torch.initial_seed()
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        levels, label = self._levels(request)
+        return levels.permute(2, 0, 1).contiguous(), label
+
+    def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        batch = torch.empty(len(requests), self.size, self.size, 3, dtype=torch.uint8)
+        labels = torch.empty(len(requests), dtype=torch.long)
+        for row, request in enumerate(requests):
+            batch[row], labels[row] = self._levels(request)
+        return batch.permute(0, 3, 1, 2), labels  # with the channels as the fastest axis, as decoders write them
+
+    def _levels(self, request: Request) -> tuple[Tensor, Tensor]:
+        epoch, position = request if isinstance(request, tuple) else (None, request)
+        for step in range(len(self)):
+            at = (position + step) % len(self)
+            index = int(self.indices[at])
+            if index in self.tally:
+                continue
+            generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
+            try:
+                return self._cut(Picture(self.source.encoded(index)), generator), self.labels[at]
+            except Unreadable as e:
+                self.tally.add(index, e, "the next picture takes its place")
+        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
+
+    def _cut(self, picture: Picture, generator: Generator | None) -> Tensor:
+        if self.smallest:
+            box = random_box(*picture.size, self.smallest, generator=generator)
+            return picture.cut(box, self.size, drawn(self.interpolation, generator))
+        return picture.middle(
+            self.size, self.inner, "bicubic" if self.interpolation == "random" else self.interpolation
+        )
+
+    def name(self, i: int) -> str:
+        """File, or file and row, of picture i; it says so where another one took its place."""
         index = int(self.indices[i])
-        picture = self.source.picture(index)
-        box = random_box(*picture.size, self.smallest) if self.train else middle_box(*picture.size, self.inner)
-        picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        return to_tensor(picture), self.source.labels[index]
+        return self.source.name(index) + (" (unreadable)" if index in self.tally else "")
+
+    def order(self, generator: Generator, window: int = 16) -> Tensor:
+        """An order of the pictures for an epoch: any, or where they lie in shards, one that reads these in turn.
+
+        The shards are shuffled, and then the pictures of each `window` of them together: so the first n of an order can
+        be skipped without reading their shards.
+        """
+        return shard_order(self.source.shards, self.indices, generator, window)
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 (3, h, w)."""
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
-
-
-def random_box(width: int, height: int, smallest: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a random box: area share in [smallest, 1], aspect in [3/4, 4/3], cut to fit."""
-    area, aspect, x, y = torch.rand(4).tolist()
-    area = (smallest + (1 - smallest) * area) * width * height
-    aspect = (3 / 4) * (16 / 9) ** aspect
-    w, h = min((area * aspect) ** 0.5, width), min((area / aspect) ** 0.5, height)
-    left, top = x * (width - w), y * (height - h)
-    return left, top, min(left + w, width), min(top + h, height)
-
-
-def middle_box(width: int, height: int, inner: float) -> tuple[float, float, float, float]:
-    """The centred square whose side is `inner` times the shorter side."""
-    side = inner * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Generator, window: int) -> Tensor:
+    """Positions in `indices` (n,), shuffled; see `Decoded.order`."""
+    if shards is None:
+        return torch.randperm(len(indices), generator=generator)
+    ends = torch.tensor(shards).cumsum(0)
+    place = torch.randperm(len(shards), generator=generator)  # of each shard, in the epoch
+    turn = place[torch.searchsorted(ends, indices, right=True)] // window
+    shuffled = torch.randperm(len(indices), generator=generator)
+    return shuffled[turn[shuffled].argsort(stable=True)]
 
 
 class Pictures(L.LightningDataModule):
@@ -127,15 +218,14 @@ class Pictures(L.LightningDataModule):
 
     def _loader(self, name: str) -> DataLoader:
         data, train = self.sets[name], name == "train"
-        cached = isinstance(data, Cached)
-        workers = 0 if cached else self.num_workers
+        workers = 0 if isinstance(data, Cached) else self.num_workers
         loader = training_loader if train else evaluation_loader
         return loader(
             self,
             data,
             self.batch_size,
             num_workers=workers,
-            collate_fn=_as_is if cached else None,
+            collate_fn=_as_is if hasattr(data, "__getitems__") else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )
@@ -150,7 +240,16 @@ class Pictures(L.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader("test")
+        return self._loader(self._predicted)
+
+    @property
+    def _predicted(self) -> str:
+        return "predict" if "predict" in self.sets else "test"
+
+    def predicted_name(self, i: int) -> str:
+        """File, or file and row, of picture i of those that `predict` runs over."""
+        name = getattr(self.sets[self._predicted], "name", str)
+        return name(i)
 
 
 def _as_is(batch: Any) -> Any:
@@ -204,11 +303,15 @@ class Digits(Pictures):
 
 
 class Images(Pictures):
-    """Labelled pictures from local parquet files, an image folder with a folder per class, or the Hugging Face hub.
+    """Labelled pictures from local parquet files, tar shards, an image folder with a folder per class, or the hub.
 
     Columns and splits are found by their usual names (img, image; label, fine_label; validation, valid, val, else test)
-    unless they are given. Where only training pictures exist, a seeded share is held out, and a log line says so.
-    Grey pictures become RGB.
+    unless they are given; `odenets.training.layout` has the rules for folders, `odenets.training.decode` says what each
+    kind of picture means. The names of classes decide which pictures are of one class, in all splits. Where only
+    training pictures exist, a seeded share is held out, and a log line says so.
+
+    Every picture goes one way, whether it is kept in memory or not: training cuts a random box where `smallest_crop`
+    says so, all else resizes the shorter side to size / `inner` and cuts the middle. It is upright and in RGB.
 
     Args:
         root: Folder or file on this machine.
@@ -217,19 +320,28 @@ class Images(Pictures):
         size: Side of the square pictures; None keeps the stored size, which must then be one for all.
         batch_size: Pictures per step.
         image_key: Column of the pictures.
-        label_key: Column of the labels.
-        train_split: Split to train on.
+        label_key: Column of the labels; of tar shards, the suffix.
+        train_split: Split to train on; several are joined by a plus sign: train+extra.
         val_split: Split to validate on.
         test_split: Split to test on; default: test, else the validation split.
         holdout: Share that is held out where there is no validation split.
         split_seed: Seed of the share that is held out.
         cache: Decode once and keep all pictures in memory; None does so up to 96 pixels a side and 4 GiB in all.
-        smallest_crop: Smallest share of the area in the random resized crop of pictures that are not cached.
-        inner: Share of the shorter side that evaluation sees of pictures that are not cached.
+        smallest_crop: Smallest share of the area in the random resized crop; 0 is off. None: 0.08 for pictures of more
+            than 96 pixels a side, else off. An `augment.resized_crop` is taken over from there.
+        inner: Share of the shorter side that evaluation sees. None: 0.875 for pictures of more than 96 pixels a side,
+            else 1.
         num_workers: Processes that decode; None takes the cores, at most 8. Cached pictures need none.
         mean: Per channel, of pictures in [0, 1].
         std: Per channel.
         augment: What training batches go through; default: nothing but the normalisation.
+        subset: Of a dataset that has several, e.g. cropped_digits of SVHN: its configuration, or the folder in `root`.
+        streaming: Read parquet files where they lie, shard by shard, with no copy of them in the cache of `datasets`;
+            of the hub, as they are needed.
+        interpolation: How pictures are resized; random draws one of the two for each training picture.
+        max_unreadable: Pictures that may be left out or replaced because they cannot be read, per split.
+        classes: Names of the classes in order; None takes those that the data name.
+        predict_root: Folder or file of pictures for `predict`, which need no labels; default: the test split.
     """
 
     in_chans = 3
@@ -249,44 +361,146 @@ class Images(Pictures):
         holdout: float = 0.1,
         split_seed: int = 0,
         cache: bool | None = None,
-        smallest_crop: float = 0.08,
-        inner: float = 0.875,
+        smallest_crop: float | None = None,
+        inner: float | None = None,
         num_workers: int | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         augment: Augment | None = None,
+        subset: str | None = None,
+        streaming: bool = False,
+        interpolation: Interpolation = "bilinear",
+        max_unreadable: int = 10,
+        classes: list[str] | None = None,
+        predict_root: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
         if not 0 < holdout < 1:
             raise DataError(f"data.holdout={holdout}: wants a share between 0 and 1")
+        for name, share in (("smallest_crop", smallest_crop), ("inner", inner)):
+            if share is not None and not (0 < share <= 1 or (share == 0 and name == "smallest_crop")):
+                raise DataError(f"data.{name}={share}: wants a share of the picture, up to 1")
+        if interpolation not in ("bilinear", "bicubic", "random"):
+            raise DataError(f"data.interpolation={interpolation!r}: wants bilinear, bicubic or random")
+        if size is not None and size < 1:
+            raise DataError(f"data.size={size}: wants pixels, 1 or more")
+        if self.augment.resized_crop is not None:
+            # One owner: large pictures are cut when they are decoded, and the batch must not be cut again.
+            if smallest_crop not in (None, self.augment.resized_crop):
+                raise DataError(
+                    f"data.smallest_crop={smallest_crop} and data.augment.resized_crop={self.augment.resized_crop} "
+                    "are two figures for one crop\n  Give one of them"
+                )
+            smallest_crop = self.augment.resized_crop
+            self.augment = copy.copy(self.augment)
+            self.augment.resized_crop = None
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
-        self.smallest_crop, self.inner = smallest_crop, inner
+        self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
+        self.max_unreadable = max_unreadable
         # Opened at once: missing data is reported before any model is built, and the class count can be linked to it.
-        self.splits = open_splits(root, hub, download, image_key, label_key)
+        if root is None and hub is None and predict_root is not None and classes is not None:
+            root, predict_root = predict_root, None
+        self.splits = open_splits(root, hub, download, image_key, label_key, subset, streaming)
         self.where = str(root or hub)
+        for note in self.splits.notes:
+            rank_zero_info(f"{self.where}: {note}")
         train = self._split("train_split", train_split, TRAIN)
-        self.names = {
-            "train": train or next(iter(self.splits)),
-            "val": self._split("val_split", val_split, VALIDATION) or self._split("val_split", None, TEST),
-        }
-        self.names["test"] = self._split("test_split", test_split, TEST) or self.names["val"]
-        self.classes = self.splits[self.names["train"]].classes  # type: ignore[index]
+        val = self._split("val_split", val_split, VALIDATION)
+        test = self._split("test_split", test_split, TEST)
+        trained = (train or "").split("+")
+        if val is None and test is not None and test not in trained and not self._unlabelled(test):
+            val = test
+        self.names = {"train": train, "val": val, "test": test if test_split or test not in trained else val}
+        self.names["test"] = self.names["test"] or val
+        self.classes: list[str] = unify(self.splits, classes, self.where)
+        self._say_what_differs()
+        self.predicted: Source | None = None
+        if predict_root is not None:
+            opened = open_splits(predict_root, None, False, image_key, label_key, subset, streaming)
+            self.predicted = Joined(list(opened.values())) if len(opened) > 1 else next(iter(opened.values()))
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """The number of classes of the training pictures."""
+        """The number of classes of all splits together."""
+        if not self.classes:
+            raise DataError(
+                f"{self.where}: no labels, so the classes are not known: {self._why()}\n"
+                "  To predict, give the training data as data.root and this as data.predict_root, or data.classes"
+            )
         return len(self.classes)
 
+    def _why(self) -> str:
+        return next(iter(self.splits.values())).why
+
     def _split(self, option: str, given: str | None, names: Sequence[str]) -> str | None:
-        if given is not None and given not in self.splits:
-            raise DataError(f"data.{option}: no split {given!r} in {self.where}; it has {', '.join(self.splits)}")
-        return given or next((name for name in names if name in self.splits), None)
+        """The split, or splits joined by a plus sign, that an option means; they are opened."""
+        if given is None:
+            return next((name for name in names if name in self.splits), None)
+        found = []
+        for part in given.split("+"):
+            name = self.splits.find(part.strip())
+            if name is None:
+                there = ", ".join([*self.splits, *sorted(self.splits.others)])
+                raise DataError(
+                    f"data.{option}: no split {part.strip()!r} in {self.where}; it has {there}\n"
+                    "  Name one of them, or several: train+extra"
+                )
+            self.splits.open(name)
+            found.append(name)
+        return "+".join(found)
+
+    def _source(self, name: str) -> Source:
+        parts = [self.splits[part] for part in name.split("+")]
+        return parts[0] if len(parts) == 1 else Joined(parts)
+
+    def _unlabelled(self, name: str) -> bool:
+        return any(bool((self.splits[part].labels == NONE).any()) for part in name.split("+"))
+
+    def _say_what_differs(self) -> None:
+        train, val = (self.names[name] for name in ("train", "val"))
+        if train is None or val is None or not self.classes:
+            return
+        seen, needed = (set(self._source(name).labels.unique().tolist()) - {NONE} for name in (train, val))
+        for extra, there, away in ((needed - seen, val, train), (seen - needed, train, val)):
+            if extra and seen:
+                names = ", ".join(self.classes[number] for number in sorted(extra)[:5])
+                rank_zero_info(f"{self.where}: {len(extra):,} classes of {there} are not in {away}: {names}")
+
+    def _labelled(self, option: str, name: str) -> Source:
+        """A split to train or measure on; an error where a picture of it has no label."""
+        source = self._source(name)
+        missing = (source.labels == NONE).nonzero()[:, 0]
+        if len(missing):
+            first = source.name(int(missing[0]))
+            how_many = (
+                "no labels" if len(missing) == len(source) else f"no label for {len(missing):,} of {len(source):,}"
+            )
+            why = source.why if len(missing) == len(source) else f"{first} first"
+            raise DataError(
+                f"{self.where}: split {name!r} has {how_many}: {why}\n"
+                f"  Name classes by folders, or the column by data.label_key, or give data.{option}"
+            )
+        if not len(source):
+            raise DataError(f"{self.where}: split {name!r} is empty\n  Give data.{option}")
+        return source
 
     def setup(self, stage: str) -> None:
         train_name, val_name, test_name = (self.names[k] for k in ("train", "val", "test"))
-        train = self.splits[train_name]  # type: ignore[index]
+        if stage == "predict" and self.predicted is not None:
+            self.sets.setdefault("predict", self._dataset(self.predicted, None, train=False))
+            return
+        if stage == "predict" and (test_name is not None or not self._trainable()):
+            source = self._source(test_name or train_name or next(iter(self.splits)))
+            if "predict" not in self.sets:
+                self.sets["predict"] = self._dataset(source, None, train=False)
+            return
+        if train_name is None and (stage == "fit" or val_name is None):
+            there = ", ".join(f"{name} ({len(source):,} pictures)" for name, source in self.splits.items())
+            raise DataError(f"{self.where}: no split to train on; it has {there}\n  Name it: --data.train_split NAME")
         rest = held = None
+        train = self._labelled("train_split", train_name) if train_name and (stage == "fit" or not val_name) else None
         if val_name is None:
+            assert train is not None
             if len(train) < 2:
                 raise DataError(f"{self.where}: {len(train)} picture is not enough to hold one out")
             rest, held = hold_out(len(train), self.holdout, self.split_seed)
@@ -296,39 +510,124 @@ class Images(Pictures):
                     f"out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
                 )
         if stage == "fit" and "train" not in self.sets:
+            assert train is not None
             self.sets["train"] = self._dataset(train, rest, train=True)
-        if "val" not in self.sets:
-            self.sets["val"] = self._dataset(train if val_name is None else self.splits[val_name], held, train=False)
+        own = test_name is not None and test_name != val_name
+        if "val" not in self.sets and not (own and stage in ("test", "predict")):
+            val = train if val_name is None else self._labelled("val_split", val_name)
+            assert val is not None
+            self.sets["val"] = self._dataset(val, held, train=False)
         if stage in ("test", "predict") and "test" not in self.sets:
-            own = test_name is not None and test_name != val_name
-            self.sets["test"] = self._dataset(self.splits[str(test_name)], None, False) if own else self.sets["val"]
+            test = self._labelled("test_split", str(test_name)) if own else None
+            self.sets["test"] = self.sets["val"] if test is None else self._dataset(test, None, False)
+
+    def _trainable(self) -> bool:
+        return self.names["train"] is not None and not self._unlabelled(self.names["train"])
 
     def _dataset(self, source: Source, indices: Tensor | None, train: bool) -> Dataset:
         indices = torch.arange(len(source)) if indices is None else indices
-        first = source.picture(int(indices[0]))
-        size = self.size or (first.width if first.width == first.height else None)
-        fits = max(first.size) <= 96 and len(indices) * 3 * (size or 96) ** 2 <= 4 << 30
-        if fits if self.cache is None else self.cache:
-            return decode_all(
-                source, indices, (self.size, self.size) if self.size else first.size, self.size is not None
-            )
-        if size is None or (self.size is None and max(first.size) > 96):
-            raise DataError(
-                f"{self.where}: pictures of {first.width}x{first.height} need one size; give --data.size 224"
-            )
-        return Decoded(source, indices, size, train, self.smallest_crop, self.inner)
+        tally = Tally(source, self.max_unreadable)
+        width, height = self._first_size(source, indices, tally)
+        size = self.size or (width if width == height else None)
+        large = max(width, height) > SMALL
+        smallest = (0.08 if large else 0.0) if self.smallest_crop is None else self.smallest_crop
+        inner = (0.875 if large else 1.0) if self.inner is None else self.inner
+        fits = not large and len(indices) * 3 * (size or SMALL) ** 2 <= 4 << 30
+        cache = fits if self.cache is None else self.cache
+        if self.size is None and (large or size is None) and (smallest or not cache):
+            raise DataError(f"{self.where}: pictures of {width}x{height} need one size; give --data.size 224")
+        if cache and not (train and smallest):
+            if self.size is None:
+                return decode_all(source, indices, (width, height), tally)
+            view = Decoded(source, indices, self.size, False, 0.0, inner, self.interpolation, tally)
+            return decode_all(source, indices, view._cut, tally)
+        assert size is not None
+        if cache:
+            source = Kept(source, indices, tally)
+        return Decoded(source, indices, size, train, smallest, inner, self.interpolation, tally)
+
+    def _first_size(self, source: Source, indices: Tensor, tally: Tally) -> tuple[int, int]:
+        """Width and height of the first picture that can be opened."""
+        for index in indices.tolist():
+            try:
+                return Picture(source.encoded(index)).size
+            except Unreadable as e:
+                tally.add(index, e, "it is left out")
+        raise DataError(f"{self.where}: none of {len(indices):,} pictures can be read\n  Bring them again")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": list(self.classes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint that was trained on other classes: its numbers would mean something else."""
+        theirs = state_dict.get("classes")
+        if theirs is None or not self.classes or theirs == self.classes:
+            self.classes = self.classes or theirs or []
+            return
+        pairs = zip([*theirs, *[None] * len(self.classes)], [*self.classes, *[None] * len(theirs)], strict=False)
+        number, (a, b) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise DataError(
+            f"{self.where}: class {number} is {b!r}, and {a!r} in the checkpoint, of {len(self.classes)} and "
+            f"{len(theirs)} classes\n  Give the data that it was trained on, or its class names in data.classes"
+        )
 
 
-def decode_all(source: Source, indices: Tensor, size: tuple[int, int], resize: bool) -> Cached:
-    """All pictures as one uint8 tensor (n, 3, height, width)."""
-    pictures = torch.empty(len(indices), 3, size[1], size[0], dtype=torch.uint8)
-    for row, index in enumerate(indices.tolist()):
-        picture = source.picture(index)
-        if picture.size != size:
-            if not resize:
-                raise DataError(
-                    f"picture {index} is {picture.size}, the first is {size}; give one size: --data.size 64"
-                )
-            picture = picture.resize(size, Image.Resampling.BILINEAR)
-        pictures[row] = to_tensor(picture)
-    return Cached(pictures, source.labels[indices])
+class Kept(Source):
+    """A source whose pictures are kept in memory as they are stored, read once."""
+
+    def __init__(self, source: Source, indices: Tensor, tally: Tally) -> None:
+        self.source, self.labels, self.names, self.classes = source, source.labels, source.names, source.classes
+        self.kept: dict[int, bytes] = {}
+        for index in indices.tolist():
+            stored = source.encoded(index)
+            try:
+                self.kept[index] = stored if isinstance(stored, bytes) else stored.read_bytes()
+            except OSError as e:
+                tally.add(index, Unreadable(str(e)), "the next picture takes its place")
+
+    def encoded(self, i: int) -> bytes:
+        return self.kept[i]
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+
+def decode_all(
+    source: Source, indices: Tensor, to: tuple[int, int] | Callable[[Picture, None], Tensor], tally: Tally
+) -> Cached:
+    """All pictures that can be read as one uint8 tensor (n, 3, height, width).
+
+    to: the size that all have, (width, height), or what makes (height, width, 3) of each.
+    """
+    pictures: list[Tensor] = []
+    kept: list[int] = []
+    for index in indices.tolist():
+        if index in tally:
+            continue
+        try:
+            picture = Picture(source.encoded(index))
+            if isinstance(to, tuple):
+                if picture.size != to:
+                    raise DataError(
+                        f"{source.name(index)} is {picture.size}, the first is {to}; give one size: --data.size 64"
+                    )
+                levels = picture.whole()
+            else:
+                levels = to(picture, None)
+        except Unreadable as e:
+            tally.add(index, e, "it is left out")
+            continue
+        pictures.append(levels.permute(2, 0, 1))
+        kept.append(index)
+    rows = torch.tensor(kept, dtype=torch.long)
+    return Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
+
+
+class Names:
+    """Names of the pictures of a source by their position in `rows`; an object, so that it travels to workers."""
+
+    def __init__(self, source: Source, rows: Tensor) -> None:
+        self.source, self.rows = source, rows
+
+    def __call__(self, i: int) -> str:
+        return self.source.name(int(self.rows[i]))

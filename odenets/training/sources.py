@@ -1,95 +1,199 @@
-"""Where data come from: parquet files, image folders, the Hugging Face hub. One `Source` of pictures per split."""
+"""Where data come from: parquet files, image folders, tar shards, the Hugging Face hub. One `Source` per split."""
 
-import io
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-TRAIN = ("train", "training")
-VALIDATION = ("validation", "valid", "val", "dev")
-TEST = ("test", "testing")
+from . import layout as layouts
+from .decode import Picture
+from .errors import DataError as DataError
+from .labels import NONE, read_column
+from .layout import Layout
+
+TRAIN, VALIDATION, TEST = (layouts.SPLITS[name] for name in ("train", "validation", "test"))
+LABEL_KEYS = ("label", "fine_label", "labels")
 THREE_WAYS = (
     "give --data.root FOLDER (parquet files or class folders), or --data.hub NAME --data.download true, "
     "or train on the built-in pictures: --data odenets.training.Digits"
 )
 
 
-class DataError(ValueError):
-    """Data that is missing or does not look as told; one or two lines with the remedy."""
-
-
 class Source(ABC):
-    """One split: class numbers and, by index, decoded RGB pictures."""
+    """One split: class numbers and, by index, pictures as they are stored.
+
+    Attributes:
+        labels: Class numbers (n,), -1 where there is none.
+        names: What the numbers are called; None where they have no names.
+        classes: Of all splits together, once `labels.unify` has run.
+        why: Why there are no labels, where there are none.
+        shards: How many pictures each file holds that is best read in one go; None where order does not matter.
+    """
 
     labels: Tensor
+    names: list[str] | None = None
     classes: list[str]
+    why: str = "none of its pictures has one"
+    shards: list[int] | None = None
 
     @abstractmethod
+    def encoded(self, i: int) -> bytes | Path:
+        """The stored file of picture i, or where it lies."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """File name, or file and row, of picture i."""
+
     def picture(self, i: int) -> Image.Image:
-        """Picture i in RGB (grey ones are converted)."""
+        """Picture i in RGB and upright.
+
+        Raises:
+            Unreadable: It cannot be decoded.
+        """
+        return Picture(self.encoded(i)).rgb()
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 class FolderSource(Source):
-    """A folder with one subfolder of pictures per class, as ImageNet is laid out; classes in alphabetical order."""
+    """Pictures that are files below a folder, and the class names of each; None for no labels."""
 
-    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
-        self.classes = classes or sorted(d.name for d in root.iterdir() if d.is_dir())
-        self.files: list[Path] = []
-        labels: list[int] = []
-        for number, name in enumerate(self.classes):
-            if not (root / name).is_dir():
-                continue
-            files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in SUFFIXES)
-            self.files += files
-            labels += [number] * len(files)
-        self.labels = torch.tensor(labels, dtype=torch.long)
+    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[str] | None, why: str = "") -> None:
+        # One array of bytes: a million Python strings would be copied into each worker, page by page.
+        self.root, self.files, self.why = root, np.array([file.encode() for file in files]), why
+        self.names = sorted(set(labels)) if labels else []
+        place = {name: number for number, name in enumerate(self.names)}
+        numbers = [place[name] for name in labels] if labels else [NONE] * len(files)
+        self.labels = torch.tensor(numbers, dtype=torch.long)
 
-    def picture(self, i: int) -> Image.Image:
-        with Image.open(self.files[i]) as picture:
-            return picture.convert("RGB")
+    def encoded(self, i: int) -> Path:
+        return self.root / self.name(i)
+
+    def name(self, i: int) -> str:
+        return self.files[i].decode()
 
 
 class TableSource(Source):
     """A split of a Hugging Face dataset whose pictures are stored as encoded files."""
 
-    def __init__(self, table: Any, image_key: str | None, label_key: str | None, where: str) -> None:
+    def __init__(
+        self,
+        table: Any,
+        image_key: str | None,
+        label_key: str | None,
+        where: str,
+        files: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        """files: names of the files that the table was read from, with the rows of each, in order."""
         import datasets
 
         features = table.features
-        images = [k for k, f in features.items() if isinstance(f, datasets.Image)]
-        self.image_key = find_column(image_key, ["img", "image", *images], features, "image_key", where)
-        classes = [k for k, f in features.items() if isinstance(f, datasets.ClassLabel)]
-        self.label_key = find_column(
-            label_key, ["label", "fine_label", "labels", *classes], features, "label_key", where
-        )
-        column = table.select_columns(self.label_key)[:][self.label_key]
-        feature = features[self.label_key]
-        if isinstance(feature, datasets.ClassLabel):
-            self.classes = list(feature.names)
-        elif column and isinstance(column[0], str):
-            self.classes = sorted(set(column))
-            column = [self.classes.index(name) for name in column]
+        self.where, self.files = where, files
+        self.image_key = image_column(image_key, features, where)
+        self.label_key, self.why = label_column(label_key, features)
+        if self.label_key is None:
+            self.labels = torch.full((len(table),), NONE)
+            self.names = []
         else:
-            self.classes = [str(number) for number in range(max(column, default=-1) + 1)]
-        self.labels = torch.tensor(column, dtype=torch.long)
-        if len(self.labels) and not 0 <= int(self.labels.min()):
-            raise DataError(f"{where}: column {self.label_key!r} holds negative labels (a split without labels?)")
-        self.table = table.select_columns(self.image_key).cast_column(self.image_key, datasets.Image(decode=False))
+            rows = table.select_columns(self.label_key).with_format("arrow")[:]
+            column = rows.column(self.label_key)
+            self.labels, self.names = read_column(
+                column, features[self.label_key], f"{where}: column {self.label_key!r}"
+            )
+        try:
+            stored = table.select_columns(self.image_key)
+            self.table = stored.cast_column(self.image_key, datasets.Image(decode=False))
+        except Exception as e:
+            raise DataError(
+                f"{where}: column {self.image_key!r} holds no pictures ({str(e).splitlines()[0][:120]})\n"
+                "  Name another one: --data.image_key COLUMN"
+            ) from None
 
-    def picture(self, i: int) -> Image.Image:
-        stored = self.table[i][self.image_key]
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as picture:
-            return picture.convert("RGB")
+    def encoded(self, i: int) -> bytes | Path:
+        stored = self.table[i][self.image_key] or {"bytes": b"", "path": None}
+        return Path(stored["path"]) if stored["bytes"] is None and stored["path"] else stored["bytes"] or b""
+
+    def name(self, i: int) -> str:
+        return row_name(self.files, i) or f"row {i}"
+
+
+class Joined(Source):
+    """Several splits, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.labels = torch.cat([part.labels for part in parts])
+        self.names, self.classes = parts[0].names, parts[0].classes
+        self.why = next((part.why for part in parts if bool((part.labels == NONE).any())), "")
+        if any(part.shards for part in parts):
+            self.shards = [n for part in parts for n in part.shards or [len(part)]]
+
+    def _at(self, i: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self.ends, i, side="right"))
+        return self.parts[number], i - int(self.ends[number - 1] if number else 0)
+
+    def encoded(self, i: int) -> bytes | Path:
+        part, row = self._at(i)
+        return part.encoded(row)
+
+    def name(self, i: int) -> str:
+        part, row = self._at(i)
+        return part.name(row)
+
+
+class Splits(dict[str, Source]):
+    """Splits by name, and those that are only opened when they are asked for by their name."""
+
+    def __init__(self, splits: Mapping[str, Source], others: Mapping[str, Callable[[], Source]], notes: Sequence[str]):
+        super().__init__(splits)
+        self.others, self.notes = dict(others), list(notes)
+
+    def find(self, given: str) -> str | None:
+        """The name under which a split is kept that is called `given`: `val` finds `validation`."""
+        if given in self or given in self.others:
+            return given
+        return next((name for name, words in layouts.SPLITS.items() if given in words and name in self), None)
+
+    def open(self, name: str) -> Source:
+        """The split itself, opened if it was not yet."""
+        if name not in self:
+            self[name] = self.others.pop(name)()
+        return self[name]
+
+
+def row_name(files: Sequence[tuple[str, int]], i: int) -> str:
+    """`train.parquet row 17` of row i over all files, each given with its number of rows."""
+    for file, rows in files:
+        if i < rows:
+            return f"{file} row {i}"
+        i -= rows
+    return ""
+
+
+def image_column(given: str | None, features: Any, where: str) -> str:
+    """The column of the pictures."""
+    import datasets
+
+    images = [k for k, f in features.items() if isinstance(f, datasets.Image)]
+    return find_column(given, ["img", "image", *images], features, "image_key", where)
+
+
+def label_column(given: str | None, features: Any) -> tuple[str | None, str]:
+    """The column of the labels; or None, and why."""
+    import datasets
+
+    classes = [k for k, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    guesses = [given] if given else [*LABEL_KEYS, *classes]
+    missing = f"no column {' or '.join(dict.fromkeys(guesses))}; it has {', '.join(features)}"
+    return next((key for key in guesses if key in features), None), missing
 
 
 def find_column(given: str | None, guesses: Sequence[str], features: Any, option: str, where: str) -> str:
@@ -109,17 +213,98 @@ def open_splits(
     download: bool = False,
     image_key: str | None = None,
     label_key: str | None = None,
-) -> dict[str, Source]:
+    subset: str | None = None,
+    streaming: bool = False,
+) -> Splits:
     """The splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
 
     Raises:
         DataError: There is nothing there, or no column fits. The network is only asked with `download`.
     """
-    loaded = open_tables(root, hub, download)
-    if root is not None and not loaded:
-        return _folder_splits(Path(root).expanduser())
     where = str(root or hub)
-    return {name: TableSource(table, image_key, label_key, where) for name, table in loaded.items()}
+    keys = image_key, label_key, where
+    if streaming:
+        from .streams import parquet_files
+
+        found = parquet_files(root, hub, download, subset, THREE_WAYS)
+        if found is not None:
+            return found(*keys)
+    if root is None:
+        tables = open_tables(root, hub, download, subset)
+        return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
+    path = folder(root, subset)
+    configured = _configured(path, subset)
+    if configured:
+        return Splits({name: TableSource(table, *keys) for name, table in configured.items()}, {}, [])
+    found = layouts.find(path)
+    if found is None:
+        raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
+    opened = partial(_open, found, keys)
+    return Splits(
+        {name: opened(name, files) for name, files in found.splits.items()},
+        {name: partial(opened, name, files) for name, files in found.others.items()},
+        found.notes,
+    )
+
+
+def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, files: Sequence[str]) -> Source:
+    if found.kind == "pictures":
+        return FolderSource(found.root, files, found.labels.get(split), found.why.get(split, ""))
+    layouts.check_shards(files)
+    if found.kind == "tar":
+        from .streams import TarSource
+
+        return TarSource(found.root, files, *keys)
+    rows = check_parquet(found.root, files)
+    return TableSource(_load_parquet(found.root, files), *keys, files=rows)
+
+
+def folder(root: str | Path, subset: str | None = None) -> Path:
+    """The folder, or file, that is meant; one that is called as the subset where it says nothing of its subsets."""
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise DataError(f"data.root: no folder {str(root)!r}\n  {THREE_WAYS}")
+    if subset is None or _card(path):
+        return path
+    if not (path / subset).is_dir():
+        there = sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+        raise DataError(
+            f"data.subset: no folder {subset!r} in {str(root)!r}; there are {', '.join(there[:10]) or 'none'}\n"
+            "  Name one of them, or leave data.subset out"
+        )
+    return path / subset
+
+
+def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
+    """The rows of each file; an error where one is no parquet file, or where columns or class names differ.
+
+    Raises:
+        DataError: It names the files.
+    """
+    import datasets
+    import pyarrow.parquet as pq
+
+    rows: list[tuple[str, int]] = []
+    first: tuple[str, Any] | None = None
+    for file in files:
+        try:
+            with pq.ParquetFile(root / file) as opened:
+                rows.append((file, opened.metadata.num_rows))
+                features = datasets.Features.from_arrow_schema(opened.schema_arrow)
+        except Exception as e:
+            raise DataError(
+                f"{root / file} is no whole parquet file ({str(e).splitlines()[0][:120]})\n  Bring it again"
+            ) from None
+        columns = {k: getattr(f, "names", None) for k, f in features.items()}
+        if first is None:
+            first = file, columns
+        elif columns != first[1]:
+            differing = sorted(k for k in columns.keys() | first[1].keys() if columns.get(k, k) != first[1].get(k, k))
+            raise DataError(
+                f"{root}: {first[0]} and {file} differ in column {differing[0]!r} or its class names\n"
+                "  One split wants one kind of file; a folder of several data sets: --data.subset FOLDER"
+            )
+    return rows
 
 
 def open_tables(
@@ -135,58 +320,89 @@ def open_tables(
         root: Folder or file.
         hub: Dataset on the hub.
         download: Allows the network.
-        subset: Configuration of the hub's dataset, where it has several.
+        subset: Configuration of the dataset, where it has several.
         ways: Remedies that an error names.
 
     Raises:
         DataError: There is nothing there.
     """
     if root is not None:
-        path = Path(root).expanduser()
-        if not path.exists():
+        if not Path(root).expanduser().exists():
             raise DataError(f"data.root: no folder {str(root)!r}\n  {ways}")
-        files = _parquet_splits(path)
-        return _load_parquet(files) if files else {}
+        path = folder(root, subset if hub is None else None)
+        configured = _configured(path, subset)
+        found = None if configured else layouts.find(path)
+        if found is None or found.kind != "parquet":
+            return configured
+        for files in found.splits.values():
+            check_parquet(found.root, files)
+        return {name: _load_parquet(found.root, files) for name, files in found.splits.items()}
     if hub is not None:
         return _load_hub(hub, download, subset, ways)
     raise DataError(f"no data: neither data.root nor data.hub is set\n  {ways}")
 
 
-def _parquet_splits(path: Path) -> dict[str, list[str]]:
-    """Parquet files by split: `test.parquet`, `data/train-00000-of-00005.parquet`, `train/0000.parquet`."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
-    splits: dict[str, list[str]] = {}
-    known = TRAIN + VALIDATION + TEST
-    for file in files:
-        stem = re.sub(r"-\d+(-of-\d+)?$", "", file.stem)
-        name = stem if stem in known else file.parent.name if file.parent.name in known else stem
-        splits.setdefault(name, []).append(str(file))
-    if splits and not any(name in known for name in splits) and len(splits) > 1:
-        return {"train": [f for files in splits.values() for f in files]}
-    return splits if len(splits) != 1 or next(iter(splits)) in known else {"train": next(iter(splits.values()))}
+def _card(path: Path) -> dict[str, Any]:
+    """The head of a dataset's README.md, where it says which files belong to which subset and split."""
+    import yaml
+
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    head = text.split("---", 2)
+    try:
+        card = yaml.safe_load(head[1]) if text.startswith("---") and len(head) == 3 else None
+    except yaml.YAMLError:
+        card = None
+    return card if isinstance(card, dict) and card.get("configs") else {}
 
 
-def _load_parquet(splits: dict[str, list[str]]) -> dict[str, Any]:
+def _configured(path: Path, subset: str | None) -> dict[str, Any]:
+    """Splits of a folder that says itself what it holds: by README.md as on the hub, or by metadata of its pictures."""
+    card = _card(path)
+    described = (
+        [] if card or not path.is_dir() else [f for f in layouts.walk(path) if f.split("/")[-1] in layouts.METADATA]
+    )
+    if not card and not described:
+        return {}
+    if "://" in str(card.get("configs")):
+        raise DataError(
+            f"data.root: README.md in {str(path)!r} names files elsewhere, and only those on this machine are read\n"
+            "  Take them out of its `configs`, or give --data.hub NAME --data.download true"
+        )
+    import datasets
+    import datasets.config
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        return {str(name): table for name, table in datasets.load_dataset(str(path), subset).items()}
+    except Exception as e:
+        said = " ".join(str(e).split())[:200]
+        raise DataError(
+            f"data.root: {str(path)!r} is not as its {'README.md' if card else described[0]} says: {said}\n"
+            "  Name one of its subsets by --data.subset, or mend that file"
+        ) from None
+
+
+def _load_parquet(root: Path, files: Sequence[str]) -> Any:
     import datasets
     import datasets.config
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening local files would otherwise report to the hub
-    return {str(name): table for name, table in datasets.load_dataset("parquet", data_files=splits).items()}
+    # Each split by itself: together, the first one's class names would be put on the numbers of all.
+    names = {"train": [str(root / file) for file in files]}
+    return datasets.load_dataset("parquet", data_files=names, split="train")
 
 
-def _folder_splits(path: Path) -> dict[str, Source]:
-    folders = sorted(d.name for d in path.iterdir() if d.is_dir()) if path.is_dir() else []
-    known = [name for name in folders if name in TRAIN + VALIDATION + TEST]
-    if known:
-        first = next((name for name in known if name in TRAIN), known[0])
-        classes = FolderSource(path / first).classes
-        splits: dict[str, Source] = {name: FolderSource(path / name, classes) for name in known}
-    else:
-        splits = {"train": FolderSource(path)}
-    splits = {name: split for name, split in splits.items() if len(split)}
-    if not splits:
-        raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
-    return splits
+def open_files(path: str) -> Any:
+    """What pyarrow reads `path` from: a local path itself, an open file of the hub otherwise."""
+    if "://" not in path:
+        return path
+    import fsspec.core
+
+    system, inside = fsspec.core.url_to_fs(path)
+    return system.open(inside, "rb", block_size=1 << 22)
 
 
 def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[str, Any]:
@@ -201,12 +417,17 @@ def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[s
             huggingface_hub.HfApi().dataset_info(hub, timeout=10)
         except Exception as e:  # every failure (no network, offline mode, no such name) has the same remedies
             raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__})\n  {ways}") from None
-        return {str(name): table for name, table in datasets.load_dataset(hub, subset).items()}
     offline = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     try:
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        if not download:
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         return {str(name): table for name, table in datasets.load_dataset(hub, subset).items()}
-    except Exception:
+    except Exception as e:
+        said = " ".join(str(e).split())
+        if "onfig" in said and ("available" in said.lower() or "pick one" in said):  # it has subsets, and says which
+            raise DataError(f"data.subset: {said[:300]}\n  Name one: --data.subset NAME") from None
+        if download:
+            raise DataError(f"data.hub: {hub!r}: {said[:200]}\n  {ways}") from None
         raise DataError(f"data.hub: {hub!r} is not on this machine and downloading was not allowed\n  {ways}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = offline

@@ -1,10 +1,17 @@
 """Small synthetic pictures in each of the layouts that the data module reads."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 
+from odenets.cli import repair_torchvision
+
 from .pictures import write_folder, write_parquet
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    repair_torchvision()  # one that was built for another torch keeps Lightning from importing
 
 
 @pytest.fixture(scope="session")

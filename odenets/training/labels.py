@@ -1,0 +1,123 @@
+"""Labels: from a column, or from folders' names, to class numbers that mean the same in every split."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import DataError
+
+NONE = -1  # of a picture without a label, as on the hub
+_REMEDY = "A label is one name or one whole number from 0 on; another column: --data.label_key COLUMN"
+
+
+class Labelled(Protocol):
+    """What is needed of a split: class numbers, and what they are called in it (None: nothing)."""
+
+    labels: Tensor
+    names: list[str] | None
+    classes: list[str]
+
+
+def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str] | None]:
+    """Class numbers (n,) of an Arrow column, and the names that belong to them; null and -1 are `NONE`.
+
+    Args:
+        column: pyarrow array, chunked or not.
+        feature: Its `datasets` feature, or None; a ClassLabel knows the names.
+        where: Begins the errors.
+
+    Raises:
+        DataError: Floats, lists, numbers below -1 or that name no class; the row is named.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)  # type: ignore[attr-defined]
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        names = sorted(name.as_py() for name in pc.unique(column) if name.is_valid)  # type: ignore[attr-defined]
+        numbers = pc.index_in(column, value_set=pa.array(names, kind))  # type: ignore[attr-defined]
+    elif pa.types.is_boolean(kind):
+        names, numbers = ["False", "True"], pc.cast(column, pa.int64())
+    elif pa.types.is_integer(kind) or pa.types.is_null(kind):
+        known = getattr(feature, "names", None)
+        names, numbers = None if known is None else list(known), column
+    else:
+        rows = [i for i, value in enumerate(column.slice(0, 10_000)) if value.is_valid]
+        shown = f", {column[rows[0]].as_py()!r} in row {rows[0]}" if rows else ""
+        raise DataError(f"{where} holds {kind}{shown[:80]}\n  {_REMEDY}")
+    try:
+        numbers = pc.fill_null(pc.cast(numbers, pa.int64()), NONE)
+    except pa.ArrowInvalid as e:
+        raise DataError(f"{where}: {str(e).splitlines()[0]}\n  {_REMEDY}") from None
+    labels = torch.from_numpy(
+        numbers.to_numpy(zero_copy_only=False).copy() if isinstance(numbers, pa.Array) else numbers.to_numpy().copy()
+    )
+    wrong = (
+        (labels < NONE).nonzero()[:, 0] if names is None else ((labels < NONE) | (labels >= len(names))).nonzero()[:, 0]
+    )
+    if len(wrong):
+        row = int(wrong[0])
+        most = "" if names is None else f"; there are {len(names)} classes"
+        raise DataError(f"{where} holds {int(labels[row])} in row {row}{most}\n  {_REMEDY}")
+    return labels, names
+
+
+def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: str) -> list[str]:
+    """Numbers the classes of all splits alike, by name: sets `labels` and `classes` of each, returns the classes.
+
+    Names that are not given are in alphabetical order, those of a ClassLabel in its own; numbers stay as they are.
+
+    Args:
+        splits: By name, at least one.
+        classes: Names in order, where they are known beforehand.
+        where: Begins the errors.
+
+    Raises:
+        DataError: Some splits have names and others numbers, a name is none of `classes`, or numbers are too sparse.
+    """
+    labelled = {name: split for name, split in splits.items() if bool((split.labels != NONE).any())}
+    named = [name for name, split in labelled.items() if split.names is not None]
+    if named and len(named) < len(labelled):
+        other = next(name for name in labelled if name not in named)
+        raise DataError(f"{where}: split {named[0]!r} has names as labels, {other!r} numbers\n  {_REMEDY}")
+    if named:
+        union = list(classes) if classes is not None else _union([labelled[name].names or [] for name in named])
+        place = {name: number for number, name in enumerate(union)}
+        for name in named:
+            split = labelled[name]
+            own = split.names or []
+            used = sorted(set(split.labels.unique().tolist()) - {NONE})
+            unknown = [own[number] for number in used if own[number] not in place]
+            if unknown:
+                raise DataError(
+                    f"{where}: split {name!r} has pictures of {unknown[0]!r}, none of the {len(union)} classes\n"
+                    "  Name all classes in data.classes, or none"
+                )
+            table = torch.tensor([*(place.get(own_name, NONE) for own_name in own), NONE])
+            split.labels, split.names = table[split.labels], union
+    else:
+        seen = torch.cat([split.labels.unique() for split in labelled.values()] or [torch.tensor([NONE])]).unique()
+        count = int(seen.max()) + 1
+        if count > max(1000, 100 * len(seen)):
+            raise DataError(
+                f"{where}: the largest label is {count - 1:,}, and only {len(seen):,} different ones occur\n"
+                "  Class numbers begin at 0 and leave few out; names (strings) may be anything"
+            )
+        if classes is not None and count > len(classes):
+            raise DataError(
+                f"{where}: the largest label is {count - 1:,}, and data.classes names {len(classes)}\n  Name them all"
+            )
+        union = list(classes) if classes is not None else [str(number) for number in range(count)]
+    for split in splits.values():
+        split.classes = union
+    return union
+
+
+def _union(lists: list[list[str]]) -> list[str]:
+    if all(names == sorted(names) for names in lists):
+        return sorted({name for names in lists for name in names})
+    return list(dict.fromkeys(name for names in lists for name in names))

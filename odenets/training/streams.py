@@ -1,0 +1,260 @@
+"""Splits that are read where they lie, shard by shard: WebDataset tar files, and parquet files, also of the hub.
+
+Such a source still answers for any index, so that everything else works as for files: validation, held-out shares,
+names of pictures, and resuming to the sample. What makes it a stream is the order in which `Decoded.order` asks: shard
+after shard, with the row groups that are in use kept in memory. An order is a list of numbers; the part of it that is
+done already is skipped without opening its shards.
+"""
+
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import layout as layouts
+from .errors import DataError
+from .labels import NONE, read_column
+from .sources import Source, Splits, folder, image_column, label_column, open_files
+
+LABEL_SUFFIXES = ("cls", "label", "index", "json")
+_KEPT = 16  # row groups that a process keeps
+
+
+class TarSource(Source):
+    """Pictures in tar files as WebDataset lays them out: `0001.jpg` beside `0001.cls` is one sample.
+
+    The label is a number or a name in the member with suffix `cls`, `label` or `index`, or `"label"` in that with
+    suffix `json`; `label_key` names another suffix. All headers are read once; the members' places are kept.
+    """
+
+    def __init__(
+        self, root: Path, files: Sequence[str], image_key: str | None, label_key: str | None, where: str
+    ) -> None:
+        self.root, self.files = root, list(files)
+        suffixes = (label_key,) if label_key else LABEL_SUFFIXES
+        places: list[tuple[int, int, int]] = []  # file, offset, length
+        names: list[str] = []
+        labels: list[Any] = []
+        self.shards = []
+        for number, file in enumerate(files):
+            before = len(places)
+            for sample, members in _samples(root / file):
+                picture = next((m for s, m in members.items() if s == image_key or (not image_key and _shows(s))), None)
+                if picture is None:
+                    continue
+                places.append((number, picture.offset_data, picture.size))
+                names.append(f"{file}/{sample}")
+                suffix = next((s for s in suffixes if s in members), None)
+                labels.append(None if suffix is None else _label(root / file, members[suffix], suffix))
+            self.shards.append(len(places) - before)
+        if not places:
+            raise DataError(f"{where}: {files[0]} holds no pictures\n  Name their suffix: --data.image_key SUFFIX")
+        self.places, self._names = np.array(places, dtype=np.int64), np.array([name.encode() for name in names])
+        self.why = f"{names[0]} has no member {' or '.join(suffixes)}"
+        self.labels, self.names = _column(labels, f"{where}: label")
+
+    def encoded(self, i: int) -> bytes:
+        number, offset, length = self.places[i].tolist()
+        with open(self.root / self.files[number], "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def name(self, i: int) -> str:
+        return self._names[i].decode()
+
+
+def _shows(suffix: str) -> bool:
+    return f".{suffix.rsplit('.', 1)[-1]}" in layouts.PICTURES
+
+
+def _samples(path: Path) -> Any:
+    """(name, {suffix: member}) of each sample; its members follow one another."""
+    sample, members = "", {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all that were seen
+                head, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                if not member.isfile() or not stem or not suffix:
+                    continue
+                name = f"{head}/{stem}" if head else stem
+                if name != sample and members:
+                    yield sample, members
+                    members = {}
+                sample = name
+                members[suffix.lower()] = member
+    except tarfile.TarError as e:
+        raise DataError(
+            f"{path} is no whole tar file ({e})\n  Bring it again; compressed ones must be unpacked"
+        ) from None
+    if members:
+        yield sample, members
+
+
+def _label(path: Path, member: tarfile.TarInfo, suffix: str) -> Any:
+    with open(path, "rb") as file:
+        file.seek(member.offset_data)
+        text = file.read(min(member.size, 1 << 20)).decode(errors="replace").strip()
+    if suffix != "json":
+        return text or None
+    try:
+        held = json.loads(text)
+    except ValueError:
+        raise DataError(
+            f"{path}: {member.name} is no JSON\n  Name the member of the labels: --data.label_key"
+        ) from None
+    return held.get("label") if isinstance(held, dict) else held
+
+
+def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | None]:
+    """Labels that were read as text: numbers where all are, else names."""
+    import pyarrow as pa
+
+    texts = [None if label is None else str(label) for label in labels]
+    if all(text is None or text.removeprefix("-").isdecimal() for text in texts):
+        return read_column(pa.array([None if text is None else int(text) for text in texts]), None, where)
+    kinds = {type(label) for label in labels if label is not None}
+    if not kinds <= {str}:
+        return read_column(pa.array(labels), None, where)
+    return read_column(pa.array(texts), None, where)
+
+
+class ParquetSource(Source):
+    """Pictures in parquet files that are read a row group at a time, here or, as `hf://` paths, on the hub."""
+
+    def __init__(self, files: Sequence[str], image_key: str | None, label_key: str | None, where: str) -> None:
+        import datasets
+        import pyarrow as pa
+
+        self.files = list(files)
+        self.groups: list[tuple[int, int, int]] = []  # file, row group, rows
+        labels: list[Any] = []
+        label: str | None = None
+        first: Any = None
+        for number, file in enumerate(files):
+            opened = self._parquet(number)
+            features = datasets.Features.from_arrow_schema(opened.schema_arrow)
+            if first is None:
+                first = features
+                self.image_key = image_column(image_key, features, where)
+                label, self.why = label_column(label_key, features)
+            known = [(key in f, getattr(f.get(key), "names", None)) for f in (features, first) for key in (label,)]
+            if self.image_key not in features or known[0] != known[1]:
+                raise DataError(
+                    f"{where}: {files[0]} and {file} differ in columns or class names\n  Take one kind of file"
+                )
+            rows = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            self.groups += [(number, group, count) for group, count in enumerate(rows)]
+            if label is not None:
+                labels.append(opened.read(columns=[label], use_threads=False).column(label))
+        self.shards = [rows for _, _, rows in self.groups]
+        self.ends = np.cumsum(self.shards)
+        total = int(self.ends[-1]) if len(self.ends) else 0
+        if not labels:
+            self.labels, self.names = torch.full((total,), NONE), []
+        else:
+            column = pa.chunked_array([chunk for column in labels for chunk in column.chunks], labels[0].type)
+            self.labels, self.names = read_column(column, first[label], f"{where}: column {label!r}")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process, self._open, self._kept = os.getpid(), OrderedDict(), OrderedDict()
+        self.reads = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_kept")} | {"_process": -1}
+
+    def _parquet(self, number: int) -> Any:
+        import pyarrow.parquet as pq
+
+        file = self.files[number]
+        try:
+            return pq.ParquetFile(open_files(file))
+        except Exception as e:
+            said = (str(e).splitlines() or [type(e).__name__])[0][:120]
+            raise DataError(f"{file} is no whole parquet file ({said})\n  Bring it again") from None
+
+    def encoded(self, i: int) -> bytes | Path:
+        place = int(np.searchsorted(self.ends, i, side="right"))
+        cell = self._group(place)[i - int(self.ends[place]) + self.shards[place]].as_py()  # type: ignore[index]
+        if isinstance(cell, dict):
+            stored, path = cell.get("bytes"), cell.get("path")
+            return Path(path) if stored is None and path else stored or b""
+        return Path(cell) if isinstance(cell, str) else cell or b""
+
+    def _group(self, place: int) -> Any:
+        if self._process != os.getpid():  # a handle that was inherited shares its position with the parent
+            self._forget()
+        if place not in self._kept:
+            number, group, _ = self.groups[place]
+            if number not in self._open:
+                self._open[number] = self._parquet(number)
+            column = self._open[number].read_row_group(group, columns=[self.image_key], use_threads=False)
+            self._kept[place] = column.column(self.image_key)
+            self.reads += 1
+            for held in (self._kept, self._open):
+                if len(held) > _KEPT:
+                    held.popitem(last=False)
+        self._kept.move_to_end(place)
+        return self._kept[place]
+
+    def name(self, i: int) -> str:
+        place = int(np.searchsorted(self.ends, i, side="right"))
+        number, _, rows = self.groups[place]
+        before = sum(count for n, _, count in self.groups[:place] if n == number)
+        return f"{PurePosixPath(self.files[number]).name} row {before + i - int(self.ends[place]) + rows}"
+
+
+def parquet_files(
+    root: str | Path | None, hub: str | None, download: bool, subset: str | None, ways: str
+) -> Callable[..., Splits] | None:
+    """Opens the splits of parquet files in a folder, or on the hub; None where a folder holds something else.
+
+    Raises:
+        DataError: There is nothing there, or the hub may not be asked.
+    """
+    if root is not None:
+        path = folder(root, subset)
+        found = layouts.find(path)
+        if found is None or found.kind != "parquet":
+            return None
+        splits = {name: [str(found.root / file) for file in files] for name, files in found.splits.items()}
+        others = {name: [str(found.root / file) for file in files] for name, files in found.others.items()}
+        notes = found.notes
+    elif hub is None:
+        raise DataError(f"no data: neither data.root nor data.hub is set\n  {ways}")
+    elif not download:
+        raise DataError(f"data.hub: streaming {hub!r} asks the network, which was not allowed\n  {ways}")
+    else:
+        splits, others, notes = hub_files(hub, subset, ways), {}, []
+    for files in splits.values():
+        layouts.check_shards(files)
+    strange = next((file for files in splits.values() for file in files if not file.endswith(".parquet")), None)
+    if strange is not None:
+        raise DataError(
+            f"data.streaming: {hub!r} stores {strange}, and only parquet files are streamed\n  Leave it out"
+        )
+    return lambda *keys: Splits(
+        {name: ParquetSource(files, *keys) for name, files in splits.items()},
+        {name: lambda files=files: ParquetSource(files, *keys) for name, files in others.items()},
+        notes,
+    )
+
+
+def hub_files(hub: str, subset: str | None, ways: str) -> dict[str, list[str]]:
+    """Paths of a hub dataset's files by split."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(hub, subset)
+    except Exception as e:
+        said = " ".join(str(e).split())[:200]
+        raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__}: {said})\n  {ways}") from None
+    return {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
