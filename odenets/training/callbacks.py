@@ -26,6 +26,9 @@ class Throughput(Callback):
     The first batch of an epoch, which waits for workers and compilation, is left out.
     """
 
+    def __init__(self) -> None:
+        self._images, self._start, self._stop = -1, 0.0, 0.0  # as at an epoch's start, which a resumed one lacks
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._images, self._start = -1, 0.0
 

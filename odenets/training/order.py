@@ -225,9 +225,8 @@ def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None =
 
 def batch_seed(trainer: L.Trainer, seed: int, stream: str = "augment") -> int:
     """The seed of the training batch that is being prepared; of a `stream` of its own for each user."""
-    loop = trainer.fit_loop
-    number = loop.epoch_loop.batch_progress.current.ready
-    return seed_of(seed, stream, loop.epoch_progress.current.processed, number, trainer.global_rank)
+    number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return seed_of(seed, stream, trainer.current_epoch, number, trainer.global_rank)
 
 
 def processes(module: L.LightningDataModule) -> tuple[int, int]:
