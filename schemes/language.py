@@ -112,7 +112,7 @@ class Reader:
                 return self._call(
                     name,
                     [self._value(a, depth + 1) for a in args],
-                    {str(k.arg): self._value(k.value, depth + 1) for k in keywords},
+                    {str(k.arg): self._argument(name, k, depth + 1) for k in keywords},
                     at,
                 )
             case ast.BinOp(op=ast.Add()):
@@ -138,6 +138,13 @@ class Reader:
         }
         what = words.get(type(node), f"the construct {type(node).__name__}")
         self._fail(f"{what} is not part of the language of {self.what}s", at)
+
+    def _argument(self, name: str, keyword: ast.keyword, depth: int) -> Any:
+        """The value of key=value; a family may name words of its own: ``words`` says which, key by key."""
+        words = getattr(self.families[name], "words", {}).get(keyword.arg, ())
+        if isinstance(keyword.value, ast.Name) and keyword.value.id in words:
+            return keyword.value.id
+        return self._value(keyword.value, depth)
 
     def _unknown(self, name: str, at: int) -> NoReturn:
         self._fail(f"there is no {shorten(name, 60)!r}; {closest(name, [*self.names, *self.families])}", at)

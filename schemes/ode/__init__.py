@@ -1,0 +1,1 @@
+"""Ordinary differential equations: adaptive and fixed steps, dense output, events, gradients."""

@@ -1,0 +1,61 @@
+"""The solution within steps: pieces of the continuous extension."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runge_kutta import combine
+
+
+class Segment:
+    """One step with its continuous extension; extra stages are evaluated when it is first asked for a value."""
+
+    def __init__(self, t0: float, t1: float, h: float, y: Tensor, method: Any, tried: Any, f: Any, end: Tensor):
+        self.t0, self.t1, self.h, self.y = t0, t1, h, y
+        self._method, self._rest = method, (f, tried, end)
+        self._slopes: list[Tensor] | None = None
+
+    @property
+    def slopes(self) -> list[Tensor]:
+        """The slopes that the extension reads."""
+        if self._slopes is None:
+            f, tried, end = self._rest
+            self._slopes = self._method.extended(f, self.t0, self.h, self.y, tried, end)
+            self._rest = ()  # type: ignore[assignment]
+        return self._slopes
+
+    def at(self, t: float | Tensor) -> Tensor:
+        """The value at a time; a tensor without dimensions gets its gradient."""
+        polynomials = self._method.dense[2]
+        slopes = self.slopes
+        if isinstance(t, Tensor):
+            theta = (t.to(torch.float64) - self.t0) / self.h
+            y = self.y
+            for k, p in zip(slopes, polynomials, strict=True):
+                if p and any(p):
+                    y = y + (self.h * _horner(p, theta)).to(k.real.dtype if k.is_complex() else k.dtype) * k
+            return y
+        theta = (t - self.t0) / self.h
+        row = tuple((j, self.h * _horner(p, theta)) for j, p in enumerate(polynomials) if any(p))
+        return combine(self.y, slopes, row)
+
+    def derivative(self, t: float | Tensor) -> Tensor:
+        """The slope of the extension at a time."""
+        theta: Any = ((t.to(torch.float64) if isinstance(t, Tensor) else t) - self.t0) / self.h
+        total: Any = None
+        for k, p in zip(self.slopes, self._method.dense[2], strict=True):
+            if any(p):
+                slope = _horner([(m + 1) * c for m, c in enumerate(p)], theta, 0)
+                if isinstance(slope, Tensor):
+                    slope = slope.to(k.real.dtype if k.is_complex() else k.dtype)
+                total = slope * k if total is None else total + slope * k
+        return total
+
+
+def _horner(coefficients: Any, x: Any, power: int = 1) -> Any:
+    """sum_m coefficients[m] x^(m + power), power 0 or 1."""
+    value: Any = 0.0
+    for c in reversed(coefficients):
+        value = value * x + c
+    return value * x if power else value
