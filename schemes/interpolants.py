@@ -297,7 +297,8 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         for row, x in zip(found, points, strict=True):
             stages.append((len(rows), x))
             rows.append((*row, *([ZERO] * (len(rows) - len(row)))))
-        weights = _corrected([*weights, *([[ZERO] * 3] * len(points))], stages)
+        new: list[list[Number]] = [[ZERO, ZERO, ZERO] for _ in points]
+        weights = _corrected([*weights, *new], stages)
     return Interpolant(
         tuple(tuple(row[:i]) for i, row in enumerate(rows)),
         tuple(map(tuple, weights)),

@@ -101,7 +101,9 @@ class Control:
         r, r1, r2 = (max(x, 1e-10) for x in (*ratios, 1.0, 1.0, 1.0)[:3])
         k = order + 1
         p, i, d = self.proportional, self.integral, self.derivative
-        change = r ** (-(p + i + d) / k) * r1 ** ((p + 2 * d) / k) * r2 ** (-d / k)
+        change = r ** (-(p + i + d) / k) * r1 ** ((p + 2 * d) / k)
+        if d:
+            change *= r2 ** (-d / k)
         return min(self.largest, max(self.smallest, self.safety * change))
 
     def shrink(self, ratio: float, order: int) -> float:
@@ -109,6 +111,54 @@ class Control:
         if not ratio < math.inf:  # inf or nan
             return self.smallest
         return min(self.safety, max(self.smallest, self.safety * ratio ** (-1 / (order + 1))))
+
+
+class Pace:
+    """The step size of one solve, as it goes.
+
+    Args:
+        control: tolerances and limits.
+        order: the lower order of the pair.
+        h: the first step size, with the sign of the direction.
+        sign: the direction.
+    """
+
+    def __init__(self, control: Control, order: int, h: float, sign: float):
+        self.control, self.order, self.sign = control, order, sign
+        self.ratios: list[float] = []
+        self.ratio = 0.0
+        self.rejected = self.lands = self.stuck = False
+        self.h = self._within(h)
+
+    def _within(self, h: float) -> float:
+        return self.sign * min(max(abs(h), self.control.min_step), self.control.max_step)
+
+    def propose(self, t: float, target: float) -> tuple[float, float]:
+        """The size and the end of the next step, which does not go beyond the target; ``lands`` says if it reaches it."""
+        rest = target - t
+        size, length = abs(self.h), abs(rest)
+        self.lands = size * 1.01 >= length
+        if self.lands:
+            return rest, target
+        h = rest / 2 if size * 2 > length else self.h  # halves, so that no sliver of a step is left
+        return h, t + h
+
+    def accepts(self, h: float, ratio: float) -> bool:
+        """Whether a step of that size and error is kept; sets the size of the next."""
+        self.ratio = ratio
+        control = self.control
+        if ratio <= 1 or (abs(h) <= control.min_step and ratio < math.inf):
+            self.ratios = [ratio, *self.ratios[:2]]
+            factor = control.factor(self.ratios, self.order)
+            h1 = h * (min(factor, 1.0) if self.rejected else factor)
+            if self.lands and abs(self.h) > abs(h1) and not self.rejected:
+                h1 = self.h  # a step cut short says little about the next
+            self.h, self.rejected = self._within(h1), False
+            return True
+        self.stuck = self.rejected and abs(h) <= control.min_step
+        self.rejected = True
+        self.h = self._within(h * control.shrink(ratio, self.order))
+        return False
 
 
 def first_step(f: Callable[[float, Tensor], Any], t: float, y: Tensor, k: Tensor, span: float, order: int, c: Control):

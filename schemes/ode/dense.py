@@ -14,15 +14,15 @@ class Segment:
     def __init__(self, t0: float, t1: float, h: float, y: Tensor, method: Any, tried: Any, f: Any, end: Tensor):
         self.t0, self.t1, self.h, self.y = t0, t1, h, y
         self._method, self._rest = method, (f, tried, end)
-        self._slopes: list[Tensor] | None = None
+        self._slopes: list[Tensor] = []
 
     @property
     def slopes(self) -> list[Tensor]:
         """The slopes that the extension reads."""
-        if self._slopes is None:
+        if not self._slopes:
             f, tried, end = self._rest
             self._slopes = self._method.extended(f, self.t0, self.h, self.y, tried, end)
-            self._rest = ()  # type: ignore[assignment]
+            self._rest = (None, None, None)
         return self._slopes
 
     def at(self, t: float | Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .control import Control, first_step
+from .control import Control, Pace, first_step
 from .dense import Segment
 from .field import Field, first_bad
 from .run import Run
@@ -25,6 +25,30 @@ def stops(times: Sequence[float], control: Control, land: bool) -> tuple[list[fl
     return sorted(found, reverse=end < start), jumps
 
 
+def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, control: Control) -> tuple[Tensor, Pace]:
+    """The slope at the start, and the first step size; the run fails where either state or slope is not finite."""
+    sign = 1.0 if end > t else -1.0
+    k = f(t, y)
+    bad = first_bad(y, k)
+    if bad is not None:
+        run.status, run.sample = "not_finite", bad
+        return k, Pace(control, order, sign, sign)
+    if control.first_step is not None:
+        h = sign * min(abs(control.first_step), abs(end - t))
+    else:
+        h = first_step(f, t, y.detach(), k.detach(), end - t, order, control)
+    return k, Pace(control, order, h, sign)
+
+
+def stalled(run: Run, pace: Pace, t: float, t1: float, control: Control) -> bool:
+    """Whether the solve cannot go on; the run's status then says why."""
+    if t1 == t or pace.stuck:
+        run.status = "underflow" if math.isfinite(pace.ratio) else "not_finite"
+    elif run.accepted + run.rejected >= control.max_steps:
+        run.status = "max_steps"
+    return run.status != "finished"
+
+
 def solve(
     f: Field,
     y: Tensor,
@@ -36,6 +60,7 @@ def solve(
     attempt: Attempts | None = None,
     dense: bool = False,
     events: Any = None,
+    callbacks: Any = None,
 ) -> Run:
     """Solves from ``times[0]`` through all times with one step size, adapted to the error of the whole state.
 
@@ -49,56 +74,35 @@ def solve(
         attempt: tries a step in place of ``method.attempt`` (recomputation).
         dense: whether the pieces of the continuous solution are kept.
         events: watches for events (`schemes.ode.events.Watch`).
+        callbacks: functions of (t, y, h) called before a step, when it is accepted, when it is rejected; or None each.
     """
     attempt = attempt or method.attempt
-    order, reuses = method.order, method.reuses
+    reuses = method.reuses
     t, end = times[0], times[-1]
-    sign = 1.0 if end > t else -1.0
+    forward = end > t
     ahead, jumps = stops(times, control, land)
-    near = f.beside(t, False, sign > 0) if t in jumps else f
+    near = f.beside(t, False, forward) if t in jumps else f
     run = Run([y], t, y)
-    bad = first_bad(y)
-    if bad is not None:
-        run.status, run.sample = "not_finite", bad
+    found, pace = begin(run, near, y, t, end, method.order, control)
+    k: Tensor | None = found
+    if run.failed or (events is not None and events.start(run, y)):
         return run
-    k: Tensor | None = near(t, y)
-    bad = first_bad(k)
-    if bad is not None:
-        run.status, run.sample = "not_finite", bad
-        return run
-    if control.first_step is not None:
-        h = sign * min(abs(control.first_step), abs(end - t))
-    else:
-        h = first_step(near, t, y.detach(), k.detach(), end - t, order, control)
-    h = sign * min(max(abs(h), control.min_step), control.max_step)
-    size = y.detach().abs()
-    ratios: list[float] = []
+    before, after, instead = callbacks or (None, None, None)
+    sign, size = pace.sign, y.detach().abs()
     i, stop = 1, 0
-    rejected = False
-    ratio = 0.0
-    if events is not None and events.start(run, f):
-        return run
+    tried: Any = None
     while True:
         target = ahead[stop]
-        rest = target - t
-        planned, landing = h, abs(h) * 1.01 >= abs(rest)
-        if landing:
-            h, t1 = rest, target
-        else:
-            if abs(h) * 2 > abs(rest):
-                h = rest / 2  # so that no sliver of a step is left
-            t1 = t + h
-        if t1 == t:
-            run.status = "underflow" if math.isfinite(ratio) else "not_finite"
-        elif run.accepted + run.rejected >= control.max_steps:
-            run.status = "max_steps"
-        if run.status != "finished":
+        h, t1 = pace.propose(t, target)
+        if stalled(run, pace, t, t1, control):
             break
+        if before is not None:
+            before(t, y, h)
         g = near
-        if landing and target in jumps:
-            g = f.beside(target, True, sign > 0)
-            if near is not f:
-                g.at.update(near.at)  # type: ignore[union-attr]
+        if pace.lands and target in jumps:
+            g = f.beside(target, True, forward)
+            if near.at is not None and g.at is not None:
+                g.at.update(near.at)
         if k is None:
             k = g(t, y)
         tried = attempt(g, t, h, y, k)
@@ -106,46 +110,37 @@ def solve(
         with torch.no_grad():
             size1 = y1.abs()
             ratio = control.ratio(method.error(tried, h), size, size1)
-        if not (ratio <= 1 or (abs(h) <= control.min_step and ratio < math.inf)):
+        if not pace.accepts(h, ratio):
             run.rejected += 1
-            if rejected and abs(h) <= control.min_step:
-                run.status = "not_finite"
-                break
-            rejected = True
-            h = sign * max(abs(h) * control.shrink(ratio, order), control.min_step)
+            if instead is not None:
+                instead(t, y, h)
             continue
         run.accepted += 1
         run.steps.append((t, h))
+        if after is not None:
+            after(t, y, h)
         last: Tensor | None = tried.slopes[-1] if reuses else None
-        inside = i < len(times) and (times[i] - t1) * sign < 0
         piece: Segment | None = None
-        if inside or dense or events is not None:
+        if dense or events is not None or (i < len(times) and (times[i] - t1) * sign < 0):
             if last is None:
                 last = g(t1, y1)
             piece = Segment(t, t1, h, y, method, tried, g, last)
             if dense:
                 run.segments.append(piece)
-            if events is not None and events.step(run, piece, y1):
-                break
+            if events is not None and events.step(run, piece):
+                return run
         while i < len(times) and (times[i] - t1) * sign <= 0:
             run.ys.append(y1 if times[i] == t1 else piece.at(times[i]))  # type: ignore[union-attr]
             i += 1
-        ratios = [ratio, *ratios[:2]]
-        factor = control.factor(ratios, order)
-        h1 = h * (min(factor, 1.0) if rejected else factor)
-        if landing and abs(planned) > abs(h1):
-            h1 = planned  # a step cut short says little about the next
-        h = sign * min(max(abs(h1), control.min_step), control.max_step)
-        rejected = False
         t, y, k, size = t1, y1, last, size1
         near = f
-        if landing:
+        if pace.lands:
             if target in jumps:
-                near, k = f.beside(t, False, sign > 0), None
+                near, k = f.beside(t, False, forward), None
             stop += 1
             if stop == len(ahead):
                 break
-    run.t, run.y = (t, y) if run.status != "event" else (run.t, run.y)
+    run.t, run.y = t, y
     if run.status == "not_finite":
         run.sample = first_bad(tried.y, *tried.slopes)
     return run

@@ -123,7 +123,7 @@ class Reads:
         while queue:
             node = queue.pop()
             if type(node).__name__ == "AccumulateGrad":
-                variable = node.variable
+                variable = node.variable  # type: ignore[attr-defined]
                 if variable is not y and id(variable) not in self._leaves:
                     if not add:
                         return True
