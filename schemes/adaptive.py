@@ -93,7 +93,7 @@ class Adaptive(Scheme):
         for key, value in (("rtol", self.rtol), ("atol", self.atol), ("max_steps", self.max_steps)):
             if not 0 < value < float("inf"):
                 raise SchemeError(f"adaptive: {key} is {value}, want a positive number.")
-        self._pair = Pair(method)
+        self.pair = Pair(method)
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         return (self.solve(fs, state, h, gs=gs).values[-1],)
@@ -143,7 +143,7 @@ class Adaptive(Scheme):
             return f(y, since)
 
         gradient = "adjoint" if self.adjoint else "store"
-        ys, run = solved(func, x, times, self._pair, control, gradient=gradient, check=self._check)
+        ys, run = solved(func, x, times, self.pair, control, gradient=gradient, check=self._check)
         values = list(ys.unbind()[1:])
         if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
             # The end of the interval moves along the flow.

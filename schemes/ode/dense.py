@@ -53,6 +53,38 @@ class Segment:
         return total
 
 
+class Hermite:
+    """A step with the cubic through its values and slopes, or without slopes the line."""
+
+    def __init__(self, t0: float, t1: float, y0: Tensor, y1: Tensor, k0: Tensor | None, k1: Tensor | None):
+        self.t0, self.t1, self.h, self.y = t0, t1, t1 - t0, y0
+        self.ends, self.slopes = (y0, y1), (k0, k1)
+
+    def at(self, t: float | Tensor) -> Tensor:
+        """The value at a time."""
+        (y0, y1), (k0, k1) = self.ends, self.slopes
+        x = self._theta(t)
+        if k0 is None or k1 is None:
+            return y0 + x * (y1 - y0)
+        h = self.h
+        rise = x * x * (3 - 2 * x)
+        return y0 + rise * (y1 - y0) + (h * (x * (1 - x) * (1 - x))) * k0 + (h * (x * x * (x - 1))) * k1
+
+    def derivative(self, t: float | Tensor) -> Tensor:
+        """The slope at a time."""
+        (y0, y1), (k0, k1) = self.ends, self.slopes
+        x = self._theta(t)
+        if k0 is None or k1 is None:
+            return (y1 - y0) / self.h
+        return (6 * x * (1 - x) / self.h) * (y1 - y0) + ((1 - x) * (1 - 3 * x)) * k0 + (x * (3 * x - 2)) * k1
+
+    def _theta(self, t: float | Tensor) -> Any:
+        if not isinstance(t, Tensor):
+            return (t - self.t0) / self.h
+        y = self.ends[0]
+        return ((t.to(torch.float64) - self.t0) / self.h).to(y.real.dtype if y.is_complex() else y.dtype)
+
+
 def _horner(coefficients: Any, x: Any, power: int = 1) -> Any:
     """sum_m coefficients[m] x^(m + power), power 0 or 1."""
     value: Any = 0.0

@@ -27,7 +27,7 @@ class Field:
     Args:
         func: the vector field of packed states.
         like: a state.
-        timed: whether func takes the time as a tensor; else the number itself.
+        at: times that are read as others beside them.
     """
 
     def __init__(self, func: Callable[[Any, Tensor], Tensor], like: Tensor, at: dict[float, float] | None = None):
@@ -48,6 +48,12 @@ class Field:
         if not isinstance(k, Tensor) or k.shape != y.shape or k.dtype != self.dtype:
             k = fitted(k, y)
         return k
+
+    def timed(self, time: Tensor, y: Tensor) -> Tensor:
+        """The same at a time that is a tensor already."""
+        self.count[0] += 1
+        k = self.func(time, y)
+        return k if isinstance(k, Tensor) and k.shape == y.shape and k.dtype == self.dtype else fitted(k, y)
 
     def beside(self, t: float, before: bool, forward: bool) -> "Field":
         """The field that reads the time t as the number just before, or just after it, in the direction of the solve.

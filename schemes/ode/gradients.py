@@ -70,6 +70,7 @@ def solved(
 
             def forward(y: Tensor) -> list[Tensor]:
                 found.append(joint.solve(f, y, times, method, control, land=land, **options))
+                found[0].evaluations = f.count[0]
                 check(found[0])
                 return found[0].ys
 
@@ -78,6 +79,7 @@ def solved(
             return ys, found[0]
     attempt = recomputed(method) if gradient == "checkpoint" and torch.is_grad_enabled() else None
     run = joint.solve(f, y0, times, method, control, land=land, attempt=attempt, **options)
+    run.evaluations = f.count[0]
     check(run)
     return torch.stack(run.ys), run
 

@@ -20,6 +20,7 @@ class Run:
         sample: the sample at fault.
         accepted: steps that were kept.
         rejected: steps that were not.
+        evaluations: calls of the field.
         steps: start and size of each step that was kept.
         segments: the pieces of the continuous solution, where asked for.
         events: what the event functions found, as (number, time, state).
@@ -32,6 +33,7 @@ class Run:
     sample: int | None = None
     accepted: int = 0
     rejected: int = 0
+    evaluations: int = 0
     steps: list[tuple[float, float]] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     events: list[Any] = field(default_factory=list)

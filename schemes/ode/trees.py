@@ -86,7 +86,7 @@ class Packing:
             if part.is_complex() and not dtype.is_complex:
                 part = part.real
             rest = (flat.shape[-2], *shape[1:]) if self.samples else tuple(shape)
-            leaves.append(part.reshape(*lead, *rest).to(dtype))
+            leaves.append(part.reshape((*lead, *rest)).to(dtype))
         return pytree.tree_unflatten(leaves, self.spec)
 
     def tolerance(self, name: str, value: Any, like: Tensor) -> float | Tensor:
