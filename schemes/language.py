@@ -111,7 +111,7 @@ class Reader:
                 return self._call(
                     name,
                     [self._value(a, depth + 1) for a in args],
-                    {str(k.arg): self._value(k.value, depth + 1) for k in keywords},
+                    {str(k.arg): self._argument(name, k, depth + 1) for k in keywords},
                     at,
                 )
             case ast.BinOp(op=ast.Add()):
@@ -154,6 +154,13 @@ class Reader:
             self._unknown(name, at)
         if any(isinstance(a, ast.Starred) for a in args) or any(k.arg is None for k in keywords):
             self._fail("* and ** are not part of the language", at)
+
+    def _argument(self, name: str, keyword: ast.keyword, depth: int) -> Any:
+        """The value of key=value; a family may name words of its own: ``words`` says which, key by key."""
+        words = getattr(self.families[name], "words", {}).get(keyword.arg, ())
+        if isinstance(keyword.value, ast.Name) and keyword.value.id in words:
+            return keyword.value.id
+        return self._value(keyword.value, depth)
 
     def _unknown(self, name: str, at: int) -> NoReturn:
         self._fail(f"there is no {shorten(name, 60)!r}; {closest(name, [*self.names, *self.families])}", at)
