@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from .exact import Entry, Number, exact
+from .exact_numbers import Number, NumberLike, exact
 from .order import _ElementaryWeights, _Sensitivity, trees
 from .tableau import Tableau
 
@@ -85,12 +85,12 @@ class Interpolant:
         return limit
 
 
-def _published(tableau: Tableau, weights: Sequence[Sequence[Entry]], digits: int | None, cite: str) -> Interpolant:
+def _published(tableau: Tableau, weights: Sequence[Sequence[NumberLike]], digits: int | None, cite: str) -> Interpolant:
     rows = with_end(tableau)
     return Interpolant(rows, tuple(tuple(exact(x) for x in p) for p in weights), 0, digits, cite)
 
 
-def _product(*factors: Sequence[Entry]) -> list[Number]:
+def _product(*factors: Sequence[NumberLike]) -> list[Number]:
     """The product of polynomials, each given from its constant term on, without its constant term."""
     result: list[Number] = [Fraction(1)]
     for factor in factors:
