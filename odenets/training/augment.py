@@ -127,8 +127,11 @@ def random_erasing(
     """Fill a random box of each picture with normal noise, with probability p. For normalised floats.
 
     Args:
+        x: (n, c, h, w).
+        p: Probability for each picture.
         scale: Range of the box's share of the picture.
         ratio: The aspect is drawn log-uniformly from [1 / ratio, ratio].
+        generator: What the draws come from; None is torch's own on the device of x.
 
     Source: Zhong et al. 2020, "Random erasing data augmentation".
     """
