@@ -392,6 +392,7 @@ def keeping_all(module: nn.Module) -> Iterator[None]:
     """Inside, all stacks of a module keep their tensors: a recomputed state has no graph to what its step makes of it.
 
     Example:
+        >>> from torch import nn
         >>> net = Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop="reverse")
         >>> with keeping_all(net):
         ...     print(net.backprop)

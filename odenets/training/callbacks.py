@@ -151,6 +151,7 @@ class Summary(ModelSummary):
 
     @staticmethod
     def summarize(*args: Any, **kwargs: Any) -> None:
+        """Prints the table, without lines that count nothing."""
         table = _format_summary_table(*args[1:5], kwargs.get("total_flops", 0), *args[0])
         lines = [line for line in table.splitlines() if " mode" not in line and not _NO_FLOPS.match(line)]
         rank_zero_info("\n".join(lines))
