@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from . import tableaux
 from .errors import SchemeError
 from .ode.control import Control
 from .ode.field import clock, time_dtype
@@ -82,11 +83,9 @@ class Adaptive(Scheme):
         backend: str = "schemes",
     ):
         if isinstance(method, str):
-            from . import registry
-
-            if method not in registry.names():
+            if method not in tableaux.METHODS:
                 raise SchemeError(f"adaptive: no adaptive method {method!r}; there are {', '.join(PAIRS)}.")
-            method = registry.get(method)
+            method = RungeKutta(tableaux.METHODS[method])
         name = str(method)
         if not isinstance(method, RungeKutta) or method.tableau.b_hat is None:
             raise SchemeError(f"adaptive: no adaptive method {name!r}; there are {', '.join(PAIRS)}.")
