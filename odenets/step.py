@@ -29,6 +29,27 @@ class FunctionModule(nn.Module):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
+class Revision:
+    """Whether the residual functions of a stack were exchanged since their signatures were read; shared by its steps."""
+
+    def __init__(self) -> None:
+        self.stale = True
+
+
+class ResidualFunctions(nn.ModuleList):
+    """The residual functions of a step; one that is exchanged is noticed, since its signature must be read anew."""
+
+    def __init__(self, functions: Sequence[nn.Module], revision: Revision):
+        super().__init__()
+        self.revision = revision
+        self.extend(functions)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.revision.stale = True
+
+
 class Step(nn.Module):
     """One use of a scheme with its residual functions, shortcuts and step size; the unit of sharding and of hooks.
 
@@ -43,17 +64,29 @@ class Step(nn.Module):
         h: float,
         learned: bool,
         index: int,
-        shared: bool,
+        shared: nn.Module | None,
+        revision: Revision,
     ):
         super().__init__()
         self.scheme, self.index = scheme, index
-        self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)
-        self.timed = any(t.time for t in self.takes)
-        self.plain = scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
-        self.fs = None if shared else nn.ModuleList(fs)
+        self.fs = ResidualFunctions(fs, revision) if shared is None else None
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
-        self.bare = self.plain and self.gs is None and not shared and not scheme.training_differs
+        self.scheduled: Tensor | None = None  # h as a tensor, once a schedule has set it
+        self.read(shared)
+
+    def read(self, shared: nn.Module | None) -> None:
+        """Reads from the signatures of the residual functions what they take."""
+        fs = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)
+        self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)  # type: ignore
+        self.timed = any(t.time for t in self.takes)
+        self.plain = self.scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
+        self.bare = self.plain and self.gs is None and self.fs is not None and not self.scheme.training_differs
+
+    @property
+    def size(self) -> Any:
+        """The step size; a tensor where a compiler would take a scheduled number for a constant."""
+        return self.scheduled if self.scheduled is not None and torch.compiler.is_compiling() else self.h
 
     def functions(
         self, shared: nn.Module | None, t: Any, context: Any, h: Any, calls: list[int] | None = None
@@ -79,7 +112,7 @@ class Step(nn.Module):
 
     def end(self, t: Any, h: Any = None) -> Any:
         """The time at the end of a step that starts at t; None where no function reads the time."""
-        return None if t is None else t + self.scheme.span * (self.h if h is None else h)
+        return None if t is None else t + self.scheme.span * (self.size if h is None else h)
 
     def scheme_on(self, state: State) -> Scheme:
         """The scheme, or in training what stands for it there (bdia draws)."""
@@ -110,7 +143,8 @@ class Step(nn.Module):
             return runner(self, state, shared, t, context, h)
         if self.bare and h is None:
             # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
-            return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
+            h = self.h if self.scheduled is None else self.size
+            return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, h)  # type: ignore
         return self.evaluate(state, shared, t, context, h)
 
     def evaluate(
@@ -124,7 +158,7 @@ class Step(nn.Module):
         calls: list[int] | None = None,
     ) -> State:
         """The step by plain evaluation, its functions wrapped by what a pass collects or checks."""
-        h = self.h if h is None else h
+        h = self.size if h is None else h
         fs, gs = self.functions(shared, t, context, h, calls)
         if wrap is not None:
             fs, gs = wrap(self, state, fs, gs)
