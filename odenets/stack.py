@@ -1,6 +1,6 @@
 """Stack: residual functions, put together by a scheme."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from schemes.scheme import Function, Scheme, Slot, State
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import build, checks
+from .auxiliary import LOG_DET, Sink
 from .backprop.diagnose import Diagnosis, diagnose
 from .backprop.modes import Mode, Store, WithErrors, format_mode, parse_mode
 from .backprop.monitor import Monitor
@@ -141,7 +142,7 @@ class Stack(nn.Module):
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
             with torch.no_grad():
-                self._first_call(x, 0.0, None, None, always=True)
+                self._first_call(x, 0.0, None, None, None, always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -236,16 +237,26 @@ class Stack(nn.Module):
             streams = part.widths(n, streams, out)
         return cls(fs, found, depth, **options)
 
-    def forward(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None, aux: bool | Collection[str] = False
+    ) -> Any:
         """The readout of the last step.
 
         Args:
             x: the input.
             t: time at the start, for residual functions that take one.
             context: what residual functions with a parameter ``context`` read.
+            aux: gives a pair, the readout and a dictionary of auxiliary values, each summed over the calls of the
+                residual functions: those that they return beside their value, ``return y, {"balance": loss}`` (True),
+                or those of these names. "log_det" is the log-determinant of a coupling's steps, (n,). In every mode
+                of backpropagation the values have gradients.
+
+        Raises:
+            SchemeError: a name that no function returned, or the log-determinant of a scheme that has none.
         """
         if (
             self._direct
+            and aux is False
             and (self.training, torch.is_grad_enabled()) in self._checked
             and context is None
             and not self._revision.stale
@@ -254,25 +265,37 @@ class Stack(nn.Module):
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
                 state = step(state)  # type: ignore[misc]
             return state[0]
-        return self.scheme.readout(self._walk(x, t, context))
+        if aux is False:
+            return self.scheme.readout(self._walk(x, t, context))
+        sink = Sink(not isinstance(aux, bool) and LOG_DET in aux)
+        y = self.scheme.readout(self._walk(x, t, context, None, sink))
+        return y, sink.sums(aux)
 
-    def _walk(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> State:
+    def _walk(
+        self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None, sink: Sink | None = None
+    ) -> State:
         """The state after the last step; ``on_step`` is shown the state after each."""
         if self._revision.stale:
             self._read_functions()
         self._check_given(t, context)
         seen = (self.training, torch.is_grad_enabled())
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            return self._first_call(x, t, context, on_step)
-        return self._run(x, t, context, on_step)
+            return self._first_call(x, t, context, on_step, sink)
+        return self._run(x, t, context, on_step, sink)
 
-    def _first_call(self, x: Tensor, t: Any, context: Any, on_step: Observer | None, always: bool = False) -> State:
+    def _first_call(
+        self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, always: bool = False
+    ) -> State:
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
         if not isinstance(x, Tensor):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
-        checks.initialise(self, lambda: self._run(x, t, context, None))
+        checks.initialise(self, lambda: self._run(x, t, context, None, None))
+        for step in self.steps:
+            step.auxiliary = step.auxiliary or None  # told by what the functions return now
         with checks.nothing_changed([self], always):
-            state = self._run(x, t, context, on_step, checks.watch)
+            state = self._run(x, t, context, on_step, sink, checks.watch)
+        for step in self.steps:
+            step.auxiliary = bool(step.auxiliary)
         self._checked.add((self.training, torch.is_grad_enabled()))
         return state
 
@@ -289,10 +312,12 @@ class Stack(nn.Module):
                 "whether it takes them.\n  Name them in its signature: forward(self, x, t, context)."
             )
 
-    def _run(self, x: Tensor, t: Any, context: Any, on_step: Observer | None, wrap: Any = None) -> State:
+    def _run(
+        self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, wrap: Any = None
+    ) -> State:
         given, state = self._pass(x, t, context, on_step)
         mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
-        state = mode.run(given._replace(wrap=wrap), state)
+        state = mode.run(given._replace(wrap=wrap, sink=sink), state)
         if given.calls is not None:
             self._calls = given.calls[0]
         return state

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from schemes.scheme import Function, Scheme, State, bind, signature
 
+from .auxiliary import Sink, Split, step_measured
+
 Functions = tuple[Sequence[Function], Sequence[Function]]  # residual functions and shortcuts
 Runner = Callable[["Step", State, nn.Module | None, Any, Any, Any], State]
 Wrap = Callable[["Step", State, Sequence[Function], Sequence[Function]], Functions]
@@ -30,7 +32,7 @@ class FunctionModule(nn.Module):
 
 
 class Revision:
-    """Whether the residual functions of a stack were exchanged since their signatures were read; shared by its steps."""
+    """Whether residual functions of a stack were exchanged since their signatures were read; its steps share it."""
 
     def __init__(self) -> None:
         self.stale = True
@@ -73,6 +75,7 @@ class Step(nn.Module):
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
         self.scheduled: Tensor | None = None  # h as a tensor, once a schedule has set it
+        self.auxiliary: bool | None = None  # whether a function returns auxiliary values; None before a first call
         self.read(shared)
 
     def read(self, shared: nn.Module | None) -> None:
@@ -89,7 +92,13 @@ class Step(nn.Module):
         return self.scheduled if self.scheduled is not None and torch.compiler.is_compiling() else self.h
 
     def functions(
-        self, shared: nn.Module | None, t: Any, context: Any, h: Any, calls: list[int] | None = None
+        self,
+        shared: nn.Module | None,
+        t: Any,
+        context: Any,
+        h: Any,
+        calls: list[int] | None = None,
+        sink: Sink | None = None,
     ) -> Functions:
         """The residual functions, with time and context filled in where they take them, and the shortcuts.
 
@@ -99,16 +108,21 @@ class Step(nn.Module):
             context: what functions with a parameter ``context`` read.
             h: step size.
             calls: counts the evaluations of an adaptive solver.
+            sink: takes the auxiliary values of the functions; None drops them.
         """
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
         if not self.plain:
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
+        if self.auxiliary is not False:
+            fs = tuple(Split(f, sink, self) for f in fs)
         return fs, () if self.gs is None else tuple(self.gs)
 
     def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
         """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
-        return fs if self.plain else bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
+        if not self.plain:
+            fs = bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
+        return fs if self.auxiliary is False else tuple(Split(f, None, self) for f in fs)
 
     def end(self, t: Any, h: Any = None) -> Any:
         """The time at the end of a step that starts at t; None where no function reads the time."""
@@ -141,7 +155,7 @@ class Step(nn.Module):
         """
         if runner is not None:
             return runner(self, state, shared, t, context, h)
-        if self.bare and h is None:
+        if self.bare and h is None and self.auxiliary is False:
             # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
             h = self.h if self.scheduled is None else self.size
             return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, h)  # type: ignore
@@ -156,13 +170,17 @@ class Step(nn.Module):
         h: Any = None,
         wrap: Wrap | None = None,
         calls: list[int] | None = None,
+        sink: Sink | None = None,
     ) -> State:
         """The step by plain evaluation, its functions wrapped by what a pass collects or checks."""
         h = self.size if h is None else h
-        fs, gs = self.functions(shared, t, context, h, calls)
+        fs, gs = self.functions(shared, t, context, h, calls, sink)
         if wrap is not None:
             fs, gs = wrap(self, state, fs, gs)
-        return self.scheme_on(state)._step(fs, state, h, gs)
+        scheme = self.scheme_on(state)
+        if sink is not None and sink.log_det:
+            return step_measured(scheme, fs, state, h, gs, sink)
+        return scheme._step(fs, state, h, gs)
 
     def extra_repr(self) -> str:
         """Scheme and step size."""

@@ -15,6 +15,7 @@ from schemes.coupling import Coupling, Update, apply_update, invert_update, rota
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
+from ..auxiliary import Sink, measured
 from ..step import Step, Wrap
 from .grid import Grid, Spilled
 from .members import Flags, Members, swapped
@@ -42,11 +43,13 @@ class StepRecord:
         notes: one per elementary update, None where nothing was drawn or written.
         spills: one per elementary update on the grid: the bits that it did not keep.
         overflow: whether a stream left the range of the grid, per elementary update.
+        sink: takes the auxiliary values of the step, or None.
+        counts: how many of them each elementary update gave.
     """
 
     __slots__ = (
-        *("autocast", "context", "flags", "grid", "members", "notes", "overflow", "parameters"),
-        *("scheme", "shared", "slots", "spills", "step", "t"),
+        *("autocast", "context", "counts", "flags", "grid", "members", "notes", "overflow", "parameters"),
+        *("scheme", "shared", "sink", "slots", "spills", "step", "t"),
     )
 
     def __init__(
@@ -58,6 +61,7 @@ class StepRecord:
         context: Any,
         members: Members,
         grid: Grid | None = None,
+        sink: Sink | None = None,
     ):
         self.step, self.shared, self.t, self.context = step, shared, t, context
         self.scheme, self.members, self.grid = step.scheme_on(state), members, grid
@@ -69,6 +73,8 @@ class StepRecord:
         self.notes: list[Surroundings | None] = []
         self.spills: list[Spilled | None] = []
         self.overflow: list[Tensor] = []
+        self.sink = None if sink is None else Sink(sink.log_det)
+        self.counts: list[int] = []
 
     @property
     def where(self) -> str:
@@ -96,10 +102,17 @@ def members_of(step: Step, shared: nn.Module | None) -> Members:
 def parts_of(record: StepRecord, t: Any, context: Any, wrap: Wrap | None = None, state: State = ()) -> list[Part]:
     """The step as elementary schemes."""
     h = record.step.h
-    fs, gs = record.step.functions(record.shared, t, context, h)
+    fs, gs = record.step.functions(record.shared, t, context, h, sink=record.sink)
     if wrap is not None:
         fs, gs = wrap(record.step, state, fs, gs)
     return record.scheme.decompose(fs, h, gs)
+
+
+def updates_of(record: StepRecord, scheme: Coupling, fs: Any, h: Any, streams: int, gs: Any) -> list[Update]:
+    """The elementary updates of a part of the step; they tell their log-determinants where these are wanted."""
+    if record.sink is not None and record.sink.log_det:
+        return measured(scheme, fs, h, streams, gs, record.sink)
+    return scheme.updates(fs, h, streams)
 
 
 def autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
@@ -192,7 +205,7 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
         wrap: what its functions are wrapped in.
         apply: applies an update.
     """
-    for noted in (record.notes, record.spills, record.overflow):
+    for noted in (record.notes, record.spills, record.overflow, record.counts):
         noted.clear()
     before = start = Surroundings(state[0].device, record.members)
     statistics = [(b.value, b.value.clone()) for b in record.members.statistics()]
@@ -201,9 +214,9 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
         for scheme, fs, h, gs in parts_of(record, record.t, record.context, wrap, state):
             if not isinstance(scheme, Coupling):
                 state = scheme._step(fs, state, h, gs)
-                before = before.moved(record.notes)
+                before = _note(record, before)
                 continue
-            for update in scheme.updates(fs, h, len(state)):
+            for update in updates_of(record, scheme, fs, h, len(state), gs):
                 if record.grid is None:
                     state = apply(update, state, gs)
                 else:
@@ -211,7 +224,7 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
                     record.overflow.append(record.grid.over(state[update.dst]))
                 if half and update.appends:
                     state = in_single_precision(state)
-                before = before.moved(record.notes)
+                before = _note(record, before)
             state = rotated(state, scheme.rotate)
     except Exception as error:
         start.restore()
@@ -223,6 +236,13 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
         )
         raise
     return state
+
+
+def _note(record: StepRecord, before: Surroundings) -> Surroundings:
+    """Notes what an update that has just run moved, and how many auxiliary values it gave."""
+    if record.sink is not None:
+        record.counts.append(len(record.sink.values) - sum(record.counts))
+    return before.moved(record.notes)
 
 
 def invert_step(record: StepRecord, state: State) -> State:
@@ -243,4 +263,6 @@ def invert_step(record: StepRecord, state: State) -> State:
                         state = record.grid.invert(update, state, gs, spills)
                 if update.byproduct is not None:  # what stood there before is lost, and read by no step
                     state = (*state[: update.byproduct], lost(state[0]), *state[update.byproduct + 1 :])
+    if record.sink is not None:
+        record.sink.take()
     return state

@@ -38,6 +38,7 @@ from .replay import (
     parts_of,
     replayed,
     run_step,
+    updates_of,
 )
 from .surroundings import Surroundings
 from .walk import Pass
@@ -55,7 +56,7 @@ class Tape:
 
     def __init__(self, every: int | None, keep_first: bool, grid: Grid | None, given: Pass):
         self.every, self.keep_first, self.grid = every, keep_first, grid
-        self.wrap, self.monitor = given.wrap, given.monitor
+        self.wrap, self.monitor, self.sink = given.wrap, given.monitor, given.sink
         self.records: list[StepRecord] = []
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: list[int] = []
@@ -71,12 +72,20 @@ class Tape:
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self.kept[n] = tuple(x.detach() for x in state)
-        record = StepRecord(step, state, shared, t, context, self._members(step, shared), self.grid)
+        members = self._members(step, shared)
+        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink)
         self.records.append(record)
         inputs = [*record.parameters]
         if t is not None or context is not None:
             inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
-        return _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[return-value]
+        state = _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[assignment]
+        if self.sink is None:
+            return state
+        # The node gives the step's auxiliary values after its streams.
+        count = len(state) - len(record.sink.names)  # type: ignore[union-attr]
+        for name, value in zip(record.sink.names, state[count:], strict=True):  # type: ignore[union-attr]
+            self.sink.add(name, value)
+        return state[:count]
 
     def _members(self, step: Step, shared: nn.Module | None) -> Members:
         found = self.monitor.members.get(step.index)
@@ -157,6 +166,11 @@ class _Node(torch.autograd.Function):
             state = run_step(record, tensors[:streams], tape.wrap, apply_update if guard is None else guard.apply)
             if guard is not None:
                 learn(record.members)
+        ctx.streams = len(state)
+        if record.sink is not None:
+            names = record.sink.names
+            state = (*state, *(x.detach() for x in record.sink.take()))
+            record.sink.names = names
         return state
 
     @staticmethod
@@ -183,7 +197,8 @@ class _Node(torch.autograd.Function):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
         streams = list(tape.take(n + 1, free=not _keep_graph()))
-        found, extra = _StepBackward(tape, n, extras, wanted).run(streams, list(grads))
+        step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
+        found, extra = step.run(streams, list(grads[: ctx.streams]))
         tape.move(n, tuple(streams))
         return (*none, *found, *extra)
 
@@ -196,9 +211,18 @@ class _StepBackward:
         n: number of the step.
         extras: the extra inputs: parameters, then tensors of the time and the context.
         wanted: which of them need a gradient.
+        auxiliary: the gradients of its auxiliary values.
     """
 
-    def __init__(self, tape: Tape, n: int, extras: Sequence[Tensor], wanted: Sequence[bool]):
+    def __init__(
+        self,
+        tape: Tape,
+        n: int,
+        extras: Sequence[Tensor],
+        wanted: Sequence[bool],
+        auxiliary: list[Tensor | None],
+    ):
+        self.auxiliary, self.counts = auxiliary, list(tape.records[n].counts)
         self.tape, self.n, self.record = tape, n, tape.records[n]
         record, count = self.record, len(self.record.parameters)
         # A gradient can be asked of a parameter itself where nobody would notice: no hook, no tensor in its stead.
@@ -244,12 +268,12 @@ class _StepBackward:
                 streams[:], grads = rotated(tuple(streams), -scheme.rotate), [*rotated(tuple(grads), -scheme.rotate)]  # type: ignore
                 count = len(streams) - scheme.streams_added
                 with torch.enable_grad():
-                    updates = scheme.updates(fs, h, count)
+                    updates = updates_of(record, scheme, fs, h, count, gs)
                 for i in reversed(range(len(updates))):
                     if anew:
                         _, fs, h, gs = self.parts()[k]
                         with torch.enable_grad():
-                            updates = scheme.updates(fs, h, count)
+                            updates = updates_of(record, scheme, fs, h, count, gs)
                     with replayed(notes.pop()):
                         spill = spills.pop() if spills else None
                         self._update(len(notes), updates[i], streams, grads, gs, spill)
@@ -290,7 +314,22 @@ class _StepBackward:
             (get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
         ]
         del outputs
+        pairs += self._auxiliary_pairs(self._auxiliary_gradients())
         return self._gradients(-1, pairs, inputs)
+
+    def _auxiliary_gradients(self) -> list[Tensor | None]:
+        """The gradients of the auxiliary values of the update that comes next, on the way back."""
+        count = self.counts.pop() if self.counts else 0
+        found = self.auxiliary[len(self.auxiliary) - count :]
+        del self.auxiliary[len(self.auxiliary) - count :]
+        return found
+
+    def _auxiliary_pairs(self, grads: list[Tensor | None]) -> list[tuple[Any, Tensor]]:
+        """Edges of the auxiliary values that the functions have just given, with their gradients."""
+        sink = self.record.sink
+        values = [] if sink is None else sink.take()
+        pairs = zip(values[len(values) - len(grads) :], grads, strict=True)
+        return [(get_gradient_edge(v), g.to(v.dtype)) for v, g in pairs if g is not None and v.requires_grad]
 
     def _update(
         self,
@@ -309,7 +348,8 @@ class _StepBackward:
         grad, byproduct_grad = grads[d], None
         if e is not None:
             byproduct_grad, grads[e] = grads[e], None
-        live = grad is not None or byproduct_grad is not None
+        auxiliary = self._auxiliary_gradients()
+        live = any(g is not None for g in (grad, byproduct_grad, *auxiliary))
         if update.appends and not live:
             del streams[d:], grads[d:]
             return
@@ -325,6 +365,7 @@ class _StepBackward:
             pairs.append((get_gradient_edge(byproducts[0]), byproduct_grad.to(byproducts[0].dtype)))
         if grad is not None and shift.requires_grad:
             pairs.append((get_gradient_edge(shift), grad.to(shift.dtype)))
+        pairs += self._auxiliary_pairs(auxiliary)
         shift = shift.detach()
         byproducts.clear()
         if update.appends:
