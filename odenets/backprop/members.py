@@ -85,7 +85,8 @@ class Members:
 
     def statistics(self) -> list[Slot]:
         """All places that hold a running statistic now."""
-        return [Slot(m._buffers, k, b) for m in self.norms for k, b in m._buffers.items() if b is not None]
+        found = (Slot(m._buffers, k, b) for m in self.norms for k, b in m._buffers.items())
+        return [slot for slot in found if slot.value is not None and not is_lazy(slot.value)]
 
     def attributes(self) -> list[Slot]:
         """All places of the user's own modules that hold a tensor now, or might later."""
