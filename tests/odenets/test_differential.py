@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stacks import factory
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import schemes
 from odenets import SchemeError
@@ -300,7 +300,11 @@ def compare(scheme, kinds, mode, step, history, tolerance, reference="store"):
     except SchemeError as error:
         assert mode.startswith("exact"), error  # affine, and bases with several streams
         return
-    want = go(build(scheme, kinds, reference, step), kinds, history)
+    try:
+        want = go(build(scheme, kinds, reference, step), kinds, history)
+    except CheckpointError:
+        assert "checkpoint inside" in kinds  # a checkpoint of the user's own, which minds parameters that were thawed
+        return
     try:
         got = go(net, kinds, history)
     except (SchemeError, RuntimeError) as error:
