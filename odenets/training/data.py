@@ -11,6 +11,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -124,17 +125,19 @@ class Decoded(Dataset):
         return len(self.indices)
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
-        levels, label = self._levels(request)
+        levels = torch.empty(self.size, self.size, 3, dtype=torch.uint8)
+        label = self._decode(request, levels)
         return levels.permute(2, 0, 1).contiguous(), label
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         batch = torch.empty(len(requests), self.size, self.size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requests), dtype=torch.long)
         for row, request in enumerate(requests):
-            batch[row], labels[row] = self._levels(request)
+            labels[row] = self._decode(request, batch[row])
         return batch.permute(0, 3, 1, 2), labels  # with the channels as the fastest axis, as decoders write them
 
-    def _levels(self, request: Request) -> tuple[Tensor, Tensor]:
+    def _decode(self, request: Request, out: Tensor) -> Tensor:
+        """Writes the picture to `out` (size, size, 3); its label."""
         epoch, position = request if isinstance(request, tuple) else (None, request)
         for step in range(len(self)):
             at = (position + step) % len(self)
@@ -143,18 +146,20 @@ class Decoded(Dataset):
                 continue
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
             try:
-                return self._cut(Picture(self.source.encoded(index)), generator), self.labels[at]
+                self._cut(Picture(self.source.encoded(index)), generator, out)
             except Unreadable as e:
                 self.tally.add(index, e, "the next picture takes its place")
+            else:
+                return self.labels[at]
         raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
 
-    def _cut(self, picture: Picture, generator: Generator | None) -> Tensor:
+    def _cut(self, picture: Picture, generator: Generator | None, out: Tensor) -> None:
         if self.smallest:
             box = random_box(*picture.size, self.smallest, generator=generator)
-            return picture.cut(box, self.size, drawn(self.interpolation, generator))
-        return picture.middle(
-            self.size, self.inner, "bicubic" if self.interpolation == "random" else self.interpolation
-        )
+            picture.cut(box, self.size, drawn(self.interpolation, generator), out)
+        else:
+            how = "bicubic" if self.interpolation == "random" else self.interpolation
+            out.copy_(picture.middle(self.size, self.inner, how))
 
     def name(self, i: int) -> str:
         """File, or file and row, of picture i; it says so where another one took its place."""
@@ -540,7 +545,7 @@ class Images(Pictures):
             if self.size is None:
                 return decode_all(source, indices, (width, height), tally)
             view = Decoded(source, indices, self.size, False, 0.0, inner, self.interpolation, tally)
-            return decode_all(source, indices, view._cut, tally)
+            return decode_all(source, indices, view, tally)
         assert size is not None
         if cache:
             source = Kept(source, indices, tally)
@@ -581,7 +586,7 @@ class Kept(Source):
         for index in indices.tolist():
             stored = source.encoded(index)
             try:
-                self.kept[index] = stored if isinstance(stored, bytes) else stored.read_bytes()
+                self.kept[index] = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
             except OSError as e:
                 tally.add(index, Unreadable(str(e)), "the next picture takes its place")
 
@@ -592,12 +597,10 @@ class Kept(Source):
         return self.source.name(i)
 
 
-def decode_all(
-    source: Source, indices: Tensor, to: tuple[int, int] | Callable[[Picture, None], Tensor], tally: Tally
-) -> Cached:
+def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, tally: Tally) -> Cached:
     """All pictures that can be read as one uint8 tensor (n, 3, height, width).
 
-    to: the size that all have, (width, height), or what makes (height, width, 3) of each.
+    to: the size that all have, (width, height), or how each is decoded.
     """
     pictures: list[Tensor] = []
     kept: list[int] = []
@@ -613,7 +616,8 @@ def decode_all(
                     )
                 levels = picture.whole()
             else:
-                levels = to(picture, None)
+                levels = torch.empty(to.size, to.size, 3, dtype=torch.uint8)
+                to._cut(picture, None, levels)
         except Unreadable as e:
             tally.add(index, e, "it is left out")
             continue
