@@ -380,49 +380,62 @@ class Images(Pictures):
         predict_root: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
-        if not 0 < holdout < 1:
-            raise DataError(f"data.holdout={holdout}: wants a share between 0 and 1")
-        for name, share in (("smallest_crop", smallest_crop), ("inner", inner)):
-            if share is not None and not (0 < share <= 1 or (share == 0 and name == "smallest_crop")):
-                raise DataError(f"data.{name}={share}: wants a share of the picture, up to 1")
-        if interpolation not in ("bilinear", "bicubic", "random"):
-            raise DataError(f"data.interpolation={interpolation!r}: wants bilinear, bicubic or random")
-        if size is not None and size < 1:
-            raise DataError(f"data.size={size}: wants pixels, 1 or more")
-        if self.augment.resized_crop is not None:
-            # One owner: large pictures are cut when they are decoded, and the batch must not be cut again.
-            if smallest_crop not in (None, self.augment.resized_crop):
-                raise DataError(
-                    f"data.smallest_crop={smallest_crop} and data.augment.resized_crop={self.augment.resized_crop} "
-                    "are two figures for one crop\n  Give one of them"
-                )
-            smallest_crop = self.augment.resized_crop
-            self.augment = copy.copy(self.augment)
-            self.augment.resized_crop = None
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
         self.max_unreadable = max_unreadable
+        self._check()
+        self._own_the_crop()
         # Opened at once: missing data is reported before any model is built, and the class count can be linked to it.
         if root is None and hub is None and predict_root is not None and classes is not None:
             root, predict_root = predict_root, None
-        self.splits = open_splits(root, hub, download, image_key, label_key, subset, streaming)
         self.where = str(root or hub)
+        keys = image_key, label_key, subset, streaming
+        self.splits = open_splits(root, hub, download, *keys)
         for note in self.splits.notes:
             rank_zero_info(f"{self.where}: {note}")
-        train = self._split("train_split", train_split, TRAIN)
-        val = self._split("val_split", val_split, VALIDATION)
-        test = self._split("test_split", test_split, TEST)
-        trained = (train or "").split("+")
-        if val is None and test is not None and test not in trained and not self._unlabelled(test):
-            val = test
-        self.names = {"train": train, "val": val, "test": test if test_split or test not in trained else val}
-        self.names["test"] = self.names["test"] or val
+        self.names = self._name_splits(train_split, val_split, test_split)
         self.classes: list[str] = unify(self.splits, classes, self.where)
         self._say_what_differs()
         self.predicted: Source | None = None
         if predict_root is not None:
-            opened = open_splits(predict_root, None, False, image_key, label_key, subset, streaming)
-            self.predicted = Joined(list(opened.values())) if len(opened) > 1 else next(iter(opened.values()))
+            opened = list(open_splits(predict_root, None, False, *keys).values())
+            self.predicted = Joined(opened) if len(opened) > 1 else opened[0]
+
+    def _check(self) -> None:
+        """Refuses options that are out of their range."""
+        if not 0 < self.holdout < 1:
+            raise DataError(f"data.holdout={self.holdout}: wants a share between 0 and 1")
+        for name, share in (("smallest_crop", self.smallest_crop), ("inner", self.inner)):
+            if share is not None and not (0 < share <= 1 or (share == 0 and name == "smallest_crop")):
+                raise DataError(f"data.{name}={share}: wants a share of the picture, up to 1")
+        if self.interpolation not in ("bilinear", "bicubic", "random"):
+            raise DataError(f"data.interpolation={self.interpolation!r}: wants bilinear, bicubic or random")
+        if self.size is not None and self.size < 1:
+            raise DataError(f"data.size={self.size}: wants pixels, 1 or more")
+
+    def _own_the_crop(self) -> None:
+        """Takes the random crop over from the augmentation: pictures are cut when decoded, a batch not once more."""
+        if self.augment.resized_crop is None:
+            return
+        if self.smallest_crop not in (None, self.augment.resized_crop):
+            raise DataError(
+                f"data.smallest_crop={self.smallest_crop} and data.augment.resized_crop={self.augment.resized_crop} "
+                "are two figures for one crop\n  Give one of them"
+            )
+        self.smallest_crop = self.augment.resized_crop
+        self.augment = copy.copy(self.augment)
+        self.augment.resized_crop = None
+
+    def _name_splits(self, train: str | None, val: str | None, test: str | None) -> dict[str, str | None]:
+        """Which split, or splits joined by a plus sign, each part of a run takes."""
+        tested = self._split("test_split", test, TEST)
+        trained = self._split("train_split", train, TRAIN)
+        checked = self._split("val_split", val, VALIDATION)
+        if test is None and tested in (trained or "").split("+"):
+            tested = None  # what is trained on is no measure
+        if checked is None and tested is not None and not self._unlabelled(tested):
+            checked = tested
+        return {"train": trained, "val": checked, "test": tested or checked}
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
