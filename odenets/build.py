@@ -12,7 +12,7 @@ from schemes.scheme import Scheme
 from schemes.step_size import FromError, StepSize
 
 from .checks import warn_of_own_skip
-from .step import FunctionModule, Step
+from .step import FunctionModule, Revision, Step
 
 # Above this mixing figure the stage inputs of separate weights keep little of the stream.
 MIXING_LIMIT = 30.0
@@ -101,6 +101,7 @@ def steps_of(
     shortcuts: Mapping[int, Sequence[nn.Module]],
     sizes: Sequence[float],
     learned: bool,
+    revision: Revision,
 ) -> list[Step]:
     """The steps, one for each size, each with its share of the residual functions."""
     steps, start = [], 0
@@ -108,7 +109,7 @@ def steps_of(
         part = scheme.at(n)
         fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
         start += part.stages
-        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared is not None))
+        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared, revision))
     return steps
 
 

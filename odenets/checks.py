@@ -1,7 +1,7 @@
 """What a Stack checks once, at its first call or on an example: shapes, writes to arguments, known blocks."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,18 @@ def watch(step: Step, state: State, fs: Sequence[Function], gs: Sequence[Functio
     several = len(state) > 1 and len(gs) == len(state)
     watched = [Watched(f, step, i, shapes, due if several else None) for i, f in enumerate(fs)]
     return watched, [WatchedShortcut(g, step, i, shapes, due) for i, g in enumerate(gs)]
+
+
+def initialise(module: nn.Module, run: Callable[[], Any]) -> None:
+    """Gives lazy parameters their shapes by one run without gradients; statistics and generators stay as they are."""
+    lazy = [m for m in module.modules() if any(is_lazy(p) for p in (*m._parameters.values(), *m._buffers.values()))]
+    if not lazy:
+        return
+    with torch.no_grad(), nothing_changed([module], always=True):
+        run()
+    for m in lazy:
+        if hasattr(m, "reset_running_stats"):
+            m.reset_running_stats()
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Stack: residual functions, put together by a scheme."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from schemes import registry
 from schemes.deprecation import adopt, renamed_arguments
@@ -14,11 +15,12 @@ from schemes.scheme import Function, Scheme, Slot, State
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import build, checks
+from .auxiliary import LOG_DET, Sink
 from .backprop.diagnose import Diagnosis, diagnose
 from .backprop.modes import Mode, Store, WithErrors, format_mode, parse_mode
 from .backprop.monitor import Monitor
 from .backprop.walk import Observer, Pass
-from .step import Step
+from .step import Revision, Step
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -121,6 +123,7 @@ class Stack(nn.Module):
         functions, shared = build.functions_of(block)
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
         build.warn(self.scheme, self.rule, functions, shared is not None)
+        self._revision = Revision()
         self.block = shared
         self.after = post_step  # the name of its state-dict keys
         # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
@@ -128,18 +131,23 @@ class Stack(nn.Module):
         shortcuts = build.shortcuts_of(shortcut, self.scheme, self.depth)
         sizes = [self.rule(step_offset + n) for n in range(self.depth)]
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
-        steps = build.steps_of(self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
+        steps = build.steps_of(
+            self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned, self._revision
+        )
         self.monitor = Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
-        self._timed = any(s.timed for s in steps)
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
-        self._checked = False
         self.backprop = backprop
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
             with torch.no_grad():
-                self._first_call(x, 0.0, None, None, always=True)
+                self._first_call(x, 0.0, None, None, None, always=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("block", "after"):
+            self._revision.stale = True
 
     @property
     def backprop(self) -> Mode:
@@ -161,9 +169,21 @@ class Stack(nn.Module):
                     f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
                 )
         self._backprop = found
+        self._read_functions()
+
+    def _read_functions(self) -> None:
+        """Reads what the residual functions take; they are checked anew."""
+        for step in self.steps:
+            step.read(self.block)
+        self._timed = any(step.timed for step in self.steps)
+        self._opaque = any(t.opaque for step in self.steps for t in step.takes)
+        self._reads_context = any(t.context for step in self.steps for t in step.takes)
+        # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
+        self._checked: set[tuple[bool, bool]] = set()
+        self._revision.stale = False
         # Nothing happens before, between or after the steps, which all have residual functions of their own.
         self._direct = (
-            found.keeps_all
+            self._backprop.keeps_all
             and self.scheme.streams == 1
             and not self._makes_streams
             and type(self.scheme).readout is Scheme.readout
@@ -217,40 +237,87 @@ class Stack(nn.Module):
             streams = part.widths(n, streams, out)
         return cls(fs, found, depth, **options)
 
-    def forward(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None, aux: bool | Collection[str] = False
+    ) -> Any:
         """The readout of the last step.
 
         Args:
             x: the input.
             t: time at the start, for residual functions that take one.
             context: what residual functions with a parameter ``context`` read.
+            aux: gives a pair, the readout and a dictionary of auxiliary values, each summed over the calls of the
+                residual functions: those that they return beside their value, ``return y, {"balance": loss}`` (True),
+                or those of these names. "log_det" is the log-determinant of a coupling's steps, (n,). In every mode
+                of backpropagation the values have gradients.
+
+        Raises:
+            SchemeError: a name that no function returned, or the log-determinant of a scheme that has none.
         """
-        if self._direct and self._checked:  # the walk, spared what it does not need: microseconds on small states
+        if (
+            self._direct
+            and aux is False
+            and (self.training, torch.is_grad_enabled()) in self._checked
+            and context is None
+            and not self._revision.stale
+        ):  # the walk, spared what it does not need: microseconds on small states
             state: State = (x,)
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
-                state = step(state, None, None, context)  # type: ignore[misc]
+                state = step(state)  # type: ignore[misc]
             return state[0]
-        return self.scheme.readout(self._walk(x, t, context))
+        if aux is False:
+            return self.scheme.readout(self._walk(x, t, context))
+        sink = Sink(not isinstance(aux, bool) and LOG_DET in aux)
+        y = self.scheme.readout(self._walk(x, t, context, None, sink))
+        return y, sink.sums(aux)
 
-    def _walk(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> State:
+    def _walk(
+        self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None, sink: Sink | None = None
+    ) -> State:
         """The state after the last step; ``on_step`` is shown the state after each."""
-        if not self._checked and not torch.compiler.is_compiling():
-            return self._first_call(x, t, context, on_step)
-        return self._run(x, t, context, on_step)
+        if self._revision.stale:
+            self._read_functions()
+        self._check_given(t, context)
+        seen = (self.training, torch.is_grad_enabled())
+        if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            return self._first_call(x, t, context, on_step, sink)
+        return self._run(x, t, context, on_step, sink)
 
-    def _first_call(self, x: Tensor, t: Any, context: Any, on_step: Observer | None, always: bool = False) -> State:
+    def _first_call(
+        self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, always: bool = False
+    ) -> State:
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
         if not isinstance(x, Tensor):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
+        checks.initialise(self, lambda: self._run(x, t, context, None, None))
+        for step in self.steps:
+            step.auxiliary = step.auxiliary or None  # told by what the functions return now
         with checks.nothing_changed([self], always):
-            state = self._run(x, t, context, on_step, checks.watch)
-        self._checked = True
+            state = self._run(x, t, context, on_step, sink, checks.watch)
+        for step in self.steps:
+            step.auxiliary = bool(step.auxiliary)
+        self._checked.add((self.training, torch.is_grad_enabled()))
         return state
 
-    def _run(self, x: Tensor, t: Any, context: Any, on_step: Observer | None, wrap: Any = None) -> State:
+    def _check_given(self, t: Any, context: Any) -> None:
+        """Refuses a time or a context that would not arrive."""
+        if context is not None and not self._reads_context and not self._opaque:
+            raise SchemeError(
+                "Stack: a context is given, and no residual function has a parameter named context to read it.\n"
+                "  Name the parameter so, forward(self, x, context), or leave the context away."
+            )
+        if self._opaque and (context is not None or isinstance(t, Tensor) or t != 0):
+            raise SchemeError(
+                "Stack: a time or a context is given, and a residual function of signature (**kwargs) does not tell "
+                "whether it takes them.\n  Name them in its signature: forward(self, x, t, context)."
+            )
+
+    def _run(
+        self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, wrap: Any = None
+    ) -> State:
         given, state = self._pass(x, t, context, on_step)
         mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
-        state = mode.run(given._replace(wrap=wrap), state)
+        state = mode.run(given._replace(wrap=wrap, sink=sink), state)
         if given.calls is not None:
             self._calls = given.calls[0]
         return state
@@ -362,6 +429,7 @@ class Stack(nn.Module):
         first = self.rule(0)
         for step, h0 in zip(self.steps, self._initial, strict=True):
             step.h = h * h0 / first
+            step.scheduled = torch.tensor(step.h, dtype=torch.float64)
 
     @property
     def evaluations(self) -> int:
@@ -373,7 +441,7 @@ class Stack(nn.Module):
         return sum(s.scheme.stages if every else s.scheme.evaluations or 0 for s in self.steps)
 
     def extra_repr(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
+        count = sum(p.numel() for p in self.parameters() if not is_lazy(p))
         parts = [str(self.scheme), f"depth={self.depth}"]
         parts.append("evaluations=adaptive" if self.scheme.evaluations is None else f"evaluations={self.evaluations}")
         parts.append(f"parameters={count:,}")
@@ -392,6 +460,7 @@ def keeping_all(module: nn.Module) -> Iterator[None]:
     """Inside, all stacks of a module keep their tensors: a recomputed state has no graph to what its step makes of it.
 
     Example:
+        >>> from torch import nn
         >>> net = Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop="reverse")
         >>> with keeping_all(net):
         ...     print(net.backprop)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from schemes.scheme import Function, Scheme, State, bind, signature
 
+from .auxiliary import Sink, Split, step_measured
+
 Functions = tuple[Sequence[Function], Sequence[Function]]  # residual functions and shortcuts
 Runner = Callable[["Step", State, nn.Module | None, Any, Any, Any], State]
 Wrap = Callable[["Step", State, Sequence[Function], Sequence[Function]], Functions]
@@ -29,6 +31,27 @@ class FunctionModule(nn.Module):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
+class Revision:
+    """Whether residual functions of a stack were exchanged since their signatures were read; its steps share it."""
+
+    def __init__(self) -> None:
+        self.stale = True
+
+
+class ResidualFunctions(nn.ModuleList):
+    """The residual functions of a step; one that is exchanged is noticed, since its signature must be read anew."""
+
+    def __init__(self, functions: Sequence[nn.Module], revision: Revision):
+        super().__init__()
+        self.revision = revision
+        self.extend(functions)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.revision.stale = True
+
+
 class Step(nn.Module):
     """One use of a scheme with its residual functions, shortcuts and step size; the unit of sharding and of hooks.
 
@@ -43,20 +66,39 @@ class Step(nn.Module):
         h: float,
         learned: bool,
         index: int,
-        shared: bool,
+        shared: nn.Module | None,
+        revision: Revision,
     ):
         super().__init__()
         self.scheme, self.index = scheme, index
-        self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)
-        self.timed = any(t.time for t in self.takes)
-        self.plain = scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
-        self.fs = None if shared else nn.ModuleList(fs)
+        self.fs = ResidualFunctions(fs, revision) if shared is None else None
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
-        self.bare = self.plain and self.gs is None and not shared and not scheme.training_differs
+        self.scheduled: Tensor | None = None  # h as a tensor, once a schedule has set it
+        self.auxiliary: bool | None = None  # whether a function returns auxiliary values; None before a first call
+        self.read(shared)
+
+    def read(self, shared: nn.Module | None) -> None:
+        """Reads from the signatures of the residual functions what they take."""
+        fs = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)
+        self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)  # type: ignore
+        self.timed = any(t.time for t in self.takes)
+        self.plain = self.scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
+        self.bare = self.plain and self.gs is None and self.fs is not None and not self.scheme.training_differs
+
+    @property
+    def size(self) -> Any:
+        """The step size; a tensor where a compiler would take a scheduled number for a constant."""
+        return self.scheduled if self.scheduled is not None and torch.compiler.is_compiling() else self.h
 
     def functions(
-        self, shared: nn.Module | None, t: Any, context: Any, h: Any, calls: list[int] | None = None
+        self,
+        shared: nn.Module | None,
+        t: Any,
+        context: Any,
+        h: Any,
+        calls: list[int] | None = None,
+        sink: Sink | None = None,
     ) -> Functions:
         """The residual functions, with time and context filled in where they take them, and the shortcuts.
 
@@ -66,20 +108,25 @@ class Step(nn.Module):
             context: what functions with a parameter ``context`` read.
             h: step size.
             calls: counts the evaluations of an adaptive solver.
+            sink: takes the auxiliary values of the functions; None drops them.
         """
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
         if not self.plain:
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
+        if self.auxiliary is not False:
+            fs = tuple(Split(f, sink, self) for f in fs)
         return fs, () if self.gs is None else tuple(self.gs)
 
     def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
         """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""
         fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
-        return fs if self.plain else bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
+        if not self.plain:
+            fs = bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
+        return fs if self.auxiliary is False else tuple(Split(f, None, self) for f in fs)
 
     def end(self, t: Any, h: Any = None) -> Any:
         """The time at the end of a step that starts at t; None where no function reads the time."""
-        return None if t is None else t + self.scheme.span * (self.h if h is None else h)
+        return None if t is None else t + self.scheme.span * (self.size if h is None else h)
 
     def scheme_on(self, state: State) -> Scheme:
         """The scheme, or in training what stands for it there (bdia draws)."""
@@ -108,9 +155,10 @@ class Step(nn.Module):
         """
         if runner is not None:
             return runner(self, state, shared, t, context, h)
-        if self.bare and h is None:
+        if self.bare and h is None and self.auxiliary is False:
             # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
-            return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, self.h)  # type: ignore
+            h = self.h if self.scheduled is None else self.size
+            return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, h)  # type: ignore
         return self.evaluate(state, shared, t, context, h)
 
     def evaluate(
@@ -122,13 +170,17 @@ class Step(nn.Module):
         h: Any = None,
         wrap: Wrap | None = None,
         calls: list[int] | None = None,
+        sink: Sink | None = None,
     ) -> State:
         """The step by plain evaluation, its functions wrapped by what a pass collects or checks."""
-        h = self.h if h is None else h
-        fs, gs = self.functions(shared, t, context, h, calls)
+        h = self.size if h is None else h
+        fs, gs = self.functions(shared, t, context, h, calls, sink)
         if wrap is not None:
             fs, gs = wrap(self, state, fs, gs)
-        return self.scheme_on(state)._step(fs, state, h, gs)
+        scheme = self.scheme_on(state)
+        if sink is not None and sink.log_det:
+            return step_measured(scheme, fs, state, h, gs, sink)
+        return scheme._step(fs, state, h, gs)
 
     def extra_repr(self) -> str:
         """Scheme and step size."""

@@ -28,6 +28,10 @@ from .multistep import Leapfrog as Leapfrog
 from .multistep import LmResNet as LmResNet
 from .multistep import Momentum as Momentum
 from .multistep import ReversibleHeun as ReversibleHeun
+from .ode import Event as Event
+from .ode import Solution as Solution
+from .ode import integrate as integrate
+from .ode import odeint as odeint
 from .registry import catalogue as catalogue
 from .registry import examples as examples
 from .registry import get as get

@@ -1,16 +1,33 @@
-"""Continuous depth: an adaptive solver in place of a fixed step, through torchdiffeq."""
+"""Continuous depth: an adaptive solver in place of a fixed step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import tableaux
 from .errors import SchemeError
+from .ode.control import Control
+from .ode.field import clock, time_dtype
+from .ode.gradients import solved
+from .ode.pairs import Pair
+from .ode.reads import Reads
+from .ode.run import Run
+from .runge_kutta import RungeKutta
 from .scheme import Function, Scheme, State, StepSize
 
 # Our names, and what torchdiffeq calls them.
-METHODS = {"dopri5": "dopri5", "dopri8": "dopri8", "bosh3": "bosh3", "heun2": "adaptive_heun"}
+TORCHDIFFEQ = {"dopri5": "dopri5", "dopri8": "dopri8", "bosh3": "bosh3", "heun2": "adaptive_heun"}
+PAIRS = ("bosh3", "dopri5", "dopri8", "fehlberg45", "heun2", "tsit5", "verner89")
+BACKENDS = ("schemes", "torchdiffeq")
+
+
+class Solved(NamedTuple):
+    """What ``Adaptive.solve`` returns: the values at the times asked for, and the run (None of torchdiffeq)."""
+
+    values: list[Tensor]
+    run: Run | None
 
 
 class Adaptive(Scheme):
@@ -18,28 +35,30 @@ class Adaptive(Scheme):
 
     One residual function a step, called with (x, time since the start of the step); ``step`` and Stack adapt functions
     of another signature. A Stack with one shared function and depth d makes a single solve over [0, d h]; with d
-    functions it solves d unit intervals in turn, function n on the n-th.
+    functions it solves d unit intervals in turn, function n on the n-th. A step of 0 is the identity.
 
     Cost: evaluations depend on the input and are counted (``Stack.evaluations``); gradients by backpropagation through
-    the solver, or with ``adjoint=true`` by the continuous adjoint: memory that does not grow with the steps, gradients
-    right to the tolerances only.
+    the accepted steps, or with ``adjoint=true`` by the continuous adjoint: memory that does not grow with the steps,
+    gradients right to the tolerances only. What f reads (parameters, closures, contexts, the time) gets its gradient
+    either way.
 
     Args:
-        method: one of dopri5, dopri8, bosh3, heun2.
+        method: an embedded pair: bosh3, dopri5, dopri8, fehlberg45, heun2, tsit5, verner89, or one of your own.
         rtol: relative tolerance.
         atol: absolute tolerance.
         adjoint: whether to use the continuous adjoint.
         max_steps: upper bound on internal steps, so that a stiff field ends in an error and not in a hang.
+        backend: "schemes", or "torchdiffeq" (bosh3, dopri5, dopri8, heun2) to compare with.
 
     Raises:
-        SchemeError: unknown method, tolerances that are not positive, or torchdiffeq is not installed.
+        SchemeError: the method is no pair, or tolerances are not positive.
 
-    Source: Chen et al. 2018, Neural ordinary differential equations; solvers by torchdiffeq.
+    Source: Chen et al. 2018, Neural ordinary differential equations.
 
     Example:
         >>> import schemes
-        >>> str(schemes.get("adaptive(dopri5, rtol=1e-4)"))
-        'adaptive(dopri5, rtol=0.0001)'
+        >>> str(schemes.get("adaptive(tsit5, rtol=1e-4)"))
+        'adaptive(tsit5, rtol=0.0001)'
     """
 
     examples = (
@@ -52,6 +71,7 @@ class Adaptive(Scheme):
     nodes = None
     shortcuts = 0
     evaluations = None
+    words: ClassVar[dict[str, tuple[str, ...]]] = {"backend": BACKENDS}  # of the language, besides its own
 
     def __init__(
         self,
@@ -60,62 +80,121 @@ class Adaptive(Scheme):
         atol: float = 1e-6,
         adjoint: bool = False,
         max_steps: int = 10_000,
+        backend: str = "schemes",
     ):
+        if isinstance(method, str):
+            if method not in tableaux.METHODS:
+                raise SchemeError(f"adaptive: no adaptive method {method!r}; there are {', '.join(PAIRS)}.")
+            method = RungeKutta(tableaux.METHODS[method])
         name = str(method)
-        if name not in METHODS:
-            raise SchemeError(f"adaptive: no adaptive method {name!r}; torchdiffeq has {', '.join(METHODS)}.")
-        self.method, self.rtol, self.atol = name, float(rtol), float(atol)
+        if not isinstance(method, RungeKutta) or method.tableau.b_hat is None:
+            raise SchemeError(f"adaptive: no adaptive method {name!r}; there are {', '.join(PAIRS)}.")
+        if backend not in BACKENDS:
+            raise SchemeError(f"adaptive: no backend {backend!r}; there are {', '.join(BACKENDS)}.")
+        if backend == "torchdiffeq" and name not in TORCHDIFFEQ:
+            raise SchemeError(f"adaptive: no adaptive method {name!r}; torchdiffeq has {', '.join(TORCHDIFFEQ)}.")
+        self.method, self.rtol, self.atol, self.backend = name, float(rtol), float(atol), backend
         self.adjoint, self.max_steps = bool(adjoint), int(max_steps)
         for key, value in (("rtol", self.rtol), ("atol", self.atol), ("max_steps", self.max_steps)):
             if not 0 < value < float("inf"):
                 raise SchemeError(f"adaptive: {key} is {value}, want a positive number.")
+        self.pair = Pair(method)
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
-        try:
-            import torchdiffeq
-        except ModuleNotFoundError:
-            raise SchemeError('adaptive schemes need torchdiffeq: pip install "odenets[ode]".') from None
+        return (self.solve(fs, state, h, gs=gs).values[-1],)
+
+    def solve(
+        self,
+        fs: Sequence[Function],
+        state: State,
+        h: StepSize = 1.0,
+        at: Sequence[float] | None = None,
+        gs: Sequence[Function] = (),
+    ) -> Solved:
+        """The solve over a step of size h, with its values at some times within.
+
+        Args:
+            fs: the residual function, called with (x, time since the start of the step).
+            state: the one stream.
+            h: the length of the interval.
+            at: times since the start, strictly monotone from the start on, the last one h; None asks for h alone.
+            gs: none.
+
+        Returns:
+            The values, and the run: its status, and the numbers of accepted and rejected steps.
+
+        Raises:
+            SchemeError: the input is not finite, or the solver cannot go on; the message says where and in which
+                sample.
+        """
         if gs:
             raise SchemeError(f"{self} has one continuous stream; put a stride or projection before the Stack.")
         (x,) = state
         f = fs[0]
-        end = h if isinstance(h, Tensor) else x.new_tensor(h, dtype=torch.promote_types(x.dtype, torch.float32))
-        interval = torch.stack((torch.zeros_like(end), end))
+        end = float(h.detach()) if isinstance(h, Tensor) else float(h)
+        times = [0.0, *map(float, at)] if at is not None else [0.0, end]
+        if times[-1] != end:
+            raise SchemeError(f"{self}: the last time asked for is {times[-1]:g}, want the end of the step, {end:g}.")
+        if end == 0 and not (isinstance(h, Tensor) and h.requires_grad):
+            return Solved([x] * (len(times) - 1), Run([x], 0.0, x))
+        if x.numel() == 0 or end == 0:  # a step of Euler's shows what a gradient depends on
+            y = x + (h if isinstance(h, Tensor) else end) * f(x, clock(0.0, x))
+            return Solved([y] * (len(times) - 1), Run([y], end, y))
+        if self.backend == "torchdiffeq":
+            return Solved(self._torchdiffeq(f, x, times, h), None)
+        control = Control(self.rtol, self.atol, max_steps=self.max_steps)
+
+        def func(since: Tensor, y: Tensor) -> Tensor:
+            return f(y, since)
+
+        gradient = "adjoint" if self.adjoint else "store"
+        ys, run = solved(func, x, times, self.pair, control, gradient=gradient, check=self._check)
+        values = list(ys.unbind()[1:])
+        if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
+            # The end of the interval moves along the flow.
+            slope = f(values[-1], clock(end, x))
+            values[-1] = values[-1] + (h - h.detach()) * slope
+        return Solved(values, run)
+
+    def _check(self, run: Run) -> None:
+        if not run.failed:
+            return
+        if run.status == "not_finite" and not run.accepted:
+            raise SchemeError(
+                f"{self}: {run.reason()}; look at the input and at what the residual function makes of it."
+            )
+        raise SchemeError(f"{self}: {run.reason()}; raise rtol and atol, or max_steps.")
+
+    def _torchdiffeq(self, f: Function, x: Tensor, times: Sequence[float], h: StepSize) -> list[Tensor]:
+        try:
+            import torchdiffeq
+        except ModuleNotFoundError:
+            raise SchemeError('adaptive: backend=torchdiffeq needs torchdiffeq: pip install "odenets[ode]".') from None
+        t = torch.tensor(times, dtype=time_dtype(x), device=x.device)
+        if isinstance(h, Tensor):
+            t = torch.cat((t[:-1], h.reshape(1).to(t)))
         options: dict[str, Any] = {
             "rtol": self.rtol,
             "atol": self.atol,
-            "method": METHODS[self.method],
-            # Stepping right onto the end: an interpolated end has the interpolant's error, not the method's.
-            "options": {"max_num_steps": self.max_steps, "step_t": interval[1:].detach()},
+            "method": TORCHDIFFEQ[self.method],
+            # Stepping right onto the times: an interpolated value has the interpolant's error, not the method's.
+            "options": {"max_num_steps": self.max_steps, "step_t": t[1:].detach()},
         }
         solver: Any = torchdiffeq.odeint
         if self.adjoint:
             solver = torchdiffeq.odeint_adjoint
-            options["adjoint_params"] = _inputs(f)
-            options["adjoint_options"] = {"max_num_steps": self.max_steps, "step_t": interval[:1].detach()}
+            reads = Reads(lambda since, y: f(y, since), clock(0.0, x), x) if torch.is_grad_enabled() else ()
+            options["adjoint_params"] = tuple(reads.tensors) if isinstance(reads, Reads) else ()
+            options["adjoint_options"] = {"max_num_steps": self.max_steps, "step_t": t[:1].detach()}
         try:
-            ys = solver(lambda since, y: f(y, since), x, interval, **options)
+            return list(solver(lambda since, y: f(y, since), x, t, **options)[1:])
         except AssertionError as error:  # torchdiffeq reports both of its limits by assertions
-            raise SchemeError(
-                f"{self}: {str(error) or 'the step size fell below what the number format resolves'}; "
-                "raise rtol and atol, or max_steps."
-            ) from None
-        return (ys[-1],)
+            text = str(error)
+            if not text.startswith(("max_num_steps", "underflow", "non-finite")):
+                raise
+            raise SchemeError(f"{self}: {text}; raise rtol and atol, or max_steps.") from None
 
     def __str__(self) -> str:
-        defaults = {"rtol": 1e-3, "atol": 1e-6, "adjoint": False, "max_steps": 10_000}
+        defaults = {"rtol": 1e-3, "atol": 1e-6, "adjoint": False, "max_steps": 10_000, "backend": "schemes"}
         given = [f"{k}={str(getattr(self, k)).lower()}" for k, v in defaults.items() if getattr(self, k) != v]
         return f"adaptive({', '.join([self.method, *given])})"
-
-
-def _inputs(f: Any) -> tuple[Tensor, ...]:
-    """What the adjoint must send gradients to: the parameters of the function, and the tensors of its context."""
-    found: list[Tensor] = []
-    while not isinstance(f, torch.nn.Module) and hasattr(f, "function"):  # unwrap the time and context
-        context = getattr(f, "context", None)
-        items = context if isinstance(context, (tuple, list)) else (context,)
-        found += [c for c in items if isinstance(c, Tensor) and c.requires_grad]
-        f = f.function
-    if isinstance(f, torch.nn.Module):
-        found += list(f.parameters())
-    return tuple(found)

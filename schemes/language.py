@@ -105,24 +105,13 @@ class Reader:
             case ast.Constant():
                 return self._constant(node)
             case ast.Name(id=name):
-                if name.lower() in LITERALS:
-                    return LITERALS[name.lower()]
-                if name in self.names:
-                    return self.names[name]
-                if name in self.families:
-                    return self._call(name, [], {}, at)
-                self._unknown(name, at)
+                return self._name(name, at)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-                if name not in self.families:
-                    if name in self.names:
-                        self._fail(f"{name} takes no arguments", at)
-                    self._unknown(name, at)
-                if any(isinstance(a, ast.Starred) for a in args) or any(k.arg is None for k in keywords):
-                    self._fail("* and ** are not part of the language", at)
+                self._check_call(name, args, keywords, at)
                 return self._call(
                     name,
                     [self._value(a, depth + 1) for a in args],
-                    {str(k.arg): self._value(k.value, depth + 1) for k in keywords},
+                    {str(k.arg): self._argument(name, k, depth + 1) for k in keywords},
                     at,
                 )
             case ast.BinOp(op=ast.Add()):
@@ -148,6 +137,30 @@ class Reader:
         }
         what = words.get(type(node), f"the construct {type(node).__name__}")
         self._fail(f"{what} is not part of the language of {self.what}s", at)
+
+    def _name(self, name: str, at: int) -> Any:
+        if name.lower() in LITERALS:
+            return LITERALS[name.lower()]
+        if name in self.names:
+            return self.names[name]
+        if name in self.families:
+            return self._call(name, [], {}, at)
+        self._unknown(name, at)
+
+    def _check_call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword], at: int) -> None:
+        if name not in self.families:
+            if name in self.names:
+                self._fail(f"{name} takes no arguments", at)
+            self._unknown(name, at)
+        if any(isinstance(a, ast.Starred) for a in args) or any(k.arg is None for k in keywords):
+            self._fail("* and ** are not part of the language", at)
+
+    def _argument(self, name: str, keyword: ast.keyword, depth: int) -> Any:
+        """The value of key=value; a family may name words of its own: ``words`` says which, key by key."""
+        words = getattr(self.families[name], "words", {}).get(keyword.arg, ())
+        if isinstance(keyword.value, ast.Name) and keyword.value.id in words:
+            return keyword.value.id
+        return self._value(keyword.value, depth)
 
     def _unknown(self, name: str, at: int) -> NoReturn:
         self._fail(f"there is no {shorten(name, 60)!r}; {closest(name, [*self.names, *self.families])}", at)

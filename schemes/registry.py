@@ -119,14 +119,14 @@ def examples(name: str | None = None) -> tuple[str, ...]:
 
 
 def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> None:
-    """Gives a scheme, a tableau or a family of schemes a name that ``get`` and configurations know.
+    r"""Gives a scheme, a tableau or a family of schemes a name that ``get`` and configurations know.
 
     Raises:
         SchemeError: the name is taken or no identifier, or the object is none of the three.
 
     Example:
         >>> import schemes
-        >>> schemes.register("my_heun", schemes.Tableau.parse("0 |\\n 1 | 1\\n | 1/2 1/2", order=2, name="my_heun"))
+        >>> schemes.register("my_heun", schemes.Tableau.parse("0 |\n 1 | 1\n | 1/2 1/2", order=2, name="my_heun"))
         >>> schemes.get("my_heun").order
         2
     """

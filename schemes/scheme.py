@@ -304,11 +304,23 @@ adopt(Scheme, Scheme._RENAMED)
 
 
 class Takes(NamedTuple):
-    """How a residual function is called: with a time (as its first argument, or by keyword), with a context."""
+    """How a residual function is called.
+
+    Attributes:
+        time: with a time.
+        context: with a context.
+        first: with the time as its first argument, and not by keyword.
+        opaque: nobody knows, since it takes any keyword (``**kwargs``); it is then given neither.
+    """
 
     time: bool = False
     context: bool = False
     first: bool = False
+    opaque: bool = False
+
+
+# Where well-known wrappers of torch keep what they wrap: torch.compile, DataParallel and DDP, FSDP, checkpoint wrappers.
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def signature(f: Function) -> Takes:
@@ -320,7 +332,13 @@ def signature(f: Function) -> Takes:
         return Takes()
     first = next(iter(parameters.values()), None)
     positional = first is not None and first.name == "t" and first.kind is not inspect.Parameter.KEYWORD_ONLY
-    return Takes("t" in parameters, "context" in parameters, positional)
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if anything and isinstance(f, torch.nn.Module):
+        for name in _WRAPPED:
+            inner = f._modules.get(name)
+            if inner is not None:
+                return signature(inner)
+    return Takes("t" in parameters, "context" in parameters, positional, anything)
 
 
 class Bound:

@@ -39,7 +39,7 @@ def polynomial(tableau: Tableau) -> tuple[Number, ...]:
 
 
 def R(tableau: Tableau, z: Any) -> Any:
-    """R(z) in floats, by Horner's rule.
+    """The stability function at z, in floats, by Horner's rule.
 
     Args:
         tableau: the method.

@@ -199,6 +199,7 @@ class Tableau:
         Args:
             alpha: row i (from 1) has i entries that sum to 1.
             beta: of the same shape.
+            **fields: the other fields of a tableau, such as its name and order.
 
         Example:
             >>> print(Tableau.shu_osher([[1], ["1/2", "1/2"]], [[1], [0, "1/2"]], name="ssprk22", order=2))
@@ -331,6 +332,7 @@ def compose(tableaux: Sequence[Tableau], steps: Sequence[NumberLike] | None = No
     Args:
         tableaux: the methods, first step first.
         steps: their step sizes, all 1 unless given.
+        name: of the method that they make.
 
     Example:
         >>> euler = Tableau("euler", [[]], b=[1], c=[0], order=1)

@@ -36,14 +36,16 @@ midpoint = Tableau.parse(
     cite="Runge, Math. Ann. 46 (1895) 167-178",
 )
 
-# Also called improved Euler, or the explicit trapezoidal rule.
+# Also called improved Euler, or the explicit trapezoidal rule; its first stage alone is Euler's method.
 heun2 = Tableau.parse(
     """
     0 |
     1 | 1
-      | 1/2 1/2""",
+      | 1/2 1/2
+      | 1   0""",
     name="heun2",
     order=2,
+    order_hat=1,
     cite="Heun, Z. Math. Phys. 45 (1900) 23-38",
 )
 

@@ -10,7 +10,7 @@ from schemes.scheme import State
 from ..checks import nothing_changed
 from ..step import Step
 from .monitor import distance
-from .replay import StepRecord, autocast_as, invert_step, record_of, run_step
+from .replay import StepRecord, autocast_as, invert_step, members_of, run_step
 from .walk import Pass
 
 # Relative error of states made again that automatic anchors keep to.
@@ -27,7 +27,7 @@ class Trial:
     def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
         """The state after the step."""
         with torch.no_grad():
-            record = self.records[step.index] = record_of(step, state, shared, t, context)
+            record = self.records[step.index] = StepRecord(step, state, shared, t, context, members_of(step, shared))
             with autocast_as(record.autocast):
                 return run_step(record, state)
 
@@ -85,10 +85,10 @@ def measure(given: Pass, state: State, bound: float) -> None:
     windows = windows_of(given, tuple(x.detach() for x in state))
     weighted = [(growth, len(errors)) for growth, errors in windows]
     monitor = given.monitor
-    monitor.growth = math.inf
-    if max(g for g, _ in weighted) < math.inf:
-        monitor.growth = math.exp(sum(n * math.log(g) for g, n in weighted) / len(given.steps))
     monitor.every = _spacing(windows, bound)
+    # A batch that is not finite decides nothing but for itself: the next pass measures again.
+    finite = max(g for g, _ in weighted) < math.inf
+    monitor.growth = math.exp(sum(n * math.log(g) for g, n in weighted) / len(given.steps)) if finite else None
 
 
 def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | None:

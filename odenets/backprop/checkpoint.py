@@ -10,37 +10,39 @@ from torch.utils.checkpoint import checkpoint
 
 from schemes.scheme import State
 
-from .surroundings import Flags, buffer_slots, swapped
+from .members import Flags, Members, swapped
+from .surroundings import Surroundings
 
 
 class Rerun:
     """The context of a recomputation; entered as often as one is asked for, also within itself."""
 
-    def __init__(self, modules: Sequence[nn.Module], given: Any, where: str):
-        inner = list({id(m): m for module in modules for m in module.modules()}.values())
-        self.flags, self.where = Flags(inner, given), where
-        self.slots = buffer_slots(inner)
-        self.values = [slot.tensor.detach().clone() for slot in self.slots]
-        self.versions = [slot.tensor._version for slot in self.slots]
+    def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
+        self.members, self.where = Members(modules), where
+        self.flags = Flags(self.members.modules, self.members.parameters(), given)
+        # Statistics too, though a training pass does not read what they are: they must not move twice.
+        self.statistics = self.members.statistics()
+        self.before: Surroundings | None = Surroundings(state[0].device, self.members)
         self.entered: list[ExitStack] = []
 
     def over(self) -> None:
-        """The call is over: copies of buffers that it left alone are dropped."""
-        for i, (slot, version) in enumerate(zip(self.slots, self.versions, strict=True)):
-            # BatchNorm's kernels write without raising the version counter; what they write is not read in training.
-            if slot.holder.get(slot.name) is slot.tensor and slot.tensor._version == version:
-                self.values[i] = slot.tensor
+        """The call is over: what it left alone need not be kept."""
+        assert self.before is not None
+        notes: list[Surroundings | None] = []
+        self.before.moved(notes)
+        self.before = notes[0]
 
     def __enter__(self) -> None:
         self.flags.check(self.where)
         with ExitStack() as stack:
             stack.enter_context(self.flags.restored())
-            # Copies, as the run writes to its buffers again: statistics must not move twice.
-            stack.enter_context(swapped(self.slots, [value.detach().clone() for value in self.values]))
+            if self.before is not None:
+                stack.enter_context(self.before.replayed())
+            stack.enter_context(swapped(self.statistics, [slot.value.clone() for slot in self.statistics]))
             self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
-        self.entered.pop().close()
+        self.entered.pop().__exit__(*error)
 
 
 def checkpointed(
@@ -57,7 +59,7 @@ def checkpointed(
     """
     if torch.compiler.is_compiling():  # which refuses a context made here, and has recomputation rules of its own
         return checkpoint(run, *state, use_reentrant=False)  # type: ignore[return-value]
-    rerun = Rerun(modules, given, where)
+    rerun = Rerun(modules, state, given, where)
     result = checkpoint(run, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), rerun))
     rerun.over()
     return result  # type: ignore[return-value]

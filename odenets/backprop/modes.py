@@ -16,6 +16,7 @@ from schemes.step_size import FromError
 
 from ..step import Step
 from .checkpoint import checkpointed
+from .replay import stream_precision
 from .walk import Pass, needs_graph
 
 
@@ -106,6 +107,7 @@ class _ByInverse(Mode):
 
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
+        state = stream_precision(state)  # with gradients and without: the output has one type
         if not needs_graph() or not all(s.scheme.invertible or s.training for s in given.steps):
             return given.keep(state)  # bdia at inference is Euler's scheme, which has no inverse
         return self._by_inverse(given, state)

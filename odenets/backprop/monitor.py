@@ -1,5 +1,7 @@
 """What a stack remembers of its reconstruction from pass to pass: growth of errors, spacing of anchors, drift."""
 
+import math
+import threading
 import warnings
 from typing import Any, NamedTuple
 
@@ -43,6 +45,8 @@ class Monitor:
         pending: drifts on their way.
         overflow: whether a stream left the range of exact arithmetic; on their way.
         searched: (step, update) whose graphs have been searched for tensors that a function reads unseen.
+        members: of each step, as found by an earlier pass.
+        lock: held while a step runs or is run again, since its modules are changed for that.
     """
 
     def __init__(self) -> None:
@@ -52,6 +56,8 @@ class Monitor:
         self.pending: list[PendingScalar] = []
         self.overflow: list[PendingScalar] = []
         self.searched: set[tuple[int, int]] = set()
+        self.members: dict[int, Any] = {}
+        self.lock = threading.RLock()
         self._warned = False
 
     def __deepcopy__(self, memo: Any) -> "Monitor":
@@ -85,7 +91,7 @@ class Monitor:
                     f"Stack: backprop='exact' made a state again that is {self.drift:.1e} off: a function gives "
                     "other values the second time. Make it deterministic, or use backprop='reverse'."
                 )
-            if bound is not None and self.drift > 3 * bound and self.every != 1:
+            if bound is not None and 3 * bound < self.drift < math.inf and self.every != 1:
                 # Learned scales move during training, and the growth of errors with them.
                 self.every = max(1, (self.every or depth) // 2)
             if self.drift <= DRIFT_LIMIT:

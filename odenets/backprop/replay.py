@@ -4,32 +4,82 @@ What a residual function saw is seen again: random states and buffers (noted per
 parameters, training flags, context. Running statistics are left alone the second time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from schemes.coupling import Coupling, apply_update, invert_update, rotated
+from schemes.coupling import Coupling, Update, apply_update, invert_update, rotated
 from schemes.errors import SchemeError
-from schemes.scheme import Function, Scheme, State
+from schemes.scheme import Function, State
 
+from ..auxiliary import Sink, measured
 from ..step import Step, Wrap
 from .grid import Grid, Spilled
-from .surroundings import Flags, Slot, Surroundings, buffer_slots, swapped
+from .members import Flags, Members, swapped
+from .surroundings import Surroundings
 
+Apply = Callable[[Update, State, Sequence[Function]], State]
 Part = tuple[Any, Sequence[Function], Any, Any]  # an elementary scheme, its residual functions, step size, shortcuts
 
 
-class Members(NamedTuple):
-    """The parameters and buffers of a step, collected once per pass because module traversal dominates the cost."""
+class StepRecord:
+    """All that a step's recomputation needs besides the state.
 
-    modules: list[nn.Module]
-    parameters: list[Slot]  # those that need a gradient, each tensor once
-    norms: list[nn.Module]  # BatchNorm layers with running statistics
-    buffers: list[Slot]  # all others' buffers
+    Attributes:
+        step: the step.
+        shared: the residual function of all steps, where there is only one.
+        t: time at the start.
+        context: what its functions read.
+        scheme: the step's, or what stands for it in training.
+        members: its modules.
+        slots: the places of parameters that need a gradient; a tied one has several.
+        parameters: those parameters, each once.
+        flags: what else of its modules must be as it was.
+        autocast: device, whether autocast was on there, and its precision.
+        grid: exact arithmetic, or None.
+        notes: one per elementary update, None where nothing was drawn or written.
+        spills: one per elementary update on the grid: the bits that it did not keep.
+        overflow: whether a stream left the range of the grid, per elementary update.
+        sink: takes the auxiliary values of the step, or None.
+        counts: how many of them each elementary update gave.
+    """
+
+    __slots__ = (
+        *("autocast", "context", "counts", "flags", "grid", "members", "notes", "overflow", "parameters"),
+        *("scheme", "shared", "sink", "slots", "spills", "step", "t"),
+    )
+
+    def __init__(
+        self,
+        step: Step,
+        state: State,
+        shared: nn.Module | None,
+        t: Any,
+        context: Any,
+        members: Members,
+        grid: Grid | None = None,
+        sink: Sink | None = None,
+    ):
+        self.step, self.shared, self.t, self.context = step, shared, t, context
+        self.scheme, self.members, self.grid = step.scheme_on(state), members, grid
+        parameters = members.parameters()
+        self.slots = [slot for slot in parameters if slot.value.requires_grad]
+        self.parameters = list({id(slot.value): slot.value for slot in self.slots}.values())
+        self.flags = Flags(members.modules, parameters, (t, context))
+        self.autocast = autocast_now(state)
+        self.notes: list[Surroundings | None] = []
+        self.spills: list[Spilled | None] = []
+        self.overflow: list[Tensor] = []
+        self.sink = None if sink is None else Sink(sink.log_det)
+        self.counts: list[int] = []
+
+    @property
+    def where(self) -> str:
+        """The step, for messages."""
+        return f"step {self.step.index}"
 
 
 def members_of(step: Step, shared: nn.Module | None) -> Members:
@@ -38,70 +88,31 @@ def members_of(step: Step, shared: nn.Module | None) -> Members:
     Raises:
         SchemeError: a module inside the step is sharded by itself.
     """
-    parameters: dict[int, Slot] = {}
-    modules, norms, others, seen = [], [], [], set()
-    queue: list[nn.Module | None] = [shared, step]
-    while queue:
-        m = queue.pop()
-        if m is None or id(m) in seen:
-            continue
-        seen.add(id(m))
-        modules.append(m)
+    members = Members((shared, step))
+    for m in members.modules:
         if m is not step and m is not shared and type(m).__name__.startswith("FSDP"):
             name = next(name for name, inner in step.named_modules() if inner is m)
             raise SchemeError(
                 f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='reverse' cannot undo: "
                 "shard whole steps, fully_shard(stack.steps[n]), or the root."
             )
-        for name, p in m._parameters.items():
-            if p is not None and p.requires_grad:
-                parameters.setdefault(id(p), Slot(m._parameters, name, p))
-        if m._buffers:
-            (norms if isinstance(m, _BatchNorm) and m.track_running_stats else others).append(m)
-        queue.extend(reversed(m._modules.values()))
-    return Members(modules, list(parameters.values()), norms, buffer_slots(others))
-
-
-class StepRecord(NamedTuple):
-    """All that a step's recomputation needs besides the state."""
-
-    step: Step
-    shared: nn.Module | None
-    t: Any
-    context: Any
-    scheme: Scheme  # the step's, or what stands for it in training
-    members: Members
-    flags: Flags
-    autocast: list[tuple[str, bool, torch.dtype]]
-    grid: Grid | None  # exact arithmetic
-    notes: list[Surroundings | None]  # one per elementary update, None where nothing was drawn or written
-    spills: list[Spilled | None]  # one per elementary update on the grid: the bits that it did not keep
-    overflow: list[Tensor]  # whether a stream left the range of the grid, per elementary update
-
-    @property
-    def where(self) -> str:
-        """The step, for messages."""
-        return f"step {self.step.index}"
-
-
-def record_of(
-    step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, grid: Grid | None = None
-) -> StepRecord:
-    """What a step is about to run with."""
-    members = members_of(step, shared)
-    flags = Flags(members.modules, (t, context))
-    return StepRecord(
-        step, shared, t, context, step.scheme_on(state), members, flags, autocast_now(state), grid, [], [], []
-    )
+    return members
 
 
 def parts_of(record: StepRecord, t: Any, context: Any, wrap: Wrap | None = None, state: State = ()) -> list[Part]:
     """The step as elementary schemes."""
     h = record.step.h
-    fs, gs = record.step.functions(record.shared, t, context, h)
+    fs, gs = record.step.functions(record.shared, t, context, h, sink=record.sink)
     if wrap is not None:
         fs, gs = wrap(record.step, state, fs, gs)
     return record.scheme.decompose(fs, h, gs)
+
+
+def updates_of(record: StepRecord, scheme: Coupling, fs: Any, h: Any, streams: int, gs: Any) -> list[Update]:
+    """The elementary updates of a part of the step; they tell their log-determinants where these are wanted."""
+    if record.sink is not None and record.sink.log_det:
+        return measured(scheme, fs, h, streams, gs, record.sink)
+    return scheme.updates(fs, h, streams)
 
 
 def autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
@@ -127,9 +138,24 @@ def in_single_precision(state: State) -> State:
     return tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
 
 
+def stream_precision(state: State) -> State:
+    """The streams in the precision in which they are summed: under autocast at least float32."""
+    return in_single_precision(state) if any(enabled for _, enabled, _ in autocast_now(state)) else state
+
+
 def replayed(note: Surroundings | None) -> Any:
     """Inside, an update draws and reads what it did; nothing where it did neither."""
     return nullcontext() if note is None else note.replayed()
+
+
+def lost(x: Tensor) -> Tensor:
+    """What stands for a by-product that an inverse does not bring back: of a shape that no stream has."""
+    return x.new_empty((0,) * 12)
+
+
+def is_lost(x: Tensor) -> bool:
+    """Whether x stands for a lost by-product."""
+    return x.dim() == 12 and x.numel() == 0
 
 
 @contextmanager
@@ -154,47 +180,55 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
         SchemeError: the parameters are not there (sharded away).
     """
     record.flags.check(record.where)
-    for slot in record.members.parameters:
-        if slot.tensor.untyped_storage().size() == 0 and slot.tensor.numel():
+    for p in record.parameters:
+        if p.untyped_storage().size() == 0 and p.numel():
             raise SchemeError(
                 f"Stack: the parameters of {record.where} are sharded away when the backward pass needs them; "
                 "shard whole steps or the root, or fully_shard(..., reshard_after_forward=False)."
             )
-    buffers = record.members.buffers
+    buffers = record.members.buffers()
     with (
         record.flags.restored(),
         statistics_kept(record.members.norms),
         autocast_as(record.autocast),
-        swapped(buffers, [b.tensor.detach().clone() for b in buffers]),
+        swapped(buffers, [slot.value.detach().clone() for slot in buffers]),
     ):
         yield
 
 
-def run_step(record: StepRecord, state: State, wrap: Wrap | None = None) -> State:
-    """The state after the step; notes the surroundings of each elementary update that moved them."""
-    for noted in (record.notes, record.spills, record.overflow):
+def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: Apply = apply_update) -> State:
+    """The state after the step; notes the surroundings of each elementary update that moved them.
+
+    Args:
+        record: what the step runs with.
+        state: the streams before it.
+        wrap: what its functions are wrapped in.
+        apply: applies an update.
+    """
+    for noted in (record.notes, record.spills, record.overflow, record.counts):
         noted.clear()
-    before = start = Surroundings.now(state[0].device, record.members.buffers)
-    statistics = [(b, b.clone()) for m in record.members.norms if m.training for b in m.buffers(recurse=False)]
+    before = start = Surroundings(state[0].device, record.members)
+    statistics = [(b.value, b.value.clone()) for b in record.members.statistics()]
+    half = any(enabled for _, enabled, _ in record.autocast)
     try:
         for scheme, fs, h, gs in parts_of(record, record.t, record.context, wrap, state):
             if not isinstance(scheme, Coupling):
                 state = scheme._step(fs, state, h, gs)
-                before = before.moved(record.notes)
+                before = _note(record, before)
                 continue
-            for update in scheme.updates(fs, h, len(state)):
+            for update in updates_of(record, scheme, fs, h, len(state), gs):
                 if record.grid is None:
-                    state = apply_update(update, state, gs)
+                    state = apply(update, state, gs)
                 else:
                     state = record.grid.apply(update, state, gs, record.spills)
                     record.overflow.append(record.grid.over(state[update.dst]))
-                if update.appends and any(enabled for _, enabled, _ in record.autocast):
+                if half and update.appends:
                     state = in_single_precision(state)
-                before = before.moved(record.notes)
+                before = _note(record, before)
             state = rotated(state, scheme.rotate)
     except Exception as error:
-        start.set_generators()
-        for b, value in [*statistics, *((slot.tensor, value) for slot, value in start.buffers)]:
+        start.restore()
+        for b, value in statistics:
             b.data.copy_(value)
         error.add_note(
             f"{record.step.scheme}, {record.where}, update {len(record.notes)}: a residual function raised; "
@@ -204,10 +238,16 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None) -> Stat
     return state
 
 
+def _note(record: StepRecord, before: Surroundings) -> Surroundings:
+    """Notes what an update that has just run moved, and how many auxiliary values it gave."""
+    if record.sink is not None:
+        record.counts.append(len(record.sink.values) - sum(record.counts))
+    return before.moved(record.notes)
+
+
 def invert_step(record: StepRecord, state: State) -> State:
     """The state before the step, without gradients."""
-    slots = record.members.parameters
-    with torch.no_grad(), as_it_ran(record), swapped(slots, [slot.tensor for slot in slots]):
+    with torch.no_grad(), as_it_ran(record), swapped(record.slots, [slot.value for slot in record.slots]):
         notes, spills = list(record.notes), list(record.spills)
         for scheme, fs, h, gs in reversed(parts_of(record, record.t, record.context)):
             if not isinstance(scheme, Coupling):
@@ -222,5 +262,7 @@ def invert_step(record: StepRecord, state: State) -> State:
                     else:
                         state = record.grid.invert(update, state, gs, spills)
                 if update.byproduct is not None:  # what stood there before is lost, and read by no step
-                    state = (*state[: update.byproduct], state[0].new_empty(0), *state[update.byproduct + 1 :])
+                    state = (*state[: update.byproduct], lost(state[0]), *state[update.byproduct + 1 :])
+    if record.sink is not None:
+        record.sink.take()
     return state

@@ -4,7 +4,11 @@ They run outside torch's compiler, which must not take their autograd nodes apar
 compiler, which takes as long as torch itself: this module is imported when a stack asks for such a pass.
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from schemes.errors import SchemeError
 from schemes.scheme import State
@@ -12,7 +16,7 @@ from schemes.scheme import State
 from .anchors import BOUNDS, measure
 from .grid import Grid
 from .monitor import PendingScalar
-from .replay import autocast_now, in_single_precision
+from .replay import stream_precision
 from .tape import Tape
 from .walk import Pass
 
@@ -28,7 +32,7 @@ def run_reversed(
     check_finite: bool,
 ) -> State:
     """The state after the last step; see ``modes.Reverse`` for the options."""
-    state = _start(state)
+    state = _start(given, state)
     bound = float(bound or BOUNDS.get(state[0].dtype, 1e-5))
     tape = Tape(_anchors(given, state, every, memory, bound), drift, None, given)
     if check_finite:
@@ -49,7 +53,7 @@ def run_reversed(
 @torch.compiler.disable
 def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State:
     """The state after the last step; see ``modes.Exact`` for the options."""
-    state, monitor = _start(state), given.monitor
+    state, monitor = _start(given, state), given.monitor
     _refuse_compiled(given)
     monitor.read(None, len(given.steps))
     grid = Grid(bits, state[0].dtype)
@@ -63,10 +67,20 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
     return state
 
 
-def _start(state: State) -> State:
+def _start(given: Pass, state: State) -> State:
     if torch._C._are_functorch_transforms_active():
         raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
-    return in_single_precision(state) if any(enabled for _, enabled, _ in autocast_now(state)) else state
+    if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
+        raise SchemeError(
+            "Stack: parametrize.cached() keeps weights without their graph in backprop='reverse', which runs each step "
+            "twice.\n  Leave the context away around the stack, or use backprop='store' or 'checkpoint'."
+        )
+    return stream_precision(state)
+
+
+def _modules(given: Pass) -> Iterator[nn.Module]:
+    for root in (*given.steps, *(() if given.shared is None else (given.shared,))):
+        yield from root.modules()
 
 
 def _anchors(given: Pass, state: State, every: int | None, memory: float | None, bound: float) -> int | None:

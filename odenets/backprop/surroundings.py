@@ -1,131 +1,98 @@
-"""What a call reads besides its arguments: random states, buffers, flags; noted, so that it can be run again."""
+"""What an update reads besides arguments and parameters: random states, kept tensors; noted where it moves them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-
-class Slot(NamedTuple):
-    """A place where a module keeps a tensor: its dictionary of parameters or buffers, the name there, the tensor."""
-
-    holder: dict[str, Any]
-    name: str
-    tensor: Tensor
-
-
-def buffer_slots(modules: Iterable[nn.Module]) -> list[Slot]:
-    """The buffers that the modules hold themselves."""
-    return [
-        Slot(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None and not is_lazy(b)
-    ]
-
-
-@contextmanager
-def swapped(slots: Sequence[Slot], tensors: Sequence[Any]) -> Iterator[None]:
-    """Inside, the modules hold ``tensors`` in these places; what they held comes back, the very objects."""
-    before = [s.holder.get(s.name) for s in slots]
-    try:
-        for slot, tensor in zip(slots, tensors, strict=True):
-            slot.holder[slot.name] = tensor
-        yield
-    finally:
-        for slot, tensor in zip(slots, before, strict=True):
-            slot.holder[slot.name] = tensor
+from .members import Members, Slot, swapped
 
 
 class Surroundings:
-    """The random states of the processor and of one CUDA device, and some buffers, at one moment."""
+    """The random states of the processor and of one CUDA device, and the buffers and attributes of some modules."""
 
-    __slots__ = ("buffers", "cpu", "cuda", "device", "versions")
+    __slots__ = ("attributes", "buffers", "cuda", "device", "end", "generator", "members", "values", "versions")
 
-    def __init__(self, device: torch.device, cpu: Tensor, cuda: Tensor | None, buffers: list[Slot]):
-        self.device, self.cpu, self.cuda = device, cpu, cuda
-        self.versions = [b.tensor._version for b in buffers]
-        # Copies, as most functions write to their buffers in place.
-        self.buffers = [(b, b.tensor.detach().clone()) for b in buffers]
+    def __init__(self, device: torch.device, members: Members | None):
+        self.device, self.members = device, members
+        self.generator = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.end: Surroundings | None = None
+        self.buffers: Sequence[Slot] = () if members is None else members.buffers()
+        self.attributes: Sequence[Slot] = () if members is None else members.attributes()
+        # Copies, as functions write to buffers in place. An attribute is mostly replaced, and may be large: no copy.
+        self.values = [slot.value.detach().clone() for slot in self.buffers]
+        self.values += [slot.value if slot.value is None else slot.value.detach() for slot in self.attributes]
+        self.versions = [_version(slot.value) for slot in (*self.buffers, *self.attributes)]
 
-    @classmethod
-    def now(cls, device: torch.device, buffers: list[Slot]) -> "Surroundings":
-        """The surroundings of this moment."""
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, torch.get_rng_state(), cuda, buffers)
+    def drew(self, now: "Surroundings") -> bool:
+        """Whether random numbers were drawn between these surroundings and later ones."""
+        same = torch.equal(self.generator, now.generator)
+        return not same or (self.cuda is not None and not torch.equal(self.cuda, now.cuda))  # type: ignore[arg-type]
 
-    def set_generators(self) -> None:
-        """Sets torch's global generators to these states."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+    def _kept(self) -> bool:
+        """Whether the modules still hold the very same values."""
+        slots = zip((*self.buffers, *self.attributes), self.versions, strict=True)
+        return all(s.holder.get(s.name) is s.value and _version(s.value) == v for s, v in slots)
 
     def moved(self, notes: "list[Surroundings | None]") -> "Surroundings":
         """Notes these surroundings if they have changed since, else None; returns those of now."""
-        cpu = torch.get_rng_state()
-        cuda = None if self.cuda is None else torch.cuda.get_rng_state(self.device)
-        same = torch.equal(self.cpu, cpu) and (cuda is None or torch.equal(self.cuda, cuda))  # type: ignore[arg-type]
-        for (slot, _), version in zip(self.buffers, self.versions, strict=True):
-            same = same and slot.holder.get(slot.name) is slot.tensor and slot.tensor._version == version
-        notes.append(None if same else self)
-        if same:
-            return self
-        held = [Slot(s.holder, s.name, s.holder[s.name]) for s, _ in self.buffers]
-        return Surroundings(self.device, cpu, cuda, held)
+        if self._kept():
+            state = torch.get_rng_state()
+            cuda = None if self.cuda is None else torch.cuda.get_rng_state(self.device)
+            if torch.equal(state, self.generator) and (cuda is None or torch.equal(cuda, self.cuda)):  # type: ignore
+                notes.append(None)
+                return self
+        notes.append(self)
+        self.end = Surroundings(self.device, self.members)
+        return self.end
+
+    def set_generators(self) -> None:
+        """Sets torch's global generators to these states."""
+        torch.set_rng_state(self.generator)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    def restore(self) -> None:
+        """Puts generators, buffers and attributes back."""
+        self.set_generators()
+        for slot, value in zip(self.buffers, self.values, strict=False):
+            slot.value.data.copy_(value)  # in place, and unseen by autograd, which may have saved it
+            slot.holder[slot.name] = slot.value
+        for slot in self.attributes:
+            slot.holder[slot.name] = slot.value
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, functions draw and read as they did at that moment; outside nobody sees that they did."""
-        before = Surroundings.now(self.device, [])
-        self.set_generators()
-        try:
-            # Copies of the copies: a second replay must read the same.
-            with swapped([slot for slot, _ in self.buffers], [value.clone() for _, value in self.buffers]):
-                yield
-        finally:
-            before.set_generators()
-
-
-class Flags:
-    """Which modules were in training, which parameters wanted a gradient, and the versions of all that was read."""
-
-    __slots__ = ("frozen", "read", "training")
-
-    def __init__(self, modules: Sequence[nn.Module], given: Any = None):
-        self.training = [(m, m.training) for m in modules]
-        parameters = [(name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-        self.frozen = [(p, p.requires_grad) for _, p in parameters if p.is_leaf]
-        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
-        self.read = [(f"parameter {name}", p, p._version) for name, p in parameters if not p.is_inference()]
-        self.read += [("the context or the time", x, x._version) for x in tensors if not x.is_inference()]
-
-    def check(self, where: str) -> None:
-        """Raises where a tensor is no longer what the call read.
+        """Inside, functions draw and read as they did at that moment; outside nobody sees that they did.
 
         Raises:
-            RuntimeError: a parameter or a tensor of the context was written to since.
+            RuntimeError: what they read is gone, or they drew other numbers than the first time.
         """
-        for what, tensor, version in self.read:
-            if tensor._version != version:
+        for slot, version in zip(self.attributes, self.versions[len(self.buffers) :], strict=True):
+            if _version(slot.value) != version:
                 raise RuntimeError(
-                    f"Stack: {what} of {where}, {tuple(tensor.shape)}, was changed in place between the forward and "
-                    "the backward pass, which runs the step again.\n  Step the optimiser after the last backward pass."
+                    f"Stack: the attribute {slot.name} was written to in place by a residual function that reads it, "
+                    "so that the step cannot be run again.\n  Make it a buffer: self.register_buffer(...)."
                 )
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Inside, the modules train or not, and their parameters want a gradient or not, as at the call."""
-        modes = [(m, m.training) for m, was in self.training if m.training != was]
-        grads = [(p, p.requires_grad) for p, was in self.frozen if p.requires_grad != was]
+        before = Surroundings(self.device, None)
+        self.set_generators()
+        count = len(self.buffers)
+        # Copies of the copies: a second replay must read the same.
+        values = [*(v.clone() for v in self.values[:count]), *self.values[count:]]
         try:
-            for m, now in modes:
-                m.training = not now
-            for p, now in grads:
-                p.requires_grad_(not now)
-            yield
+            with swapped([*self.buffers, *self.attributes], values):
+                yield
+            end = Surroundings(self.device, None)
         finally:
-            for m, now in modes:
-                m.training = now
-            for p, now in grads:
-                p.requires_grad_(now)
+            before.set_generators()
+        if self.end is not None and self.drew(end) and self.end.drew(end):
+            raise RuntimeError(
+                "Stack: a residual function drew other random numbers when it was run again: another thread drew from "
+                "torch's generator in the forward pass.\n  Let it draw from a generator of its own."
+            )
+
+
+def _version(value: Tensor | None) -> int:
+    return -1 if value is None or value.is_inference() else value._version

@@ -18,15 +18,29 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from schemes.coupling import Coupling, Update, rotated, shortcut_of
+from schemes.coupling import Coupling, Update, apply_update, rotated, shortcut_of
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
 from ..step import Step
 from .grid import Grid, Spilled
+from .guard import Guard, learn, needed
+from .members import Members, Slot, swapped
 from .monitor import PendingScalar, distance
-from .replay import StepRecord, as_it_ran, autocast_as, invert_step, parts_of, record_of, replayed, run_step
-from .surroundings import Slot, Surroundings, swapped
+from .replay import (
+    StepRecord,
+    as_it_ran,
+    autocast_as,
+    invert_step,
+    is_lost,
+    lost,
+    members_of,
+    parts_of,
+    replayed,
+    run_step,
+    updates_of,
+)
+from .surroundings import Surroundings
 from .walk import Pass
 
 
@@ -42,7 +56,7 @@ class Tape:
 
     def __init__(self, every: int | None, keep_first: bool, grid: Grid | None, given: Pass):
         self.every, self.keep_first, self.grid = every, keep_first, grid
-        self.wrap, self.searched = given.wrap, given.monitor.searched
+        self.wrap, self.monitor, self.sink = given.wrap, given.monitor, given.sink
         self.records: list[StepRecord] = []
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: list[int] = []
@@ -58,12 +72,26 @@ class Tape:
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self.kept[n] = tuple(x.detach() for x in state)
-        record = record_of(step, state, shared, t, context, self.grid)
+        members = self._members(step, shared)
+        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink)
         self.records.append(record)
-        inputs = [slot.tensor for slot in record.members.parameters]
+        inputs = [*record.parameters]
         if t is not None or context is not None:
             inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
-        return _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[return-value]
+        state = _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[assignment]
+        if self.sink is None:
+            return state
+        # The node gives the step's auxiliary values after its streams.
+        count = len(state) - len(record.sink.names)  # type: ignore[union-attr]
+        for name, value in zip(record.sink.names, state[count:], strict=True):  # type: ignore[union-attr]
+            self.sink.add(name, value)
+        return state[:count]
+
+    def _members(self, step: Step, shared: nn.Module | None) -> Members:
+        found = self.monitor.members.get(step.index)
+        if found is None or not found.fit(shared, step):
+            found = self.monitor.members[step.index] = members_of(step, shared)
+        return found
 
     def close(self, state: State) -> None:
         """Keeps the last state, from which the backward pass starts."""
@@ -132,14 +160,23 @@ class _Node(torch.autograd.Function):
         record = tape.records[n]
         ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
         ctx.set_materialize_grads(False)
+        guard = Guard(record.where) if needed(record.members, record.step) and record.grid is None else None
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
-        with autocast_as(record.autocast):
-            return run_step(record, tensors[:streams], tape.wrap)
+        with tape.monitor.lock, autocast_as(record.autocast):
+            state = run_step(record, tensors[:streams], tape.wrap, apply_update if guard is None else guard.apply)
+            if guard is not None:
+                learn(record.members)
+        ctx.streams = len(state)
+        if record.sink is not None:
+            names = record.sink.names
+            state = (*state, *(x.detach() for x in record.sink.take()))
+            record.sink.names = names
+        return state
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
-        with torch.no_grad():
+        with torch.no_grad(), ctx.tape.monitor.lock:
             found = _Node.once(ctx, grads)
         if not twice:
             return found
@@ -160,7 +197,8 @@ class _Node(torch.autograd.Function):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
         streams = list(tape.take(n + 1, free=not _keep_graph()))
-        found, extra = _StepBackward(tape, n, extras, wanted).run(streams, list(grads))
+        step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
+        found, extra = step.run(streams, list(grads[: ctx.streams]))
         tape.move(n, tuple(streams))
         return (*none, *found, *extra)
 
@@ -173,23 +211,33 @@ class _StepBackward:
         n: number of the step.
         extras: the extra inputs: parameters, then tensors of the time and the context.
         wanted: which of them need a gradient.
+        auxiliary: the gradients of its auxiliary values.
     """
 
-    def __init__(self, tape: Tape, n: int, extras: Sequence[Tensor], wanted: Sequence[bool]):
+    def __init__(
+        self,
+        tape: Tape,
+        n: int,
+        extras: Sequence[Tensor],
+        wanted: Sequence[bool],
+        auxiliary: list[Tensor | None],
+    ):
+        self.auxiliary, self.counts = auxiliary, list(tape.records[n].counts)
         self.tape, self.n, self.record = tape, n, tape.records[n]
-        slots, count = self.record.members.parameters, len(self.record.members.parameters)
+        record, count = self.record, len(self.record.parameters)
         # A gradient can be asked of a parameter itself where nobody would notice: no hook, no tensor in its stead.
-        self.direct = all(_untouched(slot) for slot in slots)
+        self.direct = all(_untouched(slot) for slot in record.slots)
         leaves = [x.detach().requires_grad_(w) for x, w in zip(extras, wanted, strict=True)]
         if self.direct:
             leaves[:count] = extras[:count]
-        self.given = (self.record.t, self.record.context)
+        self.given = (record.t, record.context)
         if len(extras) > count:
             rest = iter(leaves[count:])
             self.given = pytree.tree_map(
                 lambda x: next(rest) if isinstance(x, Tensor) and x.requires_grad else x, self.given
             )
-        self.slots, self.leaves, self.wanted = slots, leaves[:count], wanted
+        leaf_of = {id(p): leaf for p, leaf in zip(record.parameters, leaves, strict=False)}
+        self.leaves, self.wanted = [leaf_of[id(slot.value)] for slot in record.slots], wanted
         self.ask = [x for x, w in zip(leaves, wanted, strict=True) if w]
         self.known = {id(x) for x in leaves}
         self.sums: list[Tensor | None] = [None] * len(self.ask)
@@ -210,7 +258,7 @@ class _StepBackward:
         # A step size or a time that needs a gradient is part of the graph of all that is computed from it, and a graph
         # is gone once it was used: the parts are then made anew for each update.
         anew = any(isinstance(x, Tensor) and x.requires_grad for x in (record.step.h, record.t))
-        with as_it_ran(record), nullcontext() if self.direct else swapped(self.slots, self.leaves):
+        with as_it_ran(record), nullcontext() if self.direct else swapped(record.slots, self.leaves):
             fixed = None if anew else self.parts()
             for k in reversed(range(len(fixed or self.parts()))):
                 scheme, fs, h, gs = (fixed or self.parts())[k]
@@ -220,12 +268,12 @@ class _StepBackward:
                 streams[:], grads = rotated(tuple(streams), -scheme.rotate), [*rotated(tuple(grads), -scheme.rotate)]  # type: ignore
                 count = len(streams) - scheme.streams_added
                 with torch.enable_grad():
-                    updates = scheme.updates(fs, h, count)
+                    updates = updates_of(record, scheme, fs, h, count, gs)
                 for i in reversed(range(len(updates))):
                     if anew:
                         _, fs, h, gs = self.parts()[k]
                         with torch.enable_grad():
-                            updates = scheme.updates(fs, h, count)
+                            updates = updates_of(record, scheme, fs, h, count, gs)
                     with replayed(notes.pop()):
                         spill = spills.pop() if spills else None
                         self._update(len(notes), updates[i], streams, grads, gs, spill)
@@ -236,9 +284,9 @@ class _StepBackward:
         """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
         if not pairs:
             return [None] * len(inputs)
-        if (self.n, place) not in self.tape.searched:
+        if (self.n, place) not in self.tape.monitor.searched:
             self._refuse_captured([edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
-            self.tape.searched.add((self.n, place))
+            self.tape.monitor.searched.add((self.n, place))
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
         found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)
@@ -266,7 +314,22 @@ class _StepBackward:
             (get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
         ]
         del outputs
+        pairs += self._auxiliary_pairs(self._auxiliary_gradients())
         return self._gradients(-1, pairs, inputs)
+
+    def _auxiliary_gradients(self) -> list[Tensor | None]:
+        """The gradients of the auxiliary values of the update that comes next, on the way back."""
+        count = self.counts.pop() if self.counts else 0
+        found = self.auxiliary[len(self.auxiliary) - count :]
+        del self.auxiliary[len(self.auxiliary) - count :]
+        return found
+
+    def _auxiliary_pairs(self, grads: list[Tensor | None]) -> list[tuple[Any, Tensor]]:
+        """Edges of the auxiliary values that the functions have just given, with their gradients."""
+        sink = self.record.sink
+        values = [] if sink is None else sink.take()
+        pairs = zip(values[len(values) - len(grads) :], grads, strict=True)
+        return [(get_gradient_edge(v), g.to(v.dtype)) for v, g in pairs if g is not None and v.requires_grad]
 
     def _update(
         self,
@@ -285,11 +348,12 @@ class _StepBackward:
         grad, byproduct_grad = grads[d], None
         if e is not None:
             byproduct_grad, grads[e] = grads[e], None
-        live = grad is not None or byproduct_grad is not None
+        auxiliary = self._auxiliary_gradients()
+        live = any(g is not None for g in (grad, byproduct_grad, *auxiliary))
         if update.appends and not live:
             del streams[d:], grads[d:]
             return
-        places = [i for i, x in enumerate(streams) if live and i != d and _differentiable(x) and x.numel()]
+        places = [i for i, x in enumerate(streams) if live and i != d and _differentiable(x) and not is_lost(x)]
         others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.appends else streams)]
         inputs = [others[i].requires_grad_() for i in places]
         with torch.set_grad_enabled(live):
@@ -301,6 +365,7 @@ class _StepBackward:
             pairs.append((get_gradient_edge(byproducts[0]), byproduct_grad.to(byproducts[0].dtype)))
         if grad is not None and shift.requires_grad:
             pairs.append((get_gradient_edge(shift), grad.to(shift.dtype)))
+        pairs += self._auxiliary_pairs(auxiliary)
         shift = shift.detach()
         byproducts.clear()
         if update.appends:
@@ -337,7 +402,7 @@ class _StepBackward:
                 elif not _is_one(scale):
                     streams[d] = x = x.div_(scale)
         if update.byproduct is not None:  # what stood there before is lost, and read by no step
-            streams[update.byproduct] = x.new_empty(0)
+            streams[update.byproduct] = lost(x)
         return x
 
     def _through_scale(
@@ -383,7 +448,7 @@ class _StepBackward:
 
 def _untouched(slot: Slot) -> bool:
     """Whether the module still holds the very tensor, and a gradient can be asked of it without side effects."""
-    return slot.holder.get(slot.name) is slot.tensor and slot.tensor.is_leaf and not slot.tensor._backward_hooks
+    return slot.holder.get(slot.name) is slot.value and slot.value.is_leaf and not slot.value._backward_hooks
 
 
 def _differentiable(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from schemes.scheme import State
 
+from ..auxiliary import Sink
 from ..step import Runner, Step, Wrap
 from .monitor import Monitor
 
@@ -30,6 +31,7 @@ class Pass(NamedTuple):
         runner: what evaluates a step where its states are kept, in place of the step itself.
         wrap: what each step's functions are wrapped in.
         calls: counts the evaluations of an adaptive solver.
+        sink: takes auxiliary values; None drops them.
         first: number of the first step.
         extras: how many of the last entries of a state are no streams, but ride along.
     """
@@ -45,6 +47,7 @@ class Pass(NamedTuple):
     runner: Runner | None = None
     wrap: Wrap | None = None
     calls: list[int] | None = None
+    sink: Sink | None = None
     first: int = 0
     extras: int = 0
 
@@ -63,11 +66,11 @@ class Pass(NamedTuple):
 
     def keep(self, state: State) -> State:
         """The state after the last step, each state kept by autograd as far as it needs it."""
-        plain = self.wrap is None and self.calls is None
+        plain = self.wrap is None and self.calls is None and self.sink is None
         return self.walk(state, self.runner or (None if plain else self._evaluate))
 
     def _evaluate(self, step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
-        return step.evaluate(state, shared, t, context, h, self.wrap, self.calls)
+        return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink)
 
     def parts(self, every: int) -> "Iterator[Pass]":
         """Passes through ``every`` steps each, one after the other, without the observer."""

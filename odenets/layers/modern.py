@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .drop_path import DropPath
 from .norm import LayerNorm2d
 
 Norm = Literal["batch", "layer"]
@@ -39,6 +40,7 @@ class ModernFunction(nn.Module):
         one_norm: one norm in all.
         norm: "batch" or "layer".
         act: "relu" or "gelu".
+        drop_path: probability that a sample's result is zero while training.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
@@ -61,6 +63,7 @@ class ModernFunction(nn.Module):
         one_norm: bool = False,
         norm: Norm = "batch",
         act: Act = "relu",
+        drop_path: float = 0.0,
     ):
         super().__init__()
         middle = out_channels * 4 if inverted else out_channels // 4
@@ -78,23 +81,15 @@ class ModernFunction(nn.Module):
             has_norm = spatial if one_norm else True
             # The activation in the middle of the pointwise convolutions, or one after each but the last.
             has_act = i == 1 if one_act else i < 2
-            groups = after if spatial and depthwise else 1
-            self.layers.add_module(
-                name,
-                nn.Conv2d(
-                    before,
-                    after,
-                    size,
-                    stride if spatial else 1,
-                    size // 2,
-                    groups=groups,
-                    bias=not has_norm or norm == "layer",
-                ),
-            )
+            groups, own = (after if depthwise else 1, stride) if spatial else (1, 1)
+            bias = not has_norm or norm == "layer"
+            self.layers.add_module(name, nn.Conv2d(before, after, size, own, size // 2, groups=groups, bias=bias))
             if has_norm:
                 self.layers.add_module(f"norm{i}", make_norm(norm, after))
             if has_act:
                 self.layers.add_module(f"act{i}", make_act(act))
+        if drop_path:
+            self.layers.add_module("drop_path", DropPath(drop_path))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)

@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from schemes import SchemeError, Slot
+from schemes import SchemeError
 
 from ..checkpoints import KeyMap
-from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_truncated, linear_rates
+from ..layers import LayerNorm2d, PatchConv2d, init_truncated, linear_rates
 from ..stack import Stack
 from .catalogue import register_variants, torchvision_weights
 from .keys import convnext as keys_of_convnext
 from .keys.layout import twin
 from .level_net import LevelNet
-from .levels import check_streams, recomputing, schemes_of_levels, steps_of_levels, warned_once
+from .levels import check_streams, mixer, patch_transition, recomputing, schemes_of_levels, steps_of_levels, warned_once
 
 
 class ConvNeXt(LevelNet):
@@ -77,53 +77,23 @@ class ConvNeXt(LevelNet):
         **head: Any,
     ):
         super().__init__(**head)
-        if not functions or len(functions) != len(widths):
-            raise SchemeError(
-                f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."
-            )
-        if kernel % 2 == 0:
-            raise SchemeError(f"kernel is {kernel}, want an odd size.")
+        _check(functions, widths, kernel)
         found = schemes_of_levels(scheme, len(functions))
         depths = steps_of_levels(found, functions)
         rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
+        make = partial(mixer, rates=rates, kernel=kernel, expansion=expansion, layer_scale=layer_scale)
         again = recomputing(recompute, len(functions))
-
-        def make(slot: Slot, again: bool) -> nn.Module:
-            return ConvNeXtFunction(
-                slot.in_channels[0],
-                slot.out_channels,
-                kernel=kernel,
-                expansion=expansion,
-                layer_scale=layer_scale,
-                drop_path=next(rates),
-                recompute=again,
-            )
-
         self.stem = nn.Sequential(OrderedDict(conv=PatchConv2d(self.in_chans, widths[0], patch)))
         if stem_norm:
             self.stem.add_module("norm", LayerNorm2d(widths[0]))
         before = 0
         with warned_once():
             for level, (scheme_, depth, width) in enumerate(zip(found, depths, widths, strict=True)):
-                transition: nn.Module = nn.Identity()
-                if level:
-                    last = widths[level - 1]
-                    transition = nn.Sequential(
-                        OrderedDict(norm=LayerNorm2d(last), conv=PatchConv2d(last, width, 2)),
-                    )
                 check_streams(scheme_, depth, width, "ConvNeXt")
-                self.transitions.append(transition)
-                self.levels.append(
-                    Stack.from_factory(
-                        partial(make, again=again[level]),
-                        scheme_,
-                        depth,
-                        channels=width,
-                        step=step,
-                        step_offset=before,
-                        backprop=backprop,
-                    )
-                )
+                options = {"step": step, "step_offset": before, "backprop": backprop}
+                of_level = partial(make, recompute=again[level])
+                self.transitions.append(patch_transition(widths[level - 1], width, 2) if level else nn.Identity())
+                self.levels.append(Stack.from_factory(of_level, scheme_, depth, channels=width, **options))
                 before += depth
         self.head_norm = nn.LayerNorm(widths[-1], eps=1e-6)
         init_truncated(self)
@@ -138,6 +108,13 @@ class ConvNeXt(LevelNet):
         """Names of published keys here: facebookresearch's, timm's, torchvision's, or a twin's under another scheme."""
         own = self.state_dict().keys()
         return keys_of_convnext.published(own, keys) or twin(own, keys)
+
+
+def _check(functions: Sequence[int], widths: Sequence[int], kernel: int) -> None:
+    if not functions or len(functions) != len(widths):
+        raise SchemeError(f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level.")
+    if kernel % 2 == 0:
+        raise SchemeError(f"kernel is {kernel}, want an odd size.")
 
 
 _SMALL = {"widths": (96, 192, 384, 768)}

@@ -46,6 +46,34 @@ def grown_width(scheme: Scheme, width: int, count: int, growth: int) -> int:
     return width + count * (scheme.growth if isinstance(scheme, Dense) else growth)
 
 
+class Widths:
+    """Follows the width through the levels of a concatenating network.
+
+    Args:
+        width: of the stem.
+
+    Attributes:
+        width: of the stream at this place.
+        grown: of the concatenation that a transition narrows from.
+        channels: after each level.
+    """
+
+    def __init__(self, width: int):
+        self.width = self.grown = width
+        self.channels: list[int] = []
+
+    def narrowed(self, out: int) -> tuple[int, int]:
+        """Widths before and after a transition to ``out`` channels."""
+        before, self.width = self.width, out
+        return before, out
+
+    def level(self, scheme: Scheme, count: int, growth: int, depth: int) -> None:
+        """Goes through a level of ``count`` functions in ``depth`` steps."""
+        self.grown = grown_width(scheme, self.width, count, growth)
+        self.width = width_after(scheme, self.width, depth)
+        self.channels.append(self.width)
+
+
 def width_after(scheme: Scheme, width: int, depth: int) -> int:
     """Width of the readout after so many steps: a dense scheme widens the stream, any other keeps it."""
     return width + depth * scheme.growth if isinstance(scheme, Dense) else width

@@ -20,7 +20,7 @@ from ..checkpoints import KeyMap
 from ..layers import DenseFunction, DenseTransition, init_kaiming
 from ..stack import Stack
 from .catalogue import register_variants, torchvision_weights
-from .dense_levels import grown_width, schemes_with_growth, width_after
+from .dense_levels import Widths, schemes_with_growth
 from .head import check_choices, check_rates
 from .keys import densenet as keys_of_densenet
 from .keys.layout import twin
@@ -82,61 +82,52 @@ class DenseNet(LevelNet):
     ):
         # The paper's dropout follows the convolutions; the head has none.
         super().__init__(**head)
-        check_choices(stem=(stem, Stem))
-        if not functions:
-            raise SchemeError("no counts of residual functions: want one per level.")
-        if not 0 < compression <= 1:
-            raise SchemeError(f"compression is {compression}, want 0 < compression <= 1.")
-        check_rates(drop_rate=drop_rate)
-        if drop_path_rate:
-            raise SchemeError(
-                f"drop_path_rate is {drop_path_rate}: a DenseNet has no skip to fall back on; use drop_rate."
-            )
+        _check(functions, compression, stem, drop_rate, drop_path_rate)
         found = schemes_with_growth(scheme, [growth] * len(functions))
         again = recomputing(recompute, len(functions))
-
-        def make(slot: Slot, again: bool) -> nn.Module:
-            return DenseFunction(
-                sum(slot.in_channels),
-                slot.out_channels,
-                bottleneck=bottleneck,
-                drop_rate=drop_rate,
-                recompute=again,
-            )
-
-        width = grown = 2 * growth if init_channels is None else init_channels
-        self.stem = _stem(stem, self.in_chans, width)
-        reduction = 4 if stem == "conv7_pool" else 1
-        channels = []
+        make = partial(_function, bottleneck=bottleneck, drop_rate=drop_rate)
+        at = Widths(2 * growth if init_channels is None else init_channels)
+        self.stem = _stem(stem, self.in_chans, at.width)
         with warned_once():
             for level, (scheme_, count) in enumerate(zip(found, functions, strict=True)):
                 transition: nn.Module = nn.Identity()
                 if level:
-                    narrow = int(grown * compression)
-                    transition = DenseTransition(width, narrow, drop_rate=drop_rate)
-                    width = narrow
+                    transition = DenseTransition(*at.narrowed(int(at.grown * compression)), drop_rate=drop_rate)
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)
+                of_level = partial(make, recompute=again[level])
                 self.levels.append(
-                    Stack.from_factory(
-                        partial(make, again=again[level]), scheme_, depth, channels=width, backprop=backprop
-                    )
+                    Stack.from_factory(of_level, scheme_, depth, channels=at.width, backprop=backprop),
                 )
-                grown = grown_width(scheme_, width, count, growth)
-                width = width_after(scheme_, width, depth)
-                channels.append(width)
-        self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+                at.level(scheme_, count, growth, depth)
+        self.norm = nn.Sequential(nn.BatchNorm2d(at.width), nn.ReLU(inplace=True))
         # The official code draws by the fan out; torchvision's ImageNet models by the fan in.
         init_kaiming(self, "fan_in" if stem == "conv7_pool" else "fan_out")
-        reductions = [reduction * 2**level for level in range(len(channels))]
+        reduction = 4 if stem == "conv7_pool" else 1
+        reductions = [reduction * 2**level for level in range(len(functions))]
         # The stem of stride 4 rounds up, the transitions round down.
         self.least = reductions[-1] - reduction + 1
-        self.finish_levels(channels, reductions)
+        self.finish_levels(at.channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: torchvision's (old and new), gpleiss's, andreasveit's."""
         own = self.state_dict().keys()
         return keys_of_densenet.published(own, keys) or twin(own, keys)
+
+
+def _check(functions: Sequence[int], compression: float, stem: str, drop_rate: float, drop_path_rate: float) -> None:
+    check_choices(stem=(stem, Stem))
+    if not functions:
+        raise SchemeError("no counts of residual functions: want one per level.")
+    if not 0 < compression <= 1:
+        raise SchemeError(f"compression is {compression}, want 0 < compression <= 1.")
+    check_rates(drop_rate=drop_rate)
+    if drop_path_rate:
+        raise SchemeError(f"drop_path_rate is {drop_path_rate}: a DenseNet has no skip to fall back on; use drop_rate.")
+
+
+def _function(slot: Slot, **options: Any) -> nn.Module:
+    return DenseFunction(sum(slot.in_channels), slot.out_channels, **options)
 
 
 class _ChannelsLast(nn.Module):

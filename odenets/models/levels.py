@@ -2,15 +2,18 @@
 
 import contextlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import schemes
 from schemes import Scheme, SchemeError, Slot
 
 from ..build import fitting_counts
+from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d
 
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:
@@ -97,12 +100,15 @@ def steps_of_levels(found: Sequence[Scheme], functions: Sequence[int]) -> list[i
 def takes_shortcut(scheme: Scheme) -> bool:
     """Whether the first step of a level can make its stride and width: one stream, whose identity a shortcut replaces.
 
+    Not under bdia, which keeps two states of one shape in training.
+
     Example:
         >>> import schemes
-        >>> [takes_shortcut(schemes.get(s)) for s in ("rk4", "revnet", "leapfrog")]
-        [True, False, False]
+        >>> [takes_shortcut(schemes.get(s)) for s in ("rk4", "revnet", "leapfrog", "bdia")]
+        [True, False, False, False]
     """
-    return scheme.nodes is not None and scheme.streams == 1 and scheme.at(0).shortcuts == 1
+    one_stream = scheme.streams == 1 and not scheme.training_differs
+    return scheme.nodes is not None and one_stream and scheme.at(0).shortcuts == 1
 
 
 class _Misfit(Exception):
@@ -190,6 +196,16 @@ def _along(scheme: Scheme, depth: int, width: int, dim: int, ndim: int, heads: i
     except (SchemeError, _Misfit):
         return ""
     return f"scheme='{found}', "
+
+
+def mixer(slot: Slot, rates: Iterator[float], **options: Any) -> nn.Module:
+    """ConvNeXt's residual function for a place in a stack, with the next rate of stochastic depth."""
+    return ConvNeXtFunction(sum(slot.in_channels), slot.out_channels, drop_path=next(rates), **options)
+
+
+def patch_transition(width: int, out: int, stride: int) -> nn.Module:
+    """LayerNorm and a convolution of patches, between two levels."""
+    return nn.Sequential(OrderedDict(norm=LayerNorm2d(width), conv=PatchConv2d(width, out, stride)))
 
 
 @contextlib.contextmanager

@@ -8,21 +8,22 @@ Source: Kim et al. 2024, DenseNets Reloaded: Paradigm Shift Beyond ResNets and V
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from schemes import SchemeError, Slot
+from schemes import SchemeError
 
 from ..checkpoints import KeyMap
-from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, init_kaiming, linear_rates
+from ..layers import LayerNorm2d, PatchConv2d, init_kaiming, linear_rates
 from ..stack import Stack
 from .catalogue import register_variants
-from .dense_levels import grown_width, schemes_with_growth, width_after
+from .dense_levels import Widths, schemes_with_growth
 from .keys import rdnet as keys_of_rdnet
 from .keys.layout import twin
 from .level_net import LevelNet
-from .levels import recomputing, steps_that_fit, warned_once
+from .levels import mixer, patch_transition, recomputing, steps_that_fit, warned_once
 
 
 class RDNet(LevelNet):
@@ -88,49 +89,30 @@ class RDNet(LevelNet):
             )
         found = schemes_with_growth(scheme, growths)
         rates = iter(linear_rates(self.drop_path_rate, sum(counts)))
+        make = partial(mixer, rates=rates, kernel=kernel, expansion=expansion, divisor=8, layer_scale=layer_scale)
         again = recomputing(recompute, len(counts))
-
         self.stem = nn.Sequential(
             OrderedDict(conv=PatchConv2d(self.in_chans, init_channels, 4), norm=LayerNorm2d(init_channels))
         )
-        width, reduction = init_channels, 4
-        grown = width
-        channels, reductions = [], []
+        at, reductions = Widths(init_channels), [4]
         with warned_once():
             for level, (scheme_, count, halve) in enumerate(zip(found, counts, downsample, strict=True)):
-
-                def make(slot: Slot, gate: bool = level >= gate_from, again: bool = again[level]) -> nn.Module:
-                    return ConvNeXtFunction(
-                        sum(slot.in_channels),
-                        slot.out_channels,
-                        kernel=kernel,
-                        expansion=expansion,
-                        divisor=8,
-                        layer_scale=layer_scale,
-                        gate=gate,
-                        drop_path=next(rates),
-                        recompute=again,
-                    )
-
                 transition: nn.Module = nn.Identity()
                 if level:
                     stride = 2 if halve else 1
-                    narrow = int(grown * compression / 8) * 8
-                    transition = nn.Sequential(
-                        OrderedDict(norm=LayerNorm2d(width), conv=PatchConv2d(width, narrow, stride))
-                    )
-                    width, reduction = narrow, reduction * stride
+                    transition = patch_transition(*at.narrowed(int(at.grown * compression / 8) * 8), stride)
+                    reductions.append(reductions[-1] * stride)
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)
-                self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width, backprop=backprop))
-                grown = grown_width(scheme_, width, count, growths[level])
-                width = width_after(scheme_, width, depth)
-                channels.append(width)
-                reductions.append(reduction)
-        self.head_norm = nn.LayerNorm(width, eps=head_norm_eps)
+                of_level = partial(make, gate=level >= gate_from, recompute=again[level])
+                self.levels.append(
+                    Stack.from_factory(of_level, scheme_, depth, channels=at.width, backprop=backprop),
+                )
+                at.level(scheme_, count, growths[level], depth)
+        self.head_norm = nn.LayerNorm(at.width, eps=head_norm_eps)
         init_kaiming(self, "fan_in", linear=True)
         self.least = reductions[-1]
-        self.finish_levels(channels, reductions)
+        self.finish_levels(at.channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here: naver-ai's and timm's, which differ in the epsilon of the head's norm."""

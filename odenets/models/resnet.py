@@ -127,8 +127,8 @@ class ResidualNet(LevelNet):
             else:
                 shortcut = Projection(width, out, stride, norm=norm)
         check_streams(scheme, depth, width, type(self).__name__)
-        # A step of one stream ends in a new sum, which its ReLU may overwrite; several streams may share tensors.
-        after = None if self.placement == "preact" else nn.ReLU(inplace=scheme.streams == 1)
+        # A step of one stream ends in a new sum, which its ReLU may overwrite; a stream that lives on keeps its values.
+        after = None if self.placement == "preact" else nn.ReLU(inplace=takes_shortcut(scheme))
         stack = Stack.from_factory(
             partial(self._function, scheme, stride, rates),
             scheme,

@@ -114,16 +114,6 @@ class RevCol(ColumnNet):
         if supervision and not self.num_classes:
             raise SchemeError("RevCol: supervision needs a head; give num_classes, or leave supervision out.")
         self.patch = patch
-        features = [
-            {
-                "num_chs": c,
-                "reduction": patch * 2**level,
-                "module": f"columns.steps.{columns - 1}:{level + 1}",
-                "map": level,
-            }
-            for level, c in enumerate(channels)
-        ]
-
         self.stem = nn.Sequential()
         self.stem.add_module("conv", PatchConv2d(self.in_chans, channels[0], patch))
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
@@ -139,7 +129,12 @@ class RevCol(ColumnNet):
         if supervision:
             before_last = supervised_columns(columns)[:-1]
             self.supervision = Supervision(before_last, channels, self.num_classes, patch, self.in_chans)
-        self.finish(features, init_truncated)
+        module = f"columns.steps.{columns - 1}"
+        rows = [
+            {"num_chs": c, "reduction": patch * 2**level, "module": f"{module}:{level + 1}", "map": level}
+            for level, c in enumerate(channels)
+        ]
+        self.finish(rows, init_truncated)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""

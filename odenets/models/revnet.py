@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
+from ..backprop.modes import Exact, parse_mode
 from ..layers import (
     BasicFunction,
     BottleneckFunction,
@@ -174,7 +175,7 @@ class IRevNet(_Reversible):
     ):
         super().__init__(num_classes=num_classes, **head)
         self._check(block, units)
-        if len(units) > 1 and backprop.startswith("exact"):
+        if len(units) > 1 and isinstance(parse_mode(backprop), Exact):
             raise SchemeError(
                 "IRevNet: exact arithmetic cannot undo the shortcuts that move pixels into channels: use "
                 "backprop='reverse'."

@@ -5,20 +5,21 @@ step is one configuration of one builder, and differs from the step before by on
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from schemes import SchemeError, Slot
 
-from ..layers import ConvNeXtFunction, LayerNorm2d, ModernFunction, Projection, init_kaiming, make_act, make_norm
+from ..layers import LayerNorm2d, ModernFunction, Projection, init_kaiming, linear_rates, make_act, make_norm
 from ..stack import Stack
-from .dense_levels import grown_width, schemes_with_growth, width_after
+from .dense_levels import Widths, schemes_with_growth
 from .densenet import DenseNet
 from .level_net import LevelNet
-from .levels import schemes_of_levels, steps_that_fit
+from .levels import mixer, schemes_of_levels, steps_that_fit
 from .rdnet import RDNet
 
 
@@ -131,17 +132,8 @@ class ModernNet(LevelNet):
     ):
         super().__init__(**head)
         d = design
-        self.stem = nn.Sequential()
-        if d.patch:
-            bias = d.norm == "layer"
-            self.stem.add_module("conv", nn.Conv2d(self.in_chans, d.width, 4, 4, bias=bias))
-        else:
-            self.stem.add_module("conv", nn.Conv2d(self.in_chans, d.width, 7, 2, 3, bias=False))
-        self.stem.add_module("norm", make_norm(d.norm, d.width))
-        if not d.one_act:
-            self.stem.add_module("act", make_act(d.act))
-        if not d.patch:
-            self.stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
+        self.stem = _modern_stem(d, self.in_chans)
+        rates = iter(linear_rates(self.drop_path_rate, sum(d.functions)))
         width, channels = d.width, []
         found = schemes_of_levels(scheme, len(d.functions))
         for level, (scheme_, count) in enumerate(zip(found, d.functions, strict=True)):
@@ -149,31 +141,14 @@ class ModernNet(LevelNet):
             stride = 1 if level == 0 or d.separate else 2
             transition: nn.Module = nn.Identity()
             if level and d.separate:
-                transition = nn.Sequential(
-                    OrderedDict(norm=make_norm(d.norm, width), conv=nn.Conv2d(width, out, 2, 2)),
-                )
+                conv = nn.Conv2d(width, out, 2, 2)
+                transition = nn.Sequential(OrderedDict(norm=make_norm(d.norm, width), conv=conv))
                 width = out
             self.transitions.append(transition)
-
-            def make(slot: Slot, stride: int = stride) -> nn.Module:
-                return ModernFunction(
-                    slot.in_channels[0],
-                    slot.out_channels,
-                    stride if slot.step == 0 and slot.raw else 1,
-                    kernel=d.kernel,
-                    depthwise=d.depthwise,
-                    inverted=d.inverted,
-                    dw_first=d.dw_first,
-                    one_act=d.one_act,
-                    one_norm=d.one_norm,
-                    norm=d.norm,
-                    act=d.act,
-                )
-
             changes = stride > 1 or width != out
             self.levels.append(
                 Stack.from_factory(
-                    make,
+                    partial(_function, d, stride, rates),
                     scheme_,
                     steps_that_fit(scheme_, count, level + 1),
                     channels=width,
@@ -189,6 +164,37 @@ class ModernNet(LevelNet):
         init_kaiming(self, "fan_out")
         self.least = (32 if d.separate else 4) if d.patch else 1
         self.finish_levels(channels, [4 * 2**level for level in range(len(channels))])
+
+
+def _modern_stem(d: Design, in_chans: int) -> nn.Sequential:
+    stem = nn.Sequential()
+    if d.patch:
+        stem.add_module("conv", nn.Conv2d(in_chans, d.width, 4, 4, bias=d.norm == "layer"))
+    else:
+        stem.add_module("conv", nn.Conv2d(in_chans, d.width, 7, 2, 3, bias=False))
+    stem.add_module("norm", make_norm(d.norm, d.width))
+    if not d.one_act:
+        stem.add_module("act", make_act(d.act))
+    if not d.patch:
+        stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
+    return stem
+
+
+def _function(d: Design, stride: int, rates: Iterator[float], slot: Slot) -> nn.Module:
+    return ModernFunction(
+        slot.in_channels[0],
+        slot.out_channels,
+        stride if slot.step == 0 and slot.raw else 1,
+        kernel=d.kernel,
+        depthwise=d.depthwise,
+        inverted=d.inverted,
+        dw_first=d.dw_first,
+        one_act=d.one_act,
+        one_norm=d.one_norm,
+        norm=d.norm,
+        act=d.act,
+        drop_path=next(rates),
+    )
 
 
 def _projection(width: int, out: int, stride: int, norm: Literal["batch", "layer"]) -> nn.Module:
@@ -269,54 +275,40 @@ class MixerNet(LevelNet):
         x: (n, in_chans, h, w); the result is (n, num_classes).
     """
 
-    def __init__(
-        self,
-        design: MixerDesign,
-        scheme: str | Sequence[str] = "dense",
-        **head: Any,
-    ):
+    def __init__(self, design: MixerDesign, scheme: str | Sequence[str] = "dense", **head: Any):
         super().__init__(**head)
         d = design
-        layers: OrderedDict[str, nn.Module]
-        if d.patch:
-            layers = OrderedDict(conv=nn.Conv2d(self.in_chans, d.init, 4, 4), norm=LayerNorm2d(d.init))
-        else:
-            layers = OrderedDict(
-                conv=nn.Conv2d(self.in_chans, d.init, 7, 2, 3, bias=False),
-                norm=nn.BatchNorm2d(d.init),
-                act=nn.ReLU(inplace=True),
-                pool=nn.MaxPool2d(3, 2, 1),
-            )
-        self.stem = nn.Sequential(layers)
+        self.stem = _mixer_stem(d, self.in_chans)
+        rates = iter(linear_rates(self.drop_path_rate, sum(d.functions)))
 
         def make(slot: Slot) -> nn.Module:
             hidden = None if d.from_input else 4 * slot.out_channels
-            return ConvNeXtFunction(
-                sum(slot.in_channels), slot.out_channels, divisor=8, hidden=hidden, layer_scale=None
-            )
+            return mixer(slot, rates, divisor=8, hidden=hidden, layer_scale=None)
 
-        width, reduction = d.init, 4
-        grown = width
-        channels, reductions = [], []
+        at, reductions = Widths(d.init), [4]
         found = schemes_with_growth(scheme, d.growths)
         for level, (scheme_, count, halve) in enumerate(zip(found, d.functions, d.downsample, strict=True)):
             transition: nn.Module = nn.Identity()
             if level:
                 stride = 2 if halve else 1
-                narrow = grown // 16 * 8
-                transition = _transition(width, narrow, stride, d.strided)
-                width, reduction = narrow, reduction * stride
+                transition = _transition(*at.narrowed(at.grown // 16 * 8), stride, d.strided)
+                reductions.append(reductions[-1] * stride)
             self.transitions.append(transition)
             depth = steps_that_fit(scheme_, count, level + 1)
-            self.levels.append(Stack.from_factory(make, scheme_, depth, channels=width))
-            grown = grown_width(scheme_, width, count, d.growths[level])
-            width = width_after(scheme_, width, depth)
-            channels.append(width)
-            reductions.append(reduction)
-        self.head_norm = nn.LayerNorm(width, eps=1e-6)
+            self.levels.append(Stack.from_factory(make, scheme_, depth, channels=at.width))
+            at.level(scheme_, count, d.growths[level], depth)
+        self.head_norm = nn.LayerNorm(at.width, eps=1e-6)
         init_kaiming(self, "fan_in", linear=True)
         self.least = reductions[-1] if d.patch else reductions[-1] - 3
-        self.finish_levels(channels, reductions)
+        self.finish_levels(at.channels, reductions)
+
+
+def _mixer_stem(d: MixerDesign, in_chans: int) -> nn.Sequential:
+    if d.patch:
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, d.init, 4, 4), norm=LayerNorm2d(d.init)))
+    conv = nn.Conv2d(in_chans, d.init, 7, 2, 3, bias=False)
+    layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(d.init), act=nn.ReLU(inplace=True), pool=nn.MaxPool2d(3, 2, 1))
+    return nn.Sequential(layers)
 
 
 def _transition(width: int, narrow: int, stride: int, strided: bool) -> nn.Sequential:

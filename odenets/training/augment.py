@@ -135,8 +135,11 @@ def random_erasing(
     The box is drawn again where it does not fit, up to ten times; then the picture stays as it is.
 
     Args:
+        x: (n, c, h, w).
+        p: Probability for each picture.
         scale: Range of the box's share of the picture.
         ratio: Range of its aspect, height / width, which is drawn log-uniformly.
+        generator: What the draws come from; None is torch's own on the device of x.
 
     Source: Zhong et al. 2020, "Random erasing data augmentation", algorithm 1.
     """

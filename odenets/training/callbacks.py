@@ -26,6 +26,9 @@ class Throughput(Callback):
     The first batch of an epoch, which waits for workers and compilation, is left out.
     """
 
+    def __init__(self) -> None:
+        self._images, self._start, self._stop = -1, 0.0, 0.0  # as at an epoch's start, which a resumed one lacks
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._images, self._start = -1, 0.0
 
@@ -148,6 +151,7 @@ class Summary(ModelSummary):
 
     @staticmethod
     def summarize(*args: Any, **kwargs: Any) -> None:
+        """Prints the table, without lines that count nothing."""
         table = _format_summary_table(*args[1:5], kwargs.get("total_flops", 0), *args[0])
         lines = [line for line in table.splitlines() if " mode" not in line and not _NO_FLOPS.match(line)]
         rank_zero_info("\n".join(lines))

@@ -10,9 +10,8 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from schemes import SchemeError
-
-from .schedules import Constant, Schedule, WarmupCosine
+from .order import IGNORED
+from .schedules import Schedule, WarmupCosine, scheduled
 
 
 def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -41,6 +40,12 @@ def evaluations(net: nn.Module) -> int:
     """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
     own = getattr(net, "evaluations", None)
     return own if own is not None else sum(evaluations(part) for part in net.children())
+
+
+def cross_entropy(logits: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """torch's, in at least 32 bits, whatever precision the net has; labels (n,) or rows of weights (n, classes)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, y if y.ndim == 1 else y.to(logits.dtype), **options)
 
 
 class Classifier(L.LightningModule):
@@ -99,7 +104,7 @@ class Classifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         logits = self(x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         hits = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         for name, figure in (("train/loss", loss), ("train/acc", hits.float().mean())):
@@ -109,12 +114,15 @@ class Classifier(L.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         x, y = batch
         logits = self(x)
+        counted = y != IGNORED
+        count = int(counted.sum()) if self.trainer.world_size > 1 else len(x)
         best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-        figures = {f"{stage}/loss": F.cross_entropy(logits, y), f"{stage}/acc": best[:, :1].any(1).float().mean()}
+        figures = {f"{stage}/loss": cross_entropy(logits, y, reduction="none"), f"{stage}/acc": best[:, 0]}
         if logits.shape[1] >= 100:
-            figures[f"{stage}/acc5"] = best.any(1).float().mean()
+            figures[f"{stage}/acc5"] = best.any(1)
         for name, figure in figures.items():
-            self.log(name, figure, prog_bar=True, on_epoch=True, batch_size=len(x), sync_dist=True)
+            mean = figure.sum(dtype=torch.promote_types(torch.float32, figure.dtype)) / max(1, count)
+            self.log(name, mean, prog_bar=True, on_epoch=True, batch_size=count, sync_dist=True)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -135,18 +143,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            if not isinstance(self.schedule, Constant):
-                raise SchemeError(
-                    f"{type(self.schedule).__name__} needs to know the run's length, but trainer.max_epochs is -1.\n"
-                    "  Give trainer.max_epochs or max_steps, or take schedule Constant."
-                )
-            steps = 1
-        steps = int(steps)
-        epochs = self.trainer.max_epochs if self.trainer.max_epochs and self.trainer.max_epochs > 0 else 1
-        scheduler = self.schedule(optimizer, steps, max(1, round(steps / epochs)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self.trainer, optimizer, self.schedule)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Equal parameter counts make it easy to load the weights of one scheme into another without noticing.

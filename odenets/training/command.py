@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
@@ -335,7 +335,7 @@ def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoRetu
     """Two lines for what the user can mend; anything else is raised again."""
     again = resuming_line(words, prog)
     if isinstance(error, Interrupted):
-        if rank_zero_only.rank not in (0, None):
+        if getattr(rank_zero_only, "rank", 0) not in (0, None):
             sys.exit(128 + error.signum)
         name = signal.Signals(error.signum).name
         where = "before the first step" if error.path is None else f"at step {error.step}; {error.path} holds it"

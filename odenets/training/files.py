@@ -125,6 +125,7 @@ def open_checkpoint(path: Path, resume: bool) -> Found:
 
 def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, if anything, and what it holds."""
+    size, zipped = 0, False
     try:
         size = path.stat().st_size
         if size == 0:
@@ -248,7 +249,8 @@ def unwritable(folder: Path, e: OSError) -> DataError:
 def first_process() -> bool:
     """Whether this is the one process, of all that train together, that writes to the folder."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return rank_zero_only.rank in (0, None) and node == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = getattr(rank_zero_only, "rank", 0)
+    return rank in (0, None) and node == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def free_name(path: Path) -> Path:

@@ -14,6 +14,8 @@ from .files import write_whole
 from .order import batch_seed, run_seed
 from .resume import order_of
 
+REMEDY = "Lower the learning rate or clip: --trainer.gradient_clip_val 1"
+
 
 class NotFinite(SchemeError):
     """The loss, or a figure of the validation, is NaN or infinite; two lines that say where, and how to go on."""
@@ -33,6 +35,21 @@ class FiniteLoss(Callback):
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._batch: Any = None
+        self._never: set[str] = set()  # buffers that are made to be infinite, such as masks
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._never = set(_not_finite(dict(pl_module.named_buffers())))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """No checkpoint is written that holds what is no number."""
+        held = {k: v for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and k not in self._never}
+        bad = _not_finite(held)
+        if trainer.strategy.reduce_boolean_decision(not bad):
+            return
+        names = f"{bad[0]} and {len(bad) - 1} more tensors are" if len(bad) > 1 else f"{(bad or ['a tensor'])[0]} is"
+        raise NotFinite(
+            f"{names} not finite at step {trainer.global_step}, learning rate {_learning_rates(trainer)}\n  {REMEDY}"
+        )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -42,20 +59,19 @@ class FiniteLoss(Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if bool(loss.detach().isfinite().all()):
             return
-        step, lrs = trainer.global_step, [group["lr"] for o in trainer.optimizers for group in o.param_groups]
-        lr = ", ".join(f"{rate:g}" for rate in dict.fromkeys(lrs))
+        step, lr = trainer.global_step, _learning_rates(trainer)
         loop = trainer.fit_loop.epoch_loop
-        epoch, number = trainer.fit_loop.epoch_progress.current.processed, loop.batch_progress.current.ready - 1
+        epoch, number = trainer.current_epoch, loop.batch_progress.current.ready - 1
         order = order_of(trainer)
         samples = [] if order is None else order.batch(epoch, number)
         text = f"the loss is {float(loss.detach().float().sum())} at step {step}, learning rate {lr}: epoch {epoch}, "
         text += f"batch {number}"
         if samples:
             text += f", samples {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"
-        remedy = "Lower the learning rate or clip: --trainer.gradient_clip_val 1"
+        remedy = REMEDY
         if self.folder is not None:
             path = self.folder / f"not_finite{f'-{trainer.global_rank}' if trainer.global_rank else ''}.pt"
-            held = {"batch": self._batch, "state_dict": pl_module.state_dict(), "step": step, "lr": lrs}
+            held = {"batch": self._batch, "state_dict": pl_module.state_dict(), "step": step, "lr": lr}
             held |= {"epoch": epoch, "batch_number": number, "samples": samples}
             held["seed"] = batch_seed(trainer, run_seed(trainer), "net")
             write_whole(path, held)
@@ -70,10 +86,21 @@ class FiniteLoss(Callback):
         if bad:
             figures = ", ".join(f"{name} is {value}" for name, value in bad.items())
             raise NotFinite(
-                f"{figures} after step {trainer.global_step}, learning rate "
-                f"{trainer.optimizers[0].param_groups[0]['lr']:g}\n"
-                "  The weights diverged: lower the learning rate, or clip: --trainer.gradient_clip_val 1"
+                f"{figures} after step {trainer.global_step}, learning rate {_learning_rates(trainer)}\n  {REMEDY}"
             )
+
+
+def _learning_rates(trainer: L.Trainer) -> str:
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return ", ".join(f"{float(rate):g}" for rate in dict.fromkeys(rates))
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity; one figure is read from the device where there is none."""
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+    if not floats or bool(torch.stack([t.isfinite().all() for t in floats.values()]).all()):
+        return []
+    return [name for name, t in floats.items() if not bool(t.isfinite().all())]
 
 
 def repeat(module: L.LightningModule, path: str | Path) -> Tensor:

@@ -27,7 +27,7 @@ IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it ou
 
 
 def seed_of(*place: int | str) -> int:
-    """A seed for each place, without patterns: seed_of(0, 1) and seed_of(1, 0) have nothing in common.
+    """A seed for each place, without patterns: those of (0, 1) and (1, 0) have nothing in common.
 
     Example:
         >>> seed_of(1, "order", 2) == seed_of(1, "order", 2) != seed_of(1, "order", 3)
@@ -225,9 +225,8 @@ def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None =
 
 def batch_seed(trainer: L.Trainer, seed: int, stream: str = "augment") -> int:
     """The seed of the training batch that is being prepared; of a `stream` of its own for each user."""
-    loop = trainer.fit_loop
-    number = loop.epoch_loop.batch_progress.current.ready
-    return seed_of(seed, stream, loop.epoch_progress.current.processed, number, trainer.global_rank)
+    number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return seed_of(seed, stream, trainer.current_epoch, number, trainer.global_rank)
 
 
 def processes(module: L.LightningDataModule) -> tuple[int, int]:

@@ -225,7 +225,6 @@ def rand_augment(
 ) -> Tensor:
     """Apply `operations` operations, drawn from `OPERATIONS` with replacement, to each picture: same shape and type.
 
-    x: uint8, or floats in [0, 1], which are rounded to 256 levels where an operation touches the picture.
     With m the magnitude / 10, and a sign drawn where +- stands:
 
     | operation | strength |
@@ -247,12 +246,14 @@ def rand_augment(
     m = 1.
 
     Args:
+        x: uint8, or floats in [0, 1], which are rounded to 256 levels where an operation touches the picture.
         magnitude: From 0 to 10.
         std: Standard deviation of a normal jitter of the magnitude, drawn per picture and operation, cut to [0, 10].
         operations: How many, one after the other.
         p: Probability with which a drawn operation is applied; the paper has 1 and the identity among its operations.
         increasing: Whether posterize, solarize and the four enhancements grow stronger with the magnitude.
         fill: Grey level, one or one per channel, in [0, 1], that moves in where a picture moves out.
+        generator: What the draws come from; None is torch's own on the device of x.
 
     Raises:
         ValueError: A figure is out of its range.
@@ -293,14 +294,16 @@ def color_jitter(
 ) -> Tensor:
     """Change brightness, then contrast, then saturation of each picture, by factors from [1 - s, 1 + s]: same shape.
 
-    x: uint8 (rounded once, at the end) or floats in [0, 1]. Factors are drawn uniformly; negative ones count as 0. Each
-    step moves the picture away from black, from the mean of its grey picture, or from that grey picture, and cuts to
-    the range. The order is fixed; other libraries often draw it. Saturation leaves pictures that are not RGB alone.
+    Factors are drawn uniformly; negative ones count as 0. Each step moves the picture away from black, from the mean of
+    its grey picture, or from that grey picture, and cuts to the range. The order is fixed; other libraries often draw
+    it. Saturation leaves pictures that are not RGB alone.
 
     Args:
+        x: uint8 (rounded once, at the end) or floats in [0, 1].
         brightness: s of the brightness; 0 is off.
         contrast: s of the contrast.
         saturation: s of the saturation.
+        generator: What the draws come from; None is torch's own on the device of x.
 
     Raises:
         ValueError: One of the three is negative.

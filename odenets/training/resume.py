@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
+from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.progress import _BatchProgress, _Progress
-from lightning.pytorch.loops.training_epoch_loop import RestartStage
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from schemes import SchemeError
@@ -71,7 +73,8 @@ def place_of(trainer: L.Trainer, validate: bool = False) -> Place:
         validate: whether the validation that runs, or comes next, is to be repeated.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
+    epochs: Any = fit.epoch_progress.current
+    batches: Any = loop.batch_progress.current
     epoch, done, stepped = epochs.processed, batches.processed, loop._batches_that_stepped
     whole = done >= trainer.num_training_batches
     if epochs.started == epochs.processed:  # between epochs, or after the last
@@ -104,10 +107,10 @@ def go_to(trainer: L.Trainer, place: Place) -> None:
     loop._batches_that_stepped = place.stepped
     loop.restarting = inside  # and of the loops within
     loop.val_loop.batch_progress.reset()
-    fit._restart_stage = RestartStage.RESTARTED_MID_EPOCH if inside else RestartStage.NONE
-    loop._restart_stage = RestartStage.RESTARTED_ON_LAST if inside else RestartStage.NONE
+    fit._restart_stage = FitStage.RESTARTED_MID_EPOCH if inside else FitStage.NONE
+    loop._restart_stage = EpochStage.RESTARTED_ON_LAST if inside else EpochStage.NONE
     again = inside and place.validate
-    loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION if again else RestartStage.NONE
+    loop.val_loop._restart_stage = EvaluationStage.RESTARTED_MID_EVALUATION if again else EvaluationStage.NONE
     # The loader's iterator was made while the optimiser was set up, before the checkpoint said where to begin.
     order = order_of(trainer)
     if order is not None and fit._data_fetcher is not None:
@@ -149,7 +152,7 @@ class Resume(Callback):
         self._loaded: dict[str, Any] = {}
         self._sums: dict[str, Any] = {}
         self._ended: dict[str, Any] = {}
-        self._fresh: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
+        self._fresh: list[tuple[Any, list[dict[str, Any]], dict[str, Any]]] = []
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         place = place_of(trainer, self.validate)
@@ -162,17 +165,19 @@ class Resume(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
         if "place" in self._loaded:  # Lightning asks these whether anything is left to train
-            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
-            for name in ("total", "current"):
-                epochs[name].update(processed=self._loaded["place"][0], completed=self._loaded["place"][0])
+            done, most = self._loaded["place"][0], trainer.max_epochs
+            if most is not None and 0 <= most <= done:
+                rank_zero_info(f"the checkpoint has {done} epochs, and trainer.max_epochs is {most}: nothing to train")
+                done = most
+            for progress in (checkpoint["loops"]["fit_loop"]["epoch_progress"][k] for k in ("total", "current")):
+                progress.update(processed=done, completed=done)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # As the configuration has them; the checkpoint's replace them after this hook.
-        self._fresh = [
-            ([{k: v for k, v in g.items() if k != "params"} for g in c.scheduler.optimizer.param_groups], c)  # type: ignore
-            for c in trainer.lr_scheduler_configs
-        ]
-        self._fresh = [(groups, config, dict(config.scheduler.state_dict())) for groups, config in self._fresh]  # type: ignore
+        self._fresh = []
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in scheduler.optimizer.param_groups]
+            self._fresh.append((scheduler, groups, dict(scheduler.state_dict())))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "place" not in self._loaded:
@@ -191,8 +196,8 @@ class Resume(Callback):
         self._sums = sums[trainer.global_rank] if trainer.global_rank < len(sums) else {}
         if self._sums and (place.validate or place.batch == trainer.num_training_batches):
             self._restore_sums(trainer)
-        for groups, config, state in self._fresh:  # type: ignore[misc]
-            _reschedule(config.scheduler, groups, state)  # type: ignore[union-attr]
+        for scheduler, groups, state in self._fresh:
+            _reschedule(scheduler, groups, state)
         self._loaded = {}
 
     def on_train_batch_end(
@@ -209,7 +214,7 @@ class Resume(Callback):
         self._ended = {}
 
     def _restore_sums(self, trainer: L.Trainer) -> None:
-        results = trainer.fit_loop.epoch_loop._results
+        results: Any = trainer.fit_loop.epoch_loop._results
         for key, (log, value, count) in self._sums.items():
             value = value.to(trainer.strategy.root_device)
             if key not in results:
@@ -329,7 +334,7 @@ class LastCheckpoint(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done = place_of(trainer).batch
         if done and done % trainer.accumulate_grad_batches == 0:  # else gradients of a part of a step are under way
             self._safe_point(trainer, self._due(trainer))
 
@@ -337,7 +342,15 @@ class LastCheckpoint(Callback):
         if self._fits(trainer) and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._safe_point(trainer, self._due(trainer), validate=True)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if trainer.sanity_checking and self._agreed(trainer):
             raise Interrupted(self._signum, trainer.global_step, None)
         # Averaged weights stand in the net's place while it is validated: then its end is waited for.

@@ -7,11 +7,44 @@ torch scheduler that is stepped after every optimiser step. A schedule of your o
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
+import lightning as L
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from schemes import SchemeError
+
+
+def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") -> dict[str, Any]:
+    """What ``configure_optimizers`` returns: the optimiser, and the schedule over this run's optimiser steps.
+
+    Steps are those that will be taken: with `max_steps`, accumulation, limits and several processes.
+
+    Args:
+        trainer: of the run.
+        optimizer: at its peak learning rate.
+        schedule: is stepped after each optimiser step.
+
+    Raises:
+        SchemeError: a schedule that depends on the length of a run that has none.
+    """
+    trainer.fit_loop.setup_data()
+    batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
+    epoch = None if math.isinf(batches) else max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    if math.isinf(steps) and not isinstance(schedule, Constant):
+        raise SchemeError(
+            f"{type(schedule).__name__} needs to know the run's length, but trainer.max_epochs is -1.\n"
+            "  Give trainer.max_epochs or max_steps, or take schedule Constant."
+        )
+    if epoch is None and getattr(schedule, "warmup", 0):
+        raise SchemeError(
+            f"{type(schedule).__name__} warms up for {schedule.warmup} epochs, but how long one is, is not known.\n"  # type: ignore
+            "  Give trainer.limit_train_batches, or warmup: 0."
+        )
+    total = 1 if math.isinf(steps) else int(steps)
+    scheduler = schedule(optimizer, total, total if epoch is None else epoch)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Schedule(ABC):
@@ -35,6 +68,8 @@ class WarmupCosine(Schedule):
     """
 
     def __init__(self, warmup: float = 1.0, final: float = 0.0) -> None:
+        if not (warmup >= 0 and math.isfinite(warmup) and 0 <= final <= 1):
+            raise SchemeError(f"WarmupCosine: warmup={warmup}, final={final}; want epochs from 0 on, and a share")
         self.warmup, self.final = warmup, final
 
     def factor(self, i: int, steps: int, steps_per_epoch: int) -> float:
@@ -67,6 +102,8 @@ class OneCycle(Schedule):
     """
 
     def __init__(self, up: float = 0.3, momentum: bool = True) -> None:
+        if not 0 < up < 1:
+            raise SchemeError(f"OneCycle: up={up}; wants a share of the run, between 0 and 1")
         self.up, self.momentum = up, momentum
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:

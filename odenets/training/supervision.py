@@ -11,7 +11,7 @@ from schemes import SchemeError
 
 from ..models.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from ..models.revcol import Supervised
-from .classifier import Classifier
+from .classifier import Classifier, cross_entropy
 
 
 class SupervisionLoss(nn.Module):
@@ -86,12 +86,13 @@ class SupervisionLoss(nn.Module):
     def forward(self, out: Supervised, x: Tensor, y: Tensor) -> Tensor:
         pictures, labels = self.weights(len(out.logits))
         # Away from 0 and 1, so that no logit has to grow without bound.
-        target = (x.detach().float() * self.std + self.mean).clamp(0.01, 0.99)
-        loss = x.new_zeros((), dtype=torch.float32)
+        target = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) * self.std + self.mean).clamp(0.01, 0.99)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = x.new_zeros((), dtype=wide)
         for weight, logits in zip(labels, out.logits, strict=True):
-            loss = loss + weight * F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
+            loss = loss + weight * cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         for weight, image in zip(pictures, out.images, strict=True):
-            loss = loss + weight * F.binary_cross_entropy_with_logits(image.float(), target)
+            loss = loss + weight * F.binary_cross_entropy_with_logits(image.to(wide), target.to(wide))
         return loss
 
 

@@ -1,5 +1,6 @@
 """A small language and its translation, made by a grammar: enough to see whether an encoder and a decoder train."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..models.revcol_seq import END, PAD, START
-from .schedules import Schedule, WarmupCosine
+from .order import IGNORED, evaluation_loader, training_loader
+from .schedules import Schedule, WarmupCosine, scheduled
 
 NOUNS, VERBS, ADJECTIVES = 12, 8, 8
 THAT = 3  # begins a relative clause
@@ -82,10 +84,10 @@ class Grammar(L.LightningDataModule):
         return words + [PAD] * (self.length - len(words))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.train_set, self.batch_size, shuffle=True)
+        return training_loader(self, self.train_set, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.val_set, self.batch_size)
+        return evaluation_loader(self, self.val_set, self.batch_size)
 
 
 class Translator(L.LightningModule):
@@ -113,28 +115,35 @@ class Translator(L.LightningModule):
         self.schedule = schedule or WarmupCosine()
         self.label_smoothing = label_smoothing
 
-    def _loss(self, batch: list[Tensor], smoothing: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Sequence[Tensor], smoothing: float) -> tuple[Tensor, Tensor]:
         source, target = batch
         logits, want = self.net(source, target[:, :-1]), target[:, 1:]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits.flatten(0, 1), want.flatten(), ignore_index=PAD, label_smoothing=smoothing)
         there = want != PAD
         return loss, (logits.argmax(-1) == want)[there].float().mean()
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch, self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True)
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        loss, words = self._loss(batch, 0.0)
-        want = batch[1][:, 1:]
-        found = self.net.translate(batch[0], want.shape[1] + 1)  # type: ignore[operator]
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        source, target = batch
+        counted = (target != IGNORED).all(1)  # the rest is there to give every process equally many
+        count = int(counted.sum()) if self.trainer.world_size > 1 else len(target)
+        if count:
+            source, target = source[counted], target[counted]
+        else:  # translated all the same, since the processes may meet in it
+            target = target.clamp(min=START)
+        loss, words = self._loss((source, target), 0.0)
+        want = target[:, 1:]
+        found = self.net.translate(source, want.shape[1] + 1)  # type: ignore[operator]
         found = F.pad(found, (0, want.shape[1] - found.shape[1]), value=PAD)
         right = (found == want).all(1).float().mean()
-        self.log_dict({"val/loss": loss, "val/acc": words, "val/sentences": right}, prog_bar=True, on_epoch=True)
+        figures = {"val/loss": loss, "val/acc": words, "val/sentences": right}
+        self.log_dict(figures, prog_bar=True, on_epoch=True, batch_size=count, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())  # type: ignore[arg-type]
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.schedule(optimizer, steps, max(1, steps // max(1, self.trainer.max_epochs or 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self.trainer, optimizer, self.schedule)

@@ -74,7 +74,9 @@ class _Walk:
             part = part.training_scheme(n, states[-1][-1]) if self.training else part
             self.parts.append(part)
             gs = self._shortcuts(n)
-            states.append(part._step(self._bound(n, part.nodes), states[-1], self.h, gs))
+            fs = self._bound(n, part.nodes)
+            states.append(part._step(fs, states[-1], self.h, gs))
+            _check_states(f"{part}, decomposed", [_decomposed(part, fs, states[-2], self.h, gs)], states[-1:])
         return states
 
     def back(self, state: State) -> list[State]:
@@ -93,6 +95,13 @@ class _Walk:
 
     def _shortcuts(self, n: int) -> tuple[_Scale, ...]:
         return (_Scale(),) * self.parts[n].shortcuts if self.every and n % self.every == 0 else ()
+
+
+def _decomposed(part: Scheme, fs: Sequence[Function], state: State, h: float, gs: Sequence[Function]) -> State:
+    """The state after a step, by the schemes that make it up."""
+    for piece, own, size, shortcuts in part.decompose(fs, h, gs):
+        state = piece._step(own, state, size, shortcuts)
+    return state
 
 
 def check_wrapper(wrapper: Scheme, scheme: Scheme, *, n: int = 1, h: float = 0.3, shorter: bool = False) -> None:

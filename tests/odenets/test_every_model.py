@@ -200,7 +200,7 @@ def test_the_dtype_is_kept(name, dtype):
 def offered(net: Any) -> dict[str, bool]:
     """The modes of backpropagation, and whether the schemes of a network's stacks allow them."""
     stacks = [m for key, m in net.named_modules() if isinstance(m, Stack) and not key.startswith("transitions")]
-    back = all(s.scheme.reversible_in_training and s.after is None for s in stacks)
+    back = all(s.scheme.reversible_in_training and s.post_step is None for s in stacks)
     # A shortcut is undone bit by bit where it is a scale.
     scales = all(hasattr(g, "scale") for s in stacks for n in s.steps for g in n.gs or ())
     return {"checkpoint": True, "reverse": back, "exact": back and scales}

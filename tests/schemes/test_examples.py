@@ -276,3 +276,39 @@ def test_a_step_of_every_coupling_is_given_by_its_updates():
     """The base class writes step and inverse; no coupling of the package overrides them."""
     for cls in concrete(Coupling):
         assert cls._step is Coupling._step and cls._inverse is Coupling._inverse, cls.__name__
+
+
+def test_steps_of_a_wrapper_are_numbered_through_in_training():
+    seen = []
+
+    class Numbered(schemes.Bdia):
+        def training_scheme(self, n, x):
+            seen.append(n)
+            return super().training_scheme(n, x)
+
+    x = torch.zeros(2, 3)
+    schemes.Repeat(Numbered(), 3).at(2).training_scheme(2, x)
+    schemes.Nested(schemes.Substeps(Numbered(), 2), schemes.get("midpoint")).training_scheme(1, x)
+    assert seen == [6, 7, 8, 2, 3]
+
+
+class Shared(Scheme):
+    """Heun's method whose one residual function is evaluated at both ends of a step."""
+
+    stages, evaluations, nodes = 1, 2, (0.0, 1.0)
+
+    def _step(self, fs, state, h=1.0, gs=()):
+        (x,), y = state, gs[0](state[0]) if gs else state[0]
+        k = fs[0](x)
+        return (y + h / 2 * (k + fs[-1](y + h * k)),)
+
+    def __str__(self):
+        return "shared"
+
+
+def test_functions_that_are_evaluated_several_times_keep_their_times():
+    euler, shared = schemes.get("euler"), Shared()
+    for wrapper in (schemes.Nested(euler, shared), schemes.Nested(shared, euler), schemes.Repeat(shared, 1)):
+        check_wrapper(wrapper, shared)
+    check_wrapper(schemes.Nested(schemes.Repeat(euler, 2), shared), shared, n=2)
+    check_wrapper(schemes.Substeps(shared, 3), shared, n=3, shorter=True)

@@ -18,7 +18,7 @@ SAMPLES = {
 }
 MADE = [tableaux.FAMILIES[name](*args) for name, samples in SAMPLES.items() for args in samples]
 ALL = [*tableaux.METHODS.values(), *MADE]
-PAIRS = {"bosh3", "fehlberg45", "dopri5", "tsit5", "dopri8", "verner89"}
+PAIRS = {"heun2", "bosh3", "fehlberg45", "dopri5", "tsit5", "dopri8", "verner89"}
 
 
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)

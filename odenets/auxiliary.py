@@ -1,0 +1,125 @@
+"""What residual functions return beside their value, and log-determinants of couplings: summed over a pass."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schemes.coupling import Coupling, Update, apply_update, rotated, shortcut_of
+from schemes.errors import SchemeError
+from schemes.scheme import Function, Scheme, State, StepSize
+
+LOG_DET = "log_det"
+
+
+class Sink:
+    """Takes auxiliary values, in the order in which they come.
+
+    Args:
+        log_det: whether couplings add the log-determinants of their updates.
+    """
+
+    def __init__(self, log_det: bool = False):
+        self.log_det = log_det
+        self.names: list[str] = []
+        self.values: list[Tensor] = []
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Takes one value."""
+        self.names.append(name)
+        self.values.append(value)
+
+    def take(self) -> list[Tensor]:
+        """The values so far, which are then gone."""
+        found, self.names, self.values = self.values, [], []
+        return found
+
+    def sums(self, wanted: bool | Collection[str]) -> dict[str, Tensor]:
+        """The sum of all values of each name.
+
+        Raises:
+            SchemeError: a wanted name that no function returned.
+        """
+        found: dict[str, Tensor] = {}
+        for name, value in zip(self.names, self.values, strict=True):
+            found[name] = found[name] + value if name in found else value
+        if isinstance(wanted, bool):
+            return found
+        for name in wanted:
+            if name not in found:
+                there = ", ".join(sorted(found)) or "none"
+                raise SchemeError(
+                    f"Stack: no residual function returned an auxiliary value {name!r}; there are {there}.\n"
+                    "  A residual function returns them beside its value: return y, {'balance': loss}."
+                )
+        return {name: found[name] for name in wanted}
+
+
+class Split:
+    """A residual function whose auxiliary values go to a sink, or nowhere."""
+
+    __slots__ = ("function", "sink", "step")
+
+    def __init__(self, function: Function, sink: Sink | None, step: Any):
+        self.function, self.sink, self.step = function, sink, step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.function(*args, **kwargs)
+        if not is_pair(out):
+            return out
+        value, given = out  # type: ignore[misc]
+        self.step.auxiliary = True
+        if self.sink is not None:
+            for name, x in given.items():
+                self.sink.add(name, x)
+        return value
+
+
+def is_pair(out: Any) -> bool:
+    """Whether a residual function returned a value and its auxiliary values."""
+    return isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping)
+
+
+def measured(scheme: Any, fs: Sequence[Function], h: StepSize, streams: int, gs: Sequence, sink: Sink) -> list[Update]:
+    """The updates of a coupling, each of which tells the sink its log-determinant.
+
+    An update x_d <- scale * x_d + shift(others) has the determinant of its scale: sum log |scale| over the elements.
+
+    Raises:
+        SchemeError: no coupling, or one that adds or overwrites streams, so that there is no determinant.
+    """
+    if not isinstance(scheme, Coupling) or scheme.streams_added or scheme.byproducts:
+        raise SchemeError(
+            f"Stack: a step of {scheme} is no map between streams of one size, and has no log-determinant.\n"
+            "  Couplings such as revnet, affine and additive(3) have one."
+        )
+    for g in gs:
+        if not isinstance(getattr(g, "scale", None), Tensor):
+            raise SchemeError(f"Stack: the shortcut {type(g).__name__} has no scale to take a log-determinant of.")
+
+    def measure(update: Update) -> Update:
+        def terms(state: State) -> tuple:
+            found, g = update.terms(state), shortcut_of(update, gs)
+            sink.add(LOG_DET, log_det(found[0] if g is None else g.scale, state[update.dst]))
+            return found
+
+        return update._replace(terms=terms)
+
+    return [measure(update) for update in scheme.updates(fs, h, streams)]
+
+
+def step_measured(scheme: Scheme, fs: Sequence, state: State, h: StepSize, gs: Sequence, sink: Sink) -> State:
+    """The state after a step of couplings, whose log-determinants go to the sink."""
+    for part, part_fs, part_h, part_gs in scheme.decompose(fs, h, gs):
+        for update in measured(part, part_fs, part_h, len(state), part_gs, sink):
+            state = apply_update(update, state, part_gs)
+        state = rotated(state, part.rotate)  # type: ignore[attr-defined]
+    return state
+
+
+def log_det(scale: float | Tensor, x: Tensor) -> Tensor:
+    """sum log |scale| over the elements of each sample of x; (n,)."""
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(float(scale), dtype=x.dtype, device=x.device)
+    return scale.abs().log().to(x.dtype).expand_as(x).reshape(x.shape[0], -1).sum(1)

@@ -1,0 +1,90 @@
+"""A forward pass without a graph leaves no gradient behind silently: what escapes from a residual function is watched.
+
+An auxiliary loss kept as an attribute, or an activation that a hook collects, has no graph in a reversed pass, and its
+gradient would be missing without a word. So an update runs with a graph whose saved tensors go as soon as the update is
+over, and its streams come in behind an error that waits: a leftover that is differentiated raises.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules import module as torch_modules
+
+from schemes.coupling import Update, apply_update
+from schemes.errors import SchemeError
+from schemes.scheme import Function, State
+
+from ..step import FunctionModule
+from .members import Members
+
+
+class _Box:
+    """A saved tensor, while its update runs."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self.tensor: Tensor | None = tensor
+
+
+class Guard:
+    """Applies updates such that nothing they leave behind can be differentiated without an error."""
+
+    def __init__(self, where: str):
+        self.message = (
+            f"Stack: {where}: a side product of a residual function, an attribute or what a hook collected, is "
+            "differentiated, and backprop='reverse' keeps no graph of it.\n"
+            "  Return it as an auxiliary value, stack(x, aux=True), or use backprop='checkpoint' or 'store'."
+        )
+        self.boxes: list[_Box] = []
+
+    def apply(self, update: Update, state: State, gs: Sequence[Function]) -> State:
+        """The state after the update, without a graph."""
+        with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
+            new = apply_update(update, self.behind(state), gs)
+        for box in self.boxes:
+            box.tensor = None
+        self.boxes.clear()
+        return tuple(x.detach() for x in new)
+
+    def behind(self, state: State) -> State:
+        """The streams, behind an error that is raised where a gradient arrives."""
+        # One error a stream, as several in one call come back in another form than one.
+        error = torch._C._functions.DelayedError  # type: ignore[attr-defined]
+        return tuple(
+            error(self.message, 1)(x.detach().requires_grad_()) if x.is_floating_point() or x.is_complex() else x
+            for x in state
+        )
+
+    def _pack(self, x: Tensor) -> _Box:
+        self.boxes.append(_Box(x))
+        return self.boxes[-1]
+
+    def _unpack(self, box: _Box) -> Tensor:
+        if box.tensor is None:
+            raise SchemeError(self.message)
+        return box.tensor
+
+
+def needed(members: Members, step: Any) -> bool:
+    """Whether something could escape from the functions of a step.
+
+    The first time it could for all that is known; later where there are hooks, closures, or attributes that were seen
+    to be left behind.
+    """
+    return (
+        members.leaves_behind
+        or bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+        or any((m._forward_hooks or m._forward_pre_hooks) and m is not step for m in members.modules)
+    )
+
+
+def learn(members: Members) -> None:
+    """Notes whether a guarded run has left something behind that has a graph."""
+    attributes = (slot.value for slot in members.attributes())
+    members.leaves_behind = any(isinstance(v, Tensor) and v.grad_fn is not None for v in attributes) or any(
+        isinstance(m, FunctionModule) for m in members.modules
+    )

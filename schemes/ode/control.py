@@ -1,0 +1,180 @@
+r"""Step-size control: what counts as an error, and what follows from it.
+
+The error estimate e of a step from x to y is measured as ``norm(e / (atol + rtol max(|x|, |y|)))``, entry by entry, by
+default in the root mean square; a step is accepted where this ratio is at most 1. The next step size is
+
+    h * clip(safety * r_n^(-(p + i + d) / k) * r_{n-1}^((p + 2 d) / k) * r_{n-2}^(-d / k), smallest, largest),
+
+with k one more than the lower order of the pair: a PID controller on the logarithm of the ratio (Gustafsson 1991,
+ACM TOMS 17, 533-554; Soderlind 2003, ACM TOMS 29, 1-26). After a rejection the step shrinks by the proportion of the
+last ratio alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from .trees import rms
+
+
+@dataclass
+class Control:
+    """Tolerances, limits and the controller of one solve.
+
+    Args:
+        rtol: relative tolerance, a number or a tensor that broadcasts against the state.
+        atol: absolute tolerance, likewise.
+        norm: maps the weighted error of a state to a number; None takes the root mean square.
+        first_step: size of the first step; None finds one.
+        min_step: steps of this size are accepted whatever their error.
+        max_step: upper bound on a step.
+        max_steps: upper bound on attempted steps of a solve.
+        safety: factor below 1 that keeps clear of the tolerance.
+        smallest: smallest change from one step to the next.
+        largest: largest change.
+        proportional: the controller's p; with the default integral part Hairer's damped choice.
+        integral: its i.
+        derivative: its d.
+        step_t: times onto which the solver steps.
+        jump_t: times at which func jumps: it is evaluated on either side of them.
+    """
+
+    rtol: float | Tensor = 1e-7
+    atol: float | Tensor = 1e-9
+    norm: Callable[[Tensor], Tensor] | None = None
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_steps: int = 100_000
+    safety: float = 0.9
+    smallest: float = 0.2
+    largest: float = 10.0
+    proportional: float = 0.2
+    integral: float = 0.65
+    derivative: float = 0.0
+    step_t: list[float] = field(default_factory=list)
+    jump_t: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            low = float(value.min()) if isinstance(value, Tensor) else value
+            if not 0 <= low < math.inf:
+                raise SchemeError(f"odeint: {name} is {low:g}, want a number that is not negative.")
+        if all(not isinstance(v, Tensor) and v == 0 for v in (self.rtol, self.atol)):
+            raise SchemeError("odeint: rtol and atol are both 0; no step meets that.")
+        for name in ("max_step", "safety", "smallest", "largest", "max_steps"):
+            if not getattr(self, name) > 0:
+                raise SchemeError(f"odeint: {name} is {getattr(self, name)}, want a positive number.")
+        if self.first_step is not None and not 0 < abs(self.first_step) < math.inf:
+            raise SchemeError(f"odeint: first_step is {self.first_step:g}, want a positive number.")
+        if not 0 <= self.min_step <= self.max_step:
+            raise SchemeError(
+                f"odeint: min_step is {self.min_step:g} and max_step {self.max_step:g}, want 0 <= min_step <= max_step."
+            )
+        if not (self.smallest < 1 <= self.largest and self.safety <= 1):
+            raise SchemeError(
+                f"odeint: smallest, largest and safety are {self.smallest:g}, {self.largest:g} and {self.safety:g}; "
+                "want smallest < 1 <= largest and safety <= 1."
+            )
+
+    def scale(self, size: Tensor) -> Tensor:
+        """atol + rtol size; ``size`` is overwritten."""
+        return size.mul_(self.rtol).add_(self.atol)
+
+    def measure(self, weighted: Tensor) -> Tensor:
+        """The norm of a weighted error, still on the device."""
+        return rms(weighted) if self.norm is None else self.norm(weighted)
+
+    def ratio(self, error: Tensor, size0: Tensor, size1: Tensor) -> float:
+        """The error of a step in units of what is allowed, from the absolute values at its ends; overwrites error."""
+        weighted = error.div_(self.scale(torch.maximum(size0, size1)))
+        return float(self.measure(weighted))
+
+    def factor(self, ratios: list[float], order: int) -> float:
+        """By how much the step size changes after an accepted step; the last ratio first."""
+        r, r1, r2 = (max(x, 1e-10) for x in (*ratios, 1.0, 1.0, 1.0)[:3])
+        k = order + 1
+        p, i, d = self.proportional, self.integral, self.derivative
+        change = r ** (-(p + i + d) / k) * r1 ** ((p + 2 * d) / k)
+        if d:
+            change *= r2 ** (-d / k)
+        return min(self.largest, max(self.smallest, self.safety * change))
+
+    def shrink(self, ratio: float, order: int) -> float:
+        """By how much the step size changes after a rejected step."""
+        if not ratio < math.inf:  # inf or nan
+            return self.smallest
+        return min(self.safety, max(self.smallest, self.safety * ratio ** (-1 / (order + 1))))
+
+
+class Pace:
+    """The step size of one solve, as it goes.
+
+    Args:
+        control: tolerances and limits.
+        order: the lower order of the pair.
+        h: the first step size, with the sign of the direction.
+        sign: the direction.
+    """
+
+    def __init__(self, control: Control, order: int, h: float, sign: float):
+        self.control, self.order, self.sign = control, order, sign
+        self.ratios: list[float] = []
+        self.ratio = 0.0
+        self.rejected = self.lands = self.stuck = False
+        self.h = self._within(h)
+
+    def _within(self, h: float) -> float:
+        return self.sign * min(max(abs(h), self.control.min_step), self.control.max_step)
+
+    def propose(self, t: float, target: float) -> tuple[float, float]:
+        """The size and the end of the next step, which does not go beyond the target; ``lands`` says if it reaches it."""
+        rest = target - t
+        size, length = abs(self.h), abs(rest)
+        self.lands = size * 1.01 >= length
+        if self.lands:
+            return rest, target
+        h = rest / 2 if size * 2 > length else self.h  # halves, so that no sliver of a step is left
+        return h, t + h
+
+    def accepts(self, h: float, ratio: float) -> bool:
+        """Whether a step of that size and error is kept; sets the size of the next."""
+        self.ratio = ratio
+        control = self.control
+        if ratio <= 1 or (abs(h) <= control.min_step and ratio < math.inf):
+            self.ratios = [ratio, *self.ratios[:2]]
+            factor = control.factor(self.ratios, self.order)
+            h1 = h * (min(factor, 1.0) if self.rejected else factor)
+            if self.lands and abs(self.h) > abs(h1) and not self.rejected:
+                h1 = self.h  # a step cut short says little about the next
+            self.h, self.rejected = self._within(h1), False
+            return True
+        self.stuck = self.rejected and abs(h) <= control.min_step
+        self.rejected = True
+        self.h = self._within(h * control.shrink(ratio, self.order))
+        return False
+
+
+def first_step(f: Callable[[float, Tensor], Any], t: float, y: Tensor, k: Tensor, span: float, order: int, c: Control):
+    """A first step size whose error is likely to be allowed, with one more evaluation; carries the sign of ``span``.
+
+    Source: Hairer, Norsett, Wanner 1993, Solving Ordinary Differential Equations I, II.4.
+    """
+    with torch.no_grad():
+        scale = c.scale(y.abs())
+        d0, d1 = torch.stack((c.measure(y / scale), c.measure(k / scale))).tolist()
+        h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        h = min(h, abs(span))
+        slope = f(t + math.copysign(h, span), y + math.copysign(h, span) * k)
+        d2 = float(c.measure((slope - k).div_(scale))) / h if h else 0.0
+        if not math.isfinite(d2):
+            return math.copysign(h * 1e-3, span)
+        top = max(d1, d2)
+        h1 = max(1e-6, h * 1e-3) if top <= 1e-15 else (0.01 / top) ** (1 / (order + 1))
+    return math.copysign(min(100 * h, h1, abs(span)), span)

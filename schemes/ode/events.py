@@ -1,0 +1,227 @@
+"""Events: where a function of time and state crosses zero, located within a step, with the gradient of its time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from .field import clock
+from .run import Run
+
+
+@dataclass(frozen=True)
+class Event:
+    """A function of (t, y) whose zeros are wanted; several values are several events of one kind.
+
+    A step is looked at in four places, so that a function which crosses zero and comes back within a quarter of a step
+    goes unseen; ``max_step`` bounds that. A function that touches zero without crossing it is found where it is exactly
+    zero at one of them only.
+
+    Args:
+        fn: a function of (t, y) with one or several values.
+        direction: 1 for crossings from below, -1 from above, in the direction of the solve; 0 for both.
+        terminal: whether the solve ends there.
+        at_start: whether a zero at the start counts; else the solve leaves it first.
+
+    Example:
+        >>> import torch, schemes
+        >>> fall = lambda t, y: torch.stack((y[1], -torch.ones_like(y[0])))
+        >>> ground = schemes.Event(lambda t, y: y[0], direction=-1)
+        >>> y0, t = torch.tensor([2.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 9.0], dtype=torch.float64)
+        >>> found = schemes.integrate(fall, y0, t, events=[ground])
+        >>> found.status, round(float(found.events[0].t), 6)
+        ('event', 2.0)
+    """
+
+    fn: Callable[[Any, Any], Tensor]
+    direction: int = 0
+    terminal: bool = True
+    at_start: bool = False
+
+    def __post_init__(self):
+        if not callable(self.fn):
+            raise SchemeError(f"Event: fn is a {type(self.fn).__name__}, want a function of (t, y).")
+        if self.direction not in (-1, 0, 1):
+            raise SchemeError(f"Event: direction is {self.direction!r}, want -1, 0 or 1.")
+
+
+class Place(NamedTuple):
+    """Where an event function was found to be zero, before its gradient is attached."""
+
+    number: int
+    component: int
+    t: float
+    y: Tensor
+
+
+class Found(NamedTuple):
+    """An event.
+
+    Attributes:
+        number: number of the event in the list of events.
+        component: number of the value of its function.
+        t: its time, a tensor that carries the gradient.
+        y: the state there.
+        grazing: whether the function has slope zero there, so that the time has no derivative.
+        sample: the sample, under control per sample.
+    """
+
+    number: int
+    component: int
+    t: Tensor
+    y: Any
+    grazing: bool
+    sample: int | None = None
+
+
+class Watch:
+    """Looks for events step by step.
+
+    Args:
+        events: what to look for.
+        unpack: makes the user's state of a packed one.
+    """
+
+    samples = (0.25, 0.5, 0.75, 1.0)
+
+    def __init__(self, events: Sequence[Event], unpack: Callable[[Tensor], Any]):
+        self.events, self.unpack = events, unpack
+        self.signs: list[float] = []
+        self.owners: list[tuple[int, int]] = []
+        self.places: list[Place] = []
+
+    def _values(self, t: float, y: Tensor) -> list[Tensor]:
+        state = self.unpack(y)
+        found = []
+        for event in self.events:
+            value = event.fn(clock(t, y), state)
+            if not isinstance(value, Tensor):
+                value = torch.as_tensor(value)
+            found.append(value.detach().reshape(-1).to(y.device, torch.float64))
+        return found
+
+    def values(self, t: float, y: Tensor) -> list[float]:
+        """The values of all event functions, one after another."""
+        with torch.no_grad():
+            return torch.cat(self._values(t, y)).tolist()
+
+    def start(self, run: Run, y: Tensor) -> bool:
+        """Looks at the start; whether the solve ends there."""
+        with torch.no_grad():
+            parts = self._values(run.t, y)
+        self.owners = [(n, c) for n, part in enumerate(parts) for c in range(len(part))]
+        values = torch.cat(parts).tolist()
+        self.signs = [(v > 0) - (v < 0) for v in values]
+        for (n, c), v in zip(self.owners, values, strict=True):
+            if v == 0 and self.events[n].at_start:
+                run.events.append(Place(n, c, run.t, y))
+                if self.events[n].terminal:
+                    run.status = "event"
+                    return True
+        return False
+
+    def step(self, run: Run, piece: Any) -> bool:
+        """Looks at a step; whether the solve ends within it."""
+        with torch.no_grad():
+            rows = []
+            times = [piece.t0 + x * piece.h if x < 1 else piece.t1 for x in self.samples]
+            for t in times:
+                rows.append(torch.cat(self._values(t, piece.at(t))))
+            table = torch.stack(rows).tolist()
+        hits: list[tuple[float, int]] = []
+        before = piece.t0
+        for t, row in zip(times, table, strict=True):
+            for m, value in enumerate(row):
+                old, new = self.signs[m], (value > 0) - (value < 0)
+                event = self.events[self.owners[m][0]]
+                if old and new != old and event.direction in (0, -old):
+                    hits.append((t if new == 0 else self._locate(piece, before, t, m), m))
+                if new or (old and new != old):
+                    self.signs[m] = new
+            before = t
+        hits.sort(key=lambda hit: hit[0] * (1 if piece.h > 0 else -1))
+        for t, m in hits:
+            n, c = self.owners[m]
+            run.events.append(Place(n, c, t, piece.at(t)))
+            if self.events[n].terminal:
+                run.status = "event"
+                run.t, run.y = t, run.events[-1].y
+                return True
+        return False
+
+    def _locate(self, piece: Any, a: float, b: float, m: int) -> float:
+        """The zero of value m between two times of a step: secants that keep the bracket, with bisections between."""
+
+        def value(t: float) -> float:
+            return self.values(t, piece.at(t))[m]
+
+        with torch.no_grad():
+            fa, fb = value(a), value(b)
+            side = 0
+            for n in range(100):
+                if abs(b - a) <= 4e-16 * max(abs(a), abs(b)) or fb == fa:
+                    break
+                t = (a + b) / 2 if n % 3 == 2 else b - fb * (b - a) / (fb - fa)
+                if not min(a, b) < t < max(a, b):
+                    t = (a + b) / 2
+                    if t in (a, b):
+                        break
+                ft = value(t)
+                if ft == 0:
+                    return t
+                if (ft > 0) == (fb > 0):
+                    b, fb = t, ft
+                    fa, side = (fa / 2 if side == 1 else fa), 1
+                else:
+                    a, fa = t, ft
+                    fb, side = (fb / 2 if side == -1 else fb), -1
+        return b
+
+
+def attach(
+    fn: Callable[[Any, Any], Tensor],
+    component: int,
+    func: Callable[[Any, Tensor], Tensor],
+    unpack: Callable[[Tensor], Any],
+    t: float,
+    y: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, bool]:
+    """The time and the state of an event with their gradients, and whether it grazes.
+
+    With g(t, y(t)) = 0 a change of y moves the time by -dg / (dg/dt + dg/dy f): one step of Newton's method whose
+    denominator carries no gradient, and whose value is zero. The state moves with it along the flow.
+
+    Raises:
+        SchemeError: a gradient is wanted of an event at which the function has slope zero.
+    """
+    with torch.enable_grad():
+        time = clock(t, y).requires_grad_()
+        at = y.detach().requires_grad_()
+        g = torch.as_tensor(fn(time, unpack(at))).reshape(-1)[component]
+        parts = torch.autograd.grad(g, [time, at], allow_unused=True) if g.requires_grad else (None, None)
+    with torch.no_grad():
+        f = func(clock(t, y), y.detach())
+        own = float(parts[0]) if parts[0] is not None else 0.0
+        along = 0.0 if parts[1] is None else float((parts[1].conj() * f).real.sum())
+        size = abs(own) + (0.0 if parts[1] is None else float((parts[1].abs() * f.abs()).sum()))
+    slope = own + along
+    # Twice rounding: what is left of a slope of zero after the event was located.
+    grazing = abs(slope) <= 1e-6 * size or size == 0
+    found = torch.tensor(t, dtype=dtype, device=y.device)
+    if not torch.is_grad_enabled():
+        return found, y, grazing
+    g = torch.as_tensor(fn(clock(t, y), unpack(y))).reshape(-1)[component]
+    if not g.requires_grad:
+        return found, y, grazing
+    if grazing:
+        raise SchemeError(
+            f"odeint: at the event at t={t:.6g} the event function has slope zero (it grazes), so its time has no "
+            "gradient; solve under torch.no_grad(), or move the event."
+        )
+    shift = -(g - g.detach()) / slope
+    k = func(clock(t, y), y)
+    return found + shift.to(dtype), y + shift.to(y.dtype) * k, grazing

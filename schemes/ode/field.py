@@ -1,0 +1,97 @@
+"""The vector field as solvers call it: with a time that is a Python number, checked, counted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+
+
+def clock(t: float, like: Tensor) -> Tensor:
+    """A time as a tensor without dimensions, of the real dtype and the device of the state."""
+    if like.device.type == "cpu":
+        return torch.scalar_tensor(t, dtype=time_dtype(like))
+    return torch.full((), t, dtype=time_dtype(like), device=like.device)  # a fill, where a copy would wait
+
+
+def time_dtype(like: Tensor) -> torch.dtype:
+    """The real dtype of a state, but no half precision, which would not tell neighbouring times apart."""
+    return torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
+
+
+class Field:
+    """Calls ``func(t, y)`` with t as a tensor, checks what comes back, and counts.
+
+    Args:
+        func: the vector field of packed states.
+        like: a state.
+        at: times that are read as others beside them.
+    """
+
+    def __init__(self, func: Callable[[Any, Tensor], Tensor], like: Tensor, at: dict[float, float] | None = None):
+        self.func, self.count, self.at = func, [0], at
+        self.dtype, self.device = like.dtype, like.device
+        self.time_dtype = time_dtype(like)
+        self.cpu = like.device.type == "cpu"
+
+    def __call__(self, t: float, y: Tensor) -> Tensor:
+        self.count[0] += 1
+        if self.at is not None:
+            t = self.at.get(t, t)
+        if self.cpu:
+            time = torch.scalar_tensor(t, dtype=self.time_dtype)
+        else:
+            time = torch.full((), t, dtype=self.time_dtype, device=self.device)
+        k = self.func(time, y)
+        if not isinstance(k, Tensor) or k.shape != y.shape or k.dtype != self.dtype:
+            k = fitted(k, y)
+        return k
+
+    def timed(self, time: Tensor, y: Tensor) -> Tensor:
+        """The same at a time that is a tensor already."""
+        self.count[0] += 1
+        k = self.func(time, y)
+        return k if isinstance(k, Tensor) and k.shape == y.shape and k.dtype == self.dtype else fitted(k, y)
+
+    def beside(self, t: float, before: bool, forward: bool) -> "Field":
+        """The field that reads the time t as the number just before, or just after it, in the direction of the solve.
+
+        Where func jumps at t, a step that ends there and one that starts there see different functions.
+        """
+        near = torch.tensor(t, dtype=self.time_dtype)
+        aim = float("-inf") if before == forward else float("inf")
+        other = Field(self.func, torch.empty((), dtype=self.dtype, device=self.device))
+        other.count, other.at = self.count, {t: float(torch.nextafter(near, torch.full_like(near, aim)))}
+        return other
+
+
+def fitted(k: Any, y: Tensor) -> Tensor:
+    """What the field returned, in the shape and dtype of the state."""
+    if not isinstance(k, Tensor):
+        raise SchemeError(f"odeint: func returned a {type(k).__name__}, want a tensor of shape {tuple(y.shape)}.")
+    if k.shape != y.shape:
+        try:
+            k = k.expand(y.shape)
+        except RuntimeError:
+            raise SchemeError(
+                f"odeint: func returned {tuple(k.shape)} for a state of {tuple(y.shape)}; a slope has its shape."
+            ) from None
+    if k.dtype != y.dtype:
+        if torch.promote_types(k.dtype, y.dtype) != y.dtype:
+            raise SchemeError(
+                f"odeint: func returned {k.dtype} for a state of {y.dtype}; "
+                f"convert y0 before the solve, or func's result: .to({y.dtype})."
+            )
+        k = k.to(y.dtype)
+    return k
+
+
+def first_bad(*xs: Tensor) -> int | None:
+    """The first sample (along the first dimension) in which a tensor is not finite; None where all are."""
+    for x in xs:
+        bad = ~torch.isfinite(x.detach())
+        if bool(bad.any()):
+            return int(bad.reshape(bad.shape[0], -1).any(1).nonzero()[0]) if bad.ndim else 0
+    return None

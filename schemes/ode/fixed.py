@@ -1,0 +1,166 @@
+"""Fixed steps: any scheme of the language along a grid of times."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import SchemeError
+from ..scheme import Scheme, State
+from .dense import Hermite
+from .field import Field, time_dtype
+from .run import Run
+
+Time = float | Tensor
+
+
+def grids(times: Sequence[float], size: float | None, steps: int | None) -> list[list[float]]:
+    """The grid of each interval: so many equal steps, or as many as keep a step within a size; one if neither."""
+    found = []
+    for t0, t1 in zip(times, times[1:], strict=False):
+        n = steps or (1 if size is None else max(1, math.ceil(abs(t1 - t0) / size - 1e-9)))
+        found.append([t0 + (t1 - t0) * (i / n) for i in range(n)] + [t1])
+    return found
+
+
+class Stepper:
+    """Uses of a scheme one after another.
+
+    A scheme of several streams starts anew where the step size changes, as its streams belong to one size.
+
+    Args:
+        scheme: a scheme with fixed steps.
+        func: the field, ``func(time tensor, y)``.
+        y: the state at the start.
+        again: whether a step's graph is dropped and made again in the backward pass.
+        perturb: whether the ends of a step are evaluated just within it.
+    """
+
+    def __init__(self, scheme: Scheme, func: Callable[[Any, Tensor], Tensor], y: Tensor, again: bool, perturb: bool):
+        if scheme.nodes is None:
+            raise SchemeError(f"odeint: {scheme} chooses its own steps; want a scheme with fixed ones, such as rk4.")
+        self.scheme, self.field, self.y = scheme, Field(func, y), y
+        self.again, self.perturb = again, perturb
+        self.state: State = ()
+        self.size, self.n = math.nan, 0
+        self.dtype, self.device = time_dtype(y), y.device
+
+    def _at(self, time: Time, place: float = 0.5) -> Callable[[Tensor], Tensor]:
+        """The field at a time, as a residual function."""
+        if isinstance(time, Tensor):
+            time = time.to(self.device, self.dtype)
+            return lambda x: self.field.timed(time, x)
+        if self.perturb and place in (0.0, 1.0):
+            near = torch.tensor(time, dtype=self.dtype)
+            forward = (self.size > 0) == (place == 0.0)
+            time = float(torch.nextafter(near, torch.full_like(near, math.inf if forward else -math.inf)))
+        return lambda x: self.field(time, x)
+
+    def advance(self, t: Time, length: Time, size: float) -> Tensor:
+        """The state after a step of that length from time t; ``size`` is the length as a number."""
+        scheme = self.scheme
+        h = length / scheme.span
+        if not self.state or (scheme.streams > 1 and abs(size - self.size) > 1e-9 * abs(size)):
+            self.size, self.n = size, 0
+            self.state = scheme.init([self._at(t, 0.0)] * scheme.stages, self.y, h)
+        self.size = size
+        part = scheme if len(scheme.plan) > 1 else scheme.at(self.n)
+        nodes: tuple[float, ...] = part.nodes or ()
+        fs = [self._at(t + c * h if c else t, c / scheme.span) for c in nodes]
+        if self.again:
+            self.state = checkpoint(lambda *s: part._step(fs, s, h), *self.state, use_reentrant=False)  # type: ignore
+        else:
+            self.state = part._step(fs, self.state, h)
+        self.n += 1
+        self.y = scheme.readout(self.state)
+        return self.y
+
+
+def endless(t: float, size: float) -> Iterator[tuple[float, float]]:
+    """Steps of one size for ever."""
+    n = 0
+    while True:
+        yield t + n * size, t + (n + 1) * size
+        n += 1
+
+
+def solve(
+    stepper: Stepper,
+    times: Sequence[float],
+    grid: Sequence[Sequence[float]] | None,
+    *,
+    moving: Tensor | None = None,
+    size: float | None = None,
+    interp: str | None = None,
+    max_steps: int = 100_000,
+    dense: bool = False,
+    events: Any = None,
+    callbacks: Any = None,
+) -> Run:
+    """Values at all times along a grid.
+
+    Args:
+        stepper: the scheme and the field.
+        times: strictly monotone.
+        grid: one grid per interval, or a single one over all of them; None steps on by ``size`` until an event.
+        moving: the times as a tensor that needs a gradient; grids are then one per interval.
+        size: the step size of an endless solve.
+        interp: "linear" or "cubic" interpolation where values lie within steps.
+        max_steps: upper bound on the steps of an endless solve.
+        dense: whether cubic Hermite pieces are kept.
+        events: watches for events.
+        callbacks: the first one is called before each step.
+    """
+    f, y = stepper.field, stepper.y
+    run = Run([y], times[0], y)
+    if events is not None and events.start(run, y):
+        return run
+    sign = 1.0 if times[-1] > times[0] else -1.0
+    pairs: Iterator[tuple[float, float, int, int]]
+    if grid is None:
+        assert size is not None
+        pairs = ((a, b, 0, 0) for a, b in endless(times[0], sign * size))
+    else:
+        pairs = ((g[j], g[j + 1], i, j) for i, g in enumerate(grid) for j in range(len(g) - 1))
+    place = 1
+    k: Tensor | None = None
+    for t0, t1, i, j in pairs:
+        if grid is None and run.accepted >= max_steps:
+            run.status = "max_steps"
+            break
+        if callbacks is not None and callbacks[0] is not None:
+            callbacks[0](t0, y, t1 - t0)
+        if moving is None:
+            y1 = stepper.advance(t0, t1 - t0, t1 - t0)
+        else:
+            n = len(grid[i]) - 1  # type: ignore[index]
+            length = (moving[i + 1] - moving[i]) / n
+            y1 = stepper.advance(moving[i] + length * j if j else moving[i], length, t1 - t0)
+        run.accepted += 1
+        run.steps.append((t0, t1 - t0))
+        inside = place < len(times) and (times[place] - t1) * sign < 0
+        piece: Hermite | None = None
+        if dense or events is not None or inside:
+            if interp == "linear" and not dense and events is None:
+                piece = Hermite(t0, t1, y, y1, None, None)
+            else:
+                k = f(t0, y) if k is None else k
+                end = f(t1, y1)
+                piece, k = Hermite(t0, t1, y, y1, k, end), end
+            if dense:
+                run.segments.append(piece)
+            if events is not None and events.step(run, piece):
+                run.evaluations = f.count[0]
+                return run
+        else:
+            k = None
+        while grid is not None and place < len(times) and (times[place] - t1) * sign <= 0:
+            run.ys.append(y1 if times[place] == t1 else piece.at(times[place]))  # type: ignore[union-attr]
+            place += 1
+        y = y1
+        run.t, run.y = t1, y1
+    run.evaluations = f.count[0]
+    return run

@@ -1,0 +1,136 @@
+"""The options of a solve, by torchdiffeq's names and ours, read once and named where they are wrong."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from ..language import closest
+from .control import Control
+from .trees import Packing
+
+# Ours, and what torchdiffeq calls them.
+ADAPTIVE = {
+    "first_step": "first_step",
+    "min_step": "min_step",
+    "max_step": "max_step",
+    "max_steps": "max_steps",
+    "max_num_steps": "max_steps",
+    "safety": "safety",
+    "smallest": "smallest",
+    "dfactor": "smallest",
+    "largest": "largest",
+    "ifactor": "largest",
+    "proportional": "proportional",
+    "integral": "integral",
+    "derivative": "derivative",
+}
+OTHERS = {"norm", "step_t", "jump_t", "outputs", "context", "dtype"}
+FIXED = {"step_size", "steps", "grid", "grid_constructor", "interp", "perturb", "max_steps", "norm"}
+
+
+@dataclass
+class FixedOptions:
+    """What says where fixed steps go."""
+
+    step_size: float | None = None
+    steps: int | None = None
+    grid: Tensor | None = None
+    constructor: Any = None
+    interp: str | None = None
+    perturb: bool = False
+    max_steps: int = 100_000
+
+
+def is_fixed(options: Mapping[str, Any]) -> bool:
+    """Whether the options ask for fixed steps."""
+    return any(options.get(name) is not None for name in ("step_size", "steps", "grid", "grid_constructor"))
+
+
+def _unknown(options: Mapping[str, Any], known: set[str], kind: str) -> None:
+    for name in options:
+        if name not in known:
+            raise SchemeError(f"odeint: {kind} have no option {name!r}; {closest(str(name), known)}.")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise SchemeError(f"odeint: the option {name} requires a gradient; a limit has none, detach it.")
+        value = value.item() if value.numel() == 1 else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SchemeError(f"odeint: the option {name} is {value!r}, want a number.")
+    return float(value)
+
+
+def _times(name: str, value: Any) -> list[float]:
+    if value is None:
+        return []
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise SchemeError(f"odeint: {name} requires a gradient, which is not known for it; detach it.")
+    found = torch.as_tensor(value).reshape(-1).tolist()
+    return [float(t) for t in found]
+
+
+def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, y: Tensor) -> Control:
+    """Tolerances, limits and the controller from the options of an adaptive solve."""
+    _unknown(options, {*ADAPTIVE, *OTHERS}, "adaptive solves")
+    found: dict[str, Any] = {}
+    for name, ours in ADAPTIVE.items():
+        if options.get(name) is not None:
+            if ours in found:
+                raise SchemeError(f"odeint: the option {ours} is given twice, as {name!r} too.")
+            found[ours] = _number(name, options[name])
+    if "max_steps" in found:
+        found["max_steps"] = int(found["max_steps"])
+    steps, jumps = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
+    both = [*steps, *jumps]
+    if len(set(both)) < len(both):
+        raise SchemeError("odeint: step_t and jump_t repeat a time; name each once, in one of them.")
+    return Control(
+        packing.tolerance("rtol", rtol, y),
+        packing.tolerance("atol", atol, y),
+        packing.norm(options.get("norm")),
+        step_t=steps,
+        jump_t=jumps,
+        **found,
+    )
+
+
+def lands(options: Mapping[str, Any], pair: Any) -> bool:
+    """Whether steps end on every time asked for: where the continuous extension is of lower order than the error."""
+    given = options.get("outputs")
+    if given not in (None, "step", "interpolate"):
+        raise SchemeError(f"odeint: outputs is {given!r}, want 'step' or 'interpolate'.")
+    if given is None:
+        return pair.dense[3] < pair.order
+    return given == "step"
+
+
+def fixed(options: Mapping[str, Any]) -> FixedOptions:
+    """Where fixed steps go."""
+    _unknown(options, FIXED, "fixed steps")
+    given = [name for name in ("step_size", "steps", "grid", "grid_constructor") if options.get(name) is not None]
+    if len(given) > 1:
+        raise SchemeError(f"odeint: {' and '.join(given)} exclude each other; give one.")
+    found = FixedOptions(perturb=bool(options.get("perturb", False)), constructor=options.get("grid_constructor"))
+    if options.get("step_size") is not None:
+        found.step_size = abs(_number("step_size", options["step_size"]))
+        if not 0 < found.step_size < float("inf"):
+            raise SchemeError(f"odeint: step_size is {found.step_size:g}, want a positive number.")
+    if options.get("steps") is not None:
+        steps = _number("steps", options["steps"])
+        if steps != int(steps) or steps < 1:
+            raise SchemeError(f"odeint: steps is {steps:g}, want a whole number of steps per interval, at least 1.")
+        found.steps = int(steps)
+    if options.get("grid") is not None:
+        found.grid = torch.as_tensor(options["grid"])
+    found.interp = options.get("interp")
+    if found.interp not in (None, "linear", "cubic"):
+        raise SchemeError(f"odeint: interp is {found.interp!r}, want 'linear', 'cubic' or None.")
+    if options.get("max_steps") is not None:
+        found.max_steps = int(_number("max_steps", options["max_steps"]))
+    return found

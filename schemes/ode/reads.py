@@ -1,0 +1,160 @@
+"""Which tensors a vector field reads without being given them: parameters, what closures hold, contexts.
+
+A backward pass that makes the states again must send gradients to all of them, or say that it cannot. The autograd
+graph of one evaluation knows them: its leaves, and the edges to what was computed before the evaluation. Of the latter
+the graph tells no tensor; a second evaluation, in which every torch function shows its arguments, does.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..errors import SchemeError
+
+
+class Autocast:
+    """The autocast of the forward pass: a backward pass, which runs outside of it, evaluates functions as it did."""
+
+    def __init__(self):
+        self.on = {
+            device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        }
+
+    def again(self, device: str) -> AbstractContextManager[Any]:
+        """The context that a function is to be evaluated in."""
+        if device not in self.on:
+            return nullcontext()
+        # No cache: a cast that an earlier evaluation made would tie this one to the graph of that one.
+        return torch.autocast(device, self.on[device], cache_enabled=False)
+
+
+class _Arguments(TorchFunctionMode):
+    """Collects the tensors with a history that functions are given and that no function in here has made."""
+
+    def __init__(self, *own: Tensor):
+        super().__init__()
+        self.made: dict[int, Tensor] = {id(x): x for x in own}
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for x in pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and id(x) not in self.made and id(x) not in self.found:
+                self.found[id(x)] = x
+        result = func(*args, **kwargs)
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and id(x) not in self.found:
+                self.made[id(x)] = x
+        return result
+
+
+class Reads:
+    """The tensors with a gradient that ``f(t, y)`` reads besides its arguments.
+
+    Args:
+        f: the field.
+        t: a time at which it may be evaluated.
+        y: a state.
+        given: tensors that are known to be read.
+
+    Raises:
+        SchemeError: f reads a tensor that cannot be told.
+    """
+
+    def __init__(self, f: Callable[[Any, Tensor], Tensor], t: Any, y: Tensor, given: Sequence[Tensor] = ()):
+        self.tensors: list[Tensor] = []
+        self._leaves: set[int] = set()
+        self._edges: set[tuple[int, int]] = set()
+        self._alive: list[Any] = []  # graph nodes are known by their place in memory, as long as they live
+        for x in given:
+            self._add(x)
+        with torch.enable_grad(), Autocast().again(y.device.type):
+            k, since, y1 = self._evaluate(f, t, y)
+            unknown = self._walk(k, since, y1)
+            if unknown:
+                with _Arguments(y1) as seen:
+                    f(t, y1)
+                for x in seen.found.values():
+                    if x.requires_grad and not x.is_leaf:
+                        self._add(x)
+                k, since, y1 = self._evaluate(f, t, y)
+                if self._walk(k, since, y1):
+                    raise SchemeError(
+                        "odeint: func reads, through a closure, a tensor that was computed before the solve and cannot "
+                        "be told; give it as part of y0 (with slope 0), or take gradient='store' or 'checkpoint'."
+                    )
+
+    def _evaluate(self, f: Any, t: Any, y: Tensor) -> tuple[Tensor, int, Tensor]:
+        y1 = y.detach().requires_grad_()
+        since = y1.view_as(y1).grad_fn._sequence_nr()  # type: ignore[union-attr]
+        return f(t, y1), since, y1
+
+    def _add(self, x: Tensor) -> None:
+        if not x.requires_grad:
+            return
+        if x.is_leaf:
+            if id(x) in self._leaves:
+                return
+            self._leaves.add(id(x))
+        else:
+            edge = (id(x.grad_fn), x.output_nr)
+            if edge in self._edges:
+                return
+            self._edges.add(edge)
+            self._alive.append(x.grad_fn)
+        self.tensors.append(x)
+
+    def _walk(self, k: Tensor, since: int, y: Tensor, add: bool = True) -> bool:
+        """Adds the leaves under k; whether an edge leads to an unknown tensor of an earlier graph (or, else, any)."""
+        if k.grad_fn is None:
+            if k.requires_grad and k is not y and id(k) not in self._leaves:  # func returns what it read
+                if not add:
+                    return True
+                self._add(k)
+            return False
+        if (id(k.grad_fn), k.output_nr) in self._edges:
+            return False
+        queue, visited = [k.grad_fn], {k.grad_fn}
+        while queue:
+            node = queue.pop()
+            if type(node).__name__ == "AccumulateGrad":
+                variable = node.variable  # type: ignore[attr-defined]
+                if variable is not y and id(variable) not in self._leaves:
+                    if not add:
+                        return True
+                    self._add(variable)
+                continue
+            if node._sequence_nr() < since:
+                return True
+            for following, number in node.next_functions:
+                if following is None or following in visited or (id(following), number) in self._edges:
+                    continue
+                visited.add(following)
+                queue.append(following)
+        return False
+
+    def evaluate(self, f: Callable[[Any, Tensor], Tensor], t: Any, y: Tensor) -> Tensor:
+        """``f(t, y)`` with a graph, for y a leaf; refuses tensors that earlier evaluations did not read."""
+        since = y.view_as(y).grad_fn._sequence_nr()  # type: ignore[union-attr]
+        k = f(t, y)
+        if k.requires_grad and self._walk(k, since, y, add=False):
+            raise SchemeError(
+                "odeint: func reads a tensor in the backward pass (through a closure) that it did not read at the "
+                "start of the solve; read all at every time, or take gradient='store' or 'checkpoint'."
+            )
+        return k
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def vjp(k: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """grad^H dk/dinputs, None where k does not read an input."""
+    if not k.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(k, tuple(inputs), grad, allow_unused=True, retain_graph=True))

@@ -1,0 +1,78 @@
+"""What a solve gives back."""
+
+import bisect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from .trees import Packing
+
+
+@dataclass
+class Solution:
+    """The solution of an initial value problem.
+
+    Called with a time it gives the value there, where ``dense=True`` was asked for.
+
+    Attributes:
+        t: the times asked for, as far as the solve came.
+        y: the values there, stacked along the first dimension, in the structure of y0.
+        status: "finished", "event", "max_steps", "underflow" (the step size fell below rounding) or "not_finite"; one
+            per sample under ``batch="independent"``.
+        reached: the time that the solve reached, one per sample likewise.
+        last: the state there.
+        accepted: number of steps that were kept, per sample likewise.
+        rejected: number of steps that were tried again, likewise.
+        evaluations: calls of func in the forward pass.
+        rows: samples in all calls together; None unless steps are chosen per sample.
+        events: what was found, in order of time.
+        steps: start and size of each step that was kept; per sample as two tensors.
+    """
+
+    t: Tensor
+    y: Any
+    status: Any
+    reached: Any
+    last: Any
+    accepted: Any
+    rejected: Any
+    evaluations: int
+    rows: int | None = None
+    events: list[Any] = field(default_factory=list)
+    steps: Any = None
+    _segments: list[Any] = field(default_factory=list, repr=False)
+    _packing: Packing | None = field(default=None, repr=False)
+
+    def __call__(self, t: float | Tensor) -> Any:
+        """The value at a time, or at each of several; differentiable, in t too.
+
+        Raises:
+            SchemeError: the solve kept no pieces, or the time lies outside of it.
+        """
+        return self._evaluated(t, "at")
+
+    def derivative(self, t: float | Tensor) -> Any:
+        """The slope of the continuous solution at a time, or at each of several."""
+        return self._evaluated(t, "derivative")
+
+    def _evaluated(self, t: float | Tensor, what: str) -> Any:
+        if not self._segments or self._packing is None:
+            raise SchemeError("Solution: no continuous solution was kept; solve with dense=True.")
+        several = isinstance(t, Tensor) and t.ndim > 0
+        if several and t.ndim > 1:  # type: ignore[union-attr]
+            raise SchemeError(f"Solution: the times are of shape {tuple(t.shape)}, want one or a row of them.")  # type: ignore
+        times: list[Any] = list(t.unbind()) if several else [t]  # type: ignore[union-attr]
+        values = [getattr(self._segment(float(x.detach() if isinstance(x, Tensor) else x)), what)(x) for x in times]
+        stacked = torch.stack(values) if several else values[0]
+        return self._packing.unpack(stacked, (len(times),) if several else ())
+
+    def _segment(self, t: float) -> Any:
+        pieces = self._segments
+        sign = 1.0 if pieces[-1].t1 > pieces[0].t0 else -1.0
+        start, end = pieces[0].t0, pieces[-1].t1
+        if not start * sign <= t * sign <= end * sign:
+            raise SchemeError(f"Solution: t={t:g} lies outside of the solve, from {start:g} to {end:g}.")
+        return pieces[min(bisect.bisect_left(pieces, t * sign, key=lambda p: p.t1 * sign), len(pieces) - 1)]

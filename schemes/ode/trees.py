@@ -1,0 +1,132 @@
+"""States that are trees of tensors (tuples, dicts, and what is made of them) as one tensor, and back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import SchemeError
+
+
+class Packing:
+    """How a tree of tensors stands in one tensor: flat, or for control per sample as (batch, values of the sample).
+
+    A tensor alone stands for itself. Leaves of several dtypes are kept in the widest of them and handed out in their
+    own.
+
+    Args:
+        y0: the tree.
+        samples: whether the first dimension of every leaf counts samples, which then stay apart.
+    """
+
+    def __init__(self, y0: Any, samples: bool = False):
+        self.alone = isinstance(y0, Tensor)
+        self.samples = samples
+        leaves, self.spec = pytree.tree_flatten(y0)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise SchemeError(
+                    f"odeint: y0 holds a {type(leaf).__name__}, want tensors alone; "
+                    "what the solver does not change is for func to read."
+                )
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                raise SchemeError(f"odeint: y0 is of {leaf.dtype}, want real or complex floating-point numbers.")
+        if not leaves:
+            raise SchemeError("odeint: y0 holds no tensor, want a tensor, or a tuple or dict of tensors.")
+        if samples:
+            sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+            if len(sizes) != 1 or None in sizes:
+                raise SchemeError(
+                    "odeint: batch='independent' wants the samples along the first dimension of every tensor of y0, "
+                    f"got shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}."
+                )
+        if len({leaf.device for leaf in leaves}) > 1:
+            raise SchemeError("odeint: the tensors of y0 are on several devices, want one.")
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        kept = 1 if samples else 0
+        self.sizes = [leaf.shape[kept:].numel() for leaf in leaves]
+        self.dtype = leaves[0].dtype
+        for leaf in leaves[1:]:
+            self.dtype = torch.promote_types(self.dtype, leaf.dtype)
+
+    def pack(self, tree: Any, what: str = "func") -> Tensor:
+        """The tensor that stands for a tree."""
+        if self.alone:
+            return tree
+        leaves, spec = pytree.tree_flatten(tree)
+        if spec != self.spec:
+            raise SchemeError(f"odeint: {what} returned {_written(tree)}, want the structure of y0.")
+        flat = []
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise SchemeError(f"odeint: {what} returned a {type(leaf).__name__} among its tensors.")
+            if leaf.is_complex() and not dtype.is_complex:
+                raise SchemeError(f"odeint: {what} returned {leaf.dtype} for a part of y0 that is {dtype}.")
+            if self.samples:  # rows may have been left out
+                shape = (leaf.shape[0] if leaf.ndim else shape[0], *shape[1:])
+            if leaf.shape != shape:
+                try:
+                    leaf = leaf.expand(shape)
+                except RuntimeError:
+                    raise SchemeError(
+                        f"odeint: {what} returned {tuple(leaf.shape)} for a part of y0 of shape {tuple(shape)}."
+                    ) from None
+            flat.append(leaf.reshape(leaf.shape[0], -1) if self.samples else leaf.reshape(-1))
+        return torch.cat([leaf.to(self.dtype) for leaf in flat], 1 if self.samples else 0)
+
+    def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> Any:
+        """The tree that a tensor stands for; ``lead`` are dimensions in front of the state's, such as the times."""
+        if self.alone:
+            return flat
+        leaves = []
+        for part, shape, dtype in zip(flat.split(self.sizes, -1), self.shapes, self.dtypes, strict=True):
+            if part.is_complex() and not dtype.is_complex:
+                part = part.real
+            rest = (flat.shape[-2], *shape[1:]) if self.samples else tuple(shape)
+            leaves.append(part.reshape((*lead, *rest)).to(dtype))
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def tolerance(self, name: str, value: Any, like: Tensor) -> float | Tensor:
+        """A tolerance as a number, or as a tensor that broadcasts against the packed state."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                raise SchemeError(f"odeint: {name} requires a gradient; a tolerance has none, detach it.")
+            if value.numel() == 1:
+                return float(value)
+            if not self.alone:
+                raise SchemeError(f"odeint: {name} is one tensor for a y0 of {len(self.sizes)}; want one per tensor.")
+            return value.to(like.device, like.abs().dtype)
+        leaves = pytree.tree_leaves(value)
+        if self.alone or len(leaves) != len(self.sizes):
+            raise SchemeError(f"odeint: {name} has {len(leaves)} parts, y0 {len(self.sizes)}; want as many.")
+        real = torch.empty((), dtype=self.dtype).real.dtype
+        parts = []
+        for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
+            part = torch.as_tensor(leaf, dtype=real, device=like.device)
+            rest = shape[1:] if self.samples else shape
+            parts.append(part.expand(rest).reshape(-1) if part.ndim or not size else part.expand(size))
+        return torch.cat(parts)
+
+    def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+        """A norm of packed states: the user's own of trees, or for several tensors the largest of their own."""
+        if given is not None:
+            return lambda flat: given(self.unpack(flat))
+        if self.alone or len(self.sizes) == 1:
+            return None
+        return lambda flat: torch.stack([rms(part) for part in flat.split(self.sizes, -1) if part.shape[-1]]).amax()
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root mean square of all entries."""
+    return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
+
+
+def _written(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return f"a dict with {', '.join(map(repr, tree)) or 'no keys'}"
+    return f"{len(tree)} tensors" if isinstance(tree, (tuple, list)) else f"a {type(tree).__name__}"

@@ -1,0 +1,320 @@
+"""Networks and training histories drawn at random: every mode gives what the stored run gives, or refuses by name.
+
+``python -m pytest tests/odenets/test_differential.py -n 0 --hypothesis-profile=long`` draws 10,000 of each.
+"""
+
+import contextlib
+import math
+import re
+import warnings
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stacks import factory
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import schemes
+from odenets import SchemeError
+
+F64 = torch.float64
+WIDTH = 4
+DEPTH = 3
+
+
+# Residual functions -----------------------------------------------------------------------------------------------
+
+
+class Body(nn.Module):
+    """0.3 V act(W [arguments]), act and what stands before it as a kind asks for."""
+
+    def __init__(self, slot, middle=None):
+        super().__init__()
+        self.inner = nn.Linear(sum(slot.in_channels), WIDTH)
+        self.middle = nn.Identity() if middle is None else middle
+        self.outer = nn.Linear(WIDTH, slot.out_channels)
+
+    def forward(self, *xs):
+        return 0.3 * self.outer(torch.tanh(self.middle(self.inner(torch.cat(xs, 1)))))
+
+
+class Tied(Body):
+    def __init__(self, slot):
+        super().__init__(slot, nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)))
+        self.middle[2].weight = self.middle[0].weight
+
+
+class Averages(nn.Module):
+    """Reads and writes a buffer, as observers of quantisation do."""
+
+    def __init__(self, replaces):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.replaces = replaces
+
+    def forward(self, x):
+        new = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        if self.replaces:
+            self.mean = new
+        else:
+            self.mean.copy_(new)
+        return x - self.mean
+
+
+class Potential(nn.Module):
+    """Keeps a plain attribute from call to call, as a spiking neuron its membrane potential."""
+
+    def __init__(self):
+        super().__init__()
+        self.potential = None
+
+    def forward(self, x):
+        before = 0.0 if self.potential is None or self.potential.shape != x.shape else self.potential
+        self.potential = (x + 0.5 * before).detach()
+        return x + 0.1 * before
+
+
+class Checkpointed(Body):
+    def forward(self, *xs):
+        return checkpoint(super().forward, *xs, use_reentrant=False)
+
+
+class Timed(Body):
+    def forward(self, *xs, t, context=None):
+        y = super().forward(*xs) * (1 + torch.sin(torch.as_tensor(t, dtype=F64)))
+        return y if context is None else y + context["bias"].mean()
+
+
+class Auxiliary(Body):
+    def forward(self, *xs):
+        y = super().forward(*xs)
+        return y, {"energy": y.square().sum()}
+
+
+class Conjugate(Body):
+    """Of complex streams; not holomorphic."""
+
+    def forward(self, *xs):
+        y = super().forward(*xs)
+        return y + 0.1 * y.conj()
+
+
+KINDS = {
+    "plain": Body,
+    "batch norm": lambda slot: Body(slot, nn.BatchNorm1d(WIDTH)),
+    "group norm": lambda slot: Body(slot, nn.GroupNorm(2, WIDTH)),
+    "dropout": lambda slot: Body(slot, nn.Dropout(0.4)),
+    "tied": Tied,
+    "weight norm": lambda slot: Body(slot, parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))),
+    "spectral norm": lambda slot: Body(slot, parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))),
+    "buffer written": lambda slot: Body(slot, Averages(False)),
+    "buffer replaced": lambda slot: Body(slot, Averages(True)),
+    "potential": lambda slot: Body(slot, Potential()),
+    "checkpoint inside": Checkpointed,
+    "time and context": Timed,
+    "auxiliary": Auxiliary,
+    "complex": Conjugate,
+}
+
+
+def usable(text):
+    """Whether an example can be a stack of small functions of one-dimensional features."""
+    scheme = schemes.get(text)
+    return scheme.nodes is not None and scheme.stages <= 8
+
+
+SCHEMES = sorted(text for text in schemes.examples() if usable(text))
+INVERTIBLE = [text for text in SCHEMES if schemes.get(text).reversible_in_training]
+
+
+def build(scheme, kinds, mode, step, shared_seed=0):
+    """The drawn stack; its functions take the kinds in turn."""
+    torch.manual_seed(shared_seed)
+    count = iter(range(10**6))
+
+    def make(slot):
+        return KINDS[kinds[next(count) % len(kinds)]](slot)
+
+    depth = DEPTH * len(schemes.get(scheme).plan)
+    net = factory(make, scheme, depth, channels=WIDTH, backprop=mode, step=step)
+    return net.to(torch.complex128 if "complex" in kinds else F64)
+
+
+# Histories --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(y):
+    return y.abs().square().mean() + y.real.sum() * 0.1
+
+
+class Run:
+    """A network in training; each action leaves what the user would see: outputs, gradients, buffers, generators."""
+
+    def __init__(self, net, kinds, aux):
+        self.net, self.kinds, self.aux = net, kinds, aux
+        self.seen = []
+        dtype = torch.complex128 if "complex" in kinds else F64
+        self.x = torch.randn(5, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        self.bias = torch.randn(3, dtype=F64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+    def call(self, x, method="__call__"):
+        given = {}
+        if "time and context" in self.kinds:
+            given = {"t": 0.3, "context": {"bias": self.bias}}
+        if method == "__call__" and self.aux:
+            y, values = self.net(x, aux=True, **given)
+            return y, sum(values.values())
+        y = getattr(self.net, method)(x, **given)
+        return (y, 0.0) if isinstance(y, torch.Tensor) else (y[len(y) // 2], 0.0)
+
+    def note(self, *outputs):
+        grads = [p.grad for p in (*self.net.parameters(), self.bias)]
+        self.seen += [y.detach().clone() for y in outputs]
+        self.seen += [None if g is None else g.clone() for g in grads]
+        self.seen += [*(b.clone() for b in self.net.buffers()), torch.get_rng_state()]
+
+    def once(self, method="__call__"):
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x, method)
+        (loss_of(y) + aux).backward()
+        self.note(y, x.grad)
+
+    def middle(self):
+        self.once("trajectory")
+
+    def again(self):
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x)
+        loss = loss_of(y) + aux
+        loss.backward(retain_graph=True)
+        loss.backward()
+        self.note(y, x.grad)
+
+    def twice(self):
+        """Two uses in one graph."""
+        x = self.x.clone().requires_grad_()
+        (y, one), (z, two) = self.call(x), self.call(0.5 * x)
+        (loss_of(y) * loss_of(z) + one + two).backward()
+        self.note(y, z, x.grad)
+
+    def evaluate(self):
+        self.net.eval()
+        with torch.no_grad():
+            self.note(self.call(self.x)[0])
+        self.net.train()
+
+    def evaluated(self):
+        """Gradients in evaluation."""
+        self.net.eval()
+        self.once()
+        self.net.train()
+
+    def eval_before_backward(self):
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x)
+        self.net.eval()
+        (loss_of(y) + aux).backward()
+        self.net.train()
+        self.note(y, x.grad)
+
+    def freeze(self):
+        for p in [*self.net.parameters()][::2]:
+            p.requires_grad_(False)
+
+    def thaw_before_backward(self):
+        self.freeze()
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x)
+        self.net.requires_grad_(True)
+        (loss_of(y) + aux).backward()
+        self.note(y, x.grad)
+
+    def learn(self):
+        with torch.no_grad():
+            for p in self.net.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+        self.net.zero_grad()
+
+    def empty(self):
+        if not {"batch norm", "group norm", "spectral norm"} & {*self.kinds}:
+            x, self.x = self.x, self.x[:0]
+            with contextlib.suppress(ZeroDivisionError):
+                y, _ = self.call(self.x.clone().requires_grad_())
+                y.abs().sum().backward()
+            self.x = x
+            self.note()
+
+
+ACTIONS = [name for name in vars(Run) if not name.startswith("_") and name not in ("call", "note")]
+REFUSALS = (
+    r"changed in place|side product|neither its parameter nor its argument|written to in place|"
+    r"drew other random numbers|has no log-determinant|left the range|other values the second time|no inverse"
+)
+
+
+def go(net, kinds, history):
+    """What a history leaves, or the error that ended it."""
+    aux = bool({"auxiliary"} & {*kinds})
+    run = Run(net, kinds, aux)
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for action in history:
+            getattr(run, action)()
+    return run.seen
+
+
+def agree(got, want, tolerance):
+    """Whether two runs left the same; tensors in their common norm, as some gradients are zero but for rounding."""
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        zero = b is not None and a is None and not b.any()
+        assert (a is None) == (b is None) or zero, (i, a, b)
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if a is not None and b is not None]
+    for a, b in pairs:
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if not (a.is_floating_point() or a.is_complex()):
+            assert torch.equal(a, b)
+    pairs = [(a, b) for a, b in pairs if a.is_floating_point() or a.is_complex()]
+    error = math.hypot(*(float((a - b).norm()) for a, b in pairs))
+    size = math.hypot(*(float(b.norm()) for _, b in pairs))
+    assert error <= tolerance * size, (error, size)
+
+
+histories = st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=4)
+kinds_drawn = st.lists(st.sampled_from([*KINDS]), min_size=1, max_size=3)
+
+
+def compare(scheme, kinds, mode, step, history, tolerance, reference="store"):
+    """The law: what ``reference`` gives, or a refusal of a documented kind."""
+    try:
+        net = build(scheme, kinds, mode, step)
+    except SchemeError as error:
+        assert mode == "exact", error  # affine, and bases with several streams
+        return
+    want = go(build(scheme, kinds, reference, step), kinds, history)
+    try:
+        got = go(net, kinds, history)
+    except (SchemeError, RuntimeError) as error:
+        assert re.search(REFUSALS, str(error)), error
+        return
+    agree(got, want, tolerance)
+
+
+@given(st.sampled_from(SCHEMES), kinds_drawn, st.sampled_from(["checkpoint", "checkpoint(2)"]), histories)
+def test_checkpoint(scheme, kinds, mode, history):
+    compare(scheme, kinds, mode, 0.5, history, 1e-12)
+
+
+@given(st.sampled_from(INVERTIBLE), kinds_drawn, st.sampled_from([0.5, "learned", "decay(0.9)"]), histories)
+def test_reverse(scheme, kinds, step, history):
+    compare(scheme, kinds, "reverse", step, history, 1e-8)
+
+
+@given(st.sampled_from(INVERTIBLE), kinds_drawn, histories)
+def test_exact(scheme, kinds, history):
+    if "complex" not in kinds:
+        compare(scheme, kinds, "exact(bits=30)", 0.5, history, 1e-12, "exact(bits=30, store=true)")
