@@ -351,6 +351,7 @@ class Images(Pictures):
 
     in_chans = 3
 
+    # long: half of it is its parameters, a line each
     def __init__(
         self,
         root: str | None = None,
