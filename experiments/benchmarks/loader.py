@@ -1,21 +1,22 @@
 """Pictures per second of the loader alone: small pictures from memory, or large ones that are decoded and cut.
 
     python experiments/benchmarks/loader.py FOLDER [--batches 100] [--threads 1]
-    python experiments/benchmarks/loader.py FOLDER --size 224 [--interpolation bicubic] [--rounds 30]
+    python experiments/benchmarks/loader.py FOLDER --size 224 [--interpolation bicubic] [--rounds 30] [--enlarge 4]
 
 Without --size FOLDER holds train.parquet and test.parquet of CIFAR-10, and the figure stands beside the training rate
 of a small HO-ResNet that must be fed. It includes batching, crop, flip and normalisation; the model's is forward,
 backward and update on a batch that is there. They are timed in turns; the medians are printed.
 
-With --size FOLDER holds class folders of large pictures. One process reads batches of 64 from `Images` (random crop of
-8 to 100 %, uint8), and from torchvision's ImageFolder with RandomResizedCrop and PILToTensor, or, where torchvision
-does not import, from the same calls of PIL. Both are timed in turns on the same files, in seconds of the processor; a
-round's ratio is that of its two times.
+With --size FOLDER holds class folders of large pictures; --enlarge takes copies that are so many times as wide and
+high. One process reads batches of 64 from `Images` (random crop of 8 to 100 %, uint8), and from torchvision's ImageFolder
+with RandomResizedCrop and PILToTensor, or, where torchvision does not import, from the same calls of PIL. Both are timed
+in turns on the same files, in seconds of the processor; a round's ratio is that of its two times.
 """
 
 import argparse
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -76,6 +77,16 @@ class PlainFolder:
         return torch.from_numpy(np.array(picture, copy=True)).permute(2, 0, 1).contiguous(), 0
 
 
+def enlarged(root: str, times: int, target: str) -> None:
+    """Copies of a folder's pictures, so many times as wide and high, as JPEG of quality 90."""
+    for file in sorted(Path(root).glob("*/*")):
+        picture = Image.open(file).convert("RGB")
+        picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
+        copy = Path(target) / file.parent.name / f"{file.stem}.jpg"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(copy, quality=90)
+
+
 def large(root: str, size: int, interpolation: Any, rounds: int) -> None:
     """Times both ways in turns on the same files and prints medians and the ratio's quartiles."""
     data = Images(root, size=size, interpolation=interpolation, cache=False, num_workers=0, holdout=1e-9)
@@ -112,10 +123,15 @@ def main() -> None:
     parser.add_argument("--size", type=int)
     parser.add_argument("--interpolation", default="bilinear", choices=("bilinear", "bicubic"))
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--enlarge", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.size:
-        return large(args.root, args.size, args.interpolation, args.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.enlarge > 1:
+                enlarged(args.root, args.enlarge, folder)
+            root = folder if args.enlarge > 1 else args.root
+            return large(root, args.size, args.interpolation, args.rounds)
 
     start = time.perf_counter()
     data = Images(args.root, batch_size=args.batch_size, augment=Augment(crop=4, flip=0.5))
