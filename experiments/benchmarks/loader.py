@@ -8,9 +8,9 @@ of a small HO-ResNet that must be fed. It includes batching, crop, flip and norm
 backward and update on a batch that is there. They are timed in turns; the medians are printed.
 
 With --size FOLDER holds class folders of large pictures; --enlarge takes copies that are so many times as wide and
-high. One process reads batches of 64 from `Images` (random crop of 8 to 100 %, uint8), and from torchvision's ImageFolder
-with RandomResizedCrop and PILToTensor, or, where torchvision does not import, from the same calls of PIL. Both are timed
-in turns on the same files, in seconds of the processor; a round's ratio is that of its two times.
+high. One process reads batches of 64 from `Images` (random crop of 8 to 100 %, uint8), and from torchvision's
+ImageFolder with RandomResizedCrop and PILToTensor, or, where torchvision does not import, from the same calls of PIL.
+Both are timed in turns on the same files, in seconds of the processor; a round's ratio is that of its two times.
 """
 
 import argparse
