@@ -104,7 +104,7 @@ class Study:
 
     def data(self) -> Images:
         """The pictures; opened anew."""
-        images = Images(root=self.root, size=self.size, batch_size=self.batch_size, cache=True)
+        images = Images(root=self.root, size=self.size, batch_size=self.batch_size, cache=True, smallest_crop=0)
         if self.classes is not None and not 2 <= self.classes <= images.num_classes:
             raise SchemeError(f"classes is {self.classes}, want 2 to {images.num_classes}, as the pictures have.")
         return images

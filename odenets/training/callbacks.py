@@ -194,7 +194,7 @@ def _relative(path: Path) -> Path:
 
 
 class Predictions(BasePredictionWriter):
-    """Writes one row per picture, with its most likely class and that class's probability, to a CSV file.
+    """Writes one row per picture to a CSV file: its file or row, and its five most likely classes with probabilities.
 
     Rows stand in the order of the pictures, whichever process predicted them.
     """
@@ -206,25 +206,32 @@ class Predictions(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Tensor], batch_indices: Any
     ) -> None:
-        own: dict[int, tuple[float, int]] = {}
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        name = getattr(data, "predicted_name", str)
+        own: dict[int, tuple[str, list[float], list[int]]] = {}
         indices = [i for batch in batch_indices[0] for i in batch]
-        best = [pair for batch in predictions for pair in zip(*(t.tolist() for t in batch.max(1)), strict=True)]
-        for index, pair in zip(indices, best, strict=True):
+        best = [batch.topk(min(5, batch.shape[1])) for batch in predictions]
+        rows = (row for values, numbers in best for row in zip(values.tolist(), numbers.tolist(), strict=True))
+        for index, (probabilities, numbers) in zip(indices, rows, strict=True):
             if not isinstance(index, tuple):  # else it is there to give every process equally many
-                own[index] = pair
+                own[index] = name(index), probabilities, numbers
         found: list[Any] = [own]
         if trainer.world_size > 1:
             found = [None] * trainer.world_size
             torch.distributed.all_gather_object(found, own)
         if trainer.is_global_zero:
-            everything = {index: pair for part in found for index, pair in part.items()}
-            self._write(everything, getattr(trainer.datamodule, "classes", None))  # pyright: ignore
+            everything = {index: row for part in found for index, row in part.items()}
+            self._write(everything, getattr(data, "classes", None))
 
-    def _write(self, rows: dict[int, tuple[float, int]], classes: Sequence[str] | None) -> None:
+    def _write(self, rows: dict[int, tuple[str, list[float], list[int]]], classes: Sequence[str] | None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        most = max((len(numbers) for _, _, numbers in rows.values()), default=1)
         with self.path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["index", "class", "probability"])
-            for index, (probability, number) in sorted(rows.items()):
-                writer.writerow([index, classes[number] if classes else number, f"{probability:.6f}"])
+            titles = [("class", "probability"), *((f"class_{n}", f"probability_{n}") for n in range(2, most + 1))]
+            writer.writerow(["index", "name", *(title for pair in titles for title in pair)])
+            for index, (name, probabilities, numbers) in sorted(rows.items()):
+                called = [classes[number] if classes else number for number in numbers]
+                figures = [f"{probability:.6f}" for probability in probabilities]
+                writer.writerow([index, name, *(x for pair in zip(called, figures, strict=True) for x in pair)])
         print(f"predictions: {_relative(self.path)}")

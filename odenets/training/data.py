@@ -11,6 +11,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -124,17 +125,19 @@ class Decoded(Dataset):
         return len(self.indices)
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
-        levels, label = self._levels(request)
+        levels = torch.empty(self.size, self.size, 3, dtype=torch.uint8)
+        label = self._decode(request, levels)
         return levels.permute(2, 0, 1).contiguous(), label
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         batch = torch.empty(len(requests), self.size, self.size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requests), dtype=torch.long)
         for row, request in enumerate(requests):
-            batch[row], labels[row] = self._levels(request)
+            labels[row] = self._decode(request, batch[row])
         return batch.permute(0, 3, 1, 2), labels  # with the channels as the fastest axis, as decoders write them
 
-    def _levels(self, request: Request) -> tuple[Tensor, Tensor]:
+    def _decode(self, request: Request, out: Tensor) -> Tensor:
+        """Writes the picture to `out` (size, size, 3); its label."""
         epoch, position = request if isinstance(request, tuple) else (None, request)
         for step in range(len(self)):
             at = (position + step) % len(self)
@@ -143,18 +146,20 @@ class Decoded(Dataset):
                 continue
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
             try:
-                return self._cut(Picture(self.source.encoded(index)), generator), self.labels[at]
+                self._cut(Picture(self.source.encoded(index)), generator, out)
             except Unreadable as e:
                 self.tally.add(index, e, "the next picture takes its place")
+            else:
+                return self.labels[at]
         raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
 
-    def _cut(self, picture: Picture, generator: Generator | None) -> Tensor:
+    def _cut(self, picture: Picture, generator: Generator | None, out: Tensor) -> None:
         if self.smallest:
             box = random_box(*picture.size, self.smallest, generator=generator)
-            return picture.cut(box, self.size, drawn(self.interpolation, generator))
-        return picture.middle(
-            self.size, self.inner, "bicubic" if self.interpolation == "random" else self.interpolation
-        )
+            picture.cut(box, self.size, drawn(self.interpolation, generator), out)
+        else:
+            how = "bicubic" if self.interpolation == "random" else self.interpolation
+            out.copy_(picture.middle(self.size, self.inner, how))
 
     def name(self, i: int) -> str:
         """File, or file and row, of picture i; it says so where another one took its place."""
@@ -346,6 +351,7 @@ class Images(Pictures):
 
     in_chans = 3
 
+    # long: half of it is its parameters, a line each
     def __init__(
         self,
         root: str | None = None,
@@ -375,49 +381,62 @@ class Images(Pictures):
         predict_root: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
-        if not 0 < holdout < 1:
-            raise DataError(f"data.holdout={holdout}: wants a share between 0 and 1")
-        for name, share in (("smallest_crop", smallest_crop), ("inner", inner)):
-            if share is not None and not (0 < share <= 1 or (share == 0 and name == "smallest_crop")):
-                raise DataError(f"data.{name}={share}: wants a share of the picture, up to 1")
-        if interpolation not in ("bilinear", "bicubic", "random"):
-            raise DataError(f"data.interpolation={interpolation!r}: wants bilinear, bicubic or random")
-        if size is not None and size < 1:
-            raise DataError(f"data.size={size}: wants pixels, 1 or more")
-        if self.augment.resized_crop is not None:
-            # One owner: large pictures are cut when they are decoded, and the batch must not be cut again.
-            if smallest_crop not in (None, self.augment.resized_crop):
-                raise DataError(
-                    f"data.smallest_crop={smallest_crop} and data.augment.resized_crop={self.augment.resized_crop} "
-                    "are two figures for one crop\n  Give one of them"
-                )
-            smallest_crop = self.augment.resized_crop
-            self.augment = copy.copy(self.augment)
-            self.augment.resized_crop = None
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
         self.max_unreadable = max_unreadable
+        self._check()
+        self._own_the_crop()
         # Opened at once: missing data is reported before any model is built, and the class count can be linked to it.
         if root is None and hub is None and predict_root is not None and classes is not None:
             root, predict_root = predict_root, None
-        self.splits = open_splits(root, hub, download, image_key, label_key, subset, streaming)
         self.where = str(root or hub)
+        keys = image_key, label_key, subset, streaming
+        self.splits = open_splits(root, hub, download, *keys)
         for note in self.splits.notes:
             rank_zero_info(f"{self.where}: {note}")
-        train = self._split("train_split", train_split, TRAIN)
-        val = self._split("val_split", val_split, VALIDATION)
-        test = self._split("test_split", test_split, TEST)
-        trained = (train or "").split("+")
-        if val is None and test is not None and test not in trained and not self._unlabelled(test):
-            val = test
-        self.names = {"train": train, "val": val, "test": test if test_split or test not in trained else val}
-        self.names["test"] = self.names["test"] or val
+        self.names = self._name_splits(train_split, val_split, test_split)
         self.classes: list[str] = unify(self.splits, classes, self.where)
         self._say_what_differs()
         self.predicted: Source | None = None
         if predict_root is not None:
-            opened = open_splits(predict_root, None, False, image_key, label_key, subset, streaming)
-            self.predicted = Joined(list(opened.values())) if len(opened) > 1 else next(iter(opened.values()))
+            opened = list(open_splits(predict_root, None, False, *keys).values())
+            self.predicted = Joined(opened) if len(opened) > 1 else opened[0]
+
+    def _check(self) -> None:
+        """Refuses options that are out of their range."""
+        if not 0 < self.holdout < 1:
+            raise DataError(f"data.holdout={self.holdout}: wants a share between 0 and 1")
+        for name, share in (("smallest_crop", self.smallest_crop), ("inner", self.inner)):
+            if share is not None and not (0 < share <= 1 or (share == 0 and name == "smallest_crop")):
+                raise DataError(f"data.{name}={share}: wants a share of the picture, up to 1")
+        if self.interpolation not in ("bilinear", "bicubic", "random"):
+            raise DataError(f"data.interpolation={self.interpolation!r}: wants bilinear, bicubic or random")
+        if self.size is not None and self.size < 1:
+            raise DataError(f"data.size={self.size}: wants pixels, 1 or more")
+
+    def _own_the_crop(self) -> None:
+        """Takes the random crop over from the augmentation: pictures are cut when decoded, a batch not once more."""
+        if self.augment.resized_crop is None:
+            return
+        if self.smallest_crop not in (None, self.augment.resized_crop):
+            raise DataError(
+                f"data.smallest_crop={self.smallest_crop} and data.augment.resized_crop={self.augment.resized_crop} "
+                "are two figures for one crop\n  Give one of them"
+            )
+        self.smallest_crop = self.augment.resized_crop
+        self.augment = copy.copy(self.augment)
+        self.augment.resized_crop = None
+
+    def _name_splits(self, train: str | None, val: str | None, test: str | None) -> dict[str, str | None]:
+        """Which split, or splits joined by a plus sign, each part of a run takes."""
+        tested = self._split("test_split", test, TEST)
+        trained = self._split("train_split", train, TRAIN)
+        checked = self._split("val_split", val, VALIDATION)
+        if test is None and tested in (trained or "").split("+"):
+            tested = None  # what is trained on is no measure
+        if checked is None and tested is not None and not self._unlabelled(tested):
+            checked = tested
+        return {"train": trained, "val": checked, "test": tested or checked}
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -540,7 +559,7 @@ class Images(Pictures):
             if self.size is None:
                 return decode_all(source, indices, (width, height), tally)
             view = Decoded(source, indices, self.size, False, 0.0, inner, self.interpolation, tally)
-            return decode_all(source, indices, view._cut, tally)
+            return decode_all(source, indices, view, tally)
         assert size is not None
         if cache:
             source = Kept(source, indices, tally)
@@ -581,7 +600,7 @@ class Kept(Source):
         for index in indices.tolist():
             stored = source.encoded(index)
             try:
-                self.kept[index] = stored if isinstance(stored, bytes) else stored.read_bytes()
+                self.kept[index] = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
             except OSError as e:
                 tally.add(index, Unreadable(str(e)), "the next picture takes its place")
 
@@ -592,12 +611,10 @@ class Kept(Source):
         return self.source.name(i)
 
 
-def decode_all(
-    source: Source, indices: Tensor, to: tuple[int, int] | Callable[[Picture, None], Tensor], tally: Tally
-) -> Cached:
+def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, tally: Tally) -> Cached:
     """All pictures that can be read as one uint8 tensor (n, 3, height, width).
 
-    to: the size that all have, (width, height), or what makes (height, width, 3) of each.
+    to: the size that all have, (width, height), or how each is decoded.
     """
     pictures: list[Tensor] = []
     kept: list[int] = []
@@ -613,7 +630,8 @@ def decode_all(
                     )
                 levels = picture.whole()
             else:
-                levels = to(picture, None)
+                levels = torch.empty(to.size, to.size, 3, dtype=torch.uint8)
+                to._cut(picture, None, levels)
         except Unreadable as e:
             tally.add(index, e, "it is left out")
             continue

@@ -9,7 +9,6 @@ as the EXIF orientation says.
 
 import io
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
@@ -26,7 +25,7 @@ Box = tuple[int, int, int, int]
 _Edge = TypeVar("_Edge", int, float)
 
 # What Pillow reads by itself; PostScript would be handed to another program.
-FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM SGI TGA TIFF WEBP".split()
+FORMATS = "JPEG PNG WEBP GIF TIFF BMP AVIF DIB ICO JPEG2000 MPO PCX PPM SGI TGA".split()
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _T = Image.Transpose
 _UPRIGHT = {
@@ -69,9 +68,7 @@ class Picture:
                     data = file.read()
             if not data:
                 raise Unreadable("it is empty")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error below
-                self.image = Image.open(io.BytesIO(data), formats=_formats())
+            self.image = Image.open(io.BytesIO(data), formats=_formats())
         except Image.DecompressionBombError as e:
             raise Unreadable(str(e)) from None
         except Image.UnidentifiedImageError:
@@ -109,8 +106,8 @@ class Picture:
         """The whole picture, upright: uint8 (height, width, 3)."""
         return _levels(self.rgb())
 
-    def cut(self, box: Box, size: int, interpolation: str) -> Tensor:
-        """The pixels in `box` (left, top, right, bottom), resized: uint8 (size, size, 3).
+    def cut(self, box: Box, size: int, interpolation: str, out: Tensor | None = None) -> Tensor:
+        """The pixels in `box` (left, top, right, bottom), resized: uint8 (size, size, 3), written to `out` if given.
 
         A JPEG whose box is at least four times as large as `size` is decoded at a half, a quarter or an eighth, such
         that at least twice the size remains.
@@ -122,8 +119,9 @@ class Picture:
             levels = _reduced(picture, box, shrink, size, interpolation)
         else:
             part = picture if box == (0, 0, *picture.size) else picture.crop(box)
-            levels = resize(_levels(part), (size, size), interpolation)
-        return levels if self.turn is None else _turned(levels, self.turn)
+            levels = resize(_levels(part), (size, size), interpolation, out if self.turn is None else None)
+        levels = levels if self.turn is None else _turned(levels, self.turn)
+        return levels if out is None or out is levels else out.copy_(levels)
 
     def middle(self, size: int, inner: float, interpolation: str) -> Tensor:
         """The shorter side resized to size / `inner`, and the square in the middle of it: uint8 (size, size, 3)."""
@@ -244,12 +242,17 @@ def _levels(picture: Image.Image) -> Tensor:
     return flat.view(picture.height, picture.width, 3)
 
 
-def resize(levels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 (h, w, 3) -> (*size, 3), with a filter as wide as a pixel of the coarser grid; as PIL's, to a level."""
+def resize(levels: Tensor, size: tuple[int, int], interpolation: str, out: Tensor | None = None) -> Tensor:
+    """uint8 (h, w, 3) -> (*size, 3), with a filter as wide as a pixel of the coarser grid; PIL's but for rounding."""
     if tuple(levels.shape[:2]) == size:
         return levels
     x = levels.permute(2, 0, 1)[None]
-    return F.interpolate(x, size, mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+    if out is None:
+        return F.interpolate(x, size, mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+    # The operator behind F.interpolate, which has no `out`: the result is not copied once more.
+    ops = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
+    ops[interpolation].out(x, list(size), False, None, None, out=out.permute(2, 0, 1)[None])
+    return out
 
 
 def drawn(interpolation: str, generator: Generator | None) -> str:

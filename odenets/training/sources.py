@@ -1,5 +1,6 @@
 """Where data come from: parquet files, image folders, tar shards, the Hugging Face hub. One `Source` per split."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -43,7 +44,7 @@ class Source(ABC):
     shards: list[int] | None = None
 
     @abstractmethod
-    def encoded(self, i: int) -> bytes | Path:
+    def encoded(self, i: int) -> bytes | str:
         """The stored file of picture i, or where it lies."""
 
     @abstractmethod
@@ -67,14 +68,14 @@ class FolderSource(Source):
 
     def __init__(self, root: Path, files: Sequence[str], labels: Sequence[str] | None, why: str = "") -> None:
         # One array of bytes: a million Python strings would be copied into each worker, page by page.
-        self.root, self.files, self.why = root, np.array([file.encode() for file in files]), why
+        self.root, self.files, self.why = str(root), np.array([file.encode() for file in files]), why
         self.names = sorted(set(labels)) if labels else []
         place = {name: number for number, name in enumerate(self.names)}
         numbers = [place[name] for name in labels] if labels else [NONE] * len(files)
         self.labels = torch.tensor(numbers, dtype=torch.long)
 
-    def encoded(self, i: int) -> Path:
-        return self.root / self.name(i)
+    def encoded(self, i: int) -> str:
+        return os.path.join(self.root, self.name(i))
 
     def name(self, i: int) -> str:
         return self.files[i].decode()
@@ -116,9 +117,9 @@ class TableSource(Source):
                 "  Name another one: --data.image_key COLUMN"
             ) from None
 
-    def encoded(self, i: int) -> bytes | Path:
+    def encoded(self, i: int) -> bytes | str:
         stored = self.table[i][self.image_key] or {"bytes": b"", "path": None}
-        return Path(stored["path"]) if stored["bytes"] is None and stored["path"] else stored["bytes"] or b""
+        return stored["path"] if stored["bytes"] is None and stored["path"] else stored["bytes"] or b""
 
     def name(self, i: int) -> str:
         return row_name(self.files, i) or f"row {i}"
@@ -140,7 +141,7 @@ class Joined(Source):
         number = int(np.searchsorted(self.ends, i, side="right"))
         return self.parts[number], i - int(self.ends[number - 1] if number else 0)
 
-    def encoded(self, i: int) -> bytes | Path:
+    def encoded(self, i: int) -> bytes | str:
         part, row = self._at(i)
         return part.encoded(row)
 

@@ -181,13 +181,13 @@ class ParquetSource(Source):
             said = (str(e).splitlines() or [type(e).__name__])[0][:120]
             raise DataError(f"{file} is no whole parquet file ({said})\n  Bring it again") from None
 
-    def encoded(self, i: int) -> bytes | Path:
+    def encoded(self, i: int) -> bytes | str:
         place = int(np.searchsorted(self.ends, i, side="right"))
         cell = self._group(place)[i - int(self.ends[place]) + self.shards[place]].as_py()  # type: ignore[index]
         if isinstance(cell, dict):
             stored, path = cell.get("bytes"), cell.get("path")
-            return Path(path) if stored is None and path else stored or b""
-        return Path(cell) if isinstance(cell, str) else cell or b""
+            return path if stored is None and path else stored or b""
+        return cell or b""
 
     def _group(self, place: int) -> Any:
         if self._process != os.getpid():  # a handle that was inherited shares its position with the parent

@@ -1,5 +1,6 @@
 """Which files are of which split and class: as `datasets.load_dataset` says, for any layout; and where we differ."""
 
+import gc
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -224,6 +225,7 @@ def test_readme_and_metadata_are_followed(tmp_path):
     (root / "train/metadata.csv").write_text("file_name,label\n1.png,cat\n2.png,dog\n")
     data = Images(str(root))
     assert data.classes == ["cat", "dog"] and len(data.splits["train"]) == 2
+    gc.collect()
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

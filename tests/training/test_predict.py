@@ -1,0 +1,65 @@
+"""The file of predictions: a row per picture, with its name, its five most likely classes and their probabilities."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from odenets.training import Images
+from odenets.training.callbacks import Predictions
+from odenets.training.command import run
+
+from .pictures import picture, write_folder
+
+
+def rows(path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_rows_are_in_order_with_the_best_classes_first(tmp_path, classes):
+    shown = torch.rand(5, classes, generator=torch.Generator().manual_seed(0)).softmax(1)
+    names = [f"c{number}" for number in range(classes)]
+    data = SimpleNamespace(classes=names, predicted_name=lambda i: f"{i}.png")
+    trainer = SimpleNamespace(datamodule=data, world_size=1, is_global_zero=True)
+    batches, indices = [shown[[3, 0, 4]], shown[[1, 2]]], [[[3, 0, 4], [1, 2]]]
+    Predictions(tmp_path / "p.csv").write_on_epoch_end(trainer, None, batches, indices)
+    found = rows(tmp_path / "p.csv")
+    assert [row["name"] for row in found] == [f"{i}.png" for i in range(5)]
+    for row, p in zip(found, shown, strict=True):
+        order = p.argsort(descending=True)[:5].tolist()
+        keys = ["", *(f"_{n}" for n in range(2, len(order) + 1))]
+        assert [row[f"class{key}"] for key in keys] == [names[k] for k in order]
+        assert [float(row[f"probability{key}"]) for key in keys] == pytest.approx(p[order].tolist(), abs=1e-6)
+        assert f"class_{len(order) + 1}" not in row
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_any_folder_of_pictures_can_be_predicted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        write_folder(tmp_path / "d" / part, 2, 2, (32, 32))
+    (tmp_path / "new").mkdir()
+    for i in range(3):
+        picture(i).save(tmp_path / "new" / f"{i}.png")
+    (tmp_path / "new" / "3.png").write_bytes(b"")
+    model = "--model odenets.training.Classifier --model.net odenets.models.HOResNet --model.net.functions [1]"
+    model += (
+        " --model.net.widths [4] --model.net.scheme euler --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"
+    )
+    quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false --trainer.accelerator cpu"
+    data = "--data odenets.training.Images --data.root d --data.num_workers 0 --data.batch_size 2"
+    words = f"{model} {quiet} {data} --run_dir run".split()
+    run(["fit", *words, "--trainer.max_epochs", "1"])
+    for cache in ("true", "false"):
+        options = ["--data.predict_root", "new", "--data.cache", cache]
+        run(["predict", *words, *options, "--ckpt_path", "last"])
+        found = {row["name"]: row for row in rows("run/predict/predictions.csv")}
+        assert found.keys() - {"3.png (unreadable)"} == {"0.png", "1.png", "2.png"}
+        assert ("3.png (unreadable)" in found) == (cache == "false")
+        for row in found.values():
+            assert {row["class"], row["class_2"]} == {"n0000", "n0001"}
+            assert float(row["probability"]) + float(row["probability_2"]) == pytest.approx(1, abs=2e-6)
+    assert Images("d", predict_root="new").classes == ["n0000", "n0001"]
