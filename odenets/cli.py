@@ -8,9 +8,9 @@ import importlib
 import sys
 import warnings
 
-from .messages import fail
-
 from odenets import __version__
+
+from .messages import fail
 
 HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
 

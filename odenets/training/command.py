@@ -286,9 +286,9 @@ def root_cause(error: BaseException) -> BaseException:
     return next((e for e in chain if isinstance(e, SchemeError | DataError)), chain[-1])
 
 
-def no_advertisement(record: logging.LogRecord) -> bool:
-    """False for Lightning's tips to install further products."""
-    return "Tip: For seamless" not in record.getMessage()
+def worth_saying(record: logging.LogRecord) -> bool:
+    """False for Lightning's tips to install further products, and for what it says at every checkpoint."""
+    return not any(text in record.getMessage() for text in ("Tip: For seamless", "`weights_only` was not set"))
 
 
 def resuming_line(words: Sequence[str], prog: str) -> str:
@@ -304,7 +304,8 @@ def resuming_line(words: Sequence[str], prog: str) -> str:
 def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
     """Run one command line; errors that the user can mend end in two lines and exit status 2."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(worth_saying)
     words = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         for text in QUIET:

@@ -27,7 +27,7 @@ IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it ou
 
 
 def seed_of(*place: int | str) -> int:
-    """A seed for each place, without patterns: seed_of(0, 1) and seed_of(1, 0) have nothing in common.
+    """A seed for each place, without patterns: that of (0, 1) and that of (1, 0) have nothing in common.
 
     Example:
         >>> seed_of(1, "order", 2) == seed_of(1, "order", 2) != seed_of(1, "order", 3)
