@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from schemes import SchemeError
 
@@ -347,10 +349,13 @@ def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoRetu
         fail(str(error), "lightning fit --help lists every option")
     if isinstance(error, OSError) and error.errno in UNWRITABLE - {errno.EEXIST}:
         fail(str(unwritable(Path(error.filename or "the run's folder"), error)))
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE):
+    if isinstance(error, ProcessRaisedException) and (found := OURS.search(str(error))):
+        fail(found[1])  # of a forked process, which hands over its traceback as text
+    if isinstance(error, ProcessExitedException) or any(text in str(error) for text in PEER_GONE):
         fail("another process of this run has ended, and this one cannot go on alone", f"Once mended, go on: {again}")
     raise error
 
 
+OURS = re.compile(r"^[\w.]*(?:SchemeError|NotFinite|CheckpointError|DataError): (.+)", re.M | re.S)
 # What gloo and NCCL say where a process of the group is gone.
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL remote process exited", "Broken pipe")
