@@ -104,6 +104,8 @@ class Reader:
         match node:
             case ast.Constant():
                 return self._constant(node)
+            case ast.Tuple(elts=elts):
+                return tuple(self._value(e, depth + 1) for e in elts)
             case ast.Name(id=name):
                 return self._name(name, at)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):

@@ -25,9 +25,11 @@ class Mode(ABC):
 
     Attributes:
         keeps_all: whether all that autograd asks for is kept, so that nothing needs to know of the pass.
+        inverts: whether the steps may be run backwards under this mode.
     """
 
     keeps_all: ClassVar[bool] = False
+    inverts: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, given: Pass, state: State) -> State:
@@ -161,6 +163,8 @@ class Exact(_ByInverse):
         bits: streams and residual outputs are multiples of 2^-bits; None stands for 14 in fp32, 40 in fp64.
         store: keep all states instead, on the same grid: the run that exact gradients are compared with.
     """
+
+    inverts = False
 
     bits: int | None = None
     store: bool = False

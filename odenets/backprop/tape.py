@@ -56,7 +56,7 @@ class Tape:
 
     def __init__(self, every: int | None, keep_first: bool, grid: Grid | None, given: Pass):
         self.every, self.keep_first, self.grid = every, keep_first, grid
-        self.wrap, self.monitor, self.sink = given.wrap, given.monitor, given.sink
+        self.wrap, self.monitor, self.sink, self.inverted = given.wrap, given.monitor, given.sink, given.inverted
         self.records: list[StepRecord] = []
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: list[int] = []
@@ -73,7 +73,7 @@ class Tape:
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self.kept[n] = tuple(x.detach() for x in state)
         members = self._members(step, shared)
-        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink)
+        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted)
         self.records.append(record)
         inputs = [*record.parameters]
         if t is not None or context is not None:

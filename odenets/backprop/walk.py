@@ -34,6 +34,8 @@ class Pass(NamedTuple):
         sink: takes auxiliary values; None drops them.
         first: number of the first step.
         extras: how many of the last entries of a state are no streams, but ride along.
+        times: when each step starts, where it is known; else time moves on from ``time``.
+        inverted: whether the steps are run backwards.
     """
 
     steps: Sequence[Step]
@@ -50,11 +52,14 @@ class Pass(NamedTuple):
     sink: Sink | None = None
     first: int = 0
     extras: int = 0
+    times: Sequence[Any] | None = None
+    inverted: bool = False
 
     def walk(self, state: State, runner: Runner | None = None) -> State:
         """The state after the last step; ``runner`` is what runs each of them, by default the step itself."""
         time = self.time
         for n, (step, h) in enumerate(zip(self.steps, self.sizes or repeat(None)), self.first):  # noqa: B905
+            time = time if self.times is None else self.times[n]
             state = step(state, self.shared, time, self.context, h, runner)
             if self.post_step is not None:
                 streams = len(state) - self.extras
