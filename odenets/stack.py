@@ -394,7 +394,7 @@ class Stack(nn.Module):
             return diagnose(*self._pass(x, t, context))
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
-        """The input whose output is y; differentiable, under backprop="reverse" in memory that does not grow with depth.
+        """The input whose output is y; differentiable, under backprop="reverse" in memory flat in depth.
 
         Args:
             y: an output, where the readout loses nothing (revnet); else all streams, from ``final_state``.
