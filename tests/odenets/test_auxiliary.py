@@ -156,7 +156,7 @@ def test_a_flow_learns_a_density_by_likelihood():
         fs.append(f)
     net = Stack(fs, "affine(bound=2)", backprop="reverse")
     optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for _ in range(100):
+    for _ in range(160):
         z, values = net(x, aux=["log_det"])
         loss = (0.5 * z.square().sum(1) + math.log(2 * math.pi) - values["log_det"]).mean()
         optimizer.zero_grad()
