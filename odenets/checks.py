@@ -1,13 +1,11 @@
 """What a Stack checks once, at its first call or on an example: shapes, writes to arguments, known blocks."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
@@ -105,38 +103,3 @@ def watch(step: Step, state: State, fs: Sequence[Function], gs: Sequence[Functio
     several = len(state) > 1 and len(gs) == len(state)
     watched = [Watched(f, step, i, shapes, due if several else None) for i, f in enumerate(fs)]
     return watched, [WatchedShortcut(g, step, i, shapes, due) for i, g in enumerate(gs)]
-
-
-def initialise(module: nn.Module, run: Callable[[], Any]) -> None:
-    """Gives lazy parameters their shapes by one run without gradients; statistics and generators stay as they are."""
-    lazy = [m for m in module.modules() if any(is_lazy(p) for p in (*m._parameters.values(), *m._buffers.values()))]
-    if not lazy:
-        return
-    with torch.no_grad(), nothing_changed([module], always=True):
-        run()
-    for m in lazy:
-        if hasattr(m, "reset_running_stats"):
-            m.reset_running_stats()
-
-
-@contextmanager
-def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Iterator[None]:
-    """Puts buffers and random number generators back if the body raises, or always."""
-    modules = list(modules)
-    buffers = [b for m in modules for b in m.buffers() if not is_lazy(b)]
-    saved = [b.clone() for b in buffers]
-    tensors = (*(p for m in modules for p in m.parameters()), *buffers)
-    devices = sorted({x.device.index for x in tensors if x.device.type == "cuda"})
-    states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-    undo = True
-    try:
-        yield
-        undo = always
-    finally:
-        if undo:
-            with torch.no_grad():
-                for b, value in zip(buffers, saved, strict=True):
-                    b.data.copy_(value)
-            torch.set_rng_state(states[0])
-            for d, state in zip(devices, states[1], strict=True):
-                torch.cuda.set_rng_state(state, d)

@@ -19,6 +19,7 @@ from .auxiliary import LOG_DET, Sink
 from .backprop.diagnose import Diagnosis, diagnose
 from .backprop.modes import Mode, Store, WithErrors, format_mode, parse_mode
 from .backprop.monitor import Monitor
+from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
 from .step import Revision, Step
 
@@ -289,10 +290,10 @@ class Stack(nn.Module):
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
         if not isinstance(x, Tensor):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
-        checks.initialise(self, lambda: self._run(x, t, context, None, None))
+        initialise(self, lambda: self._run(x, t, context, None, None))
         for step in self.steps:
             step.auxiliary = step.auxiliary or None  # told by what the functions return now
-        with checks.nothing_changed([self], always):
+        with nothing_changed([self], always):
             state = self._run(x, t, context, on_step, sink, checks.watch)
         for step in self.steps:
             step.auxiliary = bool(step.auxiliary)
@@ -386,7 +387,7 @@ class Stack(nn.Module):
             [True, True]
         """
         self._check_invertible(self.training and self.scheme.reversible_in_training)
-        with torch.no_grad(), checks.nothing_changed([self], always=True):
+        with torch.no_grad(), nothing_changed([self], always=True):
             return diagnose(*self._pass(x, t, context))
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:

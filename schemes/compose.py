@@ -374,6 +374,7 @@ class Composition(Scheme):
         return self.parts[0].stream_widths(channels)
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
+        i %= self.stages  # functions that are evaluated several times over come as often
         for p in self.parts:
             if i < p.stages:
                 return p.shape_of(i, streams)

@@ -148,6 +148,11 @@ def probe(scheme: Scheme, streams: int | None = None, h: float = 1.0) -> LinearM
         >>> m.v.tolist(), m.b.tolist(), m.invertible, m.amplification
         ([[1.0, 0.5], [0.0, 0.5]], [[0.5], [0.5]], True, 2.0)
     """
+    with torch.device("cpu"):  # whatever device a caller builds its network on
+        return _probe(scheme, streams, h)
+
+
+def _probe(scheme: Scheme, streams: int | None, h: float) -> LinearMethod:
     r = scheme.streams if streams is None else streams
     s = scheme.stages if scheme.evaluations is None else max(scheme.evaluations, scheme.stages)
     units = torch.eye(r + s, dtype=torch.float64)

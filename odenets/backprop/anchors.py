@@ -7,10 +7,10 @@ from torch import nn
 
 from schemes.scheme import State
 
-from ..checks import nothing_changed
 from ..step import Step
 from .monitor import distance
 from .replay import StepRecord, autocast_as, invert_step, members_of, run_step
+from .surroundings import nothing_changed
 from .walk import Pass
 
 # Relative error of states made again that automatic anchors keep to.

@@ -151,6 +151,8 @@ def _factor(update: Update, scale: Any, g: Any, x: Tensor) -> Tensor:
 
 def _width(size: Tensor) -> int:
     """Bits for the place of an integer among those that share floor(size * n): at most ceil(1 / size) of them."""
+    if not size.numel():  # one factor per sample, of an empty batch
+        return 0
     most = math.ceil(1 / float(size.min()))
     return (most - 1).bit_length()
 

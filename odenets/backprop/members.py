@@ -85,7 +85,8 @@ class Members:
 
     def statistics(self) -> list[Slot]:
         """All places that hold a running statistic now."""
-        return [Slot(m._buffers, k, b) for m in self.norms for k, b in m._buffers.items() if b is not None]
+        found = (Slot(m._buffers, k, b) for m in self.norms for k, b in m._buffers.items())
+        return [slot for slot in found if slot.value is not None and not is_lazy(slot.value)]
 
     def attributes(self) -> list[Slot]:
         """All places of the user's own modules that hold a tensor now, or might later."""
@@ -136,7 +137,8 @@ class Flags:
         """Inside, the modules train or not, and their parameters want a gradient or not, as at the call."""
         modes = [m for m, was in zip(self.modules, self.training, strict=True) if m.training != was]
         parameters = zip(self.tensors, self.wanted, strict=False)
-        grads = [p for p, was in parameters if p.requires_grad != was and p.is_leaf]
+        # A tied parameter is listed once for each of its places.
+        grads = {id(p): p for p, was in parameters if p.requires_grad != was and p.is_leaf}.values()
         for m in modes:
             m.training = not m.training
         for p in grads:

@@ -1,10 +1,12 @@
 """What an update reads besides arguments and parameters: random states, kept tensors; noted where it moves them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .members import Members, Slot, swapped
 
@@ -92,6 +94,43 @@ class Surroundings:
                 "Stack: a residual function drew other random numbers when it was run again: another thread drew from "
                 "torch's generator in the forward pass.\n  Let it draw from a generator of its own."
             )
+
+
+@contextmanager
+def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Iterator[None]:
+    """Puts buffers, attributes and random number generators back if the body raises, or always."""
+    members = Members(modules)
+    buffers = [*members.buffers(), *members.statistics()]
+    saved, attributes = [slot.value.clone() for slot in buffers], members.attributes()
+    held = (slot.value for slot in (*buffers, *members.parameters()))
+    devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
+    states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    undo = True
+    try:
+        yield
+        undo = always
+    finally:
+        if undo:
+            with torch.no_grad():
+                for slot, value in zip(buffers, saved, strict=True):
+                    slot.value.data.copy_(value)
+            for slot in (*buffers, *attributes):
+                slot.holder[slot.name] = slot.value
+            torch.set_rng_state(states[0])
+            for d, state in zip(devices, states[1], strict=True):
+                torch.cuda.set_rng_state(state, d)
+
+
+def initialise(module: nn.Module, run: Callable[[], Any]) -> None:
+    """Gives lazy parameters their shapes by one run without gradients; statistics and generators stay as they are."""
+    lazy = [m for m in module.modules() if any(is_lazy(p) for p in (*m._parameters.values(), *m._buffers.values()))]
+    if not lazy:
+        return
+    with torch.no_grad(), nothing_changed([module], always=True):
+        run()
+    for m in lazy:
+        if hasattr(m, "reset_running_stats"):
+            m.reset_running_stats()
 
 
 def _version(value: Tensor | None) -> int:

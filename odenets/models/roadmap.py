@@ -307,6 +307,7 @@ def _mixer_stem(d: MixerDesign, in_chans: int) -> nn.Sequential:
     if d.patch:
         return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, d.init, 4, 4), norm=LayerNorm2d(d.init)))
     conv = nn.Conv2d(in_chans, d.init, 7, 2, 3, bias=False)
+    layers: OrderedDict[str, nn.Module]
     layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(d.init), act=nn.ReLU(inplace=True), pool=nn.MaxPool2d(3, 2, 1))
     return nn.Sequential(layers)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stacks import factory
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import schemes
 from odenets import SchemeError
@@ -139,7 +139,9 @@ def build(scheme, kinds, mode, step, shared_seed=0):
 
     depth = DEPTH * len(schemes.get(scheme).plan)
     net = factory(make, scheme, depth, channels=WIDTH, backprop=mode, step=step)
-    return net.to(torch.complex128 if "complex" in kinds else F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of complex modules
+        return net.to(torch.complex128 if "complex" in kinds else F64)
 
 
 # Histories --------------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ class Run:
         self.net.zero_grad()
 
     def empty(self):
-        if not {"batch norm", "group norm", "spectral norm"} & {*self.kinds}:
+        if not {"batch norm", "group norm", "spectral norm", "buffer written", "buffer replaced"} & {*self.kinds}:
             x, self.x = self.x, self.x[:0]
             with contextlib.suppress(ZeroDivisionError):
                 y, _ = self.call(self.x.clone().requires_grad_())
@@ -285,7 +287,10 @@ def agree(got, want, tolerance):
 
 
 histories = st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=4)
-kinds_drawn = st.lists(st.sampled_from([*KINDS]), min_size=1, max_size=3)
+kinds_drawn = st.one_of(
+    st.lists(st.sampled_from([k for k in KINDS if k != "complex"]), min_size=1, max_size=3),
+    st.sampled_from([["complex"], ["complex", "tied"], ["complex", "checkpoint inside"]]),
+)
 
 
 def compare(scheme, kinds, mode, step, history, tolerance, reference="store"):
@@ -293,9 +298,13 @@ def compare(scheme, kinds, mode, step, history, tolerance, reference="store"):
     try:
         net = build(scheme, kinds, mode, step)
     except SchemeError as error:
-        assert mode == "exact", error  # affine, and bases with several streams
+        assert mode.startswith("exact"), error  # affine, and bases with several streams
         return
-    want = go(build(scheme, kinds, reference, step), kinds, history)
+    try:
+        want = go(build(scheme, kinds, reference, step), kinds, history)
+    except CheckpointError:
+        assert "checkpoint inside" in kinds  # a checkpoint of the user's own, which minds parameters that were thawed
+        return
     try:
         got = go(net, kinds, history)
     except (SchemeError, RuntimeError) as error:
