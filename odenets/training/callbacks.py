@@ -45,7 +45,7 @@ class Throughput(Callback):
         # Validation runs before this hook: the clock stopped with the last batch.
         if self._images > 0:
             rate = self._images / max(self._stop - self._start, 1e-9)
-            pl_module.log("train/images_per_s", rate * trainer.world_size)
+            pl_module.log("train/images_per_s", rate * trainer.world_size, sync_dist=True)
 
 
 class StepSchedule(Callback):

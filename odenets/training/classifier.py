@@ -122,7 +122,9 @@ class Classifier(L.LightningModule):
             figures[f"{stage}/acc5"] = best.any(1)
         for name, figure in figures.items():
             mean = figure.sum(dtype=torch.promote_types(torch.float32, figure.dtype)) / max(1, count)
-            self.log(name, mean, prog_bar=True, on_epoch=True, batch_size=count, sync_dist=True)
+            # Times the processes, since Lightning averages the counts over them and drops the fraction.
+            weight = count * self.trainer.world_size
+            self.log(name, mean, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")

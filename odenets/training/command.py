@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from schemes import SchemeError
 
@@ -295,9 +297,9 @@ def root_cause(error: BaseException) -> BaseException:
     return next((e for e in chain if isinstance(e, SchemeError | DataError)), chain[-1])
 
 
-def no_advertisement(record: logging.LogRecord) -> bool:
-    """False for Lightning's tips to install further products."""
-    return "Tip: For seamless" not in record.getMessage()
+def worth_saying(record: logging.LogRecord) -> bool:
+    """False for Lightning's tips to install further products, and for what it says at every checkpoint."""
+    return not any(text in record.getMessage() for text in ("Tip: For seamless", "`weights_only` was not set"))
 
 
 def resuming_line(words: Sequence[str], prog: str) -> str:
@@ -313,7 +315,8 @@ def resuming_line(words: Sequence[str], prog: str) -> str:
 def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
     """Run one command line; errors that the user can mend end in two lines and exit status 2."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(worth_saying)
     words = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         for text in QUIET:
@@ -355,10 +358,13 @@ def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoRetu
         fail(str(error), "lightning fit --help lists every option")
     if isinstance(error, OSError) and error.errno in UNWRITABLE - {errno.EEXIST}:
         fail(str(unwritable(Path(error.filename or "the run's folder"), error)))
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE):
+    if isinstance(error, ProcessRaisedException) and (found := OURS.search(str(error))):
+        fail(found[1])  # of a forked process, which hands over its traceback as text
+    if isinstance(error, ProcessExitedException) or any(text in str(error) for text in PEER_GONE):
         fail("another process of this run has ended, and this one cannot go on alone", f"Once mended, go on: {again}")
     raise error
 
 
+OURS = re.compile(r"^[\w.]*(?:SchemeError|NotFinite|CheckpointError|DataError): (.+)", re.M | re.S)
 # What gloo and NCCL say where a process of the group is gone.
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL remote process exited", "Broken pipe")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.progress import _BatchProgress, _Progress
@@ -164,6 +164,7 @@ class Resume(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
+        _relocate(trainer, checkpoint.get("callbacks", {}))
         if "place" in self._loaded:  # Lightning asks these whether anything is left to train
             done, most = self._loaded["place"][0], trainer.max_epochs
             if most is not None and 0 <= most <= done:
@@ -230,6 +231,23 @@ class Resume(Callback):
                 results[key].value = getattr(torch, log["reduce_fx"] + "imum")(results[key].value, value)
             results[key]._computed = None
         self._sums = {}
+
+
+def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
+    """Lets `best` know its file where the run's folder was moved; else a worse one would take its place."""
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key)
+        if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
+            continue
+        old, new = str(state.get("dirpath")), str(callback.dirpath)
+        if old != new and os.path.exists(os.path.join(new, os.path.basename(state["best_model_path"] or "-"))):
+
+            def moved(path: Any, old: str = old, new: str = new) -> Any:
+                return path.replace(old, new, 1) if isinstance(path, str) and path.startswith(old) else path
+
+            states[callback.state_key] = {key: moved(value) for key, value in state.items()} | {
+                "best_k_models": {moved(path): score for path, score in state["best_k_models"].items()}
+            }
 
 
 def _data(order: TrainingOrder) -> dict[str, int]:
@@ -402,7 +420,7 @@ class LastCheckpoint(Callback):
                 return
             for logger in trainer.loggers:  # rows that the checkpoint takes for written
                 logger.save()
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             self._saved = place
         finally:
             if self.resume is not None:

@@ -142,7 +142,9 @@ class Translator(L.LightningModule):
         found = F.pad(found, (0, want.shape[1] - found.shape[1]), value=PAD)
         right = (found == want).all(1).float().mean()
         figures = {"val/loss": loss, "val/acc": words, "val/sentences": right}
-        self.log_dict(figures, prog_bar=True, on_epoch=True, batch_size=count, sync_dist=True)
+        # Times the processes, since Lightning averages the counts over them and drops the fraction.
+        weight = count * self.trainer.world_size
+        self.log_dict(figures, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())  # type: ignore[arg-type]
