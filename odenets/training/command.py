@@ -160,11 +160,20 @@ class Command(LightningCLI):
     def _open_checkpoint(self, path: Path) -> None:
         """Refuses a checkpoint that is not whole, or that was trained otherwise, before the run changes anything."""
         fit = self.subcommand == "fit"
-        ours = open_checkpoint(path, resume=fit).held.get(KEY, {})
+        held = open_checkpoint(path, resume=fit).held
+        ours = held.get(KEY, {})
+        if not fit:
+            self._take_classes(held.get("Images", {}).get("classes"))
         if fit:
             if isinstance(ours.get("config"), dict):
                 check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
             self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
+
+    def _take_classes(self, names: list[str] | None) -> None:
+        """The names of the classes that were trained on number those of other data, which may lack some or all."""
+        options = self.config[str(self.subcommand)].data.get("init_args") or {}
+        if names and "classes" in options and options["classes"] is None:
+            options["classes"] = list(names)
 
     def instantiate_classes(self) -> None:
         try:

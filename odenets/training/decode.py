@@ -89,6 +89,8 @@ class Picture:
         )
 
     def _orientation(self) -> int | None:
+        if self.image.format == "TIFF":
+            self._load()  # which turns it, and takes the tag away, in versions of Pillow that do so
         # Parsing EXIF costs as much as opening: only where there is some.
         if self.image.format not in ("TIFF", "PNG") and not self.image.info.keys() & {"exif", "Raw profile type exif"}:
             return None

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
 from .errors import DataError
@@ -61,6 +61,7 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
+@lru_cache(maxsize=4096)
 def splits_named(name: str) -> list[str]:
     """The splits that the name of a folder, or of a file without its suffix, contains as a word.
 
@@ -105,8 +106,8 @@ def find(root: Path) -> Layout | None:
         return None if kind is None else Layout(root.parent, kind, {split: [root.name]}, why=why)
     files: dict[str, list[str]] = {}
     for path in sorted(walk(root)):
-        kind = KINDS.get(PurePosixPath(path).suffix.lower())
-        if kind is not None and PurePosixPath(path).name not in METADATA:
+        kind = KINDS.get(os.path.splitext(path)[1].lower())
+        if kind is not None and path.rpartition("/")[2] not in METADATA:
             files.setdefault(kind, []).append(path)
     if not files:
         return None
@@ -176,14 +177,16 @@ def _in_order(splits: Iterable[str]) -> list[str]:
 
 def _split_folders(root: Path, paths: list[str], kind: str) -> dict[str, int | None]:
     """Of each file, how deep the uppermost folder lies that names its split; None where none does."""
+    folders = {path.rpartition("/")[0] for path in paths}
     children: dict[str, dict[str, bool]] = {}  # the folders in each folder, and whether all that they hold is files
-    for path in paths:
-        parts = path.split("/")[:-1]
+    for folder in folders:
+        parts = folder.split("/") if folder else []
         for depth, part in enumerate(parts):
             inside = children.setdefault("/".join(parts[:depth]), {})
             inside[part] = inside.get(part, True) and depth == len(parts) - 1
     classes = cache(lambda parent: _are_classes(root, parent, children[parent], kind))
-    return {path: _split_depth(root, path.split("/")[:-1], classes) for path in paths}
+    depths = {folder: _split_depth(root, folder.split("/") if folder else [], classes) for folder in sorted(folders)}
+    return {path: depths[path.rpartition("/")[0]] for path in paths}
 
 
 def _split_depth(root: Path, parts: list[str], classes: Callable[[str], bool]) -> int | None:

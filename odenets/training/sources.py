@@ -257,7 +257,7 @@ def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, f
 
         return TarSource(found.root, files, *keys)
     rows = check_parquet(found.root, files)
-    return TableSource(_load_parquet(found.root, files), *keys, files=rows)
+    return TableSource(_load_parquet(found.root, [file for file, _ in rows]), *keys, files=rows)
 
 
 def folder(root: str | Path, subset: str | None = None) -> Path:
@@ -305,7 +305,9 @@ def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
                 f"{root}: {first[0]} and {file} differ in column {differing[0]!r} or its class names\n"
                 "  One split wants one kind of file; a folder of several data sets: --data.subset FOLDER"
             )
-    return rows
+    if not any(count for _, count in rows):
+        raise DataError(f"{root}: {', '.join(files[:3])} hold no rows\n  Take them away, or bring them again")
+    return [(file, count) for file, count in rows if count]
 
 
 def open_tables(
@@ -335,9 +337,8 @@ def open_tables(
         found = None if configured else layouts.find(path)
         if found is None or found.kind != "parquet":
             return configured
-        for files in found.splits.values():
-            check_parquet(found.root, files)
-        return {name: _load_parquet(found.root, files) for name, files in found.splits.items()}
+        rows = {name: check_parquet(found.root, files) for name, files in found.splits.items()}
+        return {name: _load_parquet(found.root, [file for file, _ in files]) for name, files in rows.items()}
     if hub is not None:
         return _load_hub(hub, download, subset, ways)
     raise DataError(f"no data: neither data.root nor data.hub is set\n  {ways}")
@@ -393,7 +394,11 @@ def _load_parquet(root: Path, files: Sequence[str]) -> Any:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening local files would otherwise report to the hub
     # Each split by itself: together, the first one's class names would be put on the numbers of all.
     names = {"train": [str(root / file) for file in files]}
-    return datasets.load_dataset("parquet", data_files=names, split="train")
+    try:
+        return datasets.load_dataset("parquet", data_files=names, split="train")
+    except Exception as e:
+        said = " ".join(str(e.__cause__ or e).split())[:200]
+        raise DataError(f"{root}: {', '.join(files[:3])} cannot be read: {said}\n  Bring them again") from None
 
 
 def open_files(path: str) -> Any:

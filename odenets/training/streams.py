@@ -150,6 +150,14 @@ class ParquetSource(Source):
                 raise DataError(
                     f"{where}: {files[0]} and {file} differ in columns or class names\n  Take one kind of file"
                 )
+            kind = opened.schema_arrow.field(self.image_key).type
+            if pa.types.is_struct(kind):
+                kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+            if not any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string)):
+                raise DataError(
+                    f"{where}: column {self.image_key!r} holds no pictures but {kind}\n"
+                    "  Name another one: --data.image_key COLUMN"
+                )
             rows = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             self.groups += [(number, group, count) for group, count in enumerate(rows)]
             if label is not None:

@@ -92,7 +92,7 @@ def test_the_middle_shows_the_middle_box():
             assert ends[1] == pytest.approx(high - pixel / 2, abs=1.5 * pixel)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_upright(kind, orientation):
     image = natural(90, 60)

@@ -17,7 +17,7 @@ from odenets.training.sources import open_splits
 
 from .pictures import encoded, picture
 
-EXAMPLES = int(os.environ.get("ODENETS_LAYOUTS", 20))
+EXAMPLES = int(os.environ.get("ODENETS_LAYOUTS", 12))
 PNG = encoded(picture(0, (4, 4)))["bytes"]
 # Names of splits, as a word of a longer name too; and names that only look like them.
 train = st.sampled_from(["train", "training", "my_train", "train-2", "old train.1", "set1-training_a"])

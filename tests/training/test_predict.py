@@ -63,3 +63,14 @@ def test_any_folder_of_pictures_can_be_predicted(tmp_path, monkeypatch):
             assert {row["class"], row["class_2"]} == {"n0000", "n0001"}
             assert float(row["probability"]) + float(row["probability_2"]) == pytest.approx(1, abs=2e-6)
     assert Images("d", predict_root="new").classes == ["n0000", "n0001"]
+    # The classes of the checkpoint are those of pictures that name none, and number those of a folder that lacks some.
+    run(["predict", *words, "--data.root", "new", "--ckpt_path", "last"])
+    assert [row["name"] for row in rows("run/predict/predictions.csv")] == ["0.png", "1.png", "2.png"]
+    write_folder(tmp_path / "some/val", 2, 2, (32, 32))
+    (tmp_path / "some/val/n0000").rename(tmp_path / "some/val/n0001-0")
+    for path in list((tmp_path / "some/val/n0001-0").iterdir()):
+        path.rename(tmp_path / "some/val/n0001" / f"other-{path.name}")
+    (tmp_path / "some/val/n0001-0").rmdir()
+    write_folder(tmp_path / "some/test", 1, 2, (32, 32))
+    done = run(["validate", *words, "--data.root", "some", "--ckpt_path", "last"])
+    assert done.datamodule.splits["validation"].labels.tolist() == [1] * 4

@@ -144,6 +144,32 @@ def test_torn_and_empty_shards_are_named(tmp_path, shards):
         Images(str(shards["parquet"]), streaming=True)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_hold_pictures_and_columns_that_do_not(tmp_path, streaming):
+    data = [encoded(picture(i))["bytes"] for i in range(4)]
+    for i, held in enumerate(data):
+        (tmp_path / f"{i}.png").write_bytes(held)
+    columns = {
+        "binary": data,
+        "paths": [str(tmp_path / f"{i}.png") for i in range(4)],
+        "lists": [[held] for held in data],
+        "numbers": [1, 2, 3, 4],
+        "none": pa.array([], pa.binary()),
+    }
+    for name, cells in columns.items():
+        (tmp_path / name).mkdir()
+        table = pa.table({"image": cells, "label": pa.array([0, 1, 0, 1][: len(cells)], pa.int64())})
+        pq.write_table(table, tmp_path / name / "train.parquet")
+        if name in ("binary", "paths"):
+            opened = Images(str(tmp_path / name), streaming=streaming)
+            opened.setup("fit")
+            assert len(opened.sets["train"]) == 3
+            continue
+        with pytest.raises(DataError) as e:
+            Images(str(tmp_path / name), streaming=streaming).setup("fit")
+        assert len(str(e.value).splitlines()) == 2 and ("'image'" in str(e.value)) == (name != "none")
+
+
 def test_the_hub_is_streamed_only_with_permission(monkeypatch, shards):
     from odenets.training import streams
 
