@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ Time = float | Tensor
 def grids(times: Sequence[float], size: float | None, steps: int | None) -> list[list[float]]:
     """The grid of each interval: so many equal steps, or as many as keep a step within a size; one if neither."""
     found = []
-    for t0, t1 in zip(times, times[1:], strict=False):
+    for t0, t1 in pairwise(times):
         n = steps or (1 if size is None else max(1, math.ceil(abs(t1 - t0) / size - 1e-9)))
         found.append([t0 + (t1 - t0) * (i / n) for i in range(n)] + [t1])
     return found

@@ -195,6 +195,8 @@ class _Problem:
         self.rtol, self.atol = rtol, atol
         if self.scheme.nodes is None:  # adaptive(...) brings its own tolerances
             own: Any = self.scheme
+            if reading.is_fixed(self.options) or own.backend != "schemes":
+                raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
             self.rtol, self.atol, self.scheme = own.rtol, own.atol, own.pair.scheme
             self.options.setdefault("max_steps", own.max_steps)
             self.gradient = "adjoint" if own.adjoint else self.gradient
@@ -366,7 +368,8 @@ class _Problem:
             row: list[float] = points.detach().reshape(-1).tolist()
             if row[0] != numbers[0] or row[-1] != numbers[-1]:
                 raise SchemeError(
-                    f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {numbers[0]:g} to {numbers[-1]:g}."
+                    f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, "
+                    f"want from {numbers[0]:g} to {numbers[-1]:g}."
                 )
             grid = [row]
         elif given.interp is not None and size is not None:
@@ -375,8 +378,8 @@ class _Problem:
             grid = fixed_steps.grids(numbers, size, given.steps)
         if self.gradient == "adjoint":
             raise SchemeError(
-                f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {self.scheme} with fixed "
-                "ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
+                f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {self.scheme} with "
+                "fixed ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
             )
         if self.gradient == "reverse":
             if self.times.requires_grad:
@@ -539,6 +542,7 @@ class _Problem:
             land=reading.lands(self.options, pair),
             events=self.events,
             unpack=self.packing.unpack,
+            early=self.check,
         )
         batch = solve.run(y.detach())
         self._check_batch(batch)

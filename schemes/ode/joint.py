@@ -1,6 +1,5 @@
 """One step size for the whole state: the loop that chooses it, steps, and gives values at the times asked for."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, contr
 def stalled(run: Run, pace: Pace, t: float, t1: float, control: Control) -> bool:
     """Whether the solve cannot go on; the run's status then says why."""
     if t1 == t or pace.stuck:
-        run.status = "underflow" if math.isfinite(pace.ratio) else "not_finite"
+        run.status = "not_finite" if pace.broken else "underflow"
     elif run.accepted + run.rejected >= control.max_steps:
         run.status = "max_steps"
     return run.status != "finished"

@@ -12,6 +12,7 @@ inverse amplifies (by 1/c a step in the first).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -240,7 +241,7 @@ def march(
     if grids is not None:
         state = r.start(f, t, y)
         for grid in grids:
-            for t0, t1 in zip(grid, grid[1:], strict=False):
+            for t0, t1 in pairwise(grid):
                 run.steps.append((t0, t1 - t0))
                 state, _ = r.step(f, t0, t1 - t0, state)
             run.ys.append(state[0])
