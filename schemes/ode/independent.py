@@ -96,16 +96,21 @@ def gathered(ks: Sequence[Tensor], row: Terms) -> Tensor:
     return out
 
 
+def shifted(y: Tensor, ks: Sequence[Tensor], row: Terms, step: Tensor) -> Tensor:
+    """y + step sum_j row[j] k_j."""
+    return torch.addcmul(y, gathered(ks, row), step) if row else y
+
+
 def attempt(pair: Pair, f: Callable[..., Tensor], t: Tensor, h: Tensor, y: Tensor, k: Tensor, side: Any = None) -> Any:
     """The state after a step of every row, and the slopes of the stages; ``side`` corrects times at jumps."""
     step = wide(h, y)
     ks, x = [k], y
     for c, row in pair.tail:
-        x = torch.addcmul(y, gathered(ks, row), step)
+        x = shifted(y, ks, row, step)
         time = t + c * h
         ks.append(f(side(time) if side is not None and c == 1 else time, x))
     if not pair.reuses:
-        x = torch.addcmul(y, gathered(ks, pair.weights), step)
+        x = shifted(y, ks, pair.weights, step)
     return x, ks
 
 
@@ -116,7 +121,7 @@ def within(pair: Pair, f: Callable[..., Tensor], t: Tensor, h: Tensor, y: Tensor
     step = wide(h, y)
     slopes = [*slopes]
     for c, row in zip(nodes, rows, strict=True):
-        slopes.append(f(t + c * h, torch.addcmul(y, gathered(slopes, row), step)))
+        slopes.append(f(t + c * h, shifted(y, slopes, row, step)))
 
     def at(theta: Tensor) -> Tensor:
         total = torch.zeros_like(y)

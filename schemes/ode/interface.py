@@ -205,11 +205,9 @@ class _Problem:
         self.func = func if self.packing.alone else self._packed
         fixed = reading.is_fixed(self.options)
         paired = isinstance(self.scheme, RungeKutta) and self.scheme.tableau.b_hat is not None
-        # A reversible scheme estimates its error too, where its rule is known.
-        adaptive = paired or (self.gradient == "reverse" and not isinstance(self.scheme, RungeKutta))
-        adaptive = adaptive and not fixed
-        self.adaptive = adaptive
-        if self.apart and not (paired and adaptive):
+        self.rule = reverse.rule_for(self.scheme) if self.gradient == "reverse" else reverse.rule(self.scheme)
+        self.adaptive = (paired if self.rule is None else self.rule.estimates) and not fixed
+        if self.apart and not (paired and self.adaptive):
             raise SchemeError(
                 f"odeint: batch='independent' wants an embedded pair that chooses its steps, not {self.scheme} with "
                 "fixed ones; take dopri5 or tsit5."
@@ -304,8 +302,22 @@ class _Problem:
         known = self.back.get("adjoint_params") or ()
         if self.adaptive:
             control = reading.control(self.options, self.rtol, self.atol, self.packing, self.y0)
-            if self.gradient == "reverse":
-                ys, run = reverse.solved(self.scheme, self.func, y, times, control, self._check, known=known)
+            if self.rule is not None:
+                if self.gradient == "adjoint":
+                    raise SchemeError(f"odeint: gradient='adjoint' wants an embedded pair, not {self.scheme}.")
+                ys, run = reverse.solved(
+                    self.rule,
+                    self.func,
+                    y,
+                    times,
+                    control,
+                    self._check,
+                    gradient=self.gradient,
+                    known=tuple(known),
+                    dense=self.dense,
+                    events=watch,
+                    callbacks=self._callbacks(),
+                )
                 return self._solution(ys, run, numbers)
             pair = Pair(self.scheme)
             ys, run = solved(
@@ -390,7 +402,8 @@ class _Problem:
                 raise SchemeError(
                     "odeint: gradient='reverse' steps onto every time; want step_size or steps, no interp."
                 )
-            ys, run = reverse.solved(self.scheme, self.func, y, times, None, self._check, grid, known)
+            assert self.rule is not None
+            ys, run = reverse.solved(self.rule, self.func, y, times, None, self._check, grid, known=tuple(known))
             return self._solution(ys, run, numbers)
         moving = None
         if self.times.requires_grad and torch.is_grad_enabled():
