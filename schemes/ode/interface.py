@@ -625,7 +625,8 @@ class _Problem:
             state = self.packing.unpack(y[None])
             state = state[0] if self.packing.alone else _row(state, 0)
             found.append(Found(place.number, place.component, t, state, grazing, sample))
-        return sorted(found, key=lambda e: (e.sample or 0, float(e.t.detach())))
+        sign = 1.0 if bool((self.times[..., -1] >= self.times[..., 0]).all()) else -1.0
+        return sorted(found, key=lambda e: (e.sample or 0, sign * float(e.t.detach())))
 
 
 def _row(tree: Any, at: Any) -> Any:

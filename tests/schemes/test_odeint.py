@@ -340,7 +340,7 @@ def test_steps_end_where_they_are_told_to_and_jumps_are_seen_from_both_sides():
         seen.append(float(t))
         return torch.where(t < 0.5, 1.0, -1.0) * y
 
-    found = integrate(f, START, times(0, 1), options={"step_t": times(0.21), "jump_t": [0.5]}, **TIGHT)
+    found = integrate(f, START, times(0, 1), options={"step_t": [0.21], "jump_t": [0.5]}, **TIGHT)
     starts = [t for t, _ in found.steps]
     assert 0.21 in starts and 0.5 in starts
     assert 0.5 not in seen and min(abs(t - 0.5) for t in seen) < 1e-15

@@ -18,7 +18,7 @@ def weights(y):
 
 
 class Case:
-    """A field with parameters, a closure, a dict of tensors that were computed before, and times; all need gradients."""
+    """A field with parameters, a closure, a dict of tensors that were computed before; and times, with gradients."""
 
     def __init__(self, complex_=False):
         torch.manual_seed(0)
