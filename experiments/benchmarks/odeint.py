@@ -19,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -103,10 +104,22 @@ def at_error(curve: list[tuple[float, float]], error: float) -> float | None:
     """The time at an error, between the points of a curve of (error, time)."""
     points = sorted((math.log(e), math.log(t)) for e, t in curve)
     x = math.log(error)
-    for (a, s), (b, u) in zip(points, points[1:], strict=False):
+    for (a, s), (b, u) in pairwise(points):
         if a <= x <= b:
             return math.exp(s + (u - s) * (x - a) / max(b - a, 1e-12))
     return None
+
+
+def reference(f, y0, t):
+    """The end, to all digits that the dtype has."""
+    tol = 1e-12 if y0.dtype == F64 else 1e-7
+    return schemes.odeint(f, y0, t, method="dopri8", rtol=tol, atol=tol)[-1].double()
+
+
+def cost(f, y0, rounds: int) -> float:
+    """The time of one evaluation."""
+    t = torch.zeros((), dtype=y0.dtype)
+    return statistics.median(timed(lambda: [f(t, y0) for _ in range(50)])[0] / 50 for _ in range(max(rounds, 5)))
 
 
 @torch.no_grad()
@@ -120,9 +133,7 @@ def speed(rounds: int) -> None:
         wide = y0.dtype == F64
         tolerances = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8) if wide else (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
         t = torch.tensor([0.0, end], dtype=F64)
-        exact = schemes.odeint(
-            lambda t, y: f(t, y.to(y0.dtype)).double(), y0.double(), t, method="dopri8", rtol=1e-12, atol=1e-12
-        )[-1] if wide else schemes.odeint(f, y0, t, method="dopri8", rtol=1e-7, atol=1e-7)[-1].double()  # fmt: skip
+        exact = reference(f, y0, t)
         runs = {(name, tol): run for tol in tolerances for name, run in solvers(f, y0, end, tol).items()}
         times: dict = {key: [] for key in runs}
         errors: dict = {}
@@ -132,13 +143,12 @@ def speed(rounds: int) -> None:
             errors[key] = float((solvers(counted, y0, end, key[1])[key[0]]().double() - exact).abs().max())
             calls[key] = counted.calls
             run()
-        one = torch.zeros((), dtype=y0.dtype)
         for _ in range(rounds):
             order = list(runs)
             random.shuffle(order)
             for key in order:
                 times[key].append(timed(runs[key])[0])
-        field = statistics.median(timed(lambda: [f(one, y0) for _ in range(50)])[0] / 50 for _ in range(max(rounds, 5)))
+        field = cost(f, y0, rounds)
         curves: dict = {}
         for (name, tol), found in times.items():
             took = statistics.median(found)
@@ -221,8 +231,12 @@ def gradients(rounds: int) -> None:
                 kept.append(x.numel())
                 return x
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                solve(gradient)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                    solve(gradient)
+            except schemes.SchemeError as error:
+                print(f"| {name} | {gradient} | refused: {str(error).split(';')[0].removeprefix('odeint: ')} | | |")
+                continue
             took = []
             for _ in range(rounds):
                 took.append(timed(lambda g=gradient, i=inputs, s=solve: torch.autograd.grad(s(g), i))[0])

@@ -250,6 +250,8 @@ class _Problem:
     def _advice(self, status: str, began: bool) -> str:
         if status == "not_finite" and not began:
             return "look at y0 and at what func makes of it"
+        if status == "unstable":
+            return "take gradient='checkpoint' with a pair such as tsit5, or smaller steps"
         more = " (no event was found on the way)" if self.endless else ""
         return f"raise rtol and atol, or max_steps{more}, or ask for what was found: integrate(..., check=False)"
 

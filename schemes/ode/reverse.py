@@ -32,8 +32,15 @@ from .joint import begin, stalled, stops
 from .pairs import total
 from .reads import Autocast, Reads, once, vjp
 from .run import Run
+from .trees import rms
 
 State = tuple[Tensor, ...]
+
+# Two streams that follow one solution differ by about its error. No step size keeps a stiff field from driving them
+# apart; where they differ by so many tolerances (or, in fixed steps, by this part of their size) the solve is stopped.
+PARTED, APART = 100.0, 0.1
+# Relative error of a state made again at which the backward pass is stopped.
+DRIFT = 1e-3
 
 
 class Tape:
@@ -79,6 +86,10 @@ class Rule(ABC):
     def back_start(self, tape: Tape, t: float, s: State, g: State) -> Tensor:
         """The gradient of the value at the start."""
         return g[0]
+
+    def spread(self, s: State) -> Tensor | None:
+        """How far apart two streams are that follow one solution, or None."""
+        return s[0] - s[1]
 
 
 class McCallumFoster(Rule):
@@ -210,6 +221,9 @@ class Leapfrog(Rule):
         _, send = tape.evaluate(t, s[0])
         return g[0] + send(g[1])
 
+    def spread(self, s: State) -> Tensor | None:
+        return None  # a velocity that strays shows in the error estimate
+
 
 def rule(scheme: Scheme) -> Rule | None:
     """The reversible rule that a scheme is; None where it is none."""
@@ -289,6 +303,11 @@ def march(
                 state, _ = step(f, t0, h, state)
                 size = h
             run.ys.append(state[0])
+            with torch.no_grad():
+                apart, value = r.spread(state), rms(state[0].abs())
+                if apart is not None and not float(rms(apart)) <= APART * float(value) + 1e-12:
+                    run.status, run.t, run.y = "unstable", grid[-1], state[0]
+                    return run, state, kept
         run.accepted = len(run.steps)
         run.t, run.y = times[-1], state[0]
         return run, state, kept
@@ -322,6 +341,13 @@ def march(
         run.steps.append((t, h))
         if after is not None:
             after(t, state[0], h)
+        with torch.no_grad():
+            apart = r.spread(state1)
+            if apart is not None:
+                scale = control.scale(torch.maximum(size0, size1))
+                if not float(control.measure(apart.div_(scale))) <= PARTED:
+                    run.status = "unstable"
+                    break
         if dense or events is not None:
             end = f(t1, state1[0])
             piece, k = Hermite(t, t1, state[0], state1[0], k, end), end
@@ -348,14 +374,14 @@ class _Reverse(torch.autograd.Function):
         ctx.kept = {n: i for i, n in enumerate(kept)}
         ys = torch.stack(run.ys)
         run.ys = []  # the stacked values are the only ones kept
-        ctx.save_for_backward(*state, *(x for s in kept.values() for x in s), *reads)
+        ctx.save_for_backward(ys, *state, *(x for s in kept.values() for x in s), *reads)
         return ys
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        saved, n = ctx.saved_tensors, ctx.streams
-        kept = {step: saved[n * (i + 1) : n * (i + 2)] for step, i in ctx.kept.items()}
-        return None, None, *once("reverse", ctx.back(ctx.steps, saved[:n], kept, grad))
+        (ys, *saved), n = ctx.saved_tensors, ctx.streams
+        kept = {step: tuple(saved[n * (i + 1) : n * (i + 2)]) for step, i in ctx.kept.items()}
+        return None, None, *once("reverse", ctx.back(ctx.steps, ys.detach(), tuple(saved[:n]), kept, grad))
 
 
 class Backward:
@@ -366,7 +392,7 @@ class Backward:
         self.precision = Autocast()
 
     def __call__(
-        self, steps: list[tuple[float, float]], state: State, kept: dict[int, State], grad: Tensor
+        self, steps: list[tuple[float, float]], ys: Tensor, state: State, kept: dict[int, State], grad: Tensor
     ) -> list[Tensor | None]:
         with torch.no_grad(), self.precision.again(grad.device.type):
             tape = Tape(self.func, self.reads)
@@ -381,9 +407,21 @@ class Backward:
                     s = tuple(kept[n])
                     g = (first, *(torch.zeros_like(x) for x in s[1:]))
                 if t in places:
-                    g = (g[0] + grad[places[t]], *g[1:])
+                    i = places[t]
+                    self._close(s[0], ys[i], t)
+                    g = (g[0] + grad[i], *g[1:])
             found = self.rule.back_start(tape, self.times[0], s, g)
         return [found, *tape.gradients]
+
+    def _close(self, again: Tensor, was: Tensor, t: float) -> None:
+        """Refuses gradients of states that are not those of the forward pass."""
+        drift, size = torch.stack((rms((again - was).abs()), rms(was.abs()))).tolist()
+        if not drift <= DRIFT * max(size, 1e-30) + 1e-12:
+            raise SchemeError(
+                f"odeint: gradient='reverse' made the state at t={t:g} again with a relative error of "
+                f"{drift / max(size, 1e-30):.1g}, want {DRIFT:g}; the field is too stiff or the solve too long for an "
+                "inverse: take gradient='checkpoint', or more times in t."
+            )
 
 
 def solved(
