@@ -284,9 +284,10 @@ class _StepBackward:
         """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
         if not pairs:
             return [None] * len(inputs)
-        if (self.n, place) not in self.tape.monitor.searched:
+        searched = (self.record.step.index, place)  # of the stack: a tape may begin at any of its steps
+        if searched not in self.tape.monitor.searched:
             self._refuse_captured([edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
-            self.tape.monitor.searched.add((self.n, place))
+            self.tape.monitor.searched.add(searched)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
         found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)
