@@ -14,6 +14,7 @@ from schemes.scheme import State
 from schemes.step_size import FromError
 
 from .backprop.choice import (
+    LOSS,
     Marked,
     Measured,
     Report,
@@ -30,7 +31,7 @@ from .backprop.meter import Interval, Meter, meter_on
 from .backprop.modes import Auto, Mode, Plan
 from .backprop.plan import Chain, Cost, Piece, Profile
 from .backprop.replay import stream_precision
-from .backprop.survey import Namer, Survey, aside, differentiate, nothing_moved, unseen, wait
+from .backprop.survey import Namer, Survey, aside, nothing_moved, unseen, wait
 from .backprop.walk import Pass
 from .stack import Stack
 
@@ -145,7 +146,7 @@ class _Planning:
     # Measuring
 
     def _survey(self) -> int:
-        """Runs the model once, its stacks being measured; returns the bytes of the gradient of its output."""
+        """Runs the model once, its stacks being measured; returns the bytes that its loss takes."""
         modes = {name: _Surveying(self, name) for name in self.stacks}
         with torch.enable_grad(), nothing_moved([self.model], self.device), self._set(modes):
             with self.namer.saving(self.outside):
@@ -155,7 +156,7 @@ class _Planning:
         missing = [name for name in self.stacks if name not in self.measured]
         if missing:
             raise SchemeError(f"plan: the stack {missing[0]!r} was not called by the model's forward pass.")
-        return sum(x.nbytes for x in outputs if x.requires_grad)
+        return LOSS * sum(x.nbytes for x in outputs if x.requires_grad)
 
     def measure(self, name: str, given: Pass, state: State) -> State:
         """Measures a stack; the state after its last step, detached."""
@@ -211,19 +212,21 @@ class _Planning:
             args, kwargs = pytree.tree_map(_alone, (self.args, self.kwargs))
             inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
 
-            def once() -> Any:
-                outputs = pytree.tree_leaves(self.model(*args, **kwargs))
-                return differentiate(outputs, [*inputs, *stand.leaves])
+            def once() -> None:
+                outputs = [x for x in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(x, Tensor)]
+                loss = sum(x.square().mean() for x in outputs if x.requires_grad)
+                del outputs
+                loss.backward(inputs=[x for x in (*inputs, *stand.leaves) if x.requires_grad])  # type: ignore[union-attr]
 
             with self._set(found.plans):
-                once()()  # what is set up at a first pass does not count
+                once()  # what is set up at a first pass does not count
             with meter_on(self.device) as meter, self._set({k: marked(p, meter) for k, p in found.plans.items()}):
                 meter.mark()
-                once()()
+                once()
             with self._set(found.plans):
                 wait(self.device)
                 begin = time.perf_counter()
-                once()()
+                once()
                 wait(self.device)
             found.measured, found.measured_seconds = meter.peak, time.perf_counter() - begin
             for x in inputs:

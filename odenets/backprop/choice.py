@@ -26,10 +26,11 @@ from .meter import Meter
 from .modes import Auto, Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, parse_mode
 from .plan import Chain, Piece
 from .sizes import show
-from .survey import Namer, Survey, modules_of
+from .survey import Namer, Survey, modules_of, readout_of
 from .walk import Pass
 
 log = logging.getLogger("odenets.backprop")
+LOSS = 4  # times the output: its gradient, and what y.square().mean() takes to make it
 WAYS = ("store", "offload", "checkpoint", "reverse")
 
 
@@ -78,7 +79,9 @@ def chosen(auto: Auto, given: Pass, state: State, measured: "Callable[[], Measur
     monitor = given.monitor
     with monitor.planning:
         found: Chosen | None = monitor.plan
-        if found is None or not found.final or size > found.size:
+        # Several processes keep what they have agreed on: a larger input of one is no news to the others.
+        larger = found is not None and size > found.size and shared_store() is None
+        if found is None or not found.final or larger:
             monitor.plan = found = agreed(auto, given, state, choose)
             log.info("backprop: %s chose %s for %s of streams", auto, found.plan, show(size))
         return found.plan
@@ -166,12 +169,9 @@ def outside_of(modules: Sequence[nn.Module], *given: Any) -> list[Tensor]:
 
 
 def end_of(given: Pass, state: State) -> int:
-    """Bytes of the output, where it is no stream itself, and of its gradient."""
-    with torch.no_grad():
-        output = given.steps[-1].scheme.readout(state)
-    own = {x.untyped_storage()._cdata for x in state}
-    new = 0 if output.untyped_storage()._cdata in own else output.untyped_storage().nbytes()
-    return new + output.nbytes
+    """Bytes of the output, where it is no stream itself, and of what a loss such as y.square().mean() takes."""
+    output, copied = readout_of(given, state)
+    return (output if copied else 0) + LOSS * output
 
 
 def free(device: torch.device) -> float:

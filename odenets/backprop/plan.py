@@ -32,6 +32,7 @@ class Cost(NamedTuple):
         rise: the most bytes that its forward pass takes, its input left out.
         fall: the most bytes that its backward pass takes, above what is kept for it.
         extra: bytes that it keeps beside named storages: notes of random states, spilled bits, what nodes hold.
+        first: bytes of a copy of its input that it keeps where a piece begins with it.
     """
 
     forward: float
@@ -39,6 +40,7 @@ class Cost(NamedTuple):
     rise: int
     fall: int
     extra: int
+    first: int = 0
 
     @property
     def time(self) -> float:
@@ -174,14 +176,16 @@ class Chain:
 
     def _undone(self, first: int, way: str) -> Iterator[Piece]:
         streams = self.profiles[first].before
-        start, tops, time, extra = _Union(streams), _Tops(streams), 0.0, 0
+        own = {} if way == "exact" else streams  # exact arithmetic has a rounded copy
+        start, tops, time, extra = _Union(own), _Tops(streams), 0.0, 0
         for n, profile, cost in self._reach(first, way):
+            extra += cost.first if n == first else 0
             tops.add(start, profile.before, cost.rise + extra)
             extra += cost.extra
             tops.add(start, {}, cost.fall + extra)
             time += cost.time
             error = self.error(first, n + 1) if way == "reverse" else 0.0
-            kept = {**streams, **profile.after}
+            kept = {**own, **profile.after}
             yield Piece(first, n + 1, way, time, streams, kept, extra, dict(tops.most), error)
 
     def error(self, first: int, last: int) -> float:

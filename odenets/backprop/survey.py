@@ -25,6 +25,7 @@ from schemes.scheme import State
 from ..checks import nothing_changed
 from ..step import Step
 from .anchors import WINDOW, Trial, growth_of, windows_of
+from .guard import learn
 from .members import Members, swapped
 from .meter import Meter, meter_on
 from .modes import Checkpoint, Exact, Mode, Offload, Reverse, Store
@@ -41,7 +42,7 @@ MODES: dict[str, Mode] = {
     "reverse": Reverse(every=0),
     "exact": Exact(),
 }
-ROUNDS = 2  # timed runs of a kind; the fastest counts
+ROUNDS, ENOUGH = 5, 0.02  # timed runs of a kind at most, and seconds that are enough; the fastest counts
 
 
 class Namer:
@@ -100,6 +101,25 @@ class _Source(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(torch.full(s, 1.0 / max(1, s.numel()), dtype=d, device=v) for s, d, v in ctx.like)
+
+
+class _Entry(torch.autograd.Function):
+    """The streams before a step, as a step before it would give them: their gradients are summed up by the engine."""
+
+    @staticmethod
+    def forward(ctx: Any, *streams: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in streams)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        return (None,) * len(grads)
+
+
+def entered(state: State) -> tuple[State, State]:
+    """Leaves for the streams that need a gradient, and all streams behind them."""
+    leaves = tuple(x.detach().requires_grad_() for x in state if x.requires_grad)
+    behind = iter(_Entry.apply(*leaves) if leaves else ())  # type: ignore[arg-type]
+    return leaves, tuple(next(behind) if x.requires_grad else x.detach() for x in state)
 
 
 def differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
@@ -220,7 +240,7 @@ class Survey:
                 for kind, sample in self.samples.items():
                     self._measure(kind, *sample, self.ways)
         self.samples.clear()
-        self._finish()
+        self._finish(state)
         return state
 
     @property
@@ -279,7 +299,7 @@ class Survey:
         for way in ways:
             if way not in self.costs[kind] and way not in self.refused:
                 try:
-                    self.costs[kind][way] = self._cost(part, state, profile, way)
+                    self.costs[kind][way] = self._cost(kind, part, state, profile, way)
                 except SchemeError as error:
                     if way in ("store", "checkpoint"):
                         raise
@@ -289,26 +309,29 @@ class Survey:
         self.refused.setdefault(way, why)
         self.ways = [w for w in self.ways if w != way]
 
-    def _cost(self, part: Pass, state: State, profile: Profile, way: str) -> Cost:
-        mode, monitor = MODES[way], Monitor()
+    def _cost(self, kind: Any, part: Pass, state: State, profile: Profile, way: str) -> Cost:
+        mode, monitor, known = MODES[way], Monitor(), self.costs[kind].get("store")
+        members = members_of(part.steps[0], part.shared)
+        learn(members)  # of its run with a graph: the first time is not to be another one
+        monitor.members[part.steps[0].index] = members
         part = part._replace(monitor=monitor, wrap=None)
         names: dict[int, int] = {}
         with aside(modules_of(part), part.context, part.time) as stand:
             part = part._replace(context=stand.context, time=stand.time)
 
             def once(meter: Meter | None) -> tuple[float, float]:
-                streams = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
+                leaves, streams = entered(state)
                 mark = meter.mark if meter is not None else (lambda: None)
                 wait(self.device)
                 begin = time.perf_counter()
                 mark()
                 out = mode.run(part, streams)
-                back = differentiate(out, [*streams, *stand.leaves])
+                back = differentiate(out, [*leaves, *stand.leaves])
                 wait(self.device)
                 middle = time.perf_counter()
                 if meter is not None:
                     names.update(Namer([*streams, *stand.leaves]).names(out))
-                del out
+                del out, streams
                 mark()
                 back()
                 wait(self.device)
@@ -316,11 +339,12 @@ class Survey:
                 return middle - begin, time.perf_counter() - middle
 
             with torch.enable_grad():
-                once(None)  # what is set up at a first run does not count
                 with meter_on(self.device) as meter:
                     once(meter)
-                times = [once(None) for _ in range(ROUNDS)]
-        forward, backward = min(t for t, _ in times), min(t for _, t in times)
+                times: list[tuple[float, float]] = []
+                while way != "checkpoint" and len(times) < ROUNDS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH):
+                    times.append(once(None))
+        forward, backward = self._times(way, times, known)
         rise, kept, most = meter.intervals[0].most, meter.intervals[1].start, meter.intervals[1].most
         new = sum(size for name, size in profile.saved.items() if name not in profile.before)
         out = sum(names.values())
@@ -329,7 +353,17 @@ class Survey:
         extra = max(0, kept - named.get(way, 0))
         # What pieces count by name: saved storages of a step, also where it is run again, and the first state.
         counted = {"store": new, "checkpoint": new, "exact": rounded}
-        return Cost(forward, backward, rise, most - extra - counted.get(way, 0), extra)
+        first = rounded if way == "exact" else 0
+        return Cost(forward, backward, rise - first, most - extra - counted.get(way, 0), extra, first)
+
+    def _times(self, way: str, times: Sequence[tuple[float, float]], stored: Cost | None) -> tuple[float, float]:
+        """Seconds forward and backward; what runs a step again takes a forward pass more than what does not."""
+        if way in ("store", "offload") or stored is None:
+            return min(t for t, _ in times), min(t for _, t in times)
+        forward, backward = stored.forward, stored.time
+        if times:
+            forward, backward = max(forward, min(t for t, _ in times)), max(backward, min(t for _, t in times))
+        return forward, backward
 
     def _note_growth(self, window: tuple[float, list[float]], first: int, count: int) -> None:
         for n in range(first, first + count):
@@ -342,7 +376,10 @@ class Survey:
             self._note_growth(window, first, len(window[1]))
             first += len(window[1])
 
-    def _finish(self) -> None:
+    def _finish(self, state: State) -> None:
+        output, copied = readout_of(self.given, state)
+        # The gradients of streams that were joined are parts of one tensor, and stay until the last is used.
+        tail = max(0, output - max(x.nbytes for x in state)) if copied else 0
         for n, (profile, kind) in enumerate(zip(self.steps, self.kinds, strict=True)):
             costs = {way: cost for way, cost in self.costs[kind].items() if way not in self.refused}
             growth, errors = self.growths.get(n, (math.inf, [math.inf]))
@@ -350,6 +387,9 @@ class Survey:
             sums = [sum(growth**i for i in range(k + 1)) for k in range(len(errors))]
             error = max(e / s if s < math.inf else math.inf for e, s in zip(errors, sums, strict=True))
             ends = n == len(self.steps) - 1
+            if ends:
+                late = [way for way in ("store", "offload", "checkpoint") if way in costs]
+                costs.update({way: costs[way]._replace(fall=costs[way].fall + tail) for way in late})
             self.steps[n] = profile._replace(costs=costs, error=error, growth=growth, ends=ends)
         if any(growth == math.inf for growth, _ in self.growths.values()):
             self.finite = False
@@ -359,6 +399,13 @@ def wait(device: torch.device) -> None:
     """Waits until the device has done what it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def readout_of(given: Pass, state: State) -> tuple[int, bool]:
+    """Bytes of the output, and whether it is no stream itself."""
+    with torch.no_grad():
+        output = given.steps[-1].scheme.readout(state)
+    return output.nbytes, output.untyped_storage()._cdata not in {x.untyped_storage()._cdata for x in state}
 
 
 def reversible(given: Pass) -> bool:

@@ -141,7 +141,8 @@ class Tape:
             drift = distance(state, kept)
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
             state = kept
-        self.position, self.state = n, state
+        # Nothing is made from the state before the first step, which a graph that lives on would hold.
+        self.position, self.state = (n, state) if n else (None, ())
         if n == 0 and self.report is not None and self.drift is not None:
             self.report.append(PendingScalar.of(self.drift, self.grid is not None))
             del self.report[:-4]
@@ -200,6 +201,8 @@ class _Node(torch.autograd.Function):
         step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
         found, extra = step.run(streams, list(grads[: ctx.streams]))
         tape.move(n, tuple(streams))
+        if n == 0 and not _keep_graph():
+            tape.kept.clear()
         return (*none, *found, *extra)
 
 
