@@ -17,7 +17,7 @@ from .errors import SchemeError
 MAX_CHARACTERS = 500
 MAX_NESTING = 8
 LITERALS = {"true": True, "false": False, "none": None}
-_QUANTITY = re.compile(r"(?<![\w.])(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)([A-Za-z]+)(?!\w)")
+_QUANTITY = re.compile(r"(?<![\w.])(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)(?![eE][+-]?\d)([A-Za-z]+)(?!\w)")
 
 
 def sampled(*texts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -50,6 +50,7 @@ class Monitor:
         lock: held while a step runs or is run again, since its modules are changed for that.
         plan: what mode "auto" has chosen, None before it has.
         planning: held while it chooses.
+        warned: whether a drift was warned of, which happens once.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class Monitor:
         self.plan: Any = None
         self.planning = threading.RLock()
         self._parts: dict[int, Monitor] = {}
-        self._warned = False
+        self.warned = False
 
     def __deepcopy__(self, memo: Any) -> "Monitor":
         return Monitor()
@@ -136,8 +137,8 @@ class Monitor:
                 self.every = max(1, (self.every or depth) // 2)
             if self.drift <= DRIFT_LIMIT:
                 continue
-            if not self._warned:
-                self._warned = True
+            if not self.warned:
+                self.warned = True
                 warnings.warn(
                     f"Stack: states made again by the inverse are {self.drift:.1e} off (relative), so gradients are "
                     "too; run Stack.diagnose(x) to see where, and keep more states: backprop='reverse(every=k)'.",

@@ -313,9 +313,10 @@ class Survey:
         mode, monitor, known = MODES[way], Monitor(), self.costs[kind].get("store")
         members = members_of(part.steps[0], part.shared)
         learn(members)  # of its run with a graph: the first time is not to be another one
-        monitor.members[part.steps[0].index] = members
+        monitor.members[part.steps[0].index], monitor.warned = members, True
         part = part._replace(monitor=monitor, wrap=None)
         names: dict[int, int] = {}
+        passed: dict[int, int] = {}  # streams that the step hands on, which its inverse begins with too
         with aside(modules_of(part), part.context, part.time) as stand:
             part = part._replace(context=stand.context, time=stand.time)
 
@@ -331,6 +332,7 @@ class Survey:
                 middle = time.perf_counter()
                 if meter is not None:
                     names.update(Namer([*streams, *stand.leaves]).names(out))
+                    passed.update(Namer(stand.leaves).names([x for x in out if not Namer(streams).names([x])]))
                 del out, streams
                 mark()
                 back()
@@ -354,7 +356,8 @@ class Survey:
         # What pieces count by name: saved storages of a step, also where it is run again, and the first state.
         counted = {"store": new, "checkpoint": new, "exact": rounded}
         first = rounded if way == "exact" else 0
-        return Cost(forward, backward, rise - first, most - extra - counted.get(way, 0), extra, first)
+        fall = most - extra - counted.get(way, 0) + (sum(passed.values()) if way == "reverse" else 0)
+        return Cost(forward, backward, rise - first, fall, extra, first)
 
     def _times(self, way: str, times: Sequence[tuple[float, float]], stored: Cost | None) -> tuple[float, float]:
         """Seconds forward and backward; what runs a step again takes a forward pass more than what does not."""
