@@ -1,8 +1,8 @@
 """Stack: residual functions, put together by a scheme."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .backprop.monitor import Monitor
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
 from .step import Revision, Step
+
+if TYPE_CHECKING:
+    from .backprop.choice import Report
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -78,7 +81,8 @@ class Stack(nn.Module):
         post_step: applied to the streams after each step (the ReLU on the sum of post-activation networks).
         backprop: "store" keeps what autograd asks for; "checkpoint" or "checkpoint(k)" the state every k steps, and
             recomputes the rest with dropout replayed and BatchNorm statistics moved once; "reverse" the last state,
-            from which the scheme's inverse makes the others again; "exact" likewise, to the last bit.
+            from which the scheme's inverse makes the others again; "exact" likewise, to the last bit; "offload" keeps
+            all on the host; "4*store + 8*reverse" is a plan of several; "auto(memory=2GB)" chooses one by measurement.
         example: a tensor or the shape of one; shapes are then checked here and not at the first call.
 
     Shapes:
@@ -163,6 +167,7 @@ class Stack(nn.Module):
     def backprop(self, mode: str | Mode | None) -> None:
         found = parse_mode(mode)
         found.check(self.scheme, self.after)
+        found.check_depth(len(self.steps))
         if isinstance(self.rule, FromError):
             build.check_companion(self.scheme)
             if not found.keeps_all:
@@ -392,6 +397,48 @@ class Stack(nn.Module):
         self._check_invertible(self.training and self.scheme.reversible_in_training)
         with torch.no_grad(), nothing_changed([self], always=True):
             return diagnose(*self._pass(x, t, context))
+
+    def plan(
+        self, x: Tensor, *, memory: float | str | None = None, t: float | Tensor = 0.0, context: Any = None
+    ) -> "Report":
+        """What training takes, segment by segment, predicted and measured; printed, a table.
+
+        Of the mode at hand; "auto" makes its choice here, if it has not yet, and trains by it. With ``memory`` the
+        fastest plan that fits, which ``apply()`` of the report sets. Gradients, statistics and generators are left
+        as they were. For a whole model see ``odenets.plan``.
+
+        Args:
+            x: an input of the size that training has.
+            memory: what training may take, such as "2GB", or a number of MiB.
+            t: time at the start.
+            context: what residual functions with a parameter ``context`` read.
+
+        Raises:
+            SchemeError: no plan fits; with what is missing.
+
+        Example:
+            >>> import torch
+            >>> from odenets import Stack
+            >>> stack = Stack([torch.nn.Linear(8, 8) for _ in range(4)], "revnet", backprop="store + checkpoint")
+            >>> [row.mode for row in stack.plan(torch.randn(64, 16)).rows]
+            ['store', 'checkpoint']
+        """
+        from .planning import plan
+
+        return plan(self, x, memory=memory, t=t, context=context)
+
+    def plan_state(self) -> dict[str, Any]:
+        """What was measured and decides how training runs, as plain values to be saved with a checkpoint.
+
+        The plan that "auto" has chosen, and where "reverse" keeps anchors; empty before the first training pass.
+        """
+        return self.monitor.state()
+
+    def load_plan_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly."""
+        from .backprop.choice import Chosen
+
+        self.monitor.load(state, Chosen.of)
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
         """The input whose output is y; differentiable, under backprop="reverse" in memory flat in depth.

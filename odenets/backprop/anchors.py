@@ -69,7 +69,7 @@ def windows_of(given: Pass, state: State) -> list[tuple[float, list[float]]]:
     states = [state]
 
     def on_step(n: int, state: State) -> None:
-        step = given.steps[n]
+        step = given.steps[n - given.first]
         steps.append(step)
         states.append(state)
         # A step that appends streams drops their errors, so it is looked at by itself.

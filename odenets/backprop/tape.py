@@ -141,7 +141,8 @@ class Tape:
             drift = distance(state, kept)
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
             state = kept
-        self.position, self.state = n, state
+        # Nothing is made from the state before the first step, which a graph that lives on would hold.
+        self.position, self.state = (n, state) if n else (None, ())
         if n == 0 and self.report is not None and self.drift is not None:
             self.report.append(PendingScalar.of(self.drift, self.grid is not None))
             del self.report[:-4]
@@ -200,6 +201,8 @@ class _Node(torch.autograd.Function):
         step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
         found, extra = step.run(streams, list(grads[: ctx.streams]))
         tape.move(n, tuple(streams))
+        if n == 0 and not _keep_graph():
+            tape.kept.clear()
         return (*none, *found, *extra)
 
 
@@ -284,9 +287,10 @@ class _StepBackward:
         """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
         if not pairs:
             return [None] * len(inputs)
-        if (self.n, place) not in self.tape.monitor.searched:
+        searched = (self.record.step.index, place)  # of the stack: a tape may begin at any of its steps
+        if searched not in self.tape.monitor.searched:
             self._refuse_captured([edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
-            self.tape.monitor.searched.add((self.n, place))
+            self.tape.monitor.searched.add(searched)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
         found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)

@@ -1,7 +1,7 @@
 """The one walk through the steps of a stack: time moves on, projections are applied, each state is shown."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +77,14 @@ class Pass(NamedTuple):
     def _evaluate(self, step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
         return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink)
 
-    def parts(self, every: int) -> "Iterator[Pass]":
-        """Passes through ``every`` steps each, one after the other, without the observer."""
+    def parts(self, every: int | Sequence[int]) -> "Iterator[Pass]":
+        """Passes through ``every`` steps each, or so many as it lists, one after the other, without the observer."""
         time, sizes = self.time, None if self.sizes is None else list(self.sizes)
-        for first in range(0, len(self.steps), every):
-            steps = self.steps[first : first + every]
-            own = None if sizes is None else sizes[first : first + every]
+        if isinstance(every, int):
+            every = [every] * -(-len(self.steps) // every)
+        for first, count in zip(accumulate((0, *every[:-1])), every, strict=True):
+            steps = list(self.steps)[first : first + count]
+            own = None if sizes is None else sizes[first : first + count]
             part = self._replace(steps=steps, time=time, sizes=own, on_step=None, first=self.first + first)
             yield part
             for step, h in zip(steps, own or repeat(None)):  # noqa: B905
