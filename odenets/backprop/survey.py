@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
-from ..checks import nothing_changed
+from .surroundings import nothing_changed
 from ..step import Step
 from .anchors import WINDOW, Trial, growth_of, windows_of
 from .guard import learn
