@@ -335,6 +335,7 @@ class _StepBackward:
         pairs = zip(values[len(values) - len(grads) :], grads, strict=True)
         return [(get_gradient_edge(v), g.to(v.dtype)) for v, g in pairs if g is not None and v.requires_grad]
 
+    # long: the order in which tensors are made and dropped is the peak memory of the pass, and must be read in one piece
     def _update(
         self,
         place: int,

@@ -13,6 +13,7 @@ _STEM = {"0": "conv", "1": "norm"}
 _DOWN = {"0": "norm", "1": "conv"}
 
 
+# long: a table of four layouts, line by line
 def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     """The map of whichever published layout these keys have, or None."""
     places = places_of(own)
