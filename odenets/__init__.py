@@ -5,6 +5,7 @@ from schemes.errors import SchemeError as SchemeError
 
 from .models import create_model as create_model
 from .models import list_models as list_models
+from .planning import plan as plan
 from .stack import Stack as Stack
 from .stack import as_residual as as_residual
 

@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from schemes.errors import MixingWarning, SchemeError
 from schemes.runge_kutta import RungeKutta
-from schemes.scheme import Scheme
+from schemes.scheme import Scheme, State
 from schemes.step_size import FromError, StepSize
 
 from .checks import warn_of_own_skip
@@ -35,6 +35,21 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
         if not callable(f):
             raise SchemeError(f"Stack: residual function {i} is a {type(f).__name__}, want a module or a callable.")
     return [f if isinstance(f, nn.Module) else FunctionModule(f) for f in fs], None
+
+
+def streams_of(given: Any, scheme: Scheme) -> State:
+    """Streams that are given as a tuple, in place of an input that the scheme makes them of."""
+    count = scheme.at(0).streams
+    if not isinstance(given, (tuple, list)) or count == 1 or len(given) != count:
+        what = f"{len(given)} streams are given" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
+        raise SchemeError(
+            f"Stack: {what}, {scheme} starts from {count}.\n  Give "
+            + (f"a tuple of {count} tensors, or the tensor that they are made of." if count > 1 else "one tensor.")
+        )
+    for x in given:
+        if not isinstance(x, Tensor):
+            raise SchemeError(f"Stack: one of the streams is a {type(x).__name__}, want a tensor.")
+    return tuple(given)
 
 
 def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Module, ...]]:

@@ -8,12 +8,14 @@ and only then is the model written. A model that knows published layouts has a m
 * the same net under another scheme groups its residual functions into other steps.
 """
 
+import argparse
 import pickle
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
-from pathlib import Path
-from types import MappingProxyType
+from pathlib import Path, PosixPath, PurePosixPath
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 
 from schemes.errors import SchemeError
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
+# In this order: averaged weights before raw ones, as timm takes them.
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
+CONTAINERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "params")
 PREFIXES = ("module.", "net.", "model.")
 COMPILED = "_orig_mod."
 # Files older than BatchNorm's counter lack it, and it only matters with momentum=None; nets with a fixed step size have
@@ -72,7 +76,8 @@ class Report(NamedTuple):
 def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> Report:
     """Loads weights into a model, all or nothing.
 
-    Unwraps training checkpoints, strips the prefixes of DDP, torch.compile and Lightning, and renames published keys.
+    Unwraps training checkpoints, takes averaged weights where they stand beside raw ones, strips the prefixes of DDP,
+    torch.compile and Lightning, and renames published keys.
 
     Args:
         model: the model; written only if everything fits.
@@ -92,9 +97,10 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
         Report(loaded=2, layout='own', dropped=(), kept=())
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    state = _unwrap(source if isinstance(source, Mapping) else read(source), name)
+    state, beside = _unwrap(source if isinstance(source, Mapping) else read(source), name)
     own = model.state_dict()
     state, dropped = _strip(model, state, own)
+    dropped = beside + dropped
     keys = state.keys()
     known = model.key_map(keys) if isinstance(model, Renames) and keys != own.keys() else None
     layout, names, settings = known or KeyMap("own", {k: k for k in keys})
@@ -103,6 +109,7 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     placed: set[str] = set()
     unmatched: list[str] = []
     misshapen: list[str] = []
+    unusable: list[str] = []
     for key, value in state.items():
         target = names.get(key, key)
         if target is None:
@@ -113,16 +120,18 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
             continue
         placed.add(target)
         # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1); the numbers and their order are equal.
-        if known and _without_ones(value) == _without_ones(own[target]):
+        if known and value.layout == torch.strided and _without_ones(value) == _without_ones(own[target]):
             value = value.reshape(own[target].shape)
-        if value.shape != own[target].shape:
+        if problem := _unusable(value, own[target]):
+            unusable.append(f"{key} is {problem}")
+        elif value.shape != own[target].shape:
             misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(own[target].shape)}")
         else:
             found[target] = value
     absent = [k for k in own if k not in placed]
     missing = [k for k in absent if not OPTIONAL.search(k)]
-    if unmatched or misshapen or missing:
-        raise SchemeError(_misfits(model, name, unmatched, misshapen, missing))
+    if unmatched or misshapen or unusable or missing:
+        raise SchemeError(_misfits(model, name, unmatched, misshapen, unusable, missing))
     model.load_state_dict({**own, **found})
     for path, number in settings.items():
         module, _, name = path.rpartition(".")
@@ -171,34 +180,66 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
             raise ImportError(f'{path.name} is read by safetensors: pip install "odenets[train]"') from None
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise SchemeError(f"{path} cannot be read: {error}. Is the file whole?") from None
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()):
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise SchemeError(
             f"{path} holds more than tensors and plain values (or is no torch file), and is not opened.\n"
             "  Where you trust its origin, save its state_dict alone, then load that."
         ) from None
-    except (EOFError, OSError, RuntimeError) as error:
-        raise SchemeError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from None
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        what = str(error).splitlines()[0] if str(error) else "empty"
+        kind = "" if isinstance(error, EOFError | OSError | RuntimeError) else f"{type(error).__name__}: "
+        raise SchemeError(f"{path} cannot be read: {kind}{what}. Is the file whole?") from None
     if not isinstance(held, Mapping):
         raise SchemeError(f"{path} holds a {type(held).__name__}, want a state dict or a checkpoint that holds one.")
     return held
 
 
-def _unwrap(held: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The innermost state dict of a training checkpoint."""
+def _harmless() -> list[Any]:
+    """Types that published files hold beside tensors, none of which does anything when it is made."""
+    found: list[Any] = [argparse.Namespace, SimpleNamespace, PosixPath, PurePosixPath]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:  # numbers such as the best accuracy
+        scalar = numpy.float64(0).__reduce__()[0]
+        found += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        found += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
+    return found
+
+
+def _unusable(value: Tensor, own: Tensor) -> str:
+    """Why a tensor cannot become the other to the number, or "" where it can."""
+    if value.is_nested or value.layout != torch.strided:
+        return f"not dense ({str(value.layout).removeprefix('torch.')})"
+    if value.is_quantized:
+        return "quantised"
+    if value.is_meta:
+        return "on the meta device, without numbers"
+    if own.is_meta:
+        return "wanted on the meta device; give the model memory first: to_empty"
+    if not torch.can_cast(value.dtype, own.dtype):
+        return f"{str(value.dtype).removeprefix('torch.')}, want {str(own.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _unwrap(held: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The innermost state dict of a training checkpoint, and what weights beside it are left out."""
+    beside: list[str] = []
     for _ in range(3):
-        inner = next((held[c] for c in CONTAINERS if isinstance(held.get(c), Mapping)), None)
-        if inner is None:
+        found = [c for c in CONTAINERS if isinstance(held.get(c), Mapping) and held[c]]
+        if not found:
             break
-        held = inner
-    others = [str(k) for k, v in held.items() if not isinstance(v, Tensor)]
+        if found[0] in AVERAGED:
+            beside += [f"{c} (raw; the averaged {found[0]} is loaded)" for c in found[1:]]
+        held = held[found[0]]
+    others = [str(k) for k, v in held.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
     if others or not held:
         what = f"entries that are no tensors: {_some(others)}" if others else "no tensors"
         raise SchemeError(f"the {name} has {what}; want a state dict, or one under {', '.join(CONTAINERS)}.")
-    return dict(held)
+    return dict(held), beside
 
 
 def _strip(
@@ -227,13 +268,27 @@ def _some(items: Iterable[str]) -> str:
     return ", ".join(items[:LISTED]) + more
 
 
-def _misfits(model: nn.Module, name: str, unmatched: list[str], misshapen: list[str], missing: list[str]) -> str:
-    parts = [
-        f"{len(items)} {what}: {_some(items)}"
-        for what, items in (("without a place", unmatched), ("of another shape", misshapen), ("missing", missing))
-        if items
-    ]
+def _misfits(
+    model: nn.Module,
+    name: str,
+    unmatched: list[str],
+    misshapen: list[str],
+    unusable: list[str],
+    missing: list[str],
+) -> str:
+    kinds = {
+        "without a place": unmatched,
+        "of another shape": misshapen,
+        "that cannot be copied": unusable,
+        "missing": missing,
+    }
+    parts = [f"{len(items)} {what}: {_some(items)}" for what, items in kinds.items() if items]
     text = f"the {name} does not fit {type(model).__name__}; nothing was loaded. " + "; ".join(parts) + "."
-    if not unmatched and not missing and all(m.startswith(("head.", "fc.", "linear.")) for m in misshapen):
+    if (
+        not unmatched
+        and not missing
+        and not unusable
+        and all(m.startswith(("head.", "fc.", "linear.")) for m in misshapen)
+    ):
         text += "\n  Build the model with the file's number of classes, load, then call reset_classifier."
     return text

@@ -1,8 +1,8 @@
 """Stack: residual functions, put together by a scheme."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .backprop.monitor import Monitor
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
 from .step import Revision, Step
+
+if TYPE_CHECKING:
+    from .backprop.choice import Report
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -78,7 +81,8 @@ class Stack(nn.Module):
         post_step: applied to the streams after each step (the ReLU on the sum of post-activation networks).
         backprop: "store" keeps what autograd asks for; "checkpoint" or "checkpoint(k)" the state every k steps, and
             recomputes the rest with dropout replayed and BatchNorm statistics moved once; "reverse" the last state,
-            from which the scheme's inverse makes the others again; "exact" likewise, to the last bit.
+            from which the scheme's inverse makes the others again; "exact" likewise, to the last bit; "offload" keeps
+            all on the host; "4*store + 8*reverse" is a plan of several; "auto(memory=2GB)" chooses one by measurement.
         example: a tensor or the shape of one; shapes are then checked here and not at the first call.
 
     Shapes:
@@ -135,7 +139,7 @@ class Stack(nn.Module):
         steps = build.steps_of(
             self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned, self._revision
         )
-        self.monitor = Monitor()
+        self.monitor, self._inverse_monitor = Monitor(), Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
@@ -163,6 +167,7 @@ class Stack(nn.Module):
     def backprop(self, mode: str | Mode | None) -> None:
         found = parse_mode(mode)
         found.check(self.scheme, self.after)
+        found.check_depth(len(self.steps))
         if isinstance(self.rule, FromError):
             build.check_companion(self.scheme)
             if not found.keeps_all:
@@ -244,7 +249,7 @@ class Stack(nn.Module):
         """The readout of the last step.
 
         Args:
-            x: the input.
+            x: the input; or, under a scheme of several streams, a tuple of them, and the result is such a tuple too.
             t: time at the start, for residual functions that take one.
             context: what residual functions with a parameter ``context`` read.
             aux: gives a pair, the readout and a dictionary of auxiliary values, each summed over the calls of the
@@ -266,11 +271,12 @@ class Stack(nn.Module):
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
                 state = step(state)  # type: ignore[misc]
             return state[0]
+        # Who gives streams is given streams.
+        readout = self.scheme.readout if isinstance(x, Tensor) else tuple
         if aux is False:
-            return self.scheme.readout(self._walk(x, t, context))
+            return readout(self._walk(x, t, context))
         sink = Sink(not isinstance(aux, bool) and LOG_DET in aux)
-        y = self.scheme.readout(self._walk(x, t, context, None, sink))
-        return y, sink.sums(aux)
+        return readout(self._walk(x, t, context, None, sink)), sink.sums(aux)
 
     def _walk(
         self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None, sink: Sink | None = None
@@ -288,7 +294,7 @@ class Stack(nn.Module):
         self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, always: bool = False
     ) -> State:
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
-        if not isinstance(x, Tensor):
+        if not isinstance(x, (Tensor, tuple, list)):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
         initialise(self, lambda: self._run(x, t, context, None, None))
         for step in self.steps:
@@ -330,7 +336,9 @@ class Stack(nn.Module):
         if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
             steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
         state: State = (x,)
-        if self._makes_streams:
+        if not isinstance(x, Tensor):
+            state = build.streams_of(x, self.scheme)
+        elif self._makes_streams:
             state = self.scheme.init(steps[0].start(self.block, time, context), x, steps[0].h)
         calls = [0] if self.scheme.evaluations is None else None
         return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, calls=calls), state
@@ -390,13 +398,56 @@ class Stack(nn.Module):
         with torch.no_grad(), nothing_changed([self], always=True):
             return diagnose(*self._pass(x, t, context))
 
-    def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None) -> Tensor:
-        """The input whose output is y.
+    def plan(
+        self, x: Tensor, *, memory: float | str | None = None, t: float | Tensor = 0.0, context: Any = None
+    ) -> "Report":
+        """What training takes, segment by segment, predicted and measured; printed, a table.
+
+        Of the mode at hand; "auto" makes its choice here, if it has not yet, and trains by it. With ``memory`` the
+        fastest plan that fits, which ``apply()`` of the report sets. Gradients, statistics and generators are left
+        as they were. For a whole model see ``odenets.plan``.
+
+        Args:
+            x: an input of the size that training has.
+            memory: what training may take, such as "2GB", or a number of MiB.
+            t: time at the start.
+            context: what residual functions with a parameter ``context`` read.
+
+        Raises:
+            SchemeError: no plan fits; with what is missing.
+
+        Example:
+            >>> import torch
+            >>> from odenets import Stack
+            >>> stack = Stack([torch.nn.Linear(8, 8) for _ in range(4)], "revnet", backprop="store + checkpoint")
+            >>> [row.mode for row in stack.plan(torch.randn(64, 16)).rows]
+            ['store', 'checkpoint']
+        """
+        from .planning import plan
+
+        return plan(self, x, memory=memory, t=t, context=context)
+
+    def plan_state(self) -> dict[str, Any]:
+        """What was measured and decides how training runs, as plain values to be saved with a checkpoint.
+
+        The plan that "auto" has chosen, and where "reverse" keeps anchors; empty before the first training pass.
+        """
+        return self.monitor.state()
+
+    def load_plan_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly."""
+        from .backprop.choice import Chosen
+
+        self.monitor.load(state, Chosen.of)
+
+    def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
+        """The input whose output is y; differentiable, under backprop="reverse" in memory flat in depth.
 
         Args:
             y: an output, where the readout loses nothing (revnet); else all streams, from ``final_state``.
             t: time at the start of the forward pass.
             context: as in the forward pass.
+            streams: gives the tuple of streams before the first step, in place of the input that they were made of.
 
         Raises:
             SchemeError: the scheme has no inverse, or the readout does not tell its streams.
@@ -408,10 +459,12 @@ class Stack(nn.Module):
         times: list[Any] = [t if self._timed else None]
         for step in self.steps:
             times.append(step.end(times[-1]))
-        for step, time in zip(reversed(self.steps), reversed(times[:-1]), strict=True):
-            fs, gs = step.functions(self.block, time, context, step.h)
-            state = step.scheme._inverse(fs, state, step.h, gs)
-        return self.scheme.input_from_state(state)
+        given = Pass(list(self.steps)[::-1], self._inverse_monitor, self.block, context=context, inverted=True)
+        given = given._replace(times=times[-2::-1], runner=_invert)
+        # Exact arithmetic has no part in this: what it would round was not rounded on the way here.
+        mode = self._backprop if self._backprop.inverts else Store()
+        state = mode.run(given, state)
+        return state if streams else self.scheme.input_from_state(state)
 
     def _check_invertible(self, or_else: bool = False) -> None:
         if not (self.scheme.invertible or or_else) or self.after is not None:
@@ -451,6 +504,12 @@ class Stack(nn.Module):
         if not self.backprop.keeps_all:
             parts.append(f"backprop={format_mode(self.backprop)}")
         return ", ".join(parts)
+
+
+def _invert(step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
+    """The state before a step."""
+    fs, gs = step.functions(shared, t, context, step.h)
+    return step.scheme._inverse(fs, state, step.h, gs)
 
 
 adopt(Stack, {"visit": "visit_states"})

@@ -187,11 +187,45 @@ class Coupling(Scheme):
 
 
 class _Split(Coupling):
-    """A coupling whose streams are the slices of the input along one dimension, joined again by the readout."""
+    """A coupling whose streams are the slices of the input along one dimension, joined again by the readout.
+
+    Attributes:
+        dim: the dimension.
+        split: width of each slice; None for slices of one width, the first of them wider where it does not divide.
+    """
 
     dim: int = 1
+    split: tuple[int, ...] | None = None
+
+    def _set_split(self, split: Any) -> None:
+        """Reads the widths of the slices.
+
+        Raises:
+            SchemeError: not one positive whole number per stream.
+        """
+        if split is None:
+            return
+        widths = tuple(split) if isinstance(split, (tuple, list)) else (split,)
+        whole = all(isinstance(w, int) and not isinstance(w, bool) and w > 0 for w in widths)
+        if not whole or len(widths) != self.streams:
+            raise SchemeError(
+                f"the split is {split}, want {self.streams} positive whole numbers, the width of each stream: "
+                f"split={tuple(range(1, self.streams + 1))}."
+            )
+        self.split = widths
+
+    def _options(self, *others: str) -> str:
+        given = [
+            *others,
+            "" if self.dim == 1 else f"dim={self.dim}",
+            "" if self.split is None else f"split={self.split}",
+        ]
+        return ", ".join(filter(None, given))
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        if self.split is not None and x.dim() > max(self.dim, -self.dim - 1):
+            self.stream_widths(x.shape[self.dim])
+            return torch.split(x, self.split, self.dim)
         if x.dim() <= max(self.dim, -self.dim - 1) or x.shape[self.dim] < self.streams:
             raise SchemeError(
                 f"{self}: cannot split {tuple(x.shape)} along dim={self.dim} into {self.streams} streams."
@@ -210,6 +244,10 @@ class _Split(Coupling):
         return torch.cat(state, self.dim)
 
     def stream_widths(self, channels: int) -> tuple[int, ...]:
+        if self.split is not None:
+            if sum(self.split) != channels:
+                raise SchemeError(f"{self}: the split adds up to {sum(self.split)}, the input has {channels} channels.")
+            return self.split
         small, wider = divmod(channels, self.streams)
         return (small + 1,) * wider + (small,) * (self.streams - wider)
 
@@ -243,10 +281,6 @@ def _others(state: State, i: int, dim: int) -> Tensor:
     return others[0] if len(others) == 1 else torch.cat(others, dim)
 
 
-def _where(dim: int) -> str:
-    return "" if dim == 1 else f"dim={dim}"
-
-
 class RevNetCoupling(_Split):
     """Two streams, each moved by a function of the other: x_0 <- x_0 + h F_0(x_1), then x_1 <- x_1 + h F_1(x_0).
 
@@ -257,6 +291,10 @@ class RevNetCoupling(_Split):
 
     Args:
         dim: the channel dimension, along which the input is split.
+        split: width of either stream, where they differ: ``split=(3, 5)``.
+
+    Raises:
+        SchemeError: a split that is not two positive whole numbers.
 
     Source:
         Gomez et al. 2017, The Reversible Residual Network, arXiv 1707.04585, equations 6 and 7.
@@ -275,8 +313,9 @@ class RevNetCoupling(_Split):
     streams = shortcuts = 2
     nodes = (0.0, 1.0)
 
-    def __init__(self, dim: int = 1):
+    def __init__(self, dim: int = 1, split: Sequence[int] | None = None):
         self.dim = int(dim)
+        self._set_split(split)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         f, g = fs
@@ -286,7 +325,7 @@ class RevNetCoupling(_Split):
         ]
 
     def __str__(self) -> str:
-        return f"revnet({_where(self.dim)})" if _where(self.dim) else "revnet"
+        return f"revnet({self._options()})" if self._options() else "revnet"
 
 
 class Additive(_Split):
@@ -301,9 +340,10 @@ class Additive(_Split):
     Args:
         n: number of streams, at least 2.
         dim: the channel dimension, along which the input is split.
+        split: width of each stream, where they differ.
 
     Raises:
-        SchemeError: fewer than 2 streams.
+        SchemeError: fewer than 2 streams, or a split that is not as many positive whole numbers.
 
     Source:
         Dinh et al. 2014, NICE, arXiv 1410.8516, section 3.2; Gomez et al. 2017, arXiv 1707.04585.
@@ -316,13 +356,14 @@ class Additive(_Split):
 
     examples = ("additive(3)", "additive(2)", "additive(4)")
 
-    def __init__(self, n: int, dim: int = 1):
+    def __init__(self, n: int, dim: int = 1, split: Sequence[int] | None = None):
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
             raise SchemeError(f"additive: {n} streams, want a whole number of at least 2.")
         limit_functions("additive", n)
         self.n, self.dim = n, int(dim)
         self.stages = self.evaluations = self.streams = self.shortcuts = n
         self.nodes = tuple(i / (n - 1) for i in range(n))  # the mean time of the streams that function i is given
+        self._set_split(split)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         def update(i: int) -> Update:
@@ -331,7 +372,7 @@ class Additive(_Split):
         return [update(i) for i in range(self.n)]
 
     def __str__(self) -> str:
-        return f"additive({', '.join(filter(None, [str(self.n), _where(self.dim)]))})"
+        return f"additive({self._options(str(self.n))})"
 
 
 class Affine(_Split):
@@ -346,9 +387,10 @@ class Affine(_Split):
     Args:
         dim: the channel dimension, along which the input is split.
         bound: bound of the log-scale, positive.
+        split: width of either stream, where they differ.
 
     Raises:
-        SchemeError: the bound is not positive.
+        SchemeError: the bound is not positive, or the split is not two positive whole numbers.
 
     Source:
         Dinh et al. 2017, Density estimation using Real NVP, arXiv 1605.08803, equation 7 and section 4.
@@ -365,11 +407,12 @@ class Affine(_Split):
     nodes = (0.0, 1.0)
     exact = False
 
-    def __init__(self, dim: int = 1, bound: float = 1.0):
+    def __init__(self, dim: int = 1, bound: float = 1.0, split: Sequence[int] | None = None):
         self.dim, self.bound = int(dim), float(bound)
         if not 0 < self.bound < 20:
             raise SchemeError(f"affine: the bound of the log-scale is {self.bound:g}, want 0 < bound < 20.")
         self.amplification = math.exp(self.bound)
+        self._set_split(split)
 
     def _terms(self, h: StepSize, y: Tensor) -> tuple[Tensor, Tensor]:
         s, b = y.chunk(2, self.dim)
@@ -388,8 +431,8 @@ class Affine(_Split):
         return 2 * width
 
     def __str__(self) -> str:
-        given = [_where(self.dim), "" if self.bound == 1 else f"bound={self.bound:g}"]
-        return f"affine({', '.join(filter(None, given))})" if any(given) else "affine"
+        given = self._options("" if self.bound == 1 else f"bound={self.bound:g}")
+        return f"affine({given})" if given else "affine"
 
 
 class MultiLevel(_Split):
@@ -452,4 +495,4 @@ class MultiLevel(_Split):
         return streams[1:] + streams[:1]
 
     def __str__(self) -> str:
-        return f"multilevel({', '.join(filter(None, [str(self.streams), f'{self.gamma:g}', _where(self.dim)]))})"
+        return f"multilevel({self._options(str(self.streams), f'{self.gamma:g}')})"

@@ -6,6 +6,7 @@ The text is read by ``ast.parse`` and walked here, node by node; nothing is ever
 import ast
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
@@ -16,6 +17,7 @@ from .errors import SchemeError
 MAX_CHARACTERS = 500
 MAX_NESTING = 8
 LITERALS = {"true": True, "false": False, "none": None}
+_QUANTITY = re.compile(r"(?<![\w.])(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)(?![eE][+-]?\d)([A-Za-z]+)(?!\w)")
 
 
 def sampled(*texts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -50,6 +52,7 @@ class Reader:
         families: what a call stands for: functions of numbers, truth values, none and schemes.
         add: what ``a + b`` makes of the (count, value) pairs, or None where sums are not part of the language.
         what: the word for the thing that is read, in messages.
+        units: what a number is multiplied by that is followed by one of these words, as in 2GB.
     """
 
     def __init__(
@@ -58,9 +61,11 @@ class Reader:
         families: Mapping[str, Callable[..., Any]],
         add: Callable[..., Any] | None = None,
         what: str = "scheme",
+        units: Mapping[str, Fraction] | None = None,
     ):
-        self.names, self.families, self.add, self.what = names, families, add, what
+        self.names, self.families, self.add, self.what, self.units = names, families, add, what, units or {}
         self.text = ""
+        self._units_at: dict[int, Fraction] = {}
 
     def read(self, text: str) -> Any:
         """The value of the expression.
@@ -84,12 +89,25 @@ class Reader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python warns of texts such as "1or 2", which are refused below
-                tree = ast.parse(self.text, mode="eval")
+                tree = ast.parse(self._without_units(), mode="eval")
         except SyntaxError as error:
             self._fail(f"cannot be read: {error.msg}", (error.offset or 1) - 1)
         except (RecursionError, MemoryError, ValueError) as error:
             self._fail(f"cannot be read: {error}", 0)
         return self._value(tree.body, 0)
+
+    def _without_units(self) -> str:
+        """The text with blanks for units, which are noted: positions in it stay."""
+        self._units_at.clear()
+
+        def blank(found: re.Match[str]) -> str:
+            number, unit = found.groups()
+            if unit not in self.units:
+                self._fail(f"there is no unit {shorten(unit, 20)!r}; {closest(unit, self.units)}", found.start(2))
+            self._units_at[found.start()] = self.units[unit]
+            return number + " " * len(unit)
+
+        return _QUANTITY.sub(blank, self.text) if self.units else self.text
 
     def _shown(self) -> str:
         return repr(shorten(self.text, 60))
@@ -103,7 +121,10 @@ class Reader:
             self._fail(f"nested more than {MAX_NESTING} deep", at)
         match node:
             case ast.Constant():
-                return self._constant(node)
+                value = self._constant(node)
+                return value * self._units_at[at] if at in self._units_at else value
+            case ast.Tuple(elts=elts):
+                return tuple(self._value(e, depth + 1) for e in elts)
             case ast.Name(id=name):
                 return self._name(name, at)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):

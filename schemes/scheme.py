@@ -319,7 +319,7 @@ class Takes(NamedTuple):
     opaque: bool = False
 
 
-# Where well-known wrappers of torch keep what they wrap: torch.compile, DataParallel and DDP, FSDP, checkpoint wrappers.
+# Where torch keeps what its wrappers wrap: torch.compile, DataParallel and DDP, FSDP, checkpoints.
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 

@@ -72,7 +72,7 @@ def _write_pictures(root: Path, count: int) -> None:
             Image.frombytes("RGB", (14, 13), draw.randbytes(14 * 13 * 3)).save(root / name / f"{i}.png")
 
 
-def start(folder: Path, *args: str, before: Callable[[], None] | None = None) -> int:
+def start(folder: Path, *args: str, before: Callable[[], None] | None = None, command: str = "fit") -> int:
     """Starts a command line in a forked process of its own group; returns its number."""
     sys.stdout.flush()
     if not (pid := os.fork()):
@@ -87,7 +87,7 @@ def start(folder: Path, *args: str, before: Callable[[], None] | None = None) ->
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             if before is not None:
                 before()
-            run(["fit", "-c", "c.yaml", *args])
+            run([command, "-c", "c.yaml", *args])
             code = 0
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else 1

@@ -21,13 +21,16 @@ WINDOW = 8  # steps that the measurement of growth runs forward and back
 class Trial:
     """Runs steps without a graph, and undoes them, to measure how they reconstruct."""
 
-    def __init__(self) -> None:
+    def __init__(self, inverted: bool = False) -> None:
         self.records: dict[int, StepRecord] = {}
+        self.inverted = inverted
 
     def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
         """The state after the step."""
         with torch.no_grad():
-            record = self.records[step.index] = StepRecord(step, state, shared, t, context, members_of(step, shared))
+            record = self.records[step.index] = StepRecord(
+                step, state, shared, t, context, members_of(step, shared), inverted=self.inverted
+            )
             with autocast_as(record.autocast):
                 return run_step(record, state)
 
@@ -61,12 +64,12 @@ def growth_of(steps: list[Step], trial: Trial, states: list[State]) -> tuple[flo
 
 def windows_of(given: Pass, state: State) -> list[tuple[float, list[float]]]:
     """The growth of all steps, some at a time; buffers and generators stay as they are."""
-    trial, found = Trial(), []
+    trial, found = Trial(given.inverted), []
     steps: list[Step] = []
     states = [state]
 
     def on_step(n: int, state: State) -> None:
-        step = given.steps[n]
+        step = given.steps[n - given.first]
         steps.append(step)
         states.append(state)
         # A step that appends streams drops their errors, so it is looked at by itself.

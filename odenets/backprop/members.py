@@ -132,6 +132,12 @@ class Flags:
                     "  Change it, or step the optimiser, after the last backward pass."
                 )
 
+    def changed(self) -> bool:
+        """Whether a module or a parameter has another flag now than at the call."""
+        if self.training != [m.training for m in self.modules]:
+            return True
+        return any(p.requires_grad != was for p, was in zip(self.tensors, self.wanted, strict=False))
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, the modules train or not, and their parameters want a gradient or not, as at the call."""

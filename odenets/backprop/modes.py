@@ -1,8 +1,9 @@
-"""Ways to backpropagate through a stack, one class each, and their texts: "checkpoint(4)", "reverse(every=8)"."""
+"""Ways to backpropagate through a stack, one class each, and their texts: "checkpoint(4)", "4*store + 8*reverse"."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import accumulate, groupby
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,9 @@ from schemes.step_size import FromError
 
 from ..step import Step
 from .checkpoint import checkpointed
+from .offload import offloaded
 from .replay import stream_precision
+from .sizes import UNITS, format_size, mebibytes
 from .walk import Pass, needs_graph
 
 
@@ -25,9 +28,13 @@ class Mode(ABC):
 
     Attributes:
         keeps_all: whether all that autograd asks for is kept, so that nothing needs to know of the pass.
+        inverts: whether the steps may be run backwards under this mode.
+        by_inverse: whether states are made again by the scheme's inverse, which needs streams in single precision.
     """
 
     keeps_all: ClassVar[bool] = False
+    inverts: ClassVar[bool] = True
+    by_inverse: bool = False
 
     @abstractmethod
     def run(self, given: Pass, state: State) -> State:
@@ -35,6 +42,13 @@ class Mode(ABC):
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:  # noqa: B027  most modes refuse nothing
         """Refuses what this mode cannot run, when a stack is built.
+
+        Raises:
+            SchemeError: with the remedy.
+        """
+
+    def check_depth(self, steps: int) -> None:  # noqa: B027  most modes take any number
+        """Refuses a number of steps, when a stack is built.
 
         Raises:
             SchemeError: with the remedy.
@@ -53,6 +67,17 @@ class Store(Mode):
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
         return given.keep(state)
+
+
+@dataclass(frozen=True)
+class Offload(Mode):
+    """Keep all that autograd asks for, in the memory of the host."""
+
+    def run(self, given: Pass, state: State) -> State:
+        """The state after the last step."""
+        if not needs_graph():
+            return given.keep(state)
+        return offloaded(lambda: given.keep(state))
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,8 @@ class Checkpoint(Mode):
 
 class _ByInverse(Mode):
     """Keep the last state, and make those before it again by the scheme's inverse."""
+
+    by_inverse = True
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
         """Refuses schemes without an inverse, and projections between the steps."""
@@ -162,6 +189,8 @@ class Exact(_ByInverse):
         store: keep all states instead, on the same grid: the run that exact gradients are compared with.
     """
 
+    inverts = False
+
     bits: int | None = None
     store: bool = False
 
@@ -184,6 +213,115 @@ class Exact(_ByInverse):
         from .reverse import run_exact
 
         return run_exact(given, state, self.bits, self.store)
+
+
+@dataclass(frozen=True)
+class Plan(Mode):
+    """Several modes one after the other, each for some steps: "4*store + 8*reverse".
+
+    Attributes:
+        segments: pairs of a number of steps and their mode.
+    """
+
+    segments: tuple[tuple[int, Mode], ...]
+
+    def __post_init__(self):
+        segments = []
+        for count, mode in self.segments:
+            _count("plan(steps)", count, 1)
+            mode = parse_mode(mode)
+            if isinstance(mode, (Plan, Auto)):
+                raise SchemeError(f"backprop: a plan is made of plain modes, such as store or reverse, not of {mode}.")
+            segments.append((count, mode))
+        if not segments:
+            raise SchemeError("backprop: a plan has at least one segment, such as '4*store + 8*reverse'.")
+        object.__setattr__(self, "segments", tuple(segments))
+
+    @property
+    def by_inverse(self) -> bool:  # type: ignore[override]
+        """Whether any of its modes is."""
+        return any(mode.by_inverse for _, mode in self.segments)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return sum(count for count, _ in self.segments)
+
+    def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
+        """Refuses what one of its modes refuses."""
+        for mode in dict.fromkeys(mode for _, mode in self.segments):
+            mode.check(scheme, post_step)
+
+    def check_depth(self, steps: int) -> None:
+        """Refuses any other number of steps."""
+        if steps != self.steps:
+            raise SchemeError(f"Stack: the plan {self} is one for {self.steps} steps, and the stack has {steps}.")
+
+    def run(self, given: Pass, state: State) -> State:
+        """The state after the last step."""
+        if self.by_inverse:
+            state = stream_precision(state)  # in all segments: the output does not tell how it was come by
+        if not needs_graph():
+            return given.keep(state)
+        for mode, part in self.parts(given):
+            state = mode.run(part, state)
+        given.monitor.gather()
+        return state
+
+    def parts(self, given: Pass) -> Iterator[tuple[Mode, Pass]]:
+        """The modes, and the passes through their steps."""
+        ends = [*accumulate(count for count, _ in self.segments)]
+        owners = [next(i for i, end in enumerate(ends) if step.index < end) for step in given.steps]
+        runs = [(i, len([*group])) for i, group in groupby(owners)]
+        for (i, _), part in zip(runs, given.parts([count for _, count in runs]), strict=True):
+            yield self.segments[i][1], part._replace(on_step=given.on_step, monitor=given.monitor.part(i))
+
+
+@dataclass(frozen=True)
+class Auto(Mode):
+    """The fastest plan that fits: chosen at the first training pass, from the memory and the time of each step.
+
+    Attributes:
+        memory: what the stack may take in training, in MiB, or a text such as "2GB"; None stands for a share of what
+            the device has free.
+        share: that share.
+        bound: relative error that states made again by the inverse keep to; None stands for 1e-5 in fp32, 1e-11 in
+            fp64.
+        exact: whether the whole stack may run in exact arithmetic, whose outputs are rounded to a grid.
+        offload: whether kept states may go to the host.
+    """
+
+    memory: Any = None
+    share: float = 0.5
+    bound: float | None = None
+    exact: bool = False
+    offload: bool = True
+
+    def __post_init__(self):
+        if self.memory is not None:
+            object.__setattr__(self, "memory", mebibytes(self.memory, "auto(memory)"))
+        if not 0 < self.share <= 1:
+            raise SchemeError(f"backprop: auto(share) is {self.share}, want a number above 0, at most 1.")
+        object.__setattr__(self, "share", float(self.share))
+        if self.bound is not None and not 0 < self.bound < float("inf"):
+            raise SchemeError(f"backprop: auto(bound) is {self.bound}, want a positive number.")
+
+    def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
+        """Refuses nothing but exact arithmetic where the scheme does not have it."""
+        from . import auto as auto  # not in a trace: see _ByInverse.check
+
+        if self.exact:
+            Exact().check(scheme, post_step)
+
+    def run(self, given: Pass, state: State) -> State:
+        """The state after the last step."""
+        if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
+            state = stream_precision(state)  # whatever is chosen: the output does not tell
+        if not needs_graph() or torch._C._are_functorch_transforms_active():
+            return given.keep(state)
+        from .auto import plan_for
+
+        return plan_for(self, given, state).run(given, state)
 
 
 class WithErrors(Mode):
@@ -237,7 +375,8 @@ def _count(what: str, value: Any, least: int) -> None:
         raise SchemeError(f"backprop: {what} is {value}, want a whole number, at least {least}.")
 
 
-_FAMILIES: dict[str, type[Mode]] = {"checkpoint": Checkpoint, "reverse": Reverse, "exact": Exact}
+_NAMES = {"store": Store(), "offload": Offload()}
+_FAMILIES: dict[str, type[Mode]] = {"checkpoint": Checkpoint, "reverse": Reverse, "exact": Exact, "auto": Auto}
 
 
 def parse_mode(given: "str | Mode | None") -> Mode:
@@ -249,12 +388,20 @@ def parse_mode(given: "str | Mode | None") -> Mode:
     Example:
         >>> parse_mode("reverse(every=8)")
         Reverse(every=8, memory=None, bound=None, drift=True, check_finite=False)
+        >>> parse_mode("4*store + 8*checkpoint(2)").steps, parse_mode("auto(memory=2GiB)").memory
+        (12, 2048.0)
     """
-    found = Reader({"store": Store()}, _FAMILIES, what="backprop mode").read(given) if isinstance(given, str) else given
+    found = given
+    if isinstance(given, str):
+        reader = Reader(_NAMES, _FAMILIES, lambda *pairs: Plan(pairs), what="backprop mode", units=UNITS)
+        found = reader.read(given)
     if found is None:
         return Store()
     if not isinstance(found, Mode):
-        raise SchemeError(f"backprop is {given!r}, want 'store', 'checkpoint', 'checkpoint(k)', 'reverse' or 'exact'.")
+        raise SchemeError(
+            f"backprop is {given!r}, want 'store', 'checkpoint', 'checkpoint(k)', 'reverse', 'exact', 'offload', "
+            "'auto', or a plan such as '4*store + 8*reverse'."
+        )
     return found
 
 
@@ -264,10 +411,17 @@ def format_mode(mode: Mode) -> str:
     Example:
         >>> format_mode(Reverse(every=8, drift=False)), format_mode(Checkpoint(4)), format_mode(Store())
         ('reverse(every=8, drift=false)', 'checkpoint(4)', 'store')
+        >>> format_mode(Plan(((4, Store()), (1, Reverse())))), format_mode(Auto(memory="1.5GB"))
+        ('4*store + reverse', 'auto(memory=1.5GB)')
     """
+    if isinstance(mode, Plan):
+        alone = len(mode.segments) == 1
+        return " + ".join(f"{count}*{part}" if count > 1 or alone else str(part) for count, part in mode.segments)
     changed = {f.name: value for f in fields(mode) if (value := getattr(mode, f.name)) != f.default}  # type: ignore[arg-type]
     name = type(mode).__name__.lower()
     if isinstance(mode, Checkpoint):
         return f"{name}({mode.every})" if changed else name
+    if isinstance(mode, Auto) and mode.memory is not None:
+        changed["memory"] = format_size(mode.memory)
     given = ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changed.items())
     return f"{name}({given})" if given else name

@@ -3,6 +3,7 @@
 import math
 import threading
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,9 @@ class Monitor:
         searched: (step, update) whose graphs have been searched for tensors that a function reads unseen.
         members: of each step, as found by an earlier pass.
         lock: held while a step runs or is run again, since its modules are changed for that.
+        plan: what mode "auto" has chosen, None before it has.
+        planning: held while it chooses.
+        warned: whether a drift was warned of, which happens once.
     """
 
     def __init__(self) -> None:
@@ -58,13 +62,50 @@ class Monitor:
         self.searched: set[tuple[int, int]] = set()
         self.members: dict[int, Any] = {}
         self.lock = threading.RLock()
-        self._warned = False
+        self.plan: Any = None
+        self.planning = threading.RLock()
+        self._parts: dict[int, Monitor] = {}
+        self.warned = False
 
     def __deepcopy__(self, memo: Any) -> "Monitor":
         return Monitor()
 
     def __reduce__(self) -> Any:
         return Monitor, ()
+
+    def part(self, i: int) -> "Monitor":
+        """What is remembered of segment i of a plan, whose anchors and drift are its own."""
+        if i not in self._parts:
+            part = self._parts[i] = Monitor()
+            part.searched, part.members, part.lock = self.searched, self.members, self.lock
+        return self._parts[i]
+
+    def state(self) -> dict[str, Any]:
+        """What was chosen, as plain values: the plan, the spacing of anchors, those of segments."""
+        own: dict[str, Any] = {} if self.plan is None else {"auto": self.plan.state()}
+        if self.growth is not None:
+            own["anchors"] = {"every": self.every, "growth": self.growth}
+        parts = {str(i): found for i, part in self._parts.items() if (found := part.state())}
+        return {**own, **({"parts": parts} if parts else {})}
+
+    def load(self, state: Mapping[str, Any], chosen: Callable[[Any], Any]) -> None:
+        """Takes over what ``state`` gave; ``chosen`` makes a choice of its plain values."""
+        if "auto" in state:
+            self.plan = chosen(state["auto"])
+        if "anchors" in state:
+            every = state["anchors"]["every"]
+            self.every, self.growth = None if every is None else int(every), float(state["anchors"]["growth"])
+        for i, part in state.get("parts", {}).items():
+            self.part(int(i)).load(part, chosen)
+
+    def forget_parts(self) -> None:
+        """Forgets what segments have found."""
+        self._parts.clear()
+
+    def gather(self) -> None:
+        """Takes over the largest drift of the segments of a plan."""
+        drifts = [part.drift for part in self._parts.values() if part.drift is not None]
+        self.drift = max(drifts, default=self.drift)
 
     def read(self, bound: float | None, depth: int) -> None:
         """Reads what earlier passes found, where the device has it ready: overflow, drift. Warns of drift once.
@@ -96,8 +137,8 @@ class Monitor:
                 self.every = max(1, (self.every or depth) // 2)
             if self.drift <= DRIFT_LIMIT:
                 continue
-            if not self._warned:
-                self._warned = True
+            if not self.warned:
+                self.warned = True
                 warnings.warn(
                     f"Stack: states made again by the inverse are {self.drift:.1e} off (relative), so gradients are "
                     "too; run Stack.diagnose(x) to see where, and keep more states: backprop='reverse(every=k)'.",

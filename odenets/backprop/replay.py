@@ -18,6 +18,7 @@ from schemes.scheme import Function, State
 from ..auxiliary import Sink, measured
 from ..step import Step, Wrap
 from .grid import Grid, Spilled
+from .inverted import Inverted
 from .members import Flags, Members, swapped
 from .surroundings import Surroundings
 
@@ -62,9 +63,11 @@ class StepRecord:
         members: Members,
         grid: Grid | None = None,
         sink: Sink | None = None,
+        inverted: bool = False,
     ):
         self.step, self.shared, self.t, self.context = step, shared, t, context
-        self.scheme, self.members, self.grid = step.scheme_on(state), members, grid
+        self.scheme: Any = Inverted(step.scheme) if inverted else step.scheme_on(state)
+        self.members, self.grid = members, grid
         parameters = members.parameters()
         self.slots = [slot for slot in parameters if slot.value.requires_grad]
         self.parameters = list({id(slot.value): slot.value for slot in self.slots}.values())
@@ -186,13 +189,16 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
                 f"Stack: the parameters of {record.where} are sharded away when the backward pass needs them; "
                 "shard whole steps or the root, or fully_shard(..., reshard_after_forward=False)."
             )
-    buffers = record.members.buffers()
-    with (
-        record.flags.restored(),
-        statistics_kept(record.members.norms),
-        autocast_as(record.autocast),
-        swapped(buffers, [slot.value.detach().clone() for slot in buffers]),
-    ):
+    # A context that has nothing to do is not entered: there is one of each a step, and most steps need none.
+    with ExitStack() as contexts:
+        if record.flags.changed():
+            contexts.enter_context(record.flags.restored())
+        if any(m.training for m in record.members.norms):
+            contexts.enter_context(statistics_kept(record.members.norms))
+        contexts.enter_context(autocast_as(record.autocast))
+        buffers = record.members.buffers()
+        if buffers:
+            contexts.enter_context(swapped(buffers, [slot.value.detach().clone() for slot in buffers]))
         yield
 
 

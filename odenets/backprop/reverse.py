@@ -100,7 +100,9 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
 def _check_finite(given: Pass, n: int, state: State) -> None:
     for i, x in enumerate(state):
         if not torch.isfinite(x).all():
-            raise SchemeError(f"{given.steps[n].scheme}, step {n}: stream {i} is not finite after this step.")
+            raise SchemeError(
+                f"{given.steps[n - given.first].scheme}, step {n}: stream {i} is not finite after this step."
+            )
 
 
 def _refuse_compiled(given: Pass) -> None:

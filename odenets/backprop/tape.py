@@ -56,7 +56,7 @@ class Tape:
 
     def __init__(self, every: int | None, keep_first: bool, grid: Grid | None, given: Pass):
         self.every, self.keep_first, self.grid = every, keep_first, grid
-        self.wrap, self.monitor, self.sink = given.wrap, given.monitor, given.sink
+        self.wrap, self.monitor, self.sink, self.inverted = given.wrap, given.monitor, given.sink, given.inverted
         self.records: list[StepRecord] = []
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: list[int] = []
@@ -73,7 +73,7 @@ class Tape:
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self.kept[n] = tuple(x.detach() for x in state)
         members = self._members(step, shared)
-        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink)
+        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted)
         self.records.append(record)
         inputs = [*record.parameters]
         if t is not None or context is not None:
@@ -141,7 +141,8 @@ class Tape:
             drift = distance(state, kept)
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
             state = kept
-        self.position, self.state = n, state
+        # Nothing is made from the state before the first step, which a graph that lives on would hold.
+        self.position, self.state = (n, state) if n else (None, ())
         if n == 0 and self.report is not None and self.drift is not None:
             self.report.append(PendingScalar.of(self.drift, self.grid is not None))
             del self.report[:-4]
@@ -200,6 +201,8 @@ class _Node(torch.autograd.Function):
         step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
         found, extra = step.run(streams, list(grads[: ctx.streams]))
         tape.move(n, tuple(streams))
+        if n == 0 and not _keep_graph():
+            tape.kept.clear()
         return (*none, *found, *extra)
 
 
@@ -284,9 +287,10 @@ class _StepBackward:
         """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
         if not pairs:
             return [None] * len(inputs)
-        if (self.n, place) not in self.tape.monitor.searched:
+        searched = (self.record.step.index, place)  # of the stack: a tape may begin at any of its steps
+        if searched not in self.tape.monitor.searched:
             self._refuse_captured([edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
-            self.tape.monitor.searched.add((self.n, place))
+            self.tape.monitor.searched.add(searched)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
         found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)

@@ -1,7 +1,7 @@
 """The one walk through the steps of a stack: time moves on, projections are applied, each state is shown."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Pass(NamedTuple):
         sink: takes auxiliary values; None drops them.
         first: number of the first step.
         extras: how many of the last entries of a state are no streams, but ride along.
+        times: when each step starts, where it is known; else time moves on from ``time``.
+        inverted: whether the steps are run backwards.
     """
 
     steps: Sequence[Step]
@@ -50,11 +52,14 @@ class Pass(NamedTuple):
     sink: Sink | None = None
     first: int = 0
     extras: int = 0
+    times: Sequence[Any] | None = None
+    inverted: bool = False
 
     def walk(self, state: State, runner: Runner | None = None) -> State:
         """The state after the last step; ``runner`` is what runs each of them, by default the step itself."""
         time = self.time
         for n, (step, h) in enumerate(zip(self.steps, self.sizes or repeat(None)), self.first):  # noqa: B905
+            time = time if self.times is None else self.times[n]
             state = step(state, self.shared, time, self.context, h, runner)
             if self.post_step is not None:
                 streams = len(state) - self.extras
@@ -72,12 +77,14 @@ class Pass(NamedTuple):
     def _evaluate(self, step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
         return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink)
 
-    def parts(self, every: int) -> "Iterator[Pass]":
-        """Passes through ``every`` steps each, one after the other, without the observer."""
+    def parts(self, every: int | Sequence[int]) -> "Iterator[Pass]":
+        """Passes through ``every`` steps each, or so many as it lists, one after the other, without the observer."""
         time, sizes = self.time, None if self.sizes is None else list(self.sizes)
-        for first in range(0, len(self.steps), every):
-            steps = self.steps[first : first + every]
-            own = None if sizes is None else sizes[first : first + every]
+        if isinstance(every, int):
+            every = [every] * -(-len(self.steps) // every)
+        for first, count in zip(accumulate((0, *every[:-1])), every, strict=True):
+            steps = list(self.steps)[first : first + count]
+            own = None if sizes is None else sizes[first : first + count]
             part = self._replace(steps=steps, time=time, sizes=own, on_step=None, first=self.first + first)
             yield part
             for step, h in zip(steps, own or repeat(None)):  # noqa: B905

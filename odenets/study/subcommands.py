@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from schemes import SchemeError
 
+from ..config_files import check_files
 from ..messages import TIP, explain, fail
 from ..training.sources import DataError
 from . import engine, report
@@ -58,8 +59,9 @@ def parser() -> ArgumentParser:
 def run(args: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
     StudyParser.command_line = args
-    options = parser().parse_args(list(args))
     try:
+        check_files(args)
+        options = parser().parse_args(list(args))
         if options.subcommand == "report":
             report.print_report(options.report.store, options.report.out)
         else:

@@ -152,7 +152,8 @@ class Summary(ModelSummary):
     @staticmethod
     def summarize(*args: Any, **kwargs: Any) -> None:
         """Prints the table, without lines that count nothing."""
-        table = _format_summary_table(*args[1:5], kwargs.get("total_flops", 0), *args[0])
+        columns = [column for column in args[0] if column[0] not in ("Mode", "FLOPs")]
+        table = _format_summary_table(*args[1:5], kwargs.get("total_flops", 0), *columns)
         lines = [line for line in table.splitlines() if " mode" not in line and not _NO_FLOPS.match(line)]
         rank_zero_info("\n".join(lines))
 

@@ -299,7 +299,10 @@ def root_cause(error: BaseException) -> BaseException:
 
 def worth_saying(record: logging.LogRecord) -> bool:
     """False for Lightning's tips to install further products, and for what it says at every checkpoint."""
-    return not any(text in record.getMessage() for text in ("Tip: For seamless", "`weights_only` was not set"))
+    return not any(
+        text in record.getMessage()
+        for text in ("Tip: For seamless", "`weights_only` was not set", "Trainer already configured with")
+    )
 
 
 def resuming_line(words: Sequence[str], prog: str) -> str:
@@ -315,7 +318,11 @@ def resuming_line(words: Sequence[str], prog: str) -> str:
 def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
     """Run one command line; errors that the user can mend end in two lines and exit status 2."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+    for name in (
+        "utilities.rank_zero",
+        "trainer.connectors.checkpoint_connector",
+        "trainer.connectors.callback_connector",
+    ):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(worth_saying)
     words = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from torch import Tensor
 from schemes import SchemeError
 
 from .files import write_whole
-from .order import batch_seed, run_seed
+from .order import batch_seed, run_seed, seed_generators
 from .resume import order_of
 
 REMEDY = "Lower the learning rate or clip: --trainer.gradient_clip_val 1"
@@ -110,10 +110,12 @@ def repeat(module: L.LightningModule, path: str | Path) -> Tensor:
         module: built as the run's was; its weights are replaced.
         path: the file.
     """
-    from .order import seed_generators
-
     held = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(held["state_dict"])
     module.train()
     seed_generators(held["seed"])
-    return module.training_step(held["batch"], held["batch_number"])  # type: ignore[return-value]
+    module.__dict__["log"] = lambda *args, **kwargs: None  # there is no run to log to
+    try:
+        return module.training_step(held["batch"], held["batch_number"])  # type: ignore[return-value]
+    finally:
+        del module.__dict__["log"]

@@ -296,8 +296,10 @@ def _reschedule(scheduler: LRScheduler, groups: list[dict[str, Any]], state: dic
             f"OneCycle ends after {state['total_steps'] - 1} steps, and the checkpoint has taken {step}\n"
             "  Resume with a longer run: --trainer.max_epochs or --trainer.max_steps"
         )
-    scheduler.load_state_dict({**state, "last_epoch": step - 1, "_step_count": step})
+    # A count of one would make torch ask whether the optimiser has stepped, which it has, in another process.
+    scheduler.load_state_dict({**state, "last_epoch": step - 1, "_step_count": step + 1})
     scheduler.step()
+    scheduler._step_count = step + 1
 
 
 class LastCheckpoint(Callback):

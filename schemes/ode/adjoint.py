@@ -15,7 +15,7 @@ from ..errors import SchemeError
 from .control import Control
 from .field import Field
 from .joint import solve
-from .reads import Autocast, Reads, vjp
+from .reads import Autocast, Reads, once, vjp
 from .trees import rms
 
 
@@ -28,11 +28,11 @@ class _Adjoint(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         ys, *_ = ctx.saved_tensors  # reading them refuses what was changed in place
-        gradients = ctx.back(ys, grad)
-        return None, None, *gradients
+        with torch.no_grad():
+            gradients = ctx.back(ys.detach(), grad)
+        return None, None, *once("adjoint", gradients)
 
 
 class Backward:

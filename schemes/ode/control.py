@@ -126,15 +126,15 @@ class Pace:
     def __init__(self, control: Control, order: int, h: float, sign: float):
         self.control, self.order, self.sign = control, order, sign
         self.ratios: list[float] = []
-        self.ratio = 0.0
         self.rejected = self.lands = self.stuck = False
+        self.broken = False  # whether the last step that was tried in vain was not finite
         self.h = self._within(h)
 
     def _within(self, h: float) -> float:
         return self.sign * min(max(abs(h), self.control.min_step), self.control.max_step)
 
     def propose(self, t: float, target: float) -> tuple[float, float]:
-        """The size and the end of the next step, which does not go beyond the target; ``lands`` says if it reaches it."""
+        """The size and the end of the next step, which goes no further than the target; ``lands``: it goes that far."""
         rest = target - t
         size, length = abs(self.h), abs(rest)
         self.lands = size * 1.01 >= length
@@ -145,9 +145,9 @@ class Pace:
 
     def accepts(self, h: float, ratio: float) -> bool:
         """Whether a step of that size and error is kept; sets the size of the next."""
-        self.ratio = ratio
         control = self.control
-        if ratio <= 1 or (abs(h) <= control.min_step and ratio < math.inf):
+        least = min(abs(h), abs(self.h)) <= control.min_step  # it cannot shrink
+        if ratio <= 1 or (least and ratio < math.inf):
             self.ratios = [ratio, *self.ratios[:2]]
             factor = control.factor(self.ratios, self.order)
             h1 = h * (min(factor, 1.0) if self.rejected else factor)
@@ -155,8 +155,8 @@ class Pace:
                 h1 = self.h  # a step cut short says little about the next
             self.h, self.rejected = self._within(h1), False
             return True
-        self.stuck = self.rejected and abs(h) <= control.min_step
-        self.rejected = True
+        self.stuck = self.rejected and least
+        self.rejected, self.broken = True, not ratio < math.inf
         self.h = self._within(h * control.shrink(ratio, self.order))
         return False
 
@@ -166,15 +166,15 @@ def first_step(f: Callable[[float, Tensor], Any], t: float, y: Tensor, k: Tensor
 
     Source: Hairer, Norsett, Wanner 1993, Solving Ordinary Differential Equations I, II.4.
     """
-    with torch.no_grad():
-        scale = c.scale(y.abs())
-        d0, d1 = torch.stack((c.measure(y / scale), c.measure(k / scale))).tolist()
-        h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
-        h = min(h, abs(span))
-        slope = f(t + math.copysign(h, span), y + math.copysign(h, span) * k)
-        d2 = float(c.measure((slope - k).div_(scale))) / h if h else 0.0
-        if not math.isfinite(d2):
-            return math.copysign(h * 1e-3, span)
-        top = max(d1, d2)
-        h1 = max(1e-6, h * 1e-3) if top <= 1e-15 else (0.01 / top) ** (1 / (order + 1))
+    scale = c.scale(y.abs())
+    d0, d1 = torch.stack((c.measure(y / scale), c.measure(k / scale))).tolist()
+    h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    h = min(h, abs(span))
+    # With a graph where the steps have one: a compiled field is then compiled once.
+    slope = f(t + math.copysign(h, span), y + math.copysign(h, span) * k).detach()
+    d2 = float(c.measure((slope - k).div_(scale))) / h if h else 0.0
+    if not math.isfinite(d2):
+        return math.copysign(h * 1e-3, span)
+    top = max(d1, d2)
+    h1 = max(1e-6, h * 1e-3) if top <= 1e-15 else (0.01 / top) ** (1 / (order + 1))
     return math.copysign(min(100 * h, h1, abs(span)), span)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ Time = float | Tensor
 def grids(times: Sequence[float], size: float | None, steps: int | None) -> list[list[float]]:
     """The grid of each interval: so many equal steps, or as many as keep a step within a size; one if neither."""
     found = []
-    for t0, t1 in zip(times, times[1:], strict=False):
+    for t0, t1 in pairwise(times):
         n = steps or (1 if size is None else max(1, math.ceil(abs(t1 - t0) / size - 1e-9)))
         found.append([t0 + (t1 - t0) * (i / n) for i in range(n)] + [t1])
     return found
@@ -143,6 +144,7 @@ def solve(
         run.steps.append((t0, t1 - t0))
         inside = place < len(times) and (times[place] - t1) * sign < 0
         piece: Hermite | None = None
+        ended = False
         if dense or events is not None or inside:
             if interp == "linear" and not dense and events is None:
                 piece = Hermite(t0, t1, y, y1, None, None)
@@ -152,14 +154,15 @@ def solve(
                 piece, k = Hermite(t0, t1, y, y1, k, end), end
             if dense:
                 run.segments.append(piece)
-            if events is not None and events.step(run, piece):
-                run.evaluations = f.count[0]
-                return run
+            ended = events is not None and events.step(run, piece)
         else:
             k = None
-        while grid is not None and place < len(times) and (times[place] - t1) * sign <= 0:
+        upto = run.t if ended else t1
+        while grid is not None and place < len(times) and (times[place] - upto) * sign <= 0:
             run.ys.append(y1 if times[place] == t1 else piece.at(times[place]))  # type: ignore[union-attr]
             place += 1
+        if ended:
+            break
         y = y1
         run.t, run.y = t1, y1
     run.evaluations = f.count[0]

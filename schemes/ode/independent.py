@@ -1,8 +1,8 @@
 """A step size per sample: samples are accepted and rejected apart, and rest when they are done.
 
-The field is called with all rows and times of shape (batch, 1, ...); where the data of the samples travels in a context,
-rows that are done are left out, and the context is sliced with them. Iterations are those of the slowest sample, so this
-pays where the field is dear: see the pages.
+The field is called with all rows and times of shape (batch, 1, ...); where the data of the samples travels in a
+context, rows that are done are left out, and the context is sliced with them. Iterations are those of the slowest
+sample, so this pays where the field is dear: see the pages.
 
 Gradients come from a second pass along the recorded steps, in which every row takes its own accepted steps and nothing
 else; so what a rejected step did, infinities included, leaves no trace in them.
@@ -96,16 +96,21 @@ def gathered(ks: Sequence[Tensor], row: Terms) -> Tensor:
     return out
 
 
+def shifted(y: Tensor, ks: Sequence[Tensor], row: Terms, step: Tensor) -> Tensor:
+    """y + step sum_j row[j] k_j."""
+    return torch.addcmul(y, gathered(ks, row), step) if row else y
+
+
 def attempt(pair: Pair, f: Callable[..., Tensor], t: Tensor, h: Tensor, y: Tensor, k: Tensor, side: Any = None) -> Any:
     """The state after a step of every row, and the slopes of the stages; ``side`` corrects times at jumps."""
     step = wide(h, y)
     ks, x = [k], y
     for c, row in pair.tail:
-        x = torch.addcmul(y, gathered(ks, row), step)
+        x = shifted(y, ks, row, step)
         time = t + c * h
         ks.append(f(side(time) if side is not None and c == 1 else time, x))
     if not pair.reuses:
-        x = torch.addcmul(y, gathered(ks, pair.weights), step)
+        x = shifted(y, ks, pair.weights, step)
     return x, ks
 
 
@@ -116,7 +121,7 @@ def within(pair: Pair, f: Callable[..., Tensor], t: Tensor, h: Tensor, y: Tensor
     step = wide(h, y)
     slopes = [*slopes]
     for c, row in zip(nodes, rows, strict=True):
-        slopes.append(f(t + c * h, torch.addcmul(y, gathered(slopes, row), step)))
+        slopes.append(f(t + c * h, shifted(y, slopes, row, step)))
 
     def at(theta: Tensor) -> Tensor:
         total = torch.zeros_like(y)
@@ -163,8 +168,9 @@ class Solve:
         control: tolerances and limits, of each sample.
         times: (batch, times) in double precision, strictly monotone along the second dimension, all in one direction.
         land: whether steps end on every time; else values within steps are interpolated.
-        events: what to look for; functions of (t, y) with one or several values per sample, (batch,) or (batch, values).
+        events: what to look for; functions of (t, y) with one or several values per sample.
         unpack: makes the user's state of a packed one.
+        early: whether the first sample that fails ends the solve.
     """
 
     def __init__(
@@ -177,9 +183,10 @@ class Solve:
         land: bool = True,
         events: Sequence[Event] = (),
         unpack: Callable[[Tensor], Any] = lambda y: y,
+        early: bool = False,
     ):
         self.rows, self.pair, self.control = rows, pair, control
-        self.times, self.land, self.events, self.unpack = times, land, events, unpack
+        self.times, self.land, self.events, self.unpack, self.early = times, land, events, unpack, early
         self.sign = 1.0 if bool((times[:, -1] >= times[:, 0]).all()) else -1.0
 
     def _stops(self) -> Tensor:
@@ -232,6 +239,7 @@ class Solve:
         h = h.clamp(control.min_step, control.max_step)  # sizes are positive here
         before, before2 = torch.ones_like(t), torch.ones_like(t)
         again = torch.zeros(n, dtype=torch.bool, device=device)
+        broken = torch.zeros_like(again)  # whether the last step that was tried in vain was not finite
         stop = torch.zeros_like(status)
         place = torch.ones_like(status)
         tries = torch.zeros_like(status)
@@ -248,13 +256,14 @@ class Solve:
                 if self.events[event[0].number].terminal:
                     status[event[1]], active[event[1]] = EVENT, False
         iterations = 0
-        while bool(active.any()):
+        while bool(active.any()) and not (self.early and bool((status > EVENT).any())):
             iterations += 1
             if self.rows.context is not None and not bool(active.all()):  # rows that are done are left out
                 keep = active.nonzero()[:, 0]
                 rows = keep if rows is None else rows[keep]
                 t, h, y, k, size, before, before2 = (x[keep] for x in (t, h, y, k, size, before, before2))
-                again, stop, place, tries, ratio, active = (x[keep] for x in (again, stop, place, tries, ratio, active))
+                again, broken, stop, place = (x[keep] for x in (again, broken, stop, place))
+                tries, ratio, active = (x[keep] for x in (tries, ratio, active))
                 stops, f = stops[keep], self.rows.at(rows)
                 if watch is not None:
                     watch.keep(keep)
@@ -265,17 +274,18 @@ class Solve:
             step = torch.where(lands, rest, torch.where(h * 2 > rest, rest / 2, h))
             stuck = active & ((t + sign * step == t) | (again & (h <= control.min_step) & ~lands & (ratio > 1)))
             ended = active & (tries >= control.max_steps)
-            why = torch.where(torch.isfinite(ratio), UNDERFLOW, NOT_FINITE)
+            why = torch.where(broken, NOT_FINITE, UNDERFLOW)
             status[own] = torch.where(stuck, why, torch.where(ended, MAX_STEPS, status[own]))
             active = active & ~stuck & ~ended
             step = torch.where(active, step, torch.zeros_like(step)) * sign
             t1 = torch.where(lands & active, target, t + step)
-            side = (lambda time: self._beside(time, y, True)) if jumps else None
+            side = (lambda time: self._beside(time, out, True)) if jumps else None
             y1, ks = attempt(pair, f, t, step, y, k, side)
             size1 = y1.abs()
             error = gathered(ks, pair.errors) * wide(step, y)
             ratio = norms(control, error / control.scale(torch.maximum(size, size1))).double()
-            good = (ratio <= 1) | ((step.abs() <= control.min_step) & torch.isfinite(ratio))
+            least = torch.minimum(step.abs(), h) <= control.min_step  # it cannot shrink
+            good = (ratio <= 1) | (least & torch.isfinite(ratio))
             good = good & active
             bad = active & ~good
             accepted[own] += good.long()
@@ -351,6 +361,7 @@ class Solve:
             grown = step.abs() * change
             grown = torch.where(lands & (h > grown) & ~again, h, grown)
             h1 = torch.where(good, grown, torch.where(bad, step.abs() * shrink, h))
+            broken = torch.where(bad, ~torch.isfinite(ratio), broken)
             again = torch.where(active, bad, again)
             h = h1.clamp(control.min_step, control.max_step)
             before2, before = torch.where(good, before, before2), torch.where(good, ratio, before)
@@ -403,14 +414,15 @@ class Solve:
                 wanted.setdefault(j, []).append(m)
         values = [y, *[torch.full_like(y, math.nan) for _ in range(width - 1)]]
         states: dict[int, Tensor] = {}
-        side = (lambda time: self._beside(time, y, True)) if jumps else None
+        like = y
+        side = (lambda time: self._beside(time, like, True)) if jumps else None
         k = f(self._beside(starts[0], y, False) if jumps else starts[0], y) if len(starts) else None
         for j, (t, h) in enumerate(zip(starts, sizes, strict=True)):
             if recompute:
 
-                def run(y: Tensor, k: Tensor, t: Tensor = t, h: Tensor = h) -> tuple[Tensor, ...]:
-                    y1, ks = attempt(pair, f, t, h, y, k, side)
-                    return (y1, *ks[1:])
+                def run(x: Tensor, k: Tensor, t: Tensor = t, h: Tensor = h) -> tuple[Tensor, ...]:
+                    x1, ks = attempt(pair, f, t, h, x, k, side)
+                    return (x1, *ks[1:])
 
                 y1, *ks = checkpoint(run, y, k, use_reentrant=False)  # type: ignore[misc]
                 ks = [k, *ks]

@@ -195,6 +195,8 @@ class _Problem:
         self.rtol, self.atol = rtol, atol
         if self.scheme.nodes is None:  # adaptive(...) brings its own tolerances
             own: Any = self.scheme
+            if reading.is_fixed(self.options) or own.backend != "schemes":
+                raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
             self.rtol, self.atol, self.scheme = own.rtol, own.atol, own.pair.scheme
             self.options.setdefault("max_steps", own.max_steps)
             self.gradient = "adjoint" if own.adjoint else self.gradient
@@ -203,11 +205,9 @@ class _Problem:
         self.func = func if self.packing.alone else self._packed
         fixed = reading.is_fixed(self.options)
         paired = isinstance(self.scheme, RungeKutta) and self.scheme.tableau.b_hat is not None
-        # A reversible scheme estimates its error too, where its rule is known.
-        adaptive = paired or (self.gradient == "reverse" and not isinstance(self.scheme, RungeKutta))
-        adaptive = adaptive and not fixed
-        self.adaptive = adaptive
-        if self.apart and not (paired and adaptive):
+        self.rule = reverse.rule_for(self.scheme) if self.gradient == "reverse" else reverse.rule(self.scheme)
+        self.adaptive = (paired if self.rule is None else self.rule.estimates) and not fixed
+        if self.apart and not (paired and self.adaptive):
             raise SchemeError(
                 f"odeint: batch='independent' wants an embedded pair that chooses its steps, not {self.scheme} with "
                 "fixed ones; take dopri5 or tsit5."
@@ -250,6 +250,8 @@ class _Problem:
     def _advice(self, status: str, began: bool) -> str:
         if status == "not_finite" and not began:
             return "look at y0 and at what func makes of it"
+        if status == "unstable":
+            return "take gradient='checkpoint' with a pair such as tsit5, or smaller steps"
         more = " (no event was found on the way)" if self.endless else ""
         return f"raise rtol and atol, or max_steps{more}, or ask for what was found: integrate(..., check=False)"
 
@@ -302,8 +304,22 @@ class _Problem:
         known = self.back.get("adjoint_params") or ()
         if self.adaptive:
             control = reading.control(self.options, self.rtol, self.atol, self.packing, self.y0)
-            if self.gradient == "reverse":
-                ys, run = reverse.solved(self.scheme, self.func, y, times, control, self._check, known=known)
+            if self.rule is not None:
+                if self.gradient == "adjoint":
+                    raise SchemeError(f"odeint: gradient='adjoint' wants an embedded pair, not {self.scheme}.")
+                ys, run = reverse.solved(
+                    self.rule,
+                    self.func,
+                    y,
+                    times,
+                    control,
+                    self._check,
+                    gradient=self.gradient,
+                    known=tuple(known),
+                    dense=self.dense,
+                    events=watch,
+                    callbacks=self._callbacks(),
+                )
                 return self._solution(ys, run, numbers)
             pair = Pair(self.scheme)
             ys, run = solved(
@@ -366,7 +382,8 @@ class _Problem:
             row: list[float] = points.detach().reshape(-1).tolist()
             if row[0] != numbers[0] or row[-1] != numbers[-1]:
                 raise SchemeError(
-                    f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {numbers[0]:g} to {numbers[-1]:g}."
+                    f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, "
+                    f"want from {numbers[0]:g} to {numbers[-1]:g}."
                 )
             grid = [row]
         elif given.interp is not None and size is not None:
@@ -375,8 +392,8 @@ class _Problem:
             grid = fixed_steps.grids(numbers, size, given.steps)
         if self.gradient == "adjoint":
             raise SchemeError(
-                f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {self.scheme} with fixed "
-                "ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
+                f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {self.scheme} with "
+                "fixed ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
             )
         if self.gradient == "reverse":
             if self.times.requires_grad:
@@ -387,7 +404,8 @@ class _Problem:
                 raise SchemeError(
                     "odeint: gradient='reverse' steps onto every time; want step_size or steps, no interp."
                 )
-            ys, run = reverse.solved(self.scheme, self.func, y, times, None, self._check, grid, known)
+            assert self.rule is not None
+            ys, run = reverse.solved(self.rule, self.func, y, times, None, self._check, grid, known=tuple(known))
             return self._solution(ys, run, numbers)
         moving = None
         if self.times.requires_grad and torch.is_grad_enabled():
@@ -539,6 +557,7 @@ class _Problem:
             land=reading.lands(self.options, pair),
             events=self.events,
             unpack=self.packing.unpack,
+            early=self.check,
         )
         batch = solve.run(y.detach())
         self._check_batch(batch)
@@ -608,7 +627,8 @@ class _Problem:
             state = self.packing.unpack(y[None])
             state = state[0] if self.packing.alone else _row(state, 0)
             found.append(Found(place.number, place.component, t, state, grazing, sample))
-        return sorted(found, key=lambda e: (e.sample or 0, float(e.t.detach())))
+        sign = 1.0 if bool((self.times[..., -1] >= self.times[..., 0]).all()) else -1.0
+        return sorted(found, key=lambda e: (e.sample or 0, sign * float(e.t.detach())))
 
 
 def _row(tree: Any, at: Any) -> Any:

@@ -1,6 +1,5 @@
 """One step size for the whole state: the loop that chooses it, steps, and gives values at the times asked for."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, contr
 def stalled(run: Run, pace: Pace, t: float, t1: float, control: Control) -> bool:
     """Whether the solve cannot go on; the run's status then says why."""
     if t1 == t or pace.stuck:
-        run.status = "underflow" if math.isfinite(pace.ratio) else "not_finite"
+        run.status = "not_finite" if pace.broken else "underflow"
     elif run.accepted + run.rejected >= control.max_steps:
         run.status = "max_steps"
     return run.status != "finished"
@@ -121,17 +120,20 @@ def solve(
             after(t, y, h)
         last: Tensor | None = tried.slopes[-1] if reuses else None
         piece: Segment | None = None
+        ended = False
         if dense or events is not None or (i < len(times) and (times[i] - t1) * sign < 0):
             if last is None:
                 last = g(t1, y1)
             piece = Segment(t, t1, h, y, method, tried, g, last)
             if dense:
                 run.segments.append(piece)
-            if events is not None and events.step(run, piece):
-                return run
-        while i < len(times) and (times[i] - t1) * sign <= 0:
+            ended = events is not None and events.step(run, piece)
+        upto = run.t if ended else t1
+        while i < len(times) and (times[i] - upto) * sign <= 0:
             run.ys.append(y1 if times[i] == t1 else piece.at(times[i]))  # type: ignore[union-attr]
             i += 1
+        if ended:
+            return run
         t, y, k, size = t1, y1, last, size1
         near = f
         if pace.lands:

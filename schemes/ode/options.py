@@ -71,8 +71,9 @@ def _times(name: str, value: Any) -> list[float]:
         return []
     if isinstance(value, Tensor) and value.requires_grad:
         raise SchemeError(f"odeint: {name} requires a gradient, which is not known for it; detach it.")
-    found = torch.as_tensor(value).reshape(-1).tolist()
-    return [float(t) for t in found]
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=torch.float64)
+    return [float(t) for t in value.reshape(-1).tolist()]
 
 
 def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, y: Tensor) -> Control:
@@ -127,7 +128,8 @@ def fixed(options: Mapping[str, Any]) -> FixedOptions:
             raise SchemeError(f"odeint: steps is {steps:g}, want a whole number of steps per interval, at least 1.")
         found.steps = int(steps)
     if options.get("grid") is not None:
-        found.grid = torch.as_tensor(options["grid"])
+        grid = options["grid"]
+        found.grid = grid if isinstance(grid, Tensor) else torch.as_tensor(grid, dtype=torch.float64)
     found.interp = options.get("interp")
     if found.interp not in (None, "linear", "cubic"):
         raise SchemeError(f"odeint: interp is {found.interp!r}, want 'linear', 'cubic' or None.")

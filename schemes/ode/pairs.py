@@ -55,6 +55,8 @@ class Pair:
         self.tail = tuple((x, terms(row)) for x, row in zip(c[1:], a[1:], strict=True))
         self.weights = terms(b)
         self.errors = terms([v - u for u, v in zip(b, b_hat, strict=True)])  # type: ignore[arg-type]
+        if not self.errors:
+            raise SchemeError(f"{scheme}: its companion is the method itself, which estimates no error.")
         self.tableau = tableau
         self._dense: tuple[Any, ...] | None = None
 
@@ -63,10 +65,9 @@ class Pair:
         ks = [k]
         x = y
         for c, row in self.tail:
-            j, a = row[0]
-            x = torch.add(y, ks[j], alpha=h * a)
-            for j, a in row[1:]:
-                x.add_(ks[j], alpha=h * a)
+            x = y
+            for n, (j, a) in enumerate(row):
+                x = x.add_(ks[j], alpha=h * a) if n else torch.add(y, ks[j], alpha=h * a)
             ks.append(f(t + c * h, x))
         if self.reuses:  # the last stage stood at the end of the step
             return Attempt(x, ks)

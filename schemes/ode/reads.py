@@ -158,3 +158,25 @@ def vjp(k: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None
     if not k.requires_grad:
         return [None] * len(inputs)
     return list(torch.autograd.grad(k, tuple(inputs), grad, allow_unused=True, retain_graph=True))
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, way: str, handle: Tensor, *grads: Tensor):
+        ctx.way = way
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        raise SchemeError(
+            f"odeint: gradient={ctx.way!r} has no second derivatives; take gradient='store' or 'checkpoint'."
+        )
+
+
+def once(way: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients whose own derivative is refused, where a graph of them is asked for (and else would be lost)."""
+    if not torch.is_grad_enabled():
+        return list(grads)
+    handle = torch.zeros((), requires_grad=True)
+    marked = iter(_Once.apply(way, handle, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
+    return [None if g is None else next(marked) for g in grads]

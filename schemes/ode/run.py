@@ -16,7 +16,7 @@ class Run:
         ys: values at the times asked for, as far as the solve came.
         t: the time that it reached.
         y: the state there.
-        status: "finished", "event", "max_steps", "underflow" or "not_finite".
+        status: "finished", "event", "max_steps", "underflow", "not_finite" or "unstable" (of reversible schemes).
         sample: the sample at fault.
         accepted: steps that were kept.
         rejected: steps that were not.
@@ -51,5 +51,6 @@ class Run:
         return {
             "not_finite": f"the state stopped being finite after {where}",
             "underflow": f"the step size fell below what the number format resolves at {where}",
+            "unstable": f"the streams of a reversible scheme have come apart at {where}, as on stiff fields they do",
             "max_steps": f"{self.accepted + self.rejected} steps were used up at {where}",
         }[self.status]

@@ -20,8 +20,8 @@ class Solution:
     Attributes:
         t: the times asked for, as far as the solve came.
         y: the values there, stacked along the first dimension, in the structure of y0.
-        status: "finished", "event", "max_steps", "underflow" (the step size fell below rounding) or "not_finite"; one
-            per sample under ``batch="independent"``.
+        status: "finished", "event", "max_steps", "underflow" (the step size fell below rounding), "not_finite" or
+            "unstable" (the streams of a reversible scheme came apart); one per sample under ``batch="independent"``.
         reached: the time that the solve reached, one per sample likewise.
         last: the state there.
         accepted: number of steps that were kept, per sample likewise.

@@ -22,6 +22,7 @@ ROWS = [
     *(f"ddp {kind} {name}" for kind in ("plain", "unused", "static") for name in NAMES),
     *(f"ddp {kind} shared" for kind in ("plain", "unused", "static")),
     "ddp partly used",
+    "ddp auto",
     *(f"fsdp steps {name}" for name in NAMES),
     *(f"fsdp steps and root {name}" for name in NAMES),
     *(f"fsdp root {name}" for name in NAMES),
@@ -114,6 +115,22 @@ def ddp_partly(rank: int) -> float:
     return distance(got, {k: p.grad for k, p in want.named_parameters() if k < "steps.2"})
 
 
+def ddp_auto(rank: int) -> Any:
+    """Both take one choice, and one that measures by itself waits for nobody."""
+    x = batch(64, seed=10 + rank)
+    if rank == 0:
+        build("leapfrog", 3, backprop="auto(memory=1GB)")(x).sum().backward()
+    memory = 0.6 * build("revnet", 12, backprop="store").plan(x).predicted / 2**20
+    stack = build("revnet", 12, backprop=f"auto(memory={memory})")
+    got = train(DistributedDataParallel(stack), stack, x, 1)
+    plans: list[Any] = [None, None]
+    dist.all_gather_object(plans, str(stack.monitor.plan.plan))
+    want = build("revnet", 12, backprop="store")
+    sum(loss_of(want(batch(64, seed=10 + r))) / 2 for r in range(2)).backward()  # type: ignore[union-attr]
+    error = distance(got, {k: p.grad for k, p in want.named_parameters()})
+    return error if plans[0] == plans[1] != "12*store" else f"plans {plans}"
+
+
 def fsdp(rank: int, kind: str, name: str) -> float:
     stack = make(name, "reverse")
     if "steps" in kind:
@@ -157,6 +174,8 @@ def run_row(row: str, rank: int) -> Any:
     kind, _, rest = row.partition(" ")
     if row == "ddp partly used":
         return ddp_partly(rank)
+    if row == "ddp auto":
+        return ddp_auto(rank)
     if row == "fsdp inside a step":
         return fsdp_inside(rank)
     if row.startswith("fsdp middle output"):

@@ -1,6 +1,7 @@
 """Weights in and out: published layouts give the same logits; a misfit is listed and nothing is loaded."""
 
 import builtins
+import re
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from odenets import checkpoints
+from odenets.checkpoints import load, save
 from odenets.models import HOResNet, ResNet, create_model
 from schemes import MixingWarning, SchemeError
 
@@ -351,3 +353,119 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         checkpoints.load(small(), tmp_path / "a.safetensors")
     with pytest.raises(ImportError, match=r'pip install "odenets\[train\]"'):
         checkpoints.save(small(), tmp_path / "b.safetensors")
+
+
+# --- what a file may hold, and what it may not ------------------------------------------------------------------------
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda t: t.to_sparse(), "not dense (sparse_coo)"),
+        (lambda t: t.to_sparse_csr(), "not dense (sparse_csr)"),
+        (lambda t: t.to("meta"), "on the meta device"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantised"),
+        (lambda t: t + 1j, "complex64, want float32"),
+    ],
+    ids=["coo", "csr", "meta", "quantised", "complex"],
+)
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|quantize_per_tensor|torch.ao.quantization|deprecated).*")
+def test_tensors_that_cannot_be_copied_are_refused_by_name_and_nothing_changes(make, words):
+    net = two_layers()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state = {k: torch.ones_like(v) for k, v in before.items()}
+    state["1.weight"] = make(state["1.weight"])
+    with pytest.raises(SchemeError, match=re.escape(f"1.weight is {words}")):
+        load(net, state)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_numbers_of_another_type_load_equal(kind):
+    net = two_layers()
+    state = {k: (torch.arange(v.numel()).view(v.shape) % 2).to(kind) for k, v in net.state_dict().items()}
+    state["0.bias"] = torch.tensor([float("nan"), float("inf")])
+    load(net, state)
+    for k, v in net.state_dict().items():
+        assert torch.equal(v.nan_to_num(7), state[k].float().nan_to_num(7))
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        net = nn.Linear(2, 2)
+    with pytest.raises(SchemeError, match="to_empty"):
+        load(net, nn.Linear(2, 2).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("raw", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("net", "ema")]
+)
+def test_averaged_weights_are_taken_and_it_is_said(tmp_path, raw, averaged):
+    net = nn.Linear(2, 2)
+    state = {k: torch.ones_like(v) for k, v in net.state_dict().items()}
+    torch.save({raw: {k: 0 * v for k, v in state.items()}, averaged: state, "epoch": 3}, tmp_path / "w.pth")
+    report = load(net, tmp_path / "w.pth")
+    assert (net.weight == 1).all() and report.dropped == (f"{raw} (raw; the averaged {averaged} is loaded)",)
+    assert load(net, {raw: state, averaged: {}}).dropped == ()
+
+
+def test_harmless_types_of_published_files_load_and_code_does_not(tmp_path):
+    import argparse
+    from pathlib import Path, PurePosixPath
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    state = nn.Linear(2, 2).state_dict()
+    beside = {
+        "args": argparse.Namespace(lr=0.1, out=Path("x"), opts=[1]),
+        "more": SimpleNamespace(a=PurePosixPath("y")),
+        "best": np.float64(0.5),
+        "epoch": np.int64(3),
+    }
+    torch.save({"model": state, **beside}, tmp_path / "w.pth")
+    assert load(nn.Linear(2, 2), tmp_path / "w.pth").loaded == 2
+    torch.save({"model": state, "code": print}, tmp_path / "w.pth")
+    with pytest.raises(SchemeError, match="more than tensors"):
+        load(nn.Linear(2, 2), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("kind", ["pth", "old.pth", "safetensors"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_is_an_error_of_ours_and_changes_nothing(tmp_path, kind):
+    import random
+
+    net, path = two_layers(), tmp_path / f"w.{kind}"
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    if kind == "safetensors":
+        save(net, path)
+    else:
+        torch.save({"state_dict": before}, path, _use_new_zipfile_serialization=kind == "pth")
+    whole, draw = path.read_bytes(), random.Random(0)
+    refused = 0
+    for trial in range(150):
+        data = bytearray(whole)
+        if trial % 3 == 0:
+            del data[draw.randrange(len(data)) :]
+        else:
+            for _ in range(draw.choice((1, 4, 30))):
+                data[draw.randrange(min(len(data), 900 if trial % 3 == 1 else len(data)))] = draw.randrange(256)
+        path.write_bytes(bytes(data))
+        target = two_layers()
+        try:
+            load(target, path)
+        except SchemeError:
+            refused += 1
+            assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+    assert refused > 60
+
+
+@pytest.mark.parametrize("held", [{1: torch.zeros(2)}, {"a": [1]}, {"state_dict": {"a": "b"}}, {"model": {}}, {}])
+def test_what_is_no_state_dict_is_refused(held):
+    with pytest.raises(SchemeError, match="want a state dict"):
+        load(nn.Linear(2, 2), held)

@@ -1,0 +1,397 @@
+"""Mode "auto": measures, chooses the fastest plan that fits, and says what it comes to.
+
+With several processes the first that has measured decides for all. The choice goes through the store of
+torch.distributed, where a key is written once: nobody waits for anybody, so that a process that measures alone, or
+never, stops no other.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from schemes.errors import SchemeError
+from schemes.scheme import State
+
+from .anchors import BOUNDS
+from .meter import Meter
+from .modes import Auto, Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, parse_mode
+from .plan import Chain, Piece
+from .sizes import show
+from .survey import Namer, Survey, modules_of, readout_of
+from .walk import Pass
+
+log = logging.getLogger("odenets.backprop")
+LOSS = 4  # times the output: its gradient, and what y.square().mean() takes to make it
+WAYS = ("store", "offload", "checkpoint", "reverse")
+
+
+class Chosen(NamedTuple):
+    """A choice that a stack remembers.
+
+    Attributes:
+        plan: the plan.
+        size: bytes of the streams that it was made for; larger ones are measured again.
+        final: whether what was measured was finite; otherwise the next pass measures again.
+    """
+
+    plan: Plan
+    size: int
+    final: bool
+
+    def state(self) -> dict[str, Any]:
+        """The choice as plain values."""
+        return {"plan": [[n, str(m)] for n, m in self.plan.segments], "size": self.size, "final": self.final}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Chosen":
+        """The choice that gave these values."""
+        segments = tuple((int(n), parse_mode(str(m))) for n, m in state["plan"])
+        return cls(Plan(segments), int(state["size"]), bool(state["final"]))
+
+
+def chosen(auto: Auto, given: Pass, state: State, measured: "Callable[[], Measured] | None" = None) -> Plan:
+    """The plan of a stack, which is measured where it has none, or one for a smaller input.
+
+    Args:
+        auto: what may be chosen.
+        given: the pass.
+        state: the streams before it.
+        measured: gives the measurement, where there is one.
+
+    Raises:
+        SchemeError: no plan fits.
+    """
+    size = sum(x.nbytes for x in state)
+
+    def choose() -> Chosen:
+        found = measure(auto, given, state) if measured is None else measured()
+        return Chosen(found.choose(), size, found.survey.finite)
+
+    monitor = given.monitor
+    with monitor.planning:
+        found: Chosen | None = monitor.plan
+        # Several processes keep what they have agreed on: a larger input of one is no news to the others.
+        larger = found is not None and size > found.size and shared_store() is None
+        if found is None or not found.final or larger:
+            monitor.plan = found = agreed(auto, given, state, choose)
+            log.info("backprop: %s chose %s for %s of streams", auto, found.plan, show(size))
+        return found.plan
+
+
+class Measured:
+    """A stack's steps as measured, and the plans that follow.
+
+    Args:
+        auto: what may be chosen.
+        survey: the measurement.
+        end: bytes live at the loss.
+        given: names of the input's storages, which somebody else holds.
+    """
+
+    def __init__(self, auto: Auto, survey: Survey, end: int, given: Sequence[int]):
+        self.auto, self.survey = auto, survey
+        self.chain = Chain(survey.steps, end, given)
+        self.memory = survey.enough
+
+    def choose(self) -> Plan:
+        """The fastest plan that fits.
+
+        Raises:
+            SchemeError: none does.
+        """
+        pieces = fastest(self.chain, self.auto, self.memory, self.bound)
+        return Plan(tuple(segments_of(pieces)))
+
+    @property
+    def bound(self) -> float:
+        """What errors keep to; nothing where the measurement says nothing."""
+        if not self.survey.finite:
+            return float("inf")
+        return float(self.auto.bound or BOUNDS.get(self.survey.start[0].dtype, 1e-5))
+
+
+def fastest(chain: Chain, auto: Auto, memory: float, bound: float) -> list[Piece]:
+    """The pieces of the fastest plan.
+
+    Raises:
+        SchemeError: none fits; with what is missing.
+    """
+    ways = (*WAYS, "fixed")
+    found = chain.fastest(ways, memory, bound)
+    if auto.exact and all("exact" in p.costs for p in chain.profiles):
+        # Rounding to a grid is another arithmetic: all steps or none, whatever the memory.
+        whole = [chain.piece(0, len(chain.profiles), "exact")]
+        time = whole[0].time
+        if chain.outcomes(whole)[1] <= memory and (found is None or time < found[1]):
+            return whole
+    if found is None:
+        least = chain.least(ways, bound)
+        raise SchemeError(
+            f"Stack: no plan fits into {show(memory)}; the least that one takes is {show(least)}, "
+            f"{show(least - memory)} more.\n  Give it more, backprop='auto(memory=...)', or a smaller batch."
+        )
+    return found[0]
+
+
+def budget(auto: Auto, device: torch.device) -> float:
+    """The bytes that training may take."""
+    return auto.memory * 2**20 if auto.memory is not None else auto.share * free(device)
+
+
+def ways_for(auto: Auto, state: State) -> list[str]:
+    """How steps may be run."""
+    ways = [way for way in WAYS if way != "offload" or (auto.offload and state[0].is_cuda)]
+    return [*ways, "exact"] if auto.exact else ways
+
+
+def measure(auto: Auto, given: Pass, state: State) -> Measured:
+    """Measures the steps of a pass."""
+    namer = Namer(outside_of(modules_of(given), given.context))
+    names = namer.names(state)
+    survey = Survey(given, state, namer, ways_for(auto, state), budget(auto, state[0].device))
+    last = survey.run()
+    return Measured(auto, survey, end_of(given, last), tuple(names))
+
+
+def outside_of(modules: Sequence[nn.Module], *given: Any) -> list[Tensor]:
+    """The tensors that are there before a pass, and do not count."""
+    tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
+    return tensors + [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+
+
+def end_of(given: Pass, state: State) -> int:
+    """Bytes of the output, where it is no stream itself, and of what a loss such as y.square().mean() takes."""
+    output, copied = readout_of(given, state)
+    return (output if copied else 0) + LOSS * output
+
+
+def free(device: torch.device) -> float:
+    """Bytes that a device has free, with what torch's allocator holds unused."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # not on this system
+        raise SchemeError("backprop='auto' does not find out what is free here: say it, 'auto(memory=2GB)'.") from None
+
+
+def segments_of(pieces: Sequence[Piece]) -> Iterator[tuple[int, Mode]]:
+    """The segments of a plan: neighbours of one way in one, where that runs the same."""
+    run: list[Piece] = []
+    for piece in (*pieces, None):
+        if run and not (piece is not None and _joins(run, piece)):
+            yield sum(p.last - p.first for p in run), _mode_of(run)
+            run = []
+        if piece is not None:
+            run.append(piece)
+
+
+def _joins(run: Sequence[Piece], piece: Piece) -> bool:
+    """Whether a piece carries on: stored ones do, others where all but the last are of one length."""
+    if piece.way != run[0].way:
+        return False
+    lengths = {p.last - p.first for p in run}
+    return piece.way in ("store", "offload") or (len(lengths) == 1 and piece.last - piece.first <= max(lengths))
+
+
+def _mode_of(run: Sequence[Piece]) -> Mode:
+    length = run[0].last - run[0].first
+    match run[0].way:
+        case "checkpoint":
+            return Checkpoint(length)
+        case "reverse":
+            return Reverse(every=length if len(run) > 1 else 0)
+        case "exact":
+            return Exact()
+        case "offload":
+            return Offload()
+    return Store()
+
+
+def pieces_of(chain: Chain, plan: Plan, first: int, monitor: Any, refused: Mapping[str, str]) -> Iterator[list[Piece]]:
+    """The pieces that each segment of a plan runs."""
+    for i, (count, mode) in enumerate(plan.segments):
+        way, every = _way_of(mode, count, monitor.part(i), chain.profiles[first].before)
+        if any(way not in p.costs for p in chain.profiles[first : first + count]):
+            raise SchemeError(f"Stack: {mode} cannot be measured here: {refused.get(way, 'it does not run')}")
+        places = [*range(first, first + count, every), first + count]
+        yield [chain.piece(a, b, way) for a, b in pairwise(places)]
+        first += count
+
+
+def _way_of(mode: Mode, count: int, monitor: Any, streams: Mapping[int, int]) -> tuple[str, int]:
+    match mode:
+        case Checkpoint():
+            return "checkpoint", mode.every
+        case Reverse():
+            every = mode.every
+            if mode.memory is not None:
+                every = -(-count // max(1, int(float(mode.memory) * 2**20 / max(1, sum(streams.values())))))
+            elif every is None:
+                every = monitor.every
+            return "reverse", every or count
+        case Exact():
+            return "exact", 1 if mode.store else count
+        case Offload():
+            return "offload", count
+    return "store", count
+
+
+# Agreement of several processes
+
+_counts: dict[str, int] = {}
+
+
+def agreed(auto: Auto, given: Pass, state: State, choose: Callable[[], Chosen]) -> Chosen:
+    """The choice of the process that was the first to make it; its own where there is but one.
+
+    Raises:
+        SchemeError: the first found no plan that fits.
+    """
+    store = shared_store()
+    if store is None:
+        return choose()
+    shapes = [(str(step.scheme), tuple(p.numel() for p in step.parameters())) for step in given.steps]
+    like = repr((str(auto), shapes, [tuple(x.shape[1:]) for x in state], state[0].dtype))
+    key = "odenets/plan/" + hashlib.sha256(like.encode()).hexdigest()[:24]
+    _counts[key] = _counts.get(key, 0) + 1
+    key = f"{key}/{_counts[key]}"
+    try:
+        mine = json.dumps(choose().state())
+    except SchemeError as error:
+        mine = json.dumps({"error": str(error)})
+    found = json.loads(store.compare_set(key, "", mine))
+    if "error" in found:
+        raise SchemeError(found["error"])
+    return Chosen.of(found)
+
+
+def shared_store() -> Any:
+    """The store of torch.distributed, where it is initialised and there are several processes."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+# Reports
+
+
+class Row(NamedTuple):
+    """One segment in a report.
+
+    Attributes:
+        stack: name of its stack, "" where there is one alone.
+        first: its first step.
+        last: its last step.
+        mode: how it is run.
+        live: bytes live after its forward pass, as predicted.
+        measured: the same, as measured.
+        peak: the most bytes that are live while it runs, forward and backward, as predicted.
+        seconds: of both, as predicted.
+        error: relative error of the states that it makes again, as predicted.
+    """
+
+    stack: str
+    first: int
+    last: int
+    mode: str
+    live: int
+    measured: int | None
+    peak: int
+    seconds: float
+    error: float
+
+
+@dataclass
+class Report:
+    """What a plan comes to; printed, a table.
+
+    Attributes:
+        rows: one for each segment.
+        plans: the plan of each stack, by its name.
+        predicted: peak in bytes, without parameters, their gradients, and the input.
+        measured: the same, of one pass.
+        seconds: of a forward and backward pass through the stacks, as predicted.
+        measured_seconds: of one pass; of a whole model, with all that is not in stacks.
+        memory: bytes that it was to keep to, None where nothing was asked.
+        error: largest relative error of a state that is made again, as predicted.
+        drift: the same, as measured; None where none was made again, or it is not known yet.
+    """
+
+    rows: list[Row]
+    plans: dict[str, Plan]
+    predicted: int
+    seconds: float
+    memory: float | None = None
+    measured: int | None = None
+    measured_seconds: float | None = None
+    drift: float | None = None
+    stacks: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, where there is one stack."""
+        (plan,) = self.plans.values()
+        return plan
+
+    @property
+    def error(self) -> float:
+        """The largest of the rows."""
+        return max((row.error for row in self.rows), default=0.0)
+
+    def apply(self) -> None:
+        """Sets the plans as ``backprop`` of their stacks."""
+        for name, plan in self.plans.items():
+            self.stacks[name].backprop = plan
+
+    def __str__(self) -> str:
+        named = any(row.stack for row in self.rows)
+        head = [*(["stack"] if named else []), "steps", "mode", "live", "measured", "peak", "ms", "error"]
+        table = [head]
+        for r in self.rows:
+            steps = f"{r.first}-{r.last}" if r.last > r.first else f"{r.first}"
+            measured = "" if r.measured is None else show(r.measured)
+            error = f"{r.error:.1e}" if r.error else "0"
+            cells = [steps, r.mode, show(r.live), measured, show(r.peak), f"{1e3 * r.seconds:.2f}", error]
+            table.append([*([r.stack] if named else []), *cells])
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        left = 3 if named else 2
+        lines = [
+            "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in table
+        ]
+        lines.append(f"peak: predicted {show(self.predicted)}" + self._measured())
+        if self.memory is not None:
+            lines[-1] += f", allowed {show(self.memory)}"
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _measured(self) -> str:
+        if self.measured is None or self.measured_seconds is None:
+            return ""
+        drift = "" if self.drift is None else f", drift {self.drift:.1e}"
+        times = f"time: predicted {1e3 * self.seconds:.2f} ms, measured {1e3 * self.measured_seconds:.2f} ms"
+        return f", measured {show(self.measured)}; {times}{drift}"
+
+
+class Marked(Mode):
+    """Runs a mode, and marks its end."""
+
+    def __init__(self, mode: Mode, meter: Meter):
+        self.mode, self.meter, self.by_inverse = mode, meter, mode.by_inverse
+
+    def run(self, given: Pass, state: State) -> State:
+        """The state after the last step."""
+        state = self.mode.run(given, state)
+        self.meter.mark()
+        return state

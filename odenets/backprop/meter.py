@@ -1,0 +1,172 @@
+"""How much memory some code takes, in the intervals between marks: live bytes, and the most that was live.
+
+On a GPU the allocator's own count, whose peak is reset. On the processor the allocator's events, as torch's profiler
+records them in one thread; where a profiler is on already, the storages of all tensors that operations return, which
+leaves out what a kernel allocates for itself.
+"""
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Interval(NamedTuple):
+    """Bytes above the level before the first mark.
+
+    Attributes:
+        start: live at the mark.
+        most: the most that was live from there to the next mark, or the end.
+    """
+
+    start: int
+    most: int
+
+
+class Meter(ABC):
+    """A context that measures; ``mark`` begins an interval, and ``intervals`` holds them all once it is left."""
+
+    def __init__(self) -> None:
+        self.intervals: list[Interval] = []
+
+    @abstractmethod
+    def __enter__(self) -> "Meter": ...
+
+    @abstractmethod
+    def __exit__(self, *error: Any) -> None: ...
+
+    @abstractmethod
+    def mark(self) -> None:
+        """Begins an interval."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were live in any interval."""
+        return max((i.most for i in self.intervals), default=0)
+
+
+class _CudaMeter(Meter):
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.base, self.start = device, 0, 0
+
+    def __enter__(self) -> "Meter":
+        self.base = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def mark(self) -> None:
+        self._close()
+        self.start = torch.cuda.memory_allocated(self.device) - self.base
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.open = True
+
+    open = False
+
+    def _close(self) -> None:
+        if self.open:
+            most = torch.cuda.max_memory_allocated(self.device) - self.base
+            self.intervals.append(Interval(self.start, most))
+        self.open = False
+
+    def __exit__(self, *error: Any) -> None:
+        self._close()
+
+
+class _EventMeter(Meter):
+    """Reads the allocator's events of this thread, in their order."""
+
+    MARK = "odenets::mark"
+
+    def __enter__(self) -> "Meter":
+        from torch.autograd import profiler_legacy as legacy
+
+        experimental = torch._C._profiler._ExperimentalConfig()  # type: ignore[attr-defined]
+        legacy._enable_profiler_legacy(  # type: ignore[attr-defined]
+            legacy.ProfilerConfig(legacy.ProfilerState.CPU, False, True, False, False, False, experimental)
+        )
+        return self
+
+    def mark(self) -> None:
+        with torch.autograd.profiler.record_function(self.MARK):
+            pass
+
+    def __exit__(self, *error: Any) -> None:
+        from torch.autograd.profiler_legacy import _disable_profiler_legacy  # type: ignore[attr-defined]
+
+        live = 0
+        found: list[list[int]] = []
+        for event in (e for thread in _disable_profiler_legacy() for e in thread):
+            if event.kind() == "memory_alloc":
+                live += event.cpu_memory_usage()
+                if found:
+                    found[-1][1] = max(found[-1][1], live)
+            elif event.kind() == "push" and event.name() == self.MARK:
+                found.append([live, live])
+        base = found[0][0] if found else 0
+        self.intervals = [Interval(start - base, most - base) for start, most in found]
+
+
+class _StorageMeter(TorchDispatchMode, Meter):
+    """Counts the storages that operations make, until they are gone."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        Meter.__init__(self)
+        self.seen: dict[int, Any] = {}
+        self.live, self.found = 0, [[0, 0]]
+
+    def mark(self) -> None:
+        self.found.append([self.live, self.live])
+
+    def __exit__(self, *error: Any) -> None:
+        TorchDispatchMode.__exit__(self, *error)
+        base = self.found[1][0] if len(self.found) > 1 else 0
+        self.intervals = [Interval(start - base, most - base) for start, most in self.found[1:]]
+
+    def _see(self, x: Any, new: bool) -> None:
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            return
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        size = storage.nbytes() if new else 0
+
+        def gone(_: Any) -> None:
+            self.seen.pop(key, None)
+            self.live -= size
+
+        self.seen[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.found[-1][1] = max(self.found[-1][1], self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in pytree.tree_leaves((args, kwargs)):
+            self._see(x, False)
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(out):
+            self._see(x, True)
+        return out
+
+
+def meter_on(device: torch.device) -> Meter:
+    """What measures the memory of a device.
+
+    Example:
+        >>> with meter_on(torch.device("cpu")) as meter:
+        ...     meter.mark()
+        ...     x = torch.zeros(256)
+        ...     meter.mark()
+        ...     del x
+        >>> [interval.most for interval in meter.intervals]
+        [1024, 1024]
+    """
+    if device.type == "cuda":
+        return _CudaMeter(device)
+    if torch._C._autograd._profiler_enabled():
+        return _StorageMeter()
+    return _EventMeter()

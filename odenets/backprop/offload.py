@@ -1,0 +1,85 @@
+"""Kept tensors on the host: what autograd saves goes there in the forward pass, and comes back when it is used."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+SMALLEST = 4096  # bytes that are worth a copy
+
+
+class _Kept:
+    """A saved tensor that stays where it is; it must not be written to, as for any saved tensor."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor, -1 if tensor.is_inference() else tensor._version
+
+    def back(self) -> Tensor:
+        if self.version >= 0 and self.tensor._version != self.version:
+            raise RuntimeError(
+                f"Stack: a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed in "
+                f"place: it is at version {self.tensor._version}, expected {self.version}."
+            )
+        return self.tensor
+
+
+class _OnHost:
+    """A saved tensor's copy on the host."""
+
+    __slots__ = ("copy", "device")
+
+    def __init__(self, tensor: Tensor):
+        self.device = tensor.device
+        self.copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self.copy.copy_(tensor)
+
+    def back(self) -> Tensor:
+        return self.copy.to(self.device, non_blocking=self.copy.is_pinned())
+
+
+class Offloading(saved_tensors_hooks):
+    """Inside, what autograd saves is kept on the host; parameters and small tensors stay where they are.
+
+    A tensor that several operations save is copied once.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[tuple[Any, ...], tuple[Any, _OnHost]] = {}
+        super().__init__(self._pack, _back)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.copies.clear()
+
+    def _pack(self, x: Tensor) -> Any:
+        # A leaf is a parameter or an input, which is there all the time. On the host there is nowhere else to go.
+        stays = x.device.type == "cpu" or x.layout != torch.strided or x.nbytes < SMALLEST or x.is_inference()
+        if (
+            stays
+            or (x.is_leaf and x.requires_grad)
+            or (x._base is not None and x._base.is_leaf and x._base.requires_grad)
+        ):
+            return _Kept(x)
+        storage = x.untyped_storage()
+        key = (storage._cdata, x._version, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
+        known = self.copies.get(key)
+        if known is not None and known[0]() is storage:
+            return known[1]
+        copy = _OnHost(x)
+        self.copies[key] = (weakref.ref(storage), copy)
+        return copy
+
+
+def _back(kept: Any) -> Tensor:
+    return kept.back()
+
+
+def offloaded(run: Callable[[], Any]) -> Any:
+    """What ``run()`` returns, all that it saves on the host."""
+    with Offloading():
+        return run()

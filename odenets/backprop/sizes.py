@@ -1,0 +1,63 @@
+"""Sizes of memory as one writes them: 2GB, 512MiB; a plain number counts MiB."""
+
+from fractions import Fraction
+from typing import Any
+
+from schemes.errors import SchemeError
+from schemes.language import Reader
+
+_MEBI = 2**20
+_BYTES = {
+    **{name: 1000**n for n, name in enumerate(("kB", "MB", "GB", "TB"), 1)},
+    **{name: 1024**n for n, name in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)},
+}
+# MiB in one of each: GB counts in thousands, GiB in 1024s.
+UNITS = {**{name: Fraction(size, _MEBI) for name, size in _BYTES.items()}, "KB": Fraction(1000, _MEBI)}
+
+
+def mebibytes(given: Any, what: str) -> float:
+    """A size in MiB, from a number of MiB or a text.
+
+    Args:
+        given: the size.
+        what: its name, for messages.
+
+    Raises:
+        SchemeError: anything else, or nothing positive.
+
+    Example:
+        >>> mebibytes("1.5GiB", "memory"), mebibytes(64, "memory")
+        (1536.0, 64.0)
+    """
+    value = Reader({}, {}, what="size", units=UNITS).read(given) if isinstance(given, str) else given
+    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 < value < float("inf"):
+        raise SchemeError(f"backprop: {what} is {given!r}, want a size such as 2GB, 512MiB, or a number of MiB.")
+    return float(value)
+
+
+def format_size(mib: float) -> str:
+    """The size as one writes it, so that it is read as the same number.
+
+    Example:
+        >>> format_size(2048.0), format_size(mebibytes("2GB", "memory")), format_size(0.3)
+        ('2GiB', '2GB', '307.2KiB')
+    """
+    for name, size in sorted(_BYTES.items(), key=lambda pair: -pair[1]):
+        count = Fraction(mib) * _MEBI / size
+        text = f"{round(float(count), 3):g}"
+        if 1 <= count < 1000 and "e" not in text and float(Fraction(text) * UNITS[name]) == mib:
+            return text + name
+    return f"{mib:g}" if float(f"{mib:g}") == mib else repr(mib)
+
+
+def show(size: float) -> str:
+    """Some bytes, for messages and tables.
+
+    Example:
+        >>> show(3 * 2**20), show(5000)
+        ('3.00 MiB', '4.88 KiB')
+    """
+    for name in ("GiB", "MiB"):
+        if abs(size) >= _BYTES[name]:
+            return f"{size / _BYTES[name]:.2f} {name}"
+    return f"{size / 1024:.2f} KiB"

@@ -1,0 +1,437 @@
+"""Measures a pass step by step: what each saves, takes and costs in each way it may be run.
+
+Every residual function runs forward once, with a graph that is dropped as soon as its storages are named; where plain
+storing will not fit, and the scheme has an inverse, its steps are undone twice as well, for the growth of errors. Time
+and transient memory are measured on one step of each kind: the same scheme, modules and shapes. One step is alive at a
+time. Parameters stand aside for copies that share their memory, so that no gradient, and no hook of one, is touched;
+buffers, attributes and generators are put back.
+"""
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from schemes.errors import SchemeError
+from schemes.scheme import State
+
+from .surroundings import nothing_changed
+from ..step import Step
+from .anchors import WINDOW, Trial, growth_of, windows_of
+from .guard import learn
+from .members import Members, swapped
+from .meter import Meter, meter_on
+from .modes import Checkpoint, Exact, Mode, Offload, Reverse, Store
+from .monitor import Monitor
+from .plan import Cost, Names, Profile
+from .replay import StepRecord, autocast_as, members_of, run_step
+from .surroundings import Surroundings
+from .walk import Pass
+
+MODES: dict[str, Mode] = {
+    "store": Store(),
+    "offload": Offload(),
+    "checkpoint": Checkpoint(),
+    "reverse": Reverse(every=0),
+    "exact": Exact(),
+}
+ROUNDS, ENOUGH = 5, 0.02  # timed runs of a kind at most, and seconds that are enough; the fastest counts
+
+
+class Namer:
+    """Gives each storage a number, for as long as it lives; 0 to those that do not count.
+
+    Args:
+        outside: tensors that do not count.
+    """
+
+    def __init__(self, outside: Sequence[Tensor] = ()):
+        self.known: dict[int, tuple[Any, int]] = {}
+        self.count = 0
+        for x in outside:
+            if x.layout == torch.strided:
+                self.known[x.untyped_storage()._cdata] = (weakref.ref(x.untyped_storage()), 0)
+
+    def name(self, x: Tensor) -> int:
+        """The number of a tensor's storage."""
+        storage = x.untyped_storage()
+        found = self.known.get(storage._cdata)
+        if found is None or found[0]() is not storage:
+            self.count += 1
+            found = self.known[storage._cdata] = (weakref.ref(storage), self.count)
+        return found[1]
+
+    def names(self, tensors: Sequence[Any]) -> dict[int, int]:
+        """The storages of some tensors, and their bytes."""
+        found = {
+            self.name(x): x.untyped_storage().nbytes()
+            for x in tensors
+            if isinstance(x, Tensor) and x.layout == torch.strided
+        }
+        found.pop(0, None)
+        return found
+
+    @contextmanager
+    def saving(self, found: dict[int, int]) -> Iterator[None]:
+        """Inside, what autograd saves is named into ``found``."""
+
+        def pack(x: Tensor) -> Tensor:
+            found.update(self.names([x]))
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            yield
+
+
+class _Source(torch.autograd.Function):
+    """A loss of some streams, whose gradients are new tensors, as those of most losses are."""
+
+    @staticmethod
+    def forward(ctx: Any, *streams: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in streams]
+        return torch.zeros((), device=streams[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.full(s, 1.0 / max(1, s.numel()), dtype=d, device=v) for s, d, v in ctx.like)
+
+
+class _Entry(torch.autograd.Function):
+    """The streams before a step, as a step before it would give them: their gradients are summed up by the engine."""
+
+    @staticmethod
+    def forward(ctx: Any, *streams: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in streams)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        return (None,) * len(grads)
+
+
+def entered(state: State) -> tuple[State, State]:
+    """Leaves for the streams that need a gradient, and all streams behind them."""
+    leaves = tuple(x.detach().requires_grad_() for x in state if x.requires_grad)
+    behind = iter(_Entry.apply(*leaves) if leaves else ())  # type: ignore[arg-type]
+    return leaves, tuple(next(behind) if x.requires_grad else x.detach() for x in state)
+
+
+def differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """A backward pass from the outputs to the inputs alone, which nothing else notices."""
+    wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    loss = _Source.apply(*wanted) if wanted else None
+    leaves = [x for x in inputs if x.requires_grad]
+    return lambda: None if loss is None or not leaves else torch.autograd.backward(loss, inputs=leaves)
+
+
+class Aside(NamedTuple):
+    """Stand-ins for what a pass reads.
+
+    Attributes:
+        leaves: those of the parameters.
+        context: that of the context.
+        time: that of the time.
+    """
+
+    leaves: list[Tensor]
+    context: Any
+    time: Any
+
+
+@contextmanager
+def aside(modules: Sequence[nn.Module], context: Any = None, time: Any = None) -> Iterator[Aside]:
+    """Inside, the modules hold parameters that share the memory of theirs and drop their gradients."""
+    slots = Members(modules).parameters()
+    leaf_of: dict[int, Tensor] = {}
+    for slot in slots:
+        if id(slot.value) not in leaf_of:
+            leaf = leaf_of[id(slot.value)] = slot.value.detach().requires_grad_(slot.value.requires_grad)
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(_drop)
+
+    def own(x: Any) -> Any:
+        return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    context, time = pytree.tree_map(own, (context, time))
+    with swapped(slots, [leaf_of[id(slot.value)] for slot in slots]):
+        yield Aside(list(leaf_of.values()), context, time)
+
+
+def _drop(leaf: Tensor) -> None:
+    leaf.grad = None
+
+
+@contextmanager
+def nothing_moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Puts buffers, attributes and generators back."""
+    before = Surroundings(device, Members(modules))
+    with nothing_changed(modules, always=True):
+        try:
+            yield
+        finally:
+            for slot in before.attributes:
+                slot.holder[slot.name] = slot.value
+
+
+class _GraphTrial(Trial):
+    """Runs steps with a graph, and undoes them."""
+
+    def __init__(self, wrap: Any):
+        super().__init__()
+        self.wrap = wrap
+
+    def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
+        """The state after the step."""
+        record = self.records[step.index] = StepRecord(step, state, shared, t, context, members_of(step, shared))
+        with autocast_as(record.autocast):
+            return run_step(record, state, self.wrap)
+
+
+class Survey:
+    """Measures the steps of a pass, one after the other.
+
+    Args:
+        given: the pass.
+        state: the streams before it.
+        namer: names storages.
+        ways: how its steps may be run.
+        enough: bytes that storing may take; other ways are measured where it seems to take more.
+    """
+
+    def __init__(self, given: Pass, state: State, namer: Namer, ways: Sequence[str], enough: float):
+        self.given, self.namer, self.enough = given, namer, enough
+        self.modules = modules_of(given)
+        self.device = state[0].device
+        self.ways = [way for way in ways if way != "reverse" or reversible(given)]
+        self.refused: dict[str, str] = {}
+        self.steps: list[Profile] = []
+        self.kinds: list[Any] = []
+        self.costs: dict[Any, dict[str, Cost]] = {}
+        self.samples: dict[Any, tuple[Pass, State, Profile]] = {}
+        self.saved: dict[int, int] = {}
+        self.growths: dict[int, tuple[float, list[float]]] = {}
+        self.finite = True
+        self.start = state
+
+    def run(self) -> State:
+        """Measures all steps, and returns the state after the last.
+
+        Raises:
+            SchemeError: the steps are sharded.
+        """
+        given = self.given
+        if any(type(step).__name__.startswith("FSDP") for step in given.steps):
+            raise SchemeError(
+                "Stack: steps that are sharded cannot be measured for backprop='auto': measure before they are, "
+                "stack.backprop = stack.plan(x).plan, and shard them then."
+            )
+        context = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, given.context)
+        with torch.no_grad(), nothing_moved(self.modules, self.device), unseen():
+            state = self._walk(given._replace(context=context, sizes=given.sizes, on_step=None))
+            if self.pressed and "reverse" in self.ways and len(self.growths) < len(given.steps):
+                self._measure_growth()
+            if self.pressed:
+                for kind, sample in self.samples.items():
+                    self._measure(kind, *sample, self.ways)
+        self.samples.clear()
+        self._finish(state)
+        return state
+
+    @property
+    def pressed(self) -> bool:
+        """Whether storing all steps seems to take too much."""
+        done = max(1, len(self.kinds))
+        return sum(self.saved.values()) * len(self.given.steps) / done > 0.9 * self.enough
+
+    def _walk(self, given: Pass) -> State:
+        state = self.start
+        trial = _GraphTrial(given.wrap) if "reverse" in self.ways else None
+        states, steps = [_plain(state)], []
+        for part in given.parts(1):
+            leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
+            before, saved = self.namer.names(leaves), {}
+            with torch.enable_grad(), self.namer.saving(saved):
+                out = (part if trial is None else part._replace(runner=trial.run)).keep(leaves)
+            self.saved.update(saved)
+            if trial is not None and _left_behind(members_of(part.steps[0], part.shared)):
+                self._refuse("reverse", "a residual function leaves something behind that can be differentiated")
+            state = tuple(x.detach().requires_grad_(x.requires_grad) for x in out)
+            self.steps.append(Profile(before, self.namer.names(state), saved, {}))
+            del out
+            self.kinds.append(self._kind(part, leaves, saved))
+            self._sample(self.kinds[-1], part, leaves, self.steps[-1])
+            steps.append(part.steps[0])
+            states.append(_plain(state))
+            if len(steps) == WINDOW or part.steps[0].scheme.streams_added or part.steps[0] is given.steps[-1]:
+                if trial is not None and "reverse" in self.ways and self.pressed:
+                    self._note_growth(growth_of(steps, trial, states), len(self.kinds) - len(steps), len(steps))
+                steps, states = [], states[-1:]
+        self.finite = all(bool(torch.isfinite(x).all()) for x in state if x.is_floating_point())
+        return state
+
+    def _kind(self, part: Pass, state: State, saved: Names) -> Any:
+        step = part.steps[0]
+        modules = Members((step, part.shared)).modules
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        return (
+            str(step.scheme),
+            tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in state),
+            tuple((type(m), m.training) for m in modules),
+            tuple((tuple(p.shape), p.requires_grad) for p in parameters),
+            tuple(sorted(saved.values())),
+        )
+
+    def _sample(self, kind: Any, part: Pass, state: State, profile: Profile) -> None:
+        if kind in self.costs:
+            return
+        self.costs[kind] = {}
+        self._measure(kind, part, state, profile, self.ways if self.pressed else ["store"])
+        if not self.pressed:
+            self.samples[kind] = (part, _plain(state), profile)
+
+    def _measure(self, kind: Any, part: Pass, state: State, profile: Profile, ways: Sequence[str]) -> None:
+        for way in ways:
+            if way not in self.costs[kind] and way not in self.refused:
+                try:
+                    self.costs[kind][way] = self._cost(kind, part, state, profile, way)
+                except SchemeError as error:
+                    if way in ("store", "checkpoint"):
+                        raise
+                    self._refuse(way, str(error))
+
+    def _refuse(self, way: str, why: str) -> None:
+        self.refused.setdefault(way, why)
+        self.ways = [w for w in self.ways if w != way]
+
+    def _cost(self, kind: Any, part: Pass, state: State, profile: Profile, way: str) -> Cost:
+        mode, monitor, known = MODES[way], Monitor(), self.costs[kind].get("store")
+        members = members_of(part.steps[0], part.shared)
+        learn(members)  # of its run with a graph: the first time is not to be another one
+        monitor.members[part.steps[0].index], monitor.warned = members, True
+        part = part._replace(monitor=monitor, wrap=None)
+        names: dict[int, int] = {}
+        passed: dict[int, int] = {}  # streams that the step hands on, which its inverse begins with too
+        with aside(modules_of(part), part.context, part.time) as stand:
+            part = part._replace(context=stand.context, time=stand.time)
+
+            def once(meter: Meter | None) -> tuple[float, float]:
+                leaves, streams = entered(state)
+                mark = meter.mark if meter is not None else (lambda: None)
+                wait(self.device)
+                begin = time.perf_counter()
+                mark()
+                out = mode.run(part, streams)
+                back = differentiate(out, [*leaves, *stand.leaves])
+                wait(self.device)
+                middle = time.perf_counter()
+                if meter is not None:
+                    names.update(Namer([*streams, *stand.leaves]).names(out))
+                    passed.update(Namer(stand.leaves).names([x for x in out if not Namer(streams).names([x])]))
+                del out, streams
+                mark()
+                back()
+                wait(self.device)
+                mark()
+                return middle - begin, time.perf_counter() - middle
+
+            with torch.enable_grad():
+                with meter_on(self.device) as meter:
+                    once(meter)
+                times: list[tuple[float, float]] = []
+                while way != "checkpoint" and len(times) < ROUNDS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH):
+                    times.append(once(None))
+        forward, backward = self._times(way, times, known)
+        rise, kept, most = meter.intervals[0].most, meter.intervals[1].start, meter.intervals[1].most
+        new = sum(size for name, size in profile.saved.items() if name not in profile.before)
+        out = sum(names.values())
+        rounded = sum(x.nbytes for x in state)  # the exact run's own copy of its first state
+        named = {"store": new, "reverse": out, "exact": out + rounded}
+        extra = max(0, kept - named.get(way, 0))
+        # What pieces count by name: saved storages of a step, also where it is run again, and the first state.
+        counted = {"store": new, "checkpoint": new, "exact": rounded}
+        first = rounded if way == "exact" else 0
+        fall = most - extra - counted.get(way, 0) + (sum(passed.values()) if way == "reverse" else 0)
+        return Cost(forward, backward, rise - first, fall, extra, first)
+
+    def _times(self, way: str, times: Sequence[tuple[float, float]], stored: Cost | None) -> tuple[float, float]:
+        """Seconds forward and backward; what runs a step again takes a forward pass more than what does not."""
+        if way in ("store", "offload") or stored is None:
+            return min(t for t, _ in times), min(t for _, t in times)
+        forward, backward = stored.forward, stored.time
+        if times:
+            forward, backward = max(forward, min(t for t, _ in times)), max(backward, min(t for _, t in times))
+        return forward, backward
+
+    def _note_growth(self, window: tuple[float, list[float]], first: int, count: int) -> None:
+        for n in range(first, first + count):
+            self.growths[n] = window
+
+    def _measure_growth(self) -> None:
+        self.growths.clear()
+        first = 0
+        for window in windows_of(self.given._replace(on_step=None), _plain(self.start)):
+            self._note_growth(window, first, len(window[1]))
+            first += len(window[1])
+
+    def _finish(self, state: State) -> None:
+        output, copied = readout_of(self.given, state)
+        # The gradients of streams that were joined are parts of one tensor, and stay until the last is used.
+        tail = max(0, output - max(x.nbytes for x in state)) if copied else 0
+        for n, (profile, kind) in enumerate(zip(self.steps, self.kinds, strict=True)):
+            costs = {way: cost for way, cost in self.costs[kind].items() if way not in self.refused}
+            growth, errors = self.growths.get(n, (math.inf, [math.inf]))
+            # The error of one step such that the sum of those of a window is no less than what was measured.
+            sums = [sum(growth**i for i in range(k + 1)) for k in range(len(errors))]
+            error = max(e / s if s < math.inf else math.inf for e, s in zip(errors, sums, strict=True))
+            ends = n == len(self.steps) - 1
+            if ends:
+                late = [way for way in ("store", "offload", "checkpoint") if way in costs]
+                costs.update({way: costs[way]._replace(fall=costs[way].fall + tail) for way in late})
+            self.steps[n] = profile._replace(costs=costs, error=error, growth=growth, ends=ends)
+        if any(growth == math.inf for growth, _ in self.growths.values()):
+            self.finite = False
+
+
+def wait(device: torch.device) -> None:
+    """Waits until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def readout_of(given: Pass, state: State) -> tuple[int, bool]:
+    """Bytes of the output, and whether it is no stream itself."""
+    with torch.no_grad():
+        output = given.steps[-1].scheme.readout(state)
+    return output.nbytes, output.untyped_storage()._cdata not in {x.untyped_storage()._cdata for x in state}
+
+
+def reversible(given: Pass) -> bool:
+    """Whether the steps of a pass can be undone."""
+    return given.post_step is None and all(
+        s.scheme.reversible_in_training and (s.scheme.invertible or s.training) for s in given.steps
+    )
+
+
+def unseen() -> saved_tensors_hooks:
+    """Inside, a checkpoint around the measured steps does not see what they save."""
+    return saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def modules_of(given: Pass) -> list[nn.Module]:
+    """All modules that a pass runs."""
+    modules = [*dict.fromkeys(given.steps)]
+    return [*modules, *(m for m in (given.shared, given.post_step) if m is not None)]
+
+
+def _left_behind(members: Members) -> bool:
+    return any(isinstance(slot.value, Tensor) and slot.value.grad_fn is not None for slot in members.attributes())
+
+
+def _plain(state: State) -> State:
+    return tuple(x.detach().requires_grad_(x.requires_grad) for x in state)

@@ -1,0 +1,250 @@
+"""Auxiliary values of residual functions and log-determinants of couplings, and what they train."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.functional import jacobian
+
+import schemes
+import schemes.testing
+from odenets import SchemeError, Stack
+
+F64 = torch.float64
+MODES = ["store", "checkpoint", "checkpoint(2)", "reverse"]
+
+
+class Gives(nn.Module):
+    """A value, and two auxiliary ones: of the hidden layer, and of the value."""
+
+    def __init__(self, slot):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(sum(slot.in_channels), 5), nn.Linear(5, slot.out_channels)
+        self.only_in_training = False
+
+    def forward(self, *xs):
+        h = torch.tanh(self.inner(torch.cat(xs, 1)))
+        y = 0.3 * self.outer(h)
+        if self.only_in_training and not self.training:
+            return y
+        return y, {"balance": h.mean(), "energy": y.square().sum()}
+
+
+class Recorded(Gives):
+    """The same without a second result: it keeps the values where a stored run can find them."""
+
+    def forward(self, *xs):
+        y, values = super().forward(*xs)
+        self.kept.append(values)
+        return y
+
+
+def build(make, scheme, mode, depth=3):
+    torch.manual_seed(0)
+    return Stack.from_factory(make, scheme, depth, channels=6, backprop=mode).double()
+
+
+def data():
+    return torch.randn(4, 6, dtype=F64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", ["rk4", "revnet", "leapfrog", "revcol(2)", "dense(2)", "repeat(revnet, 2)", "alf"])
+def test_they_are_summed_over_the_steps_and_have_gradients_in_every_mode(scheme, mode):
+    if mode == "reverse" and not schemes.get(scheme).invertible:
+        pytest.skip("it has no inverse")
+    plain, x = build(Recorded, scheme, "store"), data()
+    for f in plain.modules():
+        if isinstance(f, Recorded):
+            f.kept = []
+    plain(x.detach())  # the first call, under the checks
+    for f in plain.modules():
+        if isinstance(f, Recorded):
+            f.kept.clear()
+    y = plain(x)
+    kept = [values for f in plain.modules() if isinstance(f, Recorded) for values in f.kept]
+    if scheme == "alf":  # its start evaluates the first function once more, for no step
+        kept = kept[1:]
+    sums = {name: sum(values[name] for values in kept) for name in ("balance", "energy")}
+    want = torch.autograd.grad(y.sum() + 3 * sums["balance"] - sums["energy"], [x, *plain.parameters()])
+    net, z = build(Gives, scheme, mode), data()
+    for _ in range(2):  # the second pass runs without the checks of the first
+        got_y, got = net(z, aux=True)
+        assert torch.allclose(got_y, y) and got.keys() == sums.keys()
+        assert all(torch.allclose(got[name], sums[name]) for name in sums)
+        loss = got_y.sum() + 3 * got["balance"] - got["energy"]
+        grads = torch.autograd.grad(loss, [z, *net.parameters()])
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(grads, want, strict=True))
+
+
+def test_who_does_not_ask_gets_the_value_alone():
+    net = build(Gives, "revnet", "reverse")
+    y, values = net(data(), aux=["energy"])
+    assert values.keys() == {"energy"}
+    assert torch.equal(net(data()), y) and torch.equal(net.trajectory(data())[-1], y)
+    assert torch.allclose(net.inverse(y.detach()), data())
+    with pytest.raises(
+        SchemeError, match=r"no auxiliary|returned an auxiliary value 'z_loss'; there are balance, energy"
+    ):
+        net(data(), aux=["z_loss"])
+    assert build(Cat, "rk4", "store")(data(), aux=True)[1] == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_functions_that_give_them_in_training_only(mode):
+    net = build(Gives, "revnet", mode)
+    for f in net.modules():
+        if isinstance(f, Gives):
+            f.only_in_training = True
+    net.eval()
+    y, values = net(data(), aux=True)
+    assert values == {}
+    net.train()
+    again, values = net(data(), aux=True)
+    assert torch.equal(again, y) and values.keys() == {"balance", "energy"}
+
+
+COUPLINGS = ["affine", "affine(split=(2, 4))", "revnet", "additive(3)", "momentum(0.9)", "multilevel(3, 0.5)"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", COUPLINGS)
+def test_log_determinants_are_those_of_the_jacobian(scheme, mode):
+    net, plain, x = build(Cat, scheme, mode), build(Cat, scheme, "store"), data()
+    y, values = net(x, aux=["log_det"])
+    widths = plain.scheme.stream_widths(6)
+    start = plain.scheme.init((), x.detach())
+
+    def step(flat):
+        return torch.cat(plain(torch.split(flat[None], widths, 1)), 1)[0]
+
+    for i in range(len(x)):
+        determinant = torch.linalg.slogdet(jacobian(step, torch.cat([s[i] for s in start])))
+        assert torch.allclose(values["log_det"][i], determinant.logabsdet)
+    (values["log_det"].sum() + y.sum()).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_schemes_without_a_determinant_are_refused():
+    for scheme in ("rk4", "dense(2)", "reversible_heun", "revcol(2)"):
+        with pytest.raises(SchemeError, match="no log-determinant"):
+            build(lambda slot: Cat(slot), scheme, "store")(data(), aux=["log_det"])
+
+
+class Cat(nn.Module):
+    def __init__(self, slot):
+        super().__init__()
+        self.linear = nn.Linear(sum(slot.in_channels), slot.out_channels)
+
+    def forward(self, *xs):
+        return 0.5 * torch.tanh(self.linear(torch.cat(xs, 1)))
+
+
+def test_a_flow_learns_a_density_by_likelihood():
+    """Two-dimensional data of known entropy: the likelihood under the flow comes near to it, far above a Gaussian's."""
+    torch.manual_seed(0)
+    n = 256
+    first = torch.randn(n, 1)
+    x = torch.cat((first, 0.3 * torch.randn(n, 1) + first.square() - 1), 1)
+    entropy = math.log(2 * math.pi * math.e) + math.log(0.3)
+    fs = []
+    for _ in range(8):
+        f = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 2))
+        nn.init.zeros_(f[2].weight), nn.init.zeros_(f[2].bias)
+        fs.append(f)
+    net = Stack(fs, "affine(bound=2)", backprop="reverse")
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(160):
+        z, values = net(x, aux=["log_det"])
+        loss = (0.5 * z.square().sum(1) + math.log(2 * math.pi) - values["log_det"]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gaussian = 0.5 * torch.logdet(torch.cov(x.T)) + math.log(2 * math.pi * math.e)
+    assert float(loss.detach()) < entropy + 0.15 < float(gaussian) - 0.5
+
+
+INVERSES = [
+    "revnet",
+    "additive(3, split=(1, 2, 3))",
+    "affine",
+    "leapfrog",
+    "momentum(0.9)",
+    "alf",
+    "multilevel(3, 0.9)",
+    "repeat(leapfrog, 2)",
+    "nested(revnet, midpoint)",
+    "reversible(rk4, coupling=0.95)",
+]
+
+
+@pytest.mark.parametrize("scheme", INVERSES)
+@pytest.mark.parametrize("step", [0.5, "learned"])
+def test_the_inverse_trains_in_every_mode(scheme, step):
+    """Values and gradients of a stored inverse; in flat memory, one node a step holds the graph."""
+    found = {}
+    for mode in ("store", "checkpoint", "reverse", "exact"):
+        torch.manual_seed(0)
+        try:
+            net = Stack.from_factory(Cat, scheme, 3, channels=6, backprop=mode, step=step).double()
+        except SchemeError:
+            assert mode == "exact"
+            continue
+        with torch.no_grad():
+            state = net.final_state(data())
+        state = tuple(s.clone().requires_grad_() for s in state)
+        x = net.inverse(state)
+        assert torch.allclose(x, data(), atol=1e-8)
+        start = net.inverse(state, streams=True)
+        assert [s.shape for s in start] == [s.shape for s in state]
+        loss = x.square().sum()
+        grads = torch.autograd.grad(loss, [*state, *net.parameters()], allow_unused=True)
+        found[mode] = [torch.zeros(()) if g is None or not g.any() else g for g in grads]
+    for mode, grads in found.items():
+        for a, b in zip(grads, found["store"], strict=True):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-10), mode
+
+
+def test_an_inverse_that_cannot_be_trained_in_flat_memory_is_refused():
+    net = Stack.from_factory(Cat, "dense(2)", 3, channels=6, backprop="reverse").double()
+    state = net.final_state(data())
+    with torch.no_grad():
+        assert torch.allclose(net.inverse(state), data())
+    with pytest.raises(SchemeError, match=r"cannot be trained with backprop='reverse'[\s\S]*store"):
+        net.inverse(state)
+
+
+def test_streams_may_be_given():
+    net, x = build(Cat, "revnet", "reverse"), data()
+    halves = x.chunk(2, 1)
+    first, second = net(halves)
+    assert torch.equal(torch.cat((first, second), 1), net(x))
+    assert torch.allclose(torch.cat(net.inverse((first, second), streams=True), 1), x)
+    y, values = net(halves, aux=["log_det"])
+    assert isinstance(y, tuple) and not values["log_det"].any()
+    for wrong, message in (
+        ((x,), "1 streams are given, revnet starts from 2"),
+        ((x, 1), "one of the streams is a int"),
+    ):
+        with pytest.raises(SchemeError, match=message):
+            net(wrong)
+    with pytest.raises(SchemeError, match="euler starts from 1"):
+        Stack([copy.deepcopy(nn.Linear(6, 6))], "euler")((x, x))
+
+
+@pytest.mark.parametrize(
+    "text", ["revnet(split=(2, 4))", "additive(3, split=(1, 3, 2))", "affine(bound=0.5, split=(4, 2))"]
+)
+def test_unequal_splits(text):
+    scheme = schemes.get(text)
+    assert str(scheme) == text and schemes.get(str(scheme)) == scheme
+    schemes.testing.check_round_trip(scheme, channels=6)
+    schemes.testing.check_inverse(scheme, torch.randn(2, 6, 3, dtype=F64))
+    assert scheme.stream_widths(6) == scheme.split
+    with pytest.raises(SchemeError, match="adds up to 6, the input has 7"):
+        scheme.stream_widths(7)
+    for wrong in ("revnet(split=3)", "revnet(split=(1, 2, 3))", "additive(3, split=(1, 2))", "affine(split=(0, 6))"):
+        with pytest.raises(SchemeError, match="positive whole numbers"):
+            schemes.get(wrong)

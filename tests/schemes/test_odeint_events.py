@@ -1,0 +1,190 @@
+"""Events: where they lie, which way, which of them ends the solve, and how their times and states differentiate."""
+
+import math
+
+import pytest
+import torch
+
+from schemes import Event, SchemeError, integrate, odeint
+from schemes.ode import odeint_event
+from schemes.ode.gradients import GRADIENTS
+
+F64 = torch.float64
+G = 9.81
+
+
+def times(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+def falling(t, y):
+    return torch.stack((y[..., 1], -G * torch.ones_like(y[..., 1])), -1)
+
+
+def circling(t, y):
+    return torch.stack((y[..., 1], -y[..., 0]), -1)
+
+
+GROUND = Event(lambda t, y: y[0], direction=-1)
+
+
+def bounce(inputs, **options):
+    """The time of the third bounce, solved and in closed form."""
+    height, speed, t, e = inputs
+    y = torch.stack((height, speed))
+    for _ in range(3):
+        t, ys = odeint_event(falling, y, t, event_fn=GROUND, **options)
+        y = torch.stack((torch.zeros((), dtype=F64), -e * ys[-1][1]))
+    root = torch.sqrt(speed**2 + 2 * G * height)
+    return t, inputs[2] + (speed + root) / G + 2 * root * (e + e * e) / G
+
+
+WAYS = [(g, m) for g in GRADIENTS for m in ("tsit5", "dopri8", "alf") if (g, m) != ("adjoint", "alf")]
+
+
+@pytest.mark.parametrize("gradient, method", WAYS)
+def test_the_third_bounce_of_a_ball(gradient, method):
+    """Its time in closed form, and the derivatives by height, speed, start and restitution."""
+    rtol, tol = (1e-4, 1e-2) if method == "alf" else (1e-9, 1e-11)
+    inputs = [torch.tensor(x, dtype=F64, requires_grad=True) for x in (2.0, 1.0, 0.5, 0.8)]
+    t, exact = bounce(inputs, method=method, gradient=gradient, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(t, exact, rtol=tol, atol=tol)
+    for a, b in zip(torch.autograd.grad(t, inputs), torch.autograd.grad(exact, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=10 * tol, atol=10 * tol)
+
+
+def test_a_bounce_along_fixed_steps():
+    inputs = [torch.tensor(x, dtype=F64) for x in (2.0, 1.0, 0.5, 0.8)]
+    for method in ("rk4", "reversible_heun"):
+        torch.testing.assert_close(*bounce(inputs, method=method, options={"step_size": 0.05}), rtol=1e-9, atol=1e-9)
+    inputs[2].requires_grad_()
+    with pytest.raises(SchemeError, match="t needs a gradient; fixed steps have it where they end on every time"):
+        bounce(inputs, method="rk4", options={"step_size": 0.05})
+
+
+def test_gradients_of_time_and_state_by_finite_differences():
+    def f(a, y0, t0):
+        t, y = odeint_event(
+            lambda t, y: a * circling(t, y) + torch.cos(t),
+            y0,
+            t0,
+            event_fn=lambda t, y: y[0] * a - 0.3 * t,
+            method="dopri8",
+            rtol=1e-12,
+            atol=1e-12,
+        )
+        return t, y[-1]
+
+    a, t0 = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (1.3, 0.2))
+    assert torch.autograd.gradcheck(f, (a, times(1.0, 0.5).requires_grad_(), t0), eps=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("direction, want", [(1, [1.5, 3.5]), (-1, [0.5, 2.5]), (0, [0.5, 1.5, 2.5, 3.5])])
+def test_directions(direction, want, batch):
+    """cos(pi t) crosses zero downwards at 1/2, upwards at 3/2, and so on; back in time it is the other way round."""
+    y0 = times(1.0, 0.0)[None]
+    f = lambda t, y: math.pi * circling(t, y)  # noqa: E731
+    event = Event(lambda t, y: y[:, 0], direction, terminal=False)
+    for sign in (1, -1):
+        found = integrate(f, y0, times(0, 4 * sign), events=[event], batch=batch, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(torch.stack([e.t for e in found.events]), sign * times(*want), rtol=1e-7, atol=1e-7)
+        assert found.status in ("finished", ["finished"])
+        for e in found.events:
+            assert abs(float(torch.as_tensor(e.y).reshape(-1)[0])) < 1e-6 and not e.grazing
+
+
+def test_several_events_in_order_and_the_first_terminal_one_ends_the_solve():
+    height = Event(lambda t, y: y[0] - torch.tensor([1.5, 0.7], dtype=F64), terminal=False)
+    fast = Event(lambda t, y: y[1] + 5.0)
+    found = integrate(falling, times(2.0, 0.0), times(0, 0.2, 9), events=[height, fast, GROUND], dense=True)
+    when = [math.sqrt(2 * 0.5 / G), 5 / G, math.sqrt(2 * 1.3 / G)]
+    assert [(e.number, e.component) for e in found.events] == [(0, 0), (1, 0)]
+    assert [float(e.t) for e in found.events] == pytest.approx(when[:2], rel=1e-9)
+    assert found.status == "event" and found.reached == pytest.approx(5 / G) and len(found.y) == 2
+    torch.testing.assert_close(found.last, times(2 - 25 / G / 2, -5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_an_event_at_the_start(batch):
+    """It counts where that is asked for; else the solve leaves it, whichever way it goes."""
+    y0 = times(0.0, 3.0)[None]
+    ground = lambda t, y: y[:, 0]  # noqa: E731
+    t = times(0, 5)
+    found = integrate(falling, y0, t, events=[Event(ground)], batch=batch)
+    assert float(found.events[0].t) == pytest.approx(6 / G)
+    found = integrate(falling, y0, t, events=[Event(ground, at_start=True)], batch=batch)
+    assert float(found.events[0].t) == 0 and torch.equal(torch.as_tensor(found.events[0].y).reshape(-1), y0[0])
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_an_event_at_the_end(batch):
+    y0 = times(1.0, 0.0)[None]
+    end = math.pi / 2
+    event = Event(lambda t, y: y[:, 0])
+    found = integrate(circling, y0, times(0, end + 1e-9), events=[event], batch=batch, rtol=1e-12, atol=1e-12)
+    assert float(found.events[0].t) == pytest.approx(end, abs=1e-9)
+    exact = Event(lambda t, y: (t - 1.0) * torch.ones_like(y[:, 0]))
+    found = integrate(circling, y0, times(0, 1.0), events=[exact], batch=batch)
+    assert float(found.events[0].t) == 1.0 and len(found.events) == 1
+
+
+def test_a_grazing_event_is_named():
+    """(t - 1)^3 crosses zero with slope zero, and so does the top of a throw that just reaches a bar."""
+    event = Event(lambda t, y: (t - 1) ** 3)
+    y0 = times(1.0, 0.0)
+    found = integrate(circling, y0, times(0, 3), events=[event])
+    assert found.events[0].grazing and float(found.events[0].t) == pytest.approx(1, abs=1e-4)
+    a = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    moving = Event(lambda t, y: (t - a) ** 3)
+    with pytest.raises(SchemeError, match=r"slope zero .*grazes.*no gradient"):
+        integrate(circling, y0, times(0, 3), events=[moving])
+
+
+def test_no_event_is_said():
+    with pytest.raises(SchemeError, match=r"50 steps were used up .*no event was found"):
+        odeint(circling, times(1.0, 0.0), times(0, 1), event_fn=lambda t, y: y[0] + 5, options={"max_steps": 50})
+    found = integrate(circling, times(1.0, 0.0), times(0, 9), events=[Event(lambda t, y: y[0] + 5)])
+    assert found.status == "finished" and not found.events
+    with pytest.raises(SchemeError, match="wants a step_size"):
+        odeint(circling, times(1.0, 0.0), times(0, 1), event_fn=lambda t, y: y[0], method="rk4")
+    with pytest.raises(SchemeError, match="takes two times"):
+        odeint(circling, times(1.0, 0.0), times(0, 1, 2), event_fn=lambda t, y: y[0])
+    with pytest.raises(SchemeError, match="no event of event_fn is terminal"):
+        odeint(circling, times(1.0, 0.0), times(0, 1), event_fn=Event(lambda t, y: y[0], terminal=False))
+
+
+def test_events_of_trees():
+    f = lambda t, y: {"x": y["v"], "v": -G * torch.ones_like(y["v"])}  # noqa: E731
+    y0 = {"x": times(2.0), "v": times(1.0).requires_grad_()}
+    t, y = odeint(f, y0, times(0, 1), event_fn=Event(lambda t, y: y["x"][0]))
+    root = torch.sqrt(y0["v"] ** 2 + 4 * G)
+    torch.testing.assert_close(t, ((y0["v"] + root) / G)[0])
+    assert y["x"].shape == (2, 1) and abs(float(y["x"][1].detach())) < 1e-9
+    got = torch.autograd.grad(t, y0["v"])[0]
+    torch.testing.assert_close(got, torch.autograd.grad(((y0["v"] + root) / G).sum(), y0["v"])[0])
+
+
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("method", ["tsit5", "dopri8"])
+def test_every_sample_has_an_event_of_its_own(method, gradient):
+    y0 = times(2.0, 1.0, 1.0, 0.0, 30.0, -1.0, 0.5, 20.0).reshape(4, 2).requires_grad_()
+    e = Event(lambda t, y: y[..., 0], direction=-1)
+    t, y = odeint(falling, y0, times(0, 1), event_fn=e, batch="independent", method=method, gradient=gradient)
+    exact = (y0[:, 1] + torch.sqrt(y0[:, 1] ** 2 + 2 * G * y0[:, 0])) / G
+    torch.testing.assert_close(t, exact)
+    speed = -torch.sqrt(y0[:, 1] ** 2 + 2 * G * y0[:, 0])
+    torch.testing.assert_close(y[1], torch.stack((torch.zeros_like(speed), speed), 1), rtol=1e-7, atol=1e-7)
+    loss, want = (a.square().sum() + b.sum() for a, b in ((t, y[1, :, 1]), (exact, speed)))
+    torch.testing.assert_close(torch.autograd.grad(loss, y0), torch.autograd.grad(want, y0), rtol=1e-7, atol=1e-7)
+
+
+def test_values_before_the_event_of_a_sample_are_there_and_later_ones_are_not():
+    y0 = times(1.0, 0.0, 9.0, 0.0).reshape(2, 2)
+    e = Event(lambda t, y: y[:, 0])
+    found = integrate(falling, y0, times(0, 0.4, 1.0, 3.0), events=[e], batch="independent")
+    assert found.status == ["event", "event"] and [x.sample for x in found.events] == [0, 1]
+    torch.testing.assert_close(found.y[1], torch.stack((y0[:, 0] - G * 0.08, y0[:, 1] - G * 0.4), 1))
+    assert bool(found.y[2, 0].isnan().all()) and float(found.y[2, 1, 0]) == pytest.approx(9 - G / 2)
+    with pytest.raises(SchemeError, match=r"one value per sample"):
+        integrate(falling, y0, times(0, 1.0), events=[Event(lambda t, y: y.sum())], batch="independent")

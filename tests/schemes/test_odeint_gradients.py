@@ -1,0 +1,266 @@
+"""Gradients of a solve, in every way, against double precision and against each other."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from schemes import SchemeError, integrate, odeint
+from schemes.ode.gradients import GRADIENTS
+
+F64 = torch.float64
+T = torch.tensor([0.0, 0.3, 1.0, 1.6], dtype=F64)
+
+
+def weights(y):
+    return torch.linspace(-1, 1, y.numel(), dtype=F64).reshape(y.shape)
+
+
+class Case:
+    """A field with parameters, a closure, a dict of tensors that were computed before; and times, with gradients."""
+
+    def __init__(self, complex_=False):
+        torch.manual_seed(0)
+        kind = torch.complex128 if complex_ else F64
+        self.linear = nn.Linear(3, 3, dtype=kind)
+        self.shift = torch.randn(3, dtype=F64, requires_grad=True)
+        self.leaf = torch.randn(3, dtype=F64, requires_grad=True)
+        self.computed = {"a": [self.leaf.exp() * 0.1]}
+        self.y0 = torch.randn(4, 3, dtype=kind, requires_grad=True)
+        self.t = T.clone().requires_grad_()
+
+    def __call__(self, t, y):
+        return torch.tanh(self.linear(y)) * torch.cos(t) + self.shift * t - self.computed["a"][0] * y
+
+    @property
+    def inputs(self):
+        return [self.y0, self.t, self.shift, self.leaf, *self.linear.parameters()]
+
+    def gradients(self, times=True, **options):
+        t = self.t if times else self.t.detach()
+        y = odeint(self, self.y0, t, **options)
+        inputs = self.inputs if times else [x for x in self.inputs if x is not self.t]
+        loss = (y * weights(y)).real.square().sum() if y.is_complex() else (y * weights(y)).square().sum()
+        return torch.autograd.grad(loss, inputs, retain_graph=True)
+
+
+def close(got, want, tol):
+    for a, b in zip(got, want, strict=True):
+        scale = float(b.abs().max())
+        assert scale > 1e-6
+        torch.testing.assert_close(a, b, rtol=0, atol=tol * scale)
+
+
+WAYS = [
+    *[(g, "dopri5", "joint") for g in GRADIENTS],
+    *[(g, "dopri8", "joint") for g in GRADIENTS],
+    ("store", "tsit5", "independent"),
+    ("checkpoint", "tsit5", "independent"),
+    ("reverse", "reversible(tsit5, coupling=0.99)", "joint"),
+]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {c: Case(c).gradients(method="dopri8", rtol=1e-13, atol=1e-13) for c in (False, True)}
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("gradient, method, batch", WAYS)
+def test_every_way_gives_the_gradients(gradient, method, batch, complex_, reference):
+    """Of the state, the times, the parameters, a closure, and what was computed before the solve."""
+    got = Case(complex_).gradients(gradient=gradient, method=method, batch=batch, rtol=1e-9, atol=1e-9)
+    close(got, reference[complex_], 1e-6)
+
+
+@pytest.mark.parametrize("method", ["alf", "reversible_heun"])
+def test_reversible_schemes_of_order_two(method, reference):
+    got = Case().gradients(gradient="reverse", method=method, rtol=1e-5, atol=1e-5)
+    close(got, reference[False], 1e-3)
+
+
+@pytest.mark.parametrize("outputs", ["step", "interpolate"])
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_recomputation_gives_the_very_gradients_of_the_stored_solve(batch, outputs):
+    got, want = (
+        Case().gradients(gradient=g, batch=batch, method="tsit5", options={"outputs": outputs}, rtol=1e-4, atol=1e-4)
+        for g in ("checkpoint", "store")
+    )
+    close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "alf", "alf(9/10)", "reversible(rk4)", "reversible_heun"])
+def test_reverse_along_fixed_steps_is_autograd_of_the_same_scheme(method):
+    same = f"reversible({method}, coupling=0.999)" if method in ("rk4", "dopri5") else method
+    got = Case().gradients(times=False, gradient="reverse", method=method, options={"steps": 12})
+    want = Case().gradients(times=False, gradient="store", method=same, options={"steps": 12})
+    close(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("method", ["euler", "rk4", "alf", "substeps(heun3, 2)"])
+def test_fixed_steps_have_the_gradient_of_the_discrete_solution(method, gradient):
+    """Finite differences in the times too, which move the steps."""
+    case = Case()
+
+    def f(y0, t):
+        return odeint(case, y0, t, method=method, gradient=gradient, options={"steps": 3})
+
+    assert torch.autograd.gradcheck(f, (case.y0[:1].detach().requires_grad_(), case.t), fast_mode=True)
+
+
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_second_derivatives(gradient, batch):
+    """y' = a y^2: y = y0 / (1 - a y0 t), twice by a and y0."""
+    a = torch.tensor(0.4, dtype=F64, requires_grad=True)
+    y0 = torch.tensor([0.7, 0.5], dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    found = []
+    for y in (
+        odeint(lambda t, y: a * y * y, y0, t, gradient=gradient, batch=batch, rtol=1e-10, atol=1e-10)[-1],
+        y0 / (1 - a * y0),
+    ):
+        (first,) = torch.autograd.grad(y.sum(), a, create_graph=True)
+        found.append(torch.autograd.grad(first, [a, y0]))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "adjoint"])
+def test_second_derivatives_that_are_not_there_are_refused(gradient):
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    y = odeint(lambda t, y: -y * y, y0, T, gradient=gradient)
+    (g,) = torch.autograd.grad(y.sum(), y0, create_graph=True)
+    with pytest.raises(SchemeError, match=f"gradient='{gradient}' has no second derivatives"):
+        (y0.sum() + g.square().sum()).backward()
+
+
+def test_trees_get_their_gradients_in_every_way():
+    found = []
+    for gradient in GRADIENTS:
+        a = torch.tensor([0.3, -0.2], dtype=F64, requires_grad=True)
+        y0 = {"x": torch.ones(2, dtype=F64, requires_grad=True), "z": torch.zeros((), dtype=F64, requires_grad=True)}
+        y = odeint(lambda t, y, a=a: {"x": a * y["x"] * y["z"].cos(), "z": y["x"].sum()}, y0, T, gradient=gradient)
+        found.append(torch.autograd.grad(y["x"].square().sum() + y["z"].sum(), [a, y0["x"], y0["z"]]))
+    for got in found[1:]:
+        close(got, found[0], 1e-5)
+
+
+def test_a_rejected_step_leaves_no_trace():
+    """Steps that try where the field is not even finite: their slopes must not reach the gradient."""
+    a = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    y0 = torch.tensor([[0.0], [0.5]], dtype=F64)
+    f = lambda t, y: a * torch.sqrt(1 - y)  # y reaches 1 after the end; long steps go beyond  # noqa: E731
+    t = torch.tensor([0.0, 1.3], dtype=F64)
+    for batch, gradient in (("joint", "store"), ("joint", "checkpoint"), ("independent", "store")):
+        options = {"first_step": 1.3, "outputs": "step"}
+        found = integrate(f, y0, t, batch=batch, gradient=gradient, options=options, rtol=1e-8, atol=1e-8)
+        assert int(torch.as_tensor(found.rejected).sum()) > 0
+        (got,) = torch.autograd.grad(found.y[-1].sum(), a)
+        root = torch.sqrt(1 - y0) - 0.5 * 1.3
+        want = (1.3 * root).sum()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_of_each_way():
+    """Saved tensors of the forward pass, in states: all stages, one or two a step, or those given out."""
+    saved = {}
+    y0 = torch.ones(64, dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 4.0], dtype=F64)
+    for gradient in GRADIENTS:
+        kept = []
+        pack = lambda x, kept=kept: kept.append(x.numel()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            found = integrate(lambda t, y: torch.sin(y) * torch.cos(y), y0, t, gradient=gradient, rtol=1e-6, atol=1e-6)
+        saved[gradient] = sum(n for n in kept if n >= 64) / 64
+        assert found.accepted > 5
+    assert saved["reverse"] <= 8 and saved["adjoint"] <= 8
+    assert saved["checkpoint"] <= 4 * found.accepted < saved["store"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_vmap_and_forward_mode_along_fixed_steps():
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=F64)
+    a = torch.tensor([0.3, -0.5, 1.0], dtype=F64)
+    y0 = torch.tensor([1.0, 2.0], dtype=F64)
+
+    def solve(a, y0):
+        return odeint(lambda t, y: a * y * torch.cos(t), y0, t, method="rk4", options={"steps": 8})
+
+    many = torch.func.vmap(solve, in_dims=(0, None))(a, y0)
+    torch.testing.assert_close(many, torch.stack([solve(x, y0) for x in a]))
+    _, tangent = torch.func.jvp(lambda a: solve(a, y0), (a[0],), (torch.ones((), dtype=F64),))
+    want = torch.sin(t)[:, None] * y0 * torch.exp(a[0] * torch.sin(t))[:, None]
+    torch.testing.assert_close(tangent, want, rtol=1e-5, atol=1e-5)
+    jacobian = torch.func.jacrev(lambda a: solve(a, y0))(a[0])
+    torch.testing.assert_close(jacobian, tangent, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "adjoint"])
+def test_what_the_backward_pass_alone_reads_is_refused(gradient):
+    late = torch.ones((), dtype=F64, requires_grad=True)
+    y0 = torch.ones(1, dtype=F64, requires_grad=True)
+    y = odeint(lambda t, y: -y if t < 0.5 else -late * y, y0, T, gradient=gradient)
+    with pytest.raises(SchemeError, match="closure"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "adjoint"])
+def test_what_changed_in_place_since_is_refused(gradient):
+    w = nn.Parameter(torch.ones(2, dtype=F64))
+    y = odeint(lambda t, y: -w * y, torch.ones(2, dtype=F64), T, gradient=gradient)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_dropout_is_drawn_again_as_it_was():
+    torch.manual_seed(0)
+    y0 = torch.ones(50, dtype=F64, requires_grad=True)
+    grads = []
+    for gradient in ("store", "checkpoint"):
+        torch.manual_seed(1)
+        y = odeint(
+            lambda t, y: -nn.functional.dropout(y, 0.3), y0, T, method="rk4", options={"steps": 2}, gradient=gradient
+        )
+        grads.append(torch.autograd.grad(y.square().sum(), y0)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_gradients_of_a_failing_solve_reach_what_was_solved():
+    y0 = torch.tensor([0.5], dtype=F64, requires_grad=True)
+    found = integrate(lambda t, y: y * y, y0, torch.tensor([0.0, 1.0, 3.0], dtype=F64), check=False)
+    assert found.status == "underflow" and len(found.y) == 2
+    found.y[1].backward()
+    assert float(y0.grad) == pytest.approx(1 / (1 - 0.5) ** 2, rel=1e-5)
+    assert math.isfinite(found.reached)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "reversible(tsit5, coupling=0.9)", "reversible_heun"])
+def test_a_stiff_field_is_too_much_for_two_streams_and_that_is_said(method):
+    """No step size keeps them together: the parasitic mode grows as exp(40 t)."""
+    f = lambda t, y: -40 * (y - torch.cos(t))  # noqa: E731
+    y0 = torch.ones(3, dtype=F64, requires_grad=True)
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    with pytest.raises(SchemeError, match=r"(have come apart at t=0\.\d+.*|steps were used up.*)"):
+        odeint(f, y0, t, method=method, gradient="reverse", rtol=1e-5, atol=1e-5, options={"max_steps": 20000})
+    with pytest.raises(SchemeError, match="have come apart"):
+        odeint(f, y0, t, method="rk4", gradient="reverse", options={"steps": 40})
+
+
+def test_states_that_cannot_be_made_again_are_refused():
+    """An inverse that amplifies by 1/0.6 a step, over 80 steps."""
+    y0 = torch.ones(3, dtype=F64, requires_grad=True)
+    y = odeint(
+        lambda t, y: torch.sin(y) * torch.cos(3 * t),
+        y0,
+        torch.tensor([0.0, 2.0], dtype=F64),
+        method="reversible(rk4, coupling=0.6)",
+        gradient="reverse",
+        options={"steps": 80},
+    )
+    with pytest.raises(SchemeError, match=r"made the state at t=0 again with a relative error of"):
+        y.sum().backward()

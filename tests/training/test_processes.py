@@ -1,0 +1,146 @@
+"""Two processes train as one does with the same batches, evaluate every sample once, and do not outlive each other."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from odenets import Stack
+from odenets.training import Classifier, Constant
+from odenets.training.callbacks import Agreement, Predictions
+from odenets.training.data import Cached
+from odenets.training.order import EvaluationOrder, TrainingOrder
+
+from .runs import kills
+from .test_classifier import Random, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals, forks of a process with threads
+
+
+@pytest.mark.parametrize("samples", [16, 17, 40, 3])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_processes_share_each_batch_of_one(samples, replicas):
+    """The union of the processes' batches is the batch of one process with the same number of samples in a step."""
+    parts = [TrainingOrder(range(samples), 2, 5, replicas, rank) for rank in range(replicas)]
+    alone = TrainingOrder(range(samples), 2 * replicas, 5)
+    assert len({len(part) for part in parts}) == 1
+    for number in range(len(parts[0]) // 2 if samples >= 2 * replicas else 0):
+        together = [i for part in parts for i in part.batch(1, number)]
+        assert sorted(together) == sorted(alone.batch(1, number))
+    for part in parts:
+        part.set_epoch(1)
+        listed = list(part)
+        assert [i for _, i in listed] == part.permutation(1)[part.rank :: replicas] and {e for e, _ in listed} == {1}
+        part.skip = 1
+        assert list(part) == listed[2:] and list(part) == listed, "skipping is for one iteration"
+    assert parts[0].permutation(0) != parts[0].permutation(1) or samples < 4
+
+
+@pytest.mark.parametrize("samples", [1, 5, 6])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_evaluation_sees_every_sample_once(samples, replicas):
+    parts = [list(EvaluationOrder(range(samples), replicas, rank)) for rank in range(replicas)]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(i for part in parts for i in part if isinstance(i, int)) == list(range(samples))
+
+
+class Reversible(nn.Module):
+    """Two streams of a coupling without norms, so that a batch can be cut in two."""
+
+    def __init__(self, backprop: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.head = nn.Linear(36, 8), nn.Linear(8, 3)
+        functions = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)]
+        self.stack = Stack(functions, "revnet", backprop=backprop)
+
+    def forward(self, x):
+        return self.head(self.stack(self.stem(x.flatten(1))))
+
+
+class Keeps(Callback):
+    def on_train_end(self, trainer, pl_module):
+        assert trainer.global_step == 102
+        if trainer.is_global_zero:
+            torch.save(pl_module.state_dict(), Path(trainer.default_root_dir, f"{trainer.world_size}.pt"))
+
+
+def trained(tmp_path: Path, backprop: str, devices: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    data = Random(n=48)
+    data.batch_size = 8 // devices
+    model = Classifier(Reversible(backprop), partial(torch.optim.SGD, lr=0.1, momentum=0.9), Constant())
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+    options |= {"callbacks": [Keeps()], "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    trainer(tmp_path, max_epochs=17, precision="64-true", **options).fit(model, data)
+    return torch.load(tmp_path / f"{devices}.pt")
+
+
+@pytest.mark.parametrize("backprop", ["store", "reverse"])
+def test_two_processes_train_as_one(tmp_path, backprop):
+    one, two = (trained(tmp_path, backprop, devices) for devices in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-10, rtol=1e-10)
+    assert not torch.equal(one["net.stem.weight"], Reversible(backprop).stem.weight.double())
+
+
+class DiesInProcess1(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_ends_the_other(tmp_path):
+    run = trainer(tmp_path, max_epochs=1000, devices=2, strategy="ddp_fork", callbacks=[DiesInProcess1()])
+    with pytest.raises((ProcessExitedException, ProcessRaisedException), match=r"SIGKILL|Connection"):
+        run.fit(Classifier(Reversible("store"), partial(torch.optim.SGD, lr=0.1), Constant()), Random())
+
+
+class Lopsided(Random):
+    """Each process finds another number of samples, as in a folder that one machine has in part."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        count = 24 - self.trainer.global_rank
+        self.sets["train"] = Cached(torch.rand(count, 1, 6, 6), torch.arange(count) % 3)
+
+
+def test_processes_that_disagree_stop(tmp_path):
+    run = trainer(tmp_path, devices=2, strategy="ddp_fork", callbacks=[Agreement()])
+    model = Classifier(Reversible("store"), partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ProcessRaisedException, match=r"train samples differs.*24 in process 0, 23 in process 1"):
+        run.fit(model, Lopsided())
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    """17 samples: one more for one of the processes. Figures count each once, predictions stand in its order."""
+    figures, rows = [], []
+    for devices in (1, 2):
+        torch.manual_seed(3)
+        data, model = Random(n=17), Classifier(Reversible("store"), partial(torch.optim.SGD, lr=0.1))
+        data.batch_size = 4
+        path = tmp_path / f"{devices}.csv"
+        options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+        torch.manual_seed(4)
+        run = trainer(tmp_path, callbacks=[Predictions(path)], **options)
+        figures.append(run.validate(model, data, verbose=False)[0])
+        torch.manual_seed(4)
+        data.sets = {}
+        trainer(tmp_path, callbacks=[Predictions(path)], **options).predict(model, data, return_predictions=False)
+        rows.append(path.read_text().splitlines())
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6) and set(figures[0]) == {"val/loss", "val/acc"}
+    assert rows[0] == rows[1] and [row.split(",")[0] for row in rows[0][1:]] == [str(i) for i in range(17)]
+
+
+def test_two_processes_on_the_command_line(tmp_path):
+    kills.write_config(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=2, callbacks=[])
+    assert kills.wait(kills.start(tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp_fork")) == 0
+    held = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert held["odenets"]["data"]["processes"] == 2 and len(held["odenets"]["sums"]) == 2
+    assert "metrics: run/metrics.csv" in (tmp_path / "out").read_text()
