@@ -150,14 +150,7 @@ class ParquetSource(Source):
                 raise DataError(
                     f"{where}: {files[0]} and {file} differ in columns or class names\n  Take one kind of file"
                 )
-            kind = opened.schema_arrow.field(self.image_key).type
-            if pa.types.is_struct(kind):
-                kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-            if not any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string)):
-                raise DataError(
-                    f"{where}: column {self.image_key!r} holds no pictures but {kind}\n"
-                    "  Name another one: --data.image_key COLUMN"
-                )
+            _check_pictures(opened.schema_arrow.field(self.image_key).type, self.image_key, where)
             rows = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             self.groups += [(number, group, count) for group, count in enumerate(rows)]
             if label is not None:
@@ -218,6 +211,18 @@ class ParquetSource(Source):
         number, _, rows = self.groups[place]
         before = sum(count for n, _, count in self.groups[:place] if n == number)
         return f"{PurePosixPath(self.files[number]).name} row {before + i - int(self.ends[place]) + rows}"
+
+
+def _check_pictures(kind: Any, key: str, where: str) -> None:
+    """Refuses a column whose cells are neither encoded pictures nor paths."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string)):
+        raise DataError(
+            f"{where}: column {key!r} holds no pictures but {kind}\n  Name another one: --data.image_key COLUMN"
+        )
 
 
 def parquet_files(

@@ -261,6 +261,17 @@ def test_what_is_no_whole_picture_is_unreadable(name):
         Picture(WRONG[name]).rgb()
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [12, 20])  # Pillow itself warns of the first, and refuses the second
+def test_a_picture_of_too_many_pixels_is_unreadable(monkeypatch, side):
+    data = stored(picture(0, (side, side)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Unreadable, match="pixels"):
+        Picture(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert Picture(data).size == (side, side)
+
+
 def with_wrong_ones(root: Path, size: tuple[int, int], names=tuple(WRONG)) -> Path:
     write_folder(root / "train", 6, 2, size)
     write_folder(root / "val", 2, 2, size)

@@ -265,6 +265,7 @@ def test_class_labels_that_differ_between_splits_are_matched_by_name(tmp_path):
         ([0.0, 0.7, 1.0, 1.0], "double, 0.0 in row 0"),
         ([[0, 1], [1], [0], [1]], "list"),
         ([0, 10**9, 1, 0], "1,000,000,000"),
+        ([0, 5000, 1, 0], "5,000, and only 3 different ones"),
         (pa.array([0, 2**64 - 1, 1, 0], pa.uint64()), "18446744073709551615"),
         ([None] * 4, "no labels"),
     ],
@@ -279,6 +280,7 @@ def test_labels_of_other_types_that_are_some(tmp_path):
         [
             ([True, False], ["False", "True"]),
             (pa.array([3, 1], pa.uint8()), ["0", "1", "2", "3"]),
+            ([0, 999], [str(number) for number in range(1000)]),
             (pa.array(["b", "a"]).dictionary_encode(), ["a", "b"]),
         ]
     ):

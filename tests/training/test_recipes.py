@@ -318,3 +318,16 @@ def test_boxes_on_the_batch_are_drawn_as_those_of_decoding(size):
     assert float((wide / high).log().std()) == pytest.approx(
         float(((drawn[:, 2] - drawn[:, 0]) / (drawn[:, 3] - drawn[:, 1])).log().std()), abs=0.05
     )
+
+
+def test_a_crop_that_the_augmentation_names_is_cut_once(tmp_path):
+    for kind in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / kind).mkdir(parents=True)
+        place().save(tmp_path / kind / "x.bmp")
+    augment = Augment(resized_crop=0.08)
+    data = Images(str(tmp_path), size=SIZE, num_workers=0, augment=augment)
+    data.setup("fit")
+    assert (data.smallest_crop, data.augment.resized_crop, augment.resized_crop) == (0.08, None, 0.08)
+    assert 0.38 < boxes(batch(data, 300))["area"] < 0.48
+    with pytest.raises(ValueError, match="two figures for one crop"):
+        Images(str(tmp_path), size=SIZE, smallest_crop=0.3, augment=augment)
