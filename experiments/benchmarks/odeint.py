@@ -6,10 +6,11 @@
     nice python experiments/benchmarks/odeint.py batch         # a step size per sample
     python experiments/benchmarks/odeint.py --quick            # fewer rounds
 
-Every round runs every solver at every tolerance once, in an order drawn anew; times are medians over the rounds. Errors
-are those at the end, against dopri8 at 1e-12. A ratio compares times at one error: the other's time is read from its
-own curve of time over error, linear in the logarithms, at the errors that both reach; the geometric mean over them is
-given. The overhead is the time per attempted step less the evaluations of the field in it, timed by themselves.
+Every round runs every solver at every tolerance once, in an order drawn anew; times are medians over the rounds, of the
+processor (one thread), so that what else the machine does counts little. Errors are those at the end, against dopri8 at
+1e-12. A ratio compares times at one error: the other's time is read from its own curve of time over error, linear in
+the logarithms, at the errors that both reach; the geometric mean over them is given. The overhead is the time per
+attempted step less the evaluations of the field in it, timed by themselves.
 """
 
 import argparse
@@ -74,9 +75,9 @@ def conv():
 
 def timed(run: Callable) -> tuple[float, torch.Tensor]:
     gc.disable()
-    start = time.perf_counter()
+    start = time.process_time()
     y = run()
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     gc.enable()
     return took, y
 
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = 3 if options.quick else 15
+    rounds = 3 if options.quick else 9
     for name, table in (("speed", speed), ("gradients", gradients), ("batch", batch)):
         if options.table in (None, name):
             print(f"\n{name}\n")
