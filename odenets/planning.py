@@ -31,7 +31,8 @@ from .backprop.meter import Interval, Meter, meter_on
 from .backprop.modes import Auto, Mode, Plan
 from .backprop.plan import Chain, Cost, Piece, Profile
 from .backprop.replay import stream_precision
-from .backprop.survey import Namer, Survey, aside, nothing_moved, unseen, wait
+from .backprop.surroundings import nothing_changed
+from .backprop.survey import Namer, Survey, aside, unseen, wait
 from .backprop.walk import Pass
 from .stack import Stack
 
@@ -148,7 +149,7 @@ class _Planning:
     def _survey(self) -> int:
         """Runs the model once, its stacks being measured; returns the bytes that its loss takes."""
         modes = {name: _Surveying(self, name) for name in self.stacks}
-        with torch.enable_grad(), nothing_moved([self.model], self.device), self._set(modes):
+        with torch.enable_grad(), nothing_changed([self.model], always=True), self._set(modes):
             with self.namer.saving(self.outside):
                 outputs = self.model(*self.args, **self.kwargs)
             outputs = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
@@ -208,7 +209,7 @@ class _Planning:
 
     def _run(self, found: Report) -> list[Interval]:
         """Measures a pass under the plans; returns the intervals between the ends of segments."""
-        with nothing_moved([self.model], self.device), torch.enable_grad(), aside([self.model]) as stand, unseen():
+        with nothing_changed([self.model], always=True), torch.enable_grad(), aside([self.model]) as stand, unseen():
             args, kwargs = pytree.tree_map(_alone, (self.args, self.kwargs))
             inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
 

@@ -74,7 +74,10 @@ def chosen(auto: Auto, given: Pass, state: State, measured: "Callable[[], Measur
 
     def choose() -> Chosen:
         found = measure(auto, given, state) if measured is None else measured()
-        return Chosen(found.choose(), size, found.survey.finite)
+        plan = found.choose()
+        if given.inverted:  # the steps of a plan are counted as the stack counts them
+            plan = Plan(plan.segments[::-1])
+        return Chosen(plan, size, found.survey.finite)
 
     monitor = given.monitor
     with monitor.planning:
@@ -157,7 +160,8 @@ def measure(auto: Auto, given: Pass, state: State) -> Measured:
     """Measures the steps of a pass."""
     namer = Namer(outside_of(modules_of(given), given.context))
     names = namer.names(state)
-    survey = Survey(given, state, namer, ways_for(auto, state), budget(auto, state[0].device))
+    ways = [way for way in ways_for(auto, state) if way != "exact" or not given.inverted]
+    survey = Survey(given, state, namer, ways, budget(auto, state[0].device))
     last = survey.run()
     return Measured(auto, survey, end_of(given, last), tuple(names))
 

@@ -243,6 +243,11 @@ class Plan(Mode):
         return any(mode.by_inverse for _, mode in self.segments)
 
     @property
+    def inverts(self) -> bool:  # type: ignore[override]
+        """Whether all of its modes do."""
+        return all(mode.inverts for _, mode in self.segments)
+
+    @property
     def steps(self) -> int:
         """The number of steps."""
         return sum(count for count, _ in self.segments)
@@ -321,7 +326,7 @@ class Auto(Mode):
             return given.keep(state)
         from .auto import plan_for
 
-        return plan_for(self, given, state).run(given, state)
+        return plan_for(self, given, state).run(given, state)  # type: ignore[reportCallIssue]
 
 
 class WithErrors(Mode):
