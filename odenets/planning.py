@@ -30,6 +30,8 @@ def plan(model: nn.Module, *args: Any, memory: float | str | None = None, **kwar
         SchemeError: no plan fits, with what is missing; there is no stack; a stack is called twice.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> from odenets import Stack
         >>> net = nn.Sequential(nn.Linear(4, 8), Stack([nn.Linear(4, 4) for _ in range(8)], "revnet"))
         >>> report = plan(net, torch.randn(64, 4), memory="1MB")

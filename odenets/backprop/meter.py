@@ -161,6 +161,7 @@ def meter_on(device: torch.device) -> Meter:
     """What measures the memory of a device.
 
     Example:
+        >>> import torch
         >>> with meter_on(torch.device("cpu")) as meter:
         ...     meter.mark()
         ...     x = torch.zeros(256)

@@ -355,8 +355,8 @@ def parse_mode(given: "str | Mode | None") -> Mode:
     Example:
         >>> parse_mode("reverse(every=8)")
         Reverse(every=8, memory=None, bound=None, drift=True, check_finite=False)
-        >>> parse_mode("4*store + 8*checkpoint(2)").steps, parse_mode("reverse(memory=2GiB)").memory
-        (12, 2048)
+        >>> parse_mode("4*store + 8*checkpoint(2)").steps, str(parse_mode("reverse(memory=2GiB)"))
+        (12, 'reverse(memory=2048)')
     """
     found = given
     if isinstance(given, str):
