@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,14 @@ from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import build, checks
 from .auxiliary import LOG_DET, Sink
+from .backprop.choice import Chosen, Report
 from .backprop.diagnose import Diagnosis, diagnose
 from .backprop.modes import Mode, Store, WithErrors, format_mode, parse_mode
 from .backprop.monitor import Monitor
+from .backprop.planning import Planning
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
 from .step import Revision, Step
-
-if TYPE_CHECKING:
-    from .backprop.choice import Report
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -399,7 +398,7 @@ class Stack(nn.Module):
 
     def plan(
         self, x: Tensor, *, memory: float | str | None = None, t: float | Tensor = 0.0, context: Any = None
-    ) -> "Report":
+    ) -> Report:
         """What training takes, segment by segment, predicted and measured; printed, a table.
 
         Of the mode at hand; "auto" makes its choice here, if it has not yet, and trains by it. With ``memory`` the
@@ -422,9 +421,8 @@ class Stack(nn.Module):
             >>> [row.mode for row in stack.plan(torch.randn(64, 16)).rows]
             ['store', 'checkpoint']
         """
-        from .planning import plan
-
-        return plan(self, x, memory=memory, t=t, context=context)
+        stacks = {} if isinstance(self.rule, FromError) else {"": self}
+        return Planning(self, stacks, (x,), {"t": t, "context": context}).report(memory)
 
     def plan_state(self) -> dict[str, Any]:
         """What was measured and decides how training runs, as plain values to be saved with a checkpoint.
@@ -435,8 +433,6 @@ class Stack(nn.Module):
 
     def load_plan_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly."""
-        from .backprop.choice import Chosen
-
         self.monitor.load(state, Chosen.of)
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:

@@ -1,15 +1,53 @@
-"""Passes whose plan is chosen at the first one; measuring stays out of torch's compiler, which this module loads."""
+"""Mode "auto": the fastest plan that fits, chosen at the first training pass."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
-from schemes.scheme import State
+from schemes.scheme import Scheme, State
 
-from .choice import chosen
-from .modes import Auto, Plan
-from .walk import Pass
+from .choice import Limits
+from .modes import FAMILIES, Exact, Mode
+from .replay import stream_precision
+from .sizes import format_size
+from .walk import Pass, needs_graph
 
 
-@torch.compiler.disable
-def plan_for(auto: Auto, given: Pass, state: State) -> Plan:
-    """The plan of a stack; see ``choice.chosen``."""
-    return chosen(auto, given, state)
+@dataclass(frozen=True)
+class Auto(Limits, Mode):
+    """The fastest plan that fits: chosen at the first training pass, from the memory and the time of each step.
+
+    Example:
+        >>> from odenets.backprop import parse_mode
+        >>> parse_mode("auto(memory=2GiB)").memory, str(Auto(memory="1.5GB"))
+        (2048.0, 'auto(memory=1.5GB)')
+    """
+
+    alone = True
+
+    def options(self) -> dict[str, Any]:
+        """Its arguments that are not the usual ones, as they are written."""
+        found = super().options()
+        return found if self.memory is None else {**found, "memory": format_size(self.memory)}
+
+    def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
+        """Refuses nothing but exact arithmetic where the scheme does not have it."""
+        from . import uncompiled as uncompiled  # not in a trace: see _ByInverse.check
+
+        if self.exact:
+            Exact().check(scheme, post_step)
+
+    def run(self, given: Pass, state: State) -> State:
+        """The state after the last step."""
+        if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
+            state = stream_precision(state)  # whatever is chosen: the output does not tell
+        if not needs_graph() or torch._C._are_functorch_transforms_active():
+            return given.keep(state)
+        from .uncompiled import plan_for
+
+        return plan_for(self, given, state).run(given, state)  # type: ignore[reportCallIssue]
+
+
+FAMILIES["auto"] = Auto

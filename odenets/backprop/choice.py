@@ -23,15 +23,45 @@ from schemes.scheme import State
 
 from .anchors import BOUNDS
 from .meter import Meter
-from .modes import Auto, Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, parse_mode
+from .modes import Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, parse_mode
 from .plan import Chain, Piece
-from .sizes import show
+from .sizes import mebibytes, show
 from .survey import Namer, Survey, modules_of, readout_of
 from .walk import Pass
 
 log = logging.getLogger("odenets.backprop")
 LOSS = 4  # times the output: its gradient, and what y.square().mean() takes to make it
 WAYS = ("store", "offload", "checkpoint", "reverse")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be chosen.
+
+    Attributes:
+        memory: what the stack may take in training, in MiB, or a text such as "2GB"; None stands for a share of what
+            the device has free.
+        share: that share.
+        bound: relative error that states made again by the inverse keep to; None stands for 1e-5 in fp32, 1e-11 in
+            fp64.
+        exact: whether the whole stack may run in exact arithmetic, whose outputs are rounded to a grid.
+        offload: whether kept states may go to the host.
+    """
+
+    memory: Any = None
+    share: float = 0.5
+    bound: float | None = None
+    exact: bool = False
+    offload: bool = True
+
+    def __post_init__(self):
+        if self.memory is not None:
+            object.__setattr__(self, "memory", mebibytes(self.memory, "auto(memory)"))
+        if not 0 < self.share <= 1:
+            raise SchemeError(f"backprop: auto(share) is {self.share}, want a number above 0, at most 1.")
+        object.__setattr__(self, "share", float(self.share))
+        if self.bound is not None and not 0 < self.bound < float("inf"):
+            raise SchemeError(f"backprop: auto(bound) is {self.bound}, want a positive number.")
 
 
 class Chosen(NamedTuple):
@@ -58,11 +88,11 @@ class Chosen(NamedTuple):
         return cls(Plan(segments), int(state["size"]), bool(state["final"]))
 
 
-def chosen(auto: Auto, given: Pass, state: State, measured: "Callable[[], Measured] | None" = None) -> Plan:
+def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Measured] | None" = None) -> Plan:
     """The plan of a stack, which is measured where it has none, or one for a smaller input.
 
     Args:
-        auto: what may be chosen.
+        limits: what may be chosen.
         given: the pass.
         state: the streams before it.
         measured: gives the measurement, where there is one.
@@ -73,8 +103,11 @@ def chosen(auto: Auto, given: Pass, state: State, measured: "Callable[[], Measur
     size = sum(x.nbytes for x in state)
 
     def choose() -> Chosen:
-        found = measure(auto, given, state) if measured is None else measured()
-        return Chosen(found.choose(), size, found.survey.finite)
+        found = measure(limits, given, state) if measured is None else measured()
+        plan = found.choose()
+        if given.inverted:  # the steps of a plan are counted as the stack counts them
+            plan = Plan(plan.segments[::-1])
+        return Chosen(plan, size, found.survey.finite)
 
     monitor = given.monitor
     with monitor.planning:
@@ -82,8 +115,8 @@ def chosen(auto: Auto, given: Pass, state: State, measured: "Callable[[], Measur
         # Several processes keep what they have agreed on: a larger input of one is no news to the others.
         larger = found is not None and size > found.size and shared_store() is None
         if found is None or not found.final or larger:
-            monitor.plan = found = agreed(auto, given, state, choose)
-            log.info("backprop: %s chose %s for %s of streams", auto, found.plan, show(size))
+            monitor.plan = found = agreed(limits, given, state, choose)
+            log.info("backprop: %s chose %s for %s of streams", limits, found.plan, show(size))
         return found.plan
 
 
@@ -91,14 +124,14 @@ class Measured:
     """A stack's steps as measured, and the plans that follow.
 
     Args:
-        auto: what may be chosen.
+        limits: what may be chosen.
         survey: the measurement.
         end: bytes live at the loss.
         given: names of the input's storages, which somebody else holds.
     """
 
-    def __init__(self, auto: Auto, survey: Survey, end: int, given: Sequence[int]):
-        self.auto, self.survey = auto, survey
+    def __init__(self, limits: Limits, survey: Survey, end: int, given: Sequence[int]):
+        self.limits, self.survey = limits, survey
         self.chain = Chain(survey.steps, end, given)
         self.memory = survey.enough
 
@@ -108,7 +141,7 @@ class Measured:
         Raises:
             SchemeError: none does.
         """
-        pieces = fastest(self.chain, self.auto, self.memory, self.bound)
+        pieces = fastest(self.chain, self.limits, self.memory, self.bound)
         return Plan(tuple(segments_of(pieces)))
 
     @property
@@ -116,10 +149,10 @@ class Measured:
         """What errors keep to; nothing where the measurement says nothing."""
         if not self.survey.finite:
             return float("inf")
-        return float(self.auto.bound or BOUNDS.get(self.survey.start[0].dtype, 1e-5))
+        return float(self.limits.bound or BOUNDS.get(self.survey.start[0].dtype, 1e-5))
 
 
-def fastest(chain: Chain, auto: Auto, memory: float, bound: float) -> list[Piece]:
+def fastest(chain: Chain, limits: Limits, memory: float, bound: float) -> list[Piece]:
     """The pieces of the fastest plan.
 
     Raises:
@@ -127,7 +160,7 @@ def fastest(chain: Chain, auto: Auto, memory: float, bound: float) -> list[Piece
     """
     ways = (*WAYS, "fixed")
     found = chain.fastest(ways, memory, bound)
-    if auto.exact and all("exact" in p.costs for p in chain.profiles):
+    if limits.exact and all("exact" in p.costs for p in chain.profiles):
         # Rounding to a grid is another arithmetic: all steps or none, whatever the memory.
         whole = [chain.piece(0, len(chain.profiles), "exact")]
         time = whole[0].time
@@ -142,24 +175,25 @@ def fastest(chain: Chain, auto: Auto, memory: float, bound: float) -> list[Piece
     return found[0]
 
 
-def budget(auto: Auto, device: torch.device) -> float:
+def budget(limits: Limits, device: torch.device) -> float:
     """The bytes that training may take."""
-    return auto.memory * 2**20 if auto.memory is not None else auto.share * free(device)
+    return limits.memory * 2**20 if limits.memory is not None else limits.share * free(device)
 
 
-def ways_for(auto: Auto, state: State) -> list[str]:
+def ways_for(limits: Limits, state: State) -> list[str]:
     """How steps may be run."""
-    ways = [way for way in WAYS if way != "offload" or (auto.offload and state[0].is_cuda)]
-    return [*ways, "exact"] if auto.exact else ways
+    ways = [way for way in WAYS if way != "offload" or (limits.offload and state[0].is_cuda)]
+    return [*ways, "exact"] if limits.exact else ways
 
 
-def measure(auto: Auto, given: Pass, state: State) -> Measured:
+def measure(limits: Limits, given: Pass, state: State) -> Measured:
     """Measures the steps of a pass."""
     namer = Namer(outside_of(modules_of(given), given.context))
     names = namer.names(state)
-    survey = Survey(given, state, namer, ways_for(auto, state), budget(auto, state[0].device))
+    ways = [way for way in ways_for(limits, state) if way != "exact" or not given.inverted]
+    survey = Survey(given, state, namer, ways, budget(limits, state[0].device))
     last = survey.run()
-    return Measured(auto, survey, end_of(given, last), tuple(names))
+    return Measured(limits, survey, end_of(given, last), tuple(names))
 
 
 def outside_of(modules: Sequence[nn.Module], *given: Any) -> list[Tensor]:
@@ -252,7 +286,7 @@ def _way_of(mode: Mode, count: int, monitor: Any, streams: Mapping[int, int]) ->
 _counts: dict[str, int] = {}
 
 
-def agreed(auto: Auto, given: Pass, state: State, choose: Callable[[], Chosen]) -> Chosen:
+def agreed(limits: Limits, given: Pass, state: State, choose: Callable[[], Chosen]) -> Chosen:
     """The choice of the process that was the first to make it; its own where there is but one.
 
     Raises:
@@ -262,7 +296,7 @@ def agreed(auto: Auto, given: Pass, state: State, choose: Callable[[], Chosen]) 
     if store is None:
         return choose()
     shapes = [(str(step.scheme), tuple(p.numel() for p in step.parameters())) for step in given.steps]
-    like = repr((str(auto), shapes, [tuple(x.shape[1:]) for x in state], state[0].dtype))
+    like = repr((str(limits), shapes, [tuple(x.shape[1:]) for x in state], state[0].dtype))
     key = "odenets/plan/" + hashlib.sha256(like.encode()).hexdigest()[:24]
     _counts[key] = _counts.get(key, 0) + 1
     key = f"{key}/{_counts[key]}"

@@ -86,7 +86,11 @@ class _EventMeter(Meter):
 
         experimental = torch._C._profiler._ExperimentalConfig()  # type: ignore[attr-defined]
         legacy._enable_profiler_legacy(  # type: ignore[attr-defined]
-            legacy.ProfilerConfig(legacy.ProfilerState.CPU, False, True, False, False, False, experimental)
+            legacy.ProfilerConfig(  # type: ignore[attr-defined]
+                legacy.ProfilerState.CPU,  # type: ignore[attr-defined]
+                *(False, True, False, False, False),
+                experimental,
+            )
         )
         return self
 
@@ -157,6 +161,7 @@ def meter_on(device: torch.device) -> Meter:
     """What measures the memory of a device.
 
     Example:
+        >>> import torch
         >>> with meter_on(torch.device("cpu")) as meter:
         ...     meter.mark()
         ...     x = torch.zeros(256)
@@ -167,6 +172,6 @@ def meter_on(device: torch.device) -> Meter:
     """
     if device.type == "cuda":
         return _CudaMeter(device)
-    if torch._C._autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():  # type: ignore[attr-defined]
         return _StorageMeter()
     return _EventMeter()

@@ -19,7 +19,7 @@ from ..step import Step
 from .checkpoint import checkpointed
 from .offload import offloaded
 from .replay import stream_precision
-from .sizes import UNITS, format_size, mebibytes
+from .sizes import UNITS
 from .walk import Pass, needs_graph
 
 
@@ -28,11 +28,13 @@ class Mode(ABC):
 
     Attributes:
         keeps_all: whether all that autograd asks for is kept, so that nothing needs to know of the pass.
+        alone: whether it cannot be part of a plan.
         inverts: whether the steps may be run backwards under this mode.
         by_inverse: whether states are made again by the scheme's inverse, which needs streams in single precision.
     """
 
     keeps_all: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     inverts: ClassVar[bool] = True
     by_inverse: bool = False
 
@@ -53,6 +55,11 @@ class Mode(ABC):
         Raises:
             SchemeError: with the remedy.
         """
+
+    def options(self) -> dict[str, Any]:
+        """Its arguments that are not the usual ones, as they are written."""
+        found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}  # type: ignore[arg-type]
+        return {k: str(v).lower() if isinstance(v, bool) else v for k, v in found.items()}
 
     def __str__(self) -> str:
         return format_mode(self)
@@ -224,13 +231,14 @@ class Plan(Mode):
     """
 
     segments: tuple[tuple[int, Mode], ...]
+    alone = True
 
     def __post_init__(self):
         segments = []
         for count, mode in self.segments:
             _count("plan(steps)", count, 1)
             mode = parse_mode(mode)
-            if isinstance(mode, (Plan, Auto)):
+            if mode.alone:
                 raise SchemeError(f"backprop: a plan is made of plain modes, such as store or reverse, not of {mode}.")
             segments.append((count, mode))
         if not segments:
@@ -241,6 +249,11 @@ class Plan(Mode):
     def by_inverse(self) -> bool:  # type: ignore[override]
         """Whether any of its modes is."""
         return any(mode.by_inverse for _, mode in self.segments)
+
+    @property
+    def inverts(self) -> bool:  # type: ignore[override]
+        """Whether all of its modes do."""
+        return all(mode.inverts for _, mode in self.segments)
 
     @property
     def steps(self) -> int:
@@ -275,53 +288,6 @@ class Plan(Mode):
         runs = [(i, len([*group])) for i, group in groupby(owners)]
         for (i, _), part in zip(runs, given.parts([count for _, count in runs]), strict=True):
             yield self.segments[i][1], part._replace(on_step=given.on_step, monitor=given.monitor.part(i))
-
-
-@dataclass(frozen=True)
-class Auto(Mode):
-    """The fastest plan that fits: chosen at the first training pass, from the memory and the time of each step.
-
-    Attributes:
-        memory: what the stack may take in training, in MiB, or a text such as "2GB"; None stands for a share of what
-            the device has free.
-        share: that share.
-        bound: relative error that states made again by the inverse keep to; None stands for 1e-5 in fp32, 1e-11 in
-            fp64.
-        exact: whether the whole stack may run in exact arithmetic, whose outputs are rounded to a grid.
-        offload: whether kept states may go to the host.
-    """
-
-    memory: Any = None
-    share: float = 0.5
-    bound: float | None = None
-    exact: bool = False
-    offload: bool = True
-
-    def __post_init__(self):
-        if self.memory is not None:
-            object.__setattr__(self, "memory", mebibytes(self.memory, "auto(memory)"))
-        if not 0 < self.share <= 1:
-            raise SchemeError(f"backprop: auto(share) is {self.share}, want a number above 0, at most 1.")
-        object.__setattr__(self, "share", float(self.share))
-        if self.bound is not None and not 0 < self.bound < float("inf"):
-            raise SchemeError(f"backprop: auto(bound) is {self.bound}, want a positive number.")
-
-    def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
-        """Refuses nothing but exact arithmetic where the scheme does not have it."""
-        from . import auto as auto  # not in a trace: see _ByInverse.check
-
-        if self.exact:
-            Exact().check(scheme, post_step)
-
-    def run(self, given: Pass, state: State) -> State:
-        """The state after the last step."""
-        if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
-            state = stream_precision(state)  # whatever is chosen: the output does not tell
-        if not needs_graph() or torch._C._are_functorch_transforms_active():
-            return given.keep(state)
-        from .auto import plan_for
-
-        return plan_for(self, given, state).run(given, state)
 
 
 class WithErrors(Mode):
@@ -376,7 +342,8 @@ def _count(what: str, value: Any, least: int) -> None:
 
 
 _NAMES = {"store": Store(), "offload": Offload()}
-_FAMILIES: dict[str, type[Mode]] = {"checkpoint": Checkpoint, "reverse": Reverse, "exact": Exact, "auto": Auto}
+# "auto" enters itself, as it stands on all that measures modes.
+FAMILIES: dict[str, type[Mode]] = {"checkpoint": Checkpoint, "reverse": Reverse, "exact": Exact}
 
 
 def parse_mode(given: "str | Mode | None") -> Mode:
@@ -388,12 +355,12 @@ def parse_mode(given: "str | Mode | None") -> Mode:
     Example:
         >>> parse_mode("reverse(every=8)")
         Reverse(every=8, memory=None, bound=None, drift=True, check_finite=False)
-        >>> parse_mode("4*store + 8*checkpoint(2)").steps, parse_mode("auto(memory=2GiB)").memory
-        (12, 2048.0)
+        >>> parse_mode("4*store + 8*checkpoint(2)").steps, str(parse_mode("reverse(memory=2GiB)"))
+        (12, 'reverse(memory=2048)')
     """
     found = given
     if isinstance(given, str):
-        reader = Reader(_NAMES, _FAMILIES, lambda *pairs: Plan(pairs), what="backprop mode", units=UNITS)
+        reader = Reader(_NAMES, FAMILIES, lambda *pairs: Plan(pairs), what="backprop mode", units=UNITS)
         found = reader.read(given)
     if found is None:
         return Store()
@@ -411,17 +378,15 @@ def format_mode(mode: Mode) -> str:
     Example:
         >>> format_mode(Reverse(every=8, drift=False)), format_mode(Checkpoint(4)), format_mode(Store())
         ('reverse(every=8, drift=false)', 'checkpoint(4)', 'store')
-        >>> format_mode(Plan(((4, Store()), (1, Reverse())))), format_mode(Auto(memory="1.5GB"))
-        ('4*store + reverse', 'auto(memory=1.5GB)')
+        >>> format_mode(Plan(((4, Store()), (1, Reverse()))))
+        '4*store + reverse'
     """
     if isinstance(mode, Plan):
         alone = len(mode.segments) == 1
         return " + ".join(f"{count}*{part}" if count > 1 or alone else str(part) for count, part in mode.segments)
-    changed = {f.name: value for f in fields(mode) if (value := getattr(mode, f.name)) != f.default}  # type: ignore[arg-type]
+    changed = mode.options()
     name = type(mode).__name__.lower()
     if isinstance(mode, Checkpoint):
         return f"{name}({mode.every})" if changed else name
-    if isinstance(mode, Auto) and mode.memory is not None:
-        changed["memory"] = format_size(mode.memory)
-    given = ", ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changed.items())
+    given = ", ".join(f"{k}={v}" for k, v in changed.items())
     return f"{name}({given})" if given else name

@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
-from .surroundings import nothing_changed
 from ..step import Step
 from .anchors import WINDOW, Trial, growth_of, windows_of
 from .guard import learn
@@ -32,7 +31,7 @@ from .modes import Checkpoint, Exact, Mode, Offload, Reverse, Store
 from .monitor import Monitor
 from .plan import Cost, Names, Profile
 from .replay import StepRecord, autocast_as, members_of, run_step
-from .surroundings import Surroundings
+from .surroundings import nothing_changed
 from .walk import Pass
 
 MODES: dict[str, Mode] = {
@@ -167,28 +166,18 @@ def _drop(leaf: Tensor) -> None:
     leaf.grad = None
 
 
-@contextmanager
-def nothing_moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Puts buffers, attributes and generators back."""
-    before = Surroundings(device, Members(modules))
-    with nothing_changed(modules, always=True):
-        try:
-            yield
-        finally:
-            for slot in before.attributes:
-                slot.holder[slot.name] = slot.value
-
-
 class _GraphTrial(Trial):
     """Runs steps with a graph, and undoes them."""
 
-    def __init__(self, wrap: Any):
-        super().__init__()
+    def __init__(self, wrap: Any, inverted: bool):
+        super().__init__(inverted)
         self.wrap = wrap
 
     def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
         """The state after the step."""
-        record = self.records[step.index] = StepRecord(step, state, shared, t, context, members_of(step, shared))
+        record = self.records[step.index] = StepRecord(
+            step, state, shared, t, context, members_of(step, shared), inverted=self.inverted
+        )
         with autocast_as(record.autocast):
             return run_step(record, state, self.wrap)
 
@@ -232,8 +221,8 @@ class Survey:
                 "stack.backprop = stack.plan(x).plan, and shard them then."
             )
         context = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, given.context)
-        with torch.no_grad(), nothing_moved(self.modules, self.device), unseen():
-            state = self._walk(given._replace(context=context, sizes=given.sizes, on_step=None))
+        with torch.no_grad(), nothing_changed(self.modules, always=True), unseen():
+            state = self._walk(given._replace(context=context, on_step=None, sink=None))
             if self.pressed and "reverse" in self.ways and len(self.growths) < len(given.steps):
                 self._measure_growth()
             if self.pressed:
@@ -251,7 +240,7 @@ class Survey:
 
     def _walk(self, given: Pass) -> State:
         state = self.start
-        trial = _GraphTrial(given.wrap) if "reverse" in self.ways else None
+        trial = _GraphTrial(given.wrap, given.inverted) if "reverse" in self.ways else None
         states, steps = [_plain(state)], []
         for part in given.parts(1):
             leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
@@ -314,7 +303,7 @@ class Survey:
         members = members_of(part.steps[0], part.shared)
         learn(members)  # of its run with a graph: the first time is not to be another one
         monitor.members[part.steps[0].index], monitor.warned = members, True
-        part = part._replace(monitor=monitor, wrap=None)
+        part = part._replace(monitor=monitor, wrap=None, sink=None)
         names: dict[int, int] = {}
         passed: dict[int, int] = {}  # streams that the step hands on, which its inverse begins with too
         with aside(modules_of(part), part.context, part.time) as stand:
@@ -375,7 +364,7 @@ class Survey:
     def _measure_growth(self) -> None:
         self.growths.clear()
         first = 0
-        for window in windows_of(self.given._replace(on_step=None), _plain(self.start)):
+        for window in windows_of(self.given._replace(on_step=None, sink=None), _plain(self.start)):
             self._note_growth(window, first, len(window[1]))
             first += len(window[1])
 

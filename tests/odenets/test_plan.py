@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import odenets
 from odenets import SchemeError, Stack
 from odenets.backprop import choice, parse_mode
-from odenets.backprop.modes import Auto, Checkpoint, Exact, Offload, Plan, Reverse, Store
+from odenets.backprop.auto import Auto
+from odenets.backprop.modes import Checkpoint, Exact, Offload, Plan, Reverse, Store
 from odenets.backprop.plan import Chain, Cost, Piece, Profile
 from odenets.backprop.sizes import format_size, mebibytes
 from odenets.planning import load_plan_state, plan_state

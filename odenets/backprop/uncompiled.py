@@ -1,0 +1,15 @@
+"""Choosing a plan outside torch's compiler, which decorating loads: imported when a stack asks for mode "auto"."""
+
+import torch
+
+from schemes.scheme import State
+
+from .choice import Limits, chosen
+from .modes import Plan
+from .walk import Pass
+
+
+@torch.compiler.disable
+def plan_for(limits: Limits, given: Pass, state: State) -> Plan:
+    """The plan of a stack; see ``choice.chosen``."""
+    return chosen(limits, given, state)
