@@ -75,7 +75,7 @@ class Surroundings:
         Raises:
             RuntimeError: what they read is gone, or they drew other numbers than the first time.
         """
-        # An attribute is not copied, so one that was written to in place is gone: say so, rather than run on another value.
+        # An attribute is not copied: what one held that was written to in place is gone.
         for slot, version in zip(self.attributes, self.versions[len(self.buffers) :], strict=True):
             if _version(slot.value) != version:
                 raise RuntimeError(
