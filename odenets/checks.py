@@ -43,11 +43,13 @@ class Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
         counted = [a for a in tensors if not a.is_inference()]  # inference mode keeps no version counters
+        # A write is counted by torch even where it leaves the values as they were; comparing values would miss it.
         versions = [a._version for a in counted]
         where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
         try:
             out = self.function(*args, **kwargs)
         except Exception as error:
+            # A note, not an error of ours: the user's exception keeps its type and its traceback.
             error.add_note(f"{where}: residual function was given {[tuple(a.shape) for a in tensors]}")
             raise
         if not isinstance(out, Tensor):

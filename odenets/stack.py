@@ -126,6 +126,7 @@ class Stack(nn.Module):
         functions, shared = build.functions_of(block)
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
         build.warn(self.scheme, self.rule, functions, shared is not None)
+        # One for all: any exchanged function makes the whole stack read its signatures again.
         self._revision = Revision()
         self.block = shared
         self.after = post_step  # the name of its state-dict keys
@@ -133,22 +134,26 @@ class Stack(nn.Module):
         self._merged = shared is not None and self.scheme.nodes is None and post_step is None
         shortcuts = build.shortcuts_of(shortcut, self.scheme, self.depth)
         sizes = [self.rule(step_offset + n) for n in range(self.depth)]
+        # What ``set_step`` scales: ratios between steps are those of the rule, whatever was set before.
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
         steps = build.steps_of(
             self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned, self._revision
         )
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+        # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
         self.backprop = backprop
         if example is not None:
             x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
+            # Without gradients, and everything put back: an example decides shapes and nothing else.
             with torch.no_grad():
                 self._first_call(x, 0.0, None, None, None, always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        # After the assignment went through: what torch refuses must not make the signatures stale.
         if name in ("block", "after"):
             self._revision.stale = True
 
@@ -163,6 +168,7 @@ class Stack(nn.Module):
 
     @backprop.setter
     def backprop(self, mode: str | Mode | None) -> None:
+        # Everything that can be refused is refused before the attribute changes.
         found = parse_mode(mode)
         found.check(self.scheme, self.after)
         found.check_depth(len(self.steps))
@@ -183,6 +189,7 @@ class Stack(nn.Module):
         self._opaque = any(t.opaque for step in self.steps for t in step.takes)
         self._reads_context = any(t.context for step in self.steps for t in step.takes)
         # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
+        # Emptied with the signatures: another function owes the checks anew.
         self._checked: set[tuple[bool, bool]] = set()
         self._revision.stale = False
         # Nothing happens before, between or after the steps, which all have residual functions of their own.
@@ -232,6 +239,7 @@ class Stack(nn.Module):
             torch.Size([3, 8])
         """
         found = registry.get(scheme)
+        # Widths go along with the steps: a dense scheme's functions are given more of them each time.
         streams = found.stream_widths(channels)
         fs: list[nn.Module] = []
         for n in range(depth):
@@ -284,6 +292,7 @@ class Stack(nn.Module):
             self._read_functions()
         self._check_given(t, context)
         seen = (self.training, torch.is_grad_enabled())
+        # Under a compiler or a trace the checks would become part of what is recorded.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return self._first_call(x, t, context, on_step, sink)
         return self._run(x, t, context, on_step, sink)
@@ -294,8 +303,10 @@ class Stack(nn.Module):
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
         if not isinstance(x, (Tensor, tuple, list)):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
+        # Before the watch: a lazy layer changes its class and its parameters in its first call.
         initialise(self, lambda: self._run(x, t, context, None, None))
         for step in self.steps:
+            # Whoever returned some keeps being asked; the others are asked again, as this state may be another.
             step.auxiliary = step.auxiliary or None  # told by what the functions return now
         with nothing_changed([self], always):
             state = self._run(x, t, context, on_step, sink, checks.watch)
@@ -321,6 +332,7 @@ class Stack(nn.Module):
         self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, wrap: Any = None
     ) -> State:
         given, state = self._pass(x, t, context, on_step)
+        # A rule that reads errors wraps the mode, so that no mode has to know of step sizes.
         mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
         state = mode.run(given._replace(wrap=wrap, sink=sink), state)
         if given.calls is not None:
@@ -338,6 +350,7 @@ class Stack(nn.Module):
             state = build.streams_of(x, self.scheme)
         elif self._makes_streams:
             state = self.scheme.init(steps[0].start(self.block, time, context), x, steps[0].h)
+        # A list, so that residual functions deep inside of a solver can count into it.
         calls = [0] if self.scheme.evaluations is None else None
         return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, calls=calls), state
 
@@ -373,6 +386,7 @@ class Stack(nn.Module):
         """
         build.check_companion(self.scheme)
         given, state = self._pass(x, t, context)
+        # Steps from errors walk as they always do, so that the errors are those of the steps taken.
         rule = self.rule if isinstance(self.rule, FromError) else None
         state, errors = WithErrors(self._backprop, rule).estimates(given, state)
         return Estimate(self.scheme.readout(state), errors)
@@ -478,6 +492,7 @@ class Stack(nn.Module):
         first = self.rule(0)
         for step, h0 in zip(self.steps, self._initial, strict=True):
             step.h = h * h0 / first
+            # No buffer: state dicts of scheduled and plain stacks are the same.
             step.scheduled = torch.tensor(step.h, dtype=torch.float64)
 
     @property
@@ -490,6 +505,7 @@ class Stack(nn.Module):
         return sum(s.scheme.stages if every else s.scheme.evaluations or 0 for s in self.steps)
 
     def extra_repr(self) -> str:
+        # Lazy ones have no number of elements yet, and asking raises.
         count = sum(p.numel() for p in self.parameters() if not is_lazy(p))
         parts = [str(self.scheme), f"depth={self.depth}"]
         parts.append("evaluations=adaptive" if self.scheme.evaluations is None else f"evaluations={self.evaluations}")

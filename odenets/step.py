@@ -75,20 +75,24 @@ class Step(nn.Module):
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
         self.scheduled: Tensor | None = None  # h as a tensor, once a schedule has set it
+        # None wraps every function, since only its value tells; False spares all later calls the wrapper.
         self.auxiliary: bool | None = None  # whether a function returns auxiliary values; None before a first call
         self.read(shared)
 
     def read(self, shared: nn.Module | None) -> None:
         """Reads from the signatures of the residual functions what they take."""
+        # Behind a plain callable's module stands the callable, whose signature is the one that counts.
         fs = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)
         self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)  # type: ignore
         self.timed = any(t.time for t in self.takes)
         self.plain = self.scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
+        # What the shortest path of ``forward`` asks, decided here once instead of at every call.
         self.bare = self.plain and self.gs is None and self.fs is not None and not self.scheme.training_differs
 
     @property
     def size(self) -> Any:
         """The step size; a tensor where a compiler would take a scheduled number for a constant."""
+        # As a number it would be burnt into the code, which a schedule then compiles anew for every value.
         return self.scheduled if self.scheduled is not None and torch.compiler.is_compiling() else self.h
 
     def functions(
@@ -130,6 +134,7 @@ class Step(nn.Module):
 
     def scheme_on(self, state: State) -> Scheme:
         """The scheme, or in training what stands for it there (bdia draws)."""
+        # Not whether gradients are on: what ran forward must be what is differentiated, in a reentrant checkpoint too.
         if self.training and self.scheme.training_differs:
             return self.scheme.training_scheme(self.index, state[-1])
         return self.scheme
@@ -178,6 +183,7 @@ class Step(nn.Module):
         if wrap is not None:
             fs, gs = wrap(self, state, fs, gs)
         scheme = self.scheme_on(state)
+        # Only where it is asked for: the general step of couplings costs more than a scheme's own.
         if sink is not None and sink.log_det:
             return step_measured(scheme, fs, state, h, gs, sink)
         return scheme._step(fs, state, h, gs)

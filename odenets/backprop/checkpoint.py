@@ -23,6 +23,7 @@ class Rerun:
         # Statistics too, though a training pass does not read what they are: they must not move twice.
         self.statistics = self.members.statistics()
         self.before: Surroundings | None = Surroundings(state[0].device, self.members)
+        # A stack of them: gradients of gradients run the recomputation inside itself.
         self.entered: list[ExitStack] = []
 
     def over(self) -> None:
@@ -59,6 +60,7 @@ def checkpointed(
     """
     if torch.compiler.is_compiling():  # which refuses a context made here, and has recomputation rules of its own
         return checkpoint(run, *state, use_reentrant=False)  # type: ignore[return-value]
+    # One object instead of a generator: torch enters the context once per backward pass, as often as there are any.
     rerun = Rerun(modules, state, given, where)
     result = checkpoint(run, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), rerun))
     rerun.over()

@@ -41,6 +41,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # Rounding has the derivative 0 almost everywhere; straight through, gradients are those of the unrounded sum.
         return grad.to(ctx.dtype), None
 
 
@@ -59,7 +60,9 @@ class Grid:
         if dtype not in DEFAULT_BITS:
             raise SchemeError(f"exact arithmetic needs streams in float32 or float64, not {str(dtype)[6:]}.")
         self.bits = DEFAULT_BITS[dtype] if bits is None else bits
+        # The significand's length: what must hold the integer part and the binary places together.
         digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+        # At least two digits are left for the integer part.
         if not 0 < self.bits < digits - 2:
             raise SchemeError(f"exact arithmetic: {self.bits} binary places, want 1 to {digits - 3} in this format.")
         self.unit, self.per_unit = 2.0**-self.bits, 2.0**self.bits
@@ -86,6 +89,7 @@ class Grid:
         d = update.dst
         scale, shift, *byproducts = update.terms(state)
         if update.appends:
+            # Nothing is overwritten, so nothing can be lost.
             spills.append(None)
             return (*state, self.round(shift.to(state[0].dtype)))
         x, g = state[d], shortcut_of(update, gs)
@@ -117,6 +121,7 @@ class Grid:
 
     def before(self, update: Update, scale: Any, shift: Tensor, y: Tensor, g: Any, spill: Spilled | None) -> Tensor:
         """The stream before an update, from the stream after it, the update's terms and what was kept beside."""
+        # Both on the grid, so the difference is exact; rounding the shift again gives the same bits as the first time.
         rest = y - self.round(shift.detach().to(y.dtype))
         if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
             return rest if scale == 1 else -rest
@@ -132,6 +137,7 @@ class Grid:
             m = torch.floor(n * low)
             spill = Spilled(_planes(n - m / low, width), x.shape) if width else None
             return (m * self.unit) * a.to(x.dtype).sign(), spill
+        # A product with a factor that is no power of two has more digits than single precision can hold.
         n, a = x.double() * self.per_unit, a.double()
         size = a.abs()
         m = torch.floor(size * n)
@@ -184,6 +190,7 @@ def _width(low: float) -> int:
 
 def _first(m: Tensor, size: Tensor) -> Tensor:
     """The smallest integer n with floor(size * n) >= m; the quotient is right but for its last rounding."""
+    # A quotient rounded the wrong way is off by one, which is as wrong as any other number on a grid of integers.
     n = torch.ceil(m / size)
     n = torch.where(size * (n - 1) >= m, n - 1, n)
     return torch.where(size * n < m, n + 1, n)
@@ -191,6 +198,7 @@ def _first(m: Tensor, size: Tensor) -> Tensor:
 
 def _planes(place: Tensor, width: int) -> list[Tensor]:
     """Numbers of ``width`` bits as ``width`` tensors of bytes, 8 elements in one."""
+    # One byte holds eight elements: a bool tensor would take eight times what the scheme promises.
     flat = torch.nn.functional.pad(place.reshape(-1), (0, -place.numel() % 8)).view(-1, 8)
     # A product with powers of two packs eight elements at once; sums below 256 are exact in any format.
     weights = torch.exp2(torch.arange(8, device=place.device, dtype=torch.float32))

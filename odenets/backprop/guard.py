@@ -43,11 +43,13 @@ class Guard:
 
     def apply(self, update: Update, state: State, gs: Sequence[Function]) -> State:
         """The state after the update, without a graph."""
+        # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             new = apply_update(update, self.behind(state), gs)
         for box in self.boxes:
             box.tensor = None
         self.boxes.clear()
+        # The streams go on without the graph; only what a function put aside still holds it.
         return tuple(x.detach() for x in new)
 
     def behind(self, state: State) -> State:
@@ -75,6 +77,8 @@ def needed(members: Members, step: Any) -> bool:
     The first time it could for all that is known; later where there are hooks, closures, or attributes that were seen
     to be left behind.
     """
+    # A guarded update costs time, so a function that was seen to leave nothing is trusted until it is exchanged.
+    # Hooks and closures are not: what they hold cannot be looked at.
     return (
         members.leaves_behind
         or bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
@@ -84,6 +88,7 @@ def needed(members: Members, step: Any) -> bool:
 
 def learn(members: Members) -> None:
     """Notes whether a guarded run has left something behind that has a graph."""
+    # A leftover that has a graph now is one that a loss may differentiate later.
     attributes = (slot.value for slot in members.attributes())
     members.leaves_behind = any(isinstance(v, Tensor) and v.grad_fn is not None for v in attributes) or any(
         isinstance(m, FunctionModule) for m in members.modules

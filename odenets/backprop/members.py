@@ -25,6 +25,7 @@ class Slot(NamedTuple):
 @contextmanager
 def swapped(slots: Sequence[Slot], values: Sequence[Any]) -> Iterator[None]:
     """Inside, the modules hold ``values`` in these places; what they held comes back, the very objects."""
+    # Through the dictionaries: setattr of a module would register and check, and costs far more.
     before = [s.holder.get(s.name) for s in slots]
     try:
         for slot, value in zip(slots, values, strict=True):
@@ -48,6 +49,7 @@ class Members:
         self.roots = tuple(roots)
         self.modules: list[nn.Module] = []
         self.leaves_behind = True
+        # In the order of ``modules()``, which names things in messages; a queue, as recursion is slow and has a limit.
         seen, queue = set(), [m for m in self.roots if m is not None]
         while queue:
             m = queue.pop()
@@ -57,6 +59,7 @@ class Members:
                 queue.extend(reversed([child for child in m._modules.values() if child is not None]))
         self._children = [*self._now()]
         self.norms = [m for m in self.modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+        # Statistics of BatchNorm are apart: training reads none of them, so they need no copy, and must move once only.
         self._holders = [m for m in self.modules if m._buffers and m not in self.norms]
         # Modules of a user's own may keep tensors as plain attributes: potentials, auxiliary losses.
         self._own = [m for m in self.modules if not type(m).__module__.startswith("torch.nn.modules")]
@@ -68,6 +71,7 @@ class Members:
         """Whether these are the roots, and no module has come, gone or changed its place since."""
         if len(roots) != len(self.roots) or not all(map(is_, roots, self.roots)):
             return False
+        # By identity of children: a surgery on modules calls no hook that could be relied upon.
         now = [*self._now()]
         return len(now) == len(self._children) and all(map(is_, now, self._children))
 
@@ -108,11 +112,13 @@ class Flags:
     def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[Slot], given: tuple[Any, ...]):
         self.modules, self.training = modules, [m.training for m in modules]
         self.read = parameters
+        # Inference tensors have no version; nothing can be differentiated through them either.
         self.tensors = [slot.value for slot in parameters if not slot.value.is_inference()]
         self.wanted = [p.requires_grad for p in self.tensors]
         if any(x is not None for x in given):
             leaves = pytree.tree_leaves(given)
             self.tensors += [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
+        # Versions, not copies: torch counts writes anyway, and parameters are what memory is short of.
         self.versions = [x._version for x in self.tensors]
 
     def check(self, where: str) -> None:
@@ -121,6 +127,7 @@ class Flags:
         Raises:
             RuntimeError: a parameter or a tensor of the context was written to since.
         """
+        # The usual case in one comparison; which tensor it is, is looked for only when one was written to.
         if self.versions == [x._version for x in self.tensors]:
             return
         for tensor, version in zip(self.tensors, self.versions, strict=True):

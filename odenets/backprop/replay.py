@@ -66,8 +66,10 @@ class StepRecord:
         inverted: bool = False,
     ):
         self.step, self.shared, self.t, self.context = step, shared, t, context
+        # What trains by another scheme draws it here, once: run, inverse and gradient must be of the same draw.
         self.scheme: Any = Inverted(step.scheme) if inverted else step.scheme_on(state)
         self.members, self.grid = members, grid
+        # Each place, not each parameter: a leaf has to stand in every place where a tied one is read.
         parameters = members.parameters()
         self.slots = [slot for slot in parameters if slot.value.requires_grad]
         self.parameters = list({id(slot.value): slot.value for slot in self.slots}.values())
@@ -76,6 +78,7 @@ class StepRecord:
         self.notes: list[Surroundings | None] = []
         self.spills: list[Spilled | None] = []
         self.overflow: list[Tensor] = []
+        # A sink of its own, as the values leave through the step's node and not through the function.
         self.sink = None if sink is None else Sink(sink.log_det)
         self.counts: list[int] = []
 
@@ -93,6 +96,7 @@ def members_of(step: Step, shared: nn.Module | None) -> Members:
     """
     members = Members((shared, step))
     for m in members.modules:
+        # By name: FSDP's classes are made at run time, and importing its module would load distributed.
         if m is not step and m is not shared and type(m).__name__.startswith("FSDP"):
             name = next(name for name, inner in step.named_modules() if inner is m)
             raise SchemeError(
@@ -132,6 +136,7 @@ def autocast_as(states: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
     with ExitStack() as contexts:
         for device, enabled, dtype in states:
             if enabled or torch.is_autocast_enabled(device):
+                # Without the cache: it would keep weights cast without a graph, and hand them to a pass that needs one.
                 contexts.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))
         yield
 
@@ -153,6 +158,7 @@ def replayed(note: Surroundings | None) -> Any:
 
 def lost(x: Tensor) -> Tensor:
     """What stands for a by-product that an inverse does not bring back: of a shape that no stream has."""
+    # A shape rather than None, so that it stays a tensor in every tuple and through every detach.
     return x.new_empty((0,) * 12)
 
 
@@ -184,6 +190,7 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
     """
     record.flags.check(record.where)
     for p in record.parameters:
+        # FSDP2 frees the storage and keeps the tensor; reading it would give zeros or a crash in a kernel.
         if p.untyped_storage().size() == 0 and p.numel():
             raise SchemeError(
                 f"Stack: the parameters of {record.where} are sharded away when the backward pass needs them; "
@@ -211,9 +218,11 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
         wrap: what its functions are wrapped in.
         apply: applies an update.
     """
+    # A record that is run again starts from nothing.
     for noted in (record.notes, record.spills, record.overflow, record.counts):
         noted.clear()
     before = start = Surroundings(state[0].device, record.members)
+    # Beside the surroundings, which leave statistics out: a function that raises must not have moved them.
     statistics = [(b.value, b.value.clone()) for b in record.members.statistics()]
     half = any(enabled for _, enabled, _ in record.autocast)
     try:
@@ -227,7 +236,9 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
                     state = apply(update, state, gs)
                 else:
                     state = record.grid.apply(update, state, gs, record.spills)
+                    # A flag on the device: asking for it here would wait for the device at every update.
                     record.overflow.append(record.grid.over(state[update.dst]))
+                # A new stream comes from a function in half precision, and would be the only one that is summed so.
                 if half and update.appends:
                     state = in_single_precision(state)
                 before = _note(record, before)
@@ -247,6 +258,7 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
 def _note(record: StepRecord, before: Surroundings) -> Surroundings:
     """Notes what an update that has just run moved, and how many auxiliary values it gave."""
     if record.sink is not None:
+        # Counted per update, since the backward pass takes their gradients off the end, update by update.
         record.counts.append(len(record.sink.values) - sum(record.counts))
     return before.moved(record.notes)
 
@@ -254,6 +266,7 @@ def _note(record: StepRecord, before: Surroundings) -> Surroundings:
 def invert_step(record: StepRecord, state: State) -> State:
     """The state before the step, without gradients."""
     with torch.no_grad(), as_it_ran(record), swapped(record.slots, [slot.value for slot in record.slots]):
+        # Copies to pop from: a second backward pass starts from the full lists again.
         notes, spills = list(record.notes), list(record.spills)
         for scheme, fs, h, gs in reversed(parts_of(record, record.t, record.context)):
             if not isinstance(scheme, Coupling):
@@ -270,5 +283,6 @@ def invert_step(record: StepRecord, state: State) -> State:
                 if update.byproduct is not None:  # what stood there before is lost, and read by no step
                     state = (*state[: update.byproduct], lost(state[0]), *state[update.byproduct + 1 :])
     if record.sink is not None:
+        # Undoing calls the functions again, and they return their auxiliary values again.
         record.sink.take()
     return state

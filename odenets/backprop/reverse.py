@@ -32,6 +32,7 @@ def run_reversed(
     check_finite: bool,
 ) -> State:
     """The state after the last step; see ``modes.Reverse`` for the options."""
+    # What cannot be undone is refused before the first function runs, while nothing has moved.
     state = _start(given, state)
     bound = float(bound or BOUNDS.get(state[0].dtype, 1e-5))
     tape = Tape(_anchors(given, state, every, memory, bound), drift, None, given)
@@ -46,6 +47,7 @@ def run_reversed(
         given = given._replace(on_step=on_step)
     state = given.walk(state, tape.run)
     tape.close(state)
+    # Set after the walk: a pass that raised reports nothing.
     tape.report = given.monitor.pending if drift else None
     return state
 
@@ -57,6 +59,7 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
     _refuse_compiled(given)
     monitor.read(None, len(given.steps))
     grid = Grid(bits, state[0].dtype)
+    # The first state is kept to be compared bit by bit: a function that is not deterministic shows there.
     tape = Tape(1 if store else None, True, grid, given)
     state = given.walk(tuple(grid.round(x) for x in state), tape.run)
     tape.close(state)
@@ -70,6 +73,7 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
 def _start(given: Pass, state: State) -> State:
     if torch._C._are_functorch_transforms_active():
         raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
+    # The cache is filled in a forward pass without a graph, and its weights would then have no gradient.
     if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
         raise SchemeError(
             "Stack: parametrize.cached() keeps weights without their graph in backprop='reverse', which runs each step "
@@ -85,9 +89,11 @@ def _modules(given: Pass) -> Iterator[nn.Module]:
 
 def _anchors(given: Pass, state: State, every: int | None, memory: float | None, bound: float) -> int | None:
     """The spacing of anchors, given or chosen."""
+    # Anchors that somebody asked for are not moved by what drift was seen.
     auto = every is None and memory is None
     given.monitor.read(bound if auto else None, len(given.steps))
     if memory is not None:
+        # Rounded up to whole steps, so that the anchors never take more than was given.
         size = sum(x.numel() * x.element_size() for x in state) / 2**20
         return max(1, -(-len(given.steps) // max(1, int(float(memory) / size))))
     if not auto:

@@ -18,6 +18,7 @@ class Surroundings:
 
     def __init__(self, device: torch.device, members: Members | None):
         self.device, self.members = device, members
+        # 5 kB on the processor: kept only where an update drew, see ``moved``.
         self.generator = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.end: Surroundings | None = None
@@ -35,6 +36,7 @@ class Surroundings:
 
     def _kept(self) -> bool:
         """Whether the modules still hold the very same values."""
+        # Identity and version instead of values: no tensor is compared, so nothing waits for the device.
         slots = zip((*self.buffers, *self.attributes), self.versions, strict=True)
         return all(s.holder.get(s.name) is s.value and _version(s.value) == v for s, v in slots)
 
@@ -46,6 +48,7 @@ class Surroundings:
             if torch.equal(state, self.generator) and (cuda is None or torch.equal(cuda, self.cuda)):  # type: ignore
                 notes.append(None)
                 return self
+        # The end of one update is the beginning of the next: one snapshot a move, not two.
         notes.append(self)
         self.end = Surroundings(self.device, self.members)
         return self.end
@@ -72,6 +75,7 @@ class Surroundings:
         Raises:
             RuntimeError: what they read is gone, or they drew other numbers than the first time.
         """
+        # An attribute is not copied: what one held that was written to in place is gone.
         for slot, version in zip(self.attributes, self.versions[len(self.buffers) :], strict=True):
             if _version(slot.value) != version:
                 raise RuntimeError(
@@ -103,8 +107,10 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Itera
     buffers = [*members.buffers(), *members.statistics()]
     saved, attributes = [slot.value.clone() for slot in buffers], members.attributes()
     held = (slot.value for slot in (*buffers, *members.parameters()))
+    # Of parameters too: a module without buffers may draw on a device all the same.
     devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
     states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    # Set first: whatever ends the body early, an interrupt too, finds everything put back.
     undo = True
     try:
         yield

@@ -67,16 +67,19 @@ class Tape:
 
     def run(self, step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
         """One step as a node on this tape."""
+        # Nodes are numbered by the tape and not by the stack: a plan may begin one in the middle.
         n, added = len(self.records), step.scheme.streams_added
         # A step that appends streams drops them when it is undone, and their errors with them: look before that too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
+            # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.
             self.kept[n] = tuple(x.detach() for x in state)
         members = self._members(step, shared)
         record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted)
         self.records.append(record)
         inputs = [*record.parameters]
         if t is not None or context is not None:
+            # Only what needs a gradient: each input of a node costs an edge, and a context may hold many tensors.
             inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
         state = _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[assignment]
         if self.sink is None:
@@ -95,6 +98,7 @@ class Tape:
 
     def close(self, state: State) -> None:
         """Keeps the last state, from which the backward pass starts."""
+        # The output itself, not a copy: it costs nothing, and a write to it is seen by its version.
         final = tuple(x.detach() for x in state)
         self.kept[len(self.records)] = final
         self.versions = [x._version for x in final]
@@ -107,6 +111,7 @@ class Tape:
 
     def before(self, n: int) -> State:
         """The state before step n, made again from the nearest one above it."""
+        # A state can be made again from any above it; the position is where the backward pass has got to.
         places = [p for p in self.kept if p >= n]
         if self.position is not None and self.position >= n:
             places.append(self.position)
@@ -129,6 +134,7 @@ class Tape:
         """The state before step n; with ``free`` the tape lets go of it, and of all that lies above."""
         state = self.before(n)
         if free:
+            # Before the step is undone, so that the states above are gone while its graphs are alive.
             self.position, self.state = None, ()
             for p in [p for p in self.kept if p >= n]:
                 del self.kept[p]
@@ -140,11 +146,13 @@ class Tape:
         if kept is not None:
             drift = distance(state, kept)
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
+            # The kept state goes on in its place, so that errors begin anew here.
             state = kept
         # Nothing is made from the state before the first step, which a graph that lives on would hold.
         self.position, self.state = (n, state) if n else (None, ())
         if n == 0 and self.report is not None and self.drift is not None:
             self.report.append(PendingScalar.of(self.drift, self.grid is not None))
+            # Nobody may read them for long, where passes are many and forward calls few.
             del self.report[:-4]
 
 
@@ -160,6 +168,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, tape: Tape, n: int, streams: int, *tensors: Tensor) -> State:
         record = tape.records[n]
         ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
+        # None must stay None: streams that no loss reached are told from those whose gradient is zero.
         ctx.set_materialize_grads(False)
         guard = Guard(record.where) if needed(record.members, record.step) and record.grid is None else None
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
@@ -170,6 +179,7 @@ class _Node(torch.autograd.Function):
         ctx.streams = len(state)
         if record.sink is not None:
             names = record.sink.names
+            # Taken, so that the record keeps none of them alive; the names stay, as the tape reads them next.
             state = (*state, *(x.detach() for x in record.sink.take()))
             record.sink.names = names
         return state
@@ -177,6 +187,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
+        # The lock, since another thread's forward pass would see the leaves that stand for parameters here.
         with torch.no_grad(), ctx.tape.monitor.lock:
             found = _Node.once(ctx, grads)
         if not twice:
@@ -196,6 +207,7 @@ class _Node(torch.autograd.Function):
         none = (None, None, None)
         if all(g is None for g in grads):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
+        # The extra inputs come last.
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
         streams = list(tape.take(n + 1, free=not _keep_graph()))
         step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
@@ -232,6 +244,7 @@ class _StepBackward:
         self.direct = all(_untouched(slot) for slot in record.slots)
         leaves = [x.detach().requires_grad_(w) for x, w in zip(extras, wanted, strict=True)]
         if self.direct:
+            # Spares the swap of every parameter, which is most of what a step's bookkeeping costs.
             leaves[:count] = extras[:count]
         self.given = (record.t, record.context)
         if len(extras) > count:
@@ -239,6 +252,7 @@ class _StepBackward:
             self.given = pytree.tree_map(
                 lambda x: next(rest) if isinstance(x, Tensor) and x.requires_grad else x, self.given
             )
+        # By identity: a tied parameter stands in several places and must be one leaf in all of them.
         leaf_of = {id(p): leaf for p, leaf in zip(record.parameters, leaves, strict=False)}
         self.leaves, self.wanted = [leaf_of[id(slot.value)] for slot in record.slots], wanted
         self.ask = [x for x, w in zip(leaves, wanted, strict=True) if w]
@@ -293,6 +307,7 @@ class _StepBackward:
             self.tape.monitor.searched.add(searched)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
+        # One call for streams and parameters together: the graph is walked once, and freed as it goes.
         found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)
         for i, g in enumerate(found[len(inputs) :]):
             self.sums[i] = _add(self.sums[i], g)
@@ -310,6 +325,7 @@ class _StepBackward:
     ) -> list[Tensor | None]:
         """Undoes and differentiates a scheme that is no list of updates: its whole graph is alive."""
         with replayed(note), torch.no_grad():
+            # Without elementary updates there is nothing finer than the step to take apart.
             streams[:] = scheme._inverse(fs, tuple(streams), h, gs)
         with replayed(note), torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in streams]
@@ -358,6 +374,7 @@ class _StepBackward:
         if update.appends and not live:
             del streams[d:], grads[d:]
             return
+        # What is not live is undone without a graph: most streams of a loss on one output have no gradient yet.
         places = [i for i, x in enumerate(streams) if live and i != d and _differentiable(x) and not is_lost(x)]
         others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.appends else streams)]
         inputs = [others[i].requires_grad_() for i in places]
@@ -443,6 +460,7 @@ class _StepBackward:
             seen.add(node)
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) not in known:
+                # Its gradient would go to a leaf that nobody asked for, and be lost without a word.
                 raise SchemeError(
                     f"{self.record.step.scheme}, {self.record.where}: a residual function reads a tensor of shape "
                     f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
