@@ -214,7 +214,9 @@ class Members:
         self.norms = [
             m
             for m in self.modules
-            if isinstance(m, _BatchNorm) and m.track_running_stats and type(m).forward.__module__ == _BatchNorm.__module__
+            if isinstance(m, _BatchNorm)
+            and m.track_running_stats
+            and type(m).forward.__module__ == _BatchNorm.__module__
         ]
         self._holders = [m for m in self.modules if m._buffers and m not in self.norms]
         # Modules of a user's own may keep tensors as plain attributes: potentials, auxiliary losses.
@@ -300,9 +302,7 @@ class Flags:
             self.tensors += [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
         # In evaluation they are read.
         self.tensors += [
-            slot.value
-            for m, slot in members.statistics_of()
-            if not m.training and not slot.value.is_inference()
+            slot.value for m, slot in members.statistics_of() if not m.training and not slot.value.is_inference()
         ]
         self.versions = [x._version for x in self.tensors]
 
@@ -321,7 +321,9 @@ class Flags:
 
     def changed(self) -> bool:
         """Whether a module holds something else now than at the call, or a parameter has another flag."""
-        return not self.names.same() or any(p.requires_grad != was for p, was in zip(self.tensors, self.wanted, strict=False))
+        return not self.names.same() or any(
+            p.requires_grad != was for p, was in zip(self.tensors, self.wanted, strict=False)
+        )
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from stacks import factory
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from odenets import Stack
+
 F64 = torch.float64
 WIDTH = 4
 AGAIN = ["checkpoint", "checkpoint(3)", "reverse", "reverse(every=2)"]  # modes that run a function a second time
@@ -262,5 +264,12 @@ def test_statistics_that_move_after_a_call_in_evaluation(mode):
     net, x = build(lambda slot: Body(slot, nn.BatchNorm1d(WIDTH)), "revnet", mode), batch()
     y = net.eval()(x)
     net.train()(x)
-    with pytest.raises(RuntimeError, match="statistic of step.*changed in place"):
+    with pytest.raises(RuntimeError, match=r"statistic of step.*changed in place"):
         y.square().sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["store", "reverse", "exact"])
+def test_building_a_stack_draws_no_random_numbers(mode):
+    fs, before = [nn.Linear(WIDTH, WIDTH) for _ in range(4)], torch.get_rng_state()
+    Stack(fs, "bdia", backprop=mode)
+    assert torch.equal(torch.get_rng_state(), before)
