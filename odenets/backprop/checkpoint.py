@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from schemes.scheme import State
 
 from .members import Flags, Members, swapped
-from .surroundings import Surroundings
+from .surroundings import Read, Surroundings
 
 
 class Rerun:
@@ -19,26 +19,29 @@ class Rerun:
 
     def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
         self.members, self.where = Members(modules), where
-        self.flags = Flags(self.members.modules, self.members.parameters(), given)
+        self.flags = Flags(self.members, given)
         # Statistics too, though a training pass does not read what they are: they must not move twice.
         self.statistics = self.members.statistics()
-        self.before: Surroundings | None = Surroundings(state[0].device, self.members)
-        # A stack of them: gradients of gradients run the recomputation inside itself.
+        self.before: Surroundings | Read = Surroundings(state[0].device, self.members)
         self.entered: list[ExitStack] = []
 
     def over(self) -> None:
         """The call is over: what it left alone need not be kept."""
-        assert self.before is not None
         notes: list[Surroundings | None] = []
+        assert isinstance(self.before, Surroundings)
         self.before.moved(notes)
-        self.before = notes[0]
+        if notes[0] is None:
+            self.before = self.before.read()
 
     def __enter__(self) -> None:
         self.flags.check(self.where)
         with ExitStack() as stack:
             stack.enter_context(self.flags.restored())
-            if self.before is not None:
+            if isinstance(self.before, Surroundings):
                 stack.enter_context(self.before.replayed())
+            else:
+                self.before.check(self.where)
+                stack.enter_context(self.before.restored())
             stack.enter_context(swapped(self.statistics, [slot.value.clone() for slot in self.statistics]))
             self.entered.append(stack.pop_all())
 

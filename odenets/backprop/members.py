@@ -1,16 +1,22 @@
 """What the modules of a step hold, and what of it a call read: so that a second run reads the same."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from itertools import chain
 from operator import is_
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+_OURS = ("torch.nn.modules", "odenets.stack", "odenets.step")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
 
 
@@ -36,6 +42,152 @@ def swapped(slots: Sequence[Slot], values: Sequence[Any]) -> Iterator[None]:
             slot.holder[slot.name] = value
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int
+
+
+class Namespace:
+    """What some dictionaries of modules (attributes, buffers, parameters, children) hold at one moment.
+
+    Attributes:
+        tensors: the tensors among it.
+        containers: lists, dictionaries and the like among a user's attributes, which may be changed in place.
+        generators: random number generators among them.
+    """
+
+    __slots__ = ("_dicts", "_values", "containers", "contents", "generators", "tensors")
+
+    def __init__(self, dicts: Sequence[dict[str, Any]]):
+        self._dicts, self.contents = dicts, [dict(d) for d in dicts]
+        self._values = self._now()
+        self.tensors = [v for v in self._values if isinstance(v, Tensor) and not is_lazy(v)]
+        own = [v for d in self.contents for k, v in d.items() if k not in _EVERY_MODULE]
+        self.containers = [v for v in own if _is_container(v)]
+        self.generators = [v for v in own if isinstance(v, torch.Generator)]
+
+    def _now(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._dicts))]
+
+    def same(self) -> bool:
+        """Whether the dictionaries hold the very same objects still; numbers and texts of equal value will do."""
+        try:
+            return self._now() == self._values  # compares objects first
+        except (RuntimeError, ValueError, TypeError):  # arrays and tensors do not compare to a truth value
+            return False
+
+    def put(self) -> None:
+        """Makes the dictionaries hold this again."""
+        for d, content in zip(self._dicts, self.contents, strict=True):
+            _put(d, content)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the dictionaries hold this; outside nobody sees it, but that counts go on counting."""
+        if self.same():
+            yield
+            return
+        before = [dict(d) for d in self._dicts]
+        self.put()
+        try:
+            yield
+        finally:
+            for d, content, now in zip(self._dicts, self.contents, before, strict=True):
+                for k, start in content.items():
+                    if _is_count(start) and _is_count(d.get(k)) and _is_count(now.get(k)):
+                        now[k] += d[k] - start
+                _put(d, now)
+
+
+def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
+    if [*d] != [*content]:  # in their order, which is that of parameters()
+        d.clear()
+        d.update(content)
+        return
+    for k, v in content.items():
+        if d[k] is not v:
+            d[k] = v
+
+
+_LARGEST = 4096  # elements of containers that are looked at
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (list, dict, set, deque, tuple, SimpleNamespace)) or (
+        is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    )
+
+
+class Contents:
+    """What containers hold at one moment, and those within them: caches of keys and values, lists of past states."""
+
+    __slots__ = ("found", "tensors")
+
+    def __init__(self, containers: Iterable[Any]):
+        self.found: list[tuple[Any, Any]] = []
+        self.tensors: list[Tensor] = []
+        queue, seen = [*containers], set[int]()
+        while queue and len(seen) < _LARGEST:
+            c = queue.pop()
+            if id(c) in seen:
+                continue
+            seen.add(id(c))
+            content = _content(c)
+            if len(content) > _LARGEST:
+                continue
+            if not isinstance(c, tuple):
+                self.found.append((c, content))
+            for v in content.values() if isinstance(content, dict) else content:
+                if isinstance(v, Tensor):
+                    self.tensors.append(v)
+                elif _is_container(v):
+                    queue.append(v)
+
+    def same(self) -> bool:
+        """Whether the containers hold the very same objects still."""
+        for c, content in self.found:
+            now = _content(c)
+            if len(now) != len(content):
+                return False
+            if isinstance(content, dict) and [*now] != [*content]:
+                return False
+            values = (now.values(), content.values()) if isinstance(content, dict) else (now, content)
+            if not all(map(is_, *values)):
+                return False
+        return True
+
+    def put(self) -> None:
+        """Makes the containers hold this again."""
+        for c, content in self.found:
+            _refill(c, content)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the containers hold this; outside nobody sees it, but that logs of other things than tensors grow."""
+        before = [(c, _content(c)) for c, _ in self.found]
+        self.put()
+        try:
+            yield
+        finally:
+            for (c, now), (_, start) in zip(before, self.found, strict=True):
+                added = c[len(start) :] if isinstance(c, list) else []
+                _refill(c, now + added if added and not any(isinstance(v, Tensor) for v in added) else now)
+
+
+def _content(c: Any) -> Any:
+    if isinstance(c, dict):
+        return dict(c)
+    return list(c) if isinstance(c, (list, set, deque, tuple)) else dict(vars(c))
+
+
+def _refill(c: Any, content: Any) -> None:
+    if isinstance(c, list):
+        c[:] = content
+        return
+    target = c if isinstance(c, (dict, set, deque)) else vars(c)
+    target.clear()
+    target.extend(content) if isinstance(target, deque) else target.update(content)
+
+
 class Members:
     """The modules below some roots, found once: traversal dominates the cost of what is done with them.
 
@@ -43,13 +195,14 @@ class Members:
         modules: all of them, each once.
         norms: BatchNorm layers with running statistics.
         leaves_behind: whether their forward pass may leave something behind that could be differentiated.
+        draws: whether their forward pass draws from the generators of Python or NumPy, in training or not, if known.
     """
 
     def __init__(self, roots: Iterable[nn.Module | None]):
         self.roots = tuple(roots)
         self.modules: list[nn.Module] = []
         self.leaves_behind = True
-        # In the order of ``modules()``, which names things in messages; a queue, as recursion is slow and has a limit.
+        self.draws: dict[bool, bool] = {}
         seen, queue = set(), [m for m in self.roots if m is not None]
         while queue:
             m = queue.pop()
@@ -58,11 +211,23 @@ class Members:
                 self.modules.append(m)
                 queue.extend(reversed([child for child in m._modules.values() if child is not None]))
         self._children = [*self._now()]
-        self.norms = [m for m in self.modules if isinstance(m, _BatchNorm) and m.track_running_stats]
-        # Statistics of BatchNorm are apart: training reads none of them, so they need no copy, and must move once only.
+        # A subclass with a forward of its own may read its statistics in training.
+        self.norms = [
+            m
+            for m in self.modules
+            if isinstance(m, _BatchNorm)
+            and m.track_running_stats
+            and type(m).forward.__module__ == _BatchNorm.__module__
+        ]
         self._holders = [m for m in self.modules if m._buffers and m not in self.norms]
         # Modules of a user's own may keep tensors as plain attributes: potentials, auxiliary losses.
-        self._own = [m for m in self.modules if not type(m).__module__.startswith("torch.nn.modules")]
+        self._own = [m for m in self.modules if not type(m).__module__.startswith(_OURS)]
+        self._dicts = [d for m in self.modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        # Lazy modules come into being in their first call, and must not be put back.
+        self._moving = [m.__dict__ for m in self._own if not isinstance(m, LazyModuleMixin)]
+        self._moving += [m._buffers for m in self.modules if m not in self.norms]
+        self._everything: Namespace | None = None
+        self._names: Namespace | None = None
 
     def _now(self) -> Iterator[Any]:
         return chain.from_iterable(m._modules.values() for m in self.modules)
@@ -74,6 +239,22 @@ class Members:
         # By identity of children: a surgery on modules calls no hook that could be relied upon.
         now = [*self._now()]
         return len(now) == len(self._children) and all(map(is_, now, self._children))
+
+    def everything(self) -> Namespace:
+        """All that the modules hold now; the same object while it is the same."""
+        if self._everything is None or not self._everything.same():
+            self._everything = Namespace(self._dicts)
+        return self._everything
+
+    def names(self) -> Namespace:
+        """What functions may move: the attributes of a user's modules, and buffers; the same object while it is so."""
+        if self._names is None or not self._names.same():
+            self._names = Namespace(self._moving)
+        return self._names
+
+    def forget(self) -> None:
+        """Lets go of what was held once and is no longer."""
+        self._everything = self._names = None
 
     def parameters(self) -> list[Slot]:
         """All places that hold a parameter now; a tied one has several. Replicas of DataParallel hold plain tensors."""
@@ -89,8 +270,12 @@ class Members:
 
     def statistics(self) -> list[Slot]:
         """All places that hold a running statistic now."""
-        found = (Slot(m._buffers, k, b) for m in self.norms for k, b in m._buffers.items())
-        return [slot for slot in found if slot.value is not None and not is_lazy(slot.value)]
+        return [slot for _, slot in self.statistics_of()]
+
+    def statistics_of(self) -> list[tuple[nn.Module, Slot]]:
+        """All places that hold a running statistic now, with their modules."""
+        found = ((m, Slot(m._buffers, k, b)) for m in self.norms for k, b in m._buffers.items())
+        return [(m, slot) for m, slot in found if slot.value is not None and not is_lazy(slot.value)]
 
     def attributes(self) -> list[Slot]:
         """All places of the user's own modules that hold a tensor now, or might later."""
@@ -105,20 +290,22 @@ class Members:
 
 
 class Flags:
-    """Which modules were in training, which parameters wanted a gradient, and the versions of all that was read."""
+    """What modules held, which parameters wanted a gradient, and the versions of all that was read."""
 
-    __slots__ = ("modules", "read", "tensors", "training", "versions", "wanted")
+    __slots__ = ("names", "read", "tensors", "versions", "wanted")
 
-    def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[Slot], given: tuple[Any, ...]):
-        self.modules, self.training = modules, [m.training for m in modules]
-        self.read = parameters
-        # Inference tensors have no version; nothing can be differentiated through them either.
+    def __init__(self, members: Members, given: tuple[Any, ...]):
+        self.names = members.everything()
+        self.read = parameters = members.parameters()
         self.tensors = [slot.value for slot in parameters if not slot.value.is_inference()]
         self.wanted = [p.requires_grad for p in self.tensors]
         if any(x is not None for x in given):
             leaves = pytree.tree_leaves(given)
             self.tensors += [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
-        # Versions, not copies: torch counts writes anyway, and parameters are what memory is short of.
+        # In evaluation they are read.
+        self.tensors += [
+            slot.value for m, slot in members.statistics_of() if not m.training and not slot.value.is_inference()
+        ]
         self.versions = [x._version for x in self.tensors]
 
     def check(self, where: str) -> None:
@@ -133,33 +320,34 @@ class Flags:
         for tensor, version in zip(self.tensors, self.versions, strict=True):
             if tensor._version != version:
                 names = [f"parameter {s.name}" for s in self.read if s.value is tensor]
-                raise RuntimeError(
-                    f"Stack: {(names or ['the context or the time'])[0]} of {where}, {tuple(tensor.shape)}, was "
-                    "changed in place between the forward and the backward pass, which runs the step again.\n"
-                    "  Change it, or step the optimiser, after the last backward pass."
-                )
+                raise changed((names or ["the context, the time or a running statistic"])[0], where, tensor)
 
     def changed(self) -> bool:
-        """Whether a module or a parameter has another flag now than at the call."""
-        if self.training != [m.training for m in self.modules]:
-            return True
-        return any(p.requires_grad != was for p, was in zip(self.tensors, self.wanted, strict=False))
+        """Whether a module holds something else now than at the call, or a parameter has another flag."""
+        return not self.names.same() or any(
+            p.requires_grad != was for p, was in zip(self.tensors, self.wanted, strict=False)
+        )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the modules train or not, and their parameters want a gradient or not, as at the call."""
-        modes = [m for m, was in zip(self.modules, self.training, strict=True) if m.training != was]
+        """Inside, the modules hold what they did, and their parameters want a gradient or not, as at the call."""
         parameters = zip(self.tensors, self.wanted, strict=False)
         # A tied parameter is listed once for each of its places.
         grads = {id(p): p for p, was in parameters if p.requires_grad != was and p.is_leaf}.values()
-        for m in modes:
-            m.training = not m.training
         for p in grads:
             p.requires_grad_(not p.requires_grad)
         try:
-            yield
+            with self.names.restored():
+                yield
         finally:
-            for m in modes:
-                m.training = not m.training
             for p in grads:
                 p.requires_grad_(not p.requires_grad)
+
+
+def changed(what: str, where: str, tensor: Tensor) -> RuntimeError:
+    """The error of a tensor that is no longer what the call read."""
+    return RuntimeError(
+        f"Stack: {what} of {where}, {tuple(tensor.shape)}, was changed in place between the forward and the backward "
+        "pass, which runs the step again.\n"
+        "  Change it, or step the optimiser, after the last backward pass."
+    )

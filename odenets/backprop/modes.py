@@ -209,7 +209,9 @@ class Exact(_ByInverse):
         """Refuses what Reverse refuses, and schemes whose inverse loses bits."""
         for part in (scheme.at(0), scheme.at(1)):
             fs = [nn.Identity()] * part.stages
-            for p, *_ in part.training_scheme(0, torch.zeros(1, 1)).decompose(fs, 1.0):
+            with torch.random.fork_rng([]):  # bdia draws, and a stack that is built must not
+                trained = part.training_scheme(0, torch.zeros(1, 1))
+            for p, *_ in trained.decompose(fs, 1.0):
                 if not isinstance(p, Coupling) or not p.exact:
                     raise SchemeError(
                         f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."

@@ -20,7 +20,7 @@ from ..step import Step, Wrap
 from .grid import Grid, Spilled
 from .inverted import Inverted
 from .members import Flags, Members, swapped
-from .surroundings import Surroundings
+from .surroundings import Read, Surroundings
 
 Apply = Callable[[Update, State, Sequence[Function]], State]
 Part = tuple[Any, Sequence[Function], Any, Any]  # an elementary scheme, its residual functions, step size, shortcuts
@@ -42,6 +42,7 @@ class StepRecord:
         autocast: device, whether autocast was on there, and its precision.
         grid: exact arithmetic, or None.
         notes: one per elementary update, None where nothing was drawn or written.
+        read: buffers and attributes that the step read and left alone, or None where it moved some.
         spills: one per elementary update on the grid: the bits that it did not keep.
         overflow: whether a stream left the range of the grid, per elementary update.
         sink: takes the auxiliary values of the step, or None.
@@ -49,7 +50,7 @@ class StepRecord:
     """
 
     __slots__ = (
-        *("autocast", "context", "counts", "flags", "grid", "members", "notes", "overflow", "parameters"),
+        *("autocast", "context", "counts", "flags", "grid", "members", "notes", "overflow", "parameters", "read"),
         *("scheme", "shared", "sink", "slots", "spills", "step", "t"),
     )
 
@@ -73,8 +74,9 @@ class StepRecord:
         parameters = members.parameters()
         self.slots = [slot for slot in parameters if slot.value.requires_grad]
         self.parameters = list({id(slot.value): slot.value for slot in self.slots}.values())
-        self.flags = Flags(members.modules, parameters, (t, context))
+        self.flags = Flags(members, (t, context))
         self.autocast = autocast_now(state)
+        self.read: Read | None = None
         self.notes: list[Surroundings | None] = []
         self.spills: list[Spilled | None] = []
         self.overflow: list[Tensor] = []
@@ -189,6 +191,8 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
         SchemeError: the parameters are not there (sharded away).
     """
     record.flags.check(record.where)
+    if record.read is not None:
+        record.read.check(record.where)
     for p in record.parameters:
         # FSDP2 frees the storage and keeps the tensor; reading it would give zeros or a crash in a kernel.
         if p.untyped_storage().size() == 0 and p.numel():
@@ -200,6 +204,8 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
     with ExitStack() as contexts:
         if record.flags.changed():
             contexts.enter_context(record.flags.restored())
+        if record.read is not None and record.read.contents is not None:
+            contexts.enter_context(record.read.restored())
         if any(m.training for m in record.members.norms):
             contexts.enter_context(statistics_kept(record.members.norms))
         contexts.enter_context(autocast_as(record.autocast))
@@ -252,6 +258,12 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
             "statistics and generators are as before the step"
         )
         raise
+    before.learn(start)
+    record.read = None if before.apart else start.read()
+    if before.apart:
+        record.members.forget()
+        # What a later update has moved, an earlier one may have read as it was.
+        record.notes[:] = [start if note is None else note for note in record.notes]
     return state
 
 

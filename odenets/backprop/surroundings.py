@@ -1,20 +1,78 @@
 """What an update reads besides arguments and parameters: random states, kept tensors; noted where it moves them."""
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .members import Members, Slot, swapped
+from .members import Contents, Members, Namespace, Slot, changed, swapped
+
+
+def python_generators() -> tuple[Any, ...]:
+    """The states of Python's generator, and of NumPy's where it is there."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=True)
+
+
+def set_python_generators(state: tuple[Any, ...]) -> None:
+    """Sets the generators of Python and NumPy."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+
+
+def _same_python(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    if a[0] != b[0]:
+        return False
+    return a[1] is None or (a[1][2:] == b[1][2:] and bool((a[1][1] == b[1][1]).all()))
+
+
+def name_of(names: Namespace | None, x: Tensor) -> str:
+    """The name under which a module holds a tensor."""
+    held = ((k, v) for d in (names.contents if names else ()) for k, v in d.items())
+    return next((f"the buffer or attribute {k}" for k, v in held if v is x), "a tensor in an attribute")
+
+
+class Read(NamedTuple):
+    """Tensors that modules held when they ran, and their versions."""
+
+    names: Namespace | None
+    tensors: list[Tensor]
+    versions: list[int]
+    contents: Contents | None
+
+    def check(self, where: str) -> None:
+        """Raises where one was written to since.
+
+        Raises:
+            RuntimeError: with its name.
+        """
+        if self.versions == [_version(x) for x in self.tensors]:
+            return
+        for x, version in zip(self.tensors, self.versions, strict=True):
+            if _version(x) != version:
+                raise changed(name_of(self.names, x), where, x)
+
+    def restored(self) -> Any:
+        """Inside, containers hold what they held."""
+        return nullcontext() if self.contents is None else self.contents.restored()
 
 
 class Surroundings:
-    """The random states of the processor and of one CUDA device, and the buffers and attributes of some modules."""
+    """The random states of the processor and of one CUDA device, and what a user's modules hold.
 
-    __slots__ = ("attributes", "buffers", "cuda", "device", "end", "generator", "members", "values", "versions")
+    Random states of Python and NumPy are among them where ``members.draws`` does not say that they are left alone.
+    """
+
+    __slots__ = (
+        *("apart", "buffers", "contents", "cuda", "device", "end", "generator", "members", "names", "own", "python"),
+        *("tensors", "values", "versions"),
+    )
 
     def __init__(self, device: torch.device, members: Members | None):
         self.device, self.members = device, members
@@ -22,12 +80,27 @@ class Surroundings:
         self.generator = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.end: Surroundings | None = None
-        self.buffers: Sequence[Slot] = () if members is None else members.buffers()
-        self.attributes: Sequence[Slot] = () if members is None else members.attributes()
+        self.apart = False  # whether modules held something else earlier in the same step
+        self.python: tuple[Any, ...] | None = None
+        self.names: Namespace | None = None
+        self.contents: Contents | None = None
+        self.own: list[tuple[torch.Generator, Tensor]] = []
+        self.buffers: Sequence[Slot] = ()
+        self.values: list[Tensor] = []
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        if members is None:
+            return
+        if members.draws.get(members.modules[0].training, True):
+            self.python = python_generators()
+        self.names, self.buffers = members.names(), members.buffers()
+        if self.names.containers:
+            self.contents = Contents(self.names.containers)
+        self.own = [(g, g.get_state()) for g in self.names.generators]
         # Copies, as functions write to buffers in place. An attribute is mostly replaced, and may be large: no copy.
         self.values = [slot.value.detach().clone() for slot in self.buffers]
-        self.values += [slot.value if slot.value is None else slot.value.detach() for slot in self.attributes]
-        self.versions = [_version(slot.value) for slot in (*self.buffers, *self.attributes)]
+        self.tensors = [*self.names.tensors, *(self.contents.tensors if self.contents else ())]
+        self.versions = [_version(x) for x in self.tensors]
 
     def drew(self, now: "Surroundings") -> bool:
         """Whether random numbers were drawn between these surroundings and later ones."""
@@ -36,37 +109,66 @@ class Surroundings:
 
     def _kept(self) -> bool:
         """Whether the modules still hold the very same values."""
-        # Identity and version instead of values: no tensor is compared, so nothing waits for the device.
-        slots = zip((*self.buffers, *self.attributes), self.versions, strict=True)
-        return all(s.holder.get(s.name) is s.value and _version(s.value) == v for s, v in slots)
+        return (
+            (self.names is None or self.names.same())
+            and self.versions == [_version(x) for x in self.tensors]
+            and (self.contents is None or self.contents.same())
+        )
+
+    def _drawn(self) -> bool:
+        """Whether numbers were drawn since, from any generator."""
+        state = torch.get_rng_state()
+        cuda = None if self.cuda is None else torch.cuda.get_rng_state(self.device)
+        return not (
+            torch.equal(state, self.generator)
+            and (cuda is None or torch.equal(cuda, self.cuda))  # type: ignore[arg-type]
+            and all(torch.equal(g.get_state(), state) for g, state in self.own)
+            and (self.python is None or _same_python(self.python, python_generators()))
+        )
 
     def moved(self, notes: "list[Surroundings | None]") -> "Surroundings":
         """Notes these surroundings if they have changed since, else None; returns those of now."""
-        if self._kept():
-            state = torch.get_rng_state()
-            cuda = None if self.cuda is None else torch.cuda.get_rng_state(self.device)
-            if torch.equal(state, self.generator) and (cuda is None or torch.equal(cuda, self.cuda)):  # type: ignore
-                notes.append(None)
-                return self
-        # The end of one update is the beginning of the next: one snapshot a move, not two.
+        kept = self._kept()
+        if kept and not self._drawn():
+            # What an earlier update of the step moved, this one may have read.
+            notes.append(self if self.apart else None)
+            return self
         notes.append(self)
         self.end = Surroundings(self.device, self.members)
+        self.end.apart = self.apart or not kept
         return self.end
 
+    def learn(self, start: "Surroundings") -> None:
+        """Notes for later passes whether functions drew from the generators of Python and NumPy since ``start``."""
+        if self.members is not None and start.python is not None and self.python is not None:
+            self.members.draws[self.members.modules[0].training] = not _same_python(start.python, self.python)
+
+    def read(self) -> "Read":
+        """What of it is needed to tell whether a tensor was written to since."""
+        return Read(self.names, self.tensors, self.versions, self.contents)
+
     def set_generators(self) -> None:
-        """Sets torch's global generators to these states."""
+        """Sets all generators to these states."""
         torch.set_rng_state(self.generator)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+        for g, state in self.own:
+            g.set_state(state)
+        if self.python is not None:
+            set_python_generators(self.python)
 
     def restore(self) -> None:
         """Puts generators, buffers and attributes back."""
         self.set_generators()
-        for slot, value in zip(self.buffers, self.values, strict=False):
-            slot.value.data.copy_(value)  # in place, and unseen by autograd, which may have saved it
-            slot.holder[slot.name] = slot.value
-        for slot in self.attributes:
-            slot.holder[slot.name] = slot.value
+        for slot, value in zip(self.buffers, self.values, strict=True):
+            if slot.value.shape == value.shape:
+                slot.value.data.copy_(value)  # in place, and unseen by autograd, which may have saved it
+            else:
+                slot.value.data = value.clone()  # an observer has given it its shape
+        if self.names is not None:
+            self.names.put()
+        if self.contents is not None:
+            self.contents.put()
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -75,20 +177,25 @@ class Surroundings:
         Raises:
             RuntimeError: what they read is gone, or they drew other numbers than the first time.
         """
-        # An attribute is not copied: what one held that was written to in place is gone.
-        for slot, version in zip(self.attributes, self.versions[len(self.buffers) :], strict=True):
-            if _version(slot.value) != version:
+        copied = {id(slot.value) for slot in self.buffers}
+        for x, version in zip(self.tensors, self.versions, strict=True):
+            if _version(x) != version and id(x) not in copied:
                 raise RuntimeError(
-                    f"Stack: the attribute {slot.name} was written to in place by a residual function that reads it, "
+                    f"Stack: {name_of(self.names, x)} was written to in place by a residual function that reads it, "
                     "so that the step cannot be run again.\n  Make it a buffer: self.register_buffer(...)."
                 )
         before = Surroundings(self.device, None)
+        before.own = [(g, g.get_state()) for g, _ in self.own]
+        before.python = None if self.python is None else python_generators()
         self.set_generators()
-        count = len(self.buffers)
-        # Copies of the copies: a second replay must read the same.
-        values = [*(v.clone() for v in self.values[:count]), *self.values[count:]]
         try:
-            with swapped([*self.buffers, *self.attributes], values):
+            with ExitStack() as stack:
+                if self.names is not None:
+                    stack.enter_context(self.names.restored())
+                if self.contents is not None:
+                    stack.enter_context(self.contents.restored())
+                # Copies of the copies: a second replay must read the same.
+                stack.enter_context(swapped(self.buffers, [v.clone() for v in self.values]))
                 yield
             end = Surroundings(self.device, None)
         finally:
@@ -105,12 +212,12 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Itera
     """Puts buffers, attributes and random number generators back if the body raises, or always."""
     members = Members(modules)
     buffers = [*members.buffers(), *members.statistics()]
-    saved, attributes = [slot.value.clone() for slot in buffers], members.attributes()
+    saved = [slot.value.clone() for slot in buffers]
     held = (slot.value for slot in (*buffers, *members.parameters()))
     # Of parameters too: a module without buffers may draw on a device all the same.
     devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
-    states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-    # Set first: whatever ends the body early, an interrupt too, finds everything put back.
+    before = Surroundings(torch.device("cpu"), members)
+    states = [torch.cuda.get_rng_state(d) for d in devices]
     undo = True
     try:
         yield
@@ -119,11 +226,11 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Itera
         if undo:
             with torch.no_grad():
                 for slot, value in zip(buffers, saved, strict=True):
-                    slot.value.data.copy_(value)
-            for slot in (*buffers, *attributes):
-                slot.holder[slot.name] = slot.value
-            torch.set_rng_state(states[0])
-            for d, state in zip(devices, states[1], strict=True):
+                    if slot.value.shape == value.shape:
+                        slot.value.data.copy_(value)
+                    slot.holder[slot.name] = slot.value
+                before.restore()
+            for d, state in zip(devices, states, strict=True):
                 torch.cuda.set_rng_state(state, d)
 
 
