@@ -5,7 +5,7 @@ gradient would be missing without a word. So an update runs with a graph whose s
 over, and its streams come in behind an error that waits: a leftover that is differentiated raises.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_modules
 
-from schemes.coupling import Update, apply_update
 from schemes.errors import SchemeError
-from schemes.scheme import Function, State
+from schemes.scheme import State
 
 from ..step import FunctionModule
 from .members import Members
@@ -36,16 +35,16 @@ class Guard:
     def __init__(self, where: str):
         self.message = (
             f"Stack: {where}: a side product of a residual function, an attribute or what a hook collected, is "
-            "differentiated, and backprop='reverse' keeps no graph of it.\n"
+            "differentiated, and backprop='reverse' and 'exact' keep no graph of it.\n"
             "  Return it as an auxiliary value, stack(x, aux=True), or use backprop='checkpoint' or 'store'."
         )
         self.boxes: list[_Box] = []
 
-    def apply(self, update: Update, state: State, gs: Sequence[Function]) -> State:
-        """The state after the update, without a graph."""
+    def apply(self, run: Callable[[State], State], state: State) -> State:
+        """What ``run``, an update, makes of the state, without a graph."""
         # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
-            new = apply_update(update, self.behind(state), gs)
+            new = run(self.behind(state))
         for box in self.boxes:
             box.tensor = None
         self.boxes.clear()

@@ -259,7 +259,7 @@ class Members:
     def parameters(self) -> list[Slot]:
         """All places that hold a parameter now; a tied one has several. Replicas of DataParallel hold plain tensors."""
         own = [Slot(m._parameters, k, p) for m in self.modules for k, p in m._parameters.items() if p is not None]
-        for m in self._own:
+        for m in self.modules:
             own += [Slot(m.__dict__, k, m.__dict__[k]) for k in m.__dict__.get("_former_parameters", ())]
         return own
 

@@ -6,6 +6,7 @@ parameters, training flags, context. Running statistics are left alone the secon
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .inverted import Inverted
 from .members import Flags, Members, swapped
 from .surroundings import Read, Surroundings
 
-Apply = Callable[[Update, State, Sequence[Function]], State]
+Around = Callable[[Callable[[State], State], State], State]
 Part = tuple[Any, Sequence[Function], Any, Any]  # an elementary scheme, its residual functions, step size, shortcuts
 
 
@@ -215,18 +216,19 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
         yield
 
 
-def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: Apply = apply_update) -> State:
+def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around: Around | None = None) -> State:
     """The state after the step; notes the surroundings of each elementary update that moved them.
 
     Args:
         record: what the step runs with.
         state: the streams before it.
         wrap: what its functions are wrapped in.
-        apply: applies an update.
+        around: runs each update, where something could escape from it.
     """
     # A record that is run again starts from nothing.
     for noted in (record.notes, record.spills, record.overflow, record.counts):
         noted.clear()
+    around = around or _as_it_is
     before = start = Surroundings(state[0].device, record.members)
     # Beside the surroundings, which leave statistics out: a function that raises must not have moved them.
     statistics = [(b.value, b.value.clone()) for b in record.members.statistics()]
@@ -234,14 +236,14 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
     try:
         for scheme, fs, h, gs in parts_of(record, record.t, record.context, wrap, state):
             if not isinstance(scheme, Coupling):
-                state = scheme._step(fs, state, h, gs)
+                state = around(partial(scheme._step, fs, h=h, gs=gs), state)
                 before = _note(record, before)
                 continue
             for update in updates_of(record, scheme, fs, h, len(state), gs):
                 if record.grid is None:
-                    state = apply(update, state, gs)
+                    state = around(partial(apply_update, update, gs=gs), state)
                 else:
-                    state = record.grid.apply(update, state, gs, record.spills)
+                    state = around(partial(record.grid.apply, update, gs=gs, spills=record.spills), state)
                     # A flag on the device: asking for it here would wait for the device at every update.
                     record.overflow.append(record.grid.over(state[update.dst]))
                 # A new stream comes from a function in half precision, and would be the only one that is summed so.
@@ -265,6 +267,10 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, apply: 
         # What a later update has moved, an earlier one may have read as it was.
         record.notes[:] = [start if note is None else note for note in record.notes]
     return state
+
+
+def _as_it_is(run: Callable[[State], State], state: State) -> State:
+    return run(state)
 
 
 def _note(record: StepRecord, before: Surroundings) -> Surroundings:

@@ -77,7 +77,7 @@ def _start(given: Pass, state: State) -> State:
     if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
         raise SchemeError(
             "Stack: parametrize.cached() keeps weights without their graph in backprop='reverse', which runs each step "
-            "twice.\n  Leave the context away around the stack, or use backprop='store' or 'checkpoint'."
+            "twice.\n  Leave the context away around the stack, or use backprop='store'."
         )
     return stream_precision(state)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from schemes.coupling import Coupling, Update, apply_update, rotated, shortcut_of
+from schemes.coupling import Coupling, Update, rotated, shortcut_of
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
@@ -170,10 +170,10 @@ class _Node(torch.autograd.Function):
         ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
         # None must stay None: streams that no loss reached are told from those whose gradient is zero.
         ctx.set_materialize_grads(False)
-        guard = Guard(record.where) if needed(record.members, record.step) and record.grid is None else None
+        guard = Guard(record.where) if needed(record.members, record.step) else None
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
         with tape.monitor.lock, autocast_as(record.autocast):
-            state = run_step(record, tensors[:streams], tape.wrap, apply_update if guard is None else guard.apply)
+            state = run_step(record, tensors[:streams], tape.wrap, None if guard is None else guard.apply)
             if guard is not None:
                 learn(record.members)
         ctx.streams = len(state)
@@ -351,7 +351,7 @@ class _StepBackward:
         pairs = zip(values[len(values) - len(grads) :], grads, strict=True)
         return [(get_gradient_edge(v), g.to(v.dtype)) for v, g in pairs if g is not None and v.requires_grad]
 
-    # long: the order in which tensors are made and dropped is the peak memory of the pass, and must be read in one piece
+    # long: the order in which tensors are made and dropped is the peak memory of the pass, to be read in one piece
     def _update(
         self,
         place: int,
