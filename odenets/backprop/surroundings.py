@@ -32,6 +32,17 @@ def _same_python(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return a[1] is None or (a[1][2:] == b[1][2:] and bool((a[1][1] == b[1][1]).all()))
 
 
+_latest: list[Tensor] = []  # the last state of torch's generator, shared by all surroundings until it moves
+
+
+def _generator_state() -> Tensor:
+    now = torch.get_rng_state()
+    if _latest and torch.equal(_latest[0], now):
+        return _latest[0]
+    _latest[:] = [now]
+    return now
+
+
 def name_of(names: Namespace | None, x: Tensor) -> str:
     """The name under which a module holds a tensor."""
     held = ((k, v) for d in (names.contents if names else ()) for k, v in d.items())
@@ -77,7 +88,7 @@ class Surroundings:
     def __init__(self, device: torch.device, members: Members | None):
         self.device, self.members = device, members
         # 5 kB on the processor: kept only where an update drew, see ``moved``.
-        self.generator = torch.get_rng_state()
+        self.generator = _generator_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.end: Surroundings | None = None
         self.apart = False  # whether modules held something else earlier in the same step

@@ -58,6 +58,7 @@ class Tape:
         self.every, self.keep_first, self.grid = every, keep_first, grid
         self.wrap, self.monitor, self.sink, self.inverted = given.wrap, given.monitor, given.sink, given.inverted
         self.records: list[StepRecord] = []
+        self.left: list[tuple[int, int]] = []  # the places and versions of the streams that the last node gave
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: list[int] = []
         self.position: int | None = None
@@ -69,6 +70,7 @@ class Tape:
         """One step as a node on this tape."""
         # Nodes are numbered by the tape and not by the stack: a plan may begin one in the middle.
         n, added = len(self.records), step.scheme.streams_added
+        self._same_streams(state)
         # A step that appends streams drops them when it is undone, and their errors with them: look before that too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
@@ -82,10 +84,12 @@ class Tape:
             # Only what needs a gradient: each input of a node costs an edge, and a context may hold many tensors.
             inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
         state = _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[assignment]
+        self.left = _places(state)
         if self.sink is None:
             return state
         # The node gives the step's auxiliary values after its streams.
         count = len(state) - len(record.sink.names)  # type: ignore[union-attr]
+        self.left = self.left[:count]
         for name, value in zip(record.sink.names, state[count:], strict=True):  # type: ignore[union-attr]
             self.sink.add(name, value)
         return state[:count]
@@ -96,8 +100,18 @@ class Tape:
             found = self.monitor.members[step.index] = members_of(step, shared)
         return found
 
+    def _same_streams(self, state: State) -> None:
+        """Refuses streams that are not those of the step before, whose inverse starts from them."""
+        if self.records and self.left != _places(state):
+            raise SchemeError(
+                f"Stack: a hook on {self.records[-1].where} changes its streams, which backprop='reverse' cannot "
+                "undo.\n"
+                "  Hang it on the residual functions, or use backprop='store' or 'checkpoint'."
+            )
+
     def close(self, state: State) -> None:
         """Keeps the last state, from which the backward pass starts."""
+        self._same_streams(state)
         # The output itself, not a copy: it costs nothing, and a write to it is seen by its version.
         final = tuple(x.detach() for x in state)
         self.kept[len(self.records)] = final
@@ -154,6 +168,10 @@ class Tape:
             self.report.append(PendingScalar.of(self.drift, self.grid is not None))
             # Nobody may read them for long, where passes are many and forward calls few.
             del self.report[:-4]
+
+
+def _places(state: State) -> list[tuple[int, int]]:
+    return [(x.data_ptr(), x._version) for x in state]
 
 
 def _keep_graph() -> bool:

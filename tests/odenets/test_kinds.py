@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from odenets import Stack
+from schemes.errors import SchemeError
 
 F64 = torch.float64
 WIDTH = 4
@@ -273,3 +274,24 @@ def test_building_a_stack_draws_no_random_numbers(mode):
     fs, before = [nn.Linear(WIDTH, WIDTH) for _ in range(4)], torch.get_rng_state()
     Stack(fs, "bdia", backprop=mode)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("place", [0, 2])
+def test_hooks_that_change_the_streams_of_a_step(place):
+    found = []
+    for mode in ("store", "checkpoint"):
+        net = build(Body, "revnet", mode)
+        net.steps[place].register_forward_hook(lambda m, args, out: tuple(1.5 * x for x in out))
+        found.append(once(net))
+    assert distance(*found) <= 1e-12
+    for change in (lambda x: 1.5 * x, lambda x: x.mul_(1.5)):
+        net = build(Body, "revnet", "reverse")
+        once(net)
+        net.steps[place].register_forward_hook(lambda m, args, out, change=change: tuple(map(change, out)))
+        with pytest.raises((SchemeError, RuntimeError), match=rf"hook on step {place} changes|modified inplace"):
+            once(net)
+    net = build(Body, "revnet", "reverse")
+    net.steps[place].register_forward_hook(lambda m, args, out: None)
+    net.steps[place].register_full_backward_hook(lambda m, grads, outs: None)
+    assert distance(once(net), once(build(Body, "revnet", "store"))) <= 1e-12
