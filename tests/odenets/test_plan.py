@@ -260,7 +260,7 @@ def test_the_peak_is_as_predicted_for_each_scheme(scheme: str):
 
 def test_a_reversed_segment_keeps_nothing_once_it_is_over():
     stack, x = wide("4*checkpoint(4) + 4*reverse(every=0)"), wide_input().requires_grad_()
-    assert peak(stack, x) == pytest.approx(stack.plan(x).predicted, rel=0.02)
+    assert peak(stack, x) <= 1.01 * stack.plan(x).predicted
 
 
 def test_auto_keeps_to_its_memory_and_takes_what_is_fastest():
