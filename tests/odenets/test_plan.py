@@ -119,10 +119,10 @@ def test_exact_segments_are_the_run_on_the_grid():
 
 
 def test_a_captured_tensor_is_refused_in_every_segment():
-    # Noted per step of the stack: a second tape has a first step too.
+    # Noted per step of the stack: the tape of the last segment, which comes first, has a first step too.
     leak = torch.ones(3, requires_grad=True)
     fs = [nn.Linear(3, 3) for _ in range(7)]
-    stack = Stack([*fs, lambda x: x * leak], "revnet", backprop="2*reverse + 2*reverse")
+    stack = Stack([lambda x: x * leak, *fs], "revnet", backprop="2*reverse(every=0) + 2*reverse(every=0)")
     with pytest.raises(SchemeError, match="needs a gradient"):
         stack(torch.randn(2, 6)).sum().backward()
 
@@ -256,6 +256,11 @@ def test_the_peak_is_as_predicted_for_each_scheme(scheme: str):
         stack.backprop = mode
         x = wide_input()
         assert stack.plan(x).predicted == pytest.approx(peak(stack, x.requires_grad_()), rel=0.1)
+
+
+def test_a_reversed_segment_keeps_nothing_once_it_is_over():
+    stack, x = wide("4*checkpoint(4) + 4*reverse(every=0)"), wide_input().requires_grad_()
+    assert peak(stack, x) <= 1.01 * stack.plan(x).predicted
 
 
 def test_auto_keeps_to_its_memory_and_takes_what_is_fastest():
