@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from schemes import registry
 from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
-from schemes.scheme import Function, Scheme, Slot, State
+from schemes.scheme import Function, Scheme, Slot, State, Takes
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
 from . import build, checks
@@ -203,6 +203,11 @@ class Stack(nn.Module):
             and not self._timed
             and not isinstance(self.rule, FromError)
         )
+
+    @property
+    def takes(self) -> Takes:
+        """What this stack takes as a residual function of another one."""
+        return Takes(self._timed, self._reads_context, False, self._opaque)
 
     @property
     def post_step(self) -> nn.Module | None:

@@ -325,6 +325,9 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 def signature(f: Function) -> Takes:
     """Reads from the signature of f, or of its ``forward``, whether it takes a time ``t`` and a ``context``."""
+    own = getattr(f, "takes", None)
+    if isinstance(own, Takes):  # a stack within a stack takes what its functions take
+        return own
     target = f.forward if isinstance(f, torch.nn.Module) else f
     try:
         parameters = inspect.signature(target).parameters

@@ -26,7 +26,8 @@ from .decode import middle_box as middle_box
 from .decode import random_box as random_box
 from .labels import NONE, unify
 from .order import batch_generator, evaluation_loader, seed_of, training_loader
-from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source, open_splits
+from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
+from .splits import open_splits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 96  # pixels a side; up to here pictures are kept in memory, and training cuts no random box unless told

@@ -3,7 +3,6 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from . import layout as layouts
 from .decode import Picture
 from .errors import DataError as DataError
 from .labels import NONE, read_column
-from .layout import Layout
 
 TRAIN, VALIDATION, TEST = (layouts.SPLITS[name] for name in ("train", "validation", "test"))
 LABEL_KEYS = ("label", "fine_label", "labels")
@@ -208,58 +206,6 @@ def find_column(given: str | None, guesses: Sequence[str], features: Any, option
     )
 
 
-def open_splits(
-    root: str | Path | None,
-    hub: str | None = None,
-    download: bool = False,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    subset: str | None = None,
-    streaming: bool = False,
-) -> Splits:
-    """The splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
-
-    Raises:
-        DataError: There is nothing there, or no column fits. The network is only asked with `download`.
-    """
-    where = str(root or hub)
-    keys = image_key, label_key, where
-    if streaming:
-        from .streams import parquet_files
-
-        found = parquet_files(root, hub, download, subset, THREE_WAYS)
-        if found is not None:
-            return found(*keys)
-    if root is None:
-        tables = open_tables(root, hub, download, subset)
-        return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
-    path = folder(root, subset)
-    configured = _configured(path, subset)
-    if configured:
-        return Splits({name: TableSource(table, *keys) for name, table in configured.items()}, {}, [])
-    found = layouts.find(path)
-    if found is None:
-        raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
-    opened = partial(_open, found, keys)
-    return Splits(
-        {name: opened(name, files) for name, files in found.splits.items()},
-        {name: partial(opened, name, files) for name, files in found.others.items()},
-        found.notes,
-    )
-
-
-def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, files: Sequence[str]) -> Source:
-    if found.kind == "pictures":
-        return FolderSource(found.root, files, found.labels.get(split), found.why.get(split, ""))
-    layouts.check_shards(files)
-    if found.kind == "tar":
-        from .streams import TarSource
-
-        return TarSource(found.root, files, *keys)
-    rows = check_parquet(found.root, files)
-    return TableSource(_load_parquet(found.root, [file for file, _ in rows]), *keys, files=rows)
-
-
 def folder(root: str | Path, subset: str | None = None) -> Path:
     """The folder, or file, that is meant; one that is called as the subset where it says nothing of its subsets."""
     path = Path(root).expanduser()
@@ -333,12 +279,12 @@ def open_tables(
         if not Path(root).expanduser().exists():
             raise DataError(f"data.root: no folder {str(root)!r}\n  {ways}")
         path = folder(root, subset if hub is None else None)
-        configured = _configured(path, subset)
-        found = None if configured else layouts.find(path)
+        tables = configured(path, subset)
+        found = None if tables else layouts.find(path)
         if found is None or found.kind != "parquet":
-            return configured
+            return tables
         rows = {name: check_parquet(found.root, files) for name, files in found.splits.items()}
-        return {name: _load_parquet(found.root, [file for file, _ in files]) for name, files in rows.items()}
+        return {name: load_parquet(found.root, [file for file, _ in files]) for name, files in rows.items()}
     if hub is not None:
         return _load_hub(hub, download, subset, ways)
     raise DataError(f"no data: neither data.root nor data.hub is set\n  {ways}")
@@ -360,7 +306,7 @@ def _card(path: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) and card.get("configs") else {}
 
 
-def _configured(path: Path, subset: str | None) -> dict[str, Any]:
+def configured(path: Path, subset: str | None) -> dict[str, Any]:
     """Splits of a folder that says itself what it holds: by README.md as on the hub, or by metadata of its pictures."""
     card = _card(path)
     described = (
@@ -387,7 +333,8 @@ def _configured(path: Path, subset: str | None) -> dict[str, Any]:
         ) from None
 
 
-def _load_parquet(root: Path, files: Sequence[str]) -> Any:
+def load_parquet(root: Path, files: Sequence[str]) -> Any:
+    """The table of some parquet files."""
     import datasets
     import datasets.config
 

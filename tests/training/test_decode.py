@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from odenets.training import DataError, Images
 from odenets.training.data import Cached, Decoded, Tally, middle_box
 from odenets.training.decode import Picture, Unreadable, random_box
-from odenets.training.sources import open_splits
+from odenets.training.splits import open_splits
 
 from .pictures import picture, write_folder
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from odenets.training import DataError, Images
 from odenets.training import layout as L
-from odenets.training.sources import open_splits
+from odenets.training.splits import open_splits
 
 from .pictures import encoded, picture
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from odenets.training import DataError, Images
 from odenets.training.data import shard_order
-from odenets.training.sources import open_splits
+from odenets.training.splits import open_splits
 
 from .pictures import encoded, picture
 

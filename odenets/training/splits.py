@@ -1,0 +1,70 @@
+"""The splits of a data set, opened: class folders, tables, tar shards, or a data set of the hub."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from . import layout as layouts
+from .errors import DataError
+from .layout import Layout
+from .sources import (
+    THREE_WAYS,
+    FolderSource,
+    Source,
+    Splits,
+    TableSource,
+    check_parquet,
+    configured,
+    folder,
+    load_parquet,
+    open_tables,
+)
+from .streams import TarSource, parquet_files
+
+
+def open_splits(
+    root: str | Path | None,
+    hub: str | None = None,
+    download: bool = False,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    subset: str | None = None,
+    streaming: bool = False,
+) -> Splits:
+    """The splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
+
+    Raises:
+        DataError: There is nothing there, or no column fits. The network is only asked with `download`.
+    """
+    where = str(root or hub)
+    keys = image_key, label_key, where
+    if streaming:
+        found = parquet_files(root, hub, download, subset, THREE_WAYS)
+        if found is not None:
+            return found(*keys)
+    if root is None:
+        tables = open_tables(root, hub, download, subset)
+        return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
+    path = folder(root, subset)
+    tables = configured(path, subset)
+    if tables:
+        return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
+    found = layouts.find(path)
+    if found is None:
+        raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
+    opened = partial(_open, found, keys)
+    return Splits(
+        {name: opened(name, files) for name, files in found.splits.items()},
+        {name: partial(opened, name, files) for name, files in found.others.items()},
+        found.notes,
+    )
+
+
+def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, files: Sequence[str]) -> Source:
+    if found.kind == "pictures":
+        return FolderSource(found.root, files, found.labels.get(split), found.why.get(split, ""))
+    layouts.check_shards(files)
+    if found.kind == "tar":
+        return TarSource(found.root, files, *keys)
+    rows = check_parquet(found.root, files)
+    return TableSource(load_parquet(found.root, [file for file, _ in rows]), *keys, files=rows)
