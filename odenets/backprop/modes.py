@@ -368,8 +368,8 @@ def parse_mode(given: "str | Mode | None") -> Mode:
         return Store()
     if not isinstance(found, Mode):
         raise SchemeError(
-            f"backprop is {given!r}, want 'store', 'checkpoint', 'checkpoint(k)', 'reverse', 'exact', 'offload', "
-            "'auto', or a plan such as '4*store + 8*reverse'."
+            f"backprop is {given!r}, want 'store', 'checkpoint', 'checkpoint(k)', 'reverse' or 'exact'; or 'offload', "
+            "'auto(memory=2GB)', a plan such as '4*store + 8*reverse'."
         )
     return found
 
