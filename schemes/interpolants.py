@@ -137,6 +137,7 @@ def tsit5(tableau: Tableau) -> Interpolant:
     return _published(tableau, weights, 13, "Tsitouras, Comput. Math. Appl. 62 (2011) 770-775, section 4")
 
 
+# long: a published table, line by line
 def dopri8(tableau: Tableau) -> Interpolant:
     """A polynomial of degree 6 for the pair 8(7), of order 5, by its thirteen stages and the slope at the end."""
     weights = [

@@ -115,6 +115,7 @@ class Reader:
     def _fail(self, problem: str, at: int) -> NoReturn:
         raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(problem)}.")
 
+    # long: one match over the grammar, a case a construct
     def _value(self, node: ast.expr, depth: int) -> Any:
         at = node.col_offset
         if depth > MAX_NESTING:

@@ -298,6 +298,7 @@ class Survey:
         self.refused.setdefault(way, why)
         self.ways = [w for w in self.ways if w != way]
 
+    # long: one measurement, whose order of runs is what it measures
     def _cost(self, kind: Any, part: Pass, state: State, profile: Profile, way: str) -> Cost:
         mode, monitor, known = MODES[way], Monitor(), self.costs[kind].get("store")
         members = members_of(part.steps[0], part.shared)

@@ -63,6 +63,7 @@ class RDNet(LevelNet):
         torch.Size([2, 10])
     """
 
+    # long: an argument a line, of which there are many; the net itself is made in parts
     def __init__(
         self,
         growths: Sequence[int] = (64, 104, 128, 128, 128, 128, 224),

@@ -65,6 +65,7 @@ class Backward:
         with self.precision.again(ys.device.type):
             return self._solve(ys, grad)
 
+    # long: one solve backwards; its parts share the augmented state
     def _solve(self, ys: Tensor, grad: Tensor) -> list[Tensor | None]:
         y = ys[-1]
         inputs = self.reads.tensors

@@ -88,6 +88,7 @@ def endless(t: float, size: float) -> Iterator[tuple[float, float]]:
         n += 1
 
 
+# long: the loop of a solve, whose state is local because attribute look-ups dominate small systems
 def solve(
     stepper: Stepper,
     times: Sequence[float],

@@ -209,6 +209,7 @@ class Solve:
         jumps = torch.tensor(self.control.jump_t, dtype=time.dtype, device=time.device)
         return torch.where((time[:, None] == jumps).any(1), other, time)
 
+    # long: the loop of a solve, whose state per sample is local; in parts it would pass a dozen tensors around
     @torch.no_grad()
     def run(self, y: Tensor) -> Batch:
         """The solve, without a graph."""
@@ -399,6 +400,7 @@ class Solve:
         ends = (t + h).gather(0, (n - 1).clamp(min=0)[None]) if most else t
         return torch.where(rest, ends if most else t, t), torch.where(rest, torch.zeros_like(h), h)
 
+    # long: the same loop along recorded steps, with gradients
     def again(self, y: Tensor, batch: Batch, recompute: bool) -> tuple[Tensor, dict[int, Tensor]]:
         """The values along the recorded steps, with a graph, and the states at the events that ended samples."""
         f, pair = self.rows.at(None), self.pair

@@ -166,6 +166,7 @@ def integrate(
 class _Problem:
     """The arguments of a solve, checked and packed."""
 
+    # long: reads and checks each option in the order in which messages should come
     def __init__(
         self,
         func: Any,
@@ -298,6 +299,7 @@ class _Problem:
 
         return [wrapped(call) for call in given]
 
+    # long: one way to differentiate after the other, a branch each
     def _joint(self, numbers: list[float]) -> Solution:
         y, watch = self._moved(), Watch(self.events, self.packing.unpack) if self.events else None
         times = [numbers[0], float("inf") if numbers[1] > numbers[0] else float("-inf")] if self.endless else numbers
@@ -367,6 +369,7 @@ class _Problem:
             "norm": norm,
         }
 
+    # long: one way to differentiate after the other, a branch each
     def _fixed(self, y: Tensor, times: list[float], numbers: list[float], watch: Any, known: Any) -> Solution:
         given = reading.fixed(self.options)
         size = given.step_size
@@ -530,6 +533,7 @@ class _Problem:
 
     # --- a step size per sample
 
+    # long: one way to differentiate after the other, a branch each
     def _independent(self) -> Solution:
         n = len(self.y0)
         times = self.times.detach().to(self.y0.device, torch.float64)

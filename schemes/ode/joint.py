@@ -48,6 +48,7 @@ def stalled(run: Run, pace: Pace, t: float, t1: float, control: Control) -> bool
     return run.status != "finished"
 
 
+# long: the loop of a solve, whose state is local because attribute look-ups dominate small systems
 def solve(
     f: Field,
     y: Tensor,

@@ -269,6 +269,7 @@ def steps(r: Rule, again: bool) -> Callable[..., tuple[State, Tensor | None]]:
     return step
 
 
+# long: the loop of a solve and of its undoing, which share the recorded steps
 def march(
     r: Rule,
     f: Field,
