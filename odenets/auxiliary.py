@@ -71,7 +71,7 @@ class Split:
         value, given = out  # type: ignore[misc]
         self.step.auxiliary = True
         if self.sink is not None:
-            for name, x in given.items():
+            for name, x in given.items():  # type: ignore[union-attr]
                 self.sink.add(name, x)
         return value
 

@@ -298,7 +298,7 @@ class Stack(nn.Module):
         self._check_given(t, context)
         seen = (self.training, torch.is_grad_enabled())
         # Under a compiler or a trace the checks would become part of what is recorded.
-        if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
             return self._first_call(x, t, context, on_step, sink)
         return self._run(x, t, context, on_step, sink)
 

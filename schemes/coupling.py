@@ -225,7 +225,7 @@ class _Split(Coupling):
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
         if self.split is not None and x.dim() > max(self.dim, -self.dim - 1):
             self.stream_widths(x.shape[self.dim])
-            return torch.split(x, self.split, self.dim)
+            return torch.split(x, list(self.split), self.dim)
         if x.dim() <= max(self.dim, -self.dim - 1) or x.shape[self.dim] < self.streams:
             raise SchemeError(
                 f"{self}: cannot split {tuple(x.shape)} along dim={self.dim} into {self.streams} streams."

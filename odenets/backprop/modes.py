@@ -184,7 +184,7 @@ class Reverse(_ByInverse):
     def _by_inverse(self, given: Pass, state: State) -> State:
         from .reverse import run_reversed
 
-        return run_reversed(given, state, self.every, self.memory, self.bound, self.drift, self.check_finite)
+        return run_reversed(given, state, self.every, self.memory, self.bound, self.drift, self.check_finite)  # type: ignore
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Exact(_ByInverse):
     def _by_inverse(self, given: Pass, state: State) -> State:
         from .reverse import run_exact
 
-        return run_exact(given, state, self.bits, self.store)
+        return run_exact(given, state, self.bits, self.store)  # type: ignore
 
 
 @dataclass(frozen=True)

@@ -247,14 +247,14 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Itera
 
 def initialise(module: nn.Module, run: Callable[[], Any]) -> None:
     """Gives lazy parameters their shapes by one run without gradients; statistics and generators stay as they are."""
-    lazy = [m for m in module.modules() if any(is_lazy(p) for p in (*m._parameters.values(), *m._buffers.values()))]
+    lazy = [m for m in module.modules() if any(is_lazy(p) for p in (*m._parameters.values(), *m._buffers.values()))]  # type: ignore
     if not lazy:
         return
     with torch.no_grad(), nothing_changed([module], always=True):
         run()
     for m in lazy:
         if hasattr(m, "reset_running_stats"):
-            m.reset_running_stats()
+            m.reset_running_stats()  # type: ignore
 
 
 def _version(value: Tensor | None) -> int:

@@ -93,4 +93,4 @@ class Pass(NamedTuple):
 
 def needs_graph() -> bool:
     """Whether this pass may be differentiated: gradients are on, and nobody traces the operations for use elsewhere."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()  # type: ignore

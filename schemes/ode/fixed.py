@@ -154,7 +154,7 @@ def solve(
                 end = f(t1, y1)
                 piece, k = Hermite(t0, t1, y, y1, k, end), end
             if dense:
-                run.segments.append(piece)
+                run.segments.append(piece)  # type: ignore
             ended = events is not None and events.step(run, piece)
         else:
             k = None

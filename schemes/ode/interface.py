@@ -272,7 +272,7 @@ class _Problem:
         """y0, from which a gradient of the first time flows along the field."""
         if not (self.adaptive and self.times.requires_grad and torch.is_grad_enabled()):
             return self.y0
-        return self.y0 - self._shift(0) * self.func(clock(float(self.times[0].detach()), self.y0), self.y0)
+        return self.y0 - self._shift(0) * self.func(clock(float(self.times[0].detach()), self.y0), self.y0)  # type: ignore
 
     def _shift(self, i: int) -> Tensor:
         """Zero, with the gradient of a time."""
@@ -284,9 +284,9 @@ class _Problem:
         """Values whose times carry a gradient, along the field."""
         if not (self.adaptive and self.times.requires_grad and torch.is_grad_enabled()):
             return ys
-        rows = [ys[0] + self._shift(0) * self.func(clock(numbers[0], ys[0]), ys[0])]
+        rows = [ys[0] + self._shift(0) * self.func(clock(numbers[0], ys[0]), ys[0])]  # type: ignore
         for i in range(1, len(ys)):
-            rows.append(ys[i] + self._shift(i) * self.func(clock(numbers[i], ys[i]), ys[i]))
+            rows.append(ys[i] + self._shift(i) * self.func(clock(numbers[i], ys[i]), ys[i]))  # type: ignore
         return torch.stack(rows)
 
     def _callbacks(self) -> Any:
@@ -311,7 +311,7 @@ class _Problem:
                     raise SchemeError(f"odeint: gradient='adjoint' wants an embedded pair, not {self.scheme}.")
                 ys, run = reverse.solved(
                     self.rule,
-                    self.func,
+                    self.func,  # type: ignore
                     y,
                     times,
                     control,
@@ -325,7 +325,7 @@ class _Problem:
                 return self._solution(ys, run, numbers)
             pair = Pair(self.scheme)
             ys, run = solved(
-                self.func,
+                self.func,  # type: ignore
                 y,
                 times,
                 pair,
@@ -408,7 +408,7 @@ class _Problem:
                     "odeint: gradient='reverse' steps onto every time; want step_size or steps, no interp."
                 )
             assert self.rule is not None
-            ys, run = reverse.solved(self.rule, self.func, y, times, None, self._check, grid, known=tuple(known))
+            ys, run = reverse.solved(self.rule, self.func, y, times, None, self._check, grid, known=tuple(known))  # type: ignore
             return self._solution(ys, run, numbers)
         moving = None
         if self.times.requires_grad and torch.is_grad_enabled():
@@ -419,7 +419,7 @@ class _Problem:
                 )
             moving = self.times
         again = self.gradient == "checkpoint" and torch.is_grad_enabled()
-        stepper = fixed_steps.Stepper(self.scheme, self.func, y, again, given.perturb)
+        stepper = fixed_steps.Stepper(self.scheme, self.func, y, again, given.perturb)  # type: ignore
         run = fixed_steps.solve(
             stepper,
             times,
@@ -477,7 +477,13 @@ class _Problem:
         """An event with its gradients, and its packed state."""
         event = self.events[place.number]
         t, y, grazing = attach(
-            event.fn, place.component, self.func, self.packing.unpack, place.t, place.y, self.times.dtype
+            event.fn,
+            place.component,
+            self.func,  # type: ignore
+            self.packing.unpack,
+            place.t,
+            place.y,
+            self.times.dtype,  # type: ignore
         )
         return Found(place.number, place.component, t, self.packing.unpack(y), grazing, sample), y
 
@@ -516,7 +522,7 @@ class _Problem:
         y, ys = self.y0, [self.y0]
         if len(numbers) > 1:
             k = self.func(clock(numbers[0], y), y)
-            ys += [y + (b - numbers[0]) * k for b in numbers[1:]]
+            ys += [y + (b - numbers[0]) * k for b in numbers[1:]]  # type: ignore
         run = Run(ys, numbers[-1], ys[-1])
         stacked = torch.stack(ys)
         return Solution(
@@ -550,7 +556,7 @@ class _Problem:
         pair = Pair(self.scheme)
         y = self.y0
         grad = torch.is_grad_enabled()
-        rows = Rows(self.func, context, n)
+        rows = Rows(self.func, context, n)  # type: ignore
         if grad and self.times.requires_grad:
             y = y - self._shift(0) * rows.at(None)(times[:, 0], y)
         solve = Solve(

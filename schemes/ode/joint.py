@@ -105,7 +105,7 @@ def solve(
                 g.at.update(near.at)
         if k is None:
             k = g(t, y)
-        tried = attempt(g, t, h, y, k)
+        tried = attempt(g, t, h, y, k)  # type: ignore
         y1 = tried.y
         with torch.no_grad():
             size1 = y1.abs()

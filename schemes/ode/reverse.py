@@ -353,7 +353,7 @@ def march(
             end = f(t1, state1[0])
             piece, k = Hermite(t, t1, state[0], state1[0], k, end), end
             if dense:
-                run.segments.append(piece)
+                run.segments.append(piece)  # type: ignore
             if events is not None and events.step(run, piece):
                 return run, state1, kept
         t, state, size0 = t1, state1, size1
@@ -363,7 +363,7 @@ def march(
             stop += 1
     run.t, run.y = t, state[0]
     if run.status == "not_finite":
-        run.sample = first_bad(*state1)
+        run.sample = first_bad(*state1)  # type: ignore
     return run, state, kept
 
 
