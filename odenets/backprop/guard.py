@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_modules
+from torch.utils import _pytree as pytree
 
 from schemes.errors import SchemeError
 from schemes.scheme import State
@@ -88,7 +89,7 @@ def needed(members: Members, step: Any) -> bool:
 def learn(members: Members) -> None:
     """Notes whether a guarded run has left something behind that has a graph."""
     # A leftover that has a graph now is one that a loss may differentiate later.
-    attributes = (slot.value for slot in members.attributes())
-    members.leaves_behind = any(isinstance(v, Tensor) and v.grad_fn is not None for v in attributes) or any(
+    held = pytree.tree_leaves([vars(m) for m in members.modules])  # attributes, also those in lists and dictionaries
+    members.leaves_behind = any(isinstance(v, Tensor) and v.grad_fn is not None for v in held) or any(
         isinstance(m, FunctionModule) for m in members.modules
     )
