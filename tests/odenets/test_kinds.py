@@ -295,3 +295,68 @@ def test_hooks_that_change_the_streams_of_a_step(place):
     net.steps[place].register_forward_hook(lambda m, args, out: None)
     net.steps[place].register_full_backward_hook(lambda m, grads, outs: None)
     assert distance(once(net), once(build(Body, "revnet", "store"))) <= 1e-12
+
+
+# Replicas and side products ---------------------------------------------------------------------------------------
+
+
+def replica(net):
+    """A copy whose modules hold plain tensors, computed from the parameters, as ``DataParallel`` makes them."""
+    twins = {m: m._replicate_for_data_parallel() for m in net.modules()}
+    for module, twin in twins.items():
+        twin._former_parameters = {}
+        for name, child in module._modules.items():
+            if child is not None:
+                twin._modules[name] = twins[child]
+        for name, p in module._parameters.items():
+            if p is not None:
+                twin._former_parameters[name] = p * 1.0
+                setattr(twin, name, twin._former_parameters[name])
+    return twins[net]
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reverse"])
+def test_replicas_send_gradients_to_the_parameters(mode):
+    found = []
+    for which in ("store", mode):
+        torch.manual_seed(0)
+        net = Stack([nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(4)], "revnet", backprop=which).double()
+        x = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        net(x)
+        replica(net)(x).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
+
+
+class LeavesBehind(nn.Module):
+    def __init__(self, where):
+        super().__init__()
+        self.linear, self.where, self.kept = nn.Linear(3, 3), where, [] if where == "list" else {}
+
+    def forward(self, x):
+        h = self.linear(x)
+        left = h.square().mean()
+        if self.where == "list":
+            self.kept.append(left)
+        elif self.where == "dict":
+            self.kept["loss"] = left
+        else:
+            self.loss = left
+        return torch.tanh(h)
+
+    def left(self):
+        return {"list": lambda: self.kept.pop(), "dict": lambda: self.kept["loss"]}.get(self.where, lambda: self.loss)()
+
+
+@pytest.mark.parametrize("mode", ["reverse", "exact"])
+@pytest.mark.parametrize("where", ["attribute", "list", "dict"])
+def test_side_products_are_refused_in_every_pass(where, mode):
+    net = Stack([LeavesBehind(where) for _ in range(4)], "revnet", backprop=mode)
+    functions = [m for m in net.modules() if isinstance(m, LeavesBehind)]
+    for _ in range(3):
+        y = net(torch.randn(2, 6))
+        loss = y.sum() + sum(f.left() for f in functions)
+        with pytest.raises((SchemeError, RuntimeError), match=r"side product[\s\S]*aux=True"):
+            loss.backward()
+        for f in functions:
+            f.kept.clear()
