@@ -40,11 +40,13 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
 def streams_of(given: Any, scheme: Scheme) -> State:
     """Streams that are given as a tuple, in place of an input that the scheme makes them of."""
     count = scheme.at(0).streams
-    if not isinstance(given, (tuple, list)) or count == 1 or len(given) != count:
+    if count == 1:
+        raise SchemeError(f"Stack: the input is a {type(given).__name__}, want a tensor; {scheme} has one stream.")
+    if not isinstance(given, (tuple, list)) or len(given) != count:
         what = f"{len(given)} streams are given" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
         raise SchemeError(
-            f"Stack: {what}, {scheme} starts from {count}.\n  Give "
-            + (f"a tuple of {count} tensors, or the tensor that they are made of." if count > 1 else "one tensor.")
+            f"Stack: {what}, {scheme} starts from {count}.\n"
+            f"  Give a tuple of {count} tensors, or the tensor that they are made of."
         )
     for x in given:
         if not isinstance(x, Tensor):

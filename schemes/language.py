@@ -124,7 +124,7 @@ class Reader:
             case ast.Constant():
                 value = self._constant(node)
                 return value * self._units_at[at] if at in self._units_at else value
-            case ast.Tuple(elts=elts):
+            case ast.Tuple(elts=elts) if depth:  # of arguments alone
                 return tuple(self._value(e, depth + 1) for e in elts)
             case ast.Name(id=name):
                 return self._name(name, at)

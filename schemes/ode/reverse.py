@@ -58,6 +58,7 @@ class Tape:
         return k.detach(), lambda grad: self.back(k, y, grad)
 
     def back(self, k: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of y from that of k = f(y); those of what else f reads are added up."""
         found, *rest = vjp(k, [y, *self.reads.tensors], grad)
         for n, g in enumerate(rest):
             if g is not None:

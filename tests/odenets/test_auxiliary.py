@@ -230,7 +230,7 @@ def test_streams_may_be_given():
     ):
         with pytest.raises(SchemeError, match=message):
             net(wrong)
-    with pytest.raises(SchemeError, match="euler starts from 1"):
+    with pytest.raises(SchemeError, match="the input is a tuple, want a tensor; euler has one stream"):
         Stack([copy.deepcopy(nn.Linear(6, 6))], "euler")((x, x))
 
 
