@@ -145,7 +145,7 @@ def check_streams(
         _probe(scheme, depth, torch.empty(shape, device="meta"), dim, heads)
     except _Misfit as misfit:
         raise SchemeError(
-            f"{scheme} does not fit the functions of {family}, {str(misfit).replace('{family}', family)}.\n"
+            f"{scheme} does not fit {family}, {str(misfit).replace('{family}', family)}.\n"
             f"  Use {_along(scheme, depth, width, dim, ndim, heads)}scheme='leapfrog' or scheme='euler'; DenseNet is "
             "made for dense, RevCol for revcol."
         ) from None
@@ -156,11 +156,11 @@ def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
 
     def stand_in(slot: Slot) -> Callable[..., Tensor]:
         if len(slot.in_channels) != 1:
-            raise _Misfit(f"as it gives one {len(slot.in_channels)} arguments; those of {{family}} take one")
+            raise _Misfit(f"as it gives a function {len(slot.in_channels)} arguments; those of {{family}} take one")
         (given,), wanted = slot.in_channels, slot.out_channels
         if heads and (given != wanted or wanted % heads):
             raise _Misfit(
-                f"which take one argument and keep its width, a multiple of {heads}: one goes {given} -> {wanted}"
+                f"whose functions take one argument and keep its width, a multiple of {heads}: one goes {given} -> {wanted}"
             )
 
         def f(x: Tensor) -> Tensor:
