@@ -160,7 +160,8 @@ def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
         (given,), wanted = slot.in_channels, slot.out_channels
         if heads and (given != wanted or wanted % heads):
             raise _Misfit(
-                f"whose functions take one argument and keep its width, a multiple of {heads}: one goes {given} -> {wanted}"
+                f"whose functions take one argument and keep its width, a multiple of {heads}: one goes {given} -> "
+                f"{wanted}"
             )
 
         def f(x: Tensor) -> Tensor:
