@@ -86,10 +86,13 @@ def needed(members: Members, step: Any) -> bool:
     )
 
 
-def learn(members: Members) -> None:
-    """Notes whether a guarded run has left something behind that has a graph."""
+def left_behind(members: Members) -> bool:
+    """Whether an attribute holds a tensor with a graph, by itself or in a list or dictionary."""
     # A leftover that has a graph now is one that a loss may differentiate later.
-    held = pytree.tree_leaves([vars(m) for m in members.modules])  # attributes, also those in lists and dictionaries
-    members.leaves_behind = any(isinstance(v, Tensor) and v.grad_fn is not None for v in held) or any(
-        isinstance(m, FunctionModule) for m in members.modules
-    )
+    held = pytree.tree_leaves([vars(m) for m in members.modules])
+    return any(isinstance(v, Tensor) and v.grad_fn is not None for v in held)
+
+
+def learn(members: Members) -> None:
+    """Notes whether a guarded run has left something behind, or holds closures, which cannot be looked into."""
+    members.leaves_behind = left_behind(members) or any(isinstance(m, FunctionModule) for m in members.modules)

@@ -277,17 +277,6 @@ class Members:
         found = ((m, Slot(m._buffers, k, b)) for m in self.norms for k, b in m._buffers.items())
         return [(m, slot) for m, slot in found if slot.value is not None and not is_lazy(slot.value)]
 
-    def attributes(self) -> list[Slot]:
-        """All places of the user's own modules that hold a tensor now, or might later."""
-        return [
-            Slot(m.__dict__, k, v)
-            for m in self._own
-            for k, v in m.__dict__.items()
-            if (v is None or isinstance(v, Tensor))
-            and k not in _EVERY_MODULE
-            and k not in m.__dict__.get("_former_parameters", ())
-        ]
-
 
 class Flags:
     """What modules held, which parameters wanted a gradient, and the versions of all that was read."""

@@ -24,7 +24,7 @@ from schemes.scheme import State
 
 from ..step import Step
 from .anchors import WINDOW, Trial, growth_of, windows_of
-from .guard import learn
+from .guard import learn, left_behind
 from .members import Members, swapped
 from .meter import Meter, meter_on
 from .modes import Checkpoint, Exact, Mode, Offload, Reverse, Store
@@ -248,7 +248,7 @@ class Survey:
             with torch.enable_grad(), self.namer.saving(saved):
                 out = (part if trial is None else part._replace(runner=trial.run)).keep(leaves)
             self.saved.update(saved)
-            if trial is not None and _left_behind(members_of(part.steps[0], part.shared)):
+            if trial is not None and left_behind(members_of(part.steps[0], part.shared)):
                 self._refuse("reverse", "a residual function leaves something behind that can be differentiated")
             state = tuple(x.detach().requires_grad_(x.requires_grad) for x in out)
             self.steps.append(Profile(before, self.namer.names(state), saved, {}))
@@ -417,10 +417,6 @@ def modules_of(given: Pass) -> list[nn.Module]:
     """All modules that a pass runs."""
     modules = [*dict.fromkeys(given.steps)]
     return [*modules, *(m for m in (given.shared, given.post_step) if m is not None)]
-
-
-def _left_behind(members: Members) -> bool:
-    return any(isinstance(slot.value, Tensor) and slot.value.grad_fn is not None for slot in members.attributes())
 
 
 def _plain(state: State) -> State:
