@@ -37,6 +37,19 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """No test sets a variable for those after it: Lightning keeps its seed there, and processes begin with it."""
+    before = dict(os.environ)
+    yield
+    # pytest's own mark of the running test changes while the test runs.
+    for name in {*before, *os.environ} - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder with cifar10/, cifar100/, tiny_imagenet/ and imagenet_sample/; the test skips where there is none."""
