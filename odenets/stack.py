@@ -313,7 +313,7 @@ class Stack(nn.Module):
         for step in self.steps:
             # Whoever returned some keeps being asked; the others are asked again, as this state may be another.
             step.auxiliary = step.auxiliary or None  # told by what the functions return now
-        with nothing_changed([self], always):
+        with nothing_changed([self], always, (t, context)):
             state = self._run(x, t, context, on_step, sink, checks.watch)
         for step in self.steps:
             step.auxiliary = bool(step.auxiliary)
@@ -412,7 +412,7 @@ class Stack(nn.Module):
             [True, True]
         """
         self._check_invertible(self.training and self.scheme.reversible_in_training)
-        with torch.no_grad(), nothing_changed([self], always=True):
+        with torch.no_grad(), nothing_changed([self], True, (t, context)):
             return diagnose(*self._pass(x, t, context))
 
     def plan(

@@ -114,16 +114,21 @@ class Step(nn.Module):
             calls: counts the evaluations of an adaptive solver.
             sink: takes the auxiliary values of the functions; None drops them.
         """
-        fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
+        fs = self._plain_functions(shared)
         if not self.plain:
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
         if self.auxiliary is not False:
             fs = tuple(Split(f, sink, self) for f in fs)
         return fs, () if self.gs is None else tuple(self.gs)
 
+    def _plain_functions(self, shared: nn.Module | None) -> Sequence[Function]:
+        fs = self._modules.get("fs")
+        # The dictionary, as iterating over a ModuleList costs five times as much.
+        return (shared,) * self.scheme.stages if fs is None else tuple(fs._modules.values())  # type: ignore
+
     def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
         """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""
-        fs: Sequence[Function] = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)  # type: ignore
+        fs = self._plain_functions(shared)
         if not self.plain:
             fs = bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
         return fs if self.auxiliary is False else tuple(Split(f, None, self) for f in fs)

@@ -1,6 +1,7 @@
 """Where anchors go: how errors grow when steps are undone, measured by running them forward and back."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +9,8 @@ from torch import nn
 from schemes.scheme import State
 
 from ..step import Step
+from .agreement import agreed
+from .members import Members, hooks_set_aside
 from .monitor import distance
 from .replay import StepRecord, autocast_as, invert_step, members_of, run_step
 from .surroundings import nothing_changed
@@ -64,6 +67,15 @@ def growth_of(steps: list[Step], trial: Trial, states: list[State]) -> tuple[flo
 
 def windows_of(given: Pass, state: State) -> list[tuple[float, list[float]]]:
     """The growth of all steps, some at a time; buffers and generators stay as they are."""
+    modules = [*given.steps, *([given.shared] if given.shared else [])]
+    try:
+        with hooks_set_aside(Members(modules).modules):
+            return _windows_of(given, state, modules)
+    except Exception:  # a function that cannot do without its hooks
+        return _windows_of(given, state, modules)
+
+
+def _windows_of(given: Pass, state: State, modules: list[nn.Module]) -> list[tuple[float, list[float]]]:
     trial, found = Trial(given.inverted), []
     steps: list[Step] = []
     states = [state]
@@ -78,20 +90,27 @@ def windows_of(given: Pass, state: State) -> list[tuple[float, list[float]]]:
             steps.clear()
             states[:] = states[-1:]
 
-    with torch.no_grad(), nothing_changed([*given.steps, *([given.shared] if given.shared else [])], always=True):
+    with torch.no_grad(), nothing_changed(modules, True, (given.time, given.context)):
         given._replace(on_step=on_step, wrap=None).walk(state, trial.run)
     return found
 
 
 def measure(given: Pass, state: State, bound: float) -> None:
-    """Runs all steps forward and back, and tells the monitor how often states must be kept."""
-    windows = windows_of(given, tuple(x.detach() for x in state))
-    weighted = [(growth, len(errors)) for growth, errors in windows]
-    monitor = given.monitor
-    monitor.every = _spacing(windows, bound)
-    # A batch that is not finite decides nothing but for itself: the next pass measures again.
-    finite = max(g for g, _ in weighted) < math.inf
-    monitor.growth = math.exp(sum(n * math.log(g) for g, n in weighted) / len(given.steps)) if finite else None
+    """Runs all steps forward and back, and tells the monitor how often states must be kept.
+
+    With several processes all keep them as the first that has measured.
+    """
+
+    def decide() -> dict[str, Any]:
+        windows = windows_of(given, tuple(x.detach() for x in state))
+        weighted = [(growth, len(errors)) for growth, errors in windows]
+        # A batch that is not finite decides nothing but for itself: the next pass measures again.
+        finite = max(g for g, _ in weighted) < math.inf
+        mean = math.exp(sum(n * math.log(g) for g, n in weighted) / len(given.steps)) if finite else None
+        return {"every": _spacing(windows, bound), "growth": mean}
+
+    found = agreed(("anchors", bound), given.steps, state, decide)
+    given.monitor.every, given.monitor.growth = found["every"], found["growth"]
 
 
 def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | None:

@@ -22,7 +22,7 @@ class Rerun:
         self.flags = Flags(self.members, given)
         # Statistics too, though a training pass does not read what they are: they must not move twice.
         self.statistics = self.members.statistics()
-        self.before: Surroundings | Read = Surroundings(state[0].device, self.members)
+        self.before: Surroundings | Read = Surroundings(state[0].device, self.members, given)
         self.entered: list[ExitStack] = []
 
     def over(self) -> None:

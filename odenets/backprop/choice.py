@@ -1,12 +1,8 @@
 """Mode "auto": measures, chooses the fastest plan that fits, and says what it comes to.
 
-With several processes the first that has measured decides for all. The choice goes through the store of
-torch.distributed, where a key is written once: nobody waits for anybody, so that a process that measures alone, or
-never, stops no other.
+With several processes the first that has measured decides for all.
 """
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
+from .agreement import agreed, shared_store
 from .anchors import BOUNDS
+from .given import tensors_in
 from .meter import Meter
 from .modes import Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, parse_mode
 from .plan import Chain, Piece
 from .sizes import mebibytes, show
-from .survey import Namer, Survey, modules_of, readout_of
+from .survey import Namer, Survey, modules_of, readout_of, surveyed
 from .walk import Pass
 
 log = logging.getLogger("odenets.backprop")
@@ -115,7 +112,8 @@ def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Me
         # Several processes keep what they have agreed on: a larger input of one is no news to the others.
         larger = found is not None and size > found.size and shared_store() is None
         if found is None or not found.final or larger:
-            monitor.plan = found = agreed(limits, given, state, choose)
+            said = agreed(("plan", str(limits)), given.steps, state, lambda: choose().state())
+            monitor.plan = found = Chosen.of(said)
             log.info("backprop: %s chose %s for %s of streams", limits, found.plan, show(size))
         return found.plan
 
@@ -191,15 +189,14 @@ def measure(limits: Limits, given: Pass, state: State) -> Measured:
     namer = Namer(outside_of(modules_of(given), given.context))
     names = namer.names(state)
     ways = [way for way in ways_for(limits, state) if way != "exact" or not given.inverted]
-    survey = Survey(given, state, namer, ways, budget(limits, state[0].device))
-    last = survey.run()
+    survey, last = surveyed(given, state, namer, ways, budget(limits, state[0].device))
     return Measured(limits, survey, end_of(given, last), tuple(names))
 
 
 def outside_of(modules: Sequence[nn.Module], *given: Any) -> list[Tensor]:
     """The tensors that are there before a pass, and do not count."""
     tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-    return tensors + [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+    return [*tensors, *tensors_in(given)]
 
 
 def end_of(given: Pass, state: State) -> int:
@@ -279,43 +276,6 @@ def _way_of(mode: Mode, count: int, monitor: Any, streams: Mapping[int, int]) ->
         case Offload():
             return "offload", count
     return "store", count
-
-
-# Agreement of several processes
-
-_counts: dict[str, int] = {}
-
-
-def agreed(limits: Limits, given: Pass, state: State, choose: Callable[[], Chosen]) -> Chosen:
-    """The choice of the process that was the first to make it; its own where there is but one.
-
-    Raises:
-        SchemeError: the first found no plan that fits.
-    """
-    store = shared_store()
-    if store is None:
-        return choose()
-    shapes = [(str(step.scheme), tuple(p.numel() for p in step.parameters())) for step in given.steps]
-    like = repr((str(limits), shapes, [tuple(x.shape[1:]) for x in state], state[0].dtype))
-    key = "odenets/plan/" + hashlib.sha256(like.encode()).hexdigest()[:24]
-    _counts[key] = _counts.get(key, 0) + 1
-    key = f"{key}/{_counts[key]}"
-    try:
-        mine = json.dumps(choose().state())
-    except SchemeError as error:
-        mine = json.dumps({"error": str(error)})
-    found = json.loads(store.compare_set(key, "", mine))
-    if "error" in found:
-        raise SchemeError(found["error"])
-    return Chosen.of(found)
-
-
-def shared_store() -> Any:
-    """The store of torch.distributed, where it is initialised and there are several processes."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return None
-    return dist.distributed_c10d._get_default_store()
 
 
 # Reports

@@ -6,19 +6,17 @@ over, and its streams come in behind an error that waits: a leftover that is dif
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules import module as torch_modules
 from torch.utils import _pytree as pytree
 
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
 from ..step import FunctionModule
-from .members import Members
+from .members import Held, Members
 
 
 class _Box:
@@ -71,7 +69,7 @@ class Guard:
         return box.tensor
 
 
-def needed(members: Members, step: Any) -> bool:
+def needed(members: Members, held: Held) -> bool:
     """Whether something could escape from the functions of a step.
 
     The first time it could for all that is known; later where there are hooks, closures, or attributes that were seen
@@ -79,11 +77,7 @@ def needed(members: Members, step: Any) -> bool:
     """
     # A guarded update costs time, so a function that was seen to leave nothing is trusted until it is exchanged.
     # Hooks and closures are not: what they hold cannot be looked at.
-    return (
-        members.leaves_behind
-        or bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
-        or any((m._forward_hooks or m._forward_pre_hooks) and m is not step for m in members.modules)
-    )
+    return members.leaves_behind or held.hooked
 
 
 def left_behind(members: Members) -> bool:
@@ -93,6 +87,12 @@ def left_behind(members: Members) -> bool:
     return any(isinstance(v, Tensor) and v.grad_fn is not None for v in held)
 
 
-def learn(members: Members) -> None:
-    """Notes whether a guarded run has left something behind, or holds closures, which cannot be looked into."""
-    members.leaves_behind = left_behind(members) or any(isinstance(m, FunctionModule) for m in members.modules)
+def learn(members: Members, elsewhere: bool = False) -> None:
+    """Notes whether a guarded run has left something behind, or holds closures, which cannot be looked into.
+
+    Args:
+        members: the modules that ran.
+        elsewhere: whether it has left something in what it was given.
+    """
+    closures = any(isinstance(m, FunctionModule) for m in members.modules)
+    members.leaves_behind = elsewhere or closures or left_behind(members)

@@ -11,11 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
+from .given import attributes_of, tensors_in
+
+# Hooks are part of what a module computes; those of all modules stand in tables of torch.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_GLOBAL_HOOKS = [
+    v for name in (*_HOOKS, *_HOOK_OPTIONS) if (v := getattr(torch_modules, "_global" + name, None)) is not None
+]
 _OURS = ("torch.nn.modules", "odenets.stack", "odenets.step")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
 
@@ -42,12 +50,37 @@ def swapped(slots: Sequence[Slot], values: Sequence[Any]) -> Iterator[None]:
             slot.holder[slot.name] = value
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is the user's, and not one by which torch computes weights or gathers their shards."""
+    function = getattr(hook, "func", hook)  # behind a partial
+    return not (getattr(function, "__module__", None) or type(function).__module__).startswith("torch.")
+
+
+@contextmanager
+def hooks_set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, a user's forward hooks do not run: a measurement is no pass that anybody wants to be told of."""
+    own_tables = (m.__dict__[n] for m in modules for n in (*_HOOKS, *_HOOK_OPTIONS))
+    tables = [(d, dict(d)) for d in (*own_tables, *_GLOBAL_HOOKS)]
+    own = {k for d, hooks in tables for k, hook in hooks.items() if callable(hook) and _is_own(hook)}
+    if not own:
+        yield
+        return
+    try:
+        for d, _ in tables:
+            for k in own & d.keys():
+                del d[k]
+        yield
+    finally:
+        for d, hooks in tables:
+            _put(d, hooks)
 
 
 class Namespace:
     """What some dictionaries of modules (attributes, buffers, parameters, children) hold at one moment.
+
+    Args:
+        dicts: the dictionaries.
+        beside: others, which change only where one of these does.
 
     Attributes:
         tensors: the tensors among it.
@@ -55,10 +88,12 @@ class Namespace:
         generators: random number generators among them.
     """
 
-    __slots__ = ("_dicts", "_values", "containers", "contents", "generators", "tensors")
+    __slots__ = ("_dicts", "_empty", "_full", "_values", "containers", "contents", "generators", "tensors")
 
-    def __init__(self, dicts: Sequence[dict[str, Any]]):
-        self._dicts, self.contents = dicts, [dict(d) for d in dicts]
+    def __init__(self, dicts: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]] = ()):
+        self._dicts, self.contents = [*dicts, *beside], [dict(d) for d in (*dicts, *beside)]
+        # Most dictionaries are empty, of hooks above all, and that they still are is told by their lengths.
+        self._full, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         self._values = self._now()
         self.tensors = [v for v in self._values if isinstance(v, Tensor) and not is_lazy(v)]
         own = [v for d in self.contents for k, v in d.items() if k not in _EVERY_MODULE]
@@ -66,10 +101,12 @@ class Namespace:
         self.generators = [v for v in own if isinstance(v, torch.Generator)]
 
     def _now(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._dicts))]
+        return [*chain.from_iterable(map(dict.values, self._full))]
 
     def same(self) -> bool:
         """Whether the dictionaries hold the very same objects still; numbers and texts of equal value will do."""
+        if any(map(len, self._empty)):
+            return False
         try:
             return self._now() == self._values  # compares objects first
         except (RuntimeError, ValueError, TypeError):  # arrays and tensors do not compare to a truth value
@@ -82,19 +119,14 @@ class Namespace:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the dictionaries hold this; outside nobody sees it, but that counts go on counting."""
-        if self.same():
-            yield
-            return
+        """Inside, the dictionaries hold this; outside nobody sees it."""
         before = [dict(d) for d in self._dicts]
         self.put()
         try:
             yield
         finally:
-            for d, content, now in zip(self._dicts, self.contents, before, strict=True):
-                for k, start in content.items():
-                    if _is_count(start) and _is_count(d.get(k)) and _is_count(now.get(k)):
-                        now[k] += d[k] - start
+            # Counts of calls too: training in reverse must leave behind what training by storing does.
+            for d, now in zip(self._dicts, before, strict=True):
                 _put(d, now)
 
 
@@ -117,17 +149,27 @@ def _is_container(value: Any) -> bool:
     )
 
 
+def holds(given: Any) -> bool:
+    """Whether something that functions are given, a context, holds other things, which may be exchanged in it."""
+    return given is not None and not isinstance(given, Tensor) and (_is_container(given) or bool(attributes_of(given)))
+
+
 class Contents:
-    """What containers hold at one moment, and those within them: caches of keys and values, lists of past states."""
+    """What containers hold at one moment, and those within them: caches of keys and values, lists of past states.
+
+    Args:
+        containers: attributes of modules; of what is in them, containers are looked into.
+        given: what functions are given; of what is in it, plain objects are looked into, too.
+    """
 
     __slots__ = ("found", "tensors")
 
-    def __init__(self, containers: Iterable[Any]):
+    def __init__(self, containers: Iterable[Any], given: Iterable[Any] = ()):
         self.found: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
-        queue, seen = [*containers], set[int]()
+        queue, seen = [*((c, _is_container) for c in containers), *((c, holds) for c in given)], set[int]()
         while queue and len(seen) < _LARGEST:
-            c = queue.pop()
+            c, looked_into = queue.pop()
             if id(c) in seen:
                 continue
             seen.add(id(c))
@@ -139,8 +181,8 @@ class Contents:
             for v in content.values() if isinstance(content, dict) else content:
                 if isinstance(v, Tensor):
                     self.tensors.append(v)
-                elif _is_container(v):
-                    queue.append(v)
+                elif looked_into(v):
+                    queue.append((v, looked_into))
 
     def same(self) -> bool:
         """Whether the containers hold the very same objects still."""
@@ -162,30 +204,71 @@ class Contents:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the containers hold this; outside nobody sees it, but that logs of other things than tensors grow."""
+        """Inside, the containers hold this; outside nobody sees it."""
         before = [(c, _content(c)) for c, _ in self.found]
         self.put()
         try:
             yield
         finally:
-            for (c, now), (_, start) in zip(before, self.found, strict=True):
-                added = c[len(start) :] if isinstance(c, list) else []
-                _refill(c, now + added if added and not any(isinstance(v, Tensor) for v in added) else now)
+            for c, now in before:
+                _refill(c, now)
 
 
 def _content(c: Any) -> Any:
     if isinstance(c, dict):
         return dict(c)
-    return list(c) if isinstance(c, (list, set, deque, tuple)) else dict(vars(c))
+    if isinstance(c, (list, set, deque, tuple)):
+        return list(c)
+    return dict(vars(c)) if hasattr(c, "__dict__") else attributes_of(c)
 
 
 def _refill(c: Any, content: Any) -> None:
     if isinstance(c, list):
         c[:] = content
         return
+    if not isinstance(c, (dict, set, deque)) and not hasattr(c, "__dict__"):  # a class with slots
+        for name, value in content.items():
+            object.__setattr__(c, name, value)
+        return
     target = c if isinstance(c, (dict, set, deque)) else vars(c)
     target.clear()
-    target.extend(content) if isinstance(target, deque) else target.update(content)
+    if isinstance(target, dict):
+        for k, v in content.items():  # outputs of transformers refuse update()
+            target[k] = v
+    else:
+        target.extend(content) if isinstance(target, deque) else target.update(content)
+
+
+class Held(Namespace):
+    """All that the modules of a step hold.
+
+    Attributes:
+        slots: its parameters, in their places.
+        hooked: whether there are forward hooks on what is called inside the step.
+    """
+
+    __slots__ = ("_wanted", "_wanting", "hooked", "slots")
+
+    def __init__(
+        self, dicts: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]], slots: list[Slot], hooked: bool
+    ):
+        super().__init__(dicts, beside)
+        self.slots, self.hooked = slots, hooked
+        self._wanted: list[bool] | None = None
+        self._wanting: tuple[list[Slot], list[Tensor]] = ([], [])
+
+    def wanting(self, wanted: list[bool]) -> tuple[list[Slot], list[Tensor]]:
+        """The places of the parameters that are wanted, and those parameters, each once.
+
+        Args:
+            wanted: of each place, whether its parameter needs a gradient.
+        """
+        if wanted != self._wanted:
+            # Each place, not each parameter: a leaf has to stand in every place where a tied one is read.
+            slots = [slot for slot, need in zip(self.slots, wanted, strict=True) if need]
+            self._wanting = slots, [*{id(slot.value): slot.value for slot in slots}.values()]
+            self._wanted = wanted
+        return self._wanting
 
 
 class Members:
@@ -223,27 +306,35 @@ class Members:
         # Modules of a user's own may keep tensors as plain attributes: potentials, auxiliary losses.
         self._own = [m for m in self.modules if not type(m).__module__.startswith(_OURS)]
         self._dicts = [d for m in self.modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        self._dicts += [*(m.__dict__[name] for m in self.modules for name in _HOOKS), *_GLOBAL_HOOKS]
+        self._beside = [m.__dict__[name] for m in self.modules for name in _HOOK_OPTIONS]
         # Lazy modules come into being in their first call, and must not be put back.
         self._moving = [m.__dict__ for m in self._own if not isinstance(m, LazyModuleMixin)]
         self._moving += [m._buffers for m in self.modules if m not in self.norms]
-        self._everything: Namespace | None = None
+        self._everything: Held | None = None
         self._names: Namespace | None = None
 
     def _now(self) -> Iterator[Any]:
         return chain.from_iterable(m._modules.values() for m in self.modules)
 
-    def fit(self, *roots: nn.Module | None) -> bool:
-        """Whether these are the roots, and no module has come, gone or changed its place since."""
+    def held_by(self, *roots: nn.Module | None) -> Held | None:
+        """What is held now; None where these are not the roots, or a module has come, gone or changed its place."""
         if len(roots) != len(self.roots) or not all(map(is_, roots, self.roots)):
-            return False
+            return None
+        if self._everything is not None and self._everything.same():  # the children are part of everything
+            return self._everything
         # By identity of children: a surgery on modules calls no hook that could be relied upon.
         now = [*self._now()]
-        return len(now) == len(self._children) and all(map(is_, now, self._children))
+        if len(now) != len(self._children) or not all(map(is_, now, self._children)):
+            return None
+        return self.everything()
 
-    def everything(self) -> Namespace:
+    def everything(self) -> Held:
         """All that the modules hold now; the same object while it is the same."""
         if self._everything is None or not self._everything.same():
-            self._everything = Namespace(self._dicts)
+            hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in self.modules if m is not self.roots[-1]]
+            hooked = any(d for pair in hooks for d in pair) or any(_GLOBAL_HOOKS)
+            self._everything = Held(self._dicts, self._beside, self.parameters(), hooked)
         return self._everything
 
     def names(self) -> Namespace:
@@ -263,8 +354,10 @@ class Members:
             own += [Slot(m.__dict__, k, m.__dict__[k]) for k in m.__dict__.get("_former_parameters", ())]
         return own
 
-    def buffers(self) -> list[Slot]:
+    def buffers(self) -> Sequence[Slot]:
         """All places that hold a buffer now, but for running statistics, which training does not read."""
+        if not self._holders:
+            return ()
         found = (Slot(m._buffers, k, b) for m in self._holders for k, b in m._buffers.items())
         return [slot for slot in found if slot.value is not None and not is_lazy(slot.value)]
 
@@ -281,21 +374,22 @@ class Members:
 class Flags:
     """What modules held, which parameters wanted a gradient, and the versions of all that was read."""
 
-    __slots__ = ("names", "read", "tensors", "versions", "wanted")
+    __slots__ = ("names", "read", "storages", "tensors", "versions", "wanted")
 
-    def __init__(self, members: Members, given: tuple[Any, ...]):
-        self.names = members.everything()
-        self.read = parameters = members.parameters()
-        self.tensors = [slot.value for slot in parameters if not slot.value.is_inference()]
+    def __init__(self, members: Members, given: tuple[Any, ...], held: Held | None = None):
+        self.names = held = members.everything() if held is None else held
+        self.read = held.slots
+        self.tensors = [slot.value for slot in held.slots if not slot.value.is_inference()]
         self.wanted = [p.requires_grad for p in self.tensors]
         if any(x is not None for x in given):
-            leaves = pytree.tree_leaves(given)
-            self.tensors += [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
-        # In evaluation they are read.
-        self.tensors += [
-            slot.value for m, slot in members.statistics_of() if not m.training and not slot.value.is_inference()
-        ]
+            self.tensors += [x for x in tensors_in(given) if not x.is_inference()]
+        if members.norms:  # in evaluation their statistics are read
+            self.tensors += [
+                slot.value for m, slot in members.statistics_of() if not m.training and not slot.value.is_inference()
+            ]
         self.versions = [x._version for x in self.tensors]
+        # ``p.data = other`` leaves the version as it was. The storage object, not its address, which FSDP2 changes.
+        self.storages = [x.untyped_storage()._cdata for x in self.tensors]
 
     def check(self, where: str) -> None:
         """Raises where a tensor is no longer what the call read.
@@ -304,18 +398,17 @@ class Flags:
             RuntimeError: a parameter or a tensor of the context was written to since.
         """
         # The usual case in one comparison; which tensor it is, is looked for only when one was written to.
-        if self.versions == [x._version for x in self.tensors]:
+        storages = [x.untyped_storage()._cdata for x in self.tensors]
+        if self.versions == [x._version for x in self.tensors] and self.storages == storages:
             return
-        for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if tensor._version != version:
+        for tensor, version, was, now in zip(self.tensors, self.versions, self.storages, storages, strict=True):
+            if tensor._version != version or was != now:
                 names = [f"parameter {s.name}" for s in self.read if s.value is tensor]
                 raise changed((names or ["the context, the time or a running statistic"])[0], where, tensor)
 
     def changed(self) -> bool:
         """Whether a module holds something else now than at the call, or a parameter has another flag."""
-        return not self.names.same() or any(
-            p.requires_grad != was for p, was in zip(self.tensors, self.wanted, strict=False)
-        )
+        return not self.names.same() or [p.requires_grad for p in self.tensors[: len(self.wanted)]] != self.wanted
 
     @contextmanager
     def restored(self) -> Iterator[None]:

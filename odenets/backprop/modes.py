@@ -61,6 +61,11 @@ class Mode(ABC):
         found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}  # type: ignore[arg-type]
         return {k: str(v).lower() if isinstance(v, bool) else v for k, v in found.items()}
 
+    @property
+    def name(self) -> str:
+        """Its name, as it is written."""
+        return type(self).__name__.lower()
+
     def __str__(self) -> str:
         return format_mode(self)
 
@@ -102,7 +107,8 @@ class Checkpoint(Mode):
 
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
-        if not needs_graph():
+        # Transforms of torch.func have no saved tensors that could be dropped.
+        if not needs_graph() or torch._C._are_functorch_transforms_active():
             return given.keep(state)
         for part in given.parts(1 if given.on_step is not None else self.every):
             modules = [*part.steps, *(m for m in (given.shared, given.post_step) if m is not None)]
@@ -130,13 +136,13 @@ class _ByInverse(Mode):
 
         if not scheme.reversible_in_training:
             raise SchemeError(
-                f"Stack: {scheme} has no inverse, which backprop='reverse' needs: use backprop='checkpoint', or an "
+                f"Stack: {scheme} has no inverse, which backprop='{self.name}' needs: use backprop='checkpoint', or an "
                 f"invertible scheme such as revnet or reversible({scheme})."
             )
         if post_step is not None:
             raise SchemeError(
-                "Stack: post_step= is a projection that cannot be undone, so backprop='reverse' refuses it: put it "
-                "into the residual functions (pre-activation), or use backprop='checkpoint'."
+                f"Stack: post_step= is a projection that cannot be undone, so backprop='{self.name}' refuses it: put "
+                "it into the residual functions (pre-activation), or use backprop='checkpoint'."
             )
 
     def run(self, given: Pass, state: State) -> State:
@@ -387,7 +393,7 @@ def format_mode(mode: Mode) -> str:
         alone = len(mode.segments) == 1
         return " + ".join(f"{count}*{part}" if count > 1 or alone else str(part) for count, part in mode.segments)
     changed = mode.options()
-    name = type(mode).__name__.lower()
+    name = mode.name
     if isinstance(mode, Checkpoint):
         return f"{name}({mode.every})" if changed else name
     given = ", ".join(f"{k}={v}" for k, v in changed.items())

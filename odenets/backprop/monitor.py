@@ -12,6 +12,8 @@ from torch import Tensor
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
+from .agreement import shared_store
+
 DRIFT_LIMIT = 1e-3
 
 
@@ -84,7 +86,9 @@ class Monitor:
         """What was chosen, as plain values: the plan, the spacing of anchors, those of segments."""
         own: dict[str, Any] = {} if self.plan is None else {"auto": self.plan.state()}
         if self.growth is not None:
-            own["anchors"] = {"every": self.every, "growth": self.growth}
+            # With the drifts that nobody has read yet, which may move the anchors at the next pass.
+            drifts = [float(scalar.value) for scalar in self.pending]
+            own["anchors"] = {"every": self.every, "growth": self.growth, "drifts": drifts}
         parts = {str(i): found for i, part in self._parts.items() if (found := part.state())}
         return {**own, **({"parts": parts} if parts else {})}
 
@@ -93,8 +97,9 @@ class Monitor:
         if "auto" in state:
             self.plan = chosen(state["auto"])
         if "anchors" in state:
-            every = state["anchors"]["every"]
-            self.every, self.growth = None if every is None else int(every), float(state["anchors"]["growth"])
+            every, growth = state["anchors"]["every"], state["anchors"]["growth"]
+            self.every, self.growth = None if every is None else int(every), float(growth)
+            self.pending = [PendingScalar(torch.tensor(d), None, False) for d in state["anchors"].get("drifts", ())]
         for i, part in state.get("parts", {}).items():
             self.part(int(i)).load(part, chosen)
 
@@ -132,7 +137,9 @@ class Monitor:
                     f"Stack: backprop='exact' made a state again that is {self.drift:.1e} off: a function gives "
                     "other values the second time. Make it deterministic, or use backprop='reverse'."
                 )
-            if bound is not None and 3 * bound < self.drift < math.inf and self.every != 1:
+            # Several processes keep the anchors that they have agreed on.
+            moved = bound is not None and shared_store() is None
+            if moved and 3 * bound < self.drift < math.inf and self.every != 1:  # type: ignore[operator]
                 # Learned scales move during training, and the growth of errors with them.
                 self.every = max(1, (self.every or depth) // 2)
             if self.drift <= DRIFT_LIMIT:

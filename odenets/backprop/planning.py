@@ -32,7 +32,7 @@ from .modes import Mode, Plan
 from .plan import Chain, Cost, Piece, Profile
 from .replay import stream_precision
 from .surroundings import nothing_changed
-from .survey import Namer, Survey, aside, unseen, wait
+from .survey import Namer, aside, surveyed, unseen, wait
 from .walk import Pass
 
 
@@ -40,11 +40,11 @@ class _Surveying(Mode):
     """Measures the steps of a stack instead of running them."""
 
     def __init__(self, planning: "Planning", name: str):
-        self.planning, self.name = planning, name
+        self.planning, self.stack = planning, name
 
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step, detached."""
-        return self.planning.measure(self.name, given, state)
+        return self.planning.measure(self.stack, given, state)
 
 
 class Planning:
@@ -96,7 +96,7 @@ class Planning:
     def _survey(self) -> int:
         """Runs the model once, its stacks being measured; returns the bytes that its loss takes."""
         modes = {name: _Surveying(self, name) for name in self.stacks}
-        with torch.enable_grad(), nothing_changed([self.model], always=True), self._set(modes):
+        with torch.enable_grad(), nothing_changed([self.model], True, (self.args, self.kwargs)), self._set(modes):
             with self.namer.saving(self.outside):
                 outputs = self.model(*self.args, **self.kwargs)
             outputs = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
@@ -115,8 +115,7 @@ class Planning:
             state = stream_precision(state)
         self._pass_by(state)
         ways = ["store", *dict.fromkeys(ways_of(mode, state))]
-        survey = Survey(given, state, self.namer, ways, 0.0)
-        out = survey.run()
+        survey, out = surveyed(given, state, self.namer, ways, 0.0)
         auto = mode if isinstance(mode, Auto) else Auto()
         own = Measured(auto, survey, end_of(given, out), ())
         own.memory = budget(auto, self.device) if isinstance(mode, Auto) else float("inf")
@@ -156,7 +155,12 @@ class Planning:
 
     def _run(self, found: Report) -> list[Interval]:
         """Measures a pass under the plans; returns the intervals between the ends of segments."""
-        with nothing_changed([self.model], always=True), torch.enable_grad(), aside([self.model]) as stand, unseen():
+        with (
+            nothing_changed([self.model], True, (self.args, self.kwargs)),
+            torch.enable_grad(),
+            aside([self.model]) as stand,
+            unseen(),
+        ):
             args, kwargs = pytree.tree_map(_alone, (self.args, self.kwargs))
             inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
 

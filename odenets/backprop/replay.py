@@ -5,7 +5,7 @@ parameters, training flags, context. Running statistics are left alone the secon
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,15 @@ from schemes.scheme import Function, State
 
 from ..auxiliary import Sink, measured
 from ..step import Step, Wrap
+from .given import tensors_in
 from .grid import Grid, Spilled
 from .inverted import Inverted
-from .members import Flags, Members, swapped
+from .members import Flags, Held, Members, swapped
 from .surroundings import Read, Surroundings
 
 Around = Callable[[Callable[[State], State], State], State]
+Autocast = list[tuple[str, bool, torch.dtype | None]]
+NOTHING = nullcontext()  # entered where there is nothing to do, as making one would cost more than entering it
 Part = tuple[Any, Sequence[Function], Any, Any]  # an elementary scheme, its residual functions, step size, shortcuts
 
 
@@ -66,16 +69,15 @@ class StepRecord:
         grid: Grid | None = None,
         sink: Sink | None = None,
         inverted: bool = False,
+        held: Held | None = None,
     ):
         self.step, self.shared, self.t, self.context = step, shared, t, context
         # What trains by another scheme draws it here, once: run, inverse and gradient must be of the same draw.
         self.scheme: Any = Inverted(step.scheme) if inverted else step.scheme_on(state)
         self.members, self.grid = members, grid
-        # Each place, not each parameter: a leaf has to stand in every place where a tied one is read.
-        parameters = members.parameters()
-        self.slots = [slot for slot in parameters if slot.value.requires_grad]
-        self.parameters = list({id(slot.value): slot.value for slot in self.slots}.values())
-        self.flags = Flags(members, (t, context))
+        held = members.everything() if held is None else held
+        self.slots, self.parameters = held.wanting([slot.value.requires_grad for slot in held.slots])
+        self.flags = Flags(members, (t, context), held)
         self.autocast = autocast_now(state)
         self.read: Read | None = None
         self.notes: list[Surroundings | None] = []
@@ -85,13 +87,20 @@ class StepRecord:
         self.sink = None if sink is None else Sink(sink.log_det)
         self.counts: list[int] = []
 
+    def left_in_context(self) -> bool:
+        """Whether the step has put a tensor with a graph into the context, such as a cache of keys."""
+        if self.context is None or isinstance(self.context, Tensor):
+            return False
+        there = {id(x) for x in self.flags.tensors}
+        return any(x.grad_fn is not None and id(x) not in there for x in tensors_in(self.context))
+
     @property
     def where(self) -> str:
         """The step, for messages."""
         return f"step {self.step.index}"
 
 
-def members_of(step: Step, shared: nn.Module | None) -> Members:
+def members_of(step: Step, shared: nn.Module | None, mode: str = "reverse") -> Members:
     """What a step and a shared residual function hold.
 
     Raises:
@@ -103,7 +112,7 @@ def members_of(step: Step, shared: nn.Module | None) -> Members:
         if m is not step and m is not shared and type(m).__name__.startswith("FSDP"):
             name = next(name for name, inner in step.named_modules() if inner is m)
             raise SchemeError(
-                f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='reverse' cannot undo: "
+                f"Stack: steps.{step.index}.{name} is sharded inside a step, which backprop='{mode}' cannot undo: "
                 "shard whole steps, fully_shard(stack.steps[n]), or the root."
             )
     return members
@@ -125,17 +134,24 @@ def updates_of(record: StepRecord, scheme: Coupling, fs: Any, h: Any, streams: i
     return scheme.updates(fs, h, streams)
 
 
-def autocast_now(state: State) -> list[tuple[str, bool, torch.dtype]]:
+def autocast_now(state: State) -> Autocast:
     """Device, whether autocast is on there, and its precision: for the processor and the state's device."""
+    device = state[0].device.type
     return [
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in dict.fromkeys(("cpu", state[0].device.type))
+        (d, enabled := torch.is_autocast_enabled(d), torch.get_autocast_dtype(d) if enabled else None)
+        for d in (("cpu",) if device == "cpu" else ("cpu", device))
     ]
 
 
-@contextmanager
-def autocast_as(states: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
+def autocast_as(states: Autocast) -> AbstractContextManager[None]:
     """Inside, autocast is as it was when ``autocast_now`` gave these states."""
+    if not any(enabled or torch.is_autocast_enabled(device) for device, enabled, _ in states):
+        return NOTHING
+    return _autocast_as(states)
+
+
+@contextmanager
+def _autocast_as(states: Autocast) -> Iterator[None]:
     with ExitStack() as contexts:
         for device, enabled, dtype in states:
             if enabled or torch.is_autocast_enabled(device):
@@ -156,7 +172,7 @@ def stream_precision(state: State) -> State:
 
 def replayed(note: Surroundings | None) -> Any:
     """Inside, an update draws and reads what it did; nothing where it did neither."""
-    return nullcontext() if note is None else note.replayed()
+    return NOTHING if note is None else note.replayed()
 
 
 def lost(x: Tensor) -> Tensor:
@@ -183,8 +199,7 @@ def statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
             m.track_running_stats = True  # type: ignore[assignment]
 
 
-@contextmanager
-def as_it_ran(record: StepRecord) -> Iterator[None]:
+def as_it_ran(record: StepRecord) -> AbstractContextManager[Any]:
     """Inside, flags, autocast, statistics and buffers are those of the step's run, or copies of them.
 
     Raises:
@@ -194,6 +209,46 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
     record.flags.check(record.where)
     if record.read is not None:
         record.read.check(record.where)
+    if _sharded():
+        _check_there(record)
+    # A context that has nothing to do is not entered: there is one of each a step, and most steps need none.
+    contexts: list[AbstractContextManager[Any]] = []
+    if record.flags.changed():
+        contexts.append(record.flags.restored())
+    if record.read is not None and record.read.contents is not None:
+        contexts.append(record.read.restored())
+    if any(m.training for m in record.members.norms):
+        contexts.append(statistics_kept(record.members.norms))
+    autocast = autocast_as(record.autocast)
+    if autocast is not NOTHING:
+        contexts.append(autocast)
+    if record.members.buffers():
+        contexts.append(_copied_buffers(record.members))
+    return _together(contexts) if contexts else NOTHING
+
+
+@contextmanager
+def _together(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def _copied_buffers(members: Members) -> Iterator[None]:
+    """Inside, buffers are copies of what they are when this is entered, and may be written to."""
+    buffers = members.buffers()
+    with swapped(buffers, [slot.value.detach().clone() for slot in buffers]):
+        yield
+
+
+def _sharded() -> bool:
+    """Whether parameters may be sharded at all."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _check_there(record: StepRecord) -> None:
     for p in record.parameters:
         # FSDP2 frees the storage and keeps the tensor; reading it would give zeros or a crash in a kernel.
         if p.untyped_storage().size() == 0 and p.numel():
@@ -201,19 +256,6 @@ def as_it_ran(record: StepRecord) -> Iterator[None]:
                 f"Stack: the parameters of {record.where} are sharded away when the backward pass needs them; "
                 "shard whole steps or the root, or fully_shard(..., reshard_after_forward=False)."
             )
-    # A context that has nothing to do is not entered: there is one of each a step, and most steps need none.
-    with ExitStack() as contexts:
-        if record.flags.changed():
-            contexts.enter_context(record.flags.restored())
-        if record.read is not None and record.read.contents is not None:
-            contexts.enter_context(record.read.restored())
-        if any(m.training for m in record.members.norms):
-            contexts.enter_context(statistics_kept(record.members.norms))
-        contexts.enter_context(autocast_as(record.autocast))
-        buffers = record.members.buffers()
-        if buffers:
-            contexts.enter_context(swapped(buffers, [slot.value.detach().clone() for slot in buffers]))
-        yield
 
 
 def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around: Around | None = None) -> State:
@@ -229,9 +271,9 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around:
     for noted in (record.notes, record.spills, record.overflow, record.counts):
         noted.clear()
     around = around or _as_it_is
-    before = start = Surroundings(state[0].device, record.members)
+    before = start = Surroundings(state[0].device, record.members, (record.t, record.context))
     # Beside the surroundings, which leave statistics out: a function that raises must not have moved them.
-    statistics = [(b.value, b.value.clone()) for b in record.members.statistics()]
+    statistics = [(b.value, b.value.clone()) for b in record.members.statistics()] if record.members.norms else ()
     half = any(enabled for _, enabled, _ in record.autocast)
     try:
         for scheme, fs, h, gs in parts_of(record, record.t, record.context, wrap, state):

@@ -17,6 +17,7 @@ from .anchors import BOUNDS, measure
 from .grid import Grid
 from .monitor import PendingScalar
 from .replay import stream_precision
+from .surroundings import python_generators, same_python
 from .tape import Tape
 from .walk import Pass
 
@@ -33,7 +34,7 @@ def run_reversed(
 ) -> State:
     """The state after the last step; see ``modes.Reverse`` for the options."""
     # What cannot be undone is refused before the first function runs, while nothing has moved.
-    state = _start(given, state)
+    state = _start(given, state, "reverse")
     bound = float(bound or BOUNDS.get(state[0].dtype, 1e-5))
     tape = Tape(_anchors(given, state, every, memory, bound), drift, None, given)
     if check_finite:
@@ -45,7 +46,7 @@ def run_reversed(
                 seen(n, state)
 
         given = given._replace(on_step=on_step)
-    state = given.walk(state, tape.run)
+    state = _walk(given, state, tape)
     tape.close(state)
     # Set after the walk: a pass that raised reports nothing.
     tape.report = given.monitor.pending if drift else None
@@ -55,13 +56,13 @@ def run_reversed(
 @torch.compiler.disable
 def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State:
     """The state after the last step; see ``modes.Exact`` for the options."""
-    state, monitor = _start(given, state), given.monitor
+    state, monitor = _start(given, state, "exact"), given.monitor
     _refuse_compiled(given)
     monitor.read(None, len(given.steps))
     grid = Grid(bits, state[0].dtype)
     # The first state is kept to be compared bit by bit: a function that is not deterministic shows there.
     tape = Tape(1 if store else None, True, grid, given)
-    state = given.walk(tuple(grid.round(x) for x in state), tape.run)
+    state = _walk(given, tuple(grid.round(x) for x in state), tape)
     tape.close(state)
     tape.report = monitor.pending
     monitor.overflow.append(PendingScalar.of(tape.over(state)))
@@ -70,16 +71,38 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
     return state
 
 
-def _start(given: Pass, state: State) -> State:
+def _start(given: Pass, state: State, mode: str) -> State:
     if torch._C._are_functorch_transforms_active():
-        raise SchemeError("Stack: torch.func transforms cannot pass backprop='reverse'; use backprop='store'.")
+        raise SchemeError(f"Stack: torch.func transforms cannot pass backprop='{mode}'; use backprop='store'.")
     # The cache is filled in a forward pass without a graph, and its weights would then have no gradient.
     if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
         raise SchemeError(
-            "Stack: parametrize.cached() keeps weights without their graph in backprop='reverse', which runs each step "
+            f"Stack: parametrize.cached() keeps weights without their graph in backprop='{mode}', which runs each step "
             "twice.\n  Leave the context away around the stack, or use backprop='store'."
         )
     return stream_precision(state)
+
+
+def _walk(given: Pass, state: State, tape: Tape) -> State:
+    """The state after the last step.
+
+    Raises:
+        SchemeError: a function began to draw from a generator of Python or NumPy, of which nobody took notes.
+    """
+    members = given.monitor.members.values()
+    # Their states are large and slow to read, so they are noted per update only where functions were seen to draw.
+    quiet = bool(members) and all(m.draws.get(m.modules[0].training, True) is False for m in members)
+    before = python_generators() if quiet else None
+    state = given.walk(state, tape.run)
+    if before is not None and not same_python(before, python_generators()):
+        for m in members:
+            m.draws.clear()
+        raise SchemeError(
+            f"Stack: Python's or NumPy's generator moved during a pass under backprop='{tape.mode}' whose residual "
+            "functions had not drawn from it before.\n"
+            "  Call the stack again: from now on their draws are noted, as those from torch's generator always are."
+        )
+    return state
 
 
 def _modules(given: Pass) -> Iterator[nn.Module]:

@@ -4,13 +4,14 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from ctypes import string_at
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .members import Contents, Members, Namespace, Slot, changed, swapped
+from .members import Contents, Members, Namespace, Slot, changed, holds, swapped
 
 
 def python_generators() -> tuple[Any, ...]:
@@ -26,21 +27,32 @@ def set_python_generators(state: tuple[Any, ...]) -> None:
         sys.modules["numpy"].random.set_state(state[1])
 
 
-def _same_python(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+def same_python(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two states of ``python_generators`` are equal."""
     if a[0] != b[0]:
         return False
     return a[1] is None or (a[1][2:] == b[1][2:] and bool((a[1][1] == b[1][1]).all()))
 
 
-_latest: list[Tensor] = []  # the last state of torch's generator, shared by all surroundings until it moves
+def _digest(state: Tensor) -> bytes:
+    """What changes of a state of torch's generator on the processor with every draw, of its 5 kB.
+
+    Its head counts the numbers that are left of a block of 624, and holds the first of them, which change with the
+    block; its tail holds the normal numbers that were drawn in pairs and given one by one.
+    """
+    place = state.data_ptr()  # read as it lies, since slices of a tensor cost more than the draw that they look for
+    return string_at(place, 64) + string_at(place + state.numel() - 64, 64)
 
 
-def _generator_state() -> Tensor:
+_latest: list[tuple[bytes, Tensor]] = []  # the last state of torch's generator, shared until it moves
+
+
+def _generator_state() -> tuple[bytes, Tensor]:
     now = torch.get_rng_state()
-    if _latest and torch.equal(_latest[0], now):
-        return _latest[0]
-    _latest[:] = [now]
-    return now
+    digest = _digest(now)
+    if not _latest or _latest[0][0] != digest:
+        _latest[:] = [(digest, now)]
+    return _latest[0]
 
 
 def name_of(names: Namespace | None, x: Tensor) -> str:
@@ -77,18 +89,32 @@ class Read(NamedTuple):
 class Surroundings:
     """The random states of the processor and of one CUDA device, and what a user's modules hold.
 
-    Random states of Python and NumPy are among them where ``members.draws`` does not say that they are left alone.
+    Random states of Python and NumPy are among them where ``members.draws`` does not say that they are left alone. So
+    is what the containers hold that functions are given, such as a context.
     """
 
     __slots__ = (
-        *("apart", "buffers", "contents", "cuda", "device", "end", "generator", "members", "names", "own", "python"),
-        *("tensors", "values", "versions"),
+        *(
+            "apart",
+            "buffers",
+            "contents",
+            "cuda",
+            "device",
+            "digest",
+            "end",
+            "generator",
+            "given",
+            "members",
+            "names",
+            "own",
+        ),
+        *("python", "tensors", "values", "versions"),
     )
 
-    def __init__(self, device: torch.device, members: Members | None):
-        self.device, self.members = device, members
+    def __init__(self, device: torch.device, members: Members | None, given: tuple[Any, ...] = ()):
+        self.device, self.members, self.given = device, members, given
         # 5 kB on the processor: kept only where an update drew, see ``moved``.
-        self.generator = _generator_state()
+        self.digest, self.generator = _generator_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.end: Surroundings | None = None
         self.apart = False  # whether modules held something else earlier in the same step
@@ -105,8 +131,9 @@ class Surroundings:
         if members.draws.get(members.modules[0].training, True):
             self.python = python_generators()
         self.names, self.buffers = members.names(), members.buffers()
-        if self.names.containers:
-            self.contents = Contents(self.names.containers)
+        given = tuple(x for x in given if holds(x))
+        if given or self.names.containers:
+            self.contents = Contents(self.names.containers, given)
         self.own = [(g, g.get_state()) for g in self.names.generators]
         # Copies, as functions write to buffers in place. An attribute is mostly replaced, and may be large: no copy.
         self.values = [slot.value.detach().clone() for slot in self.buffers]
@@ -115,8 +142,7 @@ class Surroundings:
 
     def drew(self, now: "Surroundings") -> bool:
         """Whether random numbers were drawn between these surroundings and later ones."""
-        same = torch.equal(self.generator, now.generator)
-        return not same or (self.cuda is not None and not torch.equal(self.cuda, now.cuda))  # type: ignore[arg-type]
+        return self.digest != now.digest or (self.cuda is not None and not torch.equal(self.cuda, now.cuda))  # type: ignore[arg-type]
 
     def _kept(self) -> bool:
         """Whether the modules still hold the very same values."""
@@ -128,13 +154,12 @@ class Surroundings:
 
     def _drawn(self) -> bool:
         """Whether numbers were drawn since, from any generator."""
-        state = torch.get_rng_state()
         cuda = None if self.cuda is None else torch.cuda.get_rng_state(self.device)
         return not (
-            torch.equal(state, self.generator)
+            _digest(torch.get_rng_state()) == self.digest
             and (cuda is None or torch.equal(cuda, self.cuda))  # type: ignore[arg-type]
             and all(torch.equal(g.get_state(), state) for g, state in self.own)
-            and (self.python is None or _same_python(self.python, python_generators()))
+            and (self.python is None or same_python(self.python, python_generators()))
         )
 
     def moved(self, notes: "list[Surroundings | None]") -> "Surroundings":
@@ -145,14 +170,14 @@ class Surroundings:
             notes.append(self if self.apart else None)
             return self
         notes.append(self)
-        self.end = Surroundings(self.device, self.members)
+        self.end = Surroundings(self.device, self.members, self.given)
         self.end.apart = self.apart or not kept
         return self.end
 
     def learn(self, start: "Surroundings") -> None:
         """Notes for later passes whether functions drew from the generators of Python and NumPy since ``start``."""
         if self.members is not None and start.python is not None and self.python is not None:
-            self.members.draws[self.members.modules[0].training] = not _same_python(start.python, self.python)
+            self.members.draws[self.members.modules[0].training] = not same_python(start.python, self.python)
 
     def read(self) -> "Read":
         """What of it is needed to tell whether a tensor was written to since."""
@@ -219,15 +244,21 @@ class Surroundings:
 
 
 @contextmanager
-def nothing_changed(modules: Iterable[nn.Module], always: bool = False) -> Iterator[None]:
-    """Puts buffers, attributes and random number generators back if the body raises, or always."""
+def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: tuple[Any, ...] = ()) -> Iterator[None]:
+    """Puts buffers, attributes and random number generators back if the body raises, or always.
+
+    Args:
+        modules: whose.
+        always: also where it does not raise.
+        given: what they are given; containers in it get back what they held.
+    """
     members = Members(modules)
     buffers = [*members.buffers(), *members.statistics()]
     saved = [slot.value.clone() for slot in buffers]
     held = (slot.value for slot in (*buffers, *members.parameters()))
     # Of parameters too: a module without buffers may draw on a device all the same.
     devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
-    before = Surroundings(torch.device("cpu"), members)
+    before = Surroundings(torch.device("cpu"), members, given)
     states = [torch.cuda.get_rng_state(d) for d in devices]
     undo = True
     try:

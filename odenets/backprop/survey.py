@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
 from ..step import Step
 from .anchors import WINDOW, Trial, growth_of, windows_of
+from .given import with_tensors
 from .guard import learn, left_behind
-from .members import Members, swapped
+from .members import Members, hooks_set_aside, swapped
 from .meter import Meter, meter_on
 from .modes import Checkpoint, Exact, Mode, Offload, Reverse, Store
 from .monitor import Monitor
@@ -154,10 +154,7 @@ def aside(modules: Sequence[nn.Module], context: Any = None, time: Any = None) -
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(_drop)
 
-    def own(x: Any) -> Any:
-        return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-
-    context, time = pytree.tree_map(own, (context, time))
+    context, time = with_tensors((context, time), lambda x: x.detach().requires_grad_(x.requires_grad))
     with swapped(slots, [leaf_of[id(slot.value)] for slot in slots]):
         yield Aside(list(leaf_of.values()), context, time)
 
@@ -220,8 +217,8 @@ class Survey:
                 "Stack: steps that are sharded cannot be measured for backprop='auto': measure before they are, "
                 "stack.backprop = stack.plan(x).plan, and shard them then."
             )
-        context = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, given.context)
-        with torch.no_grad(), nothing_changed(self.modules, always=True), unseen():
+        context = with_tensors(given.context, Tensor.detach)
+        with torch.no_grad(), nothing_changed(self.modules, True, (given.time, given.context)), unseen():
             state = self._walk(given._replace(context=context, on_step=None, sink=None))
             if self.pressed and "reverse" in self.ways and len(self.growths) < len(given.steps):
                 self._measure_growth()
@@ -406,6 +403,23 @@ def reversible(given: Pass) -> bool:
     return given.post_step is None and all(
         s.scheme.reversible_in_training and (s.scheme.invertible or s.training) for s in given.steps
     )
+
+
+def surveyed(*options: Any) -> tuple[Survey, State]:
+    """A survey that has been run, and the state after the last step.
+
+    Args:
+        options: of ``Survey``.
+    """
+    survey = Survey(*options)
+    try:
+        with hooks_set_aside(Members(survey.modules).modules):
+            return survey, survey.run()
+    except SchemeError:
+        raise
+    except Exception:  # a function that cannot do without its hooks
+        survey = Survey(*options)
+        return survey, survey.run()
 
 
 def unseen() -> saved_tensors_hooks:

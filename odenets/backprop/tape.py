@@ -10,24 +10,24 @@ a second backward pass) moves it there first; nothing depends on the order in wh
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from schemes.coupling import Coupling, Update, rotated, shortcut_of
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
 from ..step import Step
+from .given import tensors_in, with_tensors
 from .grid import Grid, Spilled
 from .guard import Guard, learn, needed
-from .members import Members, Slot, swapped
+from .members import Held, Members, Slot, swapped
 from .monitor import PendingScalar, distance
 from .replay import (
+    NOTHING,
     StepRecord,
     as_it_ran,
     autocast_as,
@@ -43,6 +43,8 @@ from .replay import (
 from .surroundings import Surroundings
 from .walk import Pass
 
+_ENGINE: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+
 
 class Tape:
     """The states of one forward pass: the last one, some anchors, and the one where the backward pass stands.
@@ -56,6 +58,7 @@ class Tape:
 
     def __init__(self, every: int | None, keep_first: bool, grid: Grid | None, given: Pass):
         self.every, self.keep_first, self.grid = every, keep_first, grid
+        self.mode = "reverse" if grid is None else "exact"  # for messages
         self.wrap, self.monitor, self.sink, self.inverted = given.wrap, given.monitor, given.sink, given.inverted
         self.records: list[StepRecord] = []
         self.left: list[tuple[int, int]] = []  # the places and versions of the streams that the last node gave
@@ -76,14 +79,15 @@ class Tape:
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.
             self.kept[n] = tuple(x.detach() for x in state)
-        members = self._members(step, shared)
-        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted)
+        members, held = self._members(step, shared)
+        record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted, held)
         self.records.append(record)
         inputs = [*record.parameters]
         if t is not None or context is not None:
             # Only what needs a gradient: each input of a node costs an edge, and a context may hold many tensors.
-            inputs += [x for x in pytree.tree_leaves((t, context)) if isinstance(x, Tensor) and x.requires_grad]
-        state = _Node.apply(self, n, len(state), *state, *inputs)  # type: ignore[assignment]
+            inputs += [x for x in tensors_in((t, context)) if x.requires_grad]
+        # Past ``Function.apply``, which looks for wrappers of torch.func, refused when the pass began.
+        state = super(torch.autograd.Function, _Node).apply(self, n, len(state), *state, *inputs)  # type: ignore
         self.left = _places(state)
         if self.sink is None:
             return state
@@ -94,17 +98,19 @@ class Tape:
             self.sink.add(name, value)
         return state[:count]
 
-    def _members(self, step: Step, shared: nn.Module | None) -> Members:
+    def _members(self, step: Step, shared: nn.Module | None) -> tuple[Members, Held]:
         found = self.monitor.members.get(step.index)
-        if found is None or not found.fit(shared, step):
-            found = self.monitor.members[step.index] = members_of(step, shared)
-        return found
+        held = None if found is None else found.held_by(shared, step)
+        if found is None or held is None:
+            found = self.monitor.members[step.index] = members_of(step, shared, self.mode)
+            held = found.everything()
+        return found, held
 
     def _same_streams(self, state: State) -> None:
         """Refuses streams that are not those of the step before, whose inverse starts from them."""
         if self.records and self.left != _places(state):
             raise SchemeError(
-                f"Stack: a hook on {self.records[-1].where} changes its streams, which backprop='reverse' cannot "
+                f"Stack: a hook on {self.records[-1].where} changes its streams, which backprop='{self.mode}' cannot "
                 "undo.\n"
                 "  Hang it on the residual functions, or use backprop='store' or 'checkpoint'."
             )
@@ -188,12 +194,12 @@ class _Node(torch.autograd.Function):
         ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
         # None must stay None: streams that no loss reached are told from those whose gradient is zero.
         ctx.set_materialize_grads(False)
-        guard = Guard(record.where) if needed(record.members, record.step) else None
+        guard = Guard(record.where) if needed(record.members, record.flags.names) else None
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
         with tape.monitor.lock, autocast_as(record.autocast):
             state = run_step(record, tensors[:streams], tape.wrap, None if guard is None else guard.apply)
             if guard is not None:
-                learn(record.members)
+                learn(record.members, record.left_in_context())
         ctx.streams = len(state)
         if record.sink is not None:
             names = record.sink.names
@@ -212,8 +218,9 @@ class _Node(torch.autograd.Function):
             return found
         # Always, not only where the incoming gradients need one: the graph through the states would be missing.
         leaves = [None if g is None else g.detach().requires_grad_() for g in found]
+        scheme = ctx.tape.records[ctx.n].step.scheme
         message = (
-            f"Stack: backprop='reverse' cannot be differentiated twice ({ctx.tape.records[ctx.n].step.scheme}); "
+            f"Stack: backprop='{ctx.tape.mode}' cannot be differentiated twice ({scheme}); "
             "use backprop='store' or 'checkpoint' for gradients of gradients."
         )
         return tuple(torch._C._functions.DelayedError(message, len(leaves))(*leaves))  # type: ignore[attr-defined]
@@ -260,27 +267,36 @@ class _StepBackward:
         record, count = self.record, len(self.record.parameters)
         # A gradient can be asked of a parameter itself where nobody would notice: no hook, no tensor in its stead.
         self.direct = all(_untouched(slot) for slot in record.slots)
-        leaves = [x.detach().requires_grad_(w) for x, w in zip(extras, wanted, strict=True)]
-        if self.direct:
-            # Spares the swap of every parameter, which is most of what a step's bookkeeping costs.
-            leaves[:count] = extras[:count]
-        self.given = (record.t, record.context)
-        if len(extras) > count:
-            rest = iter(leaves[count:])
-            self.given = pytree.tree_map(
-                lambda x: next(rest) if isinstance(x, Tensor) and x.requires_grad else x, self.given
-            )
-        # By identity: a tied parameter stands in several places and must be one leaf in all of them.
-        leaf_of = {id(p): leaf for p, leaf in zip(record.parameters, leaves, strict=False)}
-        self.leaves, self.wanted = [leaf_of[id(slot.value)] for slot in record.slots], wanted
+        # Asking of a parameter itself spares a leaf and a swap for each, most of what a step's bookkeeping costs.
+        own = count if self.direct else 0
+        leaves = [
+            *extras[:own],
+            *(x.detach().requires_grad_(w) for x, w in zip(extras[own:], wanted[own:], strict=True)),
+        ]
+        self.leaf_of = {id(x): leaf for x, leaf in zip(extras[count:], leaves[count:], strict=True)}
+        self.leaves: list[Tensor] = []
+        if not self.direct:
+            # By identity: a tied parameter stands in several places and must be one leaf in all of them.
+            leaf_of = {id(p): leaf for p, leaf in zip(record.parameters, leaves, strict=False)}
+            self.leaves = [leaf_of[id(slot.value)] for slot in record.slots]
+        self.given, self.wanted = leaves, wanted
         self.ask = [x for x, w in zip(leaves, wanted, strict=True) if w]
-        self.known = {id(x) for x in leaves}
+        # A step size or a time that needs a gradient is part of the graph of all that is computed from it, and a graph
+        # is gone once it was used: the parts are then made anew for each update.
+        self.anew = any(isinstance(x, Tensor) and x.requires_grad for x in (record.step.h, record.t))
+        # Leaves stand in a copy of the context, which is of the moment at which it is made.
+        self.anew = self.anew or (bool(self.leaf_of) and record.read is None)
         self.sums: list[Tensor | None] = [None] * len(self.ask)
 
     def parts(self) -> list[Any]:
         """The step's elementary schemes, on the leaves; a learned step size enters functions and updates here."""
-        with torch.enable_grad():
-            return parts_of(self.record, *self.given)
+        record = self.record
+        # Filled in here, where a context holds what it held when the step, or one of its updates, ran.
+        given = record.t, record.context
+        if self.leaf_of:
+            given = with_tensors(given, lambda x: self.leaf_of.get(id(x), x))
+        with torch.enable_grad() if self.anew else NOTHING:
+            return parts_of(record, *given)
 
     def run(self, streams: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The gradients of the streams before the step, and of the extra inputs.
@@ -290,46 +306,52 @@ class _StepBackward:
         """
         record = self.record
         notes, spills = list(record.notes), list(record.spills)
-        # A step size or a time that needs a gradient is part of the graph of all that is computed from it, and a graph
-        # is gone once it was used: the parts are then made anew for each update.
-        anew = any(isinstance(x, Tensor) and x.requires_grad for x in (record.step.h, record.t))
-        with as_it_ran(record), nullcontext() if self.direct else swapped(record.slots, self.leaves):
+        anew = self.anew
+        with as_it_ran(record), NOTHING if self.direct else swapped(record.slots, self.leaves):
             fixed = None if anew else self.parts()
             for k in reversed(range(len(fixed or self.parts()))):
                 scheme, fs, h, gs = (fixed or self.parts())[k]
                 if not isinstance(scheme, Coupling):
-                    grads = self._whole(scheme, fs, h, gs, streams, grads, notes.pop())
+                    note = notes.pop()
+                    if anew:
+                        with replayed(note):
+                            scheme, fs, h, gs = self.parts()[k]
+                    grads = self._whole(scheme, fs, h, gs, streams, grads, note)
                     continue
                 streams[:], grads = rotated(tuple(streams), -scheme.rotate), [*rotated(tuple(grads), -scheme.rotate)]  # type: ignore
                 count = len(streams) - scheme.streams_added
-                with torch.enable_grad():
+                with torch.enable_grad() if anew else NOTHING:
                     updates = updates_of(record, scheme, fs, h, count, gs)
                 for i in reversed(range(len(updates))):
-                    if anew:
-                        _, fs, h, gs = self.parts()[k]
-                        with torch.enable_grad():
-                            updates = updates_of(record, scheme, fs, h, count, gs)
                     with replayed(notes.pop()):
+                        if anew:
+                            _, fs, h, gs = self.parts()[k]
+                            with torch.enable_grad():
+                                updates = updates_of(record, scheme, fs, h, count, gs)
                         spill = spills.pop() if spills else None
                         self._update(len(notes), updates[i], streams, grads, gs, spill)
         found = iter(self.sums)
         return grads, [next(found) if w else None for w in self.wanted]
 
-    def _gradients(self, place: int, pairs: list[tuple[Any, Tensor]], inputs: list[Tensor]) -> list[Tensor | None]:
+    def _gradients(self, place: int, pairs: list[tuple[Any, Tensor]], inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
+        count = len(inputs)
         if not pairs:
-            return [None] * len(inputs)
+            return [None] * count
         searched = (self.record.step.index, place)  # of the stack: a tape may begin at any of its steps
         if searched not in self.tape.monitor.searched:
-            self._refuse_captured([edge.node for edge, _ in pairs], self.known | {id(x) for x in inputs})
+            self._refuse_captured([edge.node for edge, _ in pairs], {id(x) for x in (*self.given, *inputs)})
             self.tape.monitor.searched.add(searched)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
-        # One call for streams and parameters together: the graph is walked once, and freed as it goes.
-        found = torch.autograd.grad(edges, [*inputs, *self.ask], grads, allow_unused=True)
-        for i, g in enumerate(found[len(inputs) :]):
-            self.sums[i] = _add(self.sums[i], g)
-        return list(found[: len(inputs)])
+        # One call for streams and parameters together: the graph is walked once, and freed as it goes. It is the last
+        # line of torch.autograd.grad, whose checks of shapes and types cost as much as a small layer.
+        inputs = (*inputs, *self.ask)
+        found = _ENGINE.run_backward(edges, grads, False, False, inputs, True, accumulate_grad=False)
+        self.sums = [
+            b if a is None else a if b is None else a + b for a, b in zip(self.sums, found[count:], strict=True)
+        ]
+        return list(found[:count])
 
     def _whole(
         self,
@@ -365,9 +387,11 @@ class _StepBackward:
     def _auxiliary_pairs(self, grads: list[Tensor | None]) -> list[tuple[Any, Tensor]]:
         """Edges of the auxiliary values that the functions have just given, with their gradients."""
         sink = self.record.sink
-        values = [] if sink is None else sink.take()
+        if sink is None:
+            return []
+        values = sink.take()
         pairs = zip(values[len(values) - len(grads) :], grads, strict=True)
-        return [(get_gradient_edge(v), g.to(v.dtype)) for v, g in pairs if g is not None and v.requires_grad]
+        return [_pair(v, g) for v, g in pairs if g is not None and v.requires_grad]
 
     # long: the order in which tensors are made and dropped is the peak memory of the pass, to be read in one piece
     def _update(
@@ -402,9 +426,9 @@ class _StepBackward:
         # An edge, not the tensor: the value can then go before the gradient is computed.
         pairs: list[tuple[Any, Tensor]] = []
         if byproduct_grad is not None and byproducts[0].requires_grad:
-            pairs.append((get_gradient_edge(byproducts[0]), byproduct_grad.to(byproducts[0].dtype)))
+            pairs.append(_pair(byproducts[0], byproduct_grad))
         if grad is not None and shift.requires_grad:
-            pairs.append((get_gradient_edge(shift), grad.to(shift.dtype)))
+            pairs.append(_pair(shift, grad))
         pairs += self._auxiliary_pairs(auxiliary)
         shift = shift.detach()
         byproducts.clear()
@@ -425,22 +449,22 @@ class _StepBackward:
         if len(found) > len(places):
             grads[d] = found.pop()
         for i, g in zip(places, found, strict=True):
-            grads[i] = _add(grads[i], g)
+            old = grads[i]
+            grads[i] = g if old is None else old if g is None else old + g
 
     def _undo(
         self, update: Update, scale: Any, shift: Tensor, streams: list[Tensor], gs: Sequence[Any], spill: Spilled | None
     ) -> Tensor:
         """Puts x_d = (x_d' - shift) / scale where x_d' was, and returns it."""
         d, g = update.dst, shortcut_of(update, gs)
-        with torch.no_grad():
-            if self.record.grid is not None:
-                streams[d] = x = self.record.grid.before(update, scale, shift, streams[d], g, spill)
-            else:
-                streams[d] = x = streams[d] - shift
-                if g is not None:
-                    streams[d] = x = g.inverse(x)
-                elif not _is_one(scale):
-                    streams[d] = x = x.div_(scale)
+        if self.record.grid is not None:
+            streams[d] = x = self.record.grid.before(update, scale, shift, streams[d], g, spill)
+        else:
+            streams[d] = x = streams[d] - shift
+            if g is not None:
+                streams[d] = x = g.inverse(x)
+            elif not _is_one(scale):
+                streams[d] = x = x.div_(scale)
         if update.byproduct is not None:  # what stood there before is lost, and read by no step
             streams[update.byproduct] = lost(x)
         return x
@@ -479,12 +503,28 @@ class _StepBackward:
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) not in known:
                 # Its gradient would go to a leaf that nobody asked for, and be lost without a word.
+                if self.record.left_in_context():
+                    raise SchemeError(
+                        f"{self.record.step.scheme}, {self.record.where}: a residual function reads a tensor of shape "
+                        f"{tuple(variable.shape)} that another call has put into the context, and "
+                        f"backprop='{self.tape.mode}' keeps no gradient of it.\n"
+                        "  Detach it there, or use backprop='checkpoint' or 'store'."
+                    )
                 raise SchemeError(
                     f"{self.record.step.scheme}, {self.record.where}: a residual function reads a tensor of shape "
                     f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
                     "  Register it in the residual function's module, or pass it as context: stack(x, context=...)."
                 )
             queue += [following for following, _ in node.next_functions]
+
+
+def _pair(x: Tensor, grad: Tensor) -> tuple[Any, Tensor]:
+    """Where a tensor stands in its graph, and its gradient in its format."""
+    node = x.grad_fn
+    # Nodes written in Python do not keep their graph alive, which get_gradient_edge sees to.
+    plain = node is not None and not isinstance(node, torch._C._FunctionBase)
+    edge = GradientEdge(node, x.output_nr) if plain else get_gradient_edge(x)  # type: ignore[arg-type]
+    return edge, grad if grad.dtype is x.dtype else grad.to(x.dtype)
 
 
 def _untouched(slot: Slot) -> bool:
@@ -498,7 +538,3 @@ def _differentiable(x: Tensor) -> bool:
 
 def _is_one(scale: Any) -> bool:
     return isinstance(scale, float) and scale == 1.0
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b

@@ -45,6 +45,14 @@ FEW = pytest.mark.parametrize("name", ["revnet", "momentum(0.9)", "reversible_he
 EXACT = 1e-12  # relative, double precision, a few steps
 
 
+class Notes:
+    """What a test is told of calls; no attribute of a module, which a step that is run again leaves as it was."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.dtypes: list[torch.dtype] = []
+
+
 class Function(nn.Module):
     """size * V act(W [arguments]), with what else a test asks for; notes its calls."""
 
@@ -55,13 +63,12 @@ class Function(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.outer = nn.Linear(hidden, slot.out_channels)
         self.size = size
-        self.calls = 0
-        self.dtypes: list[torch.dtype] = []
+        self.noted = Notes()
 
     def forward(self, *args: Tensor) -> Tensor:
-        self.calls += 1
+        self.noted.calls += 1
         x = self.inner(torch.cat(args, 1))
-        self.dtypes.append(x.dtype)
+        self.noted.dtypes.append(x.dtype)
         return self.size * self.outer(self.dropout(torch.tanh(self.norm(x))))
 
 

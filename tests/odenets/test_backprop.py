@@ -38,14 +38,14 @@ def test_calls_are_two_per_evaluation(name: str) -> None:
     gradients(stack, x)  # the first pass also measures
     functions = [f for f in stack.modules() if isinstance(f, Function)]
     for f in functions:
-        f.calls = 0
+        f.noted.calls = 0
     stack(x)
-    forward = [f.calls for f in functions]
+    forward = [f.noted.calls for f in functions]
     assert sum(forward) >= stack.evaluations
     for f in functions:
-        f.calls = 0
+        f.noted.calls = 0
     gradients(stack, x)
-    start = sum(f.calls for f in functions) - 2 * sum(forward)
+    start = sum(f.noted.calls for f in functions) - 2 * sum(forward)
     # The evaluation that makes the streams is stored, not repeated.
     assert start == -(sum(forward) - stack.evaluations)
 
@@ -110,14 +110,14 @@ def test_autocast_is_the_same_in_the_backward_pass(name: str, inside: bool) -> N
             loss = stack(x).float().square().mean()
         for f in stack.modules():
             if isinstance(f, Function):
-                f.dtypes.clear()
+                f.noted.dtypes.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=backward):
             loss.backward()
         return {**{k: p.grad for k, p in stack.named_parameters()}, "input": x.grad}
 
     for forward in (True, False):
         got = run(reverse, forward, inside)
-        seen = {d for f in reverse.modules() if isinstance(f, Function) for d in f.dtypes}
+        seen = {d for f in reverse.modules() if isinstance(f, Function) for d in f.noted.dtypes}
         assert seen == {torch.bfloat16 if forward else torch.float32}
         want = run(store, forward, False)
         # One bfloat16 rounding that falls the other way shows in the third digit.

@@ -1,5 +1,6 @@
 """What watches over reversible backpropagation: failures, drift, anchors, memory."""
 
+import json
 import math
 import warnings
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import schemes
 from odenets import Stack
-from odenets.backprop import Reverse
+from odenets.backprop import Reverse, agreement
 from odenets.layers.scale import ChannelScale
 from schemes.errors import SchemeError
 from schemes.multistep import Momentum
@@ -206,3 +207,33 @@ def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
     # What one more step may add: its gradients on their way, and the streams that it makes, six times: in the output,
     # the state, a joined input, and their gradients.
     assert slope <= parameters + 6 * made * rows * 4 + 0.02 * state, (peaks, slope, state)
+
+
+def test_all_processes_keep_the_states_that_the_first_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the first has measured, also where the others would have measured otherwise."""
+    store, chosen = torch.distributed.HashStore(), []
+    monkeypatch.setattr(agreement, "shared_store", lambda: store)
+    for size in (1.0, 1e-3):
+        monkeypatch.setattr(agreement, "_counts", {})
+        stack = build("momentum(0.9)", depth=16, dtype=torch.float32)
+        stack(size * batch(dtype=torch.float32))
+        chosen.append((stack.monitor.every, stack.monitor.growth))
+    assert chosen[0] == chosen[1]
+    monkeypatch.setattr(agreement, "shared_store", lambda: None)
+    stack = build("momentum(0.9)", depth=16, dtype=torch.float32)
+    stack(1e-3 * batch(dtype=torch.float32))
+    assert (stack.monitor.every, stack.monitor.growth) != chosen[1]
+
+
+def test_a_drift_that_nobody_has_read_is_saved() -> None:
+    """A resumed run moves its anchors when the one that was never stopped does."""
+    stack = build("momentum(0.9)", depth=16, dtype=torch.float32)
+    gradients(stack, batch(dtype=torch.float32))
+    stack.monitor.pending[-1] = stack.monitor.pending[-1]._replace(value=torch.tensor(0.5))
+    state = stack.plan_state()
+    other = build("momentum(0.9)", depth=16, dtype=torch.float32)
+    other.load_plan_state(json.loads(json.dumps(state)))
+    for s in (stack, other):
+        with pytest.warns(UserWarning, match="off"):
+            s(batch(dtype=torch.float32))
+    assert other.monitor.every == stack.monitor.every != state["anchors"]["every"]

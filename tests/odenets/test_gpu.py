@@ -46,7 +46,7 @@ def test_autocast_is_the_same_the_second_time(dtype):
             y = net(given())
         y.float().square().mean().backward()
         found.append({k: p.grad for k, p in net.named_parameters()})
-        assert {t for step in net.steps for f in step.fs for t in f.dtypes} == {dtype}
+        assert {t for step in net.steps for f in step.fs for t in f.noted.dtypes} == {dtype}
     assert distance(found[1], found[0]) < 2e-2
 
 
