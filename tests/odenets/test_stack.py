@@ -161,8 +161,9 @@ def test_the_first_call_may_come_without_gradients(mode):
     torch.testing.assert_close(stack(x), first)
 
 
-def test_vmap_and_functional_call():
-    stack, x = Stack(linears(4), "rk4"), data(6, 2, 4)
+@pytest.mark.parametrize("mode", ["store", "checkpoint"])
+def test_vmap_and_functional_call(mode):
+    stack, x = Stack(linears(4), "rk4", backprop=mode), data(6, 2, 4)
     torch.testing.assert_close(torch.func.vmap(stack)(x), stack(x))
     values = {k: v.detach() for k, v in stack.named_parameters()}
     grads = torch.func.grad(lambda p: torch.func.functional_call(stack, p, (x,)).square().sum())(values)
