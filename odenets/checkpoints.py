@@ -9,6 +9,7 @@ and only then is the model written. A model that knows published layouts has a m
 """
 
 import argparse
+import io
 import pickle
 import re
 import sys
@@ -183,8 +184,8 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise SchemeError(f"{path} cannot be read: {error}. Is the file whole?") from None
     try:
-        with torch.serialization.safe_globals(_harmless()):
-            held = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()), _Bounded(path) as file:
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise SchemeError(
             f"{path} holds more than tensors and plain values (or is no torch file), and is not opened.\n"
@@ -197,6 +198,19 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
     if not isinstance(held, Mapping):
         raise SchemeError(f"{path} holds a {type(held).__name__}, want a state dict or a checkpoint that holds one.")
     return held
+
+
+class _Bounded(io.BufferedReader):
+    """A file that is never asked for more bytes than it has: a damaged length would take its memory before failing."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._length = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most ``size`` bytes, all that are left by default."""
+        left = max(0, self._length - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _harmless() -> list[Any]:
