@@ -261,7 +261,7 @@ def table(case: Callable, depths: list[int], act: type[nn.Module], rounds: int) 
     )
     for name, rows in columns.items():
         peaks = [r["peak"] for r in rows]
-        slope = (peaks[-1] - peaks[0]) / (depths[-1] - depths[0]) * 1024
+        slope = (peaks[-1] - peaks[0]) / (depths[-1] - depths[0]) * 1024 if len(depths) > 1 else math.nan
         errors, stored, floor = ([r[key] for r in rows] for key in ("error", "stored", "floor"))
         print(
             f"  {name:20s} {' '.join(f'{p:8.2f}' for p in peaks):36s} {slope:10.2f}   "
