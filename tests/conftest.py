@@ -32,6 +32,21 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return workers if workers > 1 else 0
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What ``cases(n)`` means: n of a test's cases, spread over all of them, are quick, and the others are ``long``."""
+    of: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("cases"):
+            of.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for cases in of.values():
+        (quick,) = cases[0].get_closest_marker("cases").args  # type: ignore[union-attr]
+        kept = {round(i * (len(cases) - 1) / max(1, quick - 1)) for i in range(quick)}
+        for i, item in enumerate(cases):
+            if i not in kept:
+                item.add_marker("long")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -50,6 +50,7 @@ def test_the_flow_trains(capsys):
     assert "log-likelihood of new points" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_rates_come_closer(capsys):
     example = load("lotka_volterra")
     worst = example.main(["--steps", "6", "--observations", "30", "--noise", "0.01"])

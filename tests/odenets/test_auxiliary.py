@@ -142,6 +142,7 @@ class Cat(nn.Module):
         return 0.5 * torch.tanh(self.linear(torch.cat(xs, 1)))
 
 
+@pytest.mark.long
 def test_a_flow_learns_a_density_by_likelihood():
     """Two-dimensional data of known entropy: the likelihood under the flow comes near to it, far above a Gaussian's."""
     torch.manual_seed(0)

@@ -15,12 +15,14 @@ from schemes.errors import SchemeError
 # Gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(4)
 @EACH
 def test_gradients_in_double_precision_at_depth_64(name: str) -> None:
     reverse, store = both(name, **deep(name))
     assert distance(gradients(reverse, batch()), gradients(store, batch())) <= 1e-10
 
 
+@pytest.mark.cases(5)
 @EACH
 def test_gradients_in_single_precision(name: str) -> None:
     options = {**deep(name, 32), "dtype": torch.float32}
@@ -95,6 +97,7 @@ def test_generator_states_are_kept_for_updates_that_drew() -> None:
     assert [[g is not None for g in call.notes] for call in calls] == [[False, False], [False, False]]
 
 
+@pytest.mark.cases(8)
 @EACH
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast_is_the_same_in_the_backward_pass(name: str, inside: bool) -> None:
@@ -253,6 +256,7 @@ def test_learned_step_sizes(name: str) -> None:
     assert len(sizes) == 4 and all(g is not None and bool(g != 0) for g in sizes)
 
 
+@pytest.mark.cases(10)
 @EACH
 @pytest.mark.parametrize("step", [0.5, "learned"])
 def test_time_and_context(name: str, step: Any) -> None:
@@ -340,6 +344,7 @@ def test_inverse_of_a_stack(name: str, timed: bool) -> None:
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.bfloat16}
 
 
+@pytest.mark.cases(9)
 @EACH
 @pytest.mark.parametrize("kind", HALF)
 def test_gradients_in_half_precision_are_as_good_as_those_of_storing(name: str, kind: str) -> None:

@@ -26,6 +26,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.cases(2)
 @FEW
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_functions(name: str, backend: str) -> None:
@@ -40,6 +41,7 @@ def test_compiled_functions(name: str, backend: str) -> None:
     assert all(torch.allclose(b, theirs[k]) for k, b in reverse.named_buffers())
 
 
+@pytest.mark.cases(2)
 @FEW
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_stack(name: str, backend: str) -> None:
@@ -80,6 +82,7 @@ class Smooth(nn.Module):
         return 0.3 * self.outer(torch.tanh(self.inner(x)))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("whole", [False, True])
 def test_memory_stays_flat(whole: bool) -> None:
     peaks = []

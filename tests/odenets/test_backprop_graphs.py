@@ -27,6 +27,7 @@ def test_backward_twice(name: str) -> None:
     assert distance(*found) <= EXACT
 
 
+@pytest.mark.cases(19)
 @EACH
 @pytest.mark.parametrize("order", [(1, 3), (3, 1), (1, 2, 0, 3)])
 def test_backward_from_middle_outputs_in_any_order(name: str, order: tuple[int, ...]) -> None:
@@ -54,6 +55,7 @@ def test_loss_on_middle_outputs_only(name: str) -> None:
     assert distance(*found) <= EXACT
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_loss_on_one_stream_only(name: str) -> None:
     count = len(build(name).final_state(batch()))
@@ -167,6 +169,7 @@ class Checkpointed(Function):
         return checkpoint(super().forward, *args, use_reentrant=False)  # type: ignore[return-value]
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_checkpoint_inside_a_residual_function(name: str) -> None:
     reverse, store = both(name, make=Checkpointed, dropout=0.2)

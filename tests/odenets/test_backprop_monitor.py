@@ -194,6 +194,7 @@ def test_revcol_with_automatic_anchors(alpha: float) -> None:
 # Memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(5)
 @EACH
 def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
     rows, made = 512, {"dense(2)": 2}.get(name, 0)

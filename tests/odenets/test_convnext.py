@@ -30,6 +30,7 @@ SIZES = {
 TINY = {"functions": (2, 4), "widths": (8, 16), "num_classes": 5}
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
     model = meta(name)
@@ -193,6 +194,7 @@ def test_weights_start_from_a_cut_normal_distribution():
     assert not net.head.bias.any() and net.levels[0].steps[0].fs[0].gamma.unique().item() == pytest.approx(1e-6)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ["convnext_tiny", "rdnet_tiny", "densenet121", "densenet_bc100_k12", "resnet18"])
 def test_pyramids(name):
     whole = meta(name)

@@ -44,6 +44,7 @@ def test_every_name_stands_in_the_table_of_sizes():
     assert set(SIZES) == set(densenet.DENSENETS) == set(list_models("densenet*"))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
     count, size, published = SIZES[name]
@@ -137,6 +138,7 @@ def test_a_level_is_the_written_out_scheme_and_runs_under_others():
     torch.testing.assert_close(add.maps(x)[0], y + f2(y))
 
 
+@pytest.mark.long
 def test_levels_start_as_wide_under_any_scheme():
     """Transitions narrow from the concatenation's width, or a stream that does not grow would end at nothing."""
     join, add = (DenseNet((6, 12, 24, 16), scheme=s) for s in ("dense", "euler"))

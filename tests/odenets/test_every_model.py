@@ -120,6 +120,7 @@ def test_every_model_stands_in_one_case():
     assert sorted(n for names in cases().values() for n in names) == sorted(list_models())
 
 
+@pytest.mark.cases(12)
 def test_outputs_are_finite_at_square_and_other_sizes(name):
     net = shared(name)
     for n, rows, columns in ((1, 2, 2), (2, 2, 3), (0, 2, 2)):
@@ -131,6 +132,7 @@ def test_outputs_are_finite_at_square_and_other_sizes(name):
     assert empty.shape == (0, CLASSES)
 
 
+@pytest.mark.cases(12)
 def test_every_parameter_is_reached(name):
     net = copy.deepcopy(shared(name)).train()
     net(pictures(name, 3)).square().sum().backward()
@@ -163,6 +165,7 @@ def test_weights_go_out_and_in(name):
         torch.testing.assert_close(other.eval()(x), want, rtol=0, atol=0)
 
 
+@pytest.mark.cases(8)
 def test_copies_and_pickles_before_and_after_a_step(name):
     net, x = copy.deepcopy(shared(name)), pictures(name)
     for _ in range(2):
@@ -173,6 +176,7 @@ def test_copies_and_pickles_before_and_after_a_step(name):
         step(net, x)
 
 
+@pytest.mark.cases(9)
 def test_reset_classifier(name):
     net, x = copy.deepcopy(shared(name)), pictures(name)
     features = net.num_features
@@ -185,6 +189,7 @@ def test_reset_classifier(name):
     torch.testing.assert_close(net(x), net.forward_features(x))
 
 
+@pytest.mark.cases(24)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_dtype_is_kept(name, dtype):
     net, x = copy.deepcopy(shared(name)).to(dtype), pictures(name, 2, 2, 3, dtype)
@@ -206,6 +211,7 @@ def offered(net: Any) -> dict[str, bool]:
     return {"checkpoint": True, "reverse": back, "exact": back and scales}
 
 
+@pytest.mark.cases(10)
 def test_every_mode_of_backpropagation_gives_the_stored_gradients(name):
     if "backprop" not in inspect.signature(type(shared(name))).parameters:
         return
@@ -240,6 +246,7 @@ def families() -> dict[str, str]:
     return found
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("family", list(families()))
 def test_a_family_exports_with_a_dynamic_batch(family):
     net = shared(families()[family])

@@ -75,6 +75,7 @@ def run(net, forward, x, amp=False):
     return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_gradients_are_those_of_the_stored_run_bit_by_bit(scheme):
     exact = stack(scheme, 6 if scheme.startswith("dense") else 12)
@@ -86,6 +87,7 @@ def test_gradients_are_those_of_the_stored_run_bit_by_bit(scheme):
     assert exact.monitor.drift == 0.0
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("scheme", ["revnet", "momentum(0.5)", "bdia"])
 def test_depth_128_with_convolutions(scheme, amp):

@@ -204,6 +204,7 @@ def test_the_import_leaves_the_compiler_alone():
     assert had == has, "import odenets loads torch._dynamo, which takes as long as torch itself"
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("statement", ["import odenets", "import schemes; schemes.get('nested(rk4, heun3)')"])
 def test_what_the_base_import_loads(statement):
     found = loaded(statement)

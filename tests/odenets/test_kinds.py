@@ -139,6 +139,7 @@ def seeded(net):
     return once(net)
 
 
+@pytest.mark.cases(12)
 @ALL
 @pytest.mark.parametrize("kind", KEPT)
 def test_what_functions_keep_is_read_as_it_was(kind, scheme):

@@ -73,6 +73,7 @@ def test_every_name_stands_in_the_table_of_sizes():
     assert built_in == set(SIZES)
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_and_layers_are_the_published_ones(name):
     model = meta(name)
@@ -81,12 +82,14 @@ def test_parameters_and_layers_are_the_published_ones(name):
     assert len(weighted) == LAYERS[name]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", [n for n, row in SIZES.items() if row[2]])
 def test_multiply_adds_are_the_published_ones(name):
     _, size, published = SIZES[name]
     assert gmacs(meta(name), size) == pytest.approx(published, abs=5e-4)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", TWINS)
 def test_twins_have_equal_parameters_and_equal_cost(name):
     found = {(parameters(m), gmacs(m, SIZES[name][1])) for m in (meta(name, scheme=s) for s in TWINS[name])}

@@ -54,6 +54,7 @@ def test_parameters_are_the_published_ones(name):
     assert parameters(meta(name, supervision=True, num_classes=21_841)) == many
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", SIZES)
 def test_multiply_adds_are_the_published_ones(name):
     net = meta(name).eval()

@@ -74,6 +74,7 @@ def test_the_grammar_moves_the_verb_marks_the_object_and_agrees():
     assert data.train_set[0][1][0] == START
 
 
+@pytest.mark.long
 def test_the_loss_falls(tmp_path):
     L.seed_everything(0, verbose=False)
     net = RevColTranslator(WORDS, TARGET_WORDS, **{**SMALL, "dim": 32}, backprop="reverse")

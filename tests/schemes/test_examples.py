@@ -24,6 +24,7 @@ def test_laws(text):
     check_scheme(text)
 
 
+@pytest.mark.cases(40)
 @pytest.mark.parametrize("text", [text for text in FIXED if schemes.get(text).stages <= 8])
 def test_a_wrapper_is_what_it_stands_around(text):
     check_wrappers(text)

@@ -42,6 +42,7 @@ def bounce(inputs, **options):
 WAYS = [(g, m) for g in GRADIENTS for m in ("tsit5", "dopri8", "alf") if (g, m) != ("adjoint", "alf")]
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("gradient, method", WAYS)
 def test_the_third_bounce_of_a_ball(gradient, method):
     """Its time in closed form, and the derivatives by height, speed, start and restitution."""
@@ -79,6 +80,7 @@ def test_gradients_of_time_and_state_by_finite_differences():
     assert torch.autograd.gradcheck(f, (a, times(1.0, 0.5).requires_grad_(), t0), eps=1e-5, atol=1e-4)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batch", ["joint", "independent"])
 @pytest.mark.parametrize("direction, want", [(1, [1.5, 3.5]), (-1, [0.5, 2.5]), (0, [0.5, 1.5, 2.5, 3.5])])
 def test_directions(direction, want, batch):

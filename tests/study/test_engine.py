@@ -151,6 +151,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("deaths", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_ray_gives_a_killed_workers_network_to_another(deaths, pictures, tmp_path):
     pytest.importorskip("ray", reason='needs Ray: pip install "odenets[study]"')

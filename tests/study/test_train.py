@@ -60,6 +60,7 @@ def test_a_loss_that_is_no_number_is_a_diverged_line(study):
     assert result.status == "diverged" and result.loss is None and result.ranks == []
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("augment", ["rand_augment", "mixup", "cutmix", "drop_path", "erase"])
 def test_augmentations_change_the_result(study, augment):
     c = study.candidates(4)[0]
