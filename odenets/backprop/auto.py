@@ -43,6 +43,7 @@ class Auto(Limits, Mode):
         """The state after the last step."""
         if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
             state = stream_precision(state)  # whatever is chosen: the output does not tell
+        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own.
         if not needs_graph() or torch._C._are_functorch_transforms_active():
             return given.keep(state)
         from .uncompiled import plan_for

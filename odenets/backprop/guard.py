@@ -42,6 +42,7 @@ class Guard:
     def apply(self, run: Callable[[State], State], state: State) -> State:
         """What ``run``, an update, makes of the state, without a graph."""
         # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
+        # The boxes are all that the graph holds of its saved tensors, so emptying them frees the memory at once.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             new = run(self.behind(state))
         for box in self.boxes:

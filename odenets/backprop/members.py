@@ -174,8 +174,10 @@ class Contents:
                 continue
             seen.add(id(c))
             content = _content(c)
+            # A data set among the attributes: looking at all of it would cost more than the step.
             if len(content) > _LARGEST:
                 continue
+            # A tuple cannot change, but the lists and tensors in it can.
             if not isinstance(c, tuple):
                 self.found.append((c, content))
             for v in content.values() if isinstance(content, dict) else content:
@@ -190,6 +192,7 @@ class Contents:
             now = _content(c)
             if len(now) != len(content):
                 return False
+            # The keys too, and in their order: what iterates over the dictionary next time must meet the same.
             if isinstance(content, dict) and [*now] != [*content]:
                 return False
             values = (now.values(), content.values()) if isinstance(content, dict) else (now, content)
@@ -292,6 +295,7 @@ class Members:
             if id(m) not in seen:
                 seen.add(id(m))
                 self.modules.append(m)
+                # Reversed onto a stack: the order is that of ``nn.Module.modules()``.
                 queue.extend(reversed([child for child in m._modules.values() if child is not None]))
         self._children = [*self._now()]
         # A subclass with a forward of its own may read its statistics in training.
@@ -350,6 +354,7 @@ class Members:
     def parameters(self) -> list[Slot]:
         """All places that hold a parameter now; a tied one has several. Replicas of DataParallel hold plain tensors."""
         own = [Slot(m._parameters, k, p) for m in self.modules for k, p in m._parameters.items() if p is not None]
+        # Where DataParallel puts what it copied to a device: plain attributes of the replica.
         for m in self.modules:
             own += [Slot(m.__dict__, k, m.__dict__[k]) for k in m.__dict__.get("_former_parameters", ())]
         return own
