@@ -33,7 +33,7 @@ class Auto(Limits, Mode):
         return found if self.memory is None else {**found, "memory": format_size(self.memory)}
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
-        """Refuses nothing but exact arithmetic where the scheme does not have it."""
+        """Refuses exact arithmetic where the scheme cannot run in it; all else is left to the choice."""
         from . import uncompiled as uncompiled  # not in a trace: see _ByInverse.check
 
         if self.exact:

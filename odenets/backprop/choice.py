@@ -148,7 +148,7 @@ class Measured:
 
     @property
     def bound(self) -> float:
-        """What errors keep to; nothing where the measurement says nothing."""
+        """The relative error that states made again keep to; none where the measurement was not finite."""
         if not self.survey.finite:
             return float("inf")
         # In the precision of the streams, in which the states are made again.

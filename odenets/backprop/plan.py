@@ -8,7 +8,8 @@ pass: what earlier pieces keep, and what the piece itself needs at that moment.
 The fastest plan is found by dynamic programming over positions, front to back. A label at a position is what is kept so
 far, the time so far, and which of the streams there are held; a label that keeps no less and takes no less than another
 with the same streams held is dropped. This is exact, as what a piece shares with those before it is among the streams
-at its beginning. Labels beyond 256 of a position and its lengths beyond a few are thinned out.
+at its beginning. It is no longer exact where a position has more than 256 labels, or a long chain more lengths of
+pieces than are tried: both are thinned out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -413,7 +413,7 @@ def wait(device: torch.device) -> None:
 
 
 def readout_of(given: Pass, state: State) -> tuple[int, bool]:
-    """Bytes of the output, and whether it is no stream itself."""
+    """Bytes of the output, and whether it is a tensor of its own rather than one of the streams."""
     with torch.no_grad():
         output = given.steps[-1].scheme.readout(state)
     return output.nbytes, output.untyped_storage()._cdata not in {x.untyped_storage()._cdata for x in state}

@@ -74,7 +74,7 @@ class Tape:
         # Nodes are numbered by the tape and not by the stack: a plan may begin one in the middle.
         n, added = len(self.records), step.scheme.streams_added
         self._same_streams(state)
-        # A step that appends streams drops them when it is undone, and their errors with them: look before that too.
+        # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.

@@ -101,5 +101,5 @@ class Pass(NamedTuple):
 
 
 def needs_graph() -> bool:
-    """Whether this pass may be differentiated: gradients are on, and nobody traces the operations for use elsewhere."""
+    """Whether this pass may be differentiated: gradients are on, and it is neither traced nor exported."""
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()  # type: ignore
