@@ -21,6 +21,7 @@ class _Column(Coupling):
     def __init__(self, levels: int, growth: int, huge: bool):
         self.levels, self.growth, self.huge = levels, growth, huge
         self.stages = self.evaluations = levels
+        # A column is one moment: its levels are resolutions, not times.
         self.nodes = (0.0,) * levels
 
     def readout(self, state: State) -> Tensor:

@@ -25,6 +25,7 @@ def recomputed(method: Any) -> Callable[..., Attempt]:
     def attempt(f: Field, t: float, h: float, y: Tensor, k: Tensor) -> Attempt:
         def run(y: Tensor, k: Tensor) -> tuple[Tensor, ...]:
             tried = method.attempt(f, t, h, y, k)
+            # The first slope came in from outside, and goes out as it came.
             return (tried.y, *tried.slopes[1:])
 
         y1, *slopes = checkpoint(run, y, k, use_reentrant=False)  # type: ignore[misc]
@@ -65,6 +66,7 @@ def solved(
     f = Field(func, y0)
     if gradient == "adjoint" and torch.is_grad_enabled():
         reads = Reads(func, clock(times[0], y0), y0, known)
+        # Else there is nothing to differentiate, and a plain solve will do.
         if y0.requires_grad or len(reads):
             found: list[Run] = []
 

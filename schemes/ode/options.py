@@ -81,6 +81,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
     _unknown(options, {*ADAPTIVE, *OTHERS}, "adaptive solves")
     found: dict[str, Any] = {}
     for name, ours in ADAPTIVE.items():
+        # None stands for what is not given, as in torchdiffeq.
         if options.get(name) is not None:
             if ours in found:
                 raise SchemeError(f"odeint: the option {ours} is given twice, as {name!r} too.")
@@ -89,6 +90,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
         found["max_steps"] = int(found["max_steps"])
     steps, jumps = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
     both = [*steps, *jumps]
+    # A stop twice would be a step of length 0 between.
     if len(set(both)) < len(both):
         raise SchemeError("odeint: step_t and jump_t repeat a time; name each once, in one of them.")
     return Control(
@@ -107,6 +109,7 @@ def lands(options: Mapping[str, Any], pair: Any) -> bool:
     if given not in (None, "step", "interpolate"):
         raise SchemeError(f"odeint: outputs is {given!r}, want 'step' or 'interpolate'.")
     if given is None:
+        # Where the extension is as good as the error estimate, steps need not be cut short to land.
         return pair.dense[3] < pair.order
     return given == "step"
 

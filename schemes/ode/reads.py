@@ -91,6 +91,7 @@ class Reads:
 
     def _evaluate(self, f: Any, t: Any, y: Tensor) -> tuple[Tensor, int, Tensor]:
         y1 = y.detach().requires_grad_()
+        # Nodes are numbered as they are made, so what was computed before this moment has a smaller number.
         since = y1.view_as(y1).grad_fn._sequence_nr()  # type: ignore[union-attr]
         return f(t, y1), since, y1
 
@@ -122,6 +123,7 @@ class Reads:
         queue, visited = [k.grad_fn], {k.grad_fn}
         while queue:
             node = queue.pop()
+            # Leaves stand outside of that order.
             if type(node).__name__ == "AccumulateGrad":
                 variable = node.variable  # type: ignore[attr-defined]
                 if variable is not y and id(variable) not in self._leaves:
@@ -129,6 +131,8 @@ class Reads:
                         return True
                     self._add(variable)
                 continue
+            # Computed before the evaluation: a gradient would have to go on from here, to a tensor that the node does
+            # not name.
             if node._sequence_nr() < since:
                 return True
             for following, number in node.next_functions:
@@ -142,6 +146,7 @@ class Reads:
         """``f(t, y)`` with a graph, for y a leaf; refuses tensors that earlier evaluations did not read."""
         since = y.view_as(y).grad_fn._sequence_nr()  # type: ignore[union-attr]
         k = f(t, y)
+        # Walked anew at every evaluation: a field may read another tensor at another time.
         if k.requires_grad and self._walk(k, since, y, add=False):
             raise SchemeError(
                 "odeint: func reads a tensor in the backward pass (through a closure) that it did not read at the "
@@ -177,6 +182,7 @@ def once(way: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients whose own derivative is refused, where a graph of them is asked for (and else would be lost)."""
     if not torch.is_grad_enabled():
         return list(grads)
+    # Without an input that needs a gradient the node would not be recorded.
     handle = torch.zeros((), requires_grad=True)
     marked = iter(_Once.apply(way, handle, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
     return [None if g is None else next(marked) for g in grads]
