@@ -252,7 +252,6 @@ def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
             continue
         old, new = str(state.get("dirpath")), str(callback.dirpath)
         if old != new and os.path.exists(os.path.join(new, os.path.basename(state["best_model_path"] or "-"))):
-
             # Bound now, as the loop goes on to the next callback.
             def moved(path: Any, old: str = old, new: str = new) -> Any:
                 return path.replace(old, new, 1) if isinstance(path, str) and path.startswith(old) else path
