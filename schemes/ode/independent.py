@@ -184,7 +184,6 @@ class Tried:
         slopes: of the stages.
         size: absolute values of the states at the end.
         good: which are kept.
-        bad: which are tried again.
         end: the slopes at the end, where they are known.
         at: the continuous extension, where it was asked for.
     """
@@ -197,7 +196,6 @@ class Tried:
     slopes: list[Tensor]
     size: Tensor
     good: Tensor
-    bad: Tensor
     end: Tensor | None
     at: At | None = None
 
@@ -266,7 +264,7 @@ class Solve:
         """The solve, without a graph."""
         f, log, iterations = self.rows.at(None), Log(self.times, y), 0
         front = self._front(f, log, y)
-        side = self.side(y)
+        side, real, column = self.side(y), front.size.dtype, (-1, *(1,) * (y.ndim - 1))
         watch = Signs(self.events, self.unpack, front.t, y) if self.events else None
         if watch is not None:
             self._events_at_start(watch, front, log)
@@ -281,15 +279,15 @@ class Solve:
                 if watch is not None:
                     watch.keep(keep)
             h, t, lands = self._propose(front, log)
-            step = wide(h, y)
+            step = h.to(real).reshape(column)
             y1, slopes = attempt(self.pair, f, front.t, h, step, front.y, front.k, side)
-            end = slopes[-1] if self.pair.reuses else None
-            tried = Tried(h, step, t, lands, y1, slopes, *self._judge(front, log, h, step, y1, slopes), end)
+            size, end = y1.abs(), slopes[-1] if self.pair.reuses else None
+            good = self._judge(front, log, h, lands, gathered(slopes, self.pair.errors) * step, size)
+            tried = Tried(h, step, t, lands, y1, slopes, size, good, end)
             if watch is not None:
                 self._look(f, watch, front, log, tried)
             self._give(f, front, log, tried)
             self._advance(f, front, log, tried)
-            self._resize(front, tried)
         return log.batch(iterations, self.rows)
 
     def _front(self, f: RowField, log: Log, y: Tensor) -> Front:
@@ -333,25 +331,36 @@ class Solve:
         h = torch.where(front.active, h, torch.zeros_like(h)) * self.sign
         return h, torch.where(lands & front.active, target, front.t + h), lands
 
-    def _judge(
-        self, front: Front, log: Log, h: Tensor, step: Tensor, y: Tensor, slopes: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The absolute values of the states after a step, which steps are kept, and which are tried again."""
-        control, own = self.control, front.own
-        size = y.abs()
-        error = gathered(slopes, self.pair.errors) * step
-        front.ratio = norms(control, error / control.scale(torch.maximum(front.size, size))).double()
+    def _judge(self, front: Front, log: Log, h: Tensor, lands: Tensor, error: Tensor, size: Tensor) -> Tensor:
+        """Which steps are kept, by their errors; sets the sizes of the next: `control.Control.factor` and `shrink`."""
+        control, own, active = self.control, front.own, front.active
+        front.ratio = ratio = norms(control, error / control.scale(torch.maximum(front.size, size))).double()
         least = torch.minimum(h.abs(), front.h) <= control.min_step  # it cannot shrink
-        good = (front.ratio <= 1) | (least & torch.isfinite(front.ratio))
-        good = good & front.active
-        bad = front.active & ~good
+        good = ((ratio <= 1) | (least & torch.isfinite(ratio))) & active
+        bad = active & ~good
         log.accepted[own] += good.long()
         log.rejected[own] += bad.long()
-        front.tries += front.active.long()
+        front.tries += active.long()
+        k, n = 1 / (self.pair.order + 1), len(log.status)
         for record, value in ((log.starts, front.t), (log.sizes, h), (log.kept, good)):
-            whole = torch.zeros(len(log.status), dtype=value.dtype, device=value.device)
-            record.append(whole.index_copy(0, own, value))
-        return size, good, bad
+            record.append(torch.zeros(n, dtype=value.dtype, device=value.device).index_copy(0, own, value))
+        p, i, d = control.proportional, control.integral, control.derivative
+        r, r1, r2 = ratio.clamp(min=1e-10), front.before.clamp(min=1e-10), front.before2.clamp(min=1e-10)
+        change = control.safety * r ** (-(p + i + d) * k) * r1 ** ((p + 2 * d) * k) * r2 ** (-d * k)
+        change = change.clamp(control.smallest, control.largest)
+        change = torch.where(front.again, change.clamp(max=1.0), change)
+        shrink = (control.safety * r ** (-k)).clamp(control.smallest, control.safety)
+        shrink = torch.where(torch.isfinite(ratio), shrink, torch.full_like(shrink, control.smallest))
+        grown = h.abs() * change
+        # A step cut short by a stop says little about the next.
+        grown = torch.where(lands & (front.h > grown) & ~front.again, front.h, grown)
+        following = torch.where(good, grown, torch.where(bad, h.abs() * shrink, front.h))
+        front.h = following.clamp(control.min_step, control.max_step)
+        front.broken = torch.where(bad, ~torch.isfinite(ratio), front.broken)
+        front.again = torch.where(active, bad, front.again)
+        front.before2 = torch.where(good, front.before, front.before2)
+        front.before = torch.where(good, ratio, front.before)
+        return good
 
     def _extended(self, f: RowField, front: Front, tried: Tried) -> At:
         """The continuous extension of the step, made when it is first asked for."""
@@ -420,27 +429,6 @@ class Solve:
         log.t[own], log.y[own] = front.t, front.y
         front.stop = front.stop.clamp(max=count - 1)
         if tried.end is None or self.jumps:
-            front.k = self.start(f, front.t, front.y)
+            front.k = f(self.beside(front.t, front.y, False) if self.jumps else front.t, front.y)
         else:
             front.k = torch.where(gone, tried.end, front.k)
-
-    def _resize(self, front: Front, tried: Tried) -> None:
-        """The sizes of the next steps: ``control.Control.factor`` and ``shrink`` for every row."""
-        control, good, bad, ratio = self.control, tried.good, tried.bad, front.ratio
-        k = 1 / (self.pair.order + 1)
-        p, i, d = control.proportional, control.integral, control.derivative
-        r, r1, r2 = (x.clamp(min=1e-10) for x in (ratio, front.before, front.before2))
-        change = control.safety * r ** (-(p + i + d) * k) * r1 ** ((p + 2 * d) * k) * r2 ** (-d * k)
-        change = change.clamp(control.smallest, control.largest)
-        change = torch.where(front.again, change.clamp(max=1.0), change)
-        shrink = (control.safety * r ** (-k)).clamp(control.smallest, control.safety)
-        shrink = torch.where(torch.isfinite(ratio), shrink, torch.full_like(shrink, control.smallest))
-        grown = tried.h.abs() * change
-        # A step cut short by a stop says little about the next.
-        grown = torch.where(tried.lands & (front.h > grown) & ~front.again, front.h, grown)
-        h = torch.where(good, grown, torch.where(bad, tried.h.abs() * shrink, front.h))
-        front.broken = torch.where(bad, ~torch.isfinite(ratio), front.broken)
-        front.again = torch.where(front.active, bad, front.again)
-        front.h = h.clamp(control.min_step, control.max_step)
-        front.before2 = torch.where(good, front.before, front.before2)
-        front.before = torch.where(good, ratio, front.before)
