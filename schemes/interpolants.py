@@ -23,6 +23,7 @@ ZERO = Fraction(0)
 
 def first_same_as_last(tableau: Tableau) -> bool:
     """Whether the last stage is the slope at the end of the step, so that the next step need not evaluate it again."""
+    # By its coefficients, exactly: a stage that only nearly stands at the end must be evaluated again.
     return tableau.stages > 1 and (*tableau.a[-1], ZERO) == tableau.b
 
 
@@ -303,6 +304,7 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         found = [[_at(p, x) for p in weights] for x in points]
         for row, x in zip(found, points, strict=True):
             stages.append((len(rows), x))
+            # A stage at the point that the polynomial gives; it reads the stages before it and not itself.
             rows.append((*row, *([ZERO] * (len(rows) - len(row)))))
         new: list[list[Number]] = [[ZERO, ZERO, ZERO] for _ in points]
         weights = _corrected([*weights, *new], stages)

@@ -103,6 +103,7 @@ class _ElementaryWeights:
 
     def __init__(self, a: Sequence[Sequence[Number]], b: Sequence[Number]):
         roots = {x.d for row in (*a, b) for x in row if isinstance(x, Surd)}
+        # Pairs (p, q) of integers are the whole arithmetic, and stand for one root.
         if len(roots) > 1:
             raise SchemeError(
                 f"order: the coefficients hold sqrt of {sorted(roots)}; one root per tableau is exact here."
@@ -169,6 +170,7 @@ class _Sensitivity:
             siblings.remove(child)
             inner = slopes
             for sibling in siblings:
+                # The product rule: one child varies, and its siblings are factors.
                 inner = [x * y for x, y in zip(inner, self._values(sibling)[1], strict=True)]
             stages = self._values(child)[0]
             back = [0.0] * len(stages)

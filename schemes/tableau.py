@@ -139,6 +139,7 @@ class Tableau:
             if bar:
                 lines.append((head.strip(), tail.split()))
             elif lines:
+                # Long rows are broken in print, and in the source too.
                 lines[-1][1].extend(line.split())
             else:
                 raise SchemeError(f"{name or 'tableau'}: first line {line.strip()!r} has no '|'; write 'c | a ...'.")
@@ -181,6 +182,7 @@ class Tableau:
             1/2 | 1/2
                 | 0   1
         """
+        # The first stage has nothing in its register to scale.
         if len(A) != len(B) or (A and exact(A[0]) != 0):
             raise SchemeError(f"low_storage: {len(A)} A and {len(B)} B; want as many of each, and A_1 = 0.")
         s = len(B)
@@ -222,6 +224,7 @@ class Tableau:
             row: list[Number] = [Fraction(0)] * s
             weights = _row(alphas)
             total = _sum(weights)
+            # Stages of this form average earlier states: with another sum even a constant solution would drift.
             if abs(float(total - 1)) > (0.0 if fields.get("digits") is None else 5 * 10.0 ** -fields["digits"]):
                 raise SchemeError(f"shu_osher: the alphas of row {i} sum to {show(total)}, want 1.")
             for j, (x, y) in enumerate(zip(weights, _row(betas), strict=True)):

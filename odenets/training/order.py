@@ -256,30 +256,24 @@ class ResumableLoader(DataLoader):
         """Nothing to do."""
 
 
-def training_loader(module: L.LightningDataModule, data: Any, batch_size: int, **options: Any) -> DataLoader:
-    """A loader whose order and random numbers depend on the seed, the epoch and the sample alone.
+def loader(module: L.LightningDataModule, data: Any, batch_size: int, *, train: bool, **options: Any) -> DataLoader:
+    """A loader for training, or one for evaluation.
+
+    In training the order and the random numbers depend on the seed, the epoch and the sample alone; in evaluation each
+    sample comes once, in order. The processes of a run share either.
 
     Args:
         module: the data module, whose trainer says which process this is.
         data: the data set.
         batch_size: samples of a step in one process.
+        train: whether it is for training.
         options: of the ``DataLoader``.
     """
+    if not train:
+        order = EvaluationOrder(data, *processes(module))
+        return DataLoader(Numbered(data, 0), batch_size=batch_size, sampler=order, **options)
     seed = run_seed(module.trainer)
     if getattr(module.trainer, "overfit_batches", 0):  # the same few batches in every epoch
         return DataLoader(Numbered(data, seed), batch_size=batch_size, **options)
     order = TrainingOrder(data, batch_size, seed, *processes(module))
     return ResumableLoader(Numbered(data, seed), batch_size=batch_size, sampler=order, **options)
-
-
-def evaluation_loader(module: L.LightningDataModule, data: Any, batch_size: int, **options: Any) -> DataLoader:
-    """A loader of every sample once, in order, shared by the processes.
-
-    Args:
-        module: the data module, whose trainer says which process this is.
-        data: the data set.
-        batch_size: samples of a step in one process.
-        options: of the ``DataLoader``.
-    """
-    order = EvaluationOrder(data, *processes(module))
-    return DataLoader(Numbered(data, 0), batch_size=batch_size, sampler=order, **options)

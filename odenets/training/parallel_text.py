@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..models.revcol_seq import END, PAD, START
 from .data import hold_out
-from .order import evaluation_loader, training_loader
+from .order import loader
 from .sources import TEST, TRAIN, VALIDATION, DataError, find_column, open_tables
 
 FIRST = 3  # the word of byte 0, after those that pad, start and end
@@ -169,11 +169,11 @@ class ParallelText(L.LightningDataModule):
         return found
 
     def _loader(self, name: str) -> DataLoader:
-        loader = training_loader if name == "train" else evaluation_loader
         return loader(
             self,
             self.sets[name],
             self.batch_size,
+            train=name == "train",
             collate_fn=padded,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

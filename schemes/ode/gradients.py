@@ -28,6 +28,7 @@ def recomputed(method: Any) -> Callable[..., Attempt]:
             # The first slope came in from outside, and goes out as it came.
             return (tried.y, *tried.slopes[1:])
 
+        # Slopes are given out, as dense output and the next step read them; what is inside of the field is not kept.
         y1, *slopes = checkpoint(run, y, k, use_reentrant=False)  # type: ignore[misc]
         return Attempt(y1, [k, *slopes])
 

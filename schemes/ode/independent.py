@@ -247,6 +247,7 @@ class Solve:
         """Times at jumps as the numbers just before or after them."""
         near = time.to(time_dtype(y))
         aim = -math.inf if before == (self.sign > 0) else math.inf
+        # The neighbour in the precision in which the field reads times; in double it would be rounded back to the jump.
         other = torch.nextafter(near, torch.full_like(near, aim)).to(time.dtype)
         jumps = torch.tensor(self.control.jump_t, dtype=time.dtype, device=time.device)
         return torch.where((time[:, None] == jumps).any(1), other, time)
@@ -295,6 +296,7 @@ class Solve:
         control, t = self.control, self.times[:, 0].clone()
         k = self.start(f, t, y)
         fine = torch.isfinite(y).reshape(len(y), -1).all(1) & torch.isfinite(k).reshape(len(y), -1).all(1)
+        # Of its samples alone: one that is broken from the start does not stop the others.
         log.status[~fine] = NOT_FINITE
         if control.first_step is not None:
             h = torch.full_like(t, abs(control.first_step))
@@ -392,6 +394,8 @@ class Solve:
             if not bool(ready.any()):
                 return
             value, theta = tried.y, torch.ones_like(front.t)
+            # Where steps land on every time, a value within a step is asked for only because an event has cut the step
+            # short.
             if not self.land or self.events:
                 inside = ready & (due != tried.t)
                 if bool(inside.any()):
@@ -426,6 +430,7 @@ class Solve:
             done = done | (passed & (front.stop >= count))
         log.status[own] = torch.where(done & ~stopped, FINISHED, log.status[own])
         front.active = front.active & ~done
+        # At every iteration, as a row may be left out of the next.
         log.t[own], log.y[own] = front.t, front.y
         front.stop = front.stop.clamp(max=count - 1)
         if tried.end is None or self.jumps:

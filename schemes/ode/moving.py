@@ -37,6 +37,7 @@ def with_times(problem: Problem, ys: Tensor, numbers: Sequence[float]) -> Tensor
     """Values at all times, to which a gradient of their times flows along the field."""
     if not moves(problem):
         return ys
+    # An evaluation for each time, paid only where a gradient of the times is wanted.
     rows = [y + shift(problem, i) * _slope(problem, numbers[i], y) for i, y in enumerate(ys)]
     return torch.stack(rows)
 

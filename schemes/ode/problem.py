@@ -83,6 +83,7 @@ class Problem:
         self.events: Sequence[Event] = list(settings.events)
         self.dense, self.check, self.endless = settings.dense, settings.check, settings.endless
         self.packing = Packing(y0, self.apart)
+        # A copy: the adjoint's own are taken out of it, and the user's dictionary stays whole.
         self.options = dict(settings.options or {})
         self.back = {k: self.options.pop(k) for k in list(self.options) if k.startswith("adjoint_")}
         self.rtol, self.atol = settings.rtol, settings.atol
@@ -93,12 +94,14 @@ class Problem:
         self.func: Callable[..., Tensor] = self.user if self.packing.alone else self._packed
         paired = isinstance(self.scheme, RungeKutta) and self.scheme.tableau.b_hat is not None
         self.rule: Rule | None = rule_for(self.scheme) if self.gradient == "reverse" else rule(self.scheme)
+        # A step size can be chosen where a step comes with an error estimate, and only there.
         estimates = paired if self.rule is None else self.rule.estimates
         self.adaptive = estimates and not reading.is_fixed(self.options)
         self._refuse(paired)
 
     def but(self, **changes: Any) -> "Problem":
         """The same problem with other attributes; what was checked stays checked."""
+        # Shallow, and the field of packed states stays bound to the first problem, whose packing both share.
         found = copy.copy(self)
         for name, value in changes.items():
             setattr(found, name, value)
@@ -113,6 +116,7 @@ class Problem:
         if reading.is_fixed(self.options) or own.backend != "schemes":
             raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
         self.rtol, self.atol = own.rtol, own.atol
+        # What the call says wins over what the scheme brings along.
         self.options.setdefault("max_steps", own.max_steps)
         self.gradient = "adjoint" if own.adjoint else self.gradient
         return own.pair.scheme
@@ -169,6 +173,7 @@ class Problem:
             return None
 
         def wrapped(call: Any) -> Any:
+            # As torchdiffeq calls them: with tensors, the user's tree, and a size without a sign.
             return call and (lambda t, y, h: call(clock(t, y), self.packing.unpack(y), clock(abs(h), y)))
 
         return [wrapped(call) for call in given]

@@ -45,6 +45,7 @@ def retrace(solve: Solve, batch: Batch, y: Tensor, recompute: bool) -> tuple[Ten
     """
     f, pair, side = solve.rows.at(None), solve.pair, solve.side(y)
     plan = _Plan(batch)
+    # Times that a sample did not reach stay NaN, as in the first pass.
     values = [y, *[torch.full_like(y, torch.nan) for _ in range(len(batch.places) - 1)]]
     states: dict[int, Tensor] = {}
     starts, sizes = batch.steps
@@ -105,4 +106,5 @@ class _Plan:
         inside = at(theta)
         for sample in self.ends[j]:
             states[sample] = inside[sample]
+        # The sample rests at its event from here on, with size 0.
         return torch.where(wide(chosen, y).bool(), inside, y)

@@ -97,6 +97,7 @@ class Signs:
             if row in over:
                 continue
             n, c = self.owners[m]
+            # The extension is one of the whole batch: all rows are evaluated there, and one is wanted.
             y = at(torch.full_like(t, theta))[row]
             found.append(Hit(Place(n, c, float(t[row] + theta * h[row]), y), row, theta))
             if self.events[n].terminal:

@@ -25,6 +25,7 @@ def solve_samples(problem: Problem) -> Solution:
         return trivial(problem, times[0].tolist() if n else [0.0] * times.shape[1])
     if problem.endless:
         sign = torch.sign(times[:, 1:] - times[:, :1])
+        # Each sample in its own direction, until its own event.
         times = torch.cat((times[:, :1], times[:, :1] + sign * torch.inf), 1)
     solve, y = _solve(problem, times), problem.y0
     if torch.is_grad_enabled() and problem.times.requires_grad:
@@ -91,6 +92,7 @@ def _with_graph(problem: Problem, solve: Solve, batch: Batch, y: Tensor) -> tupl
     if not torch.is_grad_enabled():
         return ys, states
     f, times = solve.rows.at(None), solve.times
+    # One evaluation tells whether the field reads anything that needs a gradient; the second pass is not cheap.
     if y.requires_grad or f(times[:, 0], y).requires_grad:
         ys, states = retrace(solve, batch, y, problem.gradient == "checkpoint")
     if problem.times.requires_grad and not problem.endless:

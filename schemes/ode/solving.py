@@ -23,6 +23,7 @@ def solve(problem: Problem) -> Solution:
         return solve_samples(problem)
     numbers: list[float] = problem.times.detach().tolist()
     if len(numbers) == 1 or problem.y0.numel() == 0:
+        # Before any method is asked: its loop would look for a first step size.
         return trivial(problem, numbers)
     if problem.gradient in ("adjoint", "reverse") and problem.events:
         return _located_first(problem, numbers)
@@ -52,6 +53,7 @@ def _located_first(problem: Problem, numbers: list[float]) -> Solution:
     if end == numbers[0]:  # no step, and nothing to make again
         return answer(plain, *_solved(plain, numbers), numbers)
     sign = 1.0 if end >= numbers[0] else -1.0
+    # Times behind the event have no values.
     inner = [] if problem.endless else [x for x in numbers[1:] if (end - x) * sign > 0]
     row = [numbers[0], *inner, end]
     # The time of the event has a gradient by the event function alone; those before it move with the user's.

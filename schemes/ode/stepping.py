@@ -35,6 +35,7 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
                 "odeint: t needs a gradient; fixed steps have it where they end on every time "
                 "(step_size or steps, no interp, no grid, no event)."
             )
+        # Steps are then made of differences of these, so the graph leads through them.
         moving = problem.times
     again = problem.gradient == "checkpoint" and torch.is_grad_enabled()
     run = fixed_steps.solve(
@@ -56,6 +57,7 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
 def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> Grid:
     """Where the steps go."""
     if problem.endless:
+        # Other options divide an interval, and without an end there is none.
         if given.step_size is None:
             raise SchemeError(f"odeint: an event under {problem.scheme}, which takes fixed steps, wants a step_size.")
         return None
@@ -64,6 +66,7 @@ def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float])
         points = given.constructor(problem.user, problem.packing.unpack(problem.y0), problem.times.detach())
     if points is not None:
         row: list[float] = points.detach().reshape(-1).tolist()
+        # Exactly: a grid that ends a little early would give the last value of another time.
         if row[0] != times[0] or row[-1] != times[-1]:
             raise SchemeError(
                 f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {times[0]:g} to {times[-1]:g}."
