@@ -29,6 +29,7 @@ def _runge_kutta(make: Callable[..., Tableau]) -> Callable[..., Scheme]:
     # Typed, as 1, 1.0 and true are equal keys and may be different arguments.
     @functools.lru_cache(maxsize=64, typed=True)
     def build(*args: Any, **kwargs: Any) -> Scheme:
+        # Kept by its arguments: one text must give one object, whose scaled coefficients are then shared.
         return RungeKutta(make(*args, **kwargs))
 
     return functools.update_wrapper(build, make)
@@ -182,6 +183,7 @@ def catalogue() -> tuple[CatalogueEntry, ...]:
         if t is None:
             rows.append(CatalogueEntry(name, scheme.stages, scheme.order, None, None, None, None, True, ""))
             continue
+        # In exact numbers, at each call: the catalogue is for pages, and no other code waits for it.
         real, imaginary = stability.real_interval(t), stability.imaginary_interval(t)
         rows.append(
             CatalogueEntry(name, t.stages, t.order, t.order_hat, t.mixing, real, imaginary, t.digits is None, t.cite)

@@ -124,6 +124,7 @@ class _Augmented:
         """The right-hand side: f, and the products of its derivatives with the adjoint, from one evaluation."""
         at, adjoint, *_ = flat.split(self.parts)
         y = self.like
+        # In the state's own dtype, which the field expects; the flat tensor may be wider.
         at = _as(at, y.dtype).reshape(y.shape).detach().requires_grad_()
         with torch.enable_grad():
             k = self.reads.evaluate(self.func, t, at)
@@ -147,6 +148,7 @@ class _Augmented:
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in that dtype; the real part where it is real."""
+    # The gradient of a real tensor is real; what is imaginary is what it does not reach.
     return (x.real if x.is_complex() and not dtype.is_complex else x).to(dtype)
 
 

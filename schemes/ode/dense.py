@@ -39,6 +39,7 @@ class Segment:
                     y = y + (self.h * _horner(p, theta)).to(k.real.dtype if k.is_complex() else k.dtype) * k
             return y
         theta = (t - self.t0) / self.h
+        # The weights are numbers here, so that the value is one sum over the stages.
         row = tuple((j, self.h * _horner(p, theta)) for j, p in enumerate(polynomials) if any(p))
         return combine(self.y, slopes, row)
 

@@ -117,6 +117,7 @@ class Watch:
         values = torch.cat(parts).tolist()
         self.signs = [(v > 0) - (v < 0) for v in values]
         for (n, c), v in zip(self.owners, values, strict=True):
+            # Else the solve leaves zero first, and a bouncing ball is not caught on the ground that it starts from.
             if v == 0 and self.events[n].at_start:
                 run.events.append(Place(n, c, run.t, y))
                 if self.events[n].terminal:
@@ -128,6 +129,7 @@ class Watch:
         """Looks at a step; whether the solve ends within it."""
         with torch.no_grad():
             rows = []
+            # The end itself and not t0 + h, which may differ from it by rounding.
             times = [piece.t0 + x * piece.h if x < 1 else piece.t1 for x in self.samples]
             for t in times:
                 rows.append(torch.cat(self._values(t, piece.at(t))))

@@ -68,15 +68,18 @@ def odeint(
         >>> [round(float(x), 6) for x in y]
         [1.0, 0.606531, 0.367879]
     """
+    # Counted at the start too, as torchdiffeq does; an `Event` of the user's own says that itself.
     events = () if event_fn is None else event_fn if isinstance(event_fn, (list, tuple)) else (event_fn,)
     events = [e if isinstance(e, Event) else Event(e, at_start=True) for e in events]
     if events and not any(e.terminal for e in events):
         raise SchemeError("odeint: no event of event_fn is terminal, so the solve would not end; use integrate.")
+    # With an event the second time gives the direction and no end, which is what torchdiffeq's callers expect.
     settings = Settings(method, rtol, atol, options, gradient, batch, events, endless=bool(events))
     found = solve(Problem(func, y0, t, settings))
     if not events:
         return found.y
     if batch == "independent":
+        # One terminal event for each sample, since each goes on until it has met one.
         ends = {e.sample: e for e in found.events if events[e.number].terminal}
         times = torch.stack([ends[n].t for n in range(len(ends))])
     else:
@@ -172,6 +175,7 @@ def odeint_adjoint(
         "adjoint_options": adjoint_options,
         "adjoint_params": None if adjoint_params is None else tuple(adjoint_params),
     }
+    # None is torchdiffeq's way to say "as in the forward solve", and so it is left out.
     given = {**(options or {}), **{k: v for k, v in back.items() if v is not None}}
     return odeint(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=given, gradient="adjoint", event_fn=event_fn
@@ -200,6 +204,7 @@ def odeint_event(
         kwargs: passed on.
     """
     start = torch.as_tensor(t0).reshape(-1)
+    # Detached: the second time gives a direction, and must not carry a gradient of the first.
     t = torch.cat((start, start.detach() + (-1.0 if reverse_time else 1.0)))
     return (odeint_interface or odeint)(func, y0, t, event_fn=event_fn, **kwargs)
 

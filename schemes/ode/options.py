@@ -61,6 +61,7 @@ def _number(name: str, value: Any) -> float:
         if value.requires_grad:
             raise SchemeError(f"odeint: the option {name} requires a gradient; a limit has none, detach it.")
         value = value.item() if value.numel() == 1 else None
+    # ``True`` is a number to Python.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SchemeError(f"odeint: the option {name} is {value!r}, want a number.")
     return float(value)

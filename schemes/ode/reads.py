@@ -98,6 +98,7 @@ class Reads:
     def _add(self, x: Tensor) -> None:
         if not x.requires_grad:
             return
+        # A leaf is known by itself, a result by the node that made it: two views of one result are two edges.
         if x.is_leaf:
             if id(x) in self._leaves:
                 return
@@ -120,6 +121,7 @@ class Reads:
             return False
         if (id(k.grad_fn), k.output_nr) in self._edges:
             return False
+        # A loop and not a recursion: graphs of deep fields are longer than Python's stack.
         queue, visited = [k.grad_fn], {k.grad_fn}
         while queue:
             node = queue.pop()

@@ -29,6 +29,7 @@ class _Reverse(torch.autograd.Function):
     def forward(ctx: Any, back: "Backward", forward: Callable[..., Any], y0: Tensor, *reads: Tensor):
         run, state, kept = forward(y0.detach())
         ctx.back, ctx.steps, ctx.streams = back, run.steps, len(state)
+        # Tensors must be saved by autograd itself, so that a write to one is noticed; the step numbers are kept beside.
         ctx.kept = {n: i for i, n in enumerate(kept)}
         ys = torch.stack(run.ys)
         run.ys = []  # the stacked values are the only ones kept
@@ -38,6 +39,7 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         (ys, *saved), n = ctx.saved_tensors, ctx.streams
+        # The first n are the last streams; then n for each place where they started anew.
         kept = {step: tuple(saved[n * (i + 1) : n * (i + 2)]) for step, i in ctx.kept.items()}
         return None, None, *once("reverse", ctx.back(ctx.steps, ys.detach(), tuple(saved[:n]), kept, grad))
 
@@ -55,7 +57,9 @@ class Backward:
         with torch.no_grad(), self.precision.again(grad.device.type):
             tape = Tape(self.func, self.reads)
             s: State = tuple(state)
+            # The loss sees the first stream alone.
             g: State = (grad[-1], *(torch.zeros_like(x) for x in s[1:]))
+            # By equal numbers: steps end on the very times that were asked for.
             places = {t: i for i, t in enumerate(self.times[:-1])}
             for n in reversed(range(len(steps))):
                 t, h = steps[n]
@@ -63,6 +67,7 @@ class Backward:
                 if n in kept:  # the streams started anew from their value
                     first = self.rule.back_start(tape, t, s, g)
                     s = tuple(kept[n])
+                    # What the other streams have learned has gone into the value from which they started.
                     g = (first, *(torch.zeros_like(x) for x in s[1:]))
                 if t in places:
                     i = places[t]
@@ -74,6 +79,7 @@ class Backward:
     def _close(self, again: Tensor, was: Tensor, t: float) -> None:
         """Refuses gradients of states that are not those of the forward pass."""
         drift, size = torch.stack((rms((again - was).abs()), rms(was.abs()))).tolist()
+        # Written so that NaN is refused too. A little is allowed where the state itself is zero.
         if not drift <= DRIFT * max(size, 1e-30) + 1e-12:
             raise SchemeError(
                 f"odeint: gradient='reverse' made the state at t={t:g} again with a relative error of "

@@ -54,6 +54,7 @@ def attempt(
         time = t + c * h
         ks.append(f(side(time) if side is not None and c == 1 else time, x))
     if not pair.reuses:
+        # Where the last stage stands at the end of the step, its input is the result already.
         x = shifted(y, ks, pair.weights, step)
     return x, ks
 

@@ -43,6 +43,7 @@ class Rows:
         def call(t: Tensor, y: Tensor) -> Tensor:
             self.count += 1
             self.rows += y.shape[0]
+            # So that a field may write t * y, whatever the shape of a sample.
             time = t.to(time_dtype(y)).reshape(-1, *(1,) * (y.ndim - 1))
             k = self.func(time, y) if self.context is None else self.func(time, y, context)
             return k if isinstance(k, Tensor) and k.shape == y.shape and k.dtype == y.dtype else fitted(k, y)
@@ -58,6 +59,7 @@ def wide(h: Tensor, y: Tensor) -> Tensor:
 def norms(control: Control, weighted: Tensor) -> Tensor:
     """The norm of every row."""
     if control.norm is not None:
+        # The user's norm is one of a single state.
         return torch.func.vmap(control.norm)(weighted)
     flat = weighted.reshape(weighted.shape[0], -1)
     return torch.linalg.vector_norm(flat, dim=1) / max(flat.shape[1], 1) ** 0.5
