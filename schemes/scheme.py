@@ -214,7 +214,7 @@ class Scheme(ABC):
         return self.plan[n % len(self.plan)]
 
     def whole(self, n: int) -> "Scheme":
-        """The scheme of use n where all of it counts as one step: ``at(n)``, and of a mix the whole period."""
+        """The scheme of use n where a mix counts as one step, its whole period; of any other scheme ``at(n)``."""
         return self.at(n) if len(self.plan) == 1 else self
 
     def stream_widths(self, channels: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from .surroundings import Read, Surroundings
 
 
 class Rerun:
-    """The context of a recomputation; entered as often as one is asked for, also within itself."""
+    """The context of a recomputation; entered once for each, and again while one is under way."""
 
     def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
         self.members, self.where = Members(modules), where

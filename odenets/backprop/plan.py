@@ -82,8 +82,8 @@ class Piece(NamedTuple):
         streams: storages of the streams before it.
         kept: what it keeps until its backward pass.
         extra: bytes that it keeps beside.
-        tops: the most bytes live at its moments, beside what earlier pieces keep; by which of the streams before the
-            piece are among them, which an earlier piece may hold.
+        tops: the most bytes that are live at once while it runs, without what earlier pieces keep: a figure for each
+            set of its input streams that is among them, since an earlier piece may hold those already.
         error: relative error of the states that it makes again.
     """
 
@@ -364,7 +364,7 @@ class _Union:
 
 
 class _Tops:
-    """The most bytes of all moments so far, by which streams of the beginning are among them."""
+    """The most bytes that were live at any moment so far, for each set of input streams that was among them."""
 
     def __init__(self, streams: Names):
         self.streams = streams

@@ -281,7 +281,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def close_part(folder: Path, written: dict[str, int] | None) -> None:
-    """Before a run is resumed: sets its metrics aside, such that all parts in order are its rows, each once.
+    """Sets the metrics of a run aside before it is resumed, so that all parts together hold each of its rows once.
 
     Rows of steps that the checkpoint does not have, and that are taken again, go to a file `...-superseded.csv`.
 

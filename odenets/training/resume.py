@@ -102,7 +102,7 @@ def _set(progress: _Progress | _BatchProgress, current: int, total: int | None =
 
 
 def go_to(trainer: L.Trainer, place: Place) -> None:
-    """Has a fit loop that was restored, and has not begun, go on at a place."""
+    """Makes a fit loop that was restored, and has not begun yet, go on at a place."""
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     inside = place.batch > 0
     _set(fit.epoch_progress, place.epoch, begun=int(inside))
@@ -245,7 +245,7 @@ class Resume(Callback):
 
 
 def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Lets `best` know its file where the run's folder was moved; else a worse one would take its place."""
+    """Tells `best` where its file is now if the run's folder was moved; else a worse checkpoint would replace it."""
     for callback in trainer.checkpoint_callbacks:
         state = states.get(callback.state_key)
         if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:

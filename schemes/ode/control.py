@@ -139,7 +139,7 @@ class Pace:
         return self.sign * min(max(abs(h), self.control.min_step), self.control.max_step)
 
     def propose(self, t: float, target: float) -> tuple[float, float]:
-        """The size and the end of the next step, which goes no further than the target; ``lands``: it goes that far."""
+        """The size and the end of the next step, no further than the target; sets ``lands``, whether it reaches it."""
         rest = target - t
         size, length = abs(self.h), abs(rest)
         # A hundredth more rather than a step of a hundredth behind it.

@@ -21,7 +21,7 @@ from .events import Event, Place
 from .field import time_dtype
 from .pairs import Pair
 from .row_events import At, Signs
-from .row_steps import Side, attempt, gathered, within
+from .row_steps import attempt, gathered, within
 from .rows import RowField, Rows, first_steps, norms, wide
 
 # Those from MAX_STEPS on are failures.
@@ -44,6 +44,7 @@ class Batch:
         evaluations: calls of the field.
         rows: rows of all evaluations together.
         steps: starts and sizes of the accepted steps, (steps, batch); a sample that is done has size 0.
+        until: their ends, which are not quite starts and sizes together; None where func does not jump.
         events: what was found.
         samples: the samples of the events.
         places: (times, batch), after which of its steps a sample has its value at a time; -1 at the start.
@@ -61,6 +62,7 @@ class Batch:
     evaluations: int
     rows: int
     steps: tuple[Tensor, Tensor]
+    until: Tensor | None
     events: list[Place]
     samples: list[int]
     places: Tensor
@@ -85,16 +87,18 @@ class Log:
         self.status = torch.zeros(n, dtype=torch.long, device=y.device)
         self.accepted, self.rejected = torch.zeros_like(self.status), torch.zeros_like(self.status)
         self.t, self.y = times[:, 0].clone(), y.clone()
-        # Of each iteration: where the steps started, their sizes, and which of them were kept.
+        # Of each iteration: where the steps started, their sizes, which of them were kept, and with jumps their ends.
         self.starts: list[Tensor] = []
         self.sizes: list[Tensor] = []
         self.kept: list[Tensor] = []
+        self.until: list[Tensor] = []
         self.events: list[Place] = []
         self.samples: list[int] = []
         self.ends: dict[int, tuple[int, float]] = {}
 
     def batch(self, iterations: int, rows: Rows) -> Batch:
         """All of it, when the solve is over."""
+        starts, sizes, until = self._compacted()
         return Batch(
             self.ys,
             self.t,
@@ -105,7 +109,8 @@ class Log:
             iterations,
             rows.count,
             rows.rows,
-            self._compacted(),
+            (starts, sizes),
+            until,
             self.events,
             self.samples,
             self.places,
@@ -113,24 +118,27 @@ class Log:
             self.ends,
         )
 
-    def _compacted(self) -> tuple[Tensor, Tensor]:
-        """The accepted steps of each sample, one below the other."""
+    def _compacted(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The accepted steps of each sample, one below the other: starts, sizes, and ends where they were noted."""
         n = self.accepted
         most = int(n.max()) if len(n) else 0
-        t, h = (torch.zeros((most + 1, len(n)), dtype=torch.float64, device=n.device) for _ in range(2))
-        if self.starts:
-            good = torch.stack(self.kept)
-            # Rejected steps all go into one row more than there are accepted ones, which is then cut off.
-            index = torch.where(good, good.long().cumsum(0) - 1, most)
-            t.scatter_(0, index, torch.stack(self.starts))
-            h.scatter_(0, index, torch.stack(self.sizes))
-        t, h = t[:most], h[:most]
         if not most:
-            return t, h
+            nothing = torch.zeros((0, len(n)), dtype=torch.float64, device=n.device)
+            return nothing, nothing, nothing if self.until else None
+        good = torch.stack(self.kept)
+        # Rejected steps all go into one row more than there are accepted ones, which is then cut off.
+        index = torch.where(good, good.long().cumsum(0) - 1, most)
+
+        def column(values: list[Tensor]) -> Tensor:
+            empty = torch.zeros((most + 1, len(n)), dtype=torch.float64, device=n.device)
+            return empty.scatter_(0, index, torch.stack(values))[:most]
+
+        t, h = column(self.starts), column(self.sizes)
         # A sample that is done rests at its end: the field is then evaluated at a time that it has seen.
         rest = torch.arange(most, device=n.device)[:, None] >= n
         ends = (t + h).gather(0, (n - 1).clamp(min=0)[None])
-        return torch.where(rest, ends, t), torch.where(rest, torch.zeros_like(h), h)
+        until = torch.where(rest, ends, column(self.until)) if self.until else None
+        return torch.where(rest, ends, t), torch.where(rest, torch.zeros_like(h), h), until
 
 
 class Front:
@@ -252,10 +260,6 @@ class Solve:
         jumps = torch.tensor(self.control.jump_t, dtype=time.dtype, device=time.device)
         return torch.where((time[:, None] == jumps).any(1), other, time)
 
-    def side(self, like: Tensor) -> Side:
-        """What evaluates the end of a step just before a jump there; None where there are no jumps."""
-        return (lambda time: self.beside(time, like, True)) if self.jumps else None
-
     def start(self, f: RowField, t: Tensor, y: Tensor) -> Tensor:
         """The slopes at the start of steps, just after a jump there."""
         return f(self.beside(t, y, False) if self.jumps else t, y)
@@ -265,7 +269,7 @@ class Solve:
         """The solve, without a graph."""
         f, log, iterations = self.rows.at(None), Log(self.times, y), 0
         front = self._front(f, log, y)
-        side, real, column = self.side(y), front.size.dtype, (-1, *(1,) * (y.ndim - 1))
+        real, column = front.size.dtype, (-1, *(1,) * (y.ndim - 1))
         watch = Signs(self.events, self.unpack, front.t, y) if self.events else None
         if watch is not None:
             self._events_at_start(watch, front, log)
@@ -281,9 +285,10 @@ class Solve:
                     watch.keep(keep)
             h, t, lands = self._propose(front, log)
             step = h.to(real).reshape(column)
-            y1, slopes = attempt(self.pair, f, front.t, h, step, front.y, front.k, side)
+            before = self.beside(t, y, True) if self.jumps else None
+            y1, slopes = attempt(self.pair, f, front.t, h, step, front.y, front.k, before)
             size, end = y1.abs(), slopes[-1] if self.pair.reuses else None
-            good = self._judge(front, log, h, lands, gathered(slopes, self.pair.errors) * step, size)
+            good = self._judge(front, log, h, t, lands, gathered(slopes, self.pair.errors) * step, size)
             tried = Tried(h, step, t, lands, y1, slopes, size, good, end)
             if watch is not None:
                 self._look(f, watch, front, log, tried)
@@ -333,7 +338,9 @@ class Solve:
         h = torch.where(front.active, h, torch.zeros_like(h)) * self.sign
         return h, torch.where(lands & front.active, target, front.t + h), lands
 
-    def _judge(self, front: Front, log: Log, h: Tensor, lands: Tensor, error: Tensor, size: Tensor) -> Tensor:
+    def _judge(
+        self, front: Front, log: Log, h: Tensor, t: Tensor, lands: Tensor, error: Tensor, size: Tensor
+    ) -> Tensor:
         """Which steps are kept, by their errors; sets the sizes of the next: `control.Control.factor` and `shrink`."""
         control, own, active = self.control, front.own, front.active
         front.ratio = ratio = norms(control, error / control.scale(torch.maximum(front.size, size))).double()
@@ -344,7 +351,10 @@ class Solve:
         log.rejected[own] += bad.long()
         front.tries += active.long()
         k, n = 1 / (self.pair.order + 1), len(log.status)
-        for record, value in ((log.starts, front.t), (log.sizes, h), (log.kept, good)):
+        recorded = [(log.starts, front.t), (log.sizes, h), (log.kept, good)]
+        if self.jumps:
+            recorded.append((log.until, t))
+        for record, value in recorded:
             record.append(torch.zeros(n, dtype=value.dtype, device=value.device).index_copy(0, own, value))
         p, i, d = control.proportional, control.integral, control.derivative
         r, r1, r2 = ratio.clamp(min=1e-10), front.before.clamp(min=1e-10), front.before2.clamp(min=1e-10)
@@ -368,7 +378,7 @@ class Solve:
         """The continuous extension of the step, made when it is first asked for."""
         if tried.at is None:
             if tried.end is None:
-                tried.end = f(tried.t, tried.y)
+                tried.end = f(self.beside(tried.t, tried.y, True) if self.jumps else tried.t, tried.y)
             tried.at = within(self.pair, f, front.t, tried.h, tried.step, front.y, tried.slopes, tried.end)
         return tried.at
 

@@ -105,6 +105,8 @@ def solve(
         g = near
         if pace.lands and target in jumps:
             g = f.beside(target, True, forward)
+            # The last stage reads t + h, which may differ from the target by rounding, and would be beyond the jump.
+            g.at[t + h] = g.at[target]  # type: ignore[index]
             if near.at is not None and g.at is not None:
                 # A step may begin at one jump and end at the next.
                 g.at.update(near.at)

@@ -105,7 +105,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
 
 
 def lands(options: Mapping[str, Any], pair: Any) -> bool:
-    """Whether steps end on every time asked for: where the continuous extension is of lower order than the error."""
+    """Whether steps end on every time: as told, else where the continuous extension is less exact than the steps."""
     given = options.get("outputs")
     if given not in (None, "step", "interpolate"):
         raise SchemeError(f"odeint: outputs is {given!r}, want 'step' or 'interpolate'.")

@@ -112,7 +112,10 @@ class Reads:
         self.tensors.append(x)
 
     def _walk(self, k: Tensor, since: int, y: Tensor, add: bool = True) -> bool:
-        """Adds the leaves under k; whether an edge leads to an unknown tensor of an earlier graph (or, else, any)."""
+        """Adds the leaves under k; returns whether an edge leads to an unknown tensor of an earlier graph.
+
+        With ``add=False`` nothing is added, and any unknown tensor counts, a leaf too.
+        """
         if k.grad_fn is None:
             if k.requires_grad and k is not y and id(k) not in self._leaves:  # func returns what it read
                 if not add:
@@ -181,7 +184,7 @@ class _Once(torch.autograd.Function):
 
 
 def once(way: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients whose own derivative is refused, where a graph of them is asked for (and else would be lost)."""
+    """The gradients; where a graph of them is asked for, behind a node that refuses to be differentiated again."""
     if not torch.is_grad_enabled():
         return list(grads)
     # Without an input that needs a gradient the node would not be recorded.

@@ -5,6 +5,7 @@ steps were found; a sample that has no more steps rests with size 0.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,18 +14,20 @@ from torch.utils.checkpoint import checkpoint
 from .independent import Batch, Solve
 from .pairs import Pair
 from .row_events import At
-from .row_steps import Side, attempt, within
+from .row_steps import attempt, within
 from .rows import RowField, wide
 
-Attempt = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+Attempt = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, list[Tensor]]]
 
 
-def _recomputed(pair: Pair, f: RowField, side: Side) -> Attempt:
+def _recomputed(pair: Pair, f: RowField) -> Attempt:
     """`attempt`, whose graph keeps the state and the slope at the start alone and makes the rest again."""
 
-    def tried(t: Tensor, h: Tensor, step: Tensor, y: Tensor, k: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def tried(
+        t: Tensor, h: Tensor, step: Tensor, y: Tensor, k: Tensor, end: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         def run(y: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-            y1, slopes = attempt(pair, f, t, h, step, y, k, side)
+            y1, slopes = attempt(pair, f, t, h, step, y, k, end)
             return (y1, *slopes[1:])
 
         # The first slope came in from outside, and goes out as it came: the checkpoint gives back what it computed.
@@ -43,26 +46,28 @@ def retrace(solve: Solve, batch: Batch, y: Tensor, recompute: bool) -> tuple[Ten
         y: the states at the start.
         recompute: whether each step's graph is dropped and made again in the backward pass.
     """
-    f, pair, side = solve.rows.at(None), solve.pair, solve.side(y)
+    f, pair = solve.rows.at(None), solve.pair
     plan = _Plan(batch)
     # Times that a sample did not reach stay NaN, as in the first pass.
     values = [y, *[torch.full_like(y, torch.nan) for _ in range(len(batch.places) - 1)]]
     states: dict[int, Tensor] = {}
     starts, sizes = batch.steps
-    tried = _recomputed(pair, f, side) if recompute else None
+    tried = _recomputed(pair, f) if recompute else partial(attempt, pair, f)
     k = solve.start(f, starts[0], y) if len(starts) else y
     for j, (t, h) in enumerate(zip(starts, sizes, strict=True)):
         step = wide(h, y)
-        y1, slopes = attempt(pair, f, t, h, step, y, k, side) if tried is None else tried(t, h, step, y, k)
+        until = t + h if batch.until is None else batch.until[j]
+        before = None if batch.until is None else solve.beside(until, y, True)
+        y1, slopes = tried(t, h, step, y, k, before)
         end = slopes[-1] if pair.reuses else None
         at: At | None = None
         if plan.looks_within(j):
-            end = f(t + h, y1) if end is None else end
+            end = f(until if before is None else before, y1) if end is None else end
             at = within(pair, f, t, h, step, y, slopes, end)
         plan.give(j, y1, at, values)
         stopped = j in plan.ends
         y = plan.stop(j, y1, at, states) if stopped and at is not None else y1
-        k = solve.start(f, t + h, y) if end is None or solve.jumps or stopped else end
+        k = solve.start(f, until, y) if end is None or solve.jumps or stopped else end
     return torch.stack(values), states
 
 

@@ -9,8 +9,6 @@ from ..runge_kutta import Terms
 from .pairs import Pair
 from .rows import RowField, wide
 
-Side = Callable[[Tensor], Tensor] | None  # moves times at jumps just before or after them
-
 
 def gathered(ks: Sequence[Tensor], row: Terms) -> Tensor:
     """sum_j row[j] k_j in a new tensor."""
@@ -34,7 +32,7 @@ def shifted(y: Tensor, ks: Sequence[Tensor], row: Terms, step: Tensor) -> Tensor
 
 
 def attempt(
-    pair: Pair, f: RowField, t: Tensor, h: Tensor, step: Tensor, y: Tensor, k: Tensor, side: Side
+    pair: Pair, f: RowField, t: Tensor, h: Tensor, step: Tensor, y: Tensor, k: Tensor, end: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The state after a step of every row, and the slopes of its stages.
 
@@ -46,13 +44,12 @@ def attempt(
         step: the same, to be multiplied with states.
         y: states at the start.
         k: slopes there.
-        side: corrects times at jumps.
+        end: times at the end, where they are not t + h to the field: at jumps, which it reads as just before them.
     """
     ks, x = [k], y
     for c, row in pair.tail:
         x = shifted(y, ks, row, step)
-        time = t + c * h
-        ks.append(f(side(time) if side is not None and c == 1 else time, x))
+        ks.append(f(end if end is not None and c == 1 else t + c * h, x))
     if not pair.reuses:
         # Where the last stage stands at the end of the step, its input is the result already.
         x = shifted(y, ks, pair.weights, step)

@@ -86,3 +86,14 @@ def picture_stack(scheme, steps, mode, **options):
     torch.manual_seed(0)
     make = options.pop("make", lambda: nn.Sequential(Block(), nn.Dropout(0.3)))
     return quiet([make() for _ in range(steps * schemes.get(scheme).stages)], scheme, backprop=mode, **options)
+
+
+def check_gradients(a, b, x):
+    """Two nets of equal weights and equal random numbers give every parameter the same gradient, and none is zero."""
+    b.load_state_dict(a.state_dict())
+    for net in (a, b):
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
+        torch.testing.assert_close(p.grad, q.grad, msg=key)
