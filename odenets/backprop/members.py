@@ -342,7 +342,7 @@ class Members:
         return self._everything
 
     def names(self) -> Namespace:
-        """What functions may change: attributes of a user's modules, and buffers; one object until something changes."""
+        """What functions may change: attributes of a user's modules, and buffers; one object until one changes."""
         if self._names is None or not self._names.same():
             self._names = Namespace(self._moving)
         return self._names
