@@ -214,6 +214,7 @@ class Reader:
             # Bound before it is called: a TypeError from inside would speak of code that the user never saw.
             inspect.signature(make).bind(*args, **kwargs)
         except TypeError as error:
+            # Without annotations: the user writes numbers and names, and no types.
             form = ", ".join(str(p).split(":")[0].strip() for p in inspect.signature(make).parameters.values())
             self._fail(f"{name}: {error}; it is written {name}({form})", at)
         try:

@@ -85,6 +85,7 @@ class LinearMethod:
             why = "it forgets a stream (V is singular)" if not m._regular else "its stages would be implicit"
             raise SchemeError(f"this scheme has no explicit inverse: {why}.")
         v = torch.linalg.inv(m.v)
+        # Solved for the old streams: y = V^-1 (new y - B F), put into the arguments.
         return LinearMethod(m._backwards(), m.u @ v, -v @ m.b, v, m.functions)
 
     def step(self, fs: Sequence[Function], state: State) -> State:

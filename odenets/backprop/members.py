@@ -24,6 +24,7 @@ _HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "
 _GLOBAL_HOOKS = [
     v for name in (*_HOOKS, *_HOOK_OPTIONS) if (v := getattr(torch_modules, "_global" + name, None)) is not None
 ]
+# Modules from here keep no tensors as plain attributes, so nobody need look for any.
 _OURS = ("torch.nn.modules", "odenets.stack", "odenets.step")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
 
@@ -170,6 +171,7 @@ class Contents:
         queue, seen = [*((c, _is_container) for c in containers), *((c, holds) for c in given)], set[int]()
         while queue and len(seen) < _LARGEST:
             c, looked_into = queue.pop()
+            # By identity: containers may hold themselves, and comparing their contents could raise.
             if id(c) in seen:
                 continue
             seen.add(id(c))

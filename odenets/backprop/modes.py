@@ -409,6 +409,7 @@ def format_mode(mode: Mode) -> str:
         return " + ".join(f"{count}*{part}" if count > 1 or alone else str(part) for count, part in mode.segments)
     changed = mode.options()
     name = mode.name
+    # The one argument that everybody gives is written without its name.
     if isinstance(mode, Checkpoint):
         return f"{name}({mode.every})" if changed else name
     given = ", ".join(f"{k}={v}" for k, v in changed.items())

@@ -98,6 +98,7 @@ class Planning:
         # The stacks measure themselves when the model calls them: only then is their input known.
         modes = {name: _Surveying(self, name) for name in self.stacks}
         with torch.enable_grad(), nothing_changed([self.model], True, (self.args, self.kwargs)), self._set(modes):
+            # Inside of a stack its own hooks are on top of these, so what is noted here was saved outside of stacks.
             with self.namer.saving(self.outside):
                 outputs = self.model(*self.args, **self.kwargs)
             outputs = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]

@@ -151,6 +151,7 @@ def solve(
         if pace.lands:
             # The slope at the end was that before the jump.
             if target in jumps:
+                # None: evaluated at the next step's start, once it is known that there is one.
                 near, k = f.beside(t, False, forward), None
             stop += 1
             if stop == len(ahead):

@@ -39,6 +39,7 @@ def steps(r: Rule, again: bool) -> Step:
             errors.append(None if error is None else error.detach())
             return found
 
+        # The error leaves by the list: it carries no gradient, and would else be kept as an output.
         return checkpoint(run, *s, use_reentrant=False), errors[0]  # type: ignore[return-value]
 
     return step

@@ -98,6 +98,7 @@ class Pair:
     def extended(self, f: Field, t: float, h: float, y: Tensor, attempt: Attempt, end: Tensor) -> list[Tensor]:
         """The slopes that the continuous extension reads: the stages', the one at the end, the extra ones."""
         rows, nodes, *_ = self.dense
+        # The order of the interpolant's rows: the stages, then the slope at the end where no stage is that.
         ks = attempt.slopes if self.reuses else [*attempt.slopes, end]
         if not rows:
             return ks

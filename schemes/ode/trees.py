@@ -42,6 +42,7 @@ class Packing:
                     "odeint: batch='independent' wants the samples along the first dimension of every tensor of y0, "
                     f"got shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}."
                 )
+        # They become one tensor.
         if len({leaf.device for leaf in leaves}) > 1:
             raise SchemeError("odeint: the tensors of y0 are on several devices, want one.")
         self.shapes = [leaf.shape for leaf in leaves]
@@ -50,6 +51,7 @@ class Packing:
         self.sizes = [leaf.shape[kept:].numel() for leaf in leaves]
         self.dtype = leaves[0].dtype
         for leaf in leaves[1:]:
+            # The widest holds all of them; handing out restores each leaf's own.
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
 
     def pack(self, tree: Any, what: str = "func") -> Tensor:
