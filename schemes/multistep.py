@@ -326,7 +326,7 @@ class AdamsBashforth2(Scheme):
             raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; other maps stand between two stacks.")
         x, before = state
         k = fs[0](x)
-        # There is no slope before the first: Euler's step has an error of the order that one step may have.
+        # There is no slope before the first. One step of Euler's, of local order 2, keeps the global order 2.
         slope = k if self.first is self else 1.5 * k - 0.5 * before
         return x + scaled(h, slope), k
 

@@ -296,7 +296,7 @@ class MixerNet(LevelNet):
             transition: nn.Module = nn.Identity()
             if level:
                 stride = 2 if halve else 1
-                # Half of the width, in multiples of 8, as GPUs like them.
+                # Half of the width, in multiples of 8, as published.
                 transition = _transition(*at.narrowed(at.grown // 16 * 8), stride, d.strided)
                 reductions.append(reductions[-1] * stride)
             self.transitions.append(transition)

@@ -657,7 +657,7 @@ def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, t
             continue
         pictures.append(levels.permute(2, 0, 1))
         kept.append(index)
-    # Those that could be read: labels and names must not slip against pictures.
+    # Only those that could be read, so that labels and names stay in step with the pictures.
     rows = torch.tensor(kept, dtype=torch.long)
     return Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
 

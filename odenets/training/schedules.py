@@ -78,7 +78,7 @@ class WarmupCosine(Schedule):
         # A short run would else end before it has reached its learning rate.
         warm = min(round(self.warmup * steps_per_epoch), steps // 2)
         if i < warm:
-            # From 1 on: a first step of size 0 would be a batch for nothing.
+            # From 1 on: a first step of size 0 would waste its batch.
             return (i + 1) / warm
         done = min((i - warm) / max(1, steps - warm), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2

@@ -16,7 +16,6 @@ from .problem import Problem
 def shift(problem: Problem, i: int) -> Tensor:
     """Zero, with the gradient of time i; under control per sample one for each, to be multiplied with a state."""
     t, y0 = problem.times[..., i], problem.y0
-    # In the time's own precision: rounded to the state's first, it would be no zero.
     zero = (t - t.detach()).to(y0.device, y0.real.dtype if y0.is_complex() else y0.dtype)
     return zero.reshape(-1, *(1,) * (y0.ndim - 1)) if zero.ndim else zero
 

@@ -91,7 +91,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
         found["max_steps"] = int(found["max_steps"])
     steps, jumps = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
     both = [*steps, *jumps]
-    # A stop twice would be a step of length 0 between.
+    # The same stop twice would ask for a step of length 0.
     if len(set(both)) < len(both):
         raise SchemeError("odeint: step_t and jump_t repeat a time; name each once, in one of them.")
     return Control(
