@@ -7,8 +7,8 @@ line above it (above its decorators, where it has some)::
     # long: one table, which would be harder to read in two
     def convert(...):
 
-It ends with the share of comments of each package: lines that hold one, of all lines; directives to tools, such as
-``# type: ignore``, are none.
+It ends with the share of comments of each package: lines that hold one, of all lines that are not blank; directives to
+tools, such as ``# type: ignore``, are none.
 """
 
 import ast
@@ -35,12 +35,12 @@ class Source:
     Attributes:
         code: numbers of the lines that hold code.
         comments: comments by line number, those to tools left out.
-        length: the number of all lines.
+        length: the number of lines that are not blank.
     """
 
     def __init__(self, text: str):
         self.tree = ast.parse(text)
-        self.length = len(text.splitlines())
+        self.length = sum(1 for line in text.splitlines() if line.strip())
         self.comments: dict[int, str] = {}
         self.code: set[int] = set()
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

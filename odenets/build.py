@@ -154,10 +154,13 @@ def warn_of_mixing(scheme: Scheme) -> None:
 def warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
     """Warns of residual functions that only an error estimate uses, where no step size follows from errors."""
     for part in dict.fromkeys(scheme.plan):
-        if isinstance(part, RungeKutta) and part.unused and not isinstance(rule, FromError):
+        if part.unused and not isinstance(rule, FromError):
+            # A wrapper around an embedded pair has the pair's unused functions, and no error estimate.
+            paired = part.tableau is not None and part.tableau.b_hat is not None
+            remedy = f"use pruned({part}), or forward_with_errors in the loss" if paired else "prune the pair inside it"
             warnings.warn(
                 f"{part}: of its {part.stages} residual functions a step, {len(part.unused)} enter the error estimate "
-                f"only and not the output; use pruned({part}), or forward_with_errors in the loss.",
+                f"only and not the output; {remedy}.",
                 stacklevel=4,
             )
 

@@ -100,9 +100,11 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     name = "state dict" if isinstance(source, Mapping) else str(source)
     state, beside = _unwrap(source if isinstance(source, Mapping) else read(source), name)
     own = model.state_dict()
+    # Prefixes go first: published layouts are told by their keys, which a wrapper has changed.
     state, dropped = _strip(model, state, own)
     dropped = beside + dropped
     keys = state.keys()
+    # The model's own keys are never renamed, whatever layout they may look like.
     known = model.key_map(keys) if isinstance(model, Renames) and keys != own.keys() else None
     layout, names, settings = known or KeyMap("own", {k: k for k in keys})
 
@@ -116,6 +118,7 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
         if target is None:
             dropped.append(key)
             continue
+        # Two keys for one place: which of them was meant cannot be told.
         if target not in own or target in placed:
             unmatched.append(key)
             continue
@@ -133,9 +136,11 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     missing = [k for k in absent if not OPTIONAL.search(k)]
     if unmatched or misshapen or unusable or missing:
         raise SchemeError(_misfits(model, name, unmatched, misshapen, unusable, missing))
+    # The one write, after all that could be refused; with the model's own values where the file may lack some.
     model.load_state_dict({**own, **found})
     for path, number in settings.items():
         module, _, name = path.rpartition(".")
+        # Numbers such as an epsilon, in which layouts differ though no tensor shows it.
         setattr(model.get_submodule(module), name, number)
     return Report(len(found), layout, tuple(dropped), tuple(absent))
 
@@ -242,6 +247,7 @@ def _unusable(value: Tensor, own: Tensor) -> str:
 def _unwrap(held: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], list[str]]:
     """The innermost state dict of a training checkpoint, and what weights beside it are left out."""
     beside: list[str] = []
+    # A Lightning checkpoint around a state dict around a wrapper; deeper nesting is something else.
     for _ in range(3):
         found = [c for c in CONTAINERS if isinstance(held.get(c), Mapping) and held[c]]
         if not found:
@@ -263,6 +269,7 @@ def _strip(
     if not any(COMPILED in key for key in own):
         state = {key.replace(COMPILED, ""): value for key, value in state.items()}
     dropped: list[str] = []
+    # Only as long as no key fits: a net may have a part that is called `net`.
     while not (state.keys() & own.keys()) and not (isinstance(model, Renames) and model.key_map(state.keys())):
         prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
         if prefix is None:

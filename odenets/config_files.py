@@ -21,6 +21,7 @@ def check_files(words: Sequence[str]) -> None:
         SchemeError: a file that is no UTF-8, has a tab as indentation, a key twice in one mapping, or aliases that
             would fill the memory.
     """
+    # Any word may name a file: options of a subcommand take configurations of their own.
     values = [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
     configs = {words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-c", "--config")}
     for value in dict.fromkeys(values):
@@ -28,6 +29,7 @@ def check_files(words: Sequence[str]) -> None:
             path = Path(value)
             try:
                 found = path.is_file()
+            # A word that is no path at all, such as one with a null byte or of thousands of characters.
             except (OSError, ValueError):
                 continue
             if found:
@@ -42,6 +44,7 @@ def check_file(path: Path) -> None:
         raise SchemeError(f"{path} has {path.stat().st_size:,} bytes\n  A configuration has a few thousand.")
     text = _text(path)
     try:
+        # Composed and not loaded: keys that stand twice, and aliases, are gone once there are dictionaries.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -77,6 +80,7 @@ def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int
     """The number of values below a node, aliases written out; raises for a key that stands twice."""
     if id(node) in above:
         raise SchemeError(f"{path}, line {node.start_mark.line + 1}: an alias of something that it is a part of")
+    # Counted once, however often an alias stands for it: the count must not take the time that it warns of.
     if id(node) in sizes:
         return sizes[id(node)]
     if len(above) > DEEPEST:
@@ -99,6 +103,7 @@ def _check_keys(pairs: Sequence[tuple[Any, Any]], path: Path) -> None:
     seen: dict[Any, int] = {}
     for key, _ in pairs:
         line = key.start_mark.line + 1
+        # A merge key may stand several times.
         if not isinstance(key.value, str) or key.value == "<<":
             continue
         if key.value in seen:

@@ -58,6 +58,7 @@ def alignment_by_column(
         references: the rows of the panels.
     """
     places = [name for name in names if name not in references]
+    # `columns.steps.3:1` is column 3, level 1.
     keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
     grid = all(len(key) == 2 and key[0].isdigit() for key in keys) and len({k[1] for k in keys}) > 1
     columns = sorted({int(key[0]) for key in keys}) if grid else list(range(len(places)))
@@ -74,6 +75,7 @@ def alignment_by_column(
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for a, line in enumerate(values):
             for b, value in enumerate(line):
+                # Dark fields are the low ones.
                 colour = "white" if value < 0.6 else "black"
                 axes.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
         ticks = [str(c + 1) for c in columns] if grid else places
@@ -128,6 +130,7 @@ def design_spaces(
     left, right = figure.subplots(1, 2)
     for name, group in values.items():
         ordered = sorted(100 * v for v in group)
+        # The empirical distribution itself: smoothing would invent networks that nobody trained.
         left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name)
     left.set_xlabel("validation accuracy, per cent")
     left.set_ylabel("share of networks up to it")

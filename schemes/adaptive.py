@@ -135,6 +135,7 @@ class Adaptive(Scheme):
         times = [0.0, *map(float, at)] if at is not None else [0.0, end]
         if times[-1] != end:
             raise SchemeError(f"{self}: the last time asked for is {times[-1]:g}, want the end of the step, {end:g}.")
+        # A learned length needs a slope even where it is 0, or it would stay there.
         if end == 0 and not (isinstance(h, Tensor) and h.requires_grad):
             return Solved([x] * (len(times) - 1), Run([x], 0.0, x))
         if x.numel() == 0 or end == 0:  # a step of Euler's shows what a gradient depends on
@@ -149,6 +150,7 @@ class Adaptive(Scheme):
 
         gradient = "adjoint" if self.adjoint else "store"
         ys, run = solved(func, x, times, self.pair, control, gradient=gradient, check=self._check)
+        # Without the start, which is the step's input.
         values = list(ys.unbind()[1:])
         if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
             # The end of the interval moves along the flow.

@@ -77,6 +77,7 @@ class Bidirectional(Coupling):
                 raise SchemeError("bidirectional: gamma is 0, so that x_{n-1} is lost; want any other number.")
             self.amplification = max(1.0, 1 / abs(self.gamma))
         else:
+            # A drawn gamma is a tensor whose size only a look at its values would tell; ``Bdia`` sets the figure right.
             self.amplification = 2.0
         self.first = _First()
 
@@ -91,12 +92,14 @@ class Bidirectional(Coupling):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,), gamma = fs, self.gamma
+        # x_n stays where it is and becomes x_{n-1} by the rotation; only x_{n-1} is written.
         return [Update(0, lambda s: (gamma, (1 - gamma) * s[1] + (1 + gamma) * scaled(h, f(s[1]))))]
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return (Slot(n, 0, streams[-1:], streams[-1]),)
 
     def __eq__(self, other: object) -> bool:
+        # Two draws print alike and are not the same step.
         return self is other or (super().__eq__(other) and not isinstance(self.gamma, Tensor))
 
     __hash__ = Coupling.__hash__
@@ -141,6 +144,7 @@ class Bdia(Scheme):
 
     def __init__(self, gamma: float = 0.5):
         self.gamma = float(gamma)
+        # A power of two, so that the grid loses whole bits and nothing is rounded.
         if self.gamma not in (2.0**-n for n in range(1, 11)):
             raise SchemeError(
                 f"bdia: gamma is {self.gamma:g}, want 1/2, 1/4, ... down to 1/1024; 1/2 is the usual one."
@@ -173,6 +177,7 @@ class Bdia(Scheme):
             (n, 1, ..., 1), of the dtype and device of x.
         """
         shape = (x.shape[0],) + (1,) * (x.dim() - 1)
+        # Per sample: one draw for the batch would make the gradient of a batch as noisy as that of a sample.
         bits = torch.randint(0, 2, shape, generator=generator, device=x.device)
         return (2 * bits - 1).to(x.dtype) * self.gamma
 

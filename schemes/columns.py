@@ -21,6 +21,7 @@ class _Column(Coupling):
     def __init__(self, levels: int, growth: int, huge: bool):
         self.levels, self.growth, self.huge = levels, growth, huge
         self.stages = self.evaluations = levels
+        # A column is one moment: its levels are resolutions, not times.
         self.nodes = (0.0,) * levels
 
     def readout(self, state: State) -> Tensor:
@@ -52,6 +53,7 @@ class FirstColumn(_Column):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         def update(level: int) -> Update:
+            # Its source is the stream that the update before has just appended.
             return Update(level + 1, lambda s: (1.0, scaled(h, fs[level](s[level]))), appends=True)
 
         return [update(level) for level in range(self.levels)]
@@ -115,6 +117,8 @@ class RevColCoupling(_Column):
 
     def _sources(self, level: int) -> tuple[int, ...]:
         """The streams that the function of a level is given."""
+        # Streams are counted from the stem, so that the level below is stream ``level`` and the one above ``level +
+        # 2``.
         sources = (level,) if level == self.levels - 1 else (level, level + 2)
         return (*sources, self.levels) if self.huge and level == 0 else sources
 

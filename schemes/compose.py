@@ -32,6 +32,7 @@ class _Once:
         self.g, self.seen, self.value = g, None, None
 
     def __call__(self, x: Tensor) -> Tensor:
+        # By identity: inner schemes hand on the very tensor, and comparing values would cost as much as the shortcut.
         if self.seen is not x:
             self.seen, self.value = x, self.g(x)
         return self.value  # type: ignore[return-value]
@@ -50,6 +51,7 @@ def _share(items: Sequence[Any], stages: int, start: int, part: int, uses: int) 
 
     Items that stand once, as functions without times do, serve for every use.
     """
+    # Functions come once, or with their times filled in once per use: only their number tells which.
     given = len(items) // stages
     if given == 1:
         return tuple(items[start : start + part])
@@ -107,12 +109,14 @@ class Nested(Scheme):
         self.stages = outer.stages * inner.stages
         self.span = outer.span * inner.span
         self.nodes = self._times(outer.nodes, inner.nodes)
+        # What a step does to the streams is the outer scheme's; the inner one only stands in for functions.
         for name in ("streams", "invertible", "shortcuts", "training_differs", "streams_added", "byproducts"):
             setattr(self, name, getattr(outer, name))
         self.amplification, self.exact = outer.amplification, outer.exact
         if outer.evaluations is not None and inner.evaluations is not None:
             self.evaluations = outer.evaluations * inner.evaluations
         if outer.mixing is not None and inner.mixing is not None and outer.gain and inner.gain:
+            # A stage strays by what the outer sums of whole inner increments, and by the inner's own stage on top.
             self.mixing, self.gain = outer.mixing * inner.gain + inner.mixing, outer.gain * inner.gain
         if outer.order and inner.order:
             self.order = self._order()
@@ -135,6 +139,8 @@ class Nested(Scheme):
         if _is_euler(outer):
             return inner.order
         if isinstance(outer, Composition) and outer.scale == 1.0:  # full steps: each part is nested by itself
+            # Nesting inside each part, and then one after the other, is the same network; each part has an order of its
+            # own.
             orders = [Nested(p, inner).order for p in set(outer.parts)]
             return None if None in orders else min(o for o in orders if o)
         if isinstance(outer, Nested):  # nesting is associative
@@ -150,6 +156,7 @@ class Nested(Scheme):
             return None
         if self.outer.span > 1:
             # An inner step of size h is the part 1 / span of the whole.
+            # Rows only: the weights make the increment, which the slope divides by h again.
             rows = [[x / self.outer.span for x in row] for row in inner.a]
             inner = Tableau.from_rows(rows, inner.b, name=inner.name, order=inner.order, digits=inner.digits)
         # Its order is ours: `nest` does not know of full steps, whose order may be higher.
@@ -162,6 +169,7 @@ class Nested(Scheme):
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         found = []
         for i, slot in enumerate(self.outer.slots(n, streams, out_channels)):
+            # Found here for schemes whose widths depend on the input; the others were refused when they were made.
             if out_channels is None and slot.in_channels != (slot.out_channels,):
                 raise SchemeError(self._uneven(streams))
             for j, raw in enumerate(self.inner.raw):
@@ -209,6 +217,7 @@ class Nested(Scheme):
             shortcut = gs if raws[i] else ()
             return lambda x: slope(part, x, h, shortcut)
 
+        # A reversible outer scheme evaluates everything twice, and its inner steps each have as many uses of their own.
         uses = len(fs) // (self.stages * inner_uses) if bound else 1
         return tuple(function(u, i) for u in range(uses) for i in range(self.outer.stages))
 
@@ -242,6 +251,7 @@ class Nested(Scheme):
         return self.outer.readout(state)
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
+        # Each inner stage that sees the raw input asks for the shortcut again.
         gs = tuple(_Once(g) for g in gs)
         return self.outer._step(self._functions(fs, h, gs), state, h, gs)
 
@@ -269,6 +279,7 @@ class Composition(Scheme):
         for p in parts:
             if p.nodes is None:
                 raise SchemeError(f"{self}: {p} chooses its own steps; only fixed-step schemes follow each other.")
+            # ``Steps`` are parts of one composition that was checked when it was made.
             if p != first and type(self) is not Steps and not (p.one_stream and first.one_stream):
                 where = " in training" if p.training_differs or first.training_differs else ""
                 raise SchemeError(
@@ -277,10 +288,12 @@ class Composition(Scheme):
                 )
         self.parts = parts
         self.stages = stages
+        # After the first part the streams have their new shape, and need none.
         self.streams, self.shortcuts = first.streams, first.shortcuts  # shortcuts are the first part's
         self.invertible, self.exact = all(p.invertible for p in parts), all(p.exact for p in parts)
         self.training_differs = any(p.training_differs for p in parts)
         self.streams_added, self.byproducts = sum(p.streams_added for p in parts), last.byproducts
+        # Undoing the last part grows an error that the part before grows again.
         self.amplification = math.prod(p.amplification for p in parts)
         mixings, gains = [p.mixing for p in parts], [p.gain for p in parts]
         if None not in mixings and None not in gains:
@@ -315,6 +328,7 @@ class Composition(Scheme):
 
     def whole(self, n: int) -> Scheme:
         count = len(self.parts)
+        # Part i of use n is step n * count + i of its scheme, whose first steps may differ.
         parts = tuple(p.whole(n * count + i) for i, p in enumerate(self.parts))
         if all(new is old for new, old in zip(parts, self.parts, strict=True)):
             return self
@@ -332,6 +346,7 @@ class Composition(Scheme):
             return self
         count = len(self.parts)
         parts = tuple(p.training_scheme(n * count + i, x) for i, p in enumerate(self.parts))
+        # Drawn part by part: each step of a repeated bdia has a sign of its own.
         return Steps(parts, self.scale, f"{self} in training, step {n}")
 
     @property
@@ -347,6 +362,7 @@ class Composition(Scheme):
         tableaus = [t for p in self.parts if (t := p.tableau)]
         if len(tableaus) < len(self.parts):
             return None
+        # Scaled to a total step of 1, as every tableau is; ``scale`` drops out.
         return compose(tableaus, [p.span for p in self.parts])
 
     @property
@@ -359,6 +375,7 @@ class Composition(Scheme):
         for p in self.parts:
             base = len(found)
             found += [
+                # Only the first part sees the step's input before the shortcut.
                 replace(slot, index=base + slot.index, raw=slot.raw and base == 0)
                 for slot in p.slots(n, streams, out_channels)
             ]
@@ -376,6 +393,7 @@ class Composition(Scheme):
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         i %= self.stages  # functions that are evaluated several times over come as often
         for p in self.parts:
+            # Streams are followed through the parts, as a part may append some, or rotate them.
             if i < p.stages:
                 return p.shape_of(i, streams)
             i, streams = i - p.stages, p.shapes_after(streams)  # type: ignore[assignment]
@@ -458,6 +476,7 @@ def _is_euler(scheme: Scheme) -> bool:
     if scheme.stages != 1 or not scheme.streams == 1:
         return False
     try:
+        # By what it does and not by its name: repeat(euler, 1) and a user's own scheme are Euler's too.
         m = probe(scheme)
     except SchemeError:
         return False
@@ -466,6 +485,7 @@ def _is_euler(scheme: Scheme) -> bool:
 
 def _check_outer(outer: Scheme) -> None:
     """Refuses an outer scheme whose residual functions no step can be: they take several streams, or change width."""
+    # A width that divides evenly, so that what differs is the scheme's doing and not the input's.
     widths = outer.stream_widths(12 * outer.streams)
     for n in (0, 1):
         part = outer.whole(n)
@@ -582,10 +602,12 @@ class Mix(Composition):
 
     def __init__(self, *parts: tuple[int, Scheme]):
         self.counts = tuple((_count("mix", n), _scheme("mix", s)) for n, s in parts)
+        # Before the period is written out: 4096*(4096*rk4) is short to type.
         if sum(n * s.stages for n, s in self.counts) > MAX_FUNCTIONS:
             raise SchemeError(f"{self}: more than {MAX_FUNCTIONS} residual functions in one period.")
         flat: list[Scheme] = []
         for n, s in self.counts:
+            # A mix within a mix becomes part of its period: a Stack makes one step of each.
             flat += s.plan * n
         self._set(tuple(flat))
 

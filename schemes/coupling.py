@@ -2,8 +2,7 @@
 
 An elementary update changes one stream and reads the others: ``x_d <- scale * x_d + shift(other streams)``. Whatever
 the other streams are, it is undone by ``x_d <- (x_d - shift) / scale``, with one evaluation of the same residual
-functions.
-Three instances:
+functions. Three instances:
 
 * revnet: ``x_0 <- x_0 + h F_0(x_1)``, then ``x_1 <- x_1 + h F_1(x_0)``.
 * momentum: ``v <- beta v + (1 - beta) F(x)``, then ``x <- x + h v``.
@@ -61,6 +60,7 @@ class Update(_Update):
 
     __slots__ = ()
 
+    # A named tuple takes no other keywords; the old names of two fields are translated here.
     def __new__(
         cls,
         dst: int,
@@ -89,14 +89,17 @@ def shortcut_of(update: Update, gs: Sequence[Function]) -> Any:
 def apply_update(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
     """The state after an elementary update."""
     d = update.dst
+    # Before anything is written: the terms read the state as it stands before this update.
     scale, shift, *byproducts = update.terms(state)
     if update.appends:
         return (*state, shift)
     new = list(state)
     x, g = state[d], shortcut_of(update, gs)
+    # A shortcut replaces the scale and not the shift, so the inverse is one subtraction and g's own inverse.
     if g is not None:
         new[d] = g(x) + shift
     elif isinstance(scale, Tensor):
+        # One kernel, and out of place: a function that ends in tanh has saved its value, which the shift may be.
         new[d] = torch.addcmul(shift, x, scale)
     else:
         new[d] = torch.add(shift, x, alpha=scale)
@@ -116,6 +119,7 @@ def invert_update(update: Update, state: State, gs: Sequence[Function] = ()) -> 
     if g is not None:
         new[d] = g.inverse(rest)
     else:
+        # Scale 1 is left out and not divided by: the usual case, and a pass over the memory saved.
         new[d] = rest if isinstance(scale, float) and scale == 1.0 else rest / scale
     return tuple(new)
 
@@ -164,6 +168,7 @@ class Coupling(Scheme):
     def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         self._check(gs)
         state = rotated(state, -self.rotate)
+        # The list depends on the number of streams before the step, which is what dense couplings count by.
         for update in reversed(self.updates(fs, h, len(state) - self.streams_added)):
             state = invert_update(update, state, gs)
         return state
@@ -182,6 +187,7 @@ class Coupling(Scheme):
         return rotated(streams, self.rotate)  # type: ignore[arg-type,return-value]
 
     def shapes_after(self, streams: tuple[torch.Size | None, ...]) -> tuple[torch.Size | None, ...]:
+        # A function that makes a stream is numbered as that stream is among the new ones.
         new = tuple(self.shape_of(i, streams) for i in range(self.streams_added))  # type: ignore[arg-type]
         return rotated((*streams, *new), self.rotate)  # type: ignore[arg-type,return-value]
 
@@ -223,6 +229,7 @@ class _Split(Coupling):
         return ", ".join(filter(None, given))
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        # A negative dim counts from the end: -1 needs one dimension, 0 needs one too.
         if self.split is not None and x.dim() > max(self.dim, -self.dim - 1):
             self.stream_widths(x.shape[self.dim])
             return torch.split(x, list(self.split), self.dim)
@@ -230,12 +237,14 @@ class _Split(Coupling):
             raise SchemeError(
                 f"{self}: cannot split {tuple(x.shape)} along dim={self.dim} into {self.streams} streams."
             )
+        # Unlike ``chunk``, which may give fewer slices than are asked for.
         return torch.tensor_split(x, self.streams, self.dim)
 
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
     def state_from_output(self, y: Tensor) -> State:
+        # After a rotation the widths stand in another order than ``init`` would cut them.
         if self.rotate and y.shape[self.dim] % self.streams:
             raise SchemeError(f"{self}: its streams differ in width and change places; invert from Stack.final_state.")
         return self.init((), y)
@@ -255,6 +264,8 @@ class _Split(Coupling):
         return streams[i]
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
+        # Streams before i have been moved, and have their new width where a shortcut changes it; those after it have
+        # not.
         outs = streams if out_channels is None else self.stream_widths(out_channels)
         return tuple(
             Slot(n, i, self._arguments(outs[:i], streams[i + 1 :]), self._result(outs[i]), self.raw[i])
@@ -277,6 +288,7 @@ class _Split(Coupling):
 
 
 def _others(state: State, i: int, dim: int) -> Tensor:
+    # Of two streams the other one alone: joining one tensor would copy it.
     others = state[:i] + state[i + 1 :]
     return others[0] if len(others) == 1 else torch.cat(others, dim)
 
@@ -320,6 +332,7 @@ class RevNetCoupling(_Split):
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         f, g = fs
         return [
+            # The float 1.0 is a sign to the engine that nothing has to be multiplied, divided or differentiated.
             Update(0, lambda s: (1.0, scaled(h, f(s[1]))), shortcut=0),
             Update(1, lambda s: (1.0, scaled(h, g(s[0]))), shortcut=1),
         ]
@@ -366,6 +379,7 @@ class Additive(_Split):
         self._set_split(split)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
+        # A function of its own, so that each lambda keeps its i and not the loop's last.
         def update(i: int) -> Update:
             return Update(i, lambda s: (1.0, scaled(h, fs[i](_others(s, i, self.dim)))), shortcut=i)
 
@@ -411,10 +425,12 @@ class Affine(_Split):
         self.dim, self.bound = int(dim), float(bound)
         if not 0 < self.bound < 20:
             raise SchemeError(f"affine: the bound of the log-scale is {self.bound:g}, want 0 < bound < 20.")
+        # Of the worst input, since a declared figure must hold for all: the law takes the log-scales to their bound.
         self.amplification = math.exp(self.bound)
         self._set_split(split)
 
     def _terms(self, h: StepSize, y: Tensor) -> tuple[Tensor, Tensor]:
+        # Log-scale first, shift second, as in Real NVP; a function that is made by hand must follow this order.
         s, b = y.chunk(2, self.dim)
         return torch.exp(h * self.bound * torch.tanh(s / self.bound)), h * b
 
@@ -478,6 +494,7 @@ class MultiLevel(_Split):
         self.streams, self.gamma, self.dim = m, float(gamma), int(dim)
         if self.gamma == 0:
             raise SchemeError("multilevel: gamma is 0, so that the oldest stream is lost; want any other number.")
+        # A stream meets the factor once in m steps, when it is the oldest.
         self.amplification = abs(self.gamma) ** (-1 / m)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:

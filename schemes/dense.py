@@ -69,6 +69,7 @@ class Dense(Coupling):
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         shape = list(streams[0])
+        # All streams have one resolution, so any of them tells the rest of the shape.
         shape[self.dim] = self.growth
         return torch.Size(shape)
 

@@ -53,6 +53,7 @@ def adopt(cls: type, names: Mapping[str, str]) -> None:
             # Past adopt, __init_subclass__ and abc, at the class.
             warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=5)
             setattr(cls, new, own[old])
+            # A method keeps its old name as it was written, which its own class may still call.
             if not isinstance(own[new], FunctionType):
                 setattr(cls, old, _Attribute(old, new))  # so that both names go on meaning one value
         elif new in own and old not in own:

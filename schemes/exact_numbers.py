@@ -79,6 +79,7 @@ class Surd:
     @property
     def sign(self) -> int:
         """1 or -1, found without rounding."""
+        # Of p and q sqrt(d) the one of larger size decides, and sizes are compared by their squares.
         larger = self.p if self.p * self.p > self.q * self.q * self.d else self.q
         return 1 if larger > 0 else -1
 
@@ -87,6 +88,7 @@ class Surd:
         return difference.sign < 0 if isinstance(difference, Surd) else difference < 0
 
     def __float__(self) -> float:
+        # In integers: float(p) + float(q) * sqrt(d) would lose digits where the two nearly cancel.
         n = lcm(self.p.denominator, self.q.denominator)
         p, square = int(self.p * n), int(self.q * n) ** 2 * self.d
         bits = 64
@@ -106,6 +108,8 @@ class Surd:
 
     def _parts(self, other: int | Fraction | Surd) -> tuple[Fraction, Fraction]:
         if isinstance(other, Surd):
+            # A field with one root is closed under division; two roots would need four rationals, and no method here
+            # has them.
             if other.d != self.d:
                 raise SchemeError(f"sqrt({self.d}) and sqrt({other.d}) meet: one expression holds one root only.")
             return other.p, other.q
@@ -168,6 +172,7 @@ def number(text: str) -> Number:
                 return sqrt(n)
             case ast.Constant():
                 digits = ast.get_source_segment(source, node) or ""  # the node itself holds a rounded float
+                # The bound on exponents: 1e999999999 is short to write, and would fill the memory as a fraction.
                 if re.fullmatch(r"\d*\.?\d*(e[+-]?\d\d?)?", digits, re.IGNORECASE):
                     return Fraction(digits)
         raise ValueError
@@ -193,6 +198,7 @@ def exact(x: NumberLike) -> Number:
         return number(x)
     if isinstance(x, (Fraction, Surd)):
         return x
+    # Not floats: 0.1 is not 1/10, and an order condition would fail by 1e-17 for no reason that anybody sees.
     if isinstance(x, int):
         return Fraction(x)
     raise SchemeError(f"{x!r} is not exact; write it as text or as Fraction, such as '1/3' or Fraction(1, 3).")

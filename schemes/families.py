@@ -31,6 +31,7 @@ def ees25(x: NumberLike = "1/10") -> Tableau:
     if x == 1 or 4 * x * x == 1:
         raise SchemeError(f"ees25: x = {x} divides by zero; any number but 1, 1/2 and -1/2 will do.")
     p, q = 4 * (1 - x), 1 - 4 * x * x
+    # The rows sum to the nodes by construction, so the nodes are not written down a second time.
     return Tableau.from_rows(
         [[], [(1 + 2 * x) / p], [-(4 * x - 1) * (4 * x - 1) / (p * q), (1 - x) / q]],
         [x, Fraction(1, 2), Fraction(1, 2) - x],
@@ -51,6 +52,7 @@ def _recursion(
         b = list(a)
         a[0] += 1 - m - n
         a[j - 1] += m
+        # At the first stage Y_{j-2} is no stage; its factor is 0 there.
         a[max(j - 2, 0)] += n
         b[0] += g_t
         b[j - 1] += m_t
@@ -62,6 +64,7 @@ def _recursion(
 def _chebyshev(s: int, w: Fraction) -> tuple[list[Fraction], list[Fraction], list[Fraction]]:
     """The Chebyshev polynomials T_0 .. T_s, their first and their second derivatives, at w."""
     t, d, e = [Fraction(1), w], [Fraction(0), Fraction(1)], [Fraction(0), Fraction(0)]
+    # The recursion T_j = 2 w T_{j-1} - T_{j-2}, differentiated once and twice; the derivatives first, as they read it.
     for _ in range(2, s + 1):
         e.append(4 * d[-1] + 2 * w * e[-1] - e[-2])
         d.append(2 * t[-1] + 2 * w * d[-1] - d[-2])
@@ -93,6 +96,7 @@ def rkc1(s: int, damping: NumberLike = "1/20") -> Tableau:
     s, eps = _stages("rkc1", s, 1), _damping("rkc1", damping)
     w0 = 1 + eps / (s * s)
     t, d, _ = _chebyshev(s, w0)
+    # So that R'(0) = 1, which is the condition of order 1.
     w1 = t[s] / d[s]
     return _recursion(
         mu=[Fraction(1)] + [2 * w0 * t[j - 1] / t[j] for j in range(2, s + 1)],
@@ -116,8 +120,10 @@ def rkc2(s: int, damping: NumberLike = "2/13") -> Tableau:
     s, eps = _stages("rkc2", s, 2), _damping("rkc2", damping)
     w0 = 1 + eps / (s * s)
     t, d, e = _chebyshev(s, w0)
+    # So that R''(0) = 1 too, once the weights below have made R'(0) = 1.
     w1 = d[s] / e[s]
     b = [e[j] / (d[j] * d[j]) for j in range(2, s + 1)]
+    # b_0 and b_1 are free, and taken equal to b_2, as published.
     b = [b[0], b[0], *b]
     a = [1 - b_j * t_j for b_j, t_j in zip(b, t, strict=True)]
     return _recursion(
@@ -135,6 +141,7 @@ def rkc2(s: int, damping: NumberLike = "2/13") -> Tableau:
 def rkl1(s: int) -> Tableau:
     """First-order Legendre method, R(z) = P_s(1 + 2 z / (s^2 + s)); stable to s^2 + s."""
     s = _stages("rkl1", s, 1)
+    # P_s'(1) = (s^2 + s) / 2, so that R'(0) = 1; there is no damping.
     w1 = Fraction(2, s * s + s)
     mu = [Fraction(2 * j - 1, j) for j in range(1, s + 1)]
     return _recursion(

@@ -23,6 +23,7 @@ ZERO = Fraction(0)
 
 def first_same_as_last(tableau: Tableau) -> bool:
     """Whether the last stage is the slope at the end of the step, so that the next step need not evaluate it again."""
+    # By its coefficients, exactly: a stage that only nearly stands at the end must be evaluated again.
     return tableau.stages > 1 and (*tableau.a[-1], ZERO) == tableau.b
 
 
@@ -68,13 +69,16 @@ class Interpolant:
         """The largest p, up to ``limit``, such that all order conditions up to p hold for every theta."""
         powers = range(1, max(self.degree, limit) + 1)
         columns = {m: [p[m - 1] if m <= len(p) else ZERO for p in self.weights] for m in powers}
+        # A condition on polynomials is one on each power of theta: the weights of a power are a method of their own.
         tests = {m: (_ElementaryWeights(self.a, b), _Sensitivity(self.a, b)) for m, b in columns.items() if any(b)}
         tolerance = 0.0 if self.digits is None else 5 * 10.0**-self.digits
         for p in range(1, limit + 1):
+            # No power p, so theta^p on the right-hand side is not met.
             if p not in tests:
                 return p - 1
             for tree in trees(p):
                 for m, (elementary, sensitivity) in tests.items():
+                    # All other powers of theta have to cancel.
                     target = Fraction(1, tree.density) if m == p else ZERO
                     residual = elementary.residual(tree, target)
                     if residual == 0:
@@ -244,6 +248,7 @@ def _slope(polynomial: Sequence[Number], x: Fraction) -> Number:
 
 def _corrected(weights: list[list[Number]], points: Sequence[tuple[int, Fraction]]) -> list[list[Number]]:
     """The polynomials plus theta^2 (1 - theta)^2 q(theta), whose slope at each point is the slope of that stage."""
+    # It and its slope vanish at both ends, so the values and slopes that are right there stay right.
     square: tuple[int, ...] = (0, 1, -2, 1)  # theta^2 - 2 theta^3 + theta^4, from theta on
     basis = [[Fraction(x) for x in (0,) * n + square] for n in range(len(points))]
     matrix = [[_slope(b, x) for b in basis] for _, x in points]
@@ -262,6 +267,7 @@ def _corrected(weights: list[list[Number]], points: Sequence[tuple[int, Fraction
 def _inverse(matrix: list[list[Number]]) -> list[list[Number]]:
     if len(matrix) == 1:
         return [[1 / matrix[0][0]]]
+    # Two points at most: Cramer's rule, in exact numbers.
     (a, b), (c, d) = matrix
     det = a * d - b * c
     return [[d / det, -b / det], [-c / det, a / det]]
@@ -288,6 +294,7 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
     end = len(rows) - 1
     weights: list[list[Number]] = []
     for i in range(end + 1):
+        # The slope at the end is a stage more than the method has, with weight 0 in the method itself.
         b: Number = tableau.b[i] if i < tableau.stages else ZERO
         start, last = Fraction(int(i == 0)), Fraction(int(i == end))
         # b_i (3 - 2 theta) theta^2, plus theta (1 - theta)^2 at the start and theta^2 (theta - 1) at the end
@@ -297,6 +304,7 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         found = [[_at(p, x) for p in weights] for x in points]
         for row, x in zip(found, points, strict=True):
             stages.append((len(rows), x))
+            # A stage at the point that the polynomial gives; it reads the stages before it and not itself.
             rows.append((*row, *([ZERO] * (len(rows) - len(row)))))
         new: list[list[Number]] = [[ZERO, ZERO, ZERO] for _ in points]
         weights = _corrected([*weights, *new], stages)
@@ -304,6 +312,7 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         tuple(tuple(row[:i]) for i, row in enumerate(rows)),
         tuple(map(tuple, weights)),
         len(rows) - end - 1,
+        # A digit is lost: the extension's coefficients are sums and products of rounded ones.
         tableau.digits and tableau.digits - 1,
         "Enright et al., ACM Trans. Math. Softw. 12 (1986) 193-218" if degree > 3 else "",
     )
@@ -325,6 +334,7 @@ def interpolant(tableau: Tableau) -> Interpolant:
     from . import tableaux
 
     make = PUBLISHED.get(tableau.name)
+    # A user's method may bear that name; the published polynomials belong to those coefficients alone.
     if make is not None and tableau == tableaux.METHODS[tableau.name]:
         return make(tableau)
     return hermite(tableau, 5 if (tableau.order or 1) > 3 else 3)

@@ -17,6 +17,7 @@ from .errors import SchemeError
 MAX_CHARACTERS = 500
 MAX_NESTING = 8
 LITERALS = {"true": True, "false": False, "none": None}
+# A number with a word behind it, as in 2GB; not 1e5, whose e belongs to it, nor a name such as rk4.
 _QUANTITY = re.compile(r"(?<![\w.])(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)(?![eE][+-]?\d)([A-Za-z]+)(?!\w)")
 
 
@@ -89,9 +90,12 @@ class Reader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python warns of texts such as "1or 2", which are refused below
+                # Units are blanked out, as Python would read 2GB as an error; columns stay, by which they are found
+                # again.
                 tree = ast.parse(self._without_units(), mode="eval")
         except SyntaxError as error:
             self._fail(f"cannot be read: {error.msg}", (error.offset or 1) - 1)
+        # Python's parser gives up on thousands of brackets, each version with another error.
         except (RecursionError, MemoryError, ValueError) as error:
             self._fail(f"cannot be read: {error}", 0)
         return self._value(tree.body, 0)
@@ -124,6 +128,7 @@ class Reader:
             case ast.Constant():
                 value = self._constant(node)
                 return value * self._units_at[at] if at in self._units_at else value
+            # A tuple is an argument such as split=(3, 5), and no scheme.
             case ast.Tuple(elts=elts) if depth:  # of arguments alone
                 return tuple(self._value(e, depth + 1) for e in elts)
             case ast.Name(id=name):
@@ -150,6 +155,7 @@ class Reader:
                 if not _number(value):
                     self._fail("minus stands before numbers only", at)
                 return -value
+        # Words for what people try; everything else is named by its node.
         words: dict[type, str] = {
             ast.Attribute: "an attribute",
             ast.Lambda: "a lambda",
@@ -205,14 +211,17 @@ class Reader:
     def _call(self, name: str, args: list[Any], kwargs: dict[str, Any], at: int) -> Any:
         make = self.families[name]
         try:
+            # Bound before it is called: a TypeError from inside would speak of code that the user never saw.
             inspect.signature(make).bind(*args, **kwargs)
         except TypeError as error:
+            # Without annotations: the user writes numbers and names, and no types.
             form = ", ".join(str(p).split(":")[0].strip() for p in inspect.signature(make).parameters.values())
             self._fail(f"{name}: {error}; it is written {name}({form})", at)
         try:
             return make(*args, **kwargs)
         except SchemeError as error:
             raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(str(error))}") from None
+        # A family is given whatever was written, such as a scheme for a number, and need not check types itself.
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self._fail(f"{name}: wrong kind of argument ({error})", at)
 
@@ -236,6 +245,7 @@ class Reader:
                 self._terms(right, depth, pairs)
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 n, value = self._value(left, depth + 1), self._value(right, depth + 1)
+                # The count stands first, as in 3*rk4: rk4*3 is refused, so that each mix has one spelling.
                 if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                     self._fail(f"n*{self.what} needs a whole number n of at least 1 before the *", left.col_offset)
                 if _number(value) or value is None or isinstance(value, bool):

@@ -45,6 +45,7 @@ class LinearMethod:
         kept = list(range(self.v.shape[0]))
         while True:
             used = [j for j in kept if bool(self.u[:, j].any()) or bool(self.v[kept, j].any())]
+            # A stream that only dropped streams read is dropped in the next round.
             if used == kept:
                 return tuple(kept)
             kept = used
@@ -79,9 +80,12 @@ class LinearMethod:
         """
         m = self.restricted(self.read)
         if not self.invertible:
+            # Backwards an evaluation may depend on a result that only itself can give: explicit forward is not explicit
+            # back.
             why = "it forgets a stream (V is singular)" if not m._regular else "its stages would be implicit"
             raise SchemeError(f"this scheme has no explicit inverse: {why}.")
         v = torch.linalg.inv(m.v)
+        # Solved for the old streams: y = V^-1 (new y - B F), put into the arguments.
         return LinearMethod(m._backwards(), m.u @ v, -v @ m.b, v, m.functions)
 
     def step(self, fs: Sequence[Function], state: State) -> State:
@@ -104,6 +108,7 @@ class LinearMethod:
 
     def _backwards(self) -> Tensor:
         a = self.a - self.u @ torch.linalg.solve(self.v, self.b)
+        # What cancels leaves rounding behind, which would look like one evaluation waiting for another.
         return torch.where(a.abs() > _ZERO * (1 + self.a.abs().max()), a, 0.0)
 
     def _order(self, a: Tensor) -> list[int] | None:
@@ -155,6 +160,7 @@ def probe(scheme: Scheme, streams: int | None = None, h: float = 1.0) -> LinearM
 def _probe(scheme: Scheme, streams: int | None, h: float) -> LinearMethod:
     r = scheme.streams if streams is None else streams
     s = scheme.stages if scheme.evaluations is None else max(scheme.evaluations, scheme.stages)
+    # Every stream and every evaluation has a direction of its own, so a sum shows in its entries what it is made of.
     units = torch.eye(r + s, dtype=torch.float64)
     arguments, results, functions = _run(scheme, h, units[:r], units[r:])
     n = len(arguments)
@@ -162,6 +168,7 @@ def _probe(scheme: Scheme, streams: int | None, h: float) -> LinearMethod:
         m = LinearMethod(arguments[:, r : r + n], arguments[:, :r], results[:, r : r + n], results[:, :r], functions)
     else:
         m = LinearMethod(units[:0, :0], units[:0, :r], units[:r, :0], results[:, :r], ())
+    # Unit vectors cannot tell x from x^2; random ones do.
     generator = torch.Generator().manual_seed(0)
     y, k = (torch.randn(c, r + s, dtype=torch.float64, generator=generator) for c in (r, s))
     got_arguments, got, _ = _run(scheme, h, y, k)
@@ -182,6 +189,7 @@ def _run(scheme: Scheme, h: float, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor
                 raise SchemeError(f"{scheme}: no general linear method; function {i} is given several streams.")
             arguments.append(args[0])
             functions.append(i)
+            # By the order of the calls and not by the function's number: a scheme may call one several times.
             return k[len(arguments) - 1][None]
 
         return f

@@ -56,6 +56,7 @@ class Leapfrog(_OneFunction):
     rotate = 1
 
     def __init__(self, first: bool = False):
+        # The first step is a scheme of its own, whose own first step is itself: that ends the recursion.
         self.first = self if first else Leapfrog(first=True)
 
     def at(self, n: int) -> Scheme:
@@ -69,6 +70,7 @@ class Leapfrog(_OneFunction):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
+        # With x_{-1} = x_0 a full weight would be a step of 2 h from x_0, half a step too far.
         weight = h if self.first is self else 2.0 * h
         return [Update(0, lambda s: (1.0, scaled(weight, f(s[1]))), shortcut=0)]
 
@@ -118,6 +120,7 @@ class Momentum(_OneFunction):
         (f,) = fs
         return [
             Update(1, lambda s: (self.beta, (1 - self.beta) * f(s[0])), shortcut=0),
+            # A product also where h is 1: a shift is a tensor of its own, and s[1] is a stream.
             Update(0, lambda s: (1.0, h * s[1])),
         ]
 
@@ -166,6 +169,7 @@ class LmResNet(_OneFunction):
         (f,) = fs
         return [
             Update(1, lambda s: (-self.k, scaled(h, f(s[0]))), shortcut=0),
+            # Times 1, as a shift has to be a new tensor, and s[1] is a stream.
             Update(0, lambda s: (1.0, 1.0 * s[1])),
         ]
 
@@ -221,6 +225,8 @@ class Alf(_OneFunction):
         def half(s: State) -> tuple[float, Tensor]:
             return 1.0, (0.5 * h) * s[1]
 
+        # Half a step twice, each with the velocity that holds there: what makes the scheme its own mirror image at eta
+        # = 1.
         return [Update(0, half), Update(1, lambda s: (1 - 2 * eta, 2 * eta * f(s[0]))), Update(0, half)]
 
     def __str__(self) -> str:
@@ -269,6 +275,7 @@ class ReversibleHeun(_OneFunction):
 
         def move(s: State) -> tuple[Any, ...]:
             k = f(s[1])
+            # One evaluation gives both: what the stream moves by, and what the readout takes off again.
             return 1.0, scaled(h, k), (0.5 * h) * k
 
         return [Update(1, lambda s: (-1.0, 2.0 * s[0])), Update(0, move, byproduct=2)]
@@ -319,6 +326,7 @@ class AdamsBashforth2(Scheme):
             raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; other maps stand between two stacks.")
         x, before = state
         k = fs[0](x)
+        # There is no slope before the first. One step of Euler's, of local order 2, keeps the global order 2.
         slope = k if self.first is self else 1.5 * k - 0.5 * before
         return x + scaled(h, slope), k
 

@@ -62,6 +62,7 @@ def trees(order: int) -> tuple[Tree, ...]:
         [[[]][]] 8 1
         [[][][]] 4 6
     """
+    # Largest first, so that every multiset of children has one spelling, and every tree is made once.
     smaller = [tree for n in range(order - 1, 0, -1) for tree in trees(n)]
 
     def forests(vertices: int, start: int) -> Iterator[tuple[Tree, ...]]:
@@ -74,6 +75,7 @@ def trees(order: int) -> tuple[Tree, ...]:
                     yield (smaller[k], *rest)
 
     def plant(children: tuple[Tree, ...]) -> Tree:
+        # Equal subtrees are the same object, so counting by identity counts them right.
         repeats = prod(factorial(children.count(tree)) for tree in set(children))
         return Tree(
             children,
@@ -91,6 +93,7 @@ _Row: TypeAlias = list[tuple[int, int, int]]
 def _integers(rows: Sequence[Sequence[Number]]) -> tuple[list[_Row], int]:
     """The non-zero entries (j, p, q) of each row, times the common denominator that comes with them."""
     parts = [[(x.p, x.q) if isinstance(x, Surd) else (x, Fraction(0)) for x in row] for row in rows]
+    # Sums of fractions take a gcd each; with one denominator for all, the inner loops are products of integers.
     n = lcm(*(part.denominator for row in parts for pair in row for part in pair))
     return [[(j, int(p * n), int(q * n)) for j, (p, q) in enumerate(row) if p or q] for row in parts], n
 
@@ -100,6 +103,7 @@ class _ElementaryWeights:
 
     def __init__(self, a: Sequence[Sequence[Number]], b: Sequence[Number]):
         roots = {x.d for row in (*a, b) for x in row if isinstance(x, Surd)}
+        # Pairs (p, q) of integers are the whole arithmetic, and stand for one root.
         if len(roots) > 1:
             raise SchemeError(
                 f"order: the coefficients hold sqrt of {sorted(roots)}; one root per tableau is exact here."
@@ -118,6 +122,7 @@ class _ElementaryWeights:
         """Phi_i(tree) for all i."""
         result = [(1, 0)] * len(self.rows)
         for child in tree.children:
+            # A subtree occurs in many trees: its vector is what most of the time would go into.
             if child not in self.memory:
                 inner = self._stages(child)
                 self.memory[child] = [self._dot(row, inner) for row in self.rows]
@@ -127,6 +132,7 @@ class _ElementaryWeights:
 
     def residual(self, tree: Tree, target: Fraction) -> Number:
         p, q = self._dot(self.b, self._stages(tree))
+        # One factor of the denominator for each entry of A on the way, which is one for each vertex but the root.
         scale = self.unit_b * self.unit ** (tree.order - 1)
         if q == 0 and p * target.denominator == scale * target.numerator:  # without a gcd of very long integers
             return Fraction(0)
@@ -160,9 +166,11 @@ class _Sensitivity:
         total = 0.0
         for child in tree.children:
             siblings = list(tree.children)
+            # One of them: where two children are equal, each is varied in turn while the other stays.
             siblings.remove(child)
             inner = slopes
             for sibling in siblings:
+                # The product rule: one child varies, and its siblings are factors.
                 inner = [x * y for x, y in zip(inner, self._values(sibling)[1], strict=True)]
             stages = self._values(child)[0]
             back = [0.0] * len(stages)
@@ -216,6 +224,7 @@ def _agreement(
     def holds(tree: Tree) -> bool:
         exact = Fraction(1, tree.density)
         residual = elementary.residual(tree, Fraction(0) if identity else exact)
+        # Exact data get no benefit of the doubt: a residual of 1e-30 is a wrong coefficient.
         if residual == 0 or not tolerance:
             return residual == 0
         allowed = tolerance * sensitivity.of(tree)
@@ -262,6 +271,7 @@ def antisymmetric_order(tableau: Tableau, limit: int = 10) -> int:
         >>> antisymmetric_order(tableaux.euler), antisymmetric_order(tableaux.rk4)
         (1, 5)
     """
+    # A step of h and a step of -h as one array of 2 s stages, to be compared with the identity map.
     back = [list(tableau.b) + [-x for x in row] for row in tableau.a]
     weights = [*tableau.b, *(-x for x in tableau.b)]
     return _agreement([*tableau.a, *back], weights, limit, tableau.tolerance, identity=True)

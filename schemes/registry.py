@@ -26,8 +26,10 @@ from .tableau import Tableau
 def _runge_kutta(make: Callable[..., Tableau]) -> Callable[..., Scheme]:
     """The family of schemes of a family of tableaux; building exact coefficients takes time, so each is kept."""
 
+    # Typed, as 1, 1.0 and true are equal keys and may be different arguments.
     @functools.lru_cache(maxsize=64, typed=True)
     def build(*args: Any, **kwargs: Any) -> Scheme:
+        # Kept by its arguments: one text must give one object, whose scaled coefficients are then shared.
         return RungeKutta(make(*args, **kwargs))
 
     return functools.update_wrapper(build, make)
@@ -78,9 +80,11 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
         return scheme
     if isinstance(scheme, Tableau):
         return RungeKutta(scheme)
+    # The dictionaries themselves: what is registered later is known to readers from then on.
     found = Reader(_NAMES, _FAMILIES, Mix).read(scheme)
     if not isinstance(found, Scheme):
         raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
+    # Once more at the end: each family keeps to the limit, and a sum of several may not.
     limit_functions(str(found), found.stages)
     return found
 
@@ -115,6 +119,7 @@ def examples(name: str | None = None) -> tuple[str, ...]:
             found += vars(make).get("examples", ())
     if name is None:  # a sum has no name
         found += Mix.examples
+    # Each once, and in order: families that are registered under two names give theirs twice.
     return tuple(dict.fromkeys(found))
 
 
@@ -130,6 +135,7 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
         >>> schemes.get("my_heun").order
         2
     """
+    # What the reader's grammar accepts as a name, and nothing else.
     plain = isinstance(name, str) and name.isidentifier() and name.isascii()
     if not plain or keyword.iskeyword(name) or name.lower() in ("true", "false", "none"):
         raise SchemeError(
@@ -142,6 +148,7 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
     if isinstance(scheme, Scheme):
         _NAMES[name] = scheme
     elif callable(scheme):
+        # Raises at once for a builtin without a signature, which no call from a text could be checked against.
         inspect.signature(scheme)
         _FAMILIES[name] = scheme
     else:
@@ -176,6 +183,7 @@ def catalogue() -> tuple[CatalogueEntry, ...]:
         if t is None:
             rows.append(CatalogueEntry(name, scheme.stages, scheme.order, None, None, None, None, True, ""))
             continue
+        # In exact numbers, at each call: the catalogue is for pages, and no other code waits for it.
         real, imaginary = stability.real_interval(t), stability.imaginary_interval(t)
         rows.append(
             CatalogueEntry(name, t.stages, t.order, t.order_hat, t.mixing, real, imaginary, t.digits is None, t.cite)

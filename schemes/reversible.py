@@ -68,6 +68,7 @@ class Reversible(Coupling):
             raise SchemeError(f"reversible: the coupling is {self.coupling:g}, want 0 < coupling < 1.")
         self.stages, self.order, self.span = base.stages, base.order, base.span
         self.evaluations = None if base.evaluations is None else 2 * base.evaluations
+        # The way back starts at the end of the step, and runs through the same times in the other direction.
         self.nodes = (*base.nodes, *(base.span - c for c in base.nodes))
         self.amplification = 1 / self.coupling
 
@@ -81,6 +82,7 @@ class Reversible(Coupling):
         c, slope = self.coupling, self.base.slope
 
         def first(s: State) -> tuple[float, Tensor]:
+            # z belongs to the shift, as it is another stream; what scales y is c alone.
             return c, torch.add(h * slope(forth, s[1], h), s[1], alpha=1 - c)
 
         return [Update(0, first), Update(1, lambda s: (1.0, h * slope(back, s[0], -h)))]
@@ -112,6 +114,7 @@ class Reversible(Coupling):
 
         def growth(z: complex) -> float:
             p, q = psi(z), psi(-z)
+            # The step is a 2 x 2 matrix of determinant c; its larger eigenvalue is the growth.
             trace = 1 + c - (1 - c) * q - p * q
             root = cmath.sqrt(trace * trace - 4 * c)
             return max(abs(trace + root), abs(trace - root)) / 2 - 1
@@ -146,6 +149,7 @@ def _first(unstable: Callable[[float], bool], fine: float = 1 / 4096, end: float
     while not unstable(high):
         if high > end:
             return high
+        # Steps that grow with the distance: an interval may end at 0.001 or at 60.
         low, high = high, high + max(fine, high / 256)
     for _ in range(60):
         middle = (low + high) / 2

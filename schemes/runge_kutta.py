@@ -21,6 +21,7 @@ def terms(row: Sequence[float]) -> Terms:
 
 def combine(y: Tensor, ks: Sequence[Tensor], row: Terms) -> Tensor:
     """y + sum_j row[j] k_j, in one new tensor: the later terms are added in place, which saves their allocations."""
+    # A stage that reads no other is given y itself: no sum, and no copy.
     if not row:
         return y
     j, a = row[0]
@@ -90,6 +91,7 @@ class RungeKutta(Scheme):
         """The rows times h, and the weights times h; the few step sizes that a network uses are kept."""
         found = self._scaled.get(h)
         if found is None:
+            # A schedule or a solver makes a new size at every call; what it leaves behind must not pile up.
             if len(self._scaled) >= 64:
                 self._scaled = {1.0: (self._rows, self._weights)}
             rows = tuple(tuple((j, h * a) for j, a in row) for row in self._rows)
@@ -99,11 +101,13 @@ class RungeKutta(Scheme):
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         (x,) = state
         y = gs[0](x) if gs else x
+        # A learned size stays in the graph, so it multiplies the sums and is not folded into the coefficients.
         if isinstance(h, Tensor):
             ks = self._slopes(fs, x, y, h, self.live)
             return (torch.addcmul(y, weighted(ks, self._weights), h),)
         rows, weights = self._at(h)
         ks: list[Tensor] = []
+        # Not strict: functions of stages that only a companion reads are given too, and not called.
         for f, row in zip(fs, rows[: self.live], strict=False):
             ks.append(f(combine(y, ks, row) if row else x))
         return (combine(y, ks, weights),)
@@ -145,6 +149,7 @@ class RungeKutta(Scheme):
         return tuple(range(self.live, self.stages))
 
     def __eq__(self, other: object) -> bool:
+        # By the coefficients: a user's method may bear the name of another.
         return isinstance(other, RungeKutta) and self._tableau == other._tableau
 
     def __hash__(self) -> int:

@@ -126,6 +126,7 @@ class Scheme(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # A user's subclass may still define the old names; the engine calls the new ones.
         adopt(cls, cls._RENAMED)
 
     @abstractmethod
@@ -187,6 +188,8 @@ class Scheme(ABC):
         """The increment of one step from x, divided by h: what a step is as a residual function. One stream only."""
         if self.streams != 1:
             raise SchemeError(f"{self} has {self.streams} streams; only a one-stream scheme can act as a function.")
+        # Evaluated once, and given to the step as a value: it is subtracted below, and a BatchNorm in it must move
+        # once.
         shortcut = gs[0](x) if gs else x
         (y,) = self._step(fs, (x,), h, gs=(lambda _: shortcut,) if gs else ())
         return (y - shortcut) / h
@@ -211,7 +214,7 @@ class Scheme(ABC):
         return self.plan[n % len(self.plan)]
 
     def whole(self, n: int) -> "Scheme":
-        """The scheme of use n where all of it counts as one step: ``at(n)``, and of a mix the whole period."""
+        """The scheme of use n where a mix counts as one step, its whole period; of any other scheme ``at(n)``."""
         return self.at(n) if len(self.plan) == 1 else self
 
     def stream_widths(self, channels: int) -> tuple[int, ...]:
@@ -267,6 +270,7 @@ class Scheme(ABC):
         """
         if len(fs) != self.stages:
             raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
+        # Without any of them plain functions do, and the signatures need not be read.
         if t is not None or context is not None or self.nodes is None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
         return self._step(fs, state, h, gs)
@@ -291,6 +295,7 @@ class Scheme(ABC):
         """The expression that ``get`` reads as this scheme; two schemes of one text are equal."""
 
     def __eq__(self, other: object) -> bool:
+        # The text is the identity: it is what a checkpoint stores and what ``get`` reads back.
         return type(self) is type(other) and str(self) == str(other)
 
     def __hash__(self) -> int:
@@ -325,6 +330,7 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 def signature(f: Function) -> Takes:
     """Reads from the signature of f, or of its ``forward``, whether it takes a time ``t`` and a ``context``."""
+    # Any object may have an attribute of that name, so its type decides.
     own = getattr(f, "takes", None)
     if isinstance(own, Takes):  # a stack within a stack takes what its functions take
         return own
@@ -335,6 +341,7 @@ def signature(f: Function) -> Takes:
         return Takes()
     first = next(iter(parameters.values()), None)
     positional = first is not None and first.name == "t" and first.kind is not inspect.Parameter.KEYWORD_ONLY
+    # A wrapper's (*args, **kwargs) says nothing: what counts is the signature of what it wraps.
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if anything and isinstance(f, torch.nn.Module):
         for name in _WRAPPED:
@@ -361,6 +368,7 @@ class Bound:
     def __call__(self, *args: Any) -> Tensor:
         time = self.time
         if self.free:
+            # A solver evaluates at times of its own choice, and gives them with the arguments.
             args, since = args[:-1], args[-1]
             time = since if time is None else time + since
             if self.calls is not None:
@@ -387,6 +395,7 @@ def bind(
     """Fills in the time of each residual function, ``t + nodes[i] * h``, and the context, where it takes them."""
     if nodes is None:
         return tuple(Bound(f, needs, t, context, True, calls) for f, needs in zip(fs, takes, strict=True))
+    # A scheme that evaluates its functions several times over has a node for each evaluation.
     uses = len(nodes) // len(fs)
     return tuple(
         Bound(f, needs, None if t is None else t + c * h, context, False) if needs.time or needs.context else f
@@ -428,6 +437,7 @@ def solve(
     for n in range(steps):
         time = t[0] + n * scheme.span * h
         if not n:
+            # What makes the streams is evaluated at the start, whatever the nodes of a step are.
             start = None if scheme.nodes is None else (0.0,) * scheme.stages
             state = scheme.init(bind(fs, takes, start, time, h, context), x, h)
         part = scheme.whole(n)

@@ -28,11 +28,13 @@ def polynomial(tableau: Tableau) -> tuple[Number, ...]:
         ['1', '1', '1/2', '1/6', '1/24']
     """
     zero: Number = Fraction(0)
+    # At most as many powers as stages: a is strictly lower triangular, so its s-th power is zero.
     powers: list[Number] = [Fraction(1)] * tableau.stages  # a^k 1
     coefficients: list[Number] = [Fraction(1)]
     for _ in range(tableau.stages):
         coefficients.append(sum((b * x for b, x in zip(tableau.b, powers, strict=True)), zero))
         powers = [sum((a * x for a, x in zip(row, powers, strict=False) if a != 0), zero) for row in tableau.a]
+    # Stages that do not reach the output leave zeros at the top; the degree must be the true one.
     while coefficients[-1] == 0:
         coefficients.pop()
     return tuple(coefficients)
@@ -54,6 +56,7 @@ def R(tableau: Tableau, z: Any) -> Any:
 
 
 def _horner(coefficients: list[float], z: Any) -> Any:
+    # In the type and shape of z, whatever it is.
     value = coefficients[-1] + 0 * z
     for x in reversed(coefficients[:-1]):
         value = value * z + x
@@ -151,6 +154,7 @@ def imaginary_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
             for j, y in enumerate(part):
                 square[i + j + shift] += x * y
     square[0] -= 1
+    # What rounding of published decimals can make of a coefficient that is zero.
     noise = 10 * tableau.tolerance * tableau.stages * max(1.0, tableau.mixing)
     if tolerance == 0:  # divide by the first power that is there: the sign of what is left decides, however small
         while len(square) > 1 and (square[0] == 0 or abs(float(square[0])) <= noise):
@@ -160,6 +164,7 @@ def imaginary_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
     with localcontext() as context:
         context.prec = _PRECISION
         coefficients = [_decimal(x) for x in square]
+        # Of |R|^2 - 1, which is what the polynomial is.
         limit = (1 + Decimal(tolerance)) ** 2 - 1
 
         def grows(y: Decimal) -> bool:
@@ -180,6 +185,7 @@ def _decimal(x: Number) -> Decimal:
 def _first(grows: Callable[[Decimal], bool]) -> float:
     """Where `grows` first turns true on the grid, bisected; |R| is unbounded, so it does."""
     low = Decimal(0)
+    # A scan, as the set where |R| <= 1 may have gaps: bisection alone could land beyond the first.
     while not grows(low + _SCAN):
         low += _SCAN
     high = low + _SCAN

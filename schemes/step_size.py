@@ -16,6 +16,7 @@ from .language import Reader, shorten
 
 def _finite(name: str, value: Any) -> float:
     try:
+        # NaN for everything that is no number, so that one comparison below refuses all of it.
         found = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         found = float("nan")
@@ -114,6 +115,7 @@ class FromError(StepSize):
 
     def following(self, h: float | Tensor, error: Tensor, order: int) -> Tensor:
         """The next step size after a step of size h with that error estimate; ``order`` is the lower of the pair."""
+        # Detached: else training could lower its loss by moving the steps instead of the functions.
         rms = error.detach().float().square().mean().sqrt()
         factor = self.safety * (self.tol / rms.clamp_min(torch.finfo(rms.dtype).tiny)) ** (1 / (order + 1))
         return h * factor.clamp(self.smallest, self.largest)
@@ -138,6 +140,7 @@ def step_size(rule: "float | str | StepSize") -> StepSize:
     if isinstance(rule, str):
         families = {"learned": Learned, "decay": Decay, "error": FromError}
         found = Reader({}, families, what="step size").read(rule)
+        # A text may be a plain number, such as "1/2".
         return found if isinstance(found, StepSize) else Fixed(found)
     if isinstance(rule, (int, float)) and not isinstance(rule, bool):
         return Fixed(rule)

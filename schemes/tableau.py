@@ -70,6 +70,8 @@ class Tableau:
     def __post_init__(self):
         for field in ("b", "c", "b_hat"):
             if (entries := getattr(self, field)) is not None:
+                # Frozen, so that an array that was checked cannot be changed; texts among the entries become numbers
+                # here.
                 object.__setattr__(self, field, _row(entries))
         object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
         self._check()
@@ -85,7 +87,9 @@ class Tableau:
                 raise SchemeError(
                     f"{who}: row {i + 1} has {len(row)} entries, want {i}: explicit stages use the earlier ones only."
                 )
+            # The node is redundant, and printed in every paper: a typing error in either is found by the other.
             self._close(f"{who}: row {i + 1} sums to", _sum(row), f"its node c{i + 1} = ", self.c[i], row)
+        # The condition of order 1; it finds most single wrong weights before any tree is looked at.
         self._close(f"{who}: weights sum to", _sum(self.b), "", Fraction(1), self.b)
         if self.b_hat is not None:
             if len(self.b_hat) != s:
@@ -97,6 +101,7 @@ class Tableau:
             if got != want:
                 raise SchemeError(f"{what} {show(got)}, want {of}{show(want)}.")
             return
+        # Every entry may be off in its last digit, a large one by more, as it was rounded relative to its size.
         tolerance = self.tolerance * max(1.0, sum(abs(float(x)) for x in entries))
         if abs(float(got - want)) > tolerance:
             raise SchemeError(
@@ -134,9 +139,11 @@ class Tableau:
             if bar:
                 lines.append((head.strip(), tail.split()))
             elif lines:
+                # Long rows are broken in print, and in the source too.
                 lines[-1][1].extend(line.split())
             else:
                 raise SchemeError(f"{name or 'tableau'}: first line {line.strip()!r} has no '|'; write 'c | a ...'.")
+        # Lines with a node are stages; the one or two without are weights, and come last.
         heads = [bool(head) for head, _ in lines]
         s = sum(heads)
         if not all(heads[:s]) or len(lines) - s not in (1, 2):
@@ -175,6 +182,7 @@ class Tableau:
             1/2 | 1/2
                 | 0   1
         """
+        # The first stage has nothing in its register to scale.
         if len(A) != len(B) or (A and exact(A[0]) != 0):
             raise SchemeError(f"low_storage: {len(A)} A and {len(B)} B; want as many of each, and A_1 = 0.")
         s = len(B)
@@ -183,6 +191,7 @@ class Tableau:
         register = list(u)
         for i, (a_i, b_i) in enumerate(zip(_row(A), _row(B), strict=True)):
             rows.append(u[:i])
+            # Two registers of coefficients instead of vectors: what S and u hold, in terms of the slopes so far.
             register = [a_i * x + int(i == j) for j, x in enumerate(register)]
             u = [x + b_i * y for x, y in zip(u, register, strict=True)]
         return cls.from_rows(rows, u, **fields)
@@ -215,11 +224,14 @@ class Tableau:
             row: list[Number] = [Fraction(0)] * s
             weights = _row(alphas)
             total = _sum(weights)
+            # Stages of this form average earlier states: with another sum even a constant solution would drift.
             if abs(float(total - 1)) > (0.0 if fields.get("digits") is None else 5 * 10.0 ** -fields["digits"]):
                 raise SchemeError(f"shu_osher: the alphas of row {i} sum to {show(total)}, want 1.")
             for j, (x, y) in enumerate(zip(weights, _row(betas), strict=True)):
+                # u_j is itself a combination of slopes, which is put in; what is left is the row of a Butcher array.
                 row = [r + x * old + (y if j == k else 0) for k, (r, old) in enumerate(zip(row, rows[j], strict=True))]
             rows.append(row)
+        # The last u is the step's result, so its row holds the weights.
         return cls.from_rows([row[:i] for i, row in enumerate(rows[:s])], rows[s], **fields)
 
     @property
@@ -263,6 +275,7 @@ class Tableau:
             1
         """
         needed = {i for i, x in enumerate(self.b) if x != 0}
+        # From the last stage back: by then all that reads stage i has been looked at.
         for i in reversed(range(self.stages)):
             if i in needed:
                 needed |= {j for j, x in enumerate(self.a[i]) if x != 0}
@@ -313,6 +326,7 @@ def nest(outer: Tableau, inner: Tableau) -> Tableau:
     if outer.stages == 1 or inner.stages == 1:
         order = (inner if outer.stages == 1 else outer).order
     else:
+        # Order 2 wants 1/2; a tolerance, as published decimals do not sum to it exactly.
         slope = _sum(b * c for t in (outer, inner) for b, c in zip(t.b, t.c, strict=True))
         order = 1 if abs(float(slope) - 0.5) > 1e-6 else None  # None: left to schemes.order
     return Tableau.from_rows(
@@ -351,6 +365,7 @@ def compose(tableaux: Sequence[Tableau], steps: Sequence[NumberLike] | None = No
     done: list[Number] = []
     for tableau, size in zip(tableaux, sizes, strict=True):
         h = size / total
+        # What the steps before have added stands in every row of this one: its stages start from where they ended.
         rows += [done + [h * x for x in row] for row in tableau.a]
         done += [h * x for x in tableau.b]
     orders = [t.order for t in tableaux]

@@ -60,7 +60,6 @@ NAMED = [
     ("odenets/training/classifier.py", "logits.topk(min(5, ", "logits.topk(min(4, "),
     ("odenets/training/classifier.py", ", label_smoothing=self.label_smoothing)", ")"),
     ("odenets/training/classifier.py", "y if y.ndim == 1 else y.argmax(1)", "y if y.ndim == 1 else y.argmin(1)"),
-    ("odenets/training/supervision.py", "y if y.ndim == 1 else y.argmax(1)", "y if y.ndim == 1 else y.argmin(1)"),
     ("odenets/training/supervision.py", "(logits, y, label_smoothing=self.label_smoothing)", "(logits, y)"),
     ("schemes/coupling.py", "i / (n - 1) for i in range(n)", "i / n for i in range(n)"),
     ("odenets/backprop/grid.py", "self.rounder = 1.5 * self.limit", "self.rounder = 1.25 * self.limit"),

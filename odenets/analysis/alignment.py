@@ -81,10 +81,12 @@ class Alignment:
         # Centering does not change the estimate, and keeps the products free of a large common part.
         kernels = []
         for x in rows:
+            # In double where it is affordable; large maps would take more memory than the network.
             x = x.double() if x.numel() < 2**22 else x.float()
             x = x - x.mean(0)
             kernels.append((x @ x.T).double().cpu())
         for i, k in enumerate(kernels):
+            # Half of the pairs: the measure is symmetric.
             for j, other in enumerate(kernels[: i + 1]):
                 value = unbiased_hsic(k, other)
                 self.sums[i, j] += value
@@ -150,5 +152,6 @@ def alignment(
                 if progress is not None:
                     progress(found.batches)
     finally:
+        # Also after an error: whoever trains goes on in the mode that they were in.
         model.train(training)
     return found.compute(), list(found.names)

@@ -40,9 +40,11 @@ def agreed(what: Any, steps: Sequence[Step], state: State, decide: Callable[[], 
     # Stacks of one shape ask in the same order in every process.
     _counts[key] = _counts.get(key, 0) + 1
     try:
+        # Plain values: what comes from another process is parsed, and never unpickled.
         mine = json.dumps(decide())
     except SchemeError as error:
         mine = json.dumps({"error": str(error)})
+    # Writes where nothing is, and returns what is there then: the first process wins, and none waits.
     found = json.loads(store.compare_set(f"{key}/{_counts[key]}", "", mine))
     if "error" in found:
         raise SchemeError(found["error"])

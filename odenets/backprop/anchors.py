@@ -53,6 +53,7 @@ def growth_of(steps: list[Step], trial: Trial, states: list[State]) -> tuple[flo
     length, back = len(steps), states[-1]
     largest = torch.stack([x.abs().square().mean() for x in back if x.numel()] or [torch.ones(())]).max().sqrt()
     # Of one size in all streams: what grows fastest may sit in a small one.
+    # The root of the precision: far above rounding, and small enough for the inverse to act linearly on it.
     moved = tuple(x + torch.finfo(x.dtype).eps ** 0.5 * largest * torch.randn_like(x) for x in back)
     distances, errors = [float(distance(moved, back))], []
     for n in reversed(range(length)):
@@ -119,10 +120,12 @@ def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | No
     Each window is its growth a step, and its errors after 1, 2, ... steps undone, as measured. Beyond one window the
     error that comes from above grows by the window's growth, and the window's own is added.
     """
+    # Within a window the errors were measured one by one; anchors that must be this close need no model of growth.
     for k in range(WINDOW):
         if not max((errors[k] for _, errors in windows if k < len(errors)), default=0.0) <= bound:
             return max(1, k)
     sums = [errors[-1] for _, errors in windows]
+    # After this round sums[top] is the error of undoing windows top, top - 1, ..., top - length in one go.
     for length in range(1, len(windows)):
         for top in range(length, len(windows)):
             growth, errors = windows[top - length]

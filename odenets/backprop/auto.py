@@ -33,7 +33,7 @@ class Auto(Limits, Mode):
         return found if self.memory is None else {**found, "memory": format_size(self.memory)}
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
-        """Refuses nothing but exact arithmetic where the scheme does not have it."""
+        """Refuses exact arithmetic where the scheme cannot run in it; all else is left to the choice."""
         from . import uncompiled as uncompiled  # not in a trace: see _ByInverse.check
 
         if self.exact:
@@ -43,6 +43,7 @@ class Auto(Limits, Mode):
         """The state after the last step."""
         if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
             state = stream_precision(state)  # whatever is chosen: the output does not tell
+        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own.
         if not needs_graph() or torch._C._are_functorch_transforms_active():
             return given.keep(state)
         from .uncompiled import plan_for

@@ -15,7 +15,7 @@ from .surroundings import Read, Surroundings
 
 
 class Rerun:
-    """The context of a recomputation; entered as often as one is asked for, also within itself."""
+    """The context of a recomputation; entered once for each, and again while one is under way."""
 
     def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
         self.members, self.where = Members(modules), where
@@ -34,6 +34,7 @@ class Rerun:
             self.before = self.before.read()
 
     def __enter__(self) -> None:
+        # Before anything is put back: a parameter that was written to cannot be made as it was.
         self.flags.check(self.where)
         with ExitStack() as stack:
             stack.enter_context(self.flags.restored())
@@ -42,7 +43,9 @@ class Rerun:
             else:
                 self.before.check(self.where)
                 stack.enter_context(self.before.restored())
+            # Written to by the second run, and then dropped with the copies.
             stack.enter_context(swapped(self.statistics, [slot.value.clone() for slot in self.statistics]))
+            # A stack of contexts, since a recomputation may set off another of the same steps (a graph of gradients).
             self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:

@@ -53,6 +53,7 @@ class Limits:
 
     def __post_init__(self):
         if self.memory is not None:
+            # Frozen, so that modes compare and hash by value; "2GB" and 2000 MB must be one mode.
             object.__setattr__(self, "memory", mebibytes(self.memory, "auto(memory)"))
         if not 0 < self.share <= 1:
             raise SchemeError(f"backprop: auto(share) is {self.share}, want a number above 0, at most 1.")
@@ -107,7 +108,10 @@ def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Me
         return Chosen(plan, size, found.survey.finite)
 
     monitor = given.monitor
+    # One thread measures, and those that come meanwhile wait for what it finds.
     with monitor.planning:
+        # A smaller input keeps the plan: it fits all the more, and results of one stack should not change with each
+        # batch.
         found: Chosen | None = monitor.plan
         # Several processes keep what they have agreed on: a larger input of one is no news to the others.
         larger = found is not None and size > found.size and shared_store() is None
@@ -144,9 +148,10 @@ class Measured:
 
     @property
     def bound(self) -> float:
-        """What errors keep to; nothing where the measurement says nothing."""
+        """The relative error that states made again keep to; none where the measurement was not finite."""
         if not self.survey.finite:
             return float("inf")
+        # In the precision of the streams, in which the states are made again.
         return float(self.limits.bound or BOUNDS.get(self.survey.start[0].dtype, 1e-5))
 
 
@@ -165,6 +170,7 @@ def fastest(chain: Chain, limits: Limits, memory: float, bound: float) -> list[P
         if chain.outcomes(whole)[1] <= memory and (found is None or time < found[1]):
             return whole
     if found is None:
+        # Searched only now: the message owes the user the number that would have done.
         least = chain.least(ways, bound)
         raise SchemeError(
             f"Stack: no plan fits into {show(memory)}; the least that one takes is {show(least)}, "
@@ -175,6 +181,7 @@ def fastest(chain: Chain, limits: Limits, memory: float, bound: float) -> list[P
 
 def budget(limits: Limits, device: torch.device) -> float:
     """The bytes that training may take."""
+    # Half of what is free by default: what the model keeps outside of its stacks is not known here.
     return limits.memory * 2**20 if limits.memory is not None else limits.share * free(device)
 
 
@@ -188,6 +195,7 @@ def measure(limits: Limits, given: Pass, state: State) -> Measured:
     """Measures the steps of a pass."""
     namer = Namer(outside_of(modules_of(given), given.context))
     names = namer.names(state)
+    # The forward pass was not rounded, so an inverse on the grid would not lead back to where it came from.
     ways = [way for way in ways_for(limits, state) if way != "exact" or not given.inverted]
     survey, last = surveyed(given, state, namer, ways, budget(limits, state[0].device))
     return Measured(limits, survey, end_of(given, last), tuple(names))
@@ -232,6 +240,7 @@ def _joins(run: Sequence[Piece], piece: Piece) -> bool:
     if piece.way != run[0].way:
         return False
     lengths = {p.last - p.first for p in run}
+    # ``checkpoint(k)`` and ``reverse(every=k)`` cut their steps into equal runs, of which only the last may be shorter.
     return piece.way in ("store", "offload") or (len(lengths) == 1 and piece.last - piece.first <= max(lengths))
 
 
@@ -241,6 +250,7 @@ def _mode_of(run: Sequence[Piece]) -> Mode:
         case "checkpoint":
             return Checkpoint(length)
         case "reverse":
+            # One run needs no anchor: it is undone from its own end.
             return Reverse(every=length if len(run) > 1 else 0)
         case "exact":
             return Exact()
@@ -255,6 +265,7 @@ def pieces_of(chain: Chain, plan: Plan, first: int, monitor: Any, refused: Mappi
         way, every = _way_of(mode, count, monitor.part(i), chain.profiles[first].before)
         if any(way not in p.costs for p in chain.profiles[first : first + count]):
             raise SchemeError(f"Stack: {mode} cannot be measured here: {refused.get(way, 'it does not run')}")
+        # The same cuts as the mode itself makes, so that prediction and measurement speak of one thing.
         places = [*range(first, first + count, every), first + count]
         yield [chain.piece(a, b, way) for a, b in pairwise(places)]
         first += count
@@ -267,11 +278,13 @@ def _way_of(mode: Mode, count: int, monitor: Any, streams: Mapping[int, int]) ->
         case Reverse():
             every = mode.every
             if mode.memory is not None:
+                # As ``reverse._anchors`` works it out when the pass runs.
                 every = -(-count // max(1, int(float(mode.memory) * 2**20 / max(1, sum(streams.values())))))
             elif every is None:
                 every = monitor.every
             return "reverse", every or count
         case Exact():
+            # With ``store`` every state is kept: pieces of one step.
             return "exact", 1 if mode.store else count
         case Offload():
             return "offload", count

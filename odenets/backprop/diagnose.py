@@ -69,9 +69,11 @@ def diagnose(given: Pass, state: State) -> Diagnosis:
 
     def on_step(n: int, state: State) -> None:
         step = given.steps[n]
+        # Step by step, though windows measure growth better: a report has to name the one that is guilty.
         growth, (drift,) = growth_of([step], trial, [before[0], state])
         finite = all(bool(torch.isfinite(x).all()) for x in state)
         reports.append(StepReport(n, str(step.scheme), finite, drift, growth))
+        # Only the last two states are alive, whatever the depth.
         before[0] = state
 
     given._replace(on_step=on_step).walk(state, trial.run)

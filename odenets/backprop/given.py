@@ -39,6 +39,7 @@ def with_tensors(given: Any, make: Callable[[Tensor], Tensor], copies: dict[int,
         content = attributes_of(leaf)
         if content is None or next(tensors_in(content), None) is None:
             return leaf
+        # Noted before its content is replaced, as that may lead back to it.
         new = copies[id(leaf)] = copy.copy(leaf)
         for name, value in with_tensors(content, make, copies).items():
             if isinstance(new, Mapping):
@@ -56,6 +57,7 @@ def attributes_of(x: Any) -> dict[Any, Any] | None:
         return dict(x)
     if is_dataclass(x) and not isinstance(x, type):
         return {f.name: getattr(x, f.name) for f in fields(x)}
+    # What computes has a state of its own, which others look after; only what merely holds is looked into.
     if isinstance(x, (Tensor, nn.Module, type)) or callable(x):
         return None
     return dict(vars(x)) if hasattr(x, "__dict__") else None

@@ -1,8 +1,8 @@
 """A forward pass without a graph leaves no gradient behind silently: what escapes from a residual function is watched.
 
 An auxiliary loss kept as an attribute, or an activation that a hook collects, has no graph in a reversed pass, and its
-gradient would be missing without a word. So an update runs with a graph whose saved tensors go as soon as the update is
-over, and its streams come in behind an error that waits: a leftover that is differentiated raises.
+gradient would be missing without a word. So an update runs with a graph, whose saved tensors are dropped as soon as the
+update is over, and its streams enter through a delayed error: whoever differentiates a leftover gets that error.
 """
 
 from collections.abc import Callable
@@ -42,6 +42,7 @@ class Guard:
     def apply(self, run: Callable[[State], State], state: State) -> State:
         """What ``run``, an update, makes of the state, without a graph."""
         # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
+        # The boxes are all that the graph holds of its saved tensors, so emptying them frees the memory at once.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             new = run(self.behind(state))
         for box in self.boxes:
@@ -72,8 +73,7 @@ class Guard:
 def needed(members: Members, held: Held) -> bool:
     """Whether something could escape from the functions of a step.
 
-    The first time it could for all that is known; later where there are hooks, closures, or attributes that were seen
-    to be left behind.
+    Before a first run anything could; later only hooks, closures, and attributes that were seen to be left behind.
     """
     # A guarded update costs time, so a function that was seen to leave nothing is trusted until it is exchanged.
     # Hooks and closures are not: what they hold cannot be looked at.

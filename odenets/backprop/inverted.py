@@ -60,10 +60,12 @@ class _Part(Coupling):
             scale, shift = update.terms(rotated(state, self.rotate))
             g = shortcut_of(update, self.gs)
             scale = scale if g is None else g.scale  # type: ignore[union-attr]
+            # The float 1.0 is what the engine looks for to skip a division, and it keeps -b exact.
             if isinstance(scale, float) and scale == 1.0:
                 return 1.0, -shift
             return 1 / scale, -shift / scale
 
+        # Where the forward rotation has left the stream; ``rotate`` is negative here.
         return Update((update.dst + self.rotate) % streams, terms)
 
     def __str__(self) -> str:

@@ -24,6 +24,7 @@ _HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "
 _GLOBAL_HOOKS = [
     v for name in (*_HOOKS, *_HOOK_OPTIONS) if (v := getattr(torch_modules, "_global" + name, None)) is not None
 ]
+# Modules from here keep no tensors as plain attributes, so nobody need look for any.
 _OURS = ("torch.nn.modules", "odenets.stack", "odenets.step")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
 
@@ -170,12 +171,15 @@ class Contents:
         queue, seen = [*((c, _is_container) for c in containers), *((c, holds) for c in given)], set[int]()
         while queue and len(seen) < _LARGEST:
             c, looked_into = queue.pop()
+            # By identity: containers may hold themselves, and comparing their contents could raise.
             if id(c) in seen:
                 continue
             seen.add(id(c))
             content = _content(c)
+            # A data set among the attributes: looking at all of it would cost more than the step.
             if len(content) > _LARGEST:
                 continue
+            # A tuple cannot change, but the lists and tensors in it can.
             if not isinstance(c, tuple):
                 self.found.append((c, content))
             for v in content.values() if isinstance(content, dict) else content:
@@ -190,6 +194,7 @@ class Contents:
             now = _content(c)
             if len(now) != len(content):
                 return False
+            # The keys too, and in their order: what iterates over the dictionary next time must meet the same.
             if isinstance(content, dict) and [*now] != [*content]:
                 return False
             values = (now.values(), content.values()) if isinstance(content, dict) else (now, content)
@@ -292,6 +297,7 @@ class Members:
             if id(m) not in seen:
                 seen.add(id(m))
                 self.modules.append(m)
+                # Reversed onto a stack: the order is that of ``nn.Module.modules()``.
                 queue.extend(reversed([child for child in m._modules.values() if child is not None]))
         self._children = [*self._now()]
         # A subclass with a forward of its own may read its statistics in training.
@@ -338,7 +344,7 @@ class Members:
         return self._everything
 
     def names(self) -> Namespace:
-        """What functions may move: the attributes of a user's modules, and buffers; the same object while it is so."""
+        """What functions may change: attributes of a user's modules, and buffers; one object until one changes."""
         if self._names is None or not self._names.same():
             self._names = Namespace(self._moving)
         return self._names
@@ -350,6 +356,7 @@ class Members:
     def parameters(self) -> list[Slot]:
         """All places that hold a parameter now; a tied one has several. Replicas of DataParallel hold plain tensors."""
         own = [Slot(m._parameters, k, p) for m in self.modules for k, p in m._parameters.items() if p is not None]
+        # Where DataParallel puts what it copied to a device: plain attributes of the replica.
         for m in self.modules:
             own += [Slot(m.__dict__, k, m.__dict__[k]) for k in m.__dict__.get("_former_parameters", ())]
         return own

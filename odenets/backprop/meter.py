@@ -61,6 +61,7 @@ class _CudaMeter(Meter):
     def mark(self) -> None:
         self._close()
         self.start = torch.cuda.memory_allocated(self.device) - self.base
+        # The allocator keeps one peak, so each interval begins a new one.
         torch.cuda.reset_peak_memory_stats(self.device)
         self.open = True
 
@@ -95,12 +96,14 @@ class _EventMeter(Meter):
         return self
 
     def mark(self) -> None:
+        # A mark is an event among the others: their order alone says which interval an allocation belongs to.
         with torch.autograd.profiler.record_function(self.MARK):
             pass
 
     def __exit__(self, *error: Any) -> None:
         from torch.autograd.profiler_legacy import _disable_profiler_legacy  # type: ignore[attr-defined]
 
+        # Events are differences; what was live before the first mark is taken off at the end.
         live = 0
         found: list[list[int]] = []
         for event in (e for thread in _disable_profiler_legacy() for e in thread):
@@ -128,6 +131,7 @@ class _StorageMeter(TorchDispatchMode, Meter):
 
     def __exit__(self, *error: Any) -> None:
         TorchDispatchMode.__exit__(self, *error)
+        # The first entry is what came before the first mark.
         base = self.found[1][0] if len(self.found) > 1 else 0
         self.intervals = [Interval(start - base, most - base) for start, most in self.found[1:]]
 
@@ -138,17 +142,20 @@ class _StorageMeter(TorchDispatchMode, Meter):
         key = storage._cdata
         if key in self.seen:
             return
+        # A storage that is seen first as an argument was there before, and costs nothing when it goes.
         size = storage.nbytes() if new else 0
 
         def gone(_: Any) -> None:
             self.seen.pop(key, None)
             self.live -= size
 
+        # Called when the last tensor on it is gone, so that the count falls when memory is given back, and not later.
         self.seen[key] = weakref.ref(storage, gone)
         self.live += size
         self.found[-1][1] = max(self.found[-1][1], self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Arguments first: what an operation returns may be a view of them, which takes no memory.
         for x in pytree.tree_leaves((args, kwargs)):
             self._see(x, False)
         out = func(*args, **(kwargs or {}))
@@ -172,6 +179,7 @@ def meter_on(device: torch.device) -> Meter:
     """
     if device.type == "cuda":
         return _CudaMeter(device)
+    # The user's profiler is running, and there can be only one.
     if torch._C._autograd._profiler_enabled():  # type: ignore[attr-defined]
         return _StorageMeter()
     return _EventMeter()

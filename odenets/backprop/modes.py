@@ -58,6 +58,7 @@ class Mode(ABC):
 
     def options(self) -> dict[str, Any]:
         """Its arguments that are not the usual ones, as they are written."""
+        # Only what differs from the defaults: a mode that is written and read again is the same mode.
         found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}  # type: ignore[arg-type]
         return {k: str(v).lower() if isinstance(v, bool) else v for k, v in found.items()}
 
@@ -110,10 +111,13 @@ class Checkpoint(Mode):
         # Transforms of torch.func have no saved tensors that could be dropped.
         if not needs_graph() or torch._C._are_functorch_transforms_active():
             return given.keep(state)
+        # An observer inside of a run would be called again when the run is repeated. It is called between runs, so
+        # where there is one, each step is a run of its own.
         for part in given.parts(1 if given.on_step is not None else self.every):
             modules = [*part.steps, *(m for m in (given.shared, given.post_step) if m is not None)]
             where = " and ".join(str(n) for n in dict.fromkeys((part.first, part.first + len(part.steps) - 1)))
             state = checkpointed(
+                # Bound now, as the backward pass calls it after the loop has gone on to the last part.
                 lambda *streams, part=part: part.keep(streams),
                 state,
                 modules,
@@ -213,11 +217,14 @@ class Exact(_ByInverse):
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
         """Refuses what Reverse refuses, and schemes whose inverse loses bits."""
+        # The first step may be of another kind (it appends a stream); all later ones are like the second.
         for part in (scheme.at(0), scheme.at(1)):
             fs = [nn.Identity()] * part.stages
             with torch.random.fork_rng([]):  # bdia draws, and a stack that is built must not
                 trained = part.training_scheme(0, torch.zeros(1, 1))
             for p, *_ in trained.decompose(fs, 1.0):
+                # A scale that follows from the streams can be of any size, and the smaller it is, the more bits an
+                # update spills.
                 if not isinstance(p, Coupling) or not p.exact:
                     raise SchemeError(
                         f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
@@ -251,6 +258,7 @@ class Plan(Mode):
             segments.append((count, mode))
         if not segments:
             raise SchemeError("backprop: a plan has at least one segment, such as '4*store + 8*reverse'.")
+        # Frozen, so that modes can be compared and hashed; texts among the segments are parsed here all the same.
         object.__setattr__(self, "segments", tuple(segments))
 
     @property
@@ -286,15 +294,20 @@ class Plan(Mode):
             return given.keep(state)
         for mode, part in self.parts(given):
             state = mode.run(part, state)
+        # Each segment has a monitor of its own; the stack's shows the worst of them.
         given.monitor.gather()
         return state
 
     def parts(self, given: Pass) -> Iterator[tuple[Mode, Pass]]:
         """The modes, and the passes through their steps."""
+        # By the step's number in the stack and not by its place in the pass: an inverted pass begins at the last
+        # segment.
         ends = [*accumulate(count for count, _ in self.segments)]
         owners = [next(i for i, end in enumerate(ends) if step.index < end) for step in given.steps]
         runs = [(i, len([*group])) for i, group in groupby(owners)]
         for (i, _), part in zip(runs, given.parts([count for _, count in runs]), strict=True):
+            # ``parts`` leaves the observer out, as checkpointed parts show their states themselves; a segment shows its
+            # own.
             yield self.segments[i][1], part._replace(on_step=given.on_step, monitor=given.monitor.part(i))
 
 
@@ -316,6 +329,7 @@ class WithErrors(Mode):
     def estimates(self, given: Pass, state: State) -> tuple[State, list[Tensor]]:
         """The state after the last step, and the error estimate of each step, of the shape of the stream."""
         errors: list[Tensor] = []
+        # A cell, which the observer writes after a step and the generator below reads before the next.
         size: list[Any] = [None if self.rule is None else given.steps[0].h]
 
         # The estimate rides along as one more stream, so that each mode keeps it or makes it again as it does a state.
@@ -345,6 +359,7 @@ class WithErrors(Mode):
 
 
 def _count(what: str, value: Any, least: int) -> None:
+    # ``True`` is an int to Python, and no number of steps to anybody.
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SchemeError(f"backprop: {what} is {value}, want a whole number, at least {least}.")
 
@@ -394,6 +409,7 @@ def format_mode(mode: Mode) -> str:
         return " + ".join(f"{count}*{part}" if count > 1 or alone else str(part) for count, part in mode.segments)
     changed = mode.options()
     name = mode.name
+    # The one argument that everybody gives is written without its name.
     if isinstance(mode, Checkpoint):
         return f"{name}({mode.every})" if changed else name
     given = ", ".join(f"{k}={v}" for k, v in changed.items())

@@ -29,6 +29,7 @@ class PendingScalar(NamedTuple):
         """Sends a scalar on its way, without waiting for it."""
         if not value.is_cuda:
             return cls(value, None, must_be_zero)
+        # Asked for at once, the value would make the host wait for all work that is queued on the device.
         value, event = value.to("cpu", non_blocking=True), torch.cuda.Event()
         event.record()
         return cls(value, event, must_be_zero)
@@ -70,6 +71,7 @@ class Monitor:
         self.warned = False
 
     def __deepcopy__(self, memo: Any) -> "Monitor":
+        # Locks cannot be copied, and a copy of a net may train on other data: it measures by itself.
         return Monitor()
 
     def __reduce__(self) -> Any:
@@ -79,6 +81,8 @@ class Monitor:
         """What is remembered of segment i of a plan, whose anchors and drift are its own."""
         if i not in self._parts:
             part = self._parts[i] = Monitor()
+            # What belongs to the steps is shared; a step's modules are changed during a pass, whichever segment runs
+            # it.
             part.searched, part.members, part.lock = self.searched, self.members, self.lock
         return self._parts[i]
 
@@ -122,8 +126,10 @@ class Monitor:
         Raises:
             SchemeError: in exact arithmetic a stream left the range, or a state came back different.
         """
+        # In the order in which they were sent: where one has not arrived, later ones have not either.
         while self.overflow and self.overflow[0].ready():
             if bool(self.overflow.pop(0).value):
+                # The user may train on with other options: the rest of a spoiled pass must not raise again.
                 self.overflow.clear()
                 raise SchemeError(
                     "Stack: a stream left the range in which backprop='exact' adds without rounding; "
@@ -158,6 +164,7 @@ def distance(a: State, b: State) -> Tensor:
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.shape == y.shape]
     error = torch.stack([torch.linalg.vector_norm(_single(x - y)) for x, y in pairs])
     size = torch.stack([torch.linalg.vector_norm(_single(y)) for _, y in pairs])
+    # A norm of norms: streams may differ in shape, and joining them would copy all of them.
     return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(size).clamp_min(1e-30)
 
 

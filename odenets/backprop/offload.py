@@ -35,7 +35,9 @@ class _OnHost:
 
     def __init__(self, tensor: Tensor):
         self.device = tensor.device
+        # Pinned, so that the way back can overlap with what the device is doing.
         self.copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        # Waits for the copy: afterwards the device's memory may be given to another tensor at once.
         self.copy.copy_(tensor)
 
     def back(self) -> Tensor:
@@ -54,6 +56,7 @@ class Offloading(saved_tensors_hooks):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
+        # The graph holds the copies that it needs; this table would keep the others.
         self.copies.clear()
 
     def _pack(self, x: Tensor) -> Any:
@@ -66,8 +69,10 @@ class Offloading(saved_tensors_hooks):
         ):
             return _Kept(x)
         storage = x.untyped_storage()
+        # With the version: written to in between, the same memory holds another tensor.
         key = (storage._cdata, x._version, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
         known = self.copies.get(key)
+        # An address may be used again; the weak reference tells whether it is still the same storage.
         if known is not None and known[0]() is storage:
             return known[1]
         copy = _OnHost(x)

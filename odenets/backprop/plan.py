@@ -8,7 +8,8 @@ pass: what earlier pieces keep, and what the piece itself needs at that moment.
 The fastest plan is found by dynamic programming over positions, front to back. A label at a position is what is kept so
 far, the time so far, and which of the streams there are held; a label that keeps no less and takes no less than another
 with the same streams held is dropped. This is exact, as what a piece shares with those before it is among the streams
-at its beginning. Labels beyond 256 of a position and its lengths beyond a few are thinned out.
+at its beginning. It is no longer exact where a position has more than 256 labels, or a long chain more lengths of
+pieces than are tried: both are thinned out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,8 +82,8 @@ class Piece(NamedTuple):
         streams: storages of the streams before it.
         kept: what it keeps until its backward pass.
         extra: bytes that it keeps beside.
-        tops: the most bytes live at its moments, beside what earlier pieces keep; by which of the streams before the
-            piece are among them, which an earlier piece may hold.
+        tops: the most bytes that are live at once while it runs, without what earlier pieces keep: a figure for each
+            set of its input streams that is among them, since an earlier piece may hold those already.
         error: relative error of the states that it makes again.
     """
 
@@ -128,6 +129,7 @@ class Chain:
 
     def pieces(self, first: int, way: str) -> Iterator[Piece]:
         """The pieces of that way that begin at a step, from the shortest on."""
+        # Everything else is kept as it is: "store", "offload", and "fixed", what a model saves between its stacks.
         grow = {"checkpoint": self._checkpoint, "reverse": self._undone, "exact": self._undone}.get(way, self._stored)
         return grow(first, way)
 
@@ -148,7 +150,9 @@ class Chain:
         streams = self.profiles[first].before
         tops, saved, time, extra = _Tops(streams), _Union(), 0.0, 0
         for n, profile, cost in self._reach(first, way):
+            # The moment before the step saves: its input is live, and all that earlier steps have saved.
             tops.add(saved, profile.before, cost.rise + extra)
+            # On the host it takes no memory here.
             if way != "offload":
                 saved.add(profile.saved)
             extra += cost.extra
@@ -163,10 +167,14 @@ class Chain:
         beside = self.profiles[first].costs[way].extra if way in self.profiles[first].costs else 0
         for n, profile, cost in self._reach(first, way):
             stored = profile.costs["store"]
+            # Forward, the step runs without a graph: nothing but the first streams stays.
             tops.add(kept, profile.before, cost.rise + beside)
+            # Backward, all steps of the piece run once more with a graph, and what they save piles up as if it were
+            # stored.
             again.add(saved, profile.before, stored.rise + extra + beside)
             saved.add(profile.saved)
             extra += stored.extra
+            # The piece may end here or go on, so what only happens at its end is added to a copy.
             now = tops.copy()
             now.join(again, sum(profile.after.values()))  # the gradients wait while all steps are run again
             now.add(saved, {}, cost.fall + extra + beside)
@@ -179,12 +187,14 @@ class Chain:
         own = {} if way == "exact" else streams  # exact arithmetic has a rounded copy
         start, tops, time, extra = _Union(own), _Tops(streams), 0.0, 0
         for n, profile, cost in self._reach(first, way):
+            # Exact arithmetic rounds its first state into a copy, once a piece.
             extra += cost.first if n == first else 0
             tops.add(start, profile.before, cost.rise + extra)
             extra += cost.extra
             tops.add(start, {}, cost.fall + extra)
             time += cost.time
             error = self.error(first, n + 1) if way == "reverse" else 0.0
+            # The first streams for comparison, and the last ones, from which all others are made again.
             kept = {**own, **profile.after}
             yield Piece(first, n + 1, way, time, streams, kept, extra, dict(tops.most), error)
 
@@ -192,6 +202,7 @@ class Chain:
         """The largest relative error of the states from ``first`` on, made again from the one before ``last``."""
         error = most = 0.0
         for profile in reversed(self.profiles[first:last]):
+            # From the last step back: what was wrong above grows with the step that is undone, and its own error joins.
             error = profile.error + profile.growth * error
             most = max(most, error)
         return most
@@ -203,6 +214,7 @@ class Chain:
         for piece in pieces:
             top = kept + _above(piece, held)
             grown = _new(piece, held)
+            # Only streams at the border matter from here on: pieces share no other storages with what came before.
             held, kept = self._following(piece, held), kept + grown
             streams = self.profiles[piece.last - 1].after
             live = kept + sum(size for name, size in streams.items() if name not in held)
@@ -243,6 +255,7 @@ class Chain:
             here = labels.pop(place, {})
             if not here:
                 continue
+            # Thinned once all labels have arrived here, which is now: pieces lead forward only.
             here = {held: _front(found) for held, found in here.items()}
             for way in ways:
                 for piece in self._candidates(place, way, places, bound):
@@ -250,8 +263,10 @@ class Chain:
                         above, grown = _above(piece, held), _new(piece, held)
                         target = labels.setdefault(piece.last, {}).setdefault(self._following(piece, held), [])
                         for label in found:
+                            # Labels are sorted by what they keep, so none of the rest fits either.
                             if label.kept + above > memory:
                                 break
+                            # The same search for two aims: a time adds up, of peaks the highest counts.
                             cost = max(label.cost, label.kept + above) if by_peak else label.cost + piece.time
                             target.append(_Label(label.kept + grown, cost, piece, label))
         done = []
@@ -268,6 +283,7 @@ class Chain:
     def least(self, ways: Sequence[str], bound: float) -> int:
         """The smallest peak that any plan has."""
         found = self.fastest(ways, float("inf"), bound, by_peak=True)
+        # Without a limit there is always a plan: every step can be stored.
         assert found is not None
         return int(found[1])
 
@@ -275,12 +291,14 @@ class Chain:
         """Where pieces may begin and end; all positions of a short chain."""
         count = len(self.profiles)
         unit = -(-count // MOST_PLACES)
+        # Whatever the spacing, a piece ends where its stack does: there the plan is split into one per stack.
         ends = {n + 1 for n, p in enumerate(self.profiles) if p.ends}
         starts = sorted({0, count, *ends})
         return sorted({p for a, b in pairwise(starts) for p in (*range(a, b, unit), b)} or {0})
 
     def _candidates(self, place: int, way: str, places: Sequence[int], bound: float) -> Iterator[Piece]:
         at = places.index(place)
+        # What stores step by step is the sum of its steps, so longer pieces would add labels and nothing else.
         fits = set(places[at + 1 : at + 2]) if way not in ("checkpoint", "reverse") else set()
         if not fits:
             lengths = range(1, len(places)) if len(places) <= 17 else LENGTHS
@@ -288,6 +306,7 @@ class Chain:
         whole = way in ("checkpoint", "reverse")
         last = None
         for piece in self.pieces(place, way):
+            # Written so that NaN ends it too.
             if not piece.error <= bound:
                 break
             if piece.last in fits:
@@ -322,6 +341,7 @@ def _front(labels: "list[_Label]") -> "list[_Label]":
     for label in sorted(labels, key=lambda label: (label.kept, label.cost)):
         if not found or label.cost < found[-1].cost:
             found.append(label)
+    # Evenly, with both ends: the smallest label may be the only one that fits, the fastest is the one that is wanted.
     if len(found) > MOST_LABELS:
         found = [found[round(i * (len(found) - 1) / (MOST_LABELS - 1))] for i in range(MOST_LABELS)]
     return found
@@ -344,7 +364,7 @@ class _Union:
 
 
 class _Tops:
-    """The most bytes of all moments so far, by which streams of the beginning are among them."""
+    """The most bytes that were live at any moment so far, for each set of input streams that was among them."""
 
     def __init__(self, streams: Names):
         self.streams = streams
@@ -360,6 +380,7 @@ class _Tops:
         """A moment at which these storages are live, and some bytes beside them."""
         shared = frozenset(name for name in self.streams if name in live.sizes or name in more)
         most = live.total + beside + sum(size for name, size in more.items() if name not in live.sizes)
+        # By the streams involved, since an earlier piece may hold them: their bytes must then not be counted twice.
         self.most[shared] = max(self.most.get(shared, 0), most)
 
     def join(self, other: "_Tops", beside: int) -> None:

@@ -95,8 +95,10 @@ class Planning:
 
     def _survey(self) -> int:
         """Runs the model once, its stacks being measured; returns the bytes that its loss takes."""
+        # The stacks measure themselves when the model calls them: only then is their input known.
         modes = {name: _Surveying(self, name) for name in self.stacks}
         with torch.enable_grad(), nothing_changed([self.model], True, (self.args, self.kwargs)), self._set(modes):
+            # Inside of a stack its own hooks are on top of these, so what is noted here was saved outside of stacks.
             with self.namer.saving(self.outside):
                 outputs = self.model(*self.args, **self.kwargs)
             outputs = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
@@ -112,8 +114,10 @@ class Planning:
             raise SchemeError(f"plan: the stack {name!r} is called twice, which no plan counts: plan its own calls.")
         mode = self.modes[name]
         if isinstance(mode, Auto) or mode.by_inverse:
+            # As the mode itself does before its first step; sizes in half precision would be half of the truth.
             state = stream_precision(state)
         self._pass_by(state)
+        # Storing comes first: what other ways cost is told from it.
         ways = ["store", *dict.fromkeys(ways_of(mode, state))]
         survey, out = surveyed(given, state, self.namer, ways, 0.0)
         auto = mode if isinstance(mode, Auto) else Auto()
@@ -127,6 +131,7 @@ class Planning:
         """Notes what the model has saved outside of stacks since the last one."""
         before = self.profiles[-1].after if self.profiles else {}
         saved = dict(self.outside)
+        # Emptied and not replaced: the hooks hold this very dictionary.
         self.outside.clear()
         nothing = Cost(0.0, 0.0, 0, 0, 0)
         self.profiles.append(Profile(before, self.namer.names(tensors), saved, {"fixed": nothing}, ends=True))
@@ -168,6 +173,7 @@ class Planning:
                 outputs = [x for x in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(x, Tensor)]
                 loss = sum(x.square().mean() for x in outputs if x.requires_grad)
                 del outputs
+                # Into the stand-ins alone: the model's own gradients, and their hooks, stay as they are.
                 loss.backward(inputs=[x for x in (*inputs, *stand.leaves) if x.requires_grad])  # type: ignore[union-attr]
 
             with self._set(found.plans):
@@ -177,6 +183,7 @@ class Planning:
                 once()
             with self._set(found.plans):
                 wait(self.device)
+                # A pass of its own: the meter slows operations down, and its marks would be in the time.
                 begin = time.perf_counter()
                 once()
                 wait(self.device)
@@ -208,6 +215,7 @@ class Planning:
         while place < len(self.profiles):
             name = starts.get(place)
             if name is None:
+                # Between stacks the model runs as it is, at no choice of ours, but at a cost in memory.
                 pieces.append(chain.piece(place, place + 1, "fixed"))
                 place += 1
                 continue
@@ -219,6 +227,7 @@ class Planning:
                 pieces += run
                 place += count
         outcomes, found.predicted = chain.outcomes(pieces)
+        # A mark begins an interval; the first was set before the model, the others at the end of each segment.
         ends = iter(marks[1:])
         for name, mode, step, a, b in segments:
             run, mark = outcomes[a:b], next(ends, None)

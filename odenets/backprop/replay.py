@@ -120,6 +120,7 @@ def members_of(step: Step, shared: nn.Module | None, mode: str = "reverse") -> M
 
 def parts_of(record: StepRecord, t: Any, context: Any, wrap: Wrap | None = None, state: State = ()) -> list[Part]:
     """The step as elementary schemes."""
+    # A size from outside never comes here: rules by errors need embedded pairs, and those have no inverse.
     h = record.step.h
     fs, gs = record.step.functions(record.shared, t, context, h, sink=record.sink)
     if wrap is not None:
@@ -190,6 +191,7 @@ def is_lost(x: Tensor) -> bool:
 def statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, BatchNorm layers in training leave their statistics alone, which they do not read there."""
     told = [m for m in norms if m.training and m.track_running_stats]
+    # A flag, not a copy of the statistics: the layer then normalises by the batch, as it did, and updates nothing.
     for m in told:
         m.track_running_stats = False  # type: ignore[assignment]
     try:
@@ -276,6 +278,7 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around:
     statistics = [(b.value, b.value.clone()) for b in record.members.statistics()] if record.members.norms else ()
     half = any(enabled for _, enabled, _ in record.autocast)
     try:
+        # A part that is no list of updates, such as a step inside a wrapper, is run and undone in one piece.
         for scheme, fs, h, gs in parts_of(record, record.t, record.context, wrap, state):
             if not isinstance(scheme, Coupling):
                 state = around(partial(scheme._step, fs, h=h, gs=gs), state)
@@ -292,10 +295,12 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around:
                 if half and update.appends:
                     state = in_single_precision(state)
                 before = _note(record, before)
+            # Streams change places once, after all updates, which name their streams as they stood before.
             state = rotated(state, scheme.rotate)
     except Exception as error:
         start.restore()
         for b, value in statistics:
+            # Through ``data``: a counted write would make autograd refuse a graph that saved this buffer.
             b.data.copy_(value)
         error.add_note(
             f"{record.step.scheme}, {record.where}, update {len(record.notes)}: a residual function raised; "
@@ -325,6 +330,7 @@ def _note(record: StepRecord, before: Surroundings) -> Surroundings:
 
 def invert_step(record: StepRecord, state: State) -> State:
     """The state before the step, without gradients."""
+    # The parameters of the run, whatever the modules hold by now (``functional_call`` and FSDP exchange them).
     with torch.no_grad(), as_it_ran(record), swapped(record.slots, [slot.value for slot in record.slots]):
         # Copies to pop from: a second backward pass starts from the full lists again.
         notes, spills = list(record.notes), list(record.spills)
@@ -334,6 +340,7 @@ def invert_step(record: StepRecord, state: State) -> State:
                     state = scheme._inverse(fs, state, h, gs)
                 continue
             state = rotated(state, -scheme.rotate)
+            # The list is that of the forward step, which began with fewer streams.
             for update in reversed(scheme.updates(fs, h, len(state) - scheme.streams_added)):
                 with replayed(notes.pop()):
                     if record.grid is None:

@@ -115,11 +115,13 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
     # Anchors that somebody asked for are not moved by what drift was seen.
     auto = every is None and memory is None
     given.monitor.read(bound if auto else None, len(given.steps))
+    # Counted from this batch, so a larger one gets its anchors further apart.
     if memory is not None:
         # Rounded up to whole steps, so that the anchors never take more than was given.
         size = sum(x.numel() * x.element_size() for x in state) / 2**20
         return max(1, -(-len(given.steps) // max(1, int(float(memory) / size))))
     if not auto:
+        # 0 is how a user writes "no anchors".
         return every or None
     if given.monitor.growth is None:
         measure(given, state, bound)

@@ -16,6 +16,7 @@ from .members import Contents, Members, Namespace, Slot, changed, holds, swapped
 
 def python_generators() -> tuple[Any, ...]:
     """The states of Python's generator, and of NumPy's where it is there."""
+    # Where nobody has imported NumPy, nobody has drawn from it; importing it here would take longer than the step.
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=True)
 
@@ -31,6 +32,7 @@ def same_python(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether two states of ``python_generators`` are equal."""
     if a[0] != b[0]:
         return False
+    # NumPy's state is a name, an array of keys, and scalars; the scalars differ first, and compare cheaply.
     return a[1] is None or (a[1][2:] == b[1][2:] and bool((a[1][1] == b[1][1]).all()))
 
 
@@ -128,6 +130,8 @@ class Surroundings:
         self.versions: list[int] = []
         if members is None:
             return
+        # Python's and NumPy's states are tuples that take microseconds to copy: only until a pass has shown no use of
+        # them.
         if members.draws.get(members.modules[0].training, True):
             self.python = python_generators()
         self.names, self.buffers = members.names(), members.buffers()
@@ -213,6 +217,7 @@ class Surroundings:
         Raises:
             RuntimeError: what they read is gone, or they drew other numbers than the first time.
         """
+        # What is kept as a copy may have been written to since; the copy is what the function will see.
         copied = {id(slot.value) for slot in self.buffers}
         for x, version in zip(self.tensors, self.versions, strict=True):
             if _version(x) != version and id(x) not in copied:
@@ -220,6 +225,7 @@ class Surroundings:
                     f"Stack: {name_of(self.names, x)} was written to in place by a residual function that reads it, "
                     "so that the step cannot be run again.\n  Make it a buffer: self.register_buffer(...)."
                 )
+        # Whoever calls ``backward`` may go on drawing: for them no number must be used up.
         before = Surroundings(self.device, None)
         before.own = [(g, g.get_state()) for g, _ in self.own]
         before.python = None if self.python is None else python_generators()
@@ -236,6 +242,7 @@ class Surroundings:
             end = Surroundings(self.device, None)
         finally:
             before.set_generators()
+        # Only where the second run drew at all and ended elsewhere than the first: a run that draws less is no error.
         if self.end is not None and self.drew(end) and self.end.drew(end):
             raise RuntimeError(
                 "Stack: a residual function drew other random numbers when it was run again: another thread drew from "
@@ -257,6 +264,7 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
     saved = [slot.value.clone() for slot in buffers]
     held = (slot.value for slot in (*buffers, *members.parameters()))
     # Of parameters too: a module without buffers may draw on a device all the same.
+    # All devices, as a model in parts may draw on several; ``Surroundings`` knows of one.
     devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
     before = Surroundings(torch.device("cpu"), members, given)
     states = [torch.cuda.get_rng_state(d) for d in devices]
@@ -284,6 +292,7 @@ def initialise(module: nn.Module, run: Callable[[], Any]) -> None:
     with torch.no_grad(), nothing_changed([module], always=True):
         run()
     for m in lazy:
+        # The run was undone for buffers that existed; a lazy BatchNorm made its own in that run, and moved them.
         if hasattr(m, "reset_running_stats"):
             m.reset_running_stats()  # type: ignore
 

@@ -56,6 +56,7 @@ class Namer:
         self.count = 0
         for x in outside:
             if x.layout == torch.strided:
+                # An address is used again once its storage is gone; the weak reference tells the old one from the new.
                 self.known[x.untyped_storage()._cdata] = (weakref.ref(x.untyped_storage()), 0)
 
     def name(self, x: Tensor) -> int:
@@ -74,6 +75,7 @@ class Namer:
             for x in tensors
             if isinstance(x, Tensor) and x.layout == torch.strided
         }
+        # All that do not count share the number 0.
         found.pop(0, None)
         return found
 
@@ -86,6 +88,8 @@ class Namer:
             return x
 
         with saved_tensors_hooks(pack, lambda x: x):
+            # The other half of the hooks changes nothing: tensors are looked at on their way into the graph, and kept
+            # as they are.
             yield
 
 
@@ -99,6 +103,7 @@ class _Source(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        # Filled, not expanded: a gradient of stride 0 would take no memory, and kernels may take another path for it.
         return tuple(torch.full(s, 1.0 / max(1, s.numel()), dtype=d, device=v) for s, d, v in ctx.like)
 
 
@@ -111,6 +116,7 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        # The leaves get no gradients: adding those up would count memory that a step in the middle does not take.
         return (None,) * len(grads)
 
 
@@ -152,6 +158,7 @@ def aside(modules: Sequence[nn.Module], context: Any = None, time: Any = None) -
         if id(slot.value) not in leaf_of:
             leaf = leaf_of[id(slot.value)] = slot.value.detach().requires_grad_(slot.value.requires_grad)
             if leaf.requires_grad:
+                # Gradients of parameters do not count: in training they are added to tensors that are there already.
                 leaf.register_post_accumulate_grad_hook(_drop)
 
     context, time = with_tensors((context, time), lambda x: x.detach().requires_grad_(x.requires_grad))
@@ -240,11 +247,13 @@ class Survey:
         trial = _GraphTrial(given.wrap, given.inverted) if "reverse" in self.ways else None
         states, steps = [_plain(state)], []
         for part in given.parts(1):
+            # Each step has a graph of its own, which goes before the next step begins.
             leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
             before, saved = self.namer.names(leaves), {}
             with torch.enable_grad(), self.namer.saving(saved):
                 out = (part if trial is None else part._replace(runner=trial.run)).keep(leaves)
             self.saved.update(saved)
+            # In training the guard would raise at the loss; here the way is not offered at all.
             if trial is not None and left_behind(members_of(part.steps[0], part.shared)):
                 self._refuse("reverse", "a residual function leaves something behind that can be differentiated")
             state = tuple(x.detach().requires_grad_(x.requires_grad) for x in out)
@@ -270,6 +279,7 @@ class Survey:
             tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in state),
             tuple((type(m), m.training) for m in modules),
             tuple((tuple(p.shape), p.requires_grad) for p in parameters),
+            # What was saved, too: modules of one type and shape may take different branches.
             tuple(sorted(saved.values())),
         )
 
@@ -278,6 +288,7 @@ class Survey:
             return
         self.costs[kind] = {}
         self._measure(kind, part, state, profile, self.ways if self.pressed else ["store"])
+        # Storing fits so far: the other ways are measured later if that changes, on this sample.
         if not self.pressed:
             self.samples[kind] = (part, _plain(state), profile)
 
@@ -287,6 +298,7 @@ class Survey:
                 try:
                     self.costs[kind][way] = self._cost(kind, part, state, profile, way)
                 except SchemeError as error:
+                    # These two run what training without a plan would run, so their errors are the user's to see.
                     if way in ("store", "checkpoint"):
                         raise
                     self._refuse(way, str(error))
@@ -297,6 +309,7 @@ class Survey:
 
     # long: one measurement, whose order of runs is what it measures
     def _cost(self, kind: Any, part: Pass, state: State, profile: Profile, way: str) -> Cost:
+        # A monitor of its own: what the stack has learned of its reconstruction must not come from a measurement.
         mode, monitor, known = MODES[way], Monitor(), self.costs[kind].get("store")
         members = members_of(part.steps[0], part.shared)
         learn(members)  # of its run with a graph: the first time is not to be another one
@@ -310,6 +323,7 @@ class Survey:
             def once(meter: Meter | None) -> tuple[float, float]:
                 leaves, streams = entered(state)
                 mark = meter.mark if meter is not None else (lambda: None)
+                # A device runs behind: without waiting, the time of one pass would be charged to the next.
                 wait(self.device)
                 begin = time.perf_counter()
                 mark()
@@ -320,6 +334,7 @@ class Survey:
                 if meter is not None:
                     names.update(Namer([*streams, *stand.leaves]).names(out))
                     passed.update(Namer(stand.leaves).names([x for x in out if not Namer(streams).names([x])]))
+                # In training nobody holds them either: ``back`` alone keeps what the step saved.
                 del out, streams
                 mark()
                 back()
@@ -331,14 +346,17 @@ class Survey:
                 with meter_on(self.device) as meter:
                     once(meter)
                 times: list[tuple[float, float]] = []
+                # At least twice, since the first run of a kernel is slow; a checkpoint's time follows from storing.
                 while way != "checkpoint" and len(times) < ROUNDS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH):
                     times.append(once(None))
         forward, backward = self._times(way, times, known)
         rise, kept, most = meter.intervals[0].most, meter.intervals[1].start, meter.intervals[1].most
+        # The streams before the step are counted by name, by whoever keeps them; only what is new here is this step's.
         new = sum(size for name, size in profile.saved.items() if name not in profile.before)
         out = sum(names.values())
         rounded = sum(x.nbytes for x in state)  # the exact run's own copy of its first state
         named = {"store": new, "reverse": out, "exact": out + rounded}
+        # What the meter saw and names do not explain: notes, spilled bits, what a kernel keeps for itself.
         extra = max(0, kept - named.get(way, 0))
         # What pieces count by name: saved storages of a step, also where it is run again, and the first state.
         counted = {"store": new, "checkpoint": new, "exact": rounded}
@@ -350,6 +368,7 @@ class Survey:
         """Seconds forward and backward; what runs a step again takes a forward pass more than what does not."""
         if way in ("store", "offload") or stored is None:
             return min(t for t, _ in times), min(t for _, t in times)
+        # Noise can make a run that repeats a step seem faster than one that does not; a plan must not be built on that.
         forward, backward = stored.forward, stored.time
         if times:
             forward, backward = max(forward, min(t for t, _ in times)), max(backward, min(t for _, t in times))
@@ -378,9 +397,11 @@ class Survey:
             error = max(e / s if s < math.inf else math.inf for e, s in zip(errors, sums, strict=True))
             ends = n == len(self.steps) - 1
             if ends:
+                # A step that is undone lets go of the gradients of its streams one by one.
                 late = [way for way in ("store", "offload", "checkpoint") if way in costs]
                 costs.update({way: costs[way]._replace(fall=costs[way].fall + tail) for way in late})
             self.steps[n] = profile._replace(costs=costs, error=error, growth=growth, ends=ends)
+        # A batch that overflows says nothing about the next one: the plan is made again.
         if any(growth == math.inf for growth, _ in self.growths.values()):
             self.finite = False
 
@@ -392,7 +413,7 @@ def wait(device: torch.device) -> None:
 
 
 def readout_of(given: Pass, state: State) -> tuple[int, bool]:
-    """Bytes of the output, and whether it is no stream itself."""
+    """Bytes of the output, and whether it is a tensor of its own rather than one of the streams."""
     with torch.no_grad():
         output = given.steps[-1].scheme.readout(state)
     return output.nbytes, output.untyped_storage()._cdata not in {x.untyped_storage()._cdata for x in state}

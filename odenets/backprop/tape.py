@@ -74,7 +74,7 @@ class Tape:
         # Nodes are numbered by the tape and not by the stack: a plan may begin one in the middle.
         n, added = len(self.records), step.scheme.streams_added
         self._same_streams(state)
-        # A step that appends streams drops them when it is undone, and their errors with them: look before that too.
+        # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.
@@ -140,6 +140,7 @@ class Tape:
                 "Trying to backward through a stack a second time: its states are freed. "
                 "Specify retain_graph=True if you need to backward through it again."
             )
+        # The nearest from above: each step between costs an evaluation of its functions.
         start = min(places)
         last = len(self.records)
         if start == last and [x._version for x in self.kept[last]] != self.versions:
@@ -147,6 +148,7 @@ class Tape:
         state = self.state if start == self.position else self.kept[start]
         while start > n:
             start -= 1
+            # Undone for the state alone; its own node will undo it again if a gradient arrives there.
             state = invert_step(self.records[start], state)
         return state
 
@@ -234,6 +236,7 @@ class _Node(torch.autograd.Function):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
         # The extra inputs come last.
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
+        # A list, which the step empties as it goes: a tuple would keep all streams of the state alive to the end.
         streams = list(tape.take(n + 1, free=not _keep_graph()))
         step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
         found, extra = step.run(streams, list(grads[: ctx.streams]))
@@ -318,6 +321,8 @@ class _StepBackward:
                             scheme, fs, h, gs = self.parts()[k]
                     grads = self._whole(scheme, fs, h, gs, streams, grads, note)
                     continue
+                # The step ended with the rotation, so undoing begins with it; gradients sit at the places of their
+                # streams.
                 streams[:], grads = rotated(tuple(streams), -scheme.rotate), [*rotated(tuple(grads), -scheme.rotate)]  # type: ignore
                 count = len(streams) - scheme.streams_added
                 with torch.enable_grad() if anew else NOTHING:
@@ -368,6 +373,7 @@ class _StepBackward:
             # Without elementary updates there is nothing finer than the step to take apart.
             streams[:] = scheme._inverse(fs, tuple(streams), h, gs)
         with replayed(note), torch.enable_grad():
+            # New leaves: the step runs a second time, from the state that its inverse has just given.
             inputs = [x.detach().requires_grad_() for x in streams]
             outputs = scheme._step(fs, tuple(inputs), h, gs)
         pairs = [
@@ -410,6 +416,7 @@ class _StepBackward:
         d, e = update.dst, update.byproduct
         grad, byproduct_grad = grads[d], None
         if e is not None:
+            # The stream that stood at e before was overwritten, so nothing reached the output through it.
             byproduct_grad, grads[e] = grads[e], None
         auxiliary = self._auxiliary_gradients()
         live = any(g is not None for g in (grad, byproduct_grad, *auxiliary))
@@ -515,6 +522,7 @@ class _StepBackward:
                     f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
                     "  Register it in the residual function's module, or pass it as context: stack(x, context=...)."
                 )
+            # A loop and not a recursion: graphs of deep functions are longer than Python's stack.
             queue += [following for following, _ in node.next_functions]
 
 

@@ -58,10 +58,15 @@ class Pass(NamedTuple):
     def walk(self, state: State, runner: Runner | None = None) -> State:
         """The state after the last step; ``runner`` is what runs each of them, by default the step itself."""
         time = self.time
+        # Not strict, and read one by one: the sizes may be an endless iterator, whose next value follows from the error
+        # of the step before and does not exist until that step is over.
         for n, (step, h) in enumerate(zip(self.steps, self.sizes or repeat(None)), self.first):  # noqa: B905
+            # An inverted pass is given its times: going back by subtraction would not meet the numbers of the forward
+            # pass.
             time = time if self.times is None else self.times[n]
             state = step(state, self.shared, time, self.context, h, runner)
             if self.post_step is not None:
+                # An error estimate that rides along is no stream, and a projection would spoil it.
                 streams = len(state) - self.extras
                 state = (*(self.post_step(x) for x in state[:streams]), *state[streams:])
             time = step.end(time, h)
@@ -71,6 +76,7 @@ class Pass(NamedTuple):
 
     def keep(self, state: State) -> State:
         """The state after the last step, each state kept by autograd as far as it needs it."""
+        # The step itself is the path that a compiler traces into one graph; the detour is for what a pass collects.
         plain = self.wrap is None and self.calls is None and self.sink is None
         return self.walk(state, self.runner or (None if plain else self._evaluate))
 
@@ -79,8 +85,11 @@ class Pass(NamedTuple):
 
     def parts(self, every: int | Sequence[int]) -> "Iterator[Pass]":
         """Passes through ``every`` steps each, or so many as it lists, one after the other, without the observer."""
+        # Sizes that follow from errors are endless and must not come here: a stack refuses such a rule under modes in
+        # parts.
         time, sizes = self.time, None if self.sizes is None else list(self.sizes)
         if isinstance(every, int):
+            # The last part is as long as what is left: a slice may end beyond the steps.
             every = [every] * -(-len(self.steps) // every)
         for first, count in zip(accumulate((0, *every[:-1])), every, strict=True):
             steps = list(self.steps)[first : first + count]
@@ -92,5 +101,5 @@ class Pass(NamedTuple):
 
 
 def needs_graph() -> bool:
-    """Whether this pass may be differentiated: gradients are on, and nobody traces the operations for use elsewhere."""
+    """Whether this pass may be differentiated: gradients are on, and it is neither traced nor exported."""
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()  # type: ignore

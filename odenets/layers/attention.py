@@ -68,6 +68,7 @@ class AttentionFunction(nn.Module):
         scale = None
         if self.log_scale is not None:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            # Bounded, as published: a larger factor makes the softmax one-hot, and its gradient zero.
             q, scale = q * self.log_scale.clamp(max=math.log(100)).exp(), 1.0
         # Where a context is given it is the mask of tokens that are there: (n, t), true for those that may be read.
         mask = None if context is None else context[:, None, None, :]
@@ -147,11 +148,13 @@ class PatchTokens(nn.Module):
         self.patch, self.grid = patch, size // patch
         self.proj = PatchConv2d(in_chans, dim, patch)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
+        # Zero: its learned position is drawn already.
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.grid**2 + int(class_token), dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)
+        # Before the map is flattened: its height and width are not told afterwards.
         positions = self._positions(x.shape[2], x.shape[3])
         x = self.norm(x.flatten(2).transpose(1, 2))
         if self.class_token is not None:

@@ -40,6 +40,7 @@ class Up(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        # With the channels last a linear layer needs no copy, and the norm is over the last axis.
         x = self.norm(self.linear(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return F.interpolate(x, scale_factor=float(self.factor), mode="nearest")
 
@@ -129,6 +130,7 @@ class PictureDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for proj, block in zip(self.proj, self.blocks, strict=True):
+            # Corners aligned, as in the released code; the weights were trained with it.
             x = F.interpolate(proj(x), scale_factor=2.0, mode="bilinear", align_corners=True)
             x = x + block(x)
         return F.pixel_shuffle(self.pixels(x), self.patch)

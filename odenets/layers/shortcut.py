@@ -1,10 +1,37 @@
 """Shortcuts that change the resolution and the width of a stream: pixels left out, averaged, moved, projected."""
 
+from abc import ABC, abstractmethod
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PadShortcut(nn.Module):
+class _Padded(nn.Module, ABC):
+    """Fewer pixels, then channels padded with zeros on both sides; an odd difference puts the extra channel last."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        more = out_channels - in_channels
+        if more < 0:
+            raise ValueError(
+                f"{type(self).__name__} cannot go from {in_channels} to {out_channels} channels; use Projection."
+            )
+        self.before, self.after, self.stride = more // 2, more - more // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = self._fewer(x)
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+    @abstractmethod
+    def _fewer(self, x: Tensor) -> Tensor:
+        """A map of ``stride`` times fewer rows and columns."""
+
+    def extra_repr(self) -> str:
+        return f"before={self.before}, after={self.after}, stride={self.stride}"
+
+
+class PadShortcut(_Padded):
     """Takes every ``stride``-th pixel and pads the channels with zeros on both sides ("option A"; no parameters).
 
     Args:
@@ -27,20 +54,8 @@ class PadShortcut(nn.Module):
         torch.Size([1, 32, 4, 4])
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__()
-        more = out_channels - in_channels
-        if more < 0:
-            raise ValueError(f"PadShortcut cannot go from {in_channels} to {out_channels} channels; use Projection.")
-        self.before, self.after, self.stride = more // 2, more - more // 2, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
-
-    def extra_repr(self) -> str:
-        return f"before={self.before}, after={self.after}, stride={self.stride}"
+    def _fewer(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
 
 
 class Projection(nn.Module):
@@ -109,7 +124,7 @@ class SpaceToDepth(nn.Module):
         return f"factor={self.factor}"
 
 
-class PoolPadShortcut(nn.Module):
+class PoolPadShortcut(_Padded):
     """Averages squares of ``stride`` x ``stride`` pixels and pads the channels with zeros on both sides.
 
     Args:
@@ -124,17 +139,5 @@ class PoolPadShortcut(nn.Module):
         Gomez et al. 2017, The Reversible Residual Network, arXiv 1707.04585, as released.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__()
-        more = out_channels - in_channels
-        if more < 0:
-            raise ValueError(f"PoolPadShortcut cannot go from {in_channels} to {out_channels} channels.")
-        self.before, self.after, self.stride = more // 2, more - more // 2, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            x = F.avg_pool2d(x, self.stride)
-        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
-
-    def extra_repr(self) -> str:
-        return f"before={self.before}, after={self.after}, stride={self.stride}"
+    def _fewer(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.stride)

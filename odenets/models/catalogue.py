@@ -117,7 +117,7 @@ def register_variants(
         SchemeError: a name is taken.
     """
     for name, config in variants.items():
-
+        # Bound now, as the loop goes on to the next variant.
         def build(*, _config: Mapping[str, Any] = config, **kwargs: Any) -> nn.Module:
             return kind(**{**_config, **kwargs})
 
@@ -152,6 +152,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
         ['resnet34', 'resnet44']
     """
     found = [n for n, e in _MODELS.items() if fnmatch.fnmatchcase(n, pattern) and (e.weights or not pretrained)]
+    # Numbers as numbers: resnet18 before resnet152.
     return sorted(found, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
 
 
@@ -214,6 +215,7 @@ def create_model(
         "drop_path_rate": drop_path_rate,
         "global_pool": global_pool,
     }
+    # What was left out is not passed on, so that each model keeps its own default.
     kwargs |= {key: value for key, value in options.items() if value is not None}
     if not features_only:
         if out_indices is not None:
@@ -226,6 +228,7 @@ def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[st
     if not pretrained:
         return entry.build(**kwargs)
     weights = _choose(name, entry, pretrained)
+    # Before anything is downloaded.
     if kwargs.get("in_chans", 3) != len(weights.mean):
         raise SchemeError(
             f"the published weights of {name} take {len(weights.mean)} channels, not {kwargs['in_chans']}; "
@@ -278,6 +281,7 @@ def _download(name: str, weights: Weights) -> Path:
         except RuntimeError as error:  # the hash differs; torch.hub has removed what it got
             raise SchemeError(f"{weights.url} is not the published file: {error}.") from None
     with path.open("rb") as file:
+        # Of a file that was there already too: somebody may have put another one in its place.
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(weights.sha256):
         raise SchemeError(

@@ -92,6 +92,7 @@ class DenseNet(LevelNet):
             for level, (scheme_, count) in enumerate(zip(found, functions, strict=True)):
                 transition: nn.Module = nn.Identity()
                 if level:
+                    # Rounded down, as published: compression 1/2 of an odd width.
                     transition = DenseTransition(*at.narrowed(int(at.grown * compression)), drop_rate=drop_rate)
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)

@@ -34,6 +34,7 @@ def check_rates(**rates: float) -> None:
 def _signature(kind: type) -> inspect.Signature:
     """The options of a class: its constructor's, then those that the constructor hands on to the next one."""
     found: dict[str, inspect.Parameter] = {}
+    # A class names its own options and hands on the others, so the whole list stands nowhere in the source.
     for k in kind.__mro__:
         if (init := k.__dict__.get("__init__")) is None:
             continue
@@ -41,6 +42,7 @@ def _signature(kind: type) -> inspect.Signature:
         handed_on = [p for p in own if p.kind is p.VAR_KEYWORD]
         rest = [p for p in own if p not in handed_on and p.name not in found]
         found |= {p.name: p.replace(kind=p.KEYWORD_ONLY) if found else p for p in rest}
+        # This constructor takes nothing more, so options of its bases cannot be given.
         if not handed_on:
             break
     # Once one is passed by name only, all that follow are.
@@ -102,6 +104,7 @@ class HeadNet(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # So that ``help``, configuration files and their errors know all options of a model.
         cls.__signature__ = _signature(cls)
 
     def finish(self, features: list[dict[str, Any]], init: Callable[[nn.Module], Any] | None = None) -> None:
@@ -139,6 +142,7 @@ class HeadNet(nn.Module, ABC):
                 f"{type(self).__name__}: the picture is {height} x {width}; want multiples of {reduction}.\n"
                 "  Resize it, or let the network pad it with zeros: pad=True."
             )
+        # Not under a compiler, where a comparison of sizes would be compiled in, once for each size.
         if self.least > 1 and not torch.compiler.is_compiling() and min(height, width) < self.least:
             raise SchemeError(
                 f"{type(self).__name__}: the picture is {height} x {width}; want at least {self.least} x {self.least}."
@@ -214,6 +218,7 @@ class HeadNet(nn.Module, ABC):
 
     def make_head(self, num_classes: int) -> nn.Module:
         """A linear layer with new weights."""
+        # A new head goes to where the network is, in its precision.
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.init_head(head)

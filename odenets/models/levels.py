@@ -70,6 +70,7 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         >>> steps_that_fit(schemes.get("rk4"), 12, level=1)
         3
     """
+    # Of a mix the whole period: its parts use up different numbers of functions.
     period, plan = scheme.stages, scheme.plan
     if isinstance(functions, bool) or not isinstance(functions, int) or functions < 1:
         raise SchemeError(f"level {level} has {functions!r} residual functions, want a whole number, at least 1.")
@@ -139,6 +140,7 @@ def check_streams(
     """
     if scheme.nodes is None or takes_shortcut(scheme):
         return
+    # Enough in every dimension for a scheme to split it, whichever it splits.
     shape = [2] + [64] * (ndim - 1)
     shape[dim] = width
     try:
@@ -173,6 +175,7 @@ def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
 
     streams, state, y = scheme.stream_widths(x.shape[dim]), None, x
     try:
+        # One period, and the steps that begin it anew: what does not fit shows by then.
         for n in range(min(depth, len(scheme.plan) + 3)):
             part = scheme.at(n)
             fs = [stand_in(slot) for slot in part.slots(n, streams)]

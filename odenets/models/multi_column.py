@@ -127,6 +127,7 @@ class MultiColumn(LevelNet):
         self.levels = nn.ModuleList(
             FusedColumn(channels, blocks, n == 0, kernel_size, self.drop_path_rate) for n in range(columns)
         )
+        # The finer levels of the last column reach no output: their parameters would get no gradient.
         self.levels[-1].keep_last()  # type: ignore[operator]
         self.head_norm = nn.LayerNorm(channels[-1], eps=1e-6)
         init_truncated(self)

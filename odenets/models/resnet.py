@@ -92,11 +92,13 @@ class ResidualNet(LevelNet):
         depths = steps_of_levels(found, functions)
         self.block, self.placement, self.shortcut = block, placement, shortcut
         self.stem = _stem(stem, self.in_chans, widths[0], norm=placement != "preact" or stem == "conv7_pool")
+        # One iterator for all levels: the rate grows over the depth of the whole network.
         rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
         channels = [widths[0], *(w * FUNCTIONS[block].expansion for w in widths)]
         before = 0
         with warned_once():
             for level, (scheme_, depth, (width, out)) in enumerate(zip(found, depths, pairwise(channels), strict=True)):
+                # A decay counts the steps of all levels before this one.
                 options = {"step": step, "step_offset": before, "backprop": backprop}
                 self._add_level(scheme_, depth, width, out, 1 if level == 0 else 2, rates, options)
                 before += depth

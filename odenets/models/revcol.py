@@ -114,6 +114,7 @@ class RevCol(ColumnNet):
         if supervision and not self.num_classes:
             raise SchemeError("RevCol: supervision needs a head; give num_classes, or leave supervision out.")
         self.patch = patch
+        # Named one by one: the names are keys of checkpoints.
         self.stem = nn.Sequential()
         self.stem.add_module("conv", PatchConv2d(self.in_chans, channels[0], patch))
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
@@ -156,8 +157,10 @@ class RevCol(ColumnNet):
             if n + 1 in s.columns:
                 k = s.columns.index(n + 1)
                 logits.append(s.heads[k](state[-1]))
+                # A padded picture is decoded whole, and compared where it was given.
                 images.append(s.decoders[k](state[-1])[..., :height, :width])
 
+        # Heads read the columns while they exist, so that reversed training keeps none of them for the heads' sake.
         state = self.columns.visit_states(self._stem(x), heads)
         return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
 
@@ -206,6 +209,7 @@ def _column(
     n: int, channels: Sequence[int], blocks: Sequence[int], kernel_size: int, huge: bool, drop_path: float
 ) -> Iterator[LevelFunction]:
     """The residual functions of column n, level by level; the first column has nothing above."""
+    # Begun anew in each column: columns are alike, and the last must not be dropped more often than the first.
     rates = iter(linear_rates(drop_path, sum(blocks)))
     top = len(channels) - 1
     for level, (c, count) in enumerate(zip(channels, blocks, strict=True)):

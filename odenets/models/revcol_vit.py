@@ -70,8 +70,10 @@ def columns_of_tokens(
         for level, count in enumerate(blocks):
             below = Linked(dim) if level else nn.Identity()
             above = [Linked(dim)] if n and level < top else []
+            # One list for a column, of which each level takes its share.
             own, rates = rates[:count], rates[count:]
             fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
+    # The first column makes the levels and has nothing to scale.
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
     return Stack(fs, RevColCoupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 

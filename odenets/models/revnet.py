@@ -122,6 +122,7 @@ class RevNet(_Reversible):
             self.levels.append(Stack(rest, "revnet", backprop=backprop) if rest else nn.Identity())
         # The stem has normalised and cut off already what the very first function is given.
         function = self.transitions[0].steps[0].fs[0]  # type: ignore[union-attr,index]
+        # Not in place, as no norm stands before it: a residual function must not write to its argument.
         function.norm1, function.relu = nn.Identity(), nn.ReLU()
         self._finish(channels[1:], 1 if stem == "conv3" else 4)
 
@@ -175,6 +176,7 @@ class IRevNet(_Reversible):
     ):
         super().__init__(num_classes=num_classes, **head)
         self._check(block, units)
+        # With one level there is no shortcut.
         if len(units) > 1 and isinstance(parse_mode(backprop), Exact):
             raise SchemeError(
                 "IRevNet: exact arithmetic cannot undo the shortcuts that move pixels into channels: use "
@@ -194,6 +196,7 @@ class IRevNet(_Reversible):
             half, shortcut, fs = out // 2, None, []
             if level:
                 shortcut = [SpaceToDepth(), SpaceToDepth()]
+                # Function 0 reads the stream as it was before the pixels moved, function 1 the one that has been moved.
                 fs = [make(half // 4, half, 2), make(half, half)]
             fs += [make(half, half) for _ in range(2 * count - len(fs))]
             self.transitions.append(nn.Identity())
@@ -232,6 +235,7 @@ class WidenedPicture(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         """The picture whose widened form is y."""
+        # The first copy; the others are repetitions of it.
         return self.squares.inverse(y[:, : self.kept])
 
 

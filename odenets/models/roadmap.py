@@ -140,11 +140,13 @@ class ModernNet(LevelNet):
             out = d.width * 2**level * (1 if d.inverted else 4)
             stride = 1 if level == 0 or d.separate else 2
             transition: nn.Module = nn.Identity()
+            # As a layer between the levels, so that no residual function has to change the width.
             if level and d.separate:
                 conv = nn.Conv2d(width, out, 2, 2)
                 transition = nn.Sequential(OrderedDict(norm=make_norm(d.norm, width), conv=conv))
                 width = out
             self.transitions.append(transition)
+            # The first level changes its width too: bottlenecks are four times wider than the stem.
             changes = stride > 1 or width != out
             self.levels.append(
                 Stack.from_factory(
@@ -169,6 +171,7 @@ class ModernNet(LevelNet):
 def _modern_stem(d: Design, in_chans: int) -> nn.Sequential:
     stem = nn.Sequential()
     if d.patch:
+        # BatchNorm would take a bias off again, channel by channel; LayerNorm, over the channels, does not.
         stem.add_module("conv", nn.Conv2d(in_chans, d.width, 4, 4, bias=d.norm == "layer"))
     else:
         stem.add_module("conv", nn.Conv2d(in_chans, d.width, 7, 2, 3, bias=False))
@@ -184,6 +187,7 @@ def _function(d: Design, stride: int, rates: Iterator[float], slot: Slot) -> nn.
     return ModernFunction(
         slot.in_channels[0],
         slot.out_channels,
+        # Only what sees the step's input has a stride to make.
         stride if slot.step == 0 and slot.raw else 1,
         kernel=d.kernel,
         depthwise=d.depthwise,
@@ -282,6 +286,7 @@ class MixerNet(LevelNet):
         rates = iter(linear_rates(self.drop_path_rate, sum(d.functions)))
 
         def make(slot: Slot) -> nn.Module:
+            # None: four times the input's width, which grows from mixer to mixer.
             hidden = None if d.from_input else 4 * slot.out_channels
             return mixer(slot, rates, divisor=8, hidden=hidden, layer_scale=None)
 
@@ -291,6 +296,7 @@ class MixerNet(LevelNet):
             transition: nn.Module = nn.Identity()
             if level:
                 stride = 2 if halve else 1
+                # Half of the width, in multiples of 8, as published.
                 transition = _transition(*at.narrowed(at.grown // 16 * 8), stride, d.strided)
                 reductions.append(reductions[-1] * stride)
             self.transitions.append(transition)
@@ -299,6 +305,7 @@ class MixerNet(LevelNet):
             at.level(scheme_, count, d.growths[level], depth)
         self.head_norm = nn.LayerNorm(at.width, eps=1e-6)
         init_kaiming(self, "fan_in", linear=True)
+        # A stem of stride 4 by two strides of 2 rounds up, a patch rounds down.
         self.least = reductions[-1] if d.patch else reductions[-1] - 3
         self.finish_levels(at.channels, reductions)
 

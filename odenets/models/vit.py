@@ -86,6 +86,7 @@ class ViT(HeadNet):
         # Both functions of a block are dropped at one rate.
         rates = iter([rate for rate in linear_rates(self.drop_path_rate, depth) for _ in range(2)])
         check_streams(found, steps, dim, "a ViT", dim=2, ndim=3, heads=heads)
+        # In turn, whatever the scheme: a step may hold half a block, or two.
         kinds = iter([True, False] * depth)
 
         def make(slot: Slot) -> nn.Module:
@@ -105,6 +106,7 @@ class ViT(HeadNet):
     def maps(self, x: Tensor) -> list[Tensor]:
         """The picture's tokens as a map, before the last norm: [(n, dim, h / patch, w / patch)]."""
         x = self.picture(x)
+        # Without the class token, which has no place in the picture.
         tokens = self.levels(self.stem(x))[:, 1:]
         return [tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 

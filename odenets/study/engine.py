@@ -1,4 +1,4 @@
-"""Has the networks of a study trained: one after the other here, or by workers of Ray on this machine or on many.
+"""Trains the networks of a study: one after the other here, or by workers of Ray, on this machine or on many.
 
 One process hands out the work and writes the results; Ray finds the workers, brings them work, and gives a network to
 another worker where one dies. What is recorded is not trained again, so that a study that was stopped goes on.

@@ -48,6 +48,7 @@ class RandomFunction(nn.Sequential):
             if candidate.order == "pre":
                 layers += [norm(before), act(), conv]
             else:
+                # Where results are added, an activation at the end would make every change of the stream positive.
                 layers += [conv, norm(after), *([act()] if i < 2 or last_act else [])]
         super().__init__(*layers, *([DropPath(drop_path)] if drop_path else []))
 
@@ -101,6 +102,7 @@ class RandomNet(LevelNet):
         steps = steps_that_fit(scheme, c.depth, 1)
         self.transitions.append(nn.Identity())
         self.levels.append(Stack.from_factory(make, scheme, steps, channels=c.width, post_step=after))
+        # Under "dense" the stream has grown by every function.
         last = width_after(scheme, c.width, steps)
         if pre:
             self.norm = nn.Sequential(norm(last), act())

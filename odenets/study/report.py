@@ -61,9 +61,11 @@ def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confid
         a, b = (sum(x) / len(x) for x in pair)
         means.append(b - a)
         for x, m in zip(pair, (a, b), strict=True):
+            # The variance of a mean and its degrees of freedom, of either group in each stratum.
             parts.append((sum((v - m) ** 2 for v in x) / (len(x) - 1) / len(x), len(x) - 1))
     variance = sum(v for v, _ in parts)
     mean = sum(means) / len(means)
+    # Equal figures everywhere: no interval, and no division by zero.
     if variance == 0:
         return Difference(mean, mean, mean)
     freedom = variance**2 / sum(v**2 / n for v, n in parts)
@@ -127,6 +129,7 @@ def compare(
         values = sorted({line[column] for line in lines})
         rows = [(str(v), [pair(lambda line, v=v: line[column] == v)]) for v in values]
     else:
+        # Compared within each stratum, so that what the strata differ by is no part of the difference.
         kinds = sorted({tuple(line[name] for name in within) for line in lines})
         rows = [("all", [pair(lambda line, k=k: tuple(line[name] for name in within) == k) for k in kinds])]
     found = []

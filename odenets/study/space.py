@@ -179,11 +179,13 @@ def count(
     dense = scheme == "dense"
     inputs = [width * (i + 1) if dense else width for i in range(depth)]
     last = width * (depth + 1) if dense else width
+    # The stem has 3 x 3 x 3 weights for each channel; then the three convolutions of each function.
     weights = 27 * width + sum(c * middle + kernel**2 * middle**2 + middle * width for c in inputs)
     if order == "pre":  # norms stand before the convolutions, and one before the pooling
         norms = sum(c + 2 * middle for c in inputs) + last
     else:
         norms = width + depth * (2 * middle + width)
+    # After the stem's stride of 2, which rounds up.
     pixels = ((size + 1) // 2) ** 2
     return weights + 2 * norms + (last + 1) * classes, weights * pixels + last * classes
 
@@ -223,11 +225,13 @@ def _kind(
         # A string seeds Python's generator by its SHA-512: the same on every machine.
         generator = random.Random(f"{seed} {scheme} {order} {augment}")
         seen: set[int] = set()
+        # Drawn and not shuffled: a space may hold millions of networks, of which a study takes a few hundred.
         while len(seen) < total:
             i = generator.randrange(total)
             if i in seen:
                 continue
             seen.add(i)
+            # The number of a network, written in digits of these bases, says which it is.
             i, a = divmod(i, choices[1])
             i, n = divmod(i, choices[2])
             i, s = divmod(i, choices[3])
@@ -272,5 +276,6 @@ def sample(
                     f"classes); per_kind is {per_kind:,}: take {total:,} or fewer."
                 )
             kinds.append(draws)
+    # In turns, so that a study that is stopped early has as many of each kind.
     found = [next(kind) for _ in range(per_kind) for kind in kinds]
     return [Candidate(**{**vars(c), "number": i}) for i, c in enumerate(found)]

@@ -68,6 +68,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(f"{self.path}.lock")
         try:
+            # At once or not at all: a second driver would train the same networks.
             self.lock.acquire(timeout=0)
         except Timeout:
             raise SchemeError(
@@ -93,11 +94,13 @@ class Store:
                 self.connection.execute("CREATE TABLE IF NOT EXISTS study (settings TEXT)")
                 self.connection.execute(f"CREATE TABLE IF NOT EXISTS networks ({columns})")
                 found = self.connection.execute("SELECT settings FROM study").fetchone()
+                # The first process writes the settings, inside the transaction in which it looked for them.
                 if found is None:
                     self.connection.execute("INSERT INTO study VALUES (?)", (json.dumps(self.settings),))
         except sqlite3.DatabaseError as error:
             raise SchemeError(f"{self.path} is no file of a study: {error}.") from None
         if found is not None:
+            # Both through JSON, which makes lists of tuples.
             old, new = json.loads(found[0]), json.loads(json.dumps(self.settings))
             other = [
                 f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)
@@ -153,6 +156,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise SchemeError(f"there is no file {str(path)!r}; a study makes one: odenets study run -c FILE.yaml.")
+    # Read-only, so that looking at a running study cannot lock its writer out.
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     connection.row_factory = sqlite3.Row
     try:

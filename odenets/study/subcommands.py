@@ -110,6 +110,7 @@ def _train(study: Study, options: Namespace) -> None:
         try:
             for p in engine.run(study, store, workers=options.workers, address=options.address):
                 c, r = p.candidate, p.result
+                # By the networks of this run alone: those of earlier ones took no time today.
                 left = (time.monotonic() - start) / (p.done - before) * (p.total - p.done) / 60
                 what = f"accuracy {r.accuracy:.3f}" if r.accuracy is not None else r.error
                 print(

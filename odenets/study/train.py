@@ -134,6 +134,7 @@ def train(study: Study, candidate: Candidate) -> Result:
     start = time.perf_counter()
     try:
         torch.set_num_threads(study.threads)
+        # Whoever trains one network in a notebook must not find the random state of the process moved.
         with isolate_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _train(study, candidate, worker)
@@ -184,6 +185,7 @@ def _trainer(study: Study) -> L.Trainer:
         devices=1,
         accelerator="gpu" if study.gpus else "cpu",
         precision=study.precision,
+        # Once, at the end: a study compares networks as they are trained out.
         check_val_every_n_epoch=epochs,
         num_sanity_val_steps=0,
         logger=False,

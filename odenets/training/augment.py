@@ -81,6 +81,7 @@ def random_resized_crop(
     n, _, h, w = x.shape
     low, high = torch.tensor(ratio).log().tolist()
     area = scale[0] + (scale[1] - scale[0]) * _rand(x, 10, n, generator=generator)
+    # Ten tries for each picture at once: a loop over pictures would wait for the device at each.
     aspect = (low + (high - low) * _rand(x, 10, n, generator=generator)).exp() * (h / w)
     width, height = (area * aspect).sqrt(), (area / aspect).sqrt()  # in units of the picture's own width and height
     fits = (width <= 1) & (height <= 1)
@@ -177,6 +178,7 @@ def mixup(
     y = soft_labels(y, num_classes)
     if alpha == 0:
         return x, y
+    # One for the batch, as published; a permutation of the batch gives the partners.
     lam = _beta(alpha, generator)
     other = torch.randperm(len(x), device=x.device, generator=generator)
     return torch.lerp(x[other], x, lam), torch.lerp(y[other], y, lam)
@@ -204,6 +206,7 @@ def cutmix(
     left = _randint(x, w, generator) - width // 2
     mask = _boxes(x, top, left, torch.full_like(top, height), torch.full_like(left, width))
     other = torch.randperm(n, device=x.device, generator=generator)
+    # The area that was really pasted: a box that is cut off at the border is smaller than was drawn.
     pasted = mask.float().mean((1, 2, 3))[:, None].to(y.dtype)
     return torch.where(mask, x[other], x), y * (1 - pasted) + y[other] * pasted
 

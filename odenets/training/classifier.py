@@ -105,11 +105,21 @@ class Classifier(L.LightningModule):
         x, y = batch
         logits = self(x)
         loss = cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        self.log_training(loss, logits, y)
+        return loss
+
+    def log_training(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Logs the loss of a training batch, and the share of pictures whose class came first.
+
+        Args:
+            loss: of the batch.
+            logits: of the head that counts.
+            y: labels (n,) or rows of weights (n, classes).
+        """
         hits = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         for name, figure in (("train/loss", loss), ("train/acc", hits.float().mean())):
-            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
-        return loss
+            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(y), sync_dist=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         x, y = batch

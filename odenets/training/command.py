@@ -73,9 +73,11 @@ class TrainingParser(LightningArgumentParser):
     command_line: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation that works today means another option when one is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # The options that are near to what was typed are those of the subcommand.
         parser = getattr(ex, "subcommand_parser", None) or self
         names = [action.dest for action in parser._actions]
         fail(*explain(message, self.command_line, names))
@@ -92,6 +94,7 @@ class SavedConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         if trainer.is_global_zero and not self.already_saved:
+            # In the order of the options, in which people read them.
             text = yaml.safe_dump({**self.resolved, "ckpt_path": None}, sort_keys=False, allow_unicode=True)
             write_whole(Path(folder) / self.config_filename, text.encode())
         self.already_saved = True
@@ -110,6 +113,7 @@ class Command(LightningCLI):
             super().__init__(*args, **kwargs)
         finally:
             if self.lock is not None:
+                # Whatever ends the command, also a refusal before training.
                 self.lock.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -126,6 +130,7 @@ class Command(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
+        # When both are built: only the data know them.
         for name in ("num_classes", "in_chans"):
             parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
 
@@ -148,6 +153,7 @@ class Command(LightningCLI):
             self.lock = FolderLock(self.run_dir)
             self.lock.acquire()
         self.written: dict[str, int] | None = None
+        # A job that SLURM has started again goes on, though its command says nothing of a checkpoint.
         given = options.ckpt_path or (requeued(self.run_dir) if fit else None)
         options.ckpt_path = find_checkpoint(given, self.run_dir / "checkpoints", self.subcommand)
         if options.ckpt_path is not None:
@@ -167,11 +173,13 @@ class Command(LightningCLI):
         if fit:
             if isinstance(ours.get("config"), dict):
                 check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
+            # A checkpoint from elsewhere says nothing of the metrics in this folder.
             self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
 
     def _take_classes(self, names: list[str] | None) -> None:
         """The names of the classes that were trained on number those of other data, which may lack some or all."""
         options = self.config[str(self.subcommand)].data.get("init_args") or {}
+        # What the user has given wins.
         if names and "classes" in options and options["classes"] is None:
             options["classes"] = list(names)
 
@@ -182,6 +190,7 @@ class Command(LightningCLI):
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
             cause = root_cause(e)
+            # The cause and not the chain: parsers wrap an error once for each level of the configuration.
             fail(str(cause), "JSONARGPARSE_DEBUG=1 shows where it was raised")
 
     def before_fit(self) -> None:
@@ -191,6 +200,7 @@ class Command(LightningCLI):
         if self.config_init["fit"].ckpt_path is not None:
             close_part(self.run_dir, self.written)
         else:
+            # Only now, when everything else of the run could be built: a typing error must not rename a folder.
             self.lock.set_aside()
         for logger in self.trainer.loggers:
             if isinstance(logger, Metrics):
@@ -211,6 +221,7 @@ class Command(LightningCLI):
             kwargs["logger"] = ours + extra
         plugins = trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
+        # The user's own way to write checkpoints stays.
         if not has(plugins, CheckpointIO):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, over that of a real run.
@@ -233,6 +244,7 @@ class Command(LightningCLI):
         shown: list[Callback] = []
         bar = trainer.enable_progress_bar is not False
         if bar and not has(callbacks, ProgressBar):
+            # A bar redraws itself by control characters, which a log file would keep.
             bar = sys.stdout.isatty()
             shown.append(RichProgressBar() if bar else EpochLines())
         if trainer.enable_model_summary is not False and not has(callbacks, ModelSummary):
@@ -242,6 +254,7 @@ class Command(LightningCLI):
     def _around(self, callbacks: list[Callback], settings: Any, checkpoints: bool) -> list[Callback]:
         """The callbacks of a training run, in the order that resuming rests on: what saves the state comes first."""
         last = settings.last if checkpoints and settings.checkpoint.save_last else None
+        # First of all: at each hook it must see the state before others have changed it.
         before: list[Callback] = [resume := Resume()]
         if last is not None:
             last.path, last.resume = (self.run_dir / "checkpoints" / "last.ckpt").absolute(), resume

@@ -25,7 +25,7 @@ from .decode import Interpolation, Picture, Unreadable, drawn
 from .decode import middle_box as middle_box
 from .decode import random_box as random_box
 from .labels import NONE, unify
-from .order import batch_generator, evaluation_loader, seed_of, training_loader
+from .order import batch_generator, loader, seed_of
 from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
 from .splits import open_splits
 
@@ -54,6 +54,7 @@ class Cached(Dataset):
         return self.pictures[i], self.labels[i]
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        # Nothing is drawn here, so the epoch of a request does not matter.
         picked = torch.as_tensor([r[1] if isinstance(r, tuple) else r for r in requests])
         return self.pictures[picked], self.labels[picked]
 
@@ -67,6 +68,7 @@ class Tally:
 
     def __init__(self, source: Source, limit: int) -> None:
         self.source, self.limit = source, limit
+        # Shared, as workers decode and the run has one limit for all of them.
         self.seen = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
     def __contains__(self, i: int) -> bool:
@@ -74,6 +76,7 @@ class Tally:
 
     def add(self, i: int, why: Unreadable, then: str) -> None:
         """Counts picture i, once, and says so."""
+        # An unreadable picture is asked for again in every epoch.
         if i in self:
             return
         self.seen[i] = 1
@@ -131,6 +134,7 @@ class Decoded(Dataset):
         return levels.permute(2, 0, 1).contiguous(), label
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        # One tensor for the batch: pictures are resized right into their rows, and nothing is stacked.
         batch = torch.empty(len(requests), self.size, self.size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requests), dtype=torch.long)
         for row, request in enumerate(requests):
@@ -145,6 +149,8 @@ class Decoded(Dataset):
             index = int(self.indices[at])
             if index in self.tally:
                 continue
+            # By the place that was asked for, and not by the picture: the one that stands in for another gets a box of
+            # its own.
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
             try:
                 self._cut(Picture(self.source.encoded(index)), generator, out)
@@ -178,12 +184,15 @@ class Decoded(Dataset):
 
 def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Generator, window: int) -> Tensor:
     """Positions in `indices` (n,), shuffled; see `Decoded.order`."""
+    # Files that lie apart cost the same in any order.
     if shards is None:
         return torch.randperm(len(indices), generator=generator)
     ends = torch.tensor(shards).cumsum(0)
     place = torch.randperm(len(shards), generator=generator)  # of each shard, in the epoch
+    # Shards of one turn are open together, so their pictures can be mixed.
     turn = place[torch.searchsorted(ends, indices, right=True)] // window
     shuffled = torch.randperm(len(indices), generator=generator)
+    # Shuffled first, then sorted by turn: within a turn the order stays random.
     return shuffled[turn[shuffled].argsort(stable=True)]
 
 
@@ -223,14 +232,16 @@ class Pictures(L.LightningDataModule):
         return (x if precision is None else precision.convert_input(x)), y
 
     def _loader(self, name: str) -> DataLoader:
-        data, train = self.sets[name], name == "train"
+        data = self.sets[name]
+        # A batch from memory is one index operation; sending it between processes would take longer.
         workers = 0 if isinstance(data, Cached) else self.num_workers
-        loader = training_loader if train else evaluation_loader
         return loader(
             self,
             data,
             self.batch_size,
+            train=name == "train",
             num_workers=workers,
+            # A whole batch has been made already.
             collate_fn=_as_is if hasattr(data, "__getitems__") else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
@@ -264,6 +275,7 @@ def _as_is(batch: Any) -> Any:
 
 def hold_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of (training, held-out) pictures, shuffled by a generator of its own; at least one of each."""
+    # Of its own, so that the same pictures are held out whatever the run's seed is.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = min(max(1, round(n * share)), n - 1)
     return order[held:].sort().values, order[:held].sort().values
@@ -395,6 +407,8 @@ class Images(Pictures):
         self.splits = open_splits(root, hub, download, *keys)
         for note in self.splits.notes:
             rank_zero_info(f"{self.where}: {note}")
+        # After all splits are known by name, and before labels are unified: a split that is opened on request has
+        # labels too.
         self.names = self._name_splits(train_split, val_split, test_split)
         self.classes: list[str] = unify(self.splits, classes, self.where)
         self._say_what_differs()
@@ -425,6 +439,7 @@ class Images(Pictures):
                 "are two figures for one crop\n  Give one of them"
             )
         self.smallest_crop = self.augment.resized_crop
+        # A copy: the object may be shared with another data module.
         self.augment = copy.copy(self.augment)
         self.augment.resized_crop = None
 
@@ -435,6 +450,7 @@ class Images(Pictures):
         checked = self._split("val_split", val, VALIDATION)
         if test is None and tested in (trained or "").split("+"):
             tested = None  # what is trained on is no measure
+        # Better a test split than a part of the training pictures; the test then measures on the same.
         if checked is None and tested is not None and not self._unlabelled(tested):
             checked = tested
         return {"train": trained, "val": checked, "test": tested or checked}
@@ -552,10 +568,12 @@ class Images(Pictures):
         large = max(width, height) > SMALL
         smallest = (0.08 if large else 0.0) if self.smallest_crop is None else self.smallest_crop
         inner = (0.875 if large else 1.0) if self.inner is None else self.inner
+        # Decoded pictures take their pixels in bytes, whatever the files took.
         fits = not large and len(indices) * 3 * (size or SMALL) ** 2 <= 4 << 30
         cache = fits if self.cache is None else self.cache
         if self.size is None and (large or size is None) and (smallest or not cache):
             raise DataError(f"{self.where}: pictures of {width}x{height} need one size; give --data.size 224")
+        # A random box is another one in each epoch, so what can be kept then is the file and not the picture.
         if cache and not (train and smallest):
             if self.size is None:
                 return decode_all(source, indices, (width, height), tally)
@@ -584,6 +602,7 @@ class Images(Pictures):
         if theirs is None or not self.classes or theirs == self.classes:
             self.classes = self.classes or theirs or []
             return
+        # Padded on both sides, so that the first difference is found where one list is the beginning of the other.
         pairs = zip([*theirs, *[None] * len(self.classes)], [*self.classes, *[None] * len(theirs)], strict=False)
         number, (a, b) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
         raise DataError(
@@ -638,6 +657,7 @@ def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, t
             continue
         pictures.append(levels.permute(2, 0, 1))
         kept.append(index)
+    # Only those that could be read, so that labels and names stay in step with the pictures.
     rows = torch.tensor(kept, dtype=torch.long)
     return Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
 

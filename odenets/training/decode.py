@@ -41,6 +41,7 @@ _UPRIGHT = {
 
 @cache
 def _formats() -> list[str]:
+    # All plugins: before this Pillow knows the commonest formats alone, and the list would lack the others.
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -64,6 +65,7 @@ class Picture:
             if isinstance(encoded, bytes):
                 data = encoded
             else:
+                # Read whole: a picture that was opened lazily keeps its file open, and a batch has hundreds.
                 with open(encoded, "rb") as file:
                     data = file.read()
             if not data:
@@ -78,8 +80,10 @@ class Picture:
         except Exception as e:  # a format's reader may raise anything on bytes that are none of it
             raise Unreadable(f"{type(e).__name__}: {e}") from None
         pixels = self.image.width * self.image.height
+        # Pillow itself only warns up to twice this size; a few kilobytes can promise gigabytes.
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Unreadable(f"{pixels:,} pixels are more than PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS:,}")
+        # Kept and not applied: turning the small result is cheaper than turning the picture.
         self.turn = _UPRIGHT.get(self._orientation() or 1)
         width, height = self.image.size
         self.size = (
@@ -121,6 +125,7 @@ class Picture:
             levels = _reduced(picture, box, shrink, size, interpolation)
         else:
             part = picture if box == (0, 0, *picture.size) else picture.crop(box)
+            # A turned one cannot be written in place: it is turned after it was resized.
             levels = resize(_levels(part), (size, size), interpolation, out if self.turn is None else None)
         levels = levels if self.turn is None else _turned(levels, self.turn)
         return levels if out is None or out is levels else out.copy_(levels)
@@ -149,7 +154,9 @@ class Picture:
         scale = max((k for k in (2, 4, 8) if k <= ratio), default=1)
         if self.image.format not in ("JPEG", "MPO") or self.image.mode not in ("RGB", "L") or scale == 1:
             return 1
+        # libjpeg leaves frequencies out, instead of decoding all of them and shrinking.
         self.image.draft(None, (width // scale, height // scale))
+        # Pillow may decline, and says so by leaving the size as it is.
         return 1 if self.image.size == (width, height) else scale
 
     def _stored(self, box: tuple[_Edge, _Edge, _Edge, _Edge]) -> tuple[_Edge, _Edge, _Edge, _Edge]:
@@ -207,6 +214,7 @@ def _turned(levels: Tensor, turn: int) -> Tensor:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, see the head of this module."""
+    # Most pictures: nothing to convert, and no copy.
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
@@ -215,6 +223,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             values = values.view(np.uint32)  # unsigned samples, which Pillow holds as signed ones
         return Image.fromarray(_eight_bits(values, image.mode)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        # Premultiplied, which Pillow composes only after it is undone.
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         shown = image.convert("RGBA")
@@ -225,6 +234,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     if values.size and (not np.isfinite(values).all() or values.min() < 0):
         raise Unreadable(f"levels from {values.min()} to {values.max()} are no grey levels")
+    # From small to large: the first that the largest value fits is what the picture's maker meant, as far as can be
+    # told.
     ranges = [255.0, 65535.0, 2.0**32 - 1 if values.dtype == np.uint32 else 2.0**31 - 1]
     if mode == "F":
         ranges = [1.0, *ranges[:2]]
@@ -240,6 +251,7 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 def _levels(picture: Image.Image) -> Tensor:
     """An RGB picture as uint8 (h, w, 3)."""
+    # Through a bytearray, as torch warns of memory that cannot be written to.
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return flat.view(picture.height, picture.width, 3)
 
@@ -280,8 +292,10 @@ def random_box(
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
+        # Four numbers whether the box fits or not, so that a try uses up equally many.
         area, aspect, x, y = torch.rand(4, generator=generator).tolist()
         area = (smallest + (1 - smallest) * area) * width * height
+        # In the logarithm, so that 3:4 and 4:3 are equally likely.
         aspect = math.exp(low + (high - low) * aspect)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

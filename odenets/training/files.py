@@ -38,6 +38,7 @@ class CheckpointError(SchemeError):
 def write_whole(path: Path, data: Any) -> None:
     """Writes bytes, or what ``torch.save`` takes, beside `path`, and then renames it: whole, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, as a rename is atomic within one file system only; hidden, so that no pattern finds it.
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-{os.getpid()}-", suffix=PART)
     try:
         with os.fdopen(number, "wb") as file:
@@ -48,11 +49,14 @@ def write_whole(path: Path, data: Any) -> None:
                 torch.save(data, buffer := io.BytesIO())
                 file.write(buffer.getbuffer())
             file.flush()
+            # Before the rename: after a power cut the name could else stand for a file whose bytes never arrived.
             os.fsync(file.fileno())
+        # There is no way to read the mask but to set it.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)  # a temporary file is its owner's alone
         os.replace(name, path)
+    # Also at Ctrl-C: a half-written file of several GB must not stay.
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -132,10 +136,12 @@ def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
             return "is empty", {}
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"
+        # Mapped and not read: only what is used comes from the disk. ``weights_only`` runs no code from the file.
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except PermissionError:
         return "cannot be read: permission denied", {}
     except Exception as e:  # damaged files raise whatever their bytes lead to
+        # The directory of a zip file stands at its end, so a file that lacks it was cut off.
         cut = zipped and "central directory" in str(e)
         why = "cut off" if cut else f"damaged, or no checkpoint ({type(e).__name__})"
         return f"is {why}: {size:,} bytes", {}
@@ -168,9 +174,12 @@ class FolderLock:
     def acquire(self) -> None:
         """Takes the lock, or raises."""
         try:
+            # What is made here is taken away again if nobody uses it.
             missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._made = missing
+            # The file may be renamed, with the folder, between its opening and its lock; the lock would then be on
+            # another run.
             while True:
                 number = os.open(self.folder / self.NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
@@ -178,6 +187,7 @@ class FolderLock:
                 except OSError as e:
                     holder = os.read(number, 200).decode(errors="replace").strip() or "another process"
                     os.close(number)
+                    # The two that mean "held by another"; anything else is a file system that knows no locks.
                     if e.errno not in (errno.EACCES, errno.EAGAIN):
                         raise
                     raise DataError(
@@ -188,6 +198,7 @@ class FolderLock:
                     break
                 os.close(number)  # it was set aside between the two calls
             os.truncate(number, 0)
+            # For the message that the next one gets; the lock itself is the kernel's.
             os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self._number = number
             self._check_inside()
@@ -202,6 +213,7 @@ class FolderLock:
             for stale in folder.glob(f".*{PART}"):
                 stale.unlink()
             with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PART) as file:
+                # A full disk lets files be made, and refuses their first bytes.
                 file.write(b"0" * 4096)
                 file.flush()
 
@@ -215,6 +227,7 @@ class FolderLock:
         """Gives an earlier run in the folder another name, and holds a new folder in its place."""
         if not (self.folder / "config.yaml").exists():
             return
+        # The lock moves along with the renamed folder, and is held until the new folder has one.
         old, aside = self._number, self.folder.rename(free_name(self.folder))
         (aside / self.NAME).unlink()
         self._number = -1
@@ -268,7 +281,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def close_part(folder: Path, written: dict[str, int] | None) -> None:
-    """Before a run is resumed: sets its metrics aside, such that all parts in order are its rows, each once.
+    """Sets the metrics of a run aside before it is resumed, so that all parts together hold each of its rows once.
 
     Rows of steps that the checkpoint does not have, and that are taken again, go to a file `...-superseded.csv`.
 
@@ -288,6 +301,7 @@ def close_part(folder: Path, written: dict[str, int] | None) -> None:
         rows = written["rows"] if number == written["part"] else 0
         name = folder / f"metrics-{number + 1}.csv"
         head, body = _lines(path)
+        # Kept, though they are trained again: they were results, and nobody asked to delete them.
         if len(body) > rows:
             write_whole(free_name(name.with_stem(f"{name.stem}-superseded")), "".join([head, *body[rows:]]).encode())
         if rows:

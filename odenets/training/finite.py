@@ -44,6 +44,7 @@ class FiniteLoss(Callback):
         """No checkpoint is written that holds what is no number."""
         held = {k: v for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and k not in self._never}
         bad = _not_finite(held)
+        # All processes decide together: one that raised alone would leave the others waiting.
         if trainer.strategy.reduce_boolean_decision(not bad):
             return
         names = f"{bad[0]} and {len(bad) - 1} more tensors are" if len(bad) > 1 else f"{(bad or ['a tensor'])[0]} is"
@@ -74,6 +75,7 @@ class FiniteLoss(Callback):
             held = {"batch": self._batch, "state_dict": pl_module.state_dict(), "step": step, "lr": lr}
             held |= {"epoch": epoch, "batch_number": number, "samples": samples}
             held["seed"] = batch_seed(trainer, run_seed(trainer), "net")
+            # Before the error is raised, and whole: it is all that is left of the step.
             write_whole(path, held)
             remedy += f"; {path} repeats the step"
         raise NotFinite(f"{text}\n  {remedy}")

@@ -98,6 +98,7 @@ def find(root: Path) -> Layout | None:
     Raises:
         DataError: It can be read in two ways, or a shard is missing; the files are named.
     """
+    # Whoever names one file means all of it, whatever it is called.
     if root.is_file():
         kind = KINDS.get(root.suffix.lower())
         named = splits_named(root.stem) if kind in ("parquet", "tar") else []
@@ -107,6 +108,7 @@ def find(root: Path) -> Layout | None:
     files: dict[str, list[str]] = {}
     for path in sorted(walk(root)):
         kind = KINDS.get(os.path.splitext(path)[1].lower())
+        # Tables that describe pictures are no data of their own.
         if kind is not None and path.rpartition("/")[2] not in METADATA:
             files.setdefault(kind, []).append(path)
     if not files:
@@ -118,6 +120,7 @@ def find(root: Path) -> Layout | None:
     best = max(layouts, key=lambda kind: (*ranks[kind], kind == "parquet"))
     for kind in layouts.keys() - {best}:
         what = f"{len(files[kind]):,} {kind if kind == 'pictures' else kind + ' files'}, such as {files[kind][0]}"
+        # Class folders are no leftovers: which of the two was meant is not for us to guess.
         if kind == "pictures" and layouts[kind].labels:
             raise DataError(
                 f"data.root: {str(root)!r} holds {best} files, {files[best][0]} first, and class folders with {what}\n"
@@ -134,12 +137,14 @@ def _layout(root: Path, kind: str, paths: list[str]) -> Layout:
     if kind != "pictures":
         splits: dict[str, list[str]] = {}
         for path in paths:
+            # The hub's own way to write a data set: the name says all, and beats every other rule.
             match = re.fullmatch(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*", path)
             if match:
                 splits.setdefault(match[1], []).append(path)
         if splits:
             return Layout(root, kind, {name: splits[name] for name in _in_order(splits)}, by="folder")
     layout, folders = Layout(root, kind, {}, by="folder"), _split_folders(root, paths, kind)
+    # One level for all: below `train`, a folder called `test` is a class and no split.
     level = min((depth for depth in folders.values() if depth is not None), default=-1)
     above = {path: level if depth is None else depth for path, depth in folders.items()}
     if level < 0:
@@ -184,6 +189,7 @@ def _split_folders(root: Path, paths: list[str], kind: str) -> dict[str, int | N
         for depth, part in enumerate(parts):
             inside = children.setdefault("/".join(parts[:depth]), {})
             inside[part] = inside.get(part, True) and depth == len(parts) - 1
+    # Asked once per folder and not once per picture.
     classes = cache(lambda parent: _are_classes(root, parent, children[parent], kind))
     depths = {folder: _split_depth(root, folder.split("/") if folder else [], classes) for folder in sorted(folders)}
     return {path: depths[path.rpartition("/")[0]] for path in paths}
@@ -209,6 +215,7 @@ def _are_classes(root: Path, parent: str, inside: dict[str, bool], kind: str) ->
     """Whether the folders in `parent` are classes, though some are called as splits are."""
     called = {name: splits_named(name) for name in inside}
     rest = [name for name in inside if not called[name]]
+    # Classes hold pictures and nothing else; and among them there must be a name that is no split's.
     if kind != "pictures" or not rest or len(rest) == len(inside) or not all(inside.values()):
         return False
     if len({split for splits in called.values() for split in splits}) > 1:
@@ -229,6 +236,7 @@ def _label(layout: Layout, above: Mapping[str, int]) -> None:
     for split, paths in groups.items():
         depths = {path: path.count("/") - 1 - above[path] for path in paths}
         shallow, deep = min(paths, key=depths.__getitem__), max(paths, key=depths.__getitem__)
+        # A picture beside the class folders: then the folders do not say everything, and so they say nothing.
         if depths[shallow] <= 0:
             layout.why[split] = f"{shallow} lies in no class folder"
         elif depths[shallow] < depths[deep]:
@@ -236,6 +244,7 @@ def _label(layout: Layout, above: Mapping[str, int]) -> None:
         else:
             layout.labels[split] = [path.split("/")[-2] for path in paths]
     classes = {name for names in layout.labels.values() for name in names}
+    # A single folder is a place to keep pictures, and not a class to tell from others.
     if len(classes) == 1:
         layout.why |= dict.fromkeys(layout.labels, f"there is one class folder only, {next(iter(classes))}")
         layout.labels = {}

@@ -33,6 +33,7 @@ def seed_of(*place: int | str) -> int:
         >>> seed_of(1, "order", 2) == seed_of(1, "order", 2) != seed_of(1, "order", 3)
         True
     """
+    # A hash and not a sum, which would give (0, 1) and (1, 0) one seed. Shifted, to be positive in any 64 bits.
     return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -49,6 +50,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
     """Seeds the generators of the CPU for as long as the context lasts, and leaves them as they were."""
     numpy = sys.modules.get("numpy")
     states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    # The CPU's alone: ``torch.manual_seed`` would seed every device, and nothing puts those back.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if numpy:
@@ -101,6 +103,7 @@ class TrainingOrder(DistributedSampler):
         self.total_size = self.num_samples * replicas
 
     def set_epoch(self, epoch: int) -> None:
+        # A skip belongs to the epoch that was interrupted, and the same epoch may be set more than once.
         if epoch != self.epoch:
             self.skip = 0
         self.epoch = epoch
@@ -114,6 +117,8 @@ class TrainingOrder(DistributedSampler):
             own = getattr(self.dataset, "order", None)
             drawn = own(generator) if own else torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
             indices = drawn.tolist()
+        # Repeated where processes would get unequally many: one that ran out would leave the others waiting for its
+        # gradients.
         return (indices * -(-self.total_size // max(1, len(indices))))[: self.total_size]
 
     def batch(self, epoch: int, number: int) -> list[int]:
@@ -122,6 +127,7 @@ class TrainingOrder(DistributedSampler):
         return own[number * self.batch_size : (number + 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        # Taken and cleared at once: the next epoch begins at its first batch.
         begin, self.skip = self.skip * self.batch_size, 0
         for i in self.permutation(self.epoch)[self.rank :: self.num_replicas][begin:]:
             yield self.epoch, i
@@ -171,6 +177,7 @@ class Numbered(Dataset):
         return len(self.data)
 
     def __getitem__(self, key: Any) -> Any:
+        # A padded sample goes the plain way, as its epoch is none that a data set could draw by.
         if not isinstance(key, tuple) or (self.takes_pairs and key[0] != PADDING):
             return self.data[key]
         with seeded_generators(seed_of(self.seed, "sample", *key)):
@@ -184,6 +191,7 @@ class Numbered(Dataset):
         if self.takes_pairs:
             batch = self.data.__getitems__([key[1] if n in padding else key for n, key in enumerate(keys)])
         else:
+            # By the first key of the batch: a set that draws for a whole batch at once gets one seed for it.
             with seeded_generators(seed_of(self.seed, "samples", *map(str, keys[:1]))):
                 batch = self.data.__getitems__([key[1] if isinstance(key, tuple) else key for key in keys])
         return _without_label(batch, padding) if padding else batch
@@ -195,6 +203,7 @@ def _without_label(batch: Any, rows: Any) -> Any:
         return [_without_label(sample, slice(None)) if n in rows else sample for n, sample in enumerate(batch)]
     if not isinstance(batch, tuple) or len(batch) < 2 or not isinstance(batch[1], torch.Tensor):
         return batch
+    # The data set's own tensor may be a view of all its labels.
     labels = batch[1].clone()
     labels[... if labels.ndim == 0 else rows] = IGNORED
     return (batch[0], labels, *batch[2:])
@@ -218,6 +227,7 @@ def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None =
         device: of the generator.
         seed: None takes the run's.
     """
+    # A data module may be used without a trainer, or with a stand-in for one.
     if not hasattr(trainer, "fit_loop"):
         return None
     return torch.Generator(device).manual_seed(batch_seed(trainer, run_seed(trainer) if seed is None else seed))
@@ -225,6 +235,7 @@ def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None =
 
 def batch_seed(trainer: L.Trainer, seed: int, stream: str = "augment") -> int:
     """The seed of the training batch that is being prepared; of a `stream` of its own for each user."""
+    # Batches that were asked for, and not those that are done: the next one is prepared while this one is trained on.
     number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return seed_of(seed, stream, trainer.current_epoch, number, trainer.global_rank)
 
@@ -245,30 +256,24 @@ class ResumableLoader(DataLoader):
         """Nothing to do."""
 
 
-def training_loader(module: L.LightningDataModule, data: Any, batch_size: int, **options: Any) -> DataLoader:
-    """A loader whose order and random numbers depend on the seed, the epoch and the sample alone.
+def loader(module: L.LightningDataModule, data: Any, batch_size: int, *, train: bool, **options: Any) -> DataLoader:
+    """A loader for training, or one for evaluation.
+
+    In training the order and the random numbers depend on the seed, the epoch and the sample alone; in evaluation each
+    sample comes once, in order. The processes of a run share either.
 
     Args:
         module: the data module, whose trainer says which process this is.
         data: the data set.
         batch_size: samples of a step in one process.
+        train: whether it is for training.
         options: of the ``DataLoader``.
     """
+    if not train:
+        order = EvaluationOrder(data, *processes(module))
+        return DataLoader(Numbered(data, 0), batch_size=batch_size, sampler=order, **options)
     seed = run_seed(module.trainer)
     if getattr(module.trainer, "overfit_batches", 0):  # the same few batches in every epoch
         return DataLoader(Numbered(data, seed), batch_size=batch_size, **options)
     order = TrainingOrder(data, batch_size, seed, *processes(module))
     return ResumableLoader(Numbered(data, seed), batch_size=batch_size, sampler=order, **options)
-
-
-def evaluation_loader(module: L.LightningDataModule, data: Any, batch_size: int, **options: Any) -> DataLoader:
-    """A loader of every sample once, in order, shared by the processes.
-
-    Args:
-        module: the data module, whose trainer says which process this is.
-        data: the data set.
-        batch_size: samples of a step in one process.
-        options: of the ``DataLoader``.
-    """
-    order = EvaluationOrder(data, *processes(module))
-    return DataLoader(Numbered(data, 0), batch_size=batch_size, sampler=order, **options)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..models.revcol_seq import END, PAD, START
 from .data import hold_out
-from .order import evaluation_loader, training_loader
+from .order import loader
 from .sources import TEST, TRAIN, VALIDATION, DataError, find_column, open_tables
 
 FIRST = 3  # the word of byte 0, after those that pad, start and end
@@ -34,6 +34,7 @@ def to_words(text: str) -> Tensor:
     >>> to_words("ab").tolist()
     [1, 100, 101, 2]
     """
+    # Bytes, so that no vocabulary has to be learned, and none travels with a checkpoint.
     return torch.tensor([START, *(FIRST + byte for byte in text.encode()), END])
 
 
@@ -84,6 +85,7 @@ def padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _fits(sources: list[str | None], targets: list[str | None], length: int) -> list[bool]:
     """Which pairs have both sides, neither longer than `length` words with start and end."""
     pairs = zip(sources, targets, strict=True)
+    # Start and end count as words.
     return [bool(s and t) and max(len(str(s).encode()), len(str(t).encode())) + 2 <= length for s, t in pairs]
 
 
@@ -131,6 +133,7 @@ class ParallelText(L.LightningDataModule):
         splits = open_tables(root, hub, download, subset, WAYS)
         if not splits:
             raise DataError(f"data.root: {root!r} holds no parquet files\n  {WAYS}")
+        # Columns such as `translation.de`, where a data set nests its languages.
         self.splits = {name: table.flatten() for name, table in splits.items()}
         self.train_name = self._first(TRAIN) or next(iter(self.splits))
         self.val_name = self._first(VALIDATION) or self._first(TEST)
@@ -169,11 +172,11 @@ class ParallelText(L.LightningDataModule):
         return found
 
     def _loader(self, name: str) -> DataLoader:
-        loader = training_loader if name == "train" else evaluation_loader
         return loader(
             self,
             self.sets[name],
             self.batch_size,
+            train=name == "train",
             collate_fn=padded,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

@@ -83,26 +83,31 @@ def place_of(trainer: L.Trainer, validate: bool = False) -> Place:
         return Place(epoch - 1, done, False, stepped)  # max_steps ended it inside an epoch
     if validate:
         return Place(epoch, done, True, stepped)
+    # Validation at the epoch's end belongs to an epoch that is done; within an epoch it comes between two batches.
     if trainer.validating:
         return Place(epoch + 1, 0, False, stepped + 1) if whole else Place(epoch, done, False, stepped)
+    # At the hook after a batch Lightning has counted it as processed, and not yet as completed.
     inside_batch_end = batches.completed < done
     due = inside_batch_end and loop._should_check_val_fx(fit._data_fetcher)  # pyright: ignore[reportArgumentType]
+    # What Lightning will add right after this hook, and the checkpoint would lack.
     counted = inside_batch_end and not due and not loop._should_accumulate()
     return Place(epoch, done, due, stepped + counted)
 
 
 def _set(progress: _Progress | _BatchProgress, current: int, total: int | None = None, begun: int = 0) -> None:
     for tracker, count in ((progress.current, current), (progress.total, current if total is None else total)):
+        # All four counters: Lightning tells by their differences where it was stopped.
         tracker.processed = tracker.completed = count  # type: ignore[attr-defined]
         tracker.ready = tracker.started = count + begun  # type: ignore[attr-defined]
 
 
 def go_to(trainer: L.Trainer, place: Place) -> None:
-    """Has a fit loop that was restored, and has not begun, go on at a place."""
+    """Makes a fit loop that was restored, and has not begun yet, go on at a place."""
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     inside = place.batch > 0
     _set(fit.epoch_progress, place.epoch, begun=int(inside))
     _set(loop.batch_progress, place.batch, loop.batch_progress.total.ready)
+    # Else the loop would ask for a batch that the epoch does not have.
     loop.batch_progress.is_last_batch = inside and place.batch == trainer.num_training_batches
     loop._batches_that_stepped = place.stepped
     loop.restarting = inside  # and of the loops within
@@ -158,17 +163,20 @@ class Resume(Callback):
         place = place_of(trainer, self.validate)
         order = order_of(trainer)
         sums = (self._ended or _sums(trainer)) if place.batch else {}
+        # Gathered on all processes, as each has seen other samples: the sums of one would make a mean of half the data.
         checkpoint.setdefault(KEY, {}).update(
             place=tuple(place), sums=_gathered(trainer, sums), data=None if order is None else _data(order)
         )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
+        # Here, before Lightning hands the callbacks their states.
         _relocate(trainer, checkpoint.get("callbacks", {}))
         if "place" in self._loaded:  # Lightning asks these whether anything is left to train
             done, most = self._loaded["place"][0], trainer.max_epochs
             if most is not None and 0 <= most <= done:
                 rank_zero_info(f"the checkpoint has {done} epochs, and trainer.max_epochs is {most}: nothing to train")
+                # Lightning would refuse a checkpoint that is beyond the end; a run that was shortened is simply done.
                 done = most
             for progress in (checkpoint["loops"]["fit_loop"]["epoch_progress"][k] for k in ("total", "current")):
                 progress.update(processed=done, completed=done)
@@ -186,6 +194,7 @@ class Resume(Callback):
         place = Place(*self._loaded["place"])
         order, before = order_of(trainer), self._loaded.get("data")
         sums = self._loaded.get("sums") or []
+        # Within an epoch only: between epochs any number of processes may go on.
         if place.batch and order is not None and before is not None and (now := _data(order)) != before:
             changed = ", ".join(f"{k} {before[k]} there, {now[k]} here" for k in now if before.get(k) != now[k])
             rank_zero_warn(
@@ -195,6 +204,7 @@ class Resume(Callback):
             place, sums = Place(place.epoch + 1, 0, False, place.stepped), []
         go_to(trainer, place)
         self._sums = sums[trainer.global_rank] if trainer.global_rank < len(sums) else {}
+        # No batch follows that would clear them, so they can be put back at once.
         if self._sums and (place.validate or place.batch == trainer.num_training_batches):
             self._restore_sums(trainer)
         for scheduler, groups, state in self._fresh:
@@ -229,19 +239,20 @@ class Resume(Callback):
                     results[key].cumulated_batch_size = results[key].cumulated_batch_size + count
             else:
                 results[key].value = getattr(torch, log["reduce_fx"] + "imum")(results[key].value, value)
+            # The mean was cached when the batch was logged.
             results[key]._computed = None
         self._sums = {}
 
 
 def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Lets `best` know its file where the run's folder was moved; else a worse one would take its place."""
+    """Tells `best` where its file is now if the run's folder was moved; else a worse checkpoint would replace it."""
     for callback in trainer.checkpoint_callbacks:
         state = states.get(callback.state_key)
         if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
             continue
         old, new = str(state.get("dirpath")), str(callback.dirpath)
         if old != new and os.path.exists(os.path.join(new, os.path.basename(state["best_model_path"] or "-"))):
-
+            # Bound now, as the loop goes on to the next callback.
             def moved(path: Any, old: str = old, new: str = new) -> Any:
                 return path.replace(old, new, 1) if isinstance(path, str) and path.startswith(old) else path
 
@@ -284,6 +295,7 @@ def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
 
 def _reschedule(scheduler: LRScheduler, groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
     """Moves a schedule as it was configured to the step that a checkpoint has."""
+    # Of these the rate follows from the step alone; others (by plateaus) remember more, and are left as they were.
     if not isinstance(scheduler, LambdaLR | OneCycleLR):
         return
     step = scheduler.last_epoch
@@ -319,12 +331,14 @@ class LastCheckpoint(Callback):
         self.path = Path("last.ckpt")
         self.resume: Resume | None = None
         self._requeue: Callable[[int, Any], Any] | None = None
+        # No place that a run can be at.
         self._saved = (-1, -1, False)
         self._signum = 0
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step, self._saved = trainer.global_step, place_of(trainer)[:3]
+        # Python sets handlers in the main thread alone; a run in another thread goes without.
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -335,6 +349,7 @@ class LastCheckpoint(Callback):
             self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note)
 
     def _note(self, signum: int, frame: Any) -> None:
+        # The second signal ends the process at once: whoever sends it does not want to wait for a safe point.
         if self._signum and signum != signal.SIGUSR1:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -399,6 +414,7 @@ class LastCheckpoint(Callback):
         if trainer.world_size == 1:
             return bool(self._signum)
         signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
+        # A signal reaches processes at different batches, or some not at all; they must stop at the same one.
         torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
         self._signum = int(signum)
         return bool(self._signum)
@@ -417,6 +433,7 @@ class LastCheckpoint(Callback):
         if self.resume is not None:
             self.resume.validate = validate
         try:
+            # The end of an epoch, of the run and a signal may fall on one place: it is written once.
             place = place_of(trainer, validate)[:3]
             if place == self._saved:
                 return

@@ -29,6 +29,7 @@ def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") ->
     Raises:
         SchemeError: a schedule that depends on the length of a run that has none.
     """
+    # Lightning counts batches only once the loader is there, and builds the optimiser before.
     trainer.fit_loop.setup_data()
     batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
     epoch = None if math.isinf(batches) else max(1, math.ceil(batches / trainer.accumulate_grad_batches))
@@ -74,8 +75,10 @@ class WarmupCosine(Schedule):
 
     def factor(self, i: int, steps: int, steps_per_epoch: int) -> float:
         """Share of the peak at optimiser step i of `steps`."""
+        # A short run would else end before it has reached its learning rate.
         warm = min(round(self.warmup * steps_per_epoch), steps // 2)
         if i < warm:
+            # From 1 on: a first step of size 0 would waste its batch.
             return (i + 1) / warm
         done = min((i - warm) / max(1, steps - warm), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2

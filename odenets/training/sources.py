@@ -18,6 +18,7 @@ from .labels import NONE, read_column
 
 TRAIN, VALIDATION, TEST = (layouts.SPLITS[name] for name in ("train", "validation", "test"))
 LABEL_KEYS = ("label", "fine_label", "labels")
+# Whatever is missing, the user is told all ways to have data.
 THREE_WAYS = (
     "give --data.root FOLDER (parquet files or class folders), or --data.hub NAME --data.download true, "
     "or train on the built-in pictures: --data odenets.training.Digits"
@@ -67,6 +68,7 @@ class FolderSource(Source):
     def __init__(self, root: Path, files: Sequence[str], labels: Sequence[str] | None, why: str = "") -> None:
         # One array of bytes: a million Python strings would be copied into each worker, page by page.
         self.root, self.files, self.why = str(root), np.array([file.encode() for file in files]), why
+        # Sorted, so that numbers do not depend on the order in which a file system lists folders.
         self.names = sorted(set(labels)) if labels else []
         place = {name: number for number, name in enumerate(self.names)}
         numbers = [place[name] for name in labels] if labels else [NONE] * len(files)
@@ -101,6 +103,7 @@ class TableSource(Source):
             self.labels = torch.full((len(table),), NONE)
             self.names = []
         else:
+            # As Arrow, since a million labels as Python objects would take minutes.
             rows = table.select_columns(self.label_key).with_format("arrow")[:]
             column = rows.column(self.label_key)
             self.labels, self.names = read_column(
@@ -108,6 +111,7 @@ class TableSource(Source):
             )
         try:
             stored = table.select_columns(self.image_key)
+            # Pictures are decoded here and not by `datasets`: at the size that is wanted, and by one set of rules.
             self.table = stored.cast_column(self.image_key, datasets.Image(decode=False))
         except Exception as e:
             raise DataError(
@@ -136,6 +140,7 @@ class Joined(Source):
             self.shards = [n for part in parts for n in part.shards or [len(part)]]
 
     def _at(self, i: int) -> tuple[Source, int]:
+        # To the right, as an end is the first index of the next part.
         number = int(np.searchsorted(self.ends, i, side="right"))
         return self.parts[number], i - int(self.ends[number - 1] if number else 0)
 
@@ -157,6 +162,7 @@ class Splits(dict[str, Source]):
 
     def find(self, given: str) -> str | None:
         """The name under which a split is kept that is called `given`: `val` finds `validation`."""
+        # A name as it stands comes first: a data set may have both a `val` and a `validation`.
         if given in self or given in self.others:
             return given
         return next((name for name, words in layouts.SPLITS.items() if given in words and name in self), None)
@@ -235,6 +241,7 @@ def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
     first: tuple[str, Any] | None = None
     for file in files:
         try:
+            # The foot of the file alone is read, which names its columns and counts its rows.
             with pq.ParquetFile(root / file) as opened:
                 rows.append((file, opened.metadata.num_rows))
                 features = datasets.Features.from_arrow_schema(opened.schema_arrow)
@@ -322,6 +329,7 @@ def configured(path: Path, subset: str | None) -> dict[str, Any]:
     import datasets
     import datasets.config
 
+    # Opening a folder would else report to the hub, over a network that nobody has allowed.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return {str(name): table for name, table in datasets.load_dataset(str(path), subset).items()}
@@ -355,6 +363,7 @@ def open_files(path: str) -> Any:
     import fsspec.core
 
     system, inside = fsspec.core.url_to_fs(path)
+    # Blocks of 4 MiB: a row group is read in a few requests, and not in hundreds.
     return system.open(inside, "rb", block_size=1 << 22)
 
 
@@ -367,6 +376,7 @@ def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[s
 
     if download:
         try:
+            # Asked once beforehand: `datasets` itself tries for long where there is no network.
             huggingface_hub.HfApi().dataset_info(hub, timeout=10)
         except Exception as e:  # every failure (no network, offline mode, no such name) has the same remedies
             raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__})\n  {ways}") from None

@@ -38,20 +38,24 @@ def open_splits(
     """
     where = str(root or hub)
     keys = image_key, label_key, where
+    # Asked first: a folder of anything but parquet files is then opened as without the option.
     if streaming:
         found = parquet_files(root, hub, download, subset, THREE_WAYS)
         if found is not None:
             return found(*keys)
+    # On the hub there are tables only, and their files name the splits.
     if root is None:
         tables = open_tables(root, hub, download, subset)
         return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
     path = folder(root, subset)
+    # A folder that says itself what it holds is believed before file names are.
     tables = configured(path, subset)
     if tables:
         return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
     found = layouts.find(path)
     if found is None:
         raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
+    # Files that name no split are opened only if somebody asks for them.
     opened = partial(_open, found, keys)
     return Splits(
         {name: opened(name, files) for name, files in found.splits.items()},

@@ -42,6 +42,7 @@ class TarSource(Source):
         names: list[str] = []
         labels: list[Any] = []
         self.shards = []
+        # Only headers are read here, one pass over each file; a picture is one seek later on.
         for number, file in enumerate(files):
             before = len(places)
             for sample, members in _samples(root / file):
@@ -80,6 +81,8 @@ def _samples(path: Path) -> Any:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all that were seen
+                # As WebDataset splits names: at the first dot of the last part, so that `a.seg.png` belongs to the
+                # sample `a`.
                 head, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 if not member.isfile() or not stem or not suffix:
@@ -101,6 +104,7 @@ def _samples(path: Path) -> Any:
 def _label(path: Path, member: tarfile.TarInfo, suffix: str) -> Any:
     with open(path, "rb") as file:
         file.seek(member.offset_data)
+        # A label is short; a member that was mistaken for one may be a film.
         text = file.read(min(member.size, 1 << 20)).decode(errors="replace").strip()
     if suffix != "json":
         return text or None
@@ -145,6 +149,7 @@ class ParquetSource(Source):
                 first = features
                 self.image_key = image_column(image_key, features, where)
                 label, self.why = label_column(label_key, features)
+            # Numbers of two files mean the same only if their class names do.
             known = [(key in f, getattr(f.get(key), "names", None)) for f in (features, first) for key in (label,)]
             if self.image_key not in features or known[0] != known[1]:
                 raise DataError(
@@ -170,6 +175,7 @@ class ParquetSource(Source):
         self.reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
+        # What is open cannot be sent to a worker; the process number that nobody has makes it open its own.
         return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_kept")} | {"_process": -1}
 
     def _parquet(self, number: int) -> Any:
@@ -197,10 +203,13 @@ class ParquetSource(Source):
             number, group, _ = self.groups[place]
             if number not in self._open:
                 self._open[number] = self._parquet(number)
+            # Without threads, as every worker is a process of its own, and all would compete.
             column = self._open[number].read_row_group(group, columns=[self.image_key], use_threads=False)
             self._kept[place] = column.column(self.image_key)
             self.reads += 1
             for held in (self._kept, self._open):
+                # The one that was used longest ago: an order reads shards in turn, so it will not be asked for again
+                # soon.
                 if len(held) > _KEPT:
                     held.popitem(last=False)
         self._kept.move_to_end(place)

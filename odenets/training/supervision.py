@@ -124,8 +124,5 @@ class SupervisedClassifier(Classifier):
             x = x.contiguous(memory_format=torch.channels_last)
         out = self.net.forward_supervised(x)  # type: ignore[operator]
         loss = self.supervision_loss(out, x, y)
-        hits = out.logits[-1].detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
-        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-        for name, figure in (("train/loss", loss), ("train/acc", hits.float().mean())):
-            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+        self.log_training(loss, out.logits[-1], y)
         return loss

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..models.revcol_seq import END, PAD, START
-from .order import IGNORED, evaluation_loader, training_loader
+from .order import IGNORED, loader
 from .schedules import Schedule, WarmupCosine, scheduled
 
 NOUNS, VERBS, ADJECTIVES = 12, 8, 8
@@ -84,10 +84,10 @@ class Grammar(L.LightningDataModule):
         return words + [PAD] * (self.length - len(words))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return training_loader(self, self.train_set, self.batch_size)
+        return loader(self, self.train_set, self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self, self.val_set, self.batch_size)
+        return loader(self, self.val_set, self.batch_size, train=False)
 
 
 class Translator(L.LightningModule):

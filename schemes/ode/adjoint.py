@@ -24,6 +24,7 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx: Any, back: "Backward", forward: Callable[[Tensor], list[Tensor]], y0: Tensor, *reads: Tensor):
         ys = torch.stack(forward(y0.detach()))
         ctx.back = back
+        # The values alone: the solve's own states are gone, which is the point.
         ctx.save_for_backward(ys, *reads)
         return ys
 
@@ -65,56 +66,89 @@ class Backward:
         with self.precision.again(ys.device.type):
             return self._solve(ys, grad)
 
-    # long: one solve backwards; its parts share the augmented state
     def _solve(self, ys: Tensor, grad: Tensor) -> list[Tensor | None]:
-        y = ys[-1]
-        inputs = self.reads.tensors
-        dtype = y.dtype
-        for x in inputs:
-            dtype = torch.promote_types(dtype, x.dtype)
-        n, sizes = y.numel(), [x.numel() for x in inputs]
-        parts = [n, n, *sizes]
-        flat = torch.zeros(sum(parts), dtype=dtype, device=y.device)
-        flat[n : 2 * n] = grad[-1].reshape(-1)
-
-        def augmented(t: Any, state: Tensor) -> Tensor:
-            at, adjoint, *_ = state.split(parts)
-            at = _as(at, y.dtype).reshape(y.shape).detach().requires_grad_()
-            with torch.enable_grad():
-                k = self.reads.evaluate(self.func, t, at)
-                found = vjp(k, [at, *inputs], -_as(adjoint, y.dtype).reshape(y.shape))
-            slopes = [k.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip([at, *inputs], found))]  # noqa: B905
-            return torch.cat([s.reshape(-1).to(y.device, dtype) for s in slopes])
-
-        measured = parts[:2] if self.norm == "seminorm" else parts
-
-        def norm(x: Tensor) -> Tensor:
-            pieces = x[: sum(measured)].split(measured)
-            return torch.stack([rms(p) for p in pieces if p.numel()]).amax()
-
-        control = Control(**{**vars(self.control), "norm": norm})
+        whole = _Augmented(self.func, self.reads, ys[-1], self.norm)
+        state = whole.start(grad[-1])
+        control = Control(**{**vars(self.control), "norm": whole.norm})
         for i in range(len(ys) - 1, 0, -1):
-            flat[:n] = ys[i].reshape(-1)
+            # The value that was given out, not the one that the solve backwards came to: errors do not pile up.
+            whole.put(state, ys[i])
+            times = (self.times[i], self.times[i - 1])
             with torch.no_grad():
-                run = solve(
-                    Field(augmented, flat), flat, (self.times[i], self.times[i - 1]), self.method, control, land=True
-                )
+                run = solve(Field(whole.slope, state), state, times, self.method, control, land=True)
             if run.status != "finished":
                 raise SchemeError(
                     f"the adjoint equation, backwards in time: {run.reason()}; "
                     "raise rtol and atol, or max_steps, or take gradient='checkpoint'."
                 )
-            flat = run.y.clone()
-            flat[n : 2 * n] += grad[i - 1].reshape(-1)
-        _, adjoint, *found = flat.split(parts)
+            state = run.y.clone()
+            whole.add(state, grad[i - 1])
+        return whole.gradients(state)
+
+
+class _Augmented:
+    """The state, its adjoint and the gradients of what the field reads, one behind the other in a flat tensor.
+
+    Args:
+        func: the field.
+        reads: what it reads.
+        y: a state.
+        norm: see `Backward`.
+    """
+
+    def __init__(self, func: Callable[[Any, Tensor], Tensor], reads: Reads, y: Tensor, norm: str | None):
+        self.func, self.reads, self.inputs, self.like = func, reads, reads.tensors, y
+        # The widest dtype of all, so that no gradient is rounded on its way.
+        self.dtype = y.dtype
+        for x in self.inputs:
+            self.dtype = torch.promote_types(self.dtype, x.dtype)
+        self.n = y.numel()
+        self.parts = [self.n, self.n, *(x.numel() for x in self.inputs)]
+        self.measured = self.parts[:2] if norm == "seminorm" else self.parts
+
+    def start(self, grad: Tensor) -> Tensor:
+        """The augmented state at the end of the solve, without the state itself."""
+        flat = torch.zeros(sum(self.parts), dtype=self.dtype, device=self.like.device)
+        flat[self.n : 2 * self.n] = grad.reshape(-1)
+        return flat
+
+    def put(self, flat: Tensor, y: Tensor) -> None:
+        """Sets the state."""
+        flat[: self.n] = y.reshape(-1)
+
+    def add(self, flat: Tensor, grad: Tensor) -> None:
+        """Adds the gradient of a value that was given out to the adjoint."""
+        flat[self.n : 2 * self.n] += grad.reshape(-1)
+
+    def slope(self, t: Any, flat: Tensor) -> Tensor:
+        """The right-hand side: f, and the products of its derivatives with the adjoint, from one evaluation."""
+        at, adjoint, *_ = flat.split(self.parts)
+        y = self.like
+        # In the state's own dtype, which the field expects; the flat tensor may be wider.
+        at = _as(at, y.dtype).reshape(y.shape).detach().requires_grad_()
+        with torch.enable_grad():
+            k = self.reads.evaluate(self.func, t, at)
+            found = vjp(k, [at, *self.inputs], -_as(adjoint, y.dtype).reshape(y.shape))
+        products = [torch.zeros_like(x) if g is None else g for x, g in zip([at, *self.inputs], found, strict=True)]
+        return torch.cat([s.reshape(-1).to(y.device, self.dtype) for s in (k.detach(), *products)])
+
+    def norm(self, flat: Tensor) -> Tensor:
+        """The largest of the parts' own: many parameters must not outvote a small state."""
+        pieces = flat[: sum(self.measured)].split(self.measured)
+        return torch.stack([rms(p) for p in pieces if p.numel()]).amax()
+
+    def gradients(self, flat: Tensor) -> list[Tensor | None]:
+        """The gradient of the state at the start, and those of what the field reads."""
+        _, adjoint, *found = flat.split(self.parts)
         return [
-            _as(adjoint, y.dtype).reshape(y.shape),
-            *(_as(g, x.dtype).reshape(x.shape).to(x.device) for g, x in zip(found, inputs, strict=True)),
+            _as(adjoint, self.like.dtype).reshape(self.like.shape),
+            *(_as(g, x.dtype).reshape(x.shape).to(x.device) for g, x in zip(found, self.inputs, strict=True)),
         ]
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in that dtype; the real part where it is real."""
+    # The gradient of a real tensor is real; what is imaginary is what it does not reach.
     return (x.real if x.is_complex() and not dtype.is_complex else x).to(dtype)
 
 

@@ -64,6 +64,7 @@ class Control:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             low = float(value.min()) if isinstance(value, Tensor) else value
+            # Written so that NaN is refused too.
             if not 0 <= low < math.inf:
                 raise SchemeError(f"odeint: {name} is {low:g}, want a number that is not negative.")
         if all(not isinstance(v, Tensor) and v == 0 for v in (self.rtol, self.atol)):
@@ -85,6 +86,7 @@ class Control:
 
     def scale(self, size: Tensor) -> Tensor:
         """atol + rtol size; ``size`` is overwritten."""
+        # In place: states are large, and no caller needs the sizes afterwards.
         return size.mul_(self.rtol).add_(self.atol)
 
     def measure(self, weighted: Tensor) -> Tensor:
@@ -94,10 +96,12 @@ class Control:
     def ratio(self, error: Tensor, size0: Tensor, size1: Tensor) -> float:
         """The error of a step in units of what is allowed, from the absolute values at its ends; overwrites error."""
         weighted = error.div_(self.scale(torch.maximum(size0, size1)))
+        # The one place in a step that waits for the device: the host has to know whether to go on.
         return float(self.measure(weighted))
 
     def factor(self, ratios: list[float], order: int) -> float:
         """By how much the step size changes after an accepted step; the last ratio first."""
+        # A missing ratio counts as 1, which changes nothing; an error of 0 would be divided by.
         r, r1, r2 = (max(x, 1e-10) for x in (*ratios, 1.0, 1.0, 1.0)[:3])
         k = order + 1
         p, i, d = self.proportional, self.integral, self.derivative
@@ -108,6 +112,7 @@ class Control:
 
     def shrink(self, ratio: float, order: int) -> float:
         """By how much the step size changes after a rejected step."""
+        # How far it was from being finite is not known, so as far back as is allowed.
         if not ratio < math.inf:  # inf or nan
             return self.smallest
         return min(self.safety, max(self.smallest, self.safety * ratio ** (-1 / (order + 1))))
@@ -134,9 +139,10 @@ class Pace:
         return self.sign * min(max(abs(h), self.control.min_step), self.control.max_step)
 
     def propose(self, t: float, target: float) -> tuple[float, float]:
-        """The size and the end of the next step, which goes no further than the target; ``lands``: it goes that far."""
+        """The size and the end of the next step, no further than the target; sets ``lands``, whether it reaches it."""
         rest = target - t
         size, length = abs(self.h), abs(rest)
+        # A hundredth more rather than a step of a hundredth behind it.
         self.lands = size * 1.01 >= length
         if self.lands:
             return rest, target
@@ -150,11 +156,13 @@ class Pace:
         if ratio <= 1 or (least and ratio < math.inf):
             self.ratios = [ratio, *self.ratios[:2]]
             factor = control.factor(self.ratios, self.order)
+            # Not larger right after a rejection, or the same step would be tried and rejected again.
             h1 = h * (min(factor, 1.0) if self.rejected else factor)
             if self.lands and abs(self.h) > abs(h1) and not self.rejected:
                 h1 = self.h  # a step cut short says little about the next
             self.h, self.rejected = self._within(h1), False
             return True
+        # Rejected twice at the least size: the second time nothing else would be tried.
         self.stuck = self.rejected and least
         self.rejected, self.broken = True, not ratio < math.inf
         self.h = self._within(h * control.shrink(ratio, self.order))
@@ -167,7 +175,9 @@ def first_step(f: Callable[[float, Tensor], Any], t: float, y: Tensor, k: Tensor
     Source: Hairer, Norsett, Wanner 1993, Solving Ordinary Differential Equations I, II.4.
     """
     scale = c.scale(y.abs())
+    # One transfer for both.
     d0, d1 = torch.stack((c.measure(y / scale), c.measure(k / scale))).tolist()
+    # A start at zero, or at rest, tells no scale of time.
     h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h = min(h, abs(span))
     # With a graph where the steps have one: a compiled field is then compiled once.

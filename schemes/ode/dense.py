@@ -22,6 +22,7 @@ class Segment:
         if not self._slopes:
             f, tried, end = self._rest
             self._slopes = self._method.extended(f, self.t0, self.h, self.y, tried, end)
+            # The field's graph and the stages are held by the slopes alone from here on.
             self._rest = (None, None, None)
         return self._slopes
 
@@ -30,6 +31,7 @@ class Segment:
         polynomials = self._method.dense[2]
         slopes = self.slopes
         if isinstance(t, Tensor):
+            # In double, whatever the state: a difference of close times would lose the digits that it is made of.
             theta = (t.to(torch.float64) - self.t0) / self.h
             y = self.y
             for k, p in zip(slopes, polynomials, strict=True):
@@ -37,6 +39,7 @@ class Segment:
                     y = y + (self.h * _horner(p, theta)).to(k.real.dtype if k.is_complex() else k.dtype) * k
             return y
         theta = (t - self.t0) / self.h
+        # The weights are numbers here, so that the value is one sum over the stages.
         row = tuple((j, self.h * _horner(p, theta)) for j, p in enumerate(polynomials) if any(p))
         return combine(self.y, slopes, row)
 
@@ -67,6 +70,7 @@ class Hermite:
         if k0 is None or k1 is None:
             return y0 + x * (y1 - y0)
         h = self.h
+        # Written as a change from y0: where both ends agree, so does everything between, without rounding.
         rise = x * x * (3 - 2 * x)
         return y0 + rise * (y1 - y0) + (h * (x * (1 - x) * (1 - x))) * k0 + (h * (x * x * (x - 1))) * k1
 

@@ -100,6 +100,7 @@ class Watch:
             value = event.fn(clock(t, y), state)
             if not isinstance(value, Tensor):
                 value = torch.as_tensor(value)
+            # In double for the secants, which take differences of values that are close.
             found.append(value.detach().reshape(-1).to(y.device, torch.float64))
         return found
 
@@ -116,6 +117,7 @@ class Watch:
         values = torch.cat(parts).tolist()
         self.signs = [(v > 0) - (v < 0) for v in values]
         for (n, c), v in zip(self.owners, values, strict=True):
+            # Else the solve leaves zero first, and a bouncing ball is not caught on the ground that it starts from.
             if v == 0 and self.events[n].at_start:
                 run.events.append(Place(n, c, run.t, y))
                 if self.events[n].terminal:
@@ -127,6 +129,7 @@ class Watch:
         """Looks at a step; whether the solve ends within it."""
         with torch.no_grad():
             rows = []
+            # The end itself and not t0 + h, which may differ from it by rounding.
             times = [piece.t0 + x * piece.h if x < 1 else piece.t1 for x in self.samples]
             for t in times:
                 rows.append(torch.cat(self._values(t, piece.at(t))))
@@ -137,11 +140,13 @@ class Watch:
             for m, value in enumerate(row):
                 old, new = self.signs[m], (value > 0) - (value < 0)
                 event = self.events[self.owners[m][0]]
+                # A function that starts at zero has no sign yet; the first one that it takes is no crossing.
                 if old and new != old and event.direction in (0, -old):
                     hits.append((t if new == 0 else self._locate(piece, before, t, m), m))
                 if new or (old and new != old):
                     self.signs[m] = new
             before = t
+        # By time and not by the order of the functions: a terminal event hides what comes after it, and nothing before.
         hits.sort(key=lambda hit: hit[0] * (1 if piece.h > 0 else -1))
         for t, m in hits:
             n, c = self.owners[m]
@@ -164,6 +169,7 @@ class Watch:
             for n in range(100):
                 if abs(b - a) <= 4e-16 * max(abs(a), abs(b)) or fb == fa:
                     break
+                # Every third time a bisection, so that no function can slow the secants down to a crawl.
                 t = (a + b) / 2 if n % 3 == 2 else b - fb * (b - a) / (fb - fa)
                 if not min(a, b) < t < max(a, b):
                     t = (a + b) / 2
@@ -174,10 +180,13 @@ class Watch:
                     return t
                 if (ft > 0) == (fb > 0):
                     b, fb = t, ft
+                    # The Illinois rule: an end that stays twice has its value halved, which pulls the next secant
+                    # towards it.
                     fa, side = (fa / 2 if side == 1 else fa), 1
                 else:
                     a, fa = t, ft
                     fb, side = (fb / 2 if side == -1 else fb), -1
+        # The end behind the crossing, so that the function has its new sign there.
         return b
 
 
@@ -199,6 +208,7 @@ def attach(
         SchemeError: a gradient is wanted of an event at which the function has slope zero.
     """
     with torch.enable_grad():
+        # Leaves of their own: only the slopes at the event are wanted, and no graph behind it.
         time = clock(t, y).requires_grad_()
         at = y.detach().requires_grad_()
         g = torch.as_tensor(fn(time, unpack(at))).reshape(-1)[component]
@@ -207,6 +217,7 @@ def attach(
         f = func(clock(t, y), y.detach())
         own = float(parts[0]) if parts[0] is not None else 0.0
         along = 0.0 if parts[1] is None else float((parts[1].conj() * f).real.sum())
+        # Without cancellation, as a measure of what the slope would be if its terms did not cancel.
         size = abs(own) + (0.0 if parts[1] is None else float((parts[1].abs() * f.abs()).sum()))
     slope = own + along
     # Twice rounding: what is left of a slope of zero after the event was located.
@@ -222,6 +233,7 @@ def attach(
             f"odeint: at the event at t={t:.6g} the event function has slope zero (it grazes), so its time has no "
             "gradient; solve under torch.no_grad(), or move the event."
         )
+    # Zero in value: the time is that which was located, and only its derivative is new.
     shift = -(g - g.detach()) / slope
     k = func(clock(t, y), y)
     return found + shift.to(dtype), y + shift.to(y.dtype) * k, grazing

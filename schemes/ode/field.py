@@ -40,6 +40,7 @@ class Field:
         self.count[0] += 1
         if self.at is not None:
             t = self.at.get(t, t)
+        # A scalar that is made on the host costs a microsecond; on a device a copy would wait, a fill does not.
         if self.cpu:
             time = torch.scalar_tensor(t, dtype=self.time_dtype)
         else:
@@ -63,6 +64,7 @@ class Field:
         near = torch.tensor(t, dtype=self.time_dtype)
         aim = float("-inf") if before == forward else float("inf")
         other = Field(self.func, torch.empty((), dtype=self.dtype, device=self.device))
+        # One counter for both. The neighbour in the field's own precision: in double the field would round it away.
         other.count, other.at = self.count, {t: float(torch.nextafter(near, torch.full_like(near, aim)))}
         return other
 
@@ -79,6 +81,7 @@ def fitted(k: Any, y: Tensor) -> Tensor:
                 f"odeint: func returned {tuple(k.shape)} for a state of {tuple(y.shape)}; a slope has its shape."
             ) from None
     if k.dtype != y.dtype:
+        # A wider slope would be rounded without a word, and the solve's error estimate with it.
         if torch.promote_types(k.dtype, y.dtype) != y.dtype:
             raise SchemeError(
                 f"odeint: func returned {k.dtype} for a state of {y.dtype}; "

@@ -22,7 +22,9 @@ def grids(times: Sequence[float], size: float | None, steps: int | None) -> list
     """The grid of each interval: so many equal steps, or as many as keep a step within a size; one if neither."""
     found = []
     for t0, t1 in pairwise(times):
+        # Less a hair: an interval of 0.3 in steps of 0.1 is three steps and not four.
         n = steps or (1 if size is None else max(1, math.ceil(abs(t1 - t0) / size - 1e-9)))
+        # Each from the start, so that nothing adds up, and the last one the very number that was asked for.
         found.append([t0 + (t1 - t0) * (i / n) for i in range(n)] + [t1])
     return found
 
@@ -64,14 +66,17 @@ class Stepper:
         """The state after a step of that length from time t; ``size`` is the length as a number."""
         scheme = self.scheme
         h = length / scheme.span
+        # Relative to the size: equal steps of a grid differ by rounding.
         if not self.state or (scheme.streams > 1 and abs(size - self.size) > 1e-9 * abs(size)):
             self.size, self.n = size, 0
             self.state = scheme.init([self._at(t, 0.0)] * scheme.stages, self.y, h)
         self.size = size
+        # Of a mix the whole period is one step; of other schemes the first step may differ from the rest.
         part = scheme if len(scheme.plan) > 1 else scheme.at(self.n)
         nodes: tuple[float, ...] = part.nodes or ()
         fs = [self._at(t + c * h if c else t, c / scheme.span) for c in nodes]
         if self.again:
+            # The streams go in as arguments: what a closure holds would be kept, and its graph with it.
             self.state = checkpoint(lambda *s: part._step(fs, s, h), *self.state, use_reentrant=False)  # type: ignore
         else:
             self.state = part._step(fs, self.state, h)
@@ -84,6 +89,7 @@ def endless(t: float, size: float) -> Iterator[tuple[float, float]]:
     """Steps of one size for ever."""
     n = 0
     while True:
+        # Multiplied and not added up: ten thousand steps end where they should.
         yield t + n * size, t + (n + 1) * size
         n += 1
 
@@ -140,6 +146,7 @@ def solve(
         else:
             n = len(grid[i]) - 1  # type: ignore[index]
             length = (moving[i + 1] - moving[i]) / n
+            # Times and lengths as tensors, so that the step itself carries the gradient of the times at its ends.
             y1 = stepper.advance(moving[i] + length * j if j else moving[i], length, t1 - t0)
         run.accepted += 1
         run.steps.append((t0, t1 - t0))
@@ -150,6 +157,8 @@ def solve(
             if interp == "linear" and not dense and events is None:
                 piece = Hermite(t0, t1, y, y1, None, None)
             else:
+                # Both ends' slopes, of which one is the neighbour's: an evaluation a step, and only where pieces are
+                # wanted.
                 k = f(t0, y) if k is None else k
                 end = f(t1, y1)
                 piece, k = Hermite(t0, t1, y, y1, k, end), end

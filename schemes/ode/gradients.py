@@ -25,8 +25,10 @@ def recomputed(method: Any) -> Callable[..., Attempt]:
     def attempt(f: Field, t: float, h: float, y: Tensor, k: Tensor) -> Attempt:
         def run(y: Tensor, k: Tensor) -> tuple[Tensor, ...]:
             tried = method.attempt(f, t, h, y, k)
+            # The first slope came in from outside, and goes out as it came.
             return (tried.y, *tried.slopes[1:])
 
+        # Slopes are given out, as dense output and the next step read them; what is inside of the field is not kept.
         y1, *slopes = checkpoint(run, y, k, use_reentrant=False)  # type: ignore[misc]
         return Attempt(y1, [k, *slopes])
 
@@ -65,6 +67,7 @@ def solved(
     f = Field(func, y0)
     if gradient == "adjoint" and torch.is_grad_enabled():
         reads = Reads(func, clock(times[0], y0), y0, known)
+        # Else there is nothing to differentiate, and a plain solve will do.
         if y0.requires_grad or len(reads):
             found: list[Run] = []
 

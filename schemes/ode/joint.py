@@ -20,6 +20,7 @@ def stops(times: Sequence[float], control: Control, land: bool) -> tuple[list[fl
     low, high = min(start, end), max(start, end)
     jumps = {t for t in control.jump_t if low <= t <= high}
     given = {t for t in control.step_t if low < t < high}
+    # A jump at the very start is none to step onto: the field is read after it from the beginning.
     found = ({*times[1:]} if land else {end}) | given | (jumps - {start})
     return sorted(found, reverse=end < start), jumps
 
@@ -31,6 +32,7 @@ def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, contr
     bad = first_bad(y, k)
     if bad is not None:
         run.status, run.sample = "not_finite", bad
+        # Any size will do: the run has failed.
         return k, Pace(control, order, sign, sign)
     if control.first_step is not None:
         h = sign * min(abs(control.first_step), abs(end - t))
@@ -41,6 +43,7 @@ def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, contr
 
 def stalled(run: Run, pace: Pace, t: float, t1: float, control: Control) -> bool:
     """Whether the solve cannot go on; the run's status then says why."""
+    # The step is below what numbers of this size resolve, or cannot shrink and is not accepted.
     if t1 == t or pace.stuck:
         run.status = "not_finite" if pace.broken else "underflow"
     elif run.accepted + run.rejected >= control.max_steps:
@@ -81,6 +84,7 @@ def solve(
     t, end = times[0], times[-1]
     forward = end > t
     ahead, jumps = stops(times, control, land)
+    # ``near`` is the field as steps that begin here read it.
     near = f.beside(t, False, forward) if t in jumps else f
     run = Run([y], t, y)
     found, pace = begin(run, near, y, t, end, method.order, control)
@@ -101,10 +105,15 @@ def solve(
         g = near
         if pace.lands and target in jumps:
             g = f.beside(target, True, forward)
+            # The last stage reads t + h, which may differ from the target by rounding, and would be beyond the jump.
+            g.at[t + h] = g.at[target]  # type: ignore[index]
             if near.at is not None and g.at is not None:
+                # A step may begin at one jump and end at the next.
                 g.at.update(near.at)
         if k is None:
             k = g(t, y)
+        # The first slope is the last one of the step before (or its end's), so an accepted step costs one evaluation
+        # less.
         tried = attempt(g, t, h, y, k)  # type: ignore
         y1 = tried.y
         with torch.no_grad():
@@ -119,6 +128,7 @@ def solve(
         run.steps.append((t, h))
         if after is not None:
             after(t, y, h)
+        # Where no stage is the end's slope, it is evaluated by whoever needs it first: this piece, or the next step.
         last: Tensor | None = tried.slopes[-1] if reuses else None
         piece: Segment | None = None
         ended = False
@@ -129,6 +139,7 @@ def solve(
             if dense:
                 run.segments.append(piece)
             ended = events is not None and events.step(run, piece)
+        # An event inside of the step ends the solve there: times behind it have no values.
         upto = run.t if ended else t1
         while i < len(times) and (times[i] - upto) * sign <= 0:
             run.ys.append(y1 if times[i] == t1 else piece.at(times[i]))  # type: ignore[union-attr]
@@ -138,7 +149,9 @@ def solve(
         t, y, k, size = t1, y1, last, size1
         near = f
         if pace.lands:
+            # The slope at the end was that before the jump.
             if target in jumps:
+                # None: evaluated at the next step's start, once it is known that there is one.
                 near, k = f.beside(t, False, forward), None
             stop += 1
             if stop == len(ahead):

@@ -61,6 +61,7 @@ def _number(name: str, value: Any) -> float:
         if value.requires_grad:
             raise SchemeError(f"odeint: the option {name} requires a gradient; a limit has none, detach it.")
         value = value.item() if value.numel() == 1 else None
+    # ``True`` is a number to Python.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SchemeError(f"odeint: the option {name} is {value!r}, want a number.")
     return float(value)
@@ -81,6 +82,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
     _unknown(options, {*ADAPTIVE, *OTHERS}, "adaptive solves")
     found: dict[str, Any] = {}
     for name, ours in ADAPTIVE.items():
+        # None stands for what is not given, as in torchdiffeq.
         if options.get(name) is not None:
             if ours in found:
                 raise SchemeError(f"odeint: the option {ours} is given twice, as {name!r} too.")
@@ -89,6 +91,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
         found["max_steps"] = int(found["max_steps"])
     steps, jumps = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
     both = [*steps, *jumps]
+    # The same stop twice would ask for a step of length 0.
     if len(set(both)) < len(both):
         raise SchemeError("odeint: step_t and jump_t repeat a time; name each once, in one of them.")
     return Control(
@@ -102,11 +105,12 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
 
 
 def lands(options: Mapping[str, Any], pair: Any) -> bool:
-    """Whether steps end on every time asked for: where the continuous extension is of lower order than the error."""
+    """Whether steps end on every time: as told, else where the continuous extension is less exact than the steps."""
     given = options.get("outputs")
     if given not in (None, "step", "interpolate"):
         raise SchemeError(f"odeint: outputs is {given!r}, want 'step' or 'interpolate'.")
     if given is None:
+        # Where the extension is as good as the error estimate, steps need not be cut short to land.
         return pair.dense[3] < pair.order
     return given == "step"
 

@@ -24,6 +24,7 @@ class Attempt(NamedTuple):
 def total(ks: Sequence[Tensor], row: Terms, h: float, like: Tensor) -> Tensor:
     """h sum_j row[j] k_j as a new tensor of the dtype of ``like``."""
     j, a = row[0]
+    # A new tensor first: the slopes belong to a graph, or to the next step.
     out = ks[j].mul(h * a)
     if out.dtype != like.dtype:
         out = out.to(like.dtype)
@@ -55,6 +56,7 @@ class Pair:
         self.tail = tuple((x, terms(row)) for x, row in zip(c[1:], a[1:], strict=True))
         self.weights = terms(b)
         self.errors = terms([v - u for u, v in zip(b, b_hat, strict=True)])  # type: ignore[arg-type]
+        # It would accept every step.
         if not self.errors:
             raise SchemeError(f"{scheme}: its companion is the method itself, which estimates no error.")
         self.tableau = tableau
@@ -84,6 +86,7 @@ class Pair:
         if self._dense is None:
             found = interpolant(self.tableau)
             n = len(found.a) - found.extra
+            # Made when it is first asked for: exact polynomials take a while, and most solves land on their times.
             self._dense = (
                 tuple(terms(tuple(map(float, row))) for row in found.a[n:]),
                 tuple(float(c) for c in found.nodes[n:]),
@@ -95,6 +98,7 @@ class Pair:
     def extended(self, f: Field, t: float, h: float, y: Tensor, attempt: Attempt, end: Tensor) -> list[Tensor]:
         """The slopes that the continuous extension reads: the stages', the one at the end, the extra ones."""
         rows, nodes, *_ = self.dense
+        # The order of the interpolant's rows: the stages, then the slope at the end where no stage is that.
         ks = attempt.slopes if self.reuses else [*attempt.slopes, end]
         if not rows:
             return ks

@@ -91,12 +91,14 @@ class Reads:
 
     def _evaluate(self, f: Any, t: Any, y: Tensor) -> tuple[Tensor, int, Tensor]:
         y1 = y.detach().requires_grad_()
+        # Nodes are numbered as they are made, so what was computed before this moment has a smaller number.
         since = y1.view_as(y1).grad_fn._sequence_nr()  # type: ignore[union-attr]
         return f(t, y1), since, y1
 
     def _add(self, x: Tensor) -> None:
         if not x.requires_grad:
             return
+        # A leaf is known by itself, a result by the node that made it: two views of one result are two edges.
         if x.is_leaf:
             if id(x) in self._leaves:
                 return
@@ -110,7 +112,10 @@ class Reads:
         self.tensors.append(x)
 
     def _walk(self, k: Tensor, since: int, y: Tensor, add: bool = True) -> bool:
-        """Adds the leaves under k; whether an edge leads to an unknown tensor of an earlier graph (or, else, any)."""
+        """Adds the leaves under k; returns whether an edge leads to an unknown tensor of an earlier graph.
+
+        With ``add=False`` nothing is added, and any unknown tensor counts, a leaf too.
+        """
         if k.grad_fn is None:
             if k.requires_grad and k is not y and id(k) not in self._leaves:  # func returns what it read
                 if not add:
@@ -119,9 +124,11 @@ class Reads:
             return False
         if (id(k.grad_fn), k.output_nr) in self._edges:
             return False
+        # A loop and not a recursion: graphs of deep fields are longer than Python's stack.
         queue, visited = [k.grad_fn], {k.grad_fn}
         while queue:
             node = queue.pop()
+            # Leaves stand outside of that order.
             if type(node).__name__ == "AccumulateGrad":
                 variable = node.variable  # type: ignore[attr-defined]
                 if variable is not y and id(variable) not in self._leaves:
@@ -129,6 +136,8 @@ class Reads:
                         return True
                     self._add(variable)
                 continue
+            # Computed before the evaluation: a gradient would have to go on from here, to a tensor that the node does
+            # not name.
             if node._sequence_nr() < since:
                 return True
             for following, number in node.next_functions:
@@ -142,6 +151,7 @@ class Reads:
         """``f(t, y)`` with a graph, for y a leaf; refuses tensors that earlier evaluations did not read."""
         since = y.view_as(y).grad_fn._sequence_nr()  # type: ignore[union-attr]
         k = f(t, y)
+        # Walked anew at every evaluation: a field may read another tensor at another time.
         if k.requires_grad and self._walk(k, since, y, add=False):
             raise SchemeError(
                 "odeint: func reads a tensor in the backward pass (through a closure) that it did not read at the "
@@ -174,9 +184,10 @@ class _Once(torch.autograd.Function):
 
 
 def once(way: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients whose own derivative is refused, where a graph of them is asked for (and else would be lost)."""
+    """The gradients; where a graph of them is asked for, behind a node that refuses to be differentiated again."""
     if not torch.is_grad_enabled():
         return list(grads)
+    # Without an input that needs a gradient the node would not be recorded.
     handle = torch.zeros((), requires_grad=True)
     marked = iter(_Once.apply(way, handle, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
     return [None if g is None else next(marked) for g in grads]

@@ -46,6 +46,7 @@ class Run:
     def reason(self) -> str:
         """What stopped the solve, where, and in which sample."""
         where = f"t={self.t:.6g}" + ("" if self.sample is None else f", sample {self.sample}")
+        # No step can be at fault: the remedy is another one.
         if self.status == "not_finite" and not self.accepted:
             return f"the state or its slope is not finite at the start, {where}"
         return {

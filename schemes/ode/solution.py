@@ -73,6 +73,7 @@ class Solution:
         pieces = self._segments
         sign = 1.0 if pieces[-1].t1 > pieces[0].t0 else -1.0
         start, end = pieces[0].t0, pieces[-1].t1
+        # Polynomials go on beyond their step, and say nothing there.
         if not start * sign <= t * sign <= end * sign:
             raise SchemeError(f"Solution: t={t:g} lies outside of the solve, from {start:g} to {end:g}.")
         return pieces[min(bisect.bisect_left(pieces, t * sign, key=lambda p: p.t1 * sign), len(pieces) - 1)]

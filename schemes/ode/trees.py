@@ -42,6 +42,7 @@ class Packing:
                     "odeint: batch='independent' wants the samples along the first dimension of every tensor of y0, "
                     f"got shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}."
                 )
+        # They become one tensor.
         if len({leaf.device for leaf in leaves}) > 1:
             raise SchemeError("odeint: the tensors of y0 are on several devices, want one.")
         self.shapes = [leaf.shape for leaf in leaves]
@@ -50,6 +51,7 @@ class Packing:
         self.sizes = [leaf.shape[kept:].numel() for leaf in leaves]
         self.dtype = leaves[0].dtype
         for leaf in leaves[1:]:
+            # The widest holds all of them; handing out restores each leaf's own.
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
 
     def pack(self, tree: Any, what: str = "func") -> Tensor:
@@ -63,6 +65,7 @@ class Packing:
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise SchemeError(f"odeint: {what} returned a {type(leaf).__name__} among its tensors.")
+            # Packed with a complex neighbour it would fit, and its imaginary part would be lost when it is unpacked.
             if leaf.is_complex() and not dtype.is_complex:
                 raise SchemeError(f"odeint: {what} returned {leaf.dtype} for a part of y0 that is {dtype}.")
             if self.samples:  # rows may have been left out
@@ -104,6 +107,7 @@ class Packing:
         leaves = pytree.tree_leaves(value)
         if self.alone or len(leaves) != len(self.sizes):
             raise SchemeError(f"odeint: {name} has {len(leaves)} parts, y0 {len(self.sizes)}; want as many.")
+        # Tolerances are real, whatever the state.
         real = torch.empty((), dtype=self.dtype).real.dtype
         parts = []
         for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
@@ -123,6 +127,7 @@ class Packing:
 
 def rms(x: Tensor) -> Tensor:
     """The root mean square of all entries."""
+    # One kernel instead of four, at every step.
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
 
 

@@ -40,6 +40,7 @@ def check_scheme(scheme: str | Scheme) -> None:
     tableau = scheme.tableau
     if tableau is not None:
         check_formula(scheme)
+        # One more than declared, so that an order declared too low is found as well.
         computed = tableau_order(tableau, limit=(scheme.order or 0) + 1)
         assert computed == scheme.order, f"{scheme}: order {scheme.order} is declared, {computed} computed"
     elif scheme.order is not None:
@@ -49,6 +50,7 @@ def check_scheme(scheme: str | Scheme) -> None:
     else:
         fs = smooth_functions(scheme, CHANNELS, 1)[0]
         try:
+            # A scheme without an inverse has to say so; to do nothing would be a silent wrong state.
             scheme.inverse(fs, scheme.init(fs, x))
         except SchemeError:
             pass
@@ -87,6 +89,7 @@ def check_wrappers(text: str) -> None:
     check_wrapper(get(f"substeps({text}, 2)"), scheme, n=2, shorter=True)
     for wrapper, able in ((f"nested({text}, euler)", _nests(scheme)), (f"nested(euler, {text})", scheme.one_stream)):
         try:
+            # A wrapper that cannot be right must refuse when it is made, and not when it runs.
             made = get(wrapper)
         except SchemeError as error:
             assert not able, f"{wrapper} is refused, and could be made: {error}"

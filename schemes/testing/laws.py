@@ -40,6 +40,7 @@ def observed_order(scheme: Scheme, most: int = 3000) -> float:
     want = 1 / (c + math.sin(0.5) - math.sin(2.0))
     size = float(want.norm())
     tableau = scheme.tableau
+    # Below this an error is rounding, of sums or of published decimals, and its slope means nothing.
     floor = max(1e-13, 0.0 if tableau is None else 30 * tableau.tolerance) * size
     points: list[tuple[float, float]] = []
     steps = 2.0
@@ -50,7 +51,9 @@ def observed_order(scheme: Scheme, most: int = 3000) -> float:
             break
         if error < size:  # a large step may blow up
             points.append((math.log(n), math.log(error)))
+        # Finer than by 2: a method of high order has few grids between a rough error and rounding.
         steps *= math.sqrt(2.0)
+    # The finest ones, where the leading term of the error dominates.
     points = points[-4:]
     _require(len(points) == 4, f"{scheme}: only {len(points)} errors between rounding and 1; no slope to fit")
     x, y = (sum(p[i] for p in points) / 4 for i in (0, 1))
@@ -189,6 +192,7 @@ def check_round_trip(scheme: Scheme, *, steps: int = 3, channels: int = 4, h: fl
         if n:
             made.append(residual_functions(scheme.at(n), n, [x.shape[1] for x in state], seed=seed))
         state = scheme.at(n).step(made[n], state, t=n * h, h=h)
+    # A scheme that does nothing would pass every round trip.
     moved = max(float((x - y).abs().max()) for x, y in zip(state, first, strict=False))
     _require(moved > 1e-6, f"{scheme}: {steps} steps change nothing, so that going back proves nothing")
     for n in reversed(range(steps)):
@@ -213,6 +217,7 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
     Raises:
         AssertionError: a number of arguments, a width, or the number of slots differs.
     """
+    # A width that changes tells the input from what comes after the shortcut.
     changes = ((None, ()), (channels + 2, (lambda x: torch.cat((x, x[:, :2]), 1),)))
     for out, gs in changes if scheme.one_stream and scheme.shortcuts == 1 else changes[:1]:
         state, _ = _start(scheme, channels, seed)
@@ -233,6 +238,7 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
                     given = tuple(x.shape[1] for x in xs)
                     _require(given == slot.in_channels, f"{where}: given {given}, its slot says {slot.in_channels}")
                     if part.streams == 1 and part.mixing is not None:
+                        # By identity: a stage with an empty row is given the very tensor.
                         sees = xs[0] is entered[0]
                         _require(sees == slot.raw, f"{where}: sees the input itself: {sees}; slot.raw is {slot.raw}")
             after = tuple(x.shape[1] for x in state)
@@ -253,12 +259,14 @@ def check_expression(text: str) -> None:
         >>> check_expression("2*(rk4 + midpoint) + rkc2(s=5)")
     """
     scheme = get(text)
+    # What a checkpoint or a saved configuration does with a scheme.
     again = get(str(scheme))
     message = f"{text!r} prints as {str(scheme)!r}, which is read as another scheme"
     _require(again == scheme and hash(again) == hash(scheme) and str(again) == str(scheme), message)
     for name in ("stages", "span", "order", "nodes", "raw", "streams", "invertible", "evaluations", "mixing"):
         one, other = getattr(scheme, name), getattr(again, name)
         _require(one == other, f"{message}: {name} was {one}, is {other}")
+    # Exact coefficients of larger compositions take seconds, and the text has been compared already.
     if scheme.stages <= 32:
         one, other = scheme.tableau, again.tableau
         same = one is other or (one is not None and other is not None and (one.a, one.b) == (other.a, other.b))
@@ -290,6 +298,7 @@ def check_stack(
     results = []
     for m in (net, other):
         m.train()
+        # Both modes draw the same dropout, and must leave the generator at the same place.
         torch.manual_seed(0)
         leaf = x.detach().clone().requires_grad_()
         y = m(leaf)

@@ -29,6 +29,7 @@ ROUND_TRIP = 1e-9
 def _invertible_examples() -> list[Scheme]:
     """The examples with an inverse that run on any number of channels from 4 on."""
     found = []
+    # Some are made for a width that divides by three or four; the strategies draw any from 4 on.
     for scheme in map(get, examples()):
         if scheme.invertible:
             try:
@@ -44,6 +45,7 @@ def couplings() -> st.SearchStrategy[Scheme]:
 
     They are the examples of every family, and for some families members with drawn parameters.
     """
+    # Rounded, so that a failing example prints as a text that anybody can type.
     shares = st.floats(0.5, 0.95).map(lambda x: round(x, 3))
     signed = st.builds(lambda x, s: x * s, shares, st.sampled_from([1, -1]))
     bases = st.sampled_from(["euler", "midpoint", "rk4", "substeps(heun2, 2)"]).map(get)
@@ -120,6 +122,7 @@ def affordable_steps(amplification: float, tolerance: float = ROUND_TRIP, most: 
     """How many steps an inverse of that amplification can undo in double precision within a tolerance."""
     if amplification <= 1.0:
         return most
+    # Rounding of about 2e-14 grows by the amplification at each step undone.
     return max(1, min(most, int(math.log(tolerance / 2e-14) / math.log(amplification))))
 
 
@@ -180,6 +183,7 @@ def check_inverse(
     parts = parts_of(scheme, steps, x if training else None)
     fs = smooth_functions(scheme, x.shape[1], steps, seed, parts)
     found = check_declared(scheme, fs, x, h, gs, parts)
+    # Of all states: an error made where the streams were large is still there where they are small.
     scale = max(float(s.abs().max()) for state in found for s in state)
     state = found[-1]
     for n in reversed(range(steps)):
@@ -220,6 +224,7 @@ def check_declared(
     scheme.init(fs[0], x, h)
     for own in fs:  # what init evaluates is not the step's
         for f in own:
+            # So that the run below counts up to what a step alone has called.
             f.calls = -f.calls
     found = run(scheme, fs, x, h, gs, parts)
     widths = scheme.stream_widths(x.shape[1])
@@ -281,12 +286,15 @@ def observed_amplification(scheme: Scheme, *, channels: int = 8, steps: int = 24
     for value in (0.0, 1e3, -1e3):
         generator = torch.Generator().manual_seed(1)
         state = tuple(torch.randn(_BATCH, c, dtype=torch.float64, generator=generator) for c in streams)
+        # A whole unit apart: the inverse is linear here, so the distance need not be small, and rounding stays far
+        # below.
         pair = (state, tuple(s + torch.randn(s.shape, dtype=s.dtype, generator=generator).sign() for s in state))
         sizes = []
         for n in range(2 * steps, 0, -1):
             fs = [_Constant(slot, value) for slot in slots[n]]
             pair = (parts[n]._inverse(fs, pair[0]), parts[n]._inverse(fs, pair[1]))
             sizes.append(size(pair, parts[n].byproducts))
+        # The first half turns the error into the direction that grows most; the second half measures.
         rates.append((sizes[-1] / sizes[steps - 1]) ** (1 / steps))
     return max(rates)
 
@@ -312,6 +320,7 @@ def check_amplification(scheme: Scheme, *, training: bool = False) -> None:
         f"{scheme}: a step amplifies by {got:.3f}, declared is {declared:.3f}"
     )
     try:
+        # Of step 1: a first step may append streams, and has no matrix of one size.
         derived = declared if training else probe(scheme.at(1)).amplification
     except SchemeError:  # its streams differ in shape, or a step is not linear in them
         return
@@ -349,6 +358,7 @@ def check_updates(scheme: Scheme, *, channels: int = 8, training: bool = False) 
             )
             for update in piece.updates(functions, h, len(before)):
                 if not update.appends:
+                    # From two states: a scale that is computed from the streams differs between them.
                     scale, again = (torch.as_tensor(update.terms(s)[0]) for s in (before, second))
                     constant = constant and torch.equal(scale, again)
                 before, second = apply_update(update, before, gs), apply_update(update, second, gs)

@@ -22,6 +22,7 @@ def _leaves() -> list[tuple[int, str]]:
     They are the examples of the language, and the pruned form of every embedded pair.
     """
     texts = [*examples(), *(f"pruned({name})" for name, t in methods.METHODS.items() if t.b_hat is not None)]
+    # Sorted by size, so that examples shrink towards small schemes.
     return sorted((s.stages, text) for text in dict.fromkeys(texts) if isinstance(s := get(text), RungeKutta))
 
 
@@ -59,6 +60,7 @@ def tableaux(draw, *, min_stages: int = 1, max_stages: int = 5, companion: bool 
 
     def weights() -> list[Fraction]:
         first = draw(st.lists(_entries(), min_size=s - 1, max_size=s - 1))
+        # Built and not filtered: of weights that are drawn freely hardly any sum to 1.
         return [*first, 1 - sum(first, Fraction(0))]
 
     rows = [draw(st.lists(_entries(), min_size=i, max_size=i)) for i in range(s)]
@@ -94,6 +96,7 @@ def scheme_expressions(draw, *, max_stages: int = 24, max_depth: int = 3, adapti
 
 def _expression(draw, budget: int, depth: int) -> tuple[str, int]:
     """An expression with at most ``budget`` stages, and how many it has."""
+    # The budget goes down with every level, so that every drawn text is one that the language accepts.
     kind = draw(st.sampled_from(("name", "nested", "repeat", "substeps", "mix"))) if depth and budget > 1 else "name"
     if kind == "nested":
         outer, s = _expression(draw, budget, depth - 1)
@@ -110,6 +113,7 @@ def _expression(draw, budget: int, depth: int) -> tuple[str, int]:
                 break
             n = draw(st.integers(1, min(3, budget - total)))
             text, s = _expression(draw, (budget - total) // n, depth - 1)
+            # A product binds more closely than a sum, and n*m*scheme is no expression.
             bracketed = f"({text})" if " + " in text or "*" in text else text
             found.append(f"{n}*{bracketed}" if n > 1 else draw(st.sampled_from((text, f"1*{bracketed}"))))
             total += n * s

@@ -30,6 +30,7 @@ class _Scale:
 
 def _same(got: Any, want: Any) -> bool:
     """Equal, numbers but for rounding."""
+    # A wrapper may come to the same number by another sum.
     if isinstance(want, float) and isinstance(got, (int, float)):
         return got == want or abs(got - want) <= 1e-12 * max(1.0, abs(want))
     if isinstance(want, (tuple, list)) and isinstance(got, (tuple, list)):
@@ -127,6 +128,7 @@ def check_wrapper(wrapper: Scheme, scheme: Scheme, *, n: int = 1, h: float = 0.3
     """
     if n == 1:
         check_attributes(wrapper, scheme)
+        # The first step and a later one, as first steps may be of another kind.
         for k in range(2):
             if wrapper.whole(k) is not wrapper or scheme.whole(k) is not scheme:
                 check_attributes(wrapper.whole(k), scheme.whole(k))
@@ -151,6 +153,8 @@ def _check_walk(wrapper: Scheme, scheme: Scheme, n: int, h: float, small: float,
     for every in (None, n) if shortcuts else (None,):
         where = f"{wrapper} {'in training ' if training else ''}{'with shortcuts ' if every else ''}".strip()
         long, short = _Walk(wrapper, _joined(fs, n), h, training), _Walk(scheme, fs, small, training)
+        # The wrapper is given shortcuts at each step, the scheme at the first of each n: elsewhere streams keep their
+        # shape.
         got, want = long.forth(x, None if every is None else 1), short.forth(x, every)
         _check_states(where, got, want[::n])
         for k, part in enumerate(long.parts):
@@ -197,6 +201,7 @@ def _check_slots(where: str, part: Scheme, others: list[Scheme], k: int, state: 
 def _start_of_inverse(scheme: Scheme, y: Tensor) -> list[Any]:
     """Shapes and sums of the streams that an output tells; nothing where it does not tell them."""
     try:
+        # Sums stand for values: equal ones of equal shapes are no accident here.
         return [(s.shape, float(s.sum())) for s in scheme.state_from_output(y)]
     except SchemeError:
         return []

@@ -9,6 +9,7 @@ import schemes
 from odenets import Stack
 
 F64 = torch.float64
+WIDTH = 4  # of a Body
 
 
 class Block(nn.Sequential):
@@ -17,6 +18,19 @@ class Block(nn.Sequential):
     def __init__(self, channels=3, out=None, stride=1):
         out = out or channels
         super().__init__(nn.Conv2d(channels, out, 3, stride, 1), nn.BatchNorm2d(out), nn.Tanh())
+
+
+class Body(nn.Module):
+    """0.3 V tanh(middle(W [arguments])): the residual function of a slot, ``WIDTH`` wide inside."""
+
+    def __init__(self, slot, middle=None):
+        super().__init__()
+        self.inner = nn.Linear(sum(slot.in_channels), WIDTH)
+        self.middle = nn.Identity() if middle is None else middle
+        self.outer = nn.Linear(WIDTH, slot.out_channels)
+
+    def forward(self, *xs):
+        return 0.3 * self.outer(torch.tanh(self.middle(self.inner(torch.cat(xs, 1)))))
 
 
 def linears(n, width=4):
@@ -72,3 +86,14 @@ def picture_stack(scheme, steps, mode, **options):
     torch.manual_seed(0)
     make = options.pop("make", lambda: nn.Sequential(Block(), nn.Dropout(0.3)))
     return quiet([make() for _ in range(steps * schemes.get(scheme).stages)], scheme, backprop=mode, **options)
+
+
+def check_gradients(a, b, x):
+    """Two nets of equal weights and equal random numbers give every parameter the same gradient, and none is zero."""
+    b.load_state_dict(a.state_dict())
+    for net in (a, b):
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
+        torch.testing.assert_close(p.grad, q.grad, msg=key)

@@ -8,6 +8,7 @@ import torch
 from counting import gmacs, meta, parameters
 from published_nets import ConvNeXt as Published
 from published_nets import Isotropic, fill, relative
+from stacks import check_gradients
 from torch import nn
 
 from odenets import checkpoints
@@ -150,14 +151,7 @@ def test_what_does_not_fit_is_refused():
 def test_every_parameter_gets_a_gradient_and_recomputation_changes_none(mode):
     a = ConvNeXt(**TINY, drop_path_rate=0.3)
     b = ConvNeXt(**TINY, drop_path_rate=0.3, **mode)
-    b.load_state_dict(a.state_dict())
-    x = torch.randn(4, 3, 32, 32)
-    for net in (a, b):
-        torch.manual_seed(1)
-        net(x).square().sum().backward()
-    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert p.grad is not None and p.grad.abs().sum() > 0, key
-        torch.testing.assert_close(p.grad, q.grad, msg=key)
+    check_gradients(a, b, torch.randn(4, 3, 32, 32))
     rates = [0.0 if f.drop_path is None else f.drop_path.p for s in a.levels for step in s.steps for f in step.fs]
     assert rates == pytest.approx([0.3 * i / 5 for i in range(6)])
 

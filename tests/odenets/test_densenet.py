@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from counting import gmacs, meta, parameters
 from published_nets import DenseNet as Published
 from published_nets import fill, kept_bytes, relative
+from stacks import check_gradients
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -203,14 +204,7 @@ def test_dropout_stands_after_every_convolution_but_the_first():
 def test_recomputation_gives_the_same_gradients_and_moves_statistics_once():
     a = DenseNet(**TINY, drop_rate=0.2)
     b = DenseNet(**TINY, drop_rate=0.2, backprop="checkpoint")
-    b.load_state_dict(a.state_dict())
-    x = torch.randn(4, 3, 16, 16)
-    for net in (a, b):
-        torch.manual_seed(1)
-        net(x).square().sum().backward()
-    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert p.grad is not None and p.grad.abs().sum() > 0, key
-        torch.testing.assert_close(p.grad, q.grad, msg=key)
+    check_gradients(a, b, torch.randn(4, 3, 16, 16))
     for (key, p), q in zip(a.named_buffers(), b.named_buffers(), strict=True):
         torch.testing.assert_close(p, q[1], msg=key)
     assert int(b.norm[0].num_batches_tracked) == int(b.levels[0].steps[0].fs[0].norm1.num_batches_tracked) == 1

@@ -11,7 +11,7 @@ import warnings
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stacks import factory
+from stacks import WIDTH, Body, factory
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -20,24 +20,10 @@ import schemes
 from odenets import SchemeError
 
 F64 = torch.float64
-WIDTH = 4
 DEPTH = 3
 
 
 # Residual functions -----------------------------------------------------------------------------------------------
-
-
-class Body(nn.Module):
-    """0.3 V act(W [arguments]), act and what stands before it as a kind asks for."""
-
-    def __init__(self, slot, middle=None):
-        super().__init__()
-        self.inner = nn.Linear(sum(slot.in_channels), WIDTH)
-        self.middle = nn.Identity() if middle is None else middle
-        self.outer = nn.Linear(WIDTH, slot.out_channels)
-
-    def forward(self, *xs):
-        return 0.3 * self.outer(torch.tanh(self.middle(self.inner(torch.cat(xs, 1)))))
 
 
 class Tied(Body):

@@ -172,8 +172,8 @@ def test_layers_of_the_stack():
             assert not above, (module, above)
 
 
-def loaded(statement):
-    code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+def printed(code):
+    """What a new process prints that runs this code."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -182,7 +182,11 @@ def loaded(statement):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    return set(result.stdout.split())
+    return result.stdout.split()
+
+
+def loaded(statement):
+    return set(printed(f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"))
 
 
 EXTRAS = (
@@ -193,14 +197,7 @@ EXTRAS = (
 def test_the_import_leaves_the_compiler_alone():
     has = "'torch._dynamo' in sys.modules"
     code = f"import sys, torch; had = {has}; import odenets; print(had, {has})"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    had, has = result.stdout.split()
+    had, has = printed(code)
     assert had == has, "import odenets loads torch._dynamo, which takes as long as torch itself"
 
 

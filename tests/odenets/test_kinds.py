@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from invertible import distance
-from stacks import factory
+from stacks import WIDTH, Body, factory
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -13,24 +13,10 @@ from odenets import Stack
 from schemes.errors import SchemeError
 
 F64 = torch.float64
-WIDTH = 4
 AGAIN = ["checkpoint", "checkpoint(3)", "reverse", "reverse(every=2)"]  # modes that run a function a second time
 SCHEMES = ["revnet", "revcol(3)"]
 EACH = pytest.mark.parametrize("mode", AGAIN)
 ALL = pytest.mark.parametrize("scheme", SCHEMES)
-
-
-class Body(nn.Module):
-    """0.3 V tanh(middle(W [arguments]))."""
-
-    def __init__(self, slot, middle=None):
-        super().__init__()
-        self.inner = nn.Linear(sum(slot.in_channels), WIDTH)
-        self.middle = nn.Identity() if middle is None else middle
-        self.outer = nn.Linear(WIDTH, slot.out_channels)
-
-    def forward(self, *xs):
-        return 0.3 * self.outer(torch.tanh(self.middle(self.inner(torch.cat(xs, 1)))))
 
 
 def build(make, scheme, mode, **options):

@@ -4,12 +4,11 @@ import hashlib
 import inspect
 import json
 import urllib.error
-import warnings
 
 import pytest
 import torch
+from counting import gmacs, meta, parameters
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import schemes
 from odenets.models import HOResNet, ResNet, catalogue, create_model, levels, list_models, register_model, resnet
@@ -50,22 +49,6 @@ TWINS = {
     "ho_resnet50": ["euler", "midpoint", "rk4"],
     "ho_resnet170": ["euler", "midpoint", "verner8"],
 }
-
-
-def meta(name, **kwargs):
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore", MixingWarning)
-        return create_model(name, **kwargs)
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def gmacs(model, size):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() / 2e9
 
 
 def test_every_name_stands_in_the_table_of_sizes():

@@ -8,6 +8,7 @@ import torch
 from counting import gmacs, meta, parameters
 from published_nets import RDNet as Published
 from published_nets import fill, kept_bytes, relative
+from stacks import check_gradients
 
 from odenets import checkpoints
 from odenets.models import RDNet, create_model, list_models, rdnet
@@ -128,14 +129,7 @@ def test_levels_start_as_wide_under_any_scheme():
 def test_recomputation_gives_the_same_gradients(mode):
     a = RDNet(**TINY, drop_path_rate=0.3)
     b = RDNet(**TINY, drop_path_rate=0.3, **mode)
-    b.load_state_dict(a.state_dict())
-    x = torch.randn(16, 3, 32, 32)
-    for net in (a, b):
-        torch.manual_seed(1)
-        net(x).square().sum().backward()
-    for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert p.grad is not None and p.grad.abs().sum() > 0, key
-        torch.testing.assert_close(p.grad, q.grad, msg=key)
+    check_gradients(a, b, torch.randn(16, 3, 32, 32))
 
 
 def test_recomputation_keeps_less():

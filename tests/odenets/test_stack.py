@@ -123,7 +123,10 @@ def test_mixing_warning_for_separate_weights_only():
 def test_warning_of_functions_that_no_output_reads():
     with pytest.warns(UserWarning, match=r"dopri5: of its 7 residual functions a step, 1 enter.*pruned.dopri5."):
         Stack([nn.Linear(2, 2)] * 7, "dopri5")
+    with pytest.warns(UserWarning, match=r"bosh3.: of its 8 residual functions a step, 2 enter.*prune the pair inside"):
+        Stack([nn.Linear(2, 2)] * 8, "nested(midpoint, bosh3)")
     Stack([nn.Linear(2, 2)] * 6, "pruned(dopri5)")
+    Stack([nn.Linear(2, 2)] * 6, "nested(midpoint, pruned(bosh3))")
     Stack(nn.Linear(2, 2), "dopri5")
     Stack([nn.Linear(2, 2)] * 7, "dopri5", step="error(1e-3)")
 

@@ -132,6 +132,22 @@ def test_jumps_and_steps_of_a_batch():
     assert ((starts == 0.21) & (sizes > 0)).any(0).all() and ((starts == 0.5) & (sizes > 0)).any(0).all()
 
 
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8"])
+def test_a_step_that_ends_on_a_jump_reads_what_comes_before_it(method, batch, gradient):
+    """Also where start and size together are the next number after the jump."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, 2, dtype=F64, generator=generator).tolist()
+    start, jump = next((a, 2 + b) for a, b in draws if a + (2 + b - a) > 2 + b)
+    y0, t = torch.zeros(1, 1, dtype=F64).requires_grad_(), torch.tensor([start, jump, jump + 1], dtype=F64)
+    options = {"jump_t": [jump], "first_step": jump - start}
+    f = lambda t, y: torch.where(t < jump, 0.0, 1.0) + 0 * y  # noqa: E731
+    found = integrate(f, y0, t, method=method, batch=batch, gradient=gradient, options=options)
+    assert int(found.rejected) == 0
+    torch.testing.assert_close(found.y[:, 0, 0].detach(), torch.tensor([0.0, 0.0, 1.0], dtype=F64))
+
+
 def test_easy_samples_are_cheaper():
     """What this is for: evaluations that count, were finished rows dropped, against one step size for all."""
     mu = torch.logspace(-1, 1.3, 20, dtype=F64)[:, None]

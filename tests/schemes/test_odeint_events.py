@@ -156,10 +156,24 @@ def test_no_event_is_said():
         odeint(circling, times(1.0, 0.0), times(0, 1), event_fn=Event(lambda t, y: y[0], terminal=False))
 
 
-def test_events_of_trees():
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_events_that_do_not_end_a_solve_are_found_under_every_gradient(gradient):
+    """A throw passes a height twice; whether the ground ends the solve or nothing does."""
+    y0 = times(0.5, 6.0).requires_grad_()
+    height = Event(lambda t, y: y[0] - 1.0, terminal=False)
+    want = [(6.0 + side * math.sqrt(36 - 2 * G * 0.5)) / G for side in (-1, 1)]
+    for events, status in (([height], "finished"), ([height, GROUND], "event")):
+        t = times(0, 1.0, 1.2) if status == "finished" else times(0, 1.0, 9.0)
+        found = integrate(falling, y0, t, events=events, gradient=gradient, rtol=1e-9, atol=1e-9)
+        assert found.status == status and [e.number for e in found.events] == [0, 0, 1][: len(events) + 1]
+        assert [float(e.t.detach()) for e in found.events[:2]] == pytest.approx(want)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_events_of_trees(gradient):
     f = lambda t, y: {"x": y["v"], "v": -G * torch.ones_like(y["v"])}  # noqa: E731
     y0 = {"x": times(2.0), "v": times(1.0).requires_grad_()}
-    t, y = odeint(f, y0, times(0, 1), event_fn=Event(lambda t, y: y["x"][0]))
+    t, y = odeint(f, y0, times(0, 1), event_fn=Event(lambda t, y: y["x"][0]), gradient=gradient)
     root = torch.sqrt(y0["v"] ** 2 + 4 * G)
     torch.testing.assert_close(t, ((y0["v"] + root) / G)[0])
     assert y["x"].shape == (2, 1) and abs(float(y["x"][1].detach())) < 1e-9

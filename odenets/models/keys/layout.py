@@ -27,10 +27,13 @@ def renamed(layout: str, rules: Mapping[str, Rule], keys: Collection[str], own: 
     names: dict[str, str | None] = {}
     for key in keys:
         for pattern, rule in compiled:
+            # The whole key: a pattern that fits the beginning of another key must not rename it.
             if m := pattern.fullmatch(key):
                 target = m.expand(rule) if isinstance(rule, str) else rule(m)
                 if target is None:
                     break
+                # A head that the network does not have is left out on purpose, and reported; any other stranger is an
+                # error.
                 names[key] = None if target.startswith("head.") and target not in own else target
                 break
     return KeyMap(layout, names)
@@ -62,6 +65,7 @@ def twin(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     names: dict[str, str | None] = {}
     for key in keys:
         names[key] = None if key in ("head.weight", "head.bias") and key not in own else key
+        # The n-th function of a level is the same function under any scheme; only its place among steps differs.
         if (m := _OWN.fullmatch(key)) and len(given[int(m[1])]) == len(places.get(int(m[1]), ())):
             level = int(m[1])
             n, i = places[level][given[level].index((int(m[2]), int(m[3])))]

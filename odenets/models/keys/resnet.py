@@ -18,6 +18,7 @@ def published(own: Collection[str], keys: Collection[str], per_function: int) ->
     if "conv1.weight" not in keys or not any(key.startswith("layer1.0.conv1") for key in keys):
         return None
     places = places_of(own)
+    # Counted from the keys: HO-ResNet's blocks hold as many functions as their scheme has stages.
     per_block = max((int(m[1]) for key in keys if (m := _CONVOLUTION.fullmatch(key))), default=0) // per_function
 
     def part(m: re.Match[str]) -> str | None:

@@ -15,6 +15,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
 
     def part(m: re.Match[str]) -> str | None:
         norm = "norm." if m[2].startswith("norm") else ""
+        # A published block is two residual functions here, attention and perceptron, each with the norm before it.
         return function_key(places, 0, 2 * int(m[1]) + (m[2] in ("norm2", "mlp")), norm + m[3])
 
     rules: dict[str, Rule] = {

@@ -1,0 +1,196 @@
+"""What a solve is asked for: its arguments, read and checked before the field is called for the first time."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from ..runge_kutta import RungeKutta
+from ..scheme import Scheme
+from . import options as reading
+from .control import Control
+from .events import Event
+from .field import clock
+from .gradients import known_gradient
+from .methods import scheme_of
+from .rules import Rule, rule, rule_for
+from .run import Run
+from .trees import Packing
+
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a problem is to be solved; see `odeint` and `integrate` for all but the last.
+
+    Attributes:
+        method: a scheme, or its text.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        options: of the solve.
+        gradient: how to differentiate.
+        batch: one step size for all samples, or one for each.
+        events: what to look for on the way.
+        dense: whether the continuous solution is kept.
+        check: whether a solve that cannot go on raises.
+        endless: whether it goes on until an event ends it; of the two times the second then gives the direction.
+    """
+
+    method: str | Scheme | None = "dopri5"
+    rtol: Any = 1e-7
+    atol: Any = 1e-9
+    options: Mapping[str, Any] | None = None
+    gradient: str = "store"
+    batch: str = "joint"
+    events: Sequence[Event] = ()
+    dense: bool = False
+    check: bool = True
+    endless: bool = False
+
+
+class Problem:
+    """The arguments of a solve, checked and packed.
+
+    Args:
+        func: the field.
+        y0: the state at the start.
+        t: the times.
+        settings: how to solve.
+
+    Attributes:
+        user: the field as it was given.
+        func: the field of packed states.
+        y0: the packed state.
+        times: the times as a tensor.
+        options: those of the solve, without the adjoint's.
+        back: those of the adjoint.
+        apart: whether each sample has a step size of its own.
+        rule: the reversible rule, where the scheme is one or the gradient asks for one.
+        adaptive: whether step sizes are chosen.
+    """
+
+    def __init__(self, func: Any, y0: Any, t: Any, settings: Settings):
+        if not callable(func):
+            raise SchemeError(f"odeint: func is a {type(func).__name__}, want a function of (t, y).")
+        if settings.batch not in ("joint", "independent"):
+            raise SchemeError(f"odeint: batch is {settings.batch!r}, want 'joint' or 'independent'.")
+        self.gradient, self.apart = known_gradient(settings.gradient), settings.batch == "independent"
+        self.events: Sequence[Event] = list(settings.events)
+        self.dense, self.check, self.endless = settings.dense, settings.check, settings.endless
+        self.packing = Packing(y0, self.apart)
+        # A copy: the adjoint's own are taken out of it, and the user's dictionary stays whole.
+        self.options = dict(settings.options or {})
+        self.back = {k: self.options.pop(k) for k in list(self.options) if k.startswith("adjoint_")}
+        self.rtol, self.atol = settings.rtol, settings.atol
+        self.scheme = self._scheme(settings.method)
+        self.times = self._times(t)
+        self.y0 = self.packing.pack(y0, "y0")
+        self.user: Callable[..., Any] = func
+        self.func: Callable[..., Tensor] = self.user if self.packing.alone else self._packed
+        paired = isinstance(self.scheme, RungeKutta) and self.scheme.tableau.b_hat is not None
+        self.rule: Rule | None = rule_for(self.scheme) if self.gradient == "reverse" else rule(self.scheme)
+        # A step size can be chosen where a step comes with an error estimate, and only there.
+        estimates = paired if self.rule is None else self.rule.estimates
+        self.adaptive = estimates and not reading.is_fixed(self.options)
+        self._refuse(paired)
+
+    def but(self, **changes: Any) -> "Problem":
+        """The same problem with other attributes; what was checked stays checked."""
+        # Shallow, and the field of packed states stays bound to the first problem, whose packing both share.
+        found = copy.copy(self)
+        for name, value in changes.items():
+            setattr(found, name, value)
+        return found
+
+    def _scheme(self, method: Any) -> Scheme:
+        """The scheme; adaptive(...) stands for its pair, and brings tolerances and limits of its own."""
+        scheme = scheme_of(method)
+        if scheme.nodes is not None:
+            return scheme
+        own: Any = scheme
+        if reading.is_fixed(self.options) or own.backend != "schemes":
+            raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
+        self.rtol, self.atol = own.rtol, own.atol
+        # What the call says wins over what the scheme brings along.
+        self.options.setdefault("max_steps", own.max_steps)
+        self.gradient = "adjoint" if own.adjoint else self.gradient
+        return own.pair.scheme
+
+    def _times(self, t: Any) -> Tensor:
+        if not isinstance(t, Tensor):
+            t = torch.as_tensor(t, dtype=torch.float64)
+        if not t.is_floating_point():
+            raise SchemeError(f"odeint: t is of {t.dtype}, want floating-point numbers.")
+        if t.ndim != 1 and not (self.apart and t.ndim == 2):
+            raise SchemeError(f"odeint: t is of shape {tuple(t.shape)}, want a row of times.")
+        if self.endless and t.shape[-1] != 2:
+            raise SchemeError(f"odeint: an event takes two times (start and direction), got {t.shape[-1]}.")
+        if not t.numel():
+            raise SchemeError("odeint: t is empty, want the time of y0 at least.")
+        steps = t.detach().diff()
+        if not (bool((steps > 0).all()) or bool((steps < 0).all())) or not bool(torch.isfinite(t.detach()).all()):
+            raise SchemeError("odeint: t must be finite and strictly increasing or decreasing.")
+        return t
+
+    def _refuse(self, paired: bool) -> None:
+        """Refuses what does not go together."""
+        if self.apart and not (paired and self.adaptive):
+            raise SchemeError(
+                f"odeint: batch='independent' wants an embedded pair that chooses its steps, not {self.scheme} with "
+                "fixed ones; take dopri5 or tsit5."
+            )
+        if self.gradient not in ("store", "checkpoint") and (self.apart or self.dense):
+            what = "batch='independent'" if self.apart else "dense=True"
+            raise SchemeError(f"odeint: {what} takes gradient='store' or 'checkpoint', not {self.gradient!r}.")
+        if self.apart and self.dense:
+            raise SchemeError("odeint: dense=True wants batch='joint'; ask for more times instead.")
+        if "context" in self.options and not self.apart:
+            raise SchemeError(
+                "odeint: the option context belongs to batch='independent'; else func reads it by itself."
+            )
+
+    def _packed(self, t: Any, y: Tensor, *rest: Any) -> Tensor:
+        return self.packing.pack(self.user(t, self.packing.unpack(y), *rest))
+
+    @property
+    def known(self) -> tuple[Tensor, ...]:
+        """Tensors that the user says the field reads."""
+        return tuple(self.back.get("adjoint_params") or ())
+
+    def control(self) -> Control:
+        """Tolerances, limits and the controller."""
+        return reading.control(self.options, self.rtol, self.atol, self.packing, self.y0)
+
+    def callbacks(self) -> Any:
+        """The functions that torchdiffeq calls around steps, where the user's field has some."""
+        given = [getattr(self.user, name, None) for name in CALLBACKS]
+        if not any(given):
+            return None
+
+        def wrapped(call: Any) -> Any:
+            # As torchdiffeq calls them: with tensors, the user's tree, and a size without a sign.
+            return call and (lambda t, y, h: call(clock(t, y), self.packing.unpack(y), clock(abs(h), y)))
+
+        return [wrapped(call) for call in given]
+
+    def raise_if_failed(self, run: Run, more: str = "") -> None:
+        """Raises where a run stopped before its end, unless the user looks at the status.
+
+        Raises:
+            SchemeError: with the time, the sample and a remedy.
+        """
+        if run.failed and self.check:
+            raise SchemeError(f"odeint: {run.reason()}{more}; {self._advice(run)}.")
+
+    def _advice(self, run: Run) -> str:
+        if run.status == "not_finite" and not run.accepted:
+            return "look at y0 and at what func makes of it"
+        if run.status == "unstable":
+            return "take gradient='checkpoint' with a pair such as tsit5, or smaller steps"
+        more = " (no event was found on the way)" if self.endless else ""
+        return f"raise rtol and atol, or max_steps{more}, or ask for what was found: integrate(..., check=False)"

@@ -1,0 +1,81 @@
+"""The field on the rows of a batch, each at a time of its own, and numbers that differ from row to row."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import SchemeError
+from .control import Control
+from .field import fitted, time_dtype
+
+RowField = Callable[[Tensor, Tensor], Tensor]  # (times of the rows, states of the rows)
+
+
+class Rows:
+    """Calls the field on some rows, at times of their own.
+
+    Args:
+        func: the field of packed states, ``func(t, y)`` or with a context ``func(t, y, context)``.
+        context: tensors whose first dimension counts the samples, or None.
+        batch: number of samples.
+    """
+
+    def __init__(self, func: Callable[..., Tensor], context: Any, batch: int):
+        self.func, self.context = func, context
+        self.count = self.rows = 0
+        if context is not None:
+            for x in pytree.tree_leaves(context):
+                if isinstance(x, Tensor) and (not x.ndim or x.shape[0] != batch):
+                    raise SchemeError(
+                        f"odeint: the context holds a tensor of shape {tuple(x.shape)} for {batch} samples; "
+                        "its first dimension counts them."
+                    )
+
+    def at(self, rows: Tensor | None) -> RowField:
+        """The field of these rows; None stands for all."""
+        context = self.context
+        if context is not None and rows is not None:
+            context = pytree.tree_map(lambda x: x[rows] if isinstance(x, Tensor) else x, context)
+
+        def call(t: Tensor, y: Tensor) -> Tensor:
+            self.count += 1
+            self.rows += y.shape[0]
+            # So that a field may write t * y, whatever the shape of a sample.
+            time = t.to(time_dtype(y)).reshape(-1, *(1,) * (y.ndim - 1))
+            k = self.func(time, y) if self.context is None else self.func(time, y, context)
+            return k if isinstance(k, Tensor) and k.shape == y.shape and k.dtype == y.dtype else fitted(k, y)
+
+        return call
+
+
+def wide(h: Tensor, y: Tensor) -> Tensor:
+    """One number per row, to be multiplied with a state."""
+    return h.to(y.real.dtype if y.is_complex() else y.dtype).reshape(-1, *(1,) * (y.ndim - 1))
+
+
+def norms(control: Control, weighted: Tensor) -> Tensor:
+    """The norm of every row."""
+    if control.norm is not None:
+        # The user's norm is one of a single state.
+        return torch.func.vmap(control.norm)(weighted)
+    flat = weighted.reshape(weighted.shape[0], -1)
+    return torch.linalg.vector_norm(flat, dim=1) / max(flat.shape[1], 1) ** 0.5
+
+
+def first_steps(f: RowField, t: Tensor, y: Tensor, k: Tensor, span: Tensor, order: int, c: Control) -> Tensor:
+    """`control.first_step` for every row; sizes without a sign."""
+    scale = c.scale(y.abs())
+    d0, d1 = norms(c, y / scale).double(), norms(c, k / scale).double()
+    h = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
+    h = torch.minimum(h, span.abs())
+    signed = torch.copysign(h, span)
+    slope = f(t + signed, torch.addcmul(y, k, wide(signed, y)))
+    d2 = norms(c, (slope - k) / scale).double() / h
+    top = torch.maximum(d1, d2)
+    h1 = torch.where(top <= 1e-15, torch.clamp(h * 1e-3, min=1e-6), (0.01 / top) ** (1 / (order + 1)))
+    found = torch.minimum(torch.minimum(100 * h, h1), span.abs())
+    # A trial step that overflowed says nothing but that it was too long.
+    return torch.where(torch.isfinite(found), found, h * 1e-3)

@@ -1,0 +1,71 @@
+"""Which way a problem is solved: one step size or one per sample, chosen or fixed; events found first or on the way."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .answers import answer, attached, solution, trivial
+from .choosing import chosen
+from .events import Place, Watch
+from .moving import moved_start, with_times
+from .problem import Problem
+from .run import Run
+from .sampling import solve_samples
+from .solution import Solution
+from .stepping import stepped
+
+
+def solve(problem: Problem) -> Solution:
+    """The solution of a problem."""
+    if problem.apart:
+        return solve_samples(problem)
+    numbers: list[float] = problem.times.detach().tolist()
+    if len(numbers) == 1 or problem.y0.numel() == 0:
+        # Before any method is asked: its loop would look for a first step size.
+        return trivial(problem, numbers)
+    if problem.gradient in ("adjoint", "reverse") and problem.events:
+        return _located_first(problem, numbers)
+    return answer(problem, *_solved(problem, numbers), numbers)
+
+
+def _solved(problem: Problem, numbers: list[float]) -> tuple[Tensor, Run]:
+    """The packed values at all times, stacked, and the run."""
+    y = moved_start(problem)
+    watch = Watch(problem.events, problem.packing.unpack) if problem.events else None
+    times = [numbers[0], math.copysign(math.inf, numbers[1] - numbers[0])] if problem.endless else numbers
+    return (chosen if problem.adaptive else stepped)(problem, y, times, watch)
+
+
+def _located_first(problem: Problem, numbers: list[float]) -> Solution:
+    """Events under a gradient that makes states again: found without one, then solved up to the one that ends it.
+
+    That one has its gradients; those before it are found, and have none.
+    """
+    plain = problem.but(gradient="store")
+    with torch.no_grad():
+        first = answer(plain, *_solved(plain, numbers), numbers)
+    if first.status != "event":
+        whole = problem.but(events=[])
+        return replace(answer(whole, *_solved(whole, numbers), numbers), events=first.events)
+    event, end = first.events[-1], float(first.reached)
+    if end == numbers[0]:  # no step, and nothing to make again
+        return answer(plain, *_solved(plain, numbers), numbers)
+    sign = 1.0 if end >= numbers[0] else -1.0
+    # Times behind the event have no values.
+    inner = [] if problem.endless else [x for x in numbers[1:] if (end - x) * sign > 0]
+    row = [numbers[0], *inner, end]
+    # The time of the event has a gradient by the event function alone; those before it move with the user's.
+    head = problem.times[: len(row) - 1]
+    times = torch.cat((head, torch.tensor([end], dtype=head.dtype, device=head.device)))
+    known = problem.but(events=[], endless=False, times=times)
+    ys, run = _solved(known, row)
+    ys = with_times(known, ys, row)
+    last = ys[-1] if run.status == "finished" else run.y
+    found, y = attached(problem, Place(event.number, event.component, end, last))
+    if problem.endless:
+        ys, t = torch.stack((ys[0], y)), torch.stack((problem.times[0], found.t))
+    else:
+        ys, t = ys[:-1], problem.times[: len(ys) - 1]
+    return solution(problem, t, ys, replace(run, status="event"), y, [*first.events[:-1], found])

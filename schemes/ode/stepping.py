@@ -1,0 +1,96 @@
+"""Solves with fixed steps: where the steps go, and which gradients they have."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from . import fixed as fixed_steps
+from . import options as reading
+from . import reverse
+from .events import Watch
+from .problem import Problem
+from .run import Run
+
+Grid = list[list[float]] | None  # one per interval, or a single one over all; None goes on until an event
+
+
+def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None) -> tuple[Tensor, Run]:
+    """The values at all times, stacked, and the run."""
+    given = reading.fixed(problem.options)
+    grid = _grid(problem, given, times)
+    onto = grid is not None and len(grid) == len(times) - 1  # whether steps end on every time
+    if problem.gradient == "adjoint":
+        raise SchemeError(
+            f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {problem.scheme} with "
+            "fixed ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
+        )
+    if problem.gradient == "reverse":
+        return _reversed(problem, y, times, grid if onto else None)
+    moving = None
+    if problem.times.requires_grad and torch.is_grad_enabled():
+        if not onto:
+            raise SchemeError(
+                "odeint: t needs a gradient; fixed steps have it where they end on every time "
+                "(step_size or steps, no interp, no grid, no event)."
+            )
+        # Steps are then made of differences of these, so the graph leads through them.
+        moving = problem.times
+    again = problem.gradient == "checkpoint" and torch.is_grad_enabled()
+    run = fixed_steps.solve(
+        fixed_steps.Stepper(problem.scheme, problem.func, y, again, given.perturb),
+        times,
+        grid,
+        moving=moving,
+        size=given.step_size,
+        interp=given.interp or (None if onto or grid is None else "cubic"),
+        max_steps=given.max_steps,
+        dense=problem.dense,
+        events=watch,
+        callbacks=problem.callbacks(),
+    )
+    problem.raise_if_failed(run)
+    return torch.stack(run.ys), run
+
+
+def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> Grid:
+    """Where the steps go."""
+    if problem.endless:
+        # Other options divide an interval, and without an end there is none.
+        if given.step_size is None:
+            raise SchemeError(f"odeint: an event under {problem.scheme}, which takes fixed steps, wants a step_size.")
+        return None
+    points = given.grid
+    if points is None and given.constructor is not None:
+        points = given.constructor(problem.user, problem.packing.unpack(problem.y0), problem.times.detach())
+    if points is not None:
+        row: list[float] = points.detach().reshape(-1).tolist()
+        # Exactly: a grid that ends a little early would give the last value of another time.
+        if row[0] != times[0] or row[-1] != times[-1]:
+            raise SchemeError(
+                f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {times[0]:g} to {times[-1]:g}."
+            )
+        return [row]
+    if given.interp is not None and given.step_size is not None:
+        return [_from_the_start(times, given.step_size)]
+    return fixed_steps.grids(times, given.step_size, given.steps)
+
+
+def _from_the_start(times: Sequence[float], size: float) -> list[float]:
+    """Steps of one size from the start on, the last one shorter: torchdiffeq's grid, which its interp stands on."""
+    start, end = times[0], times[-1]
+    # A hair less than a whole number of steps is that number: sizes such as 0.1 are not exact.
+    n = max(1, -int(-(abs(end - start) / size - 1e-9) // 1))
+    sign = 1.0 if end > start else -1.0
+    return [start + sign * size * i for i in range(n)] + [end]
+
+
+def _reversed(problem: Problem, y: Tensor, times: list[float], grid: Grid) -> tuple[Tensor, Run]:
+    """A solve whose states are made again by the inverse of its rule."""
+    if problem.times.requires_grad:
+        raise SchemeError("odeint: gradient='reverse' with fixed steps has no gradient of t; take 'checkpoint'.")
+    if grid is None:
+        raise SchemeError("odeint: gradient='reverse' steps onto every time; want step_size or steps, no interp.")
+    assert problem.rule is not None
+    return reverse.solved(problem.rule, problem.func, y, times, grid, problem.raise_if_failed, known=problem.known)
