@@ -139,7 +139,15 @@ def tables() -> ModuleType:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if "<!-- table: " in p.read_text("utf-8")], ids=name)
+# Those of models run each of them on the meta device.
+WITH_TABLES = [
+    pytest.param(p, marks=[pytest.mark.long] if p.parent.name == "models" else [], id=name(p))
+    for p in PAGES
+    if "<!-- table: " in p.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("path", WITH_TABLES)
 def test_tables_are_those_of_the_code(path):
     text = path.read_text(encoding="utf-8")
     stale = [m[2] for m in tables().MARKS.finditer(text) if m[0] not in tables().filled(m[0])]

@@ -69,6 +69,7 @@ def wide_input() -> Tensor:
 # The mode is a stored run
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["revnet", "momentum(0.9)", "leapfrog", "revcol", "dense(2)", "reversible_heun"])
 @settings(max_examples=12)
 @given(plan=plans(MODES))
@@ -238,6 +239,7 @@ def test_many_steps_are_planned_in_time():
 # Prediction
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "mode",
     [*("store", "checkpoint", "checkpoint(3)", "reverse"), "exact", "3*store + 3*checkpoint(3) + 2*reverse(every=1)"],
@@ -249,6 +251,7 @@ def test_the_peak_is_as_predicted(mode: str):
     assert report.measured == pytest.approx(peak(stack, x), rel=0.1)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("scheme", ["euler", "rk4", "leapfrog", "momentum(0.9)"])
 def test_the_peak_is_as_predicted_for_each_scheme(scheme: str):
     stack = wide("store", 8, scheme)
@@ -513,6 +516,7 @@ def test_whole_models_keep_to_their_memory(memory: str | None):
     assert distance(gradients(model, x), gradients(net(), x)) < 1e-4
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["revcol_tiny", "ho_resnet26"])
 def test_models_of_the_library_are_predicted(name: str):
     torch.manual_seed(0)

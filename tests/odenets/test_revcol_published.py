@@ -43,6 +43,7 @@ def test_every_named_revcol_stands_in_the_table():
     assert set(SIZES) == set(REVCOLS)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_the_published_ones(name):
     backbone, head, supervised, many, tensors, _ = SIZES[name]
@@ -69,6 +70,7 @@ def test_the_count_of_multiply_adds_is_torchs():
     assert counter.get_total_flops() == 2 * multiply_adds(net.to("meta"), 32)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("supervision", [False, True])
 def test_published_keys_all_have_a_place(name, supervision):
@@ -85,6 +87,7 @@ def test_published_keys_all_have_a_place(name, supervision):
 CASES = [(4, {}), (4, {"supervision": True}), (8, {"kernel_size": 5}), (4, {"huge": True}), (1, {}), (3, {})]
 
 
+@pytest.mark.cases(9)
 @pytest.mark.parametrize("backprop", ["store", "reverse", "checkpoint"])
 @pytest.mark.parametrize(
     ("columns", "options", "dtype", "bound"),

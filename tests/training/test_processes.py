@@ -82,6 +82,7 @@ def trained(tmp_path: Path, backprop: str, devices: int) -> dict[str, torch.Tens
     return torch.load(tmp_path / f"{devices}.pt")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_two_processes_train_as_one(tmp_path, backprop):
     one, two = (trained(tmp_path, backprop, devices) for devices in (1, 2))

@@ -149,6 +149,7 @@ def test_every_experiment_on_pictures_is_measured():
     assert PICTURES.keys() - cifar == RECIPES.keys() and cifar
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_crop_and_flip_are_those_of_the_recipe(tmp_path, name):
     off = dict.fromkeys(("rand_augment", "rand_augment_std", "erase", "mixup", "cutmix"), 0)

@@ -68,6 +68,7 @@ def resumed(whole: Path, folder: Path, place: str, *args: str) -> Path:
 
 
 # Between steps, before the validation of an epoch (its last batches done), and between epochs.
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("place", ["0-4-0", "0-5-1", "1-0-0", "1-2-0"])
 def test_every_checkpoint_of_a_run_leads_to_its_end(whole, tmp_path, place):
     assert place in {p.name for p in (whole / "copies").iterdir()}
