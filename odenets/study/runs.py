@@ -179,8 +179,15 @@ def outcome_of(folder: Path, status: str, parameters: int | None = None, error: 
     """A run's outcome, with the figures that its folder holds."""
     epochs = epochs_of(folder)
     last: dict[str, float] = {k: v for epoch in epochs for k, v in epoch.items()}
-    figures = [last.get(name) for name in ("evaluations", "cost/samples", "cost/wall_s", "cost/cpu_s")]
-    return Outcome(status, parameters, *figures, epochs, error, f"{platform.node()}:{os.getpid()}")
+    return Outcome(
+        status,
+        parameters,
+        last.get("evaluations"),
+        *(last.get(f"cost/{name}") for name in ("samples", "wall_s", "cpu_s")),
+        epochs=epochs,
+        error=error,
+        worker=f"{platform.node()}:{os.getpid()}",
+    )
 
 
 def _not_finite(error: BaseException | None) -> bool:
@@ -200,7 +207,8 @@ def _output_to(path: Path) -> Iterator[None]:
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     streams = sys.stdout, sys.stderr
     try:
-        os.dup2(number, 1), os.dup2(number, 2)
+        os.dup2(number, 1)
+        os.dup2(number, 2)
         with os.fdopen(number, "w", buffering=1, closefd=True) as file:
             sys.stdout, sys.stderr = file, file
             try:

@@ -1,6 +1,6 @@
 """Means, spreads, and differences with confidence intervals: of two groups within strata, and of pairs by seed."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from schemes import SchemeError
@@ -98,8 +98,8 @@ class Paired(NamedTuple):
 
 
 def paired(
-    first: Mapping[Hashable, float],
-    second: Mapping[Hashable, float],
+    first: Mapping[int, float],
+    second: Mapping[int, float],
     confidence: float = 0.95,
     comparisons: int = 1,
 ) -> Paired | None:
