@@ -232,6 +232,8 @@ def comparison(name: str) -> str:
 
 
 TABLES = {
+    "campaign_digits": lambda: comparison("campaign_digits"),
+    "campaign_small": lambda: comparison("campaign_small"),
     "spaces": spaces,
     "schemes": named_schemes,
     "others": other_schemes,

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -16,15 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from scipy import stats
-from training.runs import kills
+from training.runs import ROOT, kills
 
 from odenets.cli import main
+from odenets.config_files import flat
 from odenets.study import workers
 from odenets.study.compare_command import planned
 from odenets.study.comparison_report import Found, export, find, hours, rows_of, table_of, usual_target
 from odenets.study.runs import RUNS, epochs_of
 from odenets.study.statistics import paired
 from odenets.study.store import read
+from odenets.training.command import resolve
 from odenets.training.command import run as fit
 from schemes import SchemeError
 from study import deeds
@@ -134,6 +138,7 @@ def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, 
     assert len(before) < 4 and len(lines) == 4 and {line["status"] for line in lines} == {"trained"}
     assert [line for line in lines if line in before] == before, "what was recorded stays"
     assert "unfinished" in {line["status"] for line in find(killed).lines}
+    assert list(finished.glob("*/seed-*/metrics-1.csv")), "a run went on, and did not begin again"
     for line in lines:
         assert [epoch["epoch"] for epoch in line["epochs"]] == list(range(EPOCHS))
         assert [epoch["cost/samples"] for epoch in line["epochs"]] == [6 * 16 * (n + 1) for n in range(EPOCHS)]
@@ -257,6 +262,26 @@ def test_no_experiment_and_no_folder(tmp_path, capsys):
     assert "holds no comparison" in refused(capsys, "report", str(tmp_path))[0]
     (tmp_path / "runs.json").write_text("{}")
     assert "neither the folder" in refused(capsys, "report", str(tmp_path / "runs.json"))[0]
+
+
+def commands() -> list[str]:
+    """Comparisons of experiments on the pages, each in one line."""
+    texts = [path.read_text("utf-8").replace("\\\n", " ") for path in (ROOT / "docs/pages").glob("*.md")]
+    return sorted({line for text in texts for line in re.findall(r"^odenets compare experiments/.*$", text, re.M)})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_on_the_pages_name_files_and_options_that_exist(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison, _ = planned(shlex.split(command)[2:])
+    *_, last = comparison.cells().values()
+    config, settings = resolve(comparison.words(last)), comparison.settings
+    for option, value in last.items():
+        assert str(flat(config)[long_name(option)]) == value and option not in settings
+
+
+def long_name(option: str) -> str:
+    return option.replace("model.net.", "model.init_args.net.init_args.")
 
 
 class Breaks(Callback):
