@@ -187,9 +187,8 @@ def by_ray(
         if address is None:  # a cluster may grow; here Ray would wait for ever
             check_gpus(option, gpus, ray.cluster_resources().get("GPU", 0))
         # A worker that dies is no error of the work: its task is given to another.
-        remote = ray.remote(_call).options(
-            num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, **({"max_calls": 1} if fresh else {})
-        )
+        each = ray.remote(max_calls=int(fresh))(_call)  # 0 is no limit
+        remote = each.options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
         limit = workers if address is not None else None
         yield from _hand_out(ray, RayError, remote, tasks, work, failed, workers, limit, threads)
     finally:

@@ -434,6 +434,16 @@ def test_a_task_whose_process_dies_is_begun_again_three_times(processes, tmp_pat
     assert (tmp_path / "b").read_text() == "xxxx"
 
 
+@pytest.mark.slow
+def test_ray_trains_the_runs(tmp_path, capsys):
+    pytest.importorskip("ray", reason='needs Ray: pip install "odenets[study]"')
+    path = write_experiment(tmp_path, max_epochs=1)
+    compare(path, "--over", "model.net.scheme=euler,midpoint", "--seeds", "0", "--workers", "2", "--address", "local")
+    assert "2/2" in capsys.readouterr().out
+    found = find(tmp_path / "all")
+    assert [line["status"] for line in found.lines] == ["trained"] * 2
+
+
 def test_what_work_raises_is_the_tasks_outcome(processes):
     assert list(by(deeds.complain, ["luck"])) == [("luck", "failed: ValueError: no luck")]
 
