@@ -21,7 +21,7 @@ def scripts():
     before, known = list(sys.path), set(sys.modules)
     sys.path.insert(0, str(FOLDER))
     found = {}
-    for name in ("measure", "tables", "session"):
+    for name in ("tables", "measure", "session"):
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         found[name] = importlib.util.module_from_spec(spec)
         sys.modules[name] = found[name]
@@ -43,7 +43,7 @@ def raising(error):
 
 
 def test_each_case_is_measured_once_whatever_ends_it(scripts, tmp_path):
-    measure, calls = scripts["measure"], []
+    measure, tables, calls = scripts["measure"], scripts["tables"], []
     path = tmp_path / "measured.jsonl"
 
     def case(name, run=None):
@@ -62,26 +62,26 @@ def test_each_case_is_measured_once_whatever_ends_it(scripts, tmp_path):
         case("g"),
     ]
     measure.measure(iter(all_cases), path, 60)
-    assert [line["status"] for line in measure.measured(path).values()] == [
+    assert [line["status"] for line in tables.measured(path).values()] == [
         *("measured", "out of memory", "not installed", "failed"),
     ], "what was stopped is no case that is done"
     all_cases[4] = case("e")
     with pytest.raises(Gone):
         measure.measure(iter(all_cases), path, 60)
     measure.measure(iter(all_cases), path, 60)
-    found = {name: line["status"] for (_, name), line in measure.measured(path).items()}
+    found = {name: line["status"] for (_, name), line in tables.measured(path).items()}
     assert found["e"] == found["g"] == "measured" and found["f"] == "crashed" and calls == ["a", "e", "g"]
-    names, rows = scripts["tables"].table(list(measure.measured(path).values()))
+    names, rows = tables.table(list(tables.measured(path).values()))
     assert names == ["case", "ms"] and ["a", "1.5"] in rows and ["d (failed: ValueError: no)", "–"] in rows
 
 
 def test_no_case_is_begun_that_will_not_fit(scripts, tmp_path):
-    measure = scripts["measure"]
+    measure, tables = scripts["measure"], scripts["tables"]
     slow = [measure.Case("t", str(n), lambda: time.sleep(0.2) or {}) for n in range(9)]
     measure.measure(iter(slow), tmp_path / "measured.jsonl", 0.5)
-    assert 1 <= len(measure.measured(tmp_path / "measured.jsonl")) <= 3
+    assert 1 <= len(tables.measured(tmp_path / "measured.jsonl")) <= 3
     measure.measure(iter(slow), tmp_path / "measured.jsonl", 60)
-    assert len(measure.measured(tmp_path / "measured.jsonl")) == 9
+    assert len(tables.measured(tmp_path / "measured.jsonl")) == 9
 
 
 def test_failures_are_sorted_by_what_was_raised(scripts, tmp_path):
@@ -122,7 +122,7 @@ def test_all_of_it_at_a_tiny_size_and_again(tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
         done = subprocess.run(
-            ["bash", str(FOLDER / "run.sh"), str(out), "6", "--tiny"],
+            ["bash", str(FOLDER / "run.sh"), str(out), "9", "--tiny"],
             env={**os.environ, "PYTHON": sys.executable},
             capture_output=True,
             text=True,

@@ -26,11 +26,12 @@ from torch import nn
 import schemes
 from odenets import create_model
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path += [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent)]
 import models as peers_of_models
 import revcol_columns
 import rk_step
 from memory import peak_mib
+from tables import measured
 
 
 class Case(NamedTuple):
@@ -159,7 +160,7 @@ def cases(device: str, tiny: bool) -> Iterator[Case]:
     for case in ("cheap f 4x4",) if tiny else rk_step.cases():
         for name in ("hand: written out", "schemes", "Stack", "torchdiffeq"):
             yield Case("rk4", f"{case}, {name}", partial(rk_case, case, name, device))
-    batch, side = (2, 16) if tiny else (64, 64)
+    batch, side = (2, 32) if tiny else (64, 64)
     for columns in (2, 3) if tiny else (4, 8, 16):
         for mode in revcol_columns.MODES:
             yield Case(
@@ -196,18 +197,6 @@ def model_cases(device: str, tiny: bool) -> Iterator[Case]:
                 continue
             run = partial(largest_batch, build, size, device, 2 if tiny else 4096)
             yield Case("batch", f"{name}, {mode}", run)
-
-
-def measured(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What stands in a file: (table, name) -> the last line of it; one that was begun and no more has crashed."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
-        if line["status"] == "stopped":
-            found.pop((line["table"], line["name"]), None)
-        else:
-            found[line["table"], line["name"]] = line
-    return {k: {**v, "status": "crashed"} if v["status"] == "begun" else v for k, v in found.items()}
 
 
 def measure(all_cases: Iterator[Case], path: Path, seconds: float) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TESTS = 90.0  # seconds at most
-RESERVE = 15.0  # seconds that stay for the tables and for what is slow to stop
+RESERVE = 30.0  # seconds that stay for the report, for the tables and for what is slow to stop
 SCHEMES = "euler,midpoint,heun2,kutta3,rk4,ssprk33"
 
 
@@ -94,8 +94,8 @@ class Session:
         self.run("campaign", [*words, "--dir", str(self.out / "campaign")], self.left())
         if (self.out / "campaign" / "runs.sqlite").exists():
             words = ["-m", "odenets", "compare", "report", str(self.out / "campaign")]
-            self.end += RESERVE / 2
-            self.run("report", words, RESERVE / 2)
+            self.end += 0.7 * RESERVE
+            self.run("report", words, self.left())
 
 
 def sorted_failures(report: Path) -> dict:

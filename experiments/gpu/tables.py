@@ -7,8 +7,7 @@ import csv
 import json
 import sys
 from pathlib import Path
-
-from measure import measured
+from typing import Any
 
 TITLES = {
     "rk4": "One step of rk4, forward and backward",
@@ -17,6 +16,18 @@ TITLES = {
     "models": "A training step, bfloat16, channels-last",
     "batch": "The largest batch",
 }
+
+
+def measured(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What stands in a file: (table, name) -> the last line of it; one that was begun and no more has crashed."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text)
+        if line["status"] == "stopped":
+            found.pop((line["table"], line["name"]), None)
+        else:
+            found[line["table"], line["name"]] = line
+    return {k: {**v, "status": "crashed"} if v["status"] == "begun" else v for k, v in found.items()}
 
 
 def figure(value: object) -> str:
