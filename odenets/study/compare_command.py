@@ -134,7 +134,7 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
         over[key] = values
     check_files([experiment, *overrides])
     threads = None
-    if options.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if options.workers > 1 and options.address is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // options.workers)
     return Comparison(experiment, over, seeds(options.seeds), Path(options.dir), overrides, threads), options
 

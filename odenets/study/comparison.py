@@ -101,6 +101,11 @@ class Comparison:
         return resolve(self.words(), "odenets")
 
     @property
+    def cores(self) -> int:
+        """How many a run uses, as far as anything says so."""
+        return self._config.get("threads") or self.threads or 1
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What all runs have in common and what determines their results; and, as "plan", which runs there are."""
         shared = {
@@ -204,7 +209,7 @@ def carry_out(
             _failed,
             workers=workers or None,
             address=address,
-            threads=comparison.threads or 1,
+            threads=comparison.cores,
             gpus=gpus,
             option="--gpus",
             otherwise="or leave --address out, and processes of this machine do the work",

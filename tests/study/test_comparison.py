@@ -170,7 +170,9 @@ def test_a_half_finished_folder_is_reported(killed, capsys):
     out = capsys.readouterr().out
     found = find(killed)
     statuses = [line["status"] for line in found.lines]
-    assert statuses.count("unfinished") >= 1 and len(statuses) == 4
+    unfinished = [len(line["epochs"]) for line in found.lines if line["status"] == "unfinished"]
+    assert unfinished and len(statuses) == 4
+    assert min(unfinished) < EPOCHS, "a run whose command is killed does not go on alone"
     done = statuses.count("trained")
     assert f"2 cells, {done} of 4 runs have ended" in out and "unfinished" in out
     for name in ("table.md", "runs.json", "curves.png", "evaluations.png"):
@@ -294,7 +296,9 @@ class Breaks(Callback):
 
 def test_runs_that_crash_or_diverge_are_shown_and_left_out_of_the_means(tmp_path, capsys):
     path = write_experiment(tmp_path, max_epochs=2, callbacks=[{"class_path": f"{__name__}.Breaks"}])
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     compare(path, "--over", "model.optimizer.lr=0.1,1e30", "--seeds", "0..1", "--workers", "0")
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers, "as they were"
     out = capsys.readouterr().out
     assert "lr=0.1, seed 1 failed: RuntimeError: out of memory, say" in out and "2 runs failed" not in out
     found = find(tmp_path / "all")
