@@ -117,7 +117,7 @@ def test_what_cannot_be_run_is_refused(words, tmp_path):
     assert done.returncode != 0 and ("usage" in done.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_of_it_at_a_tiny_size_and_again(tmp_path):
     out = tmp_path / "out"
     for _ in range(2):

@@ -95,7 +95,7 @@ def unlocked(folder: Path) -> bool:
     return not list(folder.rglob(".lock"))
 
 
-@pytest.fixture(scope="module", params=["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["fork", pytest.param("forkserver", marks=pytest.mark.long)])
 def processes(request):
     """How workers begin: for most tests as copies of this process, which has imported what they need."""
     before, workers.START = workers.START, request.param
@@ -438,7 +438,7 @@ def test_a_task_whose_process_dies_is_begun_again_three_times(processes, tmp_pat
     assert (tmp_path / "b").read_text() == "xxxx"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_trains_the_runs(tmp_path, capsys):
     pytest.importorskip("ray", reason='needs Ray: pip install "odenets[study]"')
     path = write_experiment(tmp_path, max_epochs=1)
