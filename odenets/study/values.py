@@ -117,7 +117,7 @@ def folder_name(text: str) -> str:
 
     Example:
         >>> folder_name("scheme=rk4"), folder_name("step=decay(9/10)")
-        ('scheme=rk4', 'step=decay-9-10-53c2e9')
+        ('scheme=rk4', 'step=decay-9-10-eb556f')
     """
     plain = re.sub(r"[^\w=.,+-]+", "-", text, flags=re.ASCII).strip("-.")[:80]
     if plain == text:
