@@ -223,7 +223,17 @@ def spaces() -> str:
     return table(f"{head} | Add# | Concat#", rows)
 
 
+def comparison(name: str) -> str:
+    """The table of a comparison whose runs are committed, with the time that they took."""
+    from odenets.study.comparison_report import find, heading, table_of  # needs the extras train and study
+
+    found = find(PAGES.parents[1] / "experiments/results" / f"{name}.json")
+    return f"{heading(found)}.\n\n{table_of(found)}"
+
+
 TABLES = {
+    "campaign_digits": lambda: comparison("campaign_digits"),
+    "campaign_small": lambda: comparison("campaign_small"),
     "spaces": spaces,
     "schemes": named_schemes,
     "others": other_schemes,

@@ -25,6 +25,7 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   {prog} fit -c FILE.yaml --print_config                                 the resolved configuration
   {prog} fit --help                                                      every option
 
+  odenets compare FILE.yaml --over KEY=V1,V2 --seeds 0..4 --dir DIR      one experiment over some values and seeds
   odenets study run -c experiments/studies/pilot_mini.yaml               many random networks, to compare schemes
 
   --version  the version of odenets
@@ -45,6 +46,8 @@ TRAIN_EXTRA = {
     "typeshed_client",
     "yaml",
 }
+
+STUDY_EXTRA = {"filelock", "matplotlib", "scipy"}  # and Ray, which says so itself
 
 _torchvision_ops = []  # a torch.library.Library takes its operators with it when it is collected
 
@@ -88,9 +91,15 @@ def main(args: list[str] | None = None) -> None:
             from odenets.study.subcommands import run as run_study
 
             return run_study(words[1:])
+        if words[0] == "compare":
+            from odenets.study.compare_command import run as run_compare
+
+            return run_compare(words[1:])
         from odenets.training.command import run
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]
+        if missing in STUDY_EXTRA:
+            fail(f"studies and comparisons need the package {missing}", 'pip install "odenets[study]"')
         if missing not in TRAIN_EXTRA:
             raise
         fail(f"training needs the package {missing}, which is not installed", 'pip install "odenets[train]"')

@@ -12,6 +12,18 @@ from typing import Any, NoReturn
 TIP = "lightning fit --help lists every option, lightning fit -c FILE --print_config shows what is set"
 
 
+class Failed(SystemExit):
+    """Ends a command.
+
+    Attributes:
+        message: the first line that was printed, without "error: ".
+    """
+
+    def __init__(self, status: int, message: str):
+        super().__init__(status)
+        self.message = message
+
+
 def fail(message: str, tip: str = "lightning --help shows how the command is used", status: int = 2) -> NoReturn:
     """Print an error of exactly two lines and leave.
 
@@ -22,8 +34,9 @@ def fail(message: str, tip: str = "lightning --help shows how the command is use
     """
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     rest = " ".join(lines[1:]) or tip
-    sys.stderr.write(f"error: {lines[0] if lines else 'unknown'}\n  {rest}\n")
-    sys.exit(status)
+    first = lines[0] if lines else "unknown"
+    sys.stderr.write(f"error: {first}\n  {rest}\n")
+    raise Failed(status, first)
 
 
 def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[str, str]:

@@ -175,3 +175,71 @@ def lines(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _write(figure, path)
+
+
+def bands(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    path: str | Path,
+    x: str,
+    y: str,
+    ends: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Path:
+    """Mean curves of groups of runs, with a band of one standard deviation.
+
+    At each place the mean is over the runs of the group that have got there.
+
+    Args:
+        curves: name of a group -> for each of its runs (x, y).
+        path: the PNG.
+        x: label of the x axis.
+        y: label of the y axis.
+        ends: name of a group -> where runs of it broke off; a cross each.
+    """
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    for number, (name, runs) in enumerate(curves.items()):
+        at: dict[float, list[float]] = {}
+        for run in runs:
+            for place, value in run:
+                at.setdefault(place, []).append(value)
+        places = sorted(at)
+        means = [sum(at[p]) / len(at[p]) for p in places]
+        spreads = [
+            (sum((v - m) ** 2 for v in at[p]) / max(1, len(at[p]) - 1)) ** 0.5
+            for p, m in zip(places, means, strict=True)
+        ]
+        colour = f"C{number % 10}"
+        axes.plot(places, means, color=colour, linewidth=1.3, label=f"{name} ({len(runs)})")
+        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        for place, value in (ends or {}).get(name, ()):
+            axes.plot([place], [value], "x", color=colour, markersize=8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _write(figure, path)
+
+
+def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: str) -> Path:
+    """Single figures of groups of runs, a row for each group; a run without one is hollow, at the right margin.
+
+    Args:
+        values: name of a group -> a figure for each of its runs.
+        path: the PNG.
+        x: label of the x axis.
+    """
+    figure = _figure(6, 0.4 * len(values) + 1.2)
+    axes = figure.add_subplot()
+    known = [v for group in values.values() for v in group if v is not None]
+    margin = max(known, default=0) + 1
+    for row, group in enumerate(list(values.values())[::-1]):
+        for number, value in enumerate(group):
+            y = row + 0.5 * ((number + 0.5) / len(group) - 0.5)  # else equal figures hide each other
+            fill = "black" if value is not None else "none"
+            axes.plot([margin if value is None else value], [y], "o", color="black", markerfacecolor=fill, markersize=4)
+    axes.set_yticks(range(len(values)), list(values)[::-1], fontsize=8)
+    axes.set_ylim(-0.6, len(values) - 0.4)
+    axes.set_xlabel(x + ("; hollow: not reached" if any(v is None for g in values.values() for v in g) else ""))
+    axes.grid(alpha=0.3, axis="x")
+    return _write(figure, path)

@@ -1,7 +1,9 @@
-"""Studies over random networks: equally budgeted networks from a design space, trained alike, to compare schemes.
+"""Studies: many networks, trained alike, to compare schemes.
 
-``space`` draws networks, ``net`` builds one, ``train`` trains one, ``engine`` has many trained (here, or by Ray on many
-machines), ``store`` keeps one line for each, ``report`` compares. Training needs the extra ``train``.
+Of random networks of one budget, ``space`` draws some, ``net`` builds one, ``train`` trains one, ``engine`` has many
+trained, ``report`` compares. Of one experiment, ``comparison`` makes runs for several values and seeds, ``runs`` trains
+one, ``comparison_report`` compares. Both share ``store`` (a line for each network), ``workers`` (processes, or Ray on
+many machines) and ``statistics``. Training needs the extra ``train``.
 """
 
 from .net import RandomFunction as RandomFunction

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from schemes import SchemeError
 
+from .statistics import Difference, difference, interval_text, markdown, mean, spread
 from .store import read
 
 Line = dict[str, Any]
@@ -14,63 +15,6 @@ NAMES = {"euler": "add", "dense": "concat"}
 STRATA = ("order", "augment")  # what the sampler balances
 # Norms are drawn, not balanced, and matter more than most: so once more with chance in their shares taken out.
 OVERALL = {"all": STRATA, "all, norms apart": (*STRATA, "norm")}
-
-
-class Difference(NamedTuple):
-    """Mean of one group of networks against that of another.
-
-    Attributes:
-        mean: the difference.
-        low: lower end of its confidence interval.
-        high: upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-
-def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Difference:
-    """Difference of means, b - a, averaged over strata that count alike, with a confidence interval.
-
-    In each stratum the variance of the difference is s_a^2 / n_a + s_b^2 / n_b, with unequal variances; the interval is
-    Student's, with the degrees of freedom of Welch and Satterthwaite. One stratum gives Welch's interval.
-
-    Args:
-        strata: pairs (a, b) of at least two figures each.
-        confidence: of the interval.
-
-    Raises:
-        SchemeError: a group of fewer than two.
-
-    Source:
-        Welch 1947, The generalization of Student's problem when several different population variances are involved.
-
-    Example:
-        >>> difference([([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])]).mean
-        1.0
-    """
-    from scipy.stats import t
-
-    means, parts = [], []
-    for pair in strata:
-        if min(map(len, pair)) < 2:
-            raise SchemeError(
-                f"an interval needs two networks in every group; here are {len(pair[0])} and {len(pair[1])}."
-            )
-        a, b = (sum(x) / len(x) for x in pair)
-        means.append(b - a)
-        for x, m in zip(pair, (a, b), strict=True):
-            # The variance of a mean and its degrees of freedom, of either group in each stratum.
-            parts.append((sum((v - m) ** 2 for v in x) / (len(x) - 1) / len(x), len(x) - 1))
-    variance = sum(v for v, _ in parts)
-    mean = sum(means) / len(means)
-    # Equal figures everywhere: no interval, and no division by zero.
-    if variance == 0:
-        return Difference(mean, mean, mean)
-    freedom = variance**2 / sum(v**2 / n for v, n in parts)
-    half = float(t.ppf((1 + confidence) / 2, freedom)) * variance**0.5 / len(means)
-    return Difference(mean, mean - half, mean + half)
 
 
 class ComparisonRow(NamedTuple):
@@ -89,14 +33,6 @@ class ComparisonRow(NamedTuple):
     means: tuple[float, float]
     spreads: tuple[float, float]
     difference: Difference
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _spread(values: Sequence[float]) -> float:
-    return (sum((v - _mean(values)) ** 2 for v in values) / (len(values) - 1)) ** 0.5
 
 
 def compare(
@@ -138,7 +74,7 @@ def compare(
             continue
         a, b = (list(itertools.chain(*(s[i] for s in strata))) for i in (0, 1))
         found.append(
-            ComparisonRow(name, (len(a), len(b)), (_mean(a), _mean(b)), (_spread(a), _spread(b)), difference(strata))
+            ComparisonRow(name, (len(a), len(b)), (mean(a), mean(b)), (spread(a), spread(b)), difference(strata))
         )
     return found
 
@@ -171,7 +107,7 @@ def ranks(lines: Sequence[Line], depth: int) -> list[RankRow]:
             line["ranks"] for line in lines if line["scheme"] == scheme and line["depth"] == depth and line["ranks"]
         ]
         for step, values in enumerate(zip(*chosen, strict=True)):
-            found.append(RankRow(scheme, step, len(chosen), *(_mean([v[i] for v in values]) for i in range(3))))
+            found.append(RankRow(scheme, step, len(chosen), *(mean([v[i] for v in values]) for i in range(3))))
     return found
 
 
@@ -200,13 +136,6 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
     print("\n".join(text))
 
 
-def _table(head: str, rows: list[list[str]]) -> str:
-    """A table in Markdown, all columns but the first flush right."""
-    names = head.split(" | ")
-    lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _rows(lines: Sequence[Line], first: str, second: str, metric: str, columns: Sequence[str]) -> list[ComparisonRow]:
     """All networks, in every way of OVERALL, and then by each column; named by the way, or by column and value."""
     found = [
@@ -226,10 +155,10 @@ def _differences(lines: Sequence[Line], first: str, second: str) -> str:
     rows = []
     for row in _rows(lines, first, second, "accuracy", columns):
         means = [f"{100 * m:.1f} ± {100 * s:.1f} %" for m, s in zip(row.means, row.spreads, strict=True)]
-        points, loss = _interval(row.difference, 100, 2), _interval(losses[row.name], 1, 3)
+        points, loss = interval_text(row.difference, 100, 2), interval_text(losses[row.name], 1, 3)
         rows.append([row.name, *map(str, row.counts), *means, points, loss])
     head = f"networks | {a} | {b} | accuracy {a} | accuracy {b} | {b} - {a}, 95 % interval | loss, {b} - {a}"
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def _costs(lines: Sequence[Line], schemes: Sequence[str]) -> str:
@@ -238,10 +167,10 @@ def _costs(lines: Sequence[Line], schemes: Sequence[str]) -> str:
         own = [line for line in lines if line["scheme"] == scheme]
         counts = [sum(line["status"] == status for line in own) for status in ("trained", "diverged", "failed")]
         chosen = [line for line in own if line["status"] == "trained"]
-        p, m, k, s = (_mean([line[name] for line in chosen]) for name in ("params", "macs", "kept_mib", "seconds"))
+        p, m, k, s = (mean([line[name] for line in chosen]) for name in ("params", "macs", "kept_mib", "seconds"))
         rows.append([NAMES.get(scheme, scheme), *map(str, counts), f"{p:,.0f}", f"{m:,.0f}", f"{k:.1f}", f"{s:.1f}"])
     head = "scheme | trained | diverged | failed | parameters | multiply-adds | MiB kept per step | seconds"
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def _ranks(lines: Sequence[Line]) -> str:
@@ -251,11 +180,7 @@ def _ranks(lines: Sequence[Line]) -> str:
         row = [NAMES.get(r.scheme, r.scheme), str(r.networks), str(r.step), f"{r.width:.0f}"]
         rows.append([*row, f"{r.numerical:.1f}", f"{r.effective:.1f}"])
     head = "scheme | networks | step | width | numerical rank | effective rank"
-    return f"Depth {depth}:\n\n{_table(head, rows)}" if rows else ""
-
-
-def _interval(d: Difference, factor: float, digits: int) -> str:
-    return f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"
+    return f"Depth {depth}:\n\n{markdown(head, rows)}" if rows else ""
 
 
 def common_depth(lines: Sequence[Line]) -> int:

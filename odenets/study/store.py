@@ -1,18 +1,23 @@
 """One line per trained network in an SQLite file, written as soon as it is known."""
 
 import json
+import os
 import sqlite3
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from filelock import FileLock, Timeout
 
 from schemes import SchemeError
 
 from .space import Candidate
+
+TRAINED = "trained"  # the one status whose figures may be averaged
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Result:
 
     Attributes:
         status: "trained", "diverged" (the loss became no number), or "failed".
-        accuracy: share of validation pictures whose class came first.
+        accuracy: share of validation pictures whose class came first; None unless it was trained.
         loss: mean cross-entropy on them.
         train_loss: mean cross-entropy of the last epoch.
         seconds: of training.
@@ -42,29 +47,79 @@ class Result:
     worker: str = ""
 
 
+Task = TypeVar("Task")
+Outcome = TypeVar("Outcome")
 _TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
-_EXAMPLE = {**asdict(Candidate(0, "", "pre", 0, 0, 0, 0, "relu", "batch")), **asdict(Result(""))}
-COLUMNS = tuple(_EXAMPLE)
 
 
-class Store:
+@dataclass(frozen=True)
+class Table(Generic[Task, Outcome]):
+    """What the lines of a file hold: the fields of two dataclasses; lists and mappings are JSON.
+
+    Attributes:
+        name: of the table.
+        task: what was trained.
+        outcome: what that gave; has a field "status".
+        key: the field of the task that tells it from all others.
+    """
+
+    name: str
+    task: type[Task]
+    outcome: type[Outcome]
+    key: str
+
+    @property
+    def columns(self) -> list[str]:
+        """Names, in order."""
+        return [f.name for kind in (self.task, self.outcome) for f in fields(kind)]  # type: ignore[arg-type]
+
+    @property
+    def structured(self) -> list[str]:
+        """The columns that are JSON."""
+        return [name for name, hint in self._hints().items() if get_origin(hint) in (list, dict)]
+
+    def _hints(self) -> dict[str, Any]:
+        return {**get_type_hints(self.task), **get_type_hints(self.outcome)}
+
+    @property
+    def declared(self) -> str:
+        """The columns as SQL."""
+        hints = self._hints()
+        kinds = {name: _TYPES.get(hints[name], "") for name in self.columns}
+        return ", ".join(f'"{n}" {k}{" PRIMARY KEY" if n == self.key else ""}' for n, k in kinds.items())
+
+
+NETWORKS = Table("networks", Candidate, Result, "number")
+
+
+class Store(Generic[Task, Outcome]):
     """The results of a study in an SQLite file, one line per network; a context manager.
 
     One process writes: the one that hands out the work. Each line is its own transaction, so that whatever stops the
-    process, what was recorded stays; a network is recorded once, or the database refuses.
+    process, what was recorded stays; a network is recorded once, or the database refuses. Other processes may read at
+    any time: where one is at it for long, the line waits for it, however long it takes, and a notice says so.
 
     Args:
-        path: the file; made where there is none.
+        path: the file; where there is none it is made beside its place and renamed, so that what is there is whole.
         settings: what determines the results. A file that holds networks of others is refused.
+        table: what the lines hold.
+        growing: names of settings that may grow: lists in them are joined with those that are there, and mappings key
+            by key.
 
     Raises:
         SchemeError: other settings, another process that writes, or a file that is no such database.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]):
-        self.path, self.settings = Path(path), dict(settings)
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        table: Table[Task, Outcome] = NETWORKS,  # type: ignore[assignment]
+        growing: tuple[str, ...] = (),
+    ):
+        self.path, self.settings, self.table, self.growing = Path(path), dict(settings), table, growing
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> "Store[Task, Outcome]":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(f"{self.path}.lock")
         try:
@@ -75,44 +130,46 @@ class Store:
                 f"another process writes to {self.path}; wait for it, or give this study a file of its own."
             ) from None
         try:
-            self.connection = sqlite3.connect(self.path)
+            if not self.path.exists():
+                self._make()
             self._begin()
         except BaseException:
+            if hasattr(self, "connection"):
+                self.connection.close()
             self.lock.release()
             raise
         return self
 
+    def _make(self) -> None:
+        beside = self.path.with_name(f".{self.path.name}.part")
+        beside.unlink(missing_ok=True)
+        connection = sqlite3.connect(beside)
+        with connection:
+            connection.execute("CREATE TABLE study (settings TEXT)")
+            connection.execute(f"CREATE TABLE {self.table.name} ({self.table.declared})")
+            connection.execute("INSERT INTO study VALUES (?)", (json.dumps(self.settings),))
+        connection.close()
+        os.replace(beside, self.path)
+
     def _begin(self) -> None:
-        # Every name in these statements is a field of the two classes above.
-        columns = ", ".join(
-            f'"{name}" {"INTEGER PRIMARY KEY" if name == "number" else _TYPES.get(type(value), "")}'
-            for name, value in _EXAMPLE.items()
-        )
-        try:
-            with self.connection:
-                self.connection.execute("BEGIN IMMEDIATE")  # Python begins no transaction for a CREATE
-                self.connection.execute("CREATE TABLE IF NOT EXISTS study (settings TEXT)")
-                self.connection.execute(f"CREATE TABLE IF NOT EXISTS networks ({columns})")
-                found = self.connection.execute("SELECT settings FROM study").fetchone()
-                # The first process writes the settings, inside the transaction in which it looked for them.
-                if found is None:
-                    self.connection.execute("INSERT INTO study VALUES (?)", (json.dumps(self.settings),))
-        except sqlite3.DatabaseError as error:
-            raise SchemeError(f"{self.path} is no file of a study: {error}.") from None
-        if found is not None:
-            # Both through JSON, which makes lists of tuples.
-            old, new = json.loads(found[0]), json.loads(json.dumps(self.settings))
-            other = [
-                f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)
-            ]
-            if other and not self.done():  # nothing was trained under them yet
-                with self.connection:
-                    self.connection.execute("UPDATE study SET settings = ?", (json.dumps(self.settings),))
-            elif other:
-                raise SchemeError(
-                    f"{self.path} was begun with other settings ({'; '.join(other)});\n"
-                    "  go on with the same ones, or give this study a file of its own."
-                )
+        check_file(self.path)
+        self.connection = sqlite3.connect(self.path, timeout=1, isolation_level=None)
+        # Both through JSON, which makes lists of tuples.
+        old, new = settings_of(self.connection, self.path, self.table), json.loads(json.dumps(self.settings))
+        for name in self.growing:
+            new[name] = joined(old[name], new[name]) if name in old and name in new else old.get(name, new.get(name))
+        other = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+        fixed = [text for text in other if text.partition(":")[0] not in self.growing]
+        if fixed and self.done():
+            raise SchemeError(
+                f"{self.path} was begun with other settings ({'; '.join(fixed)});\n"
+                "  go on with the same ones, or give this study a file of its own."
+            )
+        if fixed:  # nothing was trained under them yet
+            new |= {name: self.settings[name] for name in self.growing}
+        if other:
+            self._write("UPDATE study SET settings = ?", [json.dumps(new)])
+        self.settings = new
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -120,35 +177,108 @@ class Store:
         self.connection.close()
         self.lock.release()
 
-    def done(self) -> set[int]:
-        """Numbers of the networks that are recorded."""
-        return {number for (number,) in self.connection.execute("SELECT number FROM networks")}
+    def _write(self, statement: str, values: list[Any]) -> int:
+        """One statement as a transaction of its own; the number of lines that it changed."""
+        return patient(lambda: self.connection.execute(statement, values).rowcount, self.path)
 
-    def add(self, candidate: Candidate, result: Result) -> None:
+    def done(self) -> set[Any]:
+        """Keys (numbers) of the networks that are recorded."""
+        rows = patient(
+            lambda: self.connection.execute(f'SELECT "{self.table.key}" FROM {self.table.name}').fetchall(), self.path
+        )
+        return {key for (key,) in rows}
+
+    def add(self, task: Task, outcome: Outcome) -> None:
         """Records one network.
 
         Raises:
             sqlite3.IntegrityError: it is recorded already.
         """
-        line = {**asdict(candidate), **asdict(result), "ranks": json.dumps(result.ranks)}
-        with self.connection:
-            self.connection.execute(
-                f"INSERT INTO networks VALUES ({', '.join('?' * len(COLUMNS))})",
-                [line[name] for name in COLUMNS],
-            )
+        line = {**asdict(task), **asdict(outcome)}  # type: ignore[call-overload]
+        line |= {name: json.dumps(line[name]) for name in self.table.structured}
+        columns = self.table.columns
+        self._write(
+            f"INSERT INTO {self.table.name} VALUES ({', '.join('?' * len(columns))})", [line[name] for name in columns]
+        )
 
     def failed(self) -> int:
         """Number of networks that failed."""
-        return self.connection.execute("SELECT count(*) FROM networks WHERE status = 'failed'").fetchone()[0]
+        statement = f"SELECT count(*) FROM {self.table.name} WHERE status = 'failed'"
+        return patient(lambda: self.connection.execute(statement).fetchone()[0], self.path)
 
     def forget_failed(self) -> int:
         """Removes the lines of networks that failed, so that they are trained again; returns how many there were."""
-        with self.connection:
-            return self.connection.execute("DELETE FROM networks WHERE status = 'failed'").rowcount
+        return self._write(f"DELETE FROM {self.table.name} WHERE status = 'failed'", [])
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A study's settings and its lines by number; also of one that is still running.
+Value = TypeVar("Value")
+
+
+def patient(act: Callable[[], Value], path: Path) -> Value:
+    """Does something with a database, again and again while another process has it locked.
+
+    Args:
+        act: fails as a whole, or succeeds.
+        path: of the database, for the notice after five seconds.
+    """
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            return act()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise
+            if not said and time.monotonic() - began > 5:
+                said = True
+                print(f"{path} is in use by another process, such as a reader: waiting for it", file=sys.stderr)
+            time.sleep(0.05)
+
+
+def joined(old: Any, new: Any) -> Any:
+    """Lists with what the second has and the first lacks at the end, mappings key by key; else the second."""
+    if isinstance(old, list) and isinstance(new, list):
+        return [*old, *(value for value in new if value not in old)]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{k: joined(old[k], v) if k in old else v for k, v in new.items()}}
+    return new
+
+
+def check_file(path: Path) -> None:
+    """Refuses an empty file: SQLite takes it for a new database, and a study would begin again in silence.
+
+    Raises:
+        SchemeError: a file of no bytes.
+    """
+    if path.stat().st_size == 0:
+        raise SchemeError(
+            f"{path} is no file of a study: it is empty, as after a full disk or a broken copy;\n"
+            "  bring back a copy of it, or remove it to begin anew."
+        )
+
+
+def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, Any]) -> dict[str, Any]:
+    """The settings in a database, which has to hold a table.
+
+    Raises:
+        SchemeError: a database of something else, or none.
+    """
+
+    def find() -> Any:
+        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {"study", table.name} <= names:
+            raise SchemeError(f"{path} is no file of a study: it has no table {table.name!r}.")
+        return connection.execute("SELECT settings FROM study").fetchone()
+
+    try:
+        return json.loads(patient(find, path)[0])
+    except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+        if isinstance(error, SchemeError):
+            raise
+        raise SchemeError(f"{path} is no file of a study: {error}.") from None
+
+
+def read(path: str | Path, table: Table[Any, Any] = NETWORKS) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A study's settings and its lines in the order of their keys; also of one that is still running.
 
     Raises:
         SchemeError: no such file, or no study.
@@ -156,16 +286,20 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise SchemeError(f"there is no file {str(path)!r}; a study makes one: odenets study run -c FILE.yaml.")
-    # Read-only, so that looking at a running study cannot lock its writer out.
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    check_file(path)
+    # Read-only, so that looking at a running study cannot lock its writer out for longer than a query takes.
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)
     connection.row_factory = sqlite3.Row
     try:
-        settings = json.loads(connection.execute("SELECT settings FROM study").fetchone()[0])
-        lines = [dict(row) for row in connection.execute("SELECT * FROM networks ORDER BY number")]
-    except (sqlite3.DatabaseError, TypeError) as error:
+        settings = settings_of(connection, path, table)
+        rows = patient(
+            lambda: connection.execute(f'SELECT * FROM {table.name} ORDER BY "{table.key}"').fetchall(), path
+        )
+    except sqlite3.DatabaseError as error:
         raise SchemeError(f"{path} is no file of a study: {error}.") from None
     finally:
         connection.close()
+    lines = [dict(row) for row in rows]
     for line in lines:
-        line["ranks"] = json.loads(line["ranks"])
+        line |= {name: json.loads(line[name]) for name in table.structured}
     return settings, lines

@@ -22,7 +22,7 @@ from ..training import Augment, Classifier, Images, Milestones, WarmupCosine
 from ..training.data import Cached
 from .net import RandomNet
 from .space import SPACES, Candidate, Space, sample
-from .store import Result
+from .store import TRAINED, Result
 
 # What may differ between two runs of one study: where the pictures lie, how much is trained and by how much hardware.
 _FREE = ("root", "per_kind", "threads", "gpus")
@@ -167,14 +167,15 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
         with torch.no_grad():
             ranks = [(r.width, r.numerical, round(r.effective, 4)) for r in rank_profile(net.trajectory(x))]
     return Result(
-        "trained" if finite else "diverged",
-        figures["val/acc"],
+        TRAINED if finite else "diverged",
+        figures["val/acc"] if finite else None,
         figures["val/loss"] if finite else None,
         figures["train/loss"] if finite else None,
         round(seconds, 2),
         round(kept_bytes(net.train(), *_batch(data, "train", study.batch_size)) / 2**20, 3),
         ranks,
-        worker=worker,
+        "" if finite else "the loss is no finite number",
+        worker,
     )
 
 

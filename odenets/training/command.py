@@ -276,6 +276,28 @@ class Command(LightningCLI):
         return best
 
 
+class _Resolved(Exception):
+    """Ends a command once its configuration is known, which it carries."""
+
+
+class _Resolving(Command):
+    """A command that stops before it opens or builds anything."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """One parser takes a quarter of the time of four."""
+        return {"fit": Command.subcommands()["fit"]}
+
+    def _set_seed(self) -> None:
+        """The process keeps its random state."""
+
+    def before_instantiate_classes(self) -> None:
+        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        found = yaml.safe_load(text)
+        check_numbers(found)
+        raise _Resolved(found)
+
+
 def has(things: Sequence[Any], kind: type) -> bool:
     """Whether one of the callbacks, or of the plugins, is of this kind."""
     return any(isinstance(thing, kind) for thing in things)
@@ -342,25 +364,51 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
         for text in QUIET:
             warnings.filterwarnings("ignore", text)
         try:
-            TrainingParser.command_line = words
-            check_files(words)
-            return Command(
-                L.LightningModule,
-                L.LightningDataModule,
-                parser_class=TrainingParser,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                save_config_callback=SavedConfig,
-                save_config_kwargs={"overwrite": True},
-                seed_everything_default=0,
-                args=args,
-                parser_kwargs={"prog": prog},
-            )
+            return _command(Command, words, prog)
         except Exception as e:
             explain_failure(e, words, prog)
         except KeyboardInterrupt:
             fail("interrupted before training began", "Nothing was trained, and nothing is lost", 130)
+
+
+def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
+    """Parses a command line, builds what it says, and runs it."""
+    TrainingParser.command_line = words
+    check_files(words)
+    return kind(
+        L.LightningModule,
+        L.LightningDataModule,
+        parser_class=TrainingParser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SavedConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        args=list(words),
+        parser_kwargs={"prog": prog},
+    )
+
+
+def resolve(words: Sequence[str], prog: str = "lightning") -> dict[str, Any]:
+    """The configuration that a command line of ``fit`` means, checked as a run's; nothing is opened, built or seeded.
+
+    Args:
+        words: the line, ``["fit", "-c", "FILE.yaml", ...]``.
+        prog: the name of the command, for messages.
+
+    Raises:
+        SchemeError: a number that no run can have, or a file that is not what it seems.
+        SystemExit: what the parser refuses, after two lines.
+    """
+    with warnings.catch_warnings():
+        for text in QUIET:
+            warnings.filterwarnings("ignore", text)
+        try:
+            _command(_Resolving, words, prog)
+        except _Resolved as stop:
+            return stop.args[0]
+    raise AssertionError("a command ended without a configuration")
 
 
 def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoReturn:

@@ -88,6 +88,10 @@ class WholeCheckpoints(TorchCheckpointIO):
             ) from None
 
 
+class FolderInUse(DataError):
+    """Another run trains in a folder."""
+
+
 class Found(NamedTuple):
     """A checkpoint that can be read.
 
@@ -162,7 +166,8 @@ class FolderLock:
         folder: the run's folder; made where there is none.
 
     Raises:
-        DataError: another process holds it, or it cannot be written.
+        FolderInUse: another process holds it.
+        DataError: it cannot be written.
     """
 
     NAME = ".lock"
@@ -190,7 +195,7 @@ class FolderLock:
                     # The two that mean "held by another"; anything else is a file system that knows no locks.
                     if e.errno not in (errno.EACCES, errno.EAGAIN):
                         raise
-                    raise DataError(
+                    raise FolderInUse(
                         f"{self.folder} is in use: {holder} trains there\n"
                         "  Wait for it, or give this run a folder of its own: --run_dir FOLDER"
                     ) from None

@@ -11,6 +11,20 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from .files import parts_of, write_whole
 
 
+def logged_rows(folder: Path) -> list[dict[str, str]]:
+    """What a run has logged so far, each row once and in order, whatever stopped and resumed it.
+
+    Args:
+        folder: of the run.
+    """
+    rows: list[dict[str, str]] = []
+    for path in (*parts_of(folder), folder / "metrics.csv"):
+        if path.is_file():
+            with path.open(newline="") as file:
+                rows += csv.DictReader(file)
+    return rows
+
+
 class Metrics(CSVLogger):
     """``metrics.csv`` in a run's folder."""
 

@@ -399,6 +399,7 @@ class LastCheckpoint(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
+        self._restore_handlers()  # before Lightning puts back those that it has replaced
 
     def _fits(self, trainer: L.Trainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking

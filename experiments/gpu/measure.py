@@ -1,0 +1,256 @@
+"""Time and memory of steps, solvers and models on a device, a line of JSON for each case as soon as it is measured.
+
+    python experiments/gpu/measure.py OUT --seconds 240 [--tiny]
+
+Lines go to OUT/measured.jsonl. A case that stands there is not measured again: one that ended the process (an error of
+the device, a kill) is left as "crashed". Times are medians, on a GPU between synchronisations. Memory is the
+allocator's peak during one step, beyond what lived before it.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import schemes
+from odenets import create_model
+
+sys.path += [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent)]
+import models as peers_of_models
+import revcol_columns
+import rk_step
+from memory import peak_mib
+from tables import measured
+
+
+class Case(NamedTuple):
+    """One line.
+
+    Attributes:
+        table: where it stands.
+        name: in that table.
+        run: measures; returns figures by name.
+    """
+
+    table: str
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+def median_s(step: Callable[[], Any], device: str, seconds: float) -> float:
+    """Seconds a call, from as many calls as fit, three at least, after two that do not count."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while len(times) < 5 or (time.monotonic() - begun < seconds and len(times) < 200):
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def training_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, device: str) -> None:
+    """Forward, loss and backward under bfloat16."""
+    with torch.autocast(device, torch.bfloat16):
+        loss = F.cross_entropy(net(x).float(), y)
+    loss.backward()
+
+
+def prepared(build: Callable[[], nn.Module], batch: int, size: int, device: str) -> tuple[nn.Module, Callable]:
+    """A net with a step on random pictures, gradients allocated."""
+    torch.manual_seed(0)
+    net = build().to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,), device=device)
+    training_step(net, x, y, device)
+    return net, lambda net=net: training_step(net, x, y, device)
+
+
+def model_case(build: Callable[[], nn.Module], compiled: bool, batch: int, size: int, device: str) -> dict[str, Any]:
+    """Images per second and peak memory of a training step."""
+    net, _ = prepared(build, batch, size, device)
+    if compiled:
+        net.compile()
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,), device=device)
+    step = partial(training_step, net, x, y, device)
+    step()
+    s = median_s(step, device, 2.0)
+    return {"batch": batch, "size": size, "images_per_s": batch / s, "ms": 1e3 * s, "peak_mib": peak_mib(step, device)}
+
+
+def largest_batch(build: Callable[[], nn.Module], size: int, device: str, most: int) -> dict[str, Any]:
+    """The largest power of two that a training step has memory for."""
+    batch = found = 1
+    while batch <= most:
+        try:
+            prepared(build, batch, size, device)
+        except torch.OutOfMemoryError:
+            break
+        found, batch = batch, 2 * batch
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return {"size": size, "batch": found, "bound": "memory" if found < most else f"not above {most}"}
+
+
+def columns_case(columns: int, mode: str, batch: int, side: int, device: str) -> dict[str, Any]:
+    """Peak memory, time and the error of the gradient of a RevCol, against float64 that keeps everything."""
+    torch.manual_seed(0)
+    source = revcol_columns.network(columns, "store")
+    x, y = torch.randn(batch, 3, side, side).to(device), (torch.arange(batch) % 10).to(device)
+    exact, net = revcol_columns.network(columns, "store"), revcol_columns.network(columns, mode).to(device)
+    exact.load_state_dict(source.state_dict())
+    net.load_state_dict(source.state_dict())
+    want = revcol_columns.gradients(exact.to(device).double(), x.double(), y)
+    error = float((revcol_columns.gradients(net, x, y) - want).norm() / want.norm())
+    step = partial(revcol_columns.train, net, x, y)
+    return {"peak_mib": peak_mib(step, device), "ms": 1e3 * median_s(step, device, 1.0), "error": error}
+
+
+def rk_case(case: str, implementation: str, device: str) -> dict[str, Any]:
+    """One step of rk4, forward and backward."""
+    torch.manual_seed(0)
+    make, x = rk_step.cases()[case]
+    found = rk_step.implementations("rk4", make, False)
+    if implementation not in found:
+        raise ImportError(f"{implementation} does not import")
+    net = found[implementation].to(device)
+    x = x.to(device).requires_grad_()
+    return {"us": 1e6 * median_s(lambda: net(x).sum().backward(), device, 1.0)}
+
+
+def odeint_case(package: str, tolerance: float, rows: int, device: str) -> dict[str, Any]:
+    """A perceptron's flow by dopri5, without gradients."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(device)
+    y, t = torch.randn(rows, 64).to(device), torch.tensor([0.0, 4.0], device=device)
+    if package == "torchdiffeq":
+        from torchdiffeq import odeint
+    else:
+        odeint = schemes.odeint
+    calls = [0]
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return net(y) * torch.cos(t)
+
+    def solve() -> Any:
+        calls[0] = 0
+        with torch.no_grad():
+            return odeint(field, y, t, method="dopri5", rtol=tolerance, atol=tolerance)
+
+    s = median_s(solve, device, 1.0)
+    return {"ms": 1e3 * s, "evaluations": calls[0]}
+
+
+def cases(device: str, tiny: bool) -> Iterator[Case]:
+    """All of them, the most wanted first."""
+    for case in ("cheap f 4x4",) if tiny else rk_step.cases():
+        for name in ("hand: written out", "schemes", "Stack", "torchdiffeq"):
+            yield Case("rk4", f"{case}, {name}", partial(rk_case, case, name, device))
+    batch, side = (2, 32) if tiny else (64, 64)
+    for columns in (2, 3) if tiny else (4, 8, 16):
+        for mode in revcol_columns.MODES:
+            yield Case(
+                "columns", f"{columns} columns, {mode}", partial(columns_case, columns, mode, batch, side, device)
+            )
+    for package in ("schemes", "torchdiffeq"):
+        for tolerance in (1e-3,) if tiny else (1e-3, 1e-5):
+            name = f"{package}, {tolerance:g}"
+            yield Case("odeint", name, partial(odeint_case, package, tolerance, 8 if tiny else 1024, device))
+    yield from model_cases(device, tiny)
+
+
+def model_cases(device: str, tiny: bool) -> Iterator[Case]:
+    """Models beside their peers, and the largest batches."""
+    size, batch = (32, 2) if tiny else (224, 64)
+    names = ("convnext_tiny",) if tiny else ("rdnet_small", "convnext_small", "resnet50", "ho_resnet50", "revcol_small")
+    names = names if tiny else (*names, "revcol_base", "vit_small_patch16")
+    packages = {} if tiny else {**peers_of_models.PEERS, "convnext_small": "timm"}
+    peers = peers_of_models.import_peers() if packages else {}
+    for name in names:
+        builds = {"odenets": partial(create_model, name)}
+        if name == "vit_small_patch16":
+            builds["odenets, midpoint"] = partial(create_model, name, scheme="midpoint")
+        if packages.get(name) in peers:
+            builds[packages[name]] = partial(peers[packages[name]], name)
+        for package, build in builds.items():
+            for compiled in (False,) if tiny else (False, True):
+                label = f"{name}, {package}{', compiled' if compiled else ''}"
+                yield Case("models", label, partial(model_case, build, compiled, batch, size, device))
+    for name, modes in (("revcol_small", ("store", "checkpoint", "reverse")), ("ho_resnet50", ("store", "checkpoint"))):
+        for mode in modes:
+            build = partial(create_model, name, backprop=mode)
+            if tiny and name != "revcol_small":
+                continue
+            run = partial(largest_batch, build, size, device, 2 if tiny else 4096)
+            yield Case("batch", f"{name}, {mode}", run)
+
+
+def measure(all_cases: Iterator[Case], path: Path, seconds: float) -> None:
+    """Measures what the file lacks, while there is time for one more like the longest so far."""
+    done, end, longest = measured(path), time.monotonic() + seconds, 0.0
+    with path.open("a") as file:
+
+        def say(case: Case, status: str, **figures: Any) -> None:
+            text = json.dumps({"table": case.table, "name": case.name, "status": status, **figures})
+            file.write(text + "\n")
+            file.flush()
+            print(text, flush=True)
+
+        for case in all_cases:
+            if (case.table, case.name) in done:
+                continue
+            begun = time.monotonic()
+            if begun + longest > end:
+                return
+            say(case, "begun")
+            try:
+                figures = case.run()
+            except torch.OutOfMemoryError:
+                say(case, "out of memory")
+            except ImportError as error:
+                say(case, "not installed", error=str(error)[:200])
+            except KeyboardInterrupt:
+                say(case, "stopped")
+                return
+            except Exception as error:
+                say(case, "failed", error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            else:
+                say(case, "measured", **figures)
+            longest = max(longest, time.monotonic() - begun)
+
+
+def stop(signum: int, frame: Any) -> None:
+    """SIGTERM ends a case as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, stop)
+    warnings.simplefilter("ignore")
+    measure(cases(device, args.tiny), args.out / "measured.jsonl", args.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The command `odenets compare`: trains the cells of a comparison over several seeds, and reports what they came to."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from schemes import SchemeError
+
+from ..config_files import check_files
+from ..messages import fail
+from ..training.sources import DataError
+from .comparison import FILE, Comparison, Progress, carry_out
+from .comparison_report import find, heading, print_report, table_of
+from .runs import RUNS
+from .store import Store
+from .values import assignment, seeds
+
+TIP = "odenets compare --help shows how the command is used"
+HELP = """usage: odenets compare FILE.yaml --over KEY=V1,V2 --dir DIR [--seeds 0..4] [--workers N] [--KEY VALUE ...]
+       odenets compare report DIR [--out FOLDER] [--baseline CELL] [--metric NAME] [--target VALUE]
+
+Trains an experiment once for each choice of values and each seed, and compares. What is there is not trained again: the
+same command goes on where it was stopped, with more seeds or more values too.
+
+  --over KEY=V1,V2   an option and its values; commas inside brackets and quotes are parts of a value. Several of them
+                     give all combinations. The first values make the baseline.
+  --seeds 0..4       both ends included; or 0,1,7
+  --dir DIR          each run has a folder in it; DIR/runs.sqlite has a line for each that has ended
+  --workers N        processes (1); 0 trains in this one
+  --address ADDRESS  a running Ray cluster, or auto, in place of processes
+  --gpus SHARE       of a GPU for each run, under Ray
+  --retry            train again what failed
+  --KEY VALUE        any option of `odenets fit`, for all runs
+
+  odenets compare experiments/quickstart.yaml --over model.net.scheme=euler,midpoint,rk4 --seeds 0..4 --dir runs/digits
+  odenets compare report runs/digits
+"""
+FLAGS = ("--retry",)
+TAKE_VALUE = ("--over", "--seeds", "--dir", "--workers", "--address", "--gpus")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are two lines."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message, TIP)
+
+
+def _own(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are this command's, and all others in order, which are those of `fit`."""
+    ours: list[str] = []
+    others: list[str] = []
+    take = False
+    for word in words:
+        name = word.partition("=")[0]
+        if take or name in (*FLAGS, *TAKE_VALUE):
+            ours.append(word)
+            take = not take and name in TAKE_VALUE and "=" not in word
+        else:
+            others.append(word)
+    return ours, others
+
+
+def run(words: Sequence[str]) -> None:
+    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(HELP, end="")
+        elif words[0] == "report":
+            _report(words[1:])
+        else:
+            _train(words)
+    except (SchemeError, DataError) as error:
+        fail(str(error), TIP)
+    except BrokenPipeError:  # who reads has seen enough, as in `| head`; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(words: Sequence[str]) -> None:
+    parser = _Parser(prog="odenets compare report", allow_abbrev=False, add_help=False)
+    parser.add_argument("path")
+    parser.add_argument("--out")
+    parser.add_argument("--baseline")
+    parser.add_argument("--metric", default="val/acc")
+    parser.add_argument("--target", type=float)
+    options = parser.parse_args(list(words))
+    print_report(options.path, options.out, options.metric, options.baseline, options.target)
+
+
+def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(prog="odenets compare", allow_abbrev=False, add_help=False)
+    parser.add_argument("--over", action="append", default=[])
+    parser.add_argument("--seeds", default="0..4")
+    parser.add_argument("--dir")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--address")
+    parser.add_argument("--gpus", type=float, default=0.0)
+    parser.add_argument("--retry", action="store_true")
+    ours, others = _own(words)
+    return parser.parse_args(ours), others
+
+
+def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
+    """The comparison that a command line means, and the options of who carries it out.
+
+    Args:
+        words: what follows ``odenets compare``.
+
+    Raises:
+        SchemeError: no experiment, no option that varies, no folder, or a number that cannot be.
+    """
+    options, others = _options(words)
+    experiment, *overrides = others or [""]
+    if not experiment.endswith((".yaml", ".yml")) or not Path(experiment).is_file():
+        raise SchemeError(
+            f"there is no experiment {experiment!r}\n  The first word names its file: {HELP.split(chr(10))[0][7:]}"
+        )
+    if not options.over or options.dir is None:
+        lacking = "--dir DIR" if options.over else "--over KEY=V1,V2"
+        raise SchemeError(f"{lacking} is not given\n  {TIP}.")
+    if options.workers < 0 or options.gpus < 0:
+        raise SchemeError(f"--workers {options.workers}, --gpus {options.gpus:g}: wanted 0 or more\n  {TIP}.")
+    over: dict[str, list[str]] = {}
+    for text in options.over:
+        key, values = assignment(text)
+        if key in over:
+            raise SchemeError(f"--over {key} is given twice\n  Write all of its values behind one: --over {key}=V1,V2")
+        over[key] = values
+    check_files([experiment, *overrides])
+    threads = None
+    if options.workers > 1 and options.address is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // options.workers)
+    return Comparison(experiment, over, seeds(options.seeds), Path(options.dir), overrides, threads), options
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Has SIGTERM end this process in order, as Ctrl-C does."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(words: Sequence[str]) -> None:
+    comparison, options = planned(words)
+    comparison.check()
+    with Store(comparison.folder / FILE, comparison.settings, RUNS, growing=("plan",)) as store, _terminable():
+        if options.retry:
+            print(f"{store.forget_failed()} failed runs are trained again", flush=True)
+        runs = comparison.runs()
+        done = len({run.name for run in runs} & store.done())
+        print(
+            f"{len(comparison.cells())} cells, {len(comparison.seeds)} seeds: {len(runs) - done} runs to do", flush=True
+        )
+        began, stopped = time.monotonic(), 0
+        who = {"workers": options.workers, "address": options.address, "gpus": options.gpus}
+        try:
+            with closing(carry_out(comparison, store, **who)) as progress:
+                for p in progress:
+                    stopped += p.outcome is None
+                    left = (time.monotonic() - began) / max(1, p.done - done) * (p.total - p.done) / 60
+                    print(_line(p, left), flush=True)
+        except KeyboardInterrupt:
+            stopped += 1
+        failed = store.failed()
+    found = find(comparison.folder)
+    print(f"\n# {heading(found)}\n\n{table_of(found)}")
+    if failed:
+        print(f"{failed} runs failed: --retry trains them again; what they said is in {comparison.folder}/*/*.log")
+    print(f"odenets compare report {comparison.folder}")
+    if stopped:
+        fail("stopped before all runs had ended; what they have is kept", "The same command goes on", 130)
+
+
+def _line(p: Progress, minutes: float) -> str:
+    if p.outcome is None:
+        return f"{p.done}/{p.total} {p.run.name}: stopped by a signal; it goes on next time"
+    last = p.outcome.epochs[-1] if p.outcome.epochs else {}
+    shown = [f"{name} {last[name]:.4g}" for name in ("val/acc", "val/loss", "train/loss") if name in last]
+    what = ", ".join(shown) if p.outcome.status == "trained" else p.outcome.error
+    return f"{p.done}/{p.total} {p.run.name} {p.outcome.status}: {what}; {minutes:.0f} min left"

@@ -1,0 +1,252 @@
+"""Comparisons: one experiment, some of its options over some values, several seeds; each run in a folder of its own.
+
+A comparison is the product of cells and seeds. A cell is one choice of a value for each option that varies. Everything
+else is the same for all, which the file of the comparison sees to: it is refused where it was begun otherwise.
+"""
+
+import importlib
+import itertools
+import os
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from schemes import SchemeError
+
+from ..config_files import flat
+from ..training.command import resolve
+from ..training.options import FREE, short_name
+from .runs import Cost, Outcome, Run, train
+from .store import Store
+from .values import folder_name
+from .workers import by_processes, by_ray, here
+
+FILE = "runs.sqlite"  # in a comparison's folder
+# What a comparison decides itself, and the option of its own that does.
+OWN = {
+    "run_dir": "--dir",
+    "seed_everything": "--seeds",
+    "ckpt_path": "no option: runs that have begun go on by themselves",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which runs there are, and how each is made.
+
+    Args:
+        experiment: the YAML file.
+        over: the options that vary, with their values; the first of each makes the first cell.
+        seeds: of every cell.
+        folder: where everything goes.
+        overrides: further words of the command line, for all runs.
+        threads: CPU threads of a run where neither the file nor the command line says; None leaves torch's choice.
+    """
+
+    experiment: str
+    over: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    folder: Path
+    overrides: Sequence[str] = ()
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [word[2:].partition("=")[0] for word in self.overrides if word.startswith("--")]
+        for name in (*given, *self.over):
+            if name in OWN:
+                raise SchemeError(f"{name} is not for you to set in a comparison\n  It is set by {OWN[name]}.")
+        for name in given:
+            if name in self.over:
+                raise SchemeError(f"{name} is given both by --over and by --{name}\n  Leave one of them out.")
+
+    def cells(self) -> dict[str, dict[str, str]]:
+        """Name -> options, the first option varying slowest."""
+        tails = [key.rpartition(".")[2] for key in self.over]
+        short = {key: tail if tails.count(tail) == 1 else key for key, tail in zip(self.over, tails, strict=True)}
+        found = {}
+        for values in itertools.product(*self.over.values()):
+            options = dict(zip(self.over, values, strict=True))
+            found[", ".join(f"{short[key]}={value}" for key, value in options.items())] = options
+        return found
+
+    def runs(self) -> list[Run]:
+        """All of them, seed by seed: whatever stops them, most seeds are there in every cell or in none."""
+        return [
+            Run(f"{cell}, seed {seed}", cell, seed, options)
+            for seed in self.seeds
+            for cell, options in self.cells().items()
+        ]
+
+    def words(self, options: Mapping[str, str] | None = None) -> list[str]:
+        """The command line of all runs, or of those of a cell."""
+        words = ["fit", "-c", str(Path(self.experiment).absolute()), *self.overrides]
+        return words + [f"--{key}={value}" for key, value in (options or {}).items()]
+
+    def words_of(self, run: Run) -> list[str]:
+        """The command line of a run."""
+        cost = f"--trainer.callbacks+={Cost.__module__}.{Cost.__name__}"
+        own = [f"--seed_everything={run.seed}", f"--run_dir={folder_of(self.folder, run)}", cost]
+        if self.threads is not None and self._config.get("threads") is None:
+            own.append(f"--threads={self.threads}")
+        return [*self.words(run.options), *own]
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return resolve(self.words(), "odenets")
+
+    @property
+    def cores(self) -> int:
+        """How many a run uses, as far as anything says so."""
+        return self._config.get("threads") or self.threads or 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all runs have in common and what determines their results; and, as "plan", which runs there are."""
+        shared = {
+            short_name(name): value
+            for name, value in flat(self._config).items()
+            if not self._varies(short_name(name)) and not FREE.fullmatch(short_name(name))
+        }
+        plan = {cell: {"options": options, "seeds": list(self.seeds)} for cell, options in self.cells().items()}
+        return {"experiment": Path(self.experiment).name, "over": list(self.over), **shared, "plan": plan}
+
+    def _varies(self, name: str) -> bool:
+        # Where the pictures lie does not determine a result.
+        options = (*map(short_name, self.over), *OWN, "data.root")
+        return any(name == option or name.startswith(f"{option}.") for option in options)
+
+    def check(self) -> None:
+        """Refuses a cell that cannot be trained, before anything is.
+
+        Raises:
+            SchemeError: an option or a value that does not exist, or a net that refuses its arguments, with the cell.
+        """
+        configs = {}
+        for cell, options in self.cells().items():
+            config = resolve(self.words(options), "odenets")
+            try:
+                _build(config.get("model", {}).get("init_args", {}).get("net"))
+            except SchemeError as error:
+                first, *rest = str(error).splitlines()
+                raise SchemeError("\n".join([f"{cell}: {first}", *rest])) from None
+            same = [other for other, found in configs.items() if found == config]
+            if same:
+                raise SchemeError(f"{same[0]} and {cell} mean the same\n  Leave one of them out.")
+            configs[cell] = config
+
+
+def folder_of(folder: Path, run: Run) -> Path:
+    """The folder of a run."""
+    return Path(folder) / folder_name(run.cell) / f"seed-{run.seed}"
+
+
+def _build(config: Any) -> Any:
+    """What a part of a configuration means, on the meta device; None where it needs what only a run knows."""
+    if not isinstance(config, Mapping) or "class_path" not in config:
+        return config
+    arguments = {name: _build(value) for name, value in (config.get("init_args") or {}).items()}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module, _, name = config["class_path"].rpartition(".")
+            return getattr(importlib.import_module(module), name)(**arguments)
+        except SchemeError:
+            raise
+        except Exception:
+            return None
+
+
+class Progress(NamedTuple):
+    """After each run.
+
+    Attributes:
+        done: runs that are recorded, those of earlier calls included.
+        total: runs of this call's plan.
+        run: the run.
+        outcome: what it came to; None where a signal stopped it.
+    """
+
+    done: int
+    total: int
+    run: Run
+    outcome: Outcome | None
+
+
+def carry_out(
+    comparison: Comparison,
+    store: Store[Run, Outcome],
+    *,
+    workers: int = 1,
+    address: str | None = None,
+    gpus: float = 0.0,
+) -> Generator[Progress, None, None]:
+    """Trains the runs that the store lacks, records each as soon as it has ended, and yields it.
+
+    Args:
+        comparison: says which runs there are.
+        store: open; what it holds is skipped.
+        workers: processes; 0 trains here, one run after the other.
+        address: of a running Ray cluster, at most ``workers`` of whose workers are used; they see the folder, the file
+            and the pictures under the same paths.
+        gpus: per run, under Ray; a fraction lets several runs share one.
+
+    Raises:
+        SchemeError: Ray is needed and missing, or not to be reached.
+    """
+    runs, done = comparison.runs(), store.done()
+    left = [run for run in runs if run.name not in done]
+    work = partial(_work, {run.name: str(folder_of(comparison.folder, run)) for run in left}, _lines(comparison, left))
+    if address is not None:
+        results = by_ray(
+            left,
+            work,
+            _failed,
+            workers=workers or None,
+            address=address,
+            threads=comparison.cores,
+            gpus=gpus,
+            option="--gpus",
+            otherwise="or leave --address out, and processes of this machine do the work",
+            fresh=True,
+        )
+    elif workers == 0:
+        results = here(left, work)
+    else:
+        preload = (__name__, "odenets.models", "odenets.training")
+        results = by_processes(left, work, _failed, workers=workers, prepare=_take_gpu, preload=preload)
+    finished = len(runs) - len(left)
+    with closing(results):
+        for run, outcome in results:
+            if outcome is not None:
+                store.add(run, outcome)
+                finished += 1
+            elif workers == 0:
+                raise KeyboardInterrupt
+            yield Progress(finished, len(runs), run, outcome)
+
+
+def _lines(comparison: Comparison, runs: Sequence[Run]) -> dict[str, list[str]]:
+    return {run.name: comparison.words_of(run) for run in runs}
+
+
+def _work(folders: Mapping[str, str], lines: Mapping[str, list[str]], run: Run) -> Outcome | None:
+    return train(run, folders[run.name], lines[run.name])
+
+
+def _failed(error: str) -> Outcome:
+    return Outcome("failed", error=error)
+
+
+def _take_gpu(place: int) -> None:
+    """Gives a process one of the GPUs, in turn; several share one where there are fewer."""
+    count = torch.cuda.device_count()
+    if count > 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = [name for name in seen.split(",") if name] or [str(n) for n in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[place % len(names)]

@@ -1,0 +1,335 @@
+"""What a comparison found, at any time: one table of cells, the runs that did not end well, and figures.
+
+Cells are compared with a baseline by pairs of runs with the same seed. What ended otherwise than trained has no part in
+means and differences, and is counted and named beside them.
+"""
+
+import json
+import math
+import statistics as medians
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from schemes import SchemeError
+
+from ..training.files import write_whole
+from .comparison import FILE, folder_of
+from .runs import RUNS, Run, outcome_of
+from .statistics import Paired, interval_text, markdown, mean, paired, spread
+from .store import TRAINED, read
+
+Line = dict[str, Any]
+EXPORT = "runs.json"
+STATUSES = (TRAINED, "diverged", "failed", "unfinished", "missing")
+
+
+class Found(NamedTuple):
+    """What a comparison holds.
+
+    Attributes:
+        settings: what all runs have in common, and "plan".
+        lines: a mapping for each run of the plan, in its order: the fields of Run and Outcome but for the worker. Of a
+            run that has not ended, "status" is "unfinished", with the epochs so far, or "missing".
+    """
+
+    settings: dict[str, Any]
+    lines: list[Line]
+
+    @property
+    def cells(self) -> list[str]:
+        """Names, in the order of the plan."""
+        return list(self.settings["plan"])
+
+    def of(self, cell: str, *statuses: str) -> list[Line]:
+        """The runs of a cell, or those with one of some statuses."""
+        return [line for line in self.lines if line["cell"] == cell and (not statuses or line["status"] in statuses)]
+
+
+def find(path: str | Path) -> Found:
+    """What the folder of a comparison holds, or a file that a report has written.
+
+    Args:
+        path: the folder, while runs are under way or after; or ``runs.json``.
+
+    Raises:
+        SchemeError: neither of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path)
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return Found(held["settings"], held["runs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SchemeError(
+            f"{path} is neither the folder of a comparison nor a file that its report wrote ({type(error).__name__})\n"
+            f"  Give what --dir was, or its report/{EXPORT}."
+        ) from None
+
+
+def _of_folder(folder: Path) -> Found:
+    if not (folder / FILE).is_file():
+        raise SchemeError(f"{folder} holds no comparison: there is no {FILE} in it\n  Give what --dir was.")
+    settings, found = read(folder / FILE, RUNS)
+    recorded = {line["name"]: line for line in found}
+    lines = []
+    for cell, about in settings["plan"].items():
+        for seed in about["seeds"]:
+            run = Run(f"{cell}, seed {seed}", cell, seed, about["options"])
+            line = recorded.get(run.name)
+            if line is None:
+                outcome = outcome_of(folder_of(folder, run), "unfinished")
+                line = {**asdict(run), **asdict(outcome), "status": "unfinished" if outcome.epochs else "missing"}
+            lines.append({name: value for name, value in line.items() if name != "worker"})
+    return Found(settings, lines)
+
+
+def export(found: Found, path: Path) -> None:
+    """Writes all that is known as JSON, a line for each run, so that versions of the file differ where runs do."""
+    runs = ",\n".join(json.dumps(line) for line in found.lines)
+    text = f'{{"settings": {json.dumps(found.settings, indent=1)},\n"runs": [\n{runs}\n]}}\n'
+    write_whole(path, text.encode())
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        cell: its name.
+        counts: runs by status, in the order of STATUSES.
+        figures: the metric after the last epoch, by seed, of runs that were trained.
+        pairs: against the baseline; None for the baseline itself, and where no seed is in both.
+        reached: the number of epochs until the target was reached, by seed; None where it never was.
+    """
+
+    cell: str
+    counts: tuple[int, ...]
+    figures: dict[int, float]
+    pairs: Paired | None
+    reached: dict[int, int | None]
+
+
+def better(metric: str, value: float, target: float) -> bool:
+    """Whether a value is as good as a target: as high, or as low where the metric is a loss."""
+    return value <= target if metric.endswith("loss") else value >= target
+
+
+def rows_of(
+    found: Found, metric: str = "val/acc", baseline: str | None = None, target: float = 0.5, confidence: float = 0.95
+) -> list[Row]:
+    """The lines of the table.
+
+    Args:
+        found: of ``find``.
+        metric: a figure that is logged after each epoch.
+        baseline: the cell that the others are compared with; None takes the first.
+        target: of ``reached``.
+        confidence: of intervals.
+
+    Raises:
+        SchemeError: a baseline that is no cell.
+    """
+    baseline = found.cells[0] if baseline is None else baseline
+    if baseline not in found.cells:
+        raise SchemeError(f"there is no cell {baseline!r} to be the baseline\n  Cells: {'; '.join(found.cells)}")
+    figures = {cell: _figures(found, cell, metric) for cell in found.cells}
+    rows = []
+    for cell in found.cells:
+        counts = tuple(len(found.of(cell, status)) for status in STATUSES)
+        pairs = None
+        if cell != baseline:
+            pairs = paired(figures[baseline], figures[cell], confidence, len(found.cells) - 1)
+        reached = {line["seed"]: _reached(line, metric, target) for line in found.of(cell, TRAINED, "diverged")}
+        rows.append(Row(cell, counts, figures[cell], pairs, reached))
+    return rows
+
+
+def _figures(found: Found, cell: str, metric: str) -> dict[int, float]:
+    last = {line["seed"]: line["epochs"][-1] for line in found.of(cell, TRAINED) if line["epochs"]}
+    return {seed: epoch[metric] for seed, epoch in last.items() if metric in epoch}
+
+
+def _reached(line: Line, metric: str, target: float) -> int | None:
+    at = (n for n, epoch in enumerate(line["epochs"], 1) if metric in epoch and better(metric, epoch[metric], target))
+    return next(at, None)
+
+
+def usual_target(found: Found, metric: str, baseline: str | None = None) -> float | None:
+    """A target in steps of 0.05 that every trained run of the baseline reached, as far as it can be; None without one.
+
+    It is decided by the baseline alone, so that it favours none of the others.
+    """
+    ended = found.of(baseline or found.cells[0], TRAINED)
+    reached = [[epoch[metric] for epoch in line["epochs"] if metric in epoch] for line in ended]
+    if not reached or not all(reached):
+        return None
+    if metric.endswith("loss"):
+        return round(math.ceil(max(map(min, reached)) * 20 - 1e-9) / 20, 2)
+    return round(math.floor(min(map(max, reached)) * 20 + 1e-9) / 20, 2)
+
+
+def table_of(found: Found, metric: str = "val/acc", baseline: str | None = None, target: float | None = None) -> str:
+    """The report's table, with 95 % intervals, and below it the runs that did not end well."""
+    target = usual_target(found, metric, baseline) if target is None else target
+    base, others = baseline or found.cells[0], len(found.cells) - 1
+    share = metric.endswith(("acc", "acc5"))
+    factor, digits = (100, 2) if share else (1, 4)
+    lines = []
+    for row in rows_of(found, metric, baseline, 0.0 if target is None else target):
+        ended, values = found.of(row.cell, TRAINED), list(row.figures.values())
+        text = f"{factor * mean(values):.{digits}f}" if values else "–"
+        text += f" ± {factor * spread(values):.{digits}f}" if len(values) > 1 else ""
+        pairs, alone, together, visible = _paired_cells(row.pairs, factor, digits)
+        line = [row.cell, _counts(row.counts), text, pairs, alone, *([together] if others > 1 else []), visible]
+        line += [_one_of({run[name] for run in ended}) for name in ("parameters", "evaluations")]
+        line.append(" / ".join(_minutes([run[name] for run in ended]) for name in ("cpu_s", "wall_s")))
+        lines.append(line if target is None else [*line, _epochs(row.reached)])
+    head = f"cell | runs | {metric}{', %' if share else ''} | pairs | less {base}{', points' if share else ''} [95 %]"
+    head += f" | [all {others} at once] | visible" if others > 1 else " | visible"
+    head += " | parameters | evaluations | minutes, CPU / clock"
+    return markdown(head + ("" if target is None else f" | epochs to {target:g}"), lines) + _ends(found)
+
+
+def _counts(counts: Sequence[int]) -> str:
+    """The number of runs that were trained, and of all others by what became of them."""
+    others = [f"{n} {status}" for n, status in zip(counts[1:], STATUSES[1:], strict=True) if n]
+    return ", ".join([str(counts[0]), *others])
+
+
+def _paired_cells(pairs: Paired | None, factor: float, digits: int) -> list[str]:
+    if pairs is None:
+        return ["–"] * 4
+    if pairs.interval is None or pairs.together is None or pairs.visible is None:
+        return [str(pairs.pairs), f"{factor * pairs.mean:+.{digits}f}", "–", "–"]
+    together = interval_text(pairs.together, factor, digits).partition(" ")[2]
+    return [
+        str(pairs.pairs),
+        interval_text(pairs.interval, factor, digits),
+        together,
+        f"{factor * pairs.visible:.{digits}f}",
+    ]
+
+
+def _one_of(values: set[Any]) -> str:
+    """A figure that all runs of a cell share; both ends where they do not."""
+    known = sorted(value for value in values if value is not None)
+    return "–" if not known else " to ".join(f"{value:,.0f}" for value in sorted({known[0], known[-1]}))
+
+
+def _minutes(seconds: Sequence[float | None]) -> str:
+    known = [s for s in seconds if s is not None]
+    return f"{mean(known) / 60:.1f}" if known else "–"
+
+
+def _epochs(reached: Mapping[int, int | None]) -> str:
+    """The median number of epochs, a run that never got there counted as the slowest, and how many got there."""
+    if not reached:
+        return "–"
+    middle = medians.median_high([float("inf") if n is None else n for n in reached.values()])
+    there = sum(n is not None for n in reached.values())
+    text = "never" if middle == float("inf") else f"{middle:g}"
+    return text if there == len(reached) else f"{text} ({there} of {len(reached)})"
+
+
+def _ends(found: Found) -> str:
+    """Runs that crashed or became no number, with what was said."""
+    bad = [line for line in found.lines if line["status"] in ("diverged", "failed")]
+    said = (f"- {line['name']}: {line['status']} after {len(line['epochs'])} epochs; {line['error']}\n" for line in bad)
+    return "".join(["\n", *said]) if bad else ""
+
+
+def hours(found: Found) -> tuple[float, float]:
+    """Hours of processor time and of the clock that all runs took, those that have not ended included."""
+    cpu, wall = (sum(line[name] or 0.0 for line in found.lines) for name in ("cpu_s", "wall_s"))
+    return cpu / 3600, wall / 3600
+
+
+def heading(found: Found) -> str:
+    """One line: the experiment, how many cells and runs, how many of them have ended, and the time that they took."""
+    ended = sum(line["status"] in ("trained", "diverged", "failed") for line in found.lines)
+    cpu, wall = hours(found)
+    return (
+        f"{found.settings['experiment']}: {len(found.cells)} cells, {ended} of {len(found.lines)} runs have ended; "
+        f"{cpu:.2f} hours of processor time, {wall:.2f} of the clock"
+    )
+
+
+def print_report(
+    path: str | Path,
+    out: str | Path | None = None,
+    metric: str = "val/acc",
+    baseline: str | None = None,
+    target: float | None = None,
+) -> None:
+    """Prints the table, and writes it with all figures.
+
+    Args:
+        path: as in ``find``.
+        out: folder for ``table.md``, ``runs.json`` and the pictures; None takes ``report`` inside a comparison's
+            folder, and none for a file.
+        metric: a figure that is logged after each epoch.
+        baseline: the cell that the others are compared with; None takes the first.
+        target: of the column of epochs; None takes one that the baseline's runs reach.
+
+    Raises:
+        SchemeError: no such folder or file, or no such cell.
+    """
+    found = find(path)
+    logged = sorted({name for line in found.lines for epoch in line["epochs"] for name in epoch if "/" in name})
+    if logged and metric not in logged:
+        raise SchemeError(f"no run has logged {metric!r}\n  Logged are {', '.join(logged)}.")
+    text = f"# {heading(found)}\n\n{table_of(found, metric, baseline, target)}"
+    print(text)
+    out = Path(path) / "report" if out is None and Path(path).is_dir() else out
+    if out is None:
+        return
+    write_whole(Path(out) / "table.md", text.encode())
+    export(found, Path(out) / EXPORT)
+    target = usual_target(found, metric, baseline) if target is None else target
+    for picture in draw(found, Path(out), metric, target):
+        print(picture)
+
+
+def draw(found: Found, out: Path, metric: str, target: float | None) -> list[Path]:
+    """Writes the figures of a comparison; returns their paths.
+
+    Args:
+        found: of ``find``.
+        out: the folder.
+        metric: a figure that is logged after each epoch.
+        target: of the third figure, which is left out without one.
+    """
+    from .. import plots
+
+    epochs, costs, ends = {}, {}, {}
+    for cell in found.cells:
+        curves = [_curve(line, metric) for line in found.of(cell, TRAINED, "diverged", "unfinished")]
+        curves = [curve for curve in curves if curve]
+        if curves:
+            epochs[cell] = [[(epoch, value) for epoch, _, value in curve] for curve in curves]
+            costs[cell] = [[(cost, value) for _, cost, value in curve if cost is not None] for curve in curves]
+            bad = [_curve(line, metric) for line in found.of(cell, "diverged")]
+            ends[cell] = [(curve[-1][0], curve[-1][2]) for curve in bad if curve]
+    if not epochs:
+        return []
+    paths = [plots.bands(epochs, out / "curves.png", "epochs", metric, ends)]
+    if any(curve for curves in costs.values() for curve in curves):
+        label = "evaluations of residual functions in training, 10⁶"
+        paths.append(plots.bands(costs, out / "evaluations.png", label, metric))
+    if target is not None:
+        reached = {row.cell: list(row.reached.values()) for row in rows_of(found, metric, target=target)}
+        reached = {cell: values for cell, values in reached.items() if values}
+        paths.append(plots.strips(reached, out / "epochs.png", f"epochs until {metric} is {target:g}"))
+    return paths
+
+
+def _curve(line: Line, metric: str) -> list[tuple[int, float | None, float]]:
+    """(epochs, millions of evaluations so far, value) after each epoch that has the metric."""
+    found = []
+    for n, epoch in enumerate(line["epochs"], 1):
+        if metric in epoch:
+            calls, samples = epoch.get("evaluations"), epoch.get("cost/samples")
+            found.append((n, None if calls is None or samples is None else calls * samples / 1e6, epoch[metric]))
+    return found

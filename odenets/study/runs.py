@@ -1,0 +1,221 @@
+"""One run of a comparison: a training run in a folder of its own, and what it came to."""
+
+import contextlib
+import math
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from ..messages import Failed
+from ..training.command import run
+from ..training.files import FolderInUse, FolderLock
+from ..training.finite import NotFinite
+from ..training.loggers import logged_rows
+from ..training.sources import DataError
+from .store import TRAINED, Table
+
+LOGGED = re.compile(r"evaluations|(train|val|cost)/.+")
+STOPPED = (130, 143)  # statuses of a run that saved what it had when a signal came
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison.
+
+    Attributes:
+        name: of the cell and the seed.
+        cell: the name that all runs with the same options share.
+        seed: of weights, order and augmentation.
+        options: what tells this cell from others: option -> value, as they were written.
+    """
+
+    name: str
+    cell: str
+    seed: int
+    options: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        status: "trained", "diverged" (a loss or a weight became no number), or "failed".
+        parameters: of the net.
+        evaluations: of residual functions, in one forward pass.
+        samples: that were trained on.
+        wall_s: seconds of training and validation; what was lost to kills is not in it.
+        cpu_s: the same, of processor time.
+        epochs: what was logged after each epoch.
+        error: what went wrong.
+        worker: machine and process.
+    """
+
+    status: str
+    parameters: int | None = None
+    evaluations: float | None = None
+    samples: float | None = None
+    wall_s: float | None = None
+    cpu_s: float | None = None
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    error: str = ""
+    worker: str = ""
+
+
+RUNS = Table("runs", Run, Outcome, "name")
+
+
+class Cost(Callback):
+    """Logs, once per epoch and from the run's beginning: cost/samples, cost/wall_s and cost/cpu_s.
+
+    They are kept in checkpoints, so that a run that is resumed goes on with them.
+    """
+
+    def __init__(self) -> None:
+        self.samples, self.wall, self.cpu = 0, 0.0, 0.0
+        self._since: tuple[float, float] | None = None
+
+    def _count(self) -> None:
+        """Adds the time since it was last called."""
+        now = time.perf_counter(), time.process_time()
+        if self._since is not None:
+            self.wall, self.cpu = self.wall + now[0] - self._since[0], self.cpu + now[1] - self._since[1]
+        self._since = now
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = None
+        self._count()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += len(batch[0]) * trainer.world_size
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count()
+        for name, value in (("samples", self.samples), ("wall_s", self.wall), ("cpu_s", self.cpu)):
+            pl_module.log(f"cost/{name}", torch.tensor(float(value), dtype=torch.float64), sync_dist=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._since is not None:
+            self._count()
+        return {"samples": self.samples, "wall": self.wall, "cpu": self.cpu}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples, self.wall, self.cpu = (state_dict[name] for name in ("samples", "wall", "cpu"))
+
+
+def epochs_of(folder: Path) -> list[dict[str, float]]:
+    """The finite figures that a run has logged, a mapping for each epoch; learning rates are left out."""
+    found: dict[int, dict[str, float]] = {}
+    for row in logged_rows(folder):
+        # Seven digits are more than anything that is logged has.
+        figures = {k: float(f"{float(v):.7g}") for k, v in row.items() if v and LOGGED.fullmatch(k or "")}
+        figures = {k: v for k, v in figures.items() if math.isfinite(v)}
+        if figures and row.get("epoch"):
+            found.setdefault(int(row["epoch"]), {}).update(figures)
+    return [{"epoch": epoch, **found[epoch]} for epoch in sorted(found)]
+
+
+def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
+    """Trains one run, or goes on where it stopped; its output goes to a file beside its folder.
+
+    Args:
+        run_: which.
+        folder: of the run.
+        words: the command line that trains it from the beginning.
+
+    Returns:
+        None where a signal stopped it, and what it had is saved.
+    """
+    _wait_for(Path(folder))
+    last = Path(folder) / "checkpoints" / "last.ckpt"
+    words = [*words, "--ckpt_path", "last"] if last.exists() else words
+    parameters, status, error = None, TRAINED, ""
+    with _output_to(Path(folder).with_name(f"{Path(folder).name}.log")):
+        try:
+            command = run(words, "odenets")
+            assert command is not None
+            parameters = sum(p.numel() for p in getattr(command.model, "net", command.model).parameters())
+        except SystemExit as stop:
+            if stop.code in STOPPED:
+                return None
+            status = "diverged" if _not_finite(stop) else "failed"
+            error = stop.message if isinstance(stop, Failed) else f"ended with status {stop.code}"
+        except Exception as fault:  # e.g. out of memory
+            traceback.print_exc()
+            status, error = "failed", f"{type(fault).__name__}: {str(fault).strip() or 'no message'}".splitlines()[0]
+    return outcome_of(Path(folder), status, parameters, error[:500])
+
+
+def _wait_for(folder: Path) -> None:
+    """Waits, two minutes at most, for a run that was left by a command that was killed, and is about to save."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        lock = FolderLock(folder)
+        try:
+            lock.acquire()
+        except FolderInUse:
+            time.sleep(0.1)
+        except DataError:  # the run itself says what is wrong
+            return
+        else:
+            lock.release()
+            return
+
+
+def outcome_of(folder: Path, status: str, parameters: int | None = None, error: str = "") -> Outcome:
+    """A run's outcome, with the figures that its folder holds."""
+    epochs = epochs_of(folder)
+    last: dict[str, float] = {k: v for epoch in epochs for k, v in epoch.items()}
+    return Outcome(
+        status,
+        parameters,
+        last.get("evaluations"),
+        *(last.get(f"cost/{name}") for name in ("samples", "wall_s", "cpu_s")),
+        epochs=epochs,
+        error=error,
+        worker=f"{platform.node()}:{os.getpid()}",
+    )
+
+
+def _not_finite(error: BaseException | None) -> bool:
+    """Whether a loss that is no number is among the causes of an error."""
+    while error is not None and not isinstance(error, NotFinite):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Sends what the process and its children print to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    streams = sys.stdout, sys.stderr
+    try:
+        os.dup2(number, 1)
+        os.dup2(number, 2)
+        with os.fdopen(number, "w", buffering=1, closefd=True) as file:
+            sys.stdout, sys.stderr = file, file
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = streams
+    finally:
+        for target, source in zip((1, 2), kept, strict=True):
+            os.dup2(source, target)
+            os.close(source)

@@ -1,0 +1,166 @@
+"""Means, spreads, and differences with confidence intervals: of two groups within strata, and of pairs by seed."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from schemes import SchemeError
+
+
+class Difference(NamedTuple):
+    """Mean of one group of networks against that of another.
+
+    Attributes:
+        mean: the difference.
+        low: lower end of its confidence interval.
+        high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def variance(values: Sequence[float]) -> float:
+    """The sample variance, with n - 1 in its denominator."""
+    m = mean(values)
+    return sum((v - m) ** 2 for v in values) / (len(values) - 1)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of a sample."""
+    return variance(values) ** 0.5
+
+
+def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Difference:
+    """Difference of means, b - a, averaged over strata that count alike, with a confidence interval.
+
+    In each stratum the variance of the difference is s_a^2 / n_a + s_b^2 / n_b, with unequal variances; the interval is
+    Student's, with the degrees of freedom of Welch and Satterthwaite. One stratum gives Welch's interval.
+
+    Args:
+        strata: pairs (a, b) of at least two figures each.
+        confidence: of the interval.
+
+    Raises:
+        SchemeError: a group of fewer than two.
+
+    Source:
+        Welch 1947, The generalization of Student's problem when several different population variances are involved.
+
+    Example:
+        >>> difference([([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])]).mean
+        1.0
+    """
+    means, parts = [], []
+    for pair in strata:
+        if min(map(len, pair)) < 2:
+            raise SchemeError(
+                f"an interval needs two networks in every group; here are {len(pair[0])} and {len(pair[1])}."
+            )
+        means.append(mean(pair[1]) - mean(pair[0]))
+        # The variance of a mean and its degrees of freedom, of either group in each stratum.
+        parts += [(variance(x) / len(x), len(x) - 1) for x in pair]
+    total = sum(v for v, _ in parts)
+    centre = mean(means)
+    # Equal figures everywhere: no interval, and no division by zero.
+    if total == 0:
+        return Difference(centre, centre, centre)
+    freedom = total**2 / sum(v**2 / n for v, n in parts)
+    half = _student((1 + confidence) / 2, freedom) * total**0.5 / len(means)
+    return Difference(centre, centre - half, centre + half)
+
+
+class Paired(NamedTuple):
+    """The differences of two groups of runs whose seeds are the same.
+
+    Attributes:
+        pairs: seeds that both groups have.
+        mean: of the differences.
+        spread: their standard deviation; None of fewer than two pairs, as all that follows.
+        interval: mean and confidence interval.
+        together: the same with the confidence shared out over all comparisons of a table (Bonferroni), so that all of
+            its intervals hold at once with the confidence that each has alone.
+        visible: the true difference that so many pairs would show with probability 0.8: whose interval would leave zero
+            out.
+    """
+
+    pairs: int
+    mean: float
+    spread: float | None = None
+    interval: Difference | None = None
+    together: Difference | None = None
+    visible: float | None = None
+
+
+def paired(
+    first: Mapping[int, float],
+    second: Mapping[int, float],
+    confidence: float = 0.95,
+    comparisons: int = 1,
+) -> Paired | None:
+    """The mean difference, second - first, of the figures of equal seeds, with Student's interval.
+
+    The half-width is t s / sqrt(n), of n differences with standard deviation s, with t the quantile of n - 1 degrees of
+    freedom. What the seeds have in common, such as the order of the samples, does not widen it.
+
+    Args:
+        first: figures by seed.
+        second: figures by seed.
+        confidence: of the interval.
+        comparisons: intervals in the table.
+
+    Returns:
+        None where no seed is in both.
+
+    Source:
+        Student 1908, The probable error of a mean, for the interval; the least visible difference is
+        (t_{confidence} + t_{0.8}) s / sqrt(n), as in Bloom 1995, Minimum detectable effects.
+
+    Example:
+        >>> paired({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.6, 1: 0.7, 5: 0.1}).pairs
+        2
+    """
+    seeds = [seed for seed in first if seed in second]
+    if not seeds:
+        return None
+    differences = [second[seed] - first[seed] for seed in seeds]
+    centre, n = mean(differences), len(differences)
+    if n == 1:
+        return Paired(1, centre)
+    error = (variance(differences) / n) ** 0.5
+
+    def interval(level: float) -> Difference:
+        half = _student((1 + level) / 2, n - 1) * error
+        return Difference(centre, centre - half, centre + half)
+
+    visible = (_student((1 + confidence) / 2, n - 1) + _student(0.8, n - 1)) * error
+    shared = 1 - (1 - confidence) / max(1, comparisons)
+    return Paired(n, centre, spread(differences), interval(confidence), interval(shared), visible)
+
+
+def _student(level: float, freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(level, freedom))
+
+
+def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, all columns but the first flush right.
+
+    Args:
+        head: names of the columns, with " | " between them.
+        rows: a cell for each column.
+    """
+    names = head.split(" | ")
+    lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def interval_text(d: Difference, factor: float, digits: int) -> str:
+    """A difference and its interval: "+1.48 [+0.54, +2.43]"."""
+    return f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"

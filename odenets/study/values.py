@@ -1,0 +1,125 @@
+"""What the words of a comparison's command line mean: `key=v1,v2`, `0..4,7`."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from schemes import SchemeError
+
+PAIRS = {"(": ")", "[": "]", "{": "}"}
+
+
+def split(text: str) -> list[str]:
+    """Values between commas, where a comma inside brackets or quotes is a part of a value.
+
+    A quote begins where no word is under way, as in YAML: the one in ``don't`` is a letter.
+
+    Args:
+        text: the values.
+
+    Raises:
+        SchemeError: a bracket or a quote without its other half, no value between two commas, or a value twice.
+
+    Example:
+        >>> split("euler, nested(midpoint, rk4),'a,b',[4, 4]")
+        ['euler', 'nested(midpoint, rk4)', "'a,b'", '[4, 4]']
+    """
+    cuts = [-1, *_commas(text), len(text)]
+    values = [text[a + 1 : b].strip() for a, b in pairwise(cuts)]
+    if "" in values:
+        raise SchemeError(
+            f"{text!r} has a comma too many, or no value\n  Write one comma between two values: euler,midpoint,rk4"
+        )
+    if (twice := _repeated(values)) is not None:
+        raise SchemeError(f"{text!r} has the value {twice!r} twice\n  Write each value once.")
+    return values
+
+
+def _repeated(values: Sequence[Any]) -> Any:
+    """The first value that occurs more than once; None where there is none."""
+    return next((value for value, count in Counter(values).items() if count > 1), None)
+
+
+def _commas(text: str) -> Iterator[int]:
+    """The places of the commas outside of brackets and quotes."""
+    closing: list[str] = []
+    quote, place = "", 0
+    while place < len(text):
+        letter = text[place]
+        if quote:
+            if quote == '"' and letter == "\\":
+                place += 1
+            elif letter == quote:
+                quote = ""
+        elif letter in "'\"" and not re.match(r"\w", text[place - 1 : place]):
+            quote = letter
+        elif letter in PAIRS:
+            closing.append(PAIRS[letter])
+        elif letter in PAIRS.values():
+            if not closing or closing.pop() != letter:
+                raise SchemeError(
+                    f"{text!r}: the {letter} at position {place + 1} closes no bracket\n  Write both halves."
+                )
+        elif letter == "," and not closing:
+            yield place
+        place += 1
+    if quote or closing:
+        raise SchemeError(f"{text!r}: {quote or closing[-1]} is missing at the end\n  Write both halves.")
+
+
+def assignment(text: str) -> tuple[str, list[str]]:
+    """The option and its values in ``key=v1,v2``.
+
+    Raises:
+        SchemeError: no such pair.
+
+    Example:
+        >>> assignment("model.net.scheme=euler,rk4")
+        ('model.net.scheme', ['euler', 'rk4'])
+    """
+    key, equals, values = text.partition("=")
+    key = key.strip().removeprefix("--")
+    if not equals or not re.fullmatch(r"[\w.]+", key):
+        raise SchemeError(
+            f"--over {text!r} is no option with values\n  Write --over model.net.scheme=euler,midpoint,rk4"
+        )
+    return key, split(values)
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds, in the order in which they are written: single ones, and ranges with both ends.
+
+    Raises:
+        SchemeError: what is no such list, or a seed twice.
+
+    Example:
+        >>> seeds("0..3,7")
+        [0, 1, 2, 3, 7]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\.\.(\d{1,9}))?\s*", part)
+        if match is None or int(match[2] or match[1]) - int(match[1]) not in range(100_000):
+            raise SchemeError(
+                f"--seeds {text!r}: {part!r} is no seed and no range\n  Write --seeds 0..4 or --seeds 0,1,7"
+            )
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if (twice := _repeated(found)) is not None:
+        raise SchemeError(f"--seeds {text!r} has {twice} twice\n  Write each seed once.")
+    return found
+
+
+def folder_name(text: str) -> str:
+    """A name for a folder: the text itself where it is one that needs no quotes, else its letters and a digest of it.
+
+    Example:
+        >>> folder_name("scheme=rk4"), folder_name("step=decay(9/10)")
+        ('scheme=rk4', 'step=decay-9-10-eb556f')
+    """
+    plain = re.sub(r"[^\w=.,+-]+", "-", text, flags=re.ASCII).strip("-.")[:80]
+    if plain == text:
+        return text
+    return f"{plain or 'value'}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
