@@ -12,6 +12,7 @@ from schemes.scheme import Scheme, State
 from schemes.step_size import FromError, StepSize
 
 from .checks import warn_of_own_skip
+from .draws import Draws
 from .step import FunctionModule, Revision, Step
 
 # Above this mixing figure the stage inputs of separate weights keep little of the stream.
@@ -111,6 +112,19 @@ def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
     return made
 
 
+def draws_of(scheme: Scheme, seed: int | None) -> Draws | None:
+    """The generator of a stack whose scheme draws in training, where a seed is given.
+
+    Raises:
+        SchemeError: a seed, and a scheme that draws nothing.
+    """
+    if seed is None:
+        return None
+    if not any(part.training_differs for part in scheme.plan):
+        raise SchemeError(f"Stack: seed={seed} is given, and {scheme} draws nothing in training; bdia does.")
+    return Draws(seed)
+
+
 def steps_of(
     scheme: Scheme,
     functions: Sequence[nn.Module],
@@ -119,6 +133,7 @@ def steps_of(
     sizes: Sequence[float],
     learned: bool,
     revision: Revision,
+    draws: Draws | None = None,
 ) -> list[Step]:
     """The steps, one for each size, each with its share of the residual functions."""
     steps, start = [], 0
@@ -126,7 +141,7 @@ def steps_of(
         part = scheme.at(n)
         fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
         start += part.stages
-        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared, revision))
+        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared, revision, draws))
     return steps
 
 
