@@ -62,6 +62,10 @@ class Net(nn.Module):
                 h = h + 1
             if self.loop == "scales":
                 kwargs = {"scale": 1.0 + i}
+            if self.loop == "parallel":
+                y = layer(h, **kwargs)
+                h = y if i == len(layers) - 1 else h
+                continue
             if self.loop == "by name":
                 h = layer(hidden=h, **kwargs)
             else:
@@ -276,6 +280,7 @@ def test_restacking_again_takes_the_place_of_the_first():
     ("loop", "message"),
     [
         ("between", "computes between the blocks of 'layers'|reads the hidden state between"),
+        ("parallel", "computes between the blocks of 'layers'"),
         ("dropped", "block 3 of 'layers' is called where block 2 is due"),
         ("stopped", "reads the hidden state between two blocks"),
         ("numbers", "Net has not run the blocks of 'layers' by iterating"),
