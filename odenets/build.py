@@ -125,6 +125,21 @@ def draws_of(scheme: Scheme, seed: int | None) -> Draws | None:
     return Draws(seed)
 
 
+def check_traced(who: str, scheme: Scheme, keeps_all: bool, training: bool) -> None:
+    """Refuses a trace by torch.fx of what it would lose: how a stack is differentiated, and what its scheme draws.
+
+    Raises:
+        SchemeError: a mode that does not store, or a scheme that draws in training.
+    """
+    if not keeps_all:
+        raise SchemeError(
+            f"{who}: torch.fx records operations and not how they are differentiated, so that backprop= would be lost."
+            "\n  Trace with backprop='store'."
+        )
+    if training and any(part.training_differs for part in scheme.plan):
+        raise SchemeError(f"{who}: {scheme} draws in training, which no trace records; call model.eval().")
+
+
 def steps_of(
     scheme: Scheme,
     functions: Sequence[nn.Module],

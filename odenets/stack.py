@@ -25,6 +25,7 @@ from .backprop.planning import Planning
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
 from .step import Revision, Step
+from .tracing import is_traced
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -286,7 +287,7 @@ class Stack(nn.Module):
                 state = step(state)  # type: ignore[misc]
             return state[0]
         # Who gives streams is given streams.
-        readout = self.scheme.readout if isinstance(x, Tensor) else tuple
+        readout = self.scheme.readout if isinstance(x, Tensor) or is_traced(x) else tuple
         if aux is False:
             return readout(self._walk(x, t, context))
         sink = Sink(not isinstance(aux, bool) and LOG_DET in aux)
@@ -299,6 +300,9 @@ class Stack(nn.Module):
         if self._revision.stale:
             self._read_functions()
         self._check_given(t, context)
+        if is_traced(x):  # nothing of it can be checked
+            build.check_traced("Stack", self.scheme, self._backprop.keeps_all, self.training)
+            return self._run(x, t, context, on_step, sink)
         seen = (self.training, torch.is_grad_enabled())
         # Under a compiler or a trace the checks would become part of what is recorded.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
@@ -354,7 +358,7 @@ class Stack(nn.Module):
         if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
             steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
         state: State = (x,)
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not is_traced(x):
             state = build.streams_of(x, self.scheme)
         elif self._makes_streams:
             state = self.scheme.init(steps[0].start(self.block, time, context), x, steps[0].h)

@@ -1,13 +1,14 @@
 """What a model hands its blocks beside the hidden state: masks, rotary positions, caches."""
 
 import inspect
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from schemes.errors import SchemeError
+
+from ..tracing import is_traced
 
 _LARGEST = 4096  # objects of one call that are looked at
 _LEFT_EMPTY = "_left_empty_by_restack"
@@ -74,12 +75,6 @@ def is_cache(value: Any) -> bool:
     if isinstance(value, (Tensor, nn.Module)) or is_traced(value):
         return False
     return callable(getattr(value, "get_seq_length", None))
-
-
-def is_traced(value: Any) -> bool:
-    """Whether it stands for a value in a trace of torch.fx, which has every attribute that it is asked for."""
-    fx = sys.modules.get("torch.fx")
-    return fx is not None and isinstance(value, fx.Proxy)
 
 
 def caches(given: Sequence[Arguments]) -> list[Any]:

@@ -17,16 +17,17 @@ from schemes.bdia import Bdia
 from schemes.errors import SchemeError
 from schemes.scheme import Scheme
 
+from .. import build
 from ..backprop.modes import Mode, Offload, Store
 from ..backprop.surroundings import nothing_changed
 from ..stack import Stack, StackHolder
+from ..tracing import is_traced
 from .arguments import (
     Arguments,
     caches,
     changed,
     common,
     contents,
-    is_traced,
     leave_empty,
     was_left_empty,
     without_caches,
@@ -175,13 +176,7 @@ class Restacking:
     def _record(self, x: Any, context: Any) -> Any:
         """The output by plain operations on the registered blocks, which is what a trace can follow."""
         stack = self.stack
-        if not stack.backprop.keeps_all:
-            raise SchemeError(
-                "restack: torch.fx records operations and not how they are differentiated, so that "
-                f"backprop='{stack.backprop}' would be lost.\n  Trace with backprop='store'."
-            )
-        if stack.training and any(step.scheme.training_differs for step in stack.steps):
-            raise SchemeError(f"restack: {stack.scheme} draws in training, which no trace records; call model.eval().")
+        build.check_traced("restack", stack.scheme, stack.backprop.keeps_all, stack.training)
         state, functions = None, iter(self.functions)
         for step in stack.steps:
             # Not the functions themselves: a trace refuses modules that are not registered.
