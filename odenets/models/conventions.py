@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -18,7 +18,15 @@ UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|log_scale)$|^idle\."
 
 
 class Conventions(nn.Module):
-    """Methods of timm's models that work on every network with maps; none needs timm."""
+    """Methods of timm's models that work on every network with maps; none needs timm.
+
+    Attributes:
+        first_conv: the convolution that reads the picture, by its name; None where there is none.
+        classifier: the linear layer that gives the logits, by its name.
+    """
+
+    first_conv: ClassVar[str | None] = "stem.conv"
+    classifier: ClassVar[str] = "head"
 
     feature_info: FeatureInfo
     num_features: int

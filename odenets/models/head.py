@@ -238,6 +238,7 @@ class ColumnNet(HeadNet):
         head: as in ``HeadNet``.
     """
 
+    classifier = "head.fc"
     pools = get_args(ColumnPool)
     whole = True
 

@@ -106,6 +106,7 @@ class MultiColumn(LevelNet):
         torch.Size([2, 10])
     """
 
+    first_conv = "stem.0"
     whole = True
 
     def __init__(

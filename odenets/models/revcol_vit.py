@@ -112,6 +112,7 @@ class RevColViT(ColumnNet):
         torch.Size([2, 10])
     """
 
+    first_conv = "stem.proj"
     unpooled = ("tokens", "one vector")
 
     def __init__(

@@ -60,6 +60,7 @@ class ViT(HeadNet):
         torch.Size([2, 10])
     """
 
+    first_conv = "stem.proj"
     pools = get_args(Pool)
     unpooled = ("tokens", "one vector")
     whole = True

@@ -16,6 +16,15 @@ every_family = pytest.mark.parametrize("name", list(families().values()), ids=li
 
 
 @every_family
+def test_the_first_convolution_and_the_classifier_have_names(name):
+    net = shared(name)
+    head = net.get_submodule(net.classifier)
+    assert isinstance(head, torch.nn.Linear) and head.out_features == net.num_classes
+    others = [key for key, m in net.named_modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels == net.in_chans]
+    assert net.first_conv in others if net.first_conv else not others
+
+
+@every_family
 def test_feature_info_is_asked_as_timms(name):
     info = shared(name).feature_info
     assert info.channels() == [row["num_chs"] for row in info] and info.channels(-1) == shared(name).num_features
