@@ -63,7 +63,7 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         name: one of ``odenets.list_models()``.
-        options: keyword arguments of ``create_model`` that differ from the model's own, such as widths, as plain values.
+        options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values.
         scheme: a scheme for all levels, or one per level; None is the model's own.
         backprop: as in ``Stack``; None is the model's own.
         num_channels: channels of the picture.
