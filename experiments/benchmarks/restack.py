@@ -13,7 +13,7 @@ and backward pass, above what was there before; gradients are preallocated. Time
 round times every row once, and a figure is the median over the rounds of the ratio to the untouched model in the same
 round. Gradient error: of all parameters, relative, global norm, in single precision, against autograd over the same
 states: of euler the untouched model, of bdia the run on the same grid and with the same signs (seed=0) that keeps all
-states, of momentum the stored run. Batch: the largest whose peak is within the memory that the untouched model takes for its own.
+states, of momentum the stored run. Batch: the largest whose peak is within the memory that the untouched model takes.
 """
 
 import argparse

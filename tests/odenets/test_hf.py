@@ -13,7 +13,6 @@ from schemes import MixingWarning, SchemeError
 
 transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "odenets[hf]"')
 hf = pytest.importorskip("odenets.hf")
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 # Quick for families that differ in how they are built and saved, the others among the long tests.
 QUICK = ("ResNet", "RevCol", "ViT")
 every_family = pytest.mark.parametrize(

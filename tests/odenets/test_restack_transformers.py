@@ -13,8 +13,6 @@ from schemes import SchemeError
 
 transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "odenets[hf]"')
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-
 D = torch.float64
 SMALL = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 PICTURE = {**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}
