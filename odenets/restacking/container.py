@@ -251,8 +251,10 @@ def _hidden_states() -> Iterator[list[Any] | None]:
     """The list in which transformers collects hidden states in this pass, or None; inside, its hooks collect none."""
     # Its hooks on the blocks would collect the values of stages, which are no states of the network.
     module = sys.modules.get("transformers.utils.output_capturing")
-    collector = None if module is None else module._active_collector.get()
-    collected = None if collector is None else collector.get("hidden_states")
+    active = None if module is None else module._active_collector
+    # A compiler follows no context variable; transformers keeps a plain one for it.
+    collector = active and (active.global_var if torch.compiler.is_compiling() else active.get())
+    collected = collector.get("hidden_states") if collector else None
     if collected is None:
         yield None
         return

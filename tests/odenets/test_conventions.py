@@ -12,6 +12,7 @@ from odenets import Stack
 from odenets.models.feature_info import FeatureInfo, chosen
 from schemes import SchemeError
 
+pytestmark = pytest.mark.cases(4)
 every_family = pytest.mark.parametrize("name", list(families().values()), ids=list(families()))
 
 

@@ -263,6 +263,7 @@ def test_a_family_exports_with_a_dynamic_batch(family):
     torch.testing.assert_close(module(more), net(more), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("family", list(families()))
 def test_torch_fx_traces_a_family_at_its_first_call(family, pad):

@@ -13,12 +13,8 @@ from schemes import MixingWarning, SchemeError
 
 transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "odenets[hf]"')
 hf = pytest.importorskip("odenets.hf")
-# Quick for families that differ in how they are built and saved, the others among the long tests.
-QUICK = ("ResNet", "RevCol", "ViT")
-every_family = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, id=f, marks=() if f in QUICK else pytest.mark.slow) for f, n in families().items()],
-)
+pytestmark = pytest.mark.cases(3)
+every_family = pytest.mark.parametrize("name", list(families().values()), ids=list(families()))
 
 
 @functools.cache

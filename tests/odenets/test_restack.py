@@ -94,6 +94,7 @@ def step(model, x, **kwargs):
     return y.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize(("scheme", "backprop"), FAITHFUL)
 @pytest.mark.parametrize("form", ["tensor", "tuple", "padded"])
 def test_outputs_in_evaluation_are_those_of_the_model(scheme, backprop, form):
@@ -540,6 +541,7 @@ def test_torch_fx_traces_blocks_that_store():
     torch.fx.symbolic_trace(restack(levels().eval(), "2", outside=1))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(("scheme", "backprop"), FAITHFUL)
 def test_torch_export_runs_in_every_mode(scheme, backprop):
     net, x = restack(build(3).eval(), "layers", scheme, backprop), batch()
@@ -547,7 +549,10 @@ def test_torch_export_runs_in_every_mode(scheme, backprop):
     torch.testing.assert_close(program.module()(batch(7)), net(batch(7)), rtol=0, atol=1e-12)
 
 
-def test_a_compiler_follows_blocks_that_store():
+@pytest.mark.parametrize("loaded", [[], ["transformers.utils.output_capturing"]], ids=["alone", "with transformers"])
+def test_a_compiler_follows_blocks_that_store(loaded):
+    for module in loaded:
+        pytest.importorskip(module)
     net, x = restack(build(2).eval(), "layers", "bdia"), batch()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x), rtol=0, atol=1e-12)

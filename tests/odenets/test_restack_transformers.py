@@ -90,6 +90,7 @@ def test_gradients_under_euler_are_those_of_the_model(name):
         assert (got - want).norm() <= 1e-10 * want.norm()
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(("scheme", "backprop"), [("bdia", "exact"), ("momentum(9/10)", "reverse")])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_the_modes_that_reverse_are_those_of_the_stored_run(name, scheme, backprop):
@@ -210,6 +211,7 @@ def test_models_are_saved_and_loaded_before_and_after(name, tmp_path):
         torch.testing.assert_close(unrestack(loaded)(**given).logits, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("first", ["restack", "adapt"])
 @pytest.mark.parametrize(("name", "target"), [("vit", "q_proj"), ("llama", "q_proj")])
 def test_adapters_train_merge_and_load(name, target, first, tmp_path):
@@ -259,6 +261,7 @@ def test_a_model_that_hands_values_from_block_to_block_is_refused():
         net(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_a_restacked_model_is_exported(name):
     net, given = restacked(name, "bdia", "exact"), inputs(name)
