@@ -6,6 +6,10 @@ from schemes.errors import SchemeError as SchemeError
 from .models import create_model as create_model
 from .models import list_models as list_models
 from .planning import plan as plan
+from .restacking import Restacked as Restacked
+from .restacking import RestackWarning as RestackWarning
+from .restacking import restack as restack
+from .restacking import unrestack as unrestack
 from .stack import Stack as Stack
 from .stack import as_residual as as_residual
 

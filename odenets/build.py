@@ -12,6 +12,7 @@ from schemes.scheme import Scheme, State
 from schemes.step_size import FromError, StepSize
 
 from .checks import warn_of_own_skip
+from .draws import Draws
 from .step import FunctionModule, Revision, Step
 
 # Above this mixing figure the stage inputs of separate weights keep little of the stream.
@@ -111,6 +112,34 @@ def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
     return made
 
 
+def draws_of(scheme: Scheme, seed: int | None) -> Draws | None:
+    """The generator of a stack whose scheme draws in training, where a seed is given.
+
+    Raises:
+        SchemeError: a seed, and a scheme that draws nothing.
+    """
+    if seed is None:
+        return None
+    if not any(part.training_differs for part in scheme.plan):
+        raise SchemeError(f"Stack: seed={seed} is given, and {scheme} draws nothing in training; bdia does.")
+    return Draws(seed)
+
+
+def check_traced(who: str, scheme: Scheme, keeps_all: bool, training: bool) -> None:
+    """Refuses a trace by torch.fx of what it would lose: how a stack is differentiated, and what its scheme draws.
+
+    Raises:
+        SchemeError: a mode that does not store, or a scheme that draws in training.
+    """
+    if not keeps_all:
+        raise SchemeError(
+            f"{who}: torch.fx records operations and not how they are differentiated, so that backprop= would be lost."
+            "\n  Trace with backprop='store'."
+        )
+    if training and any(part.training_differs for part in scheme.plan):
+        raise SchemeError(f"{who}: {scheme} draws in training, which no trace records; call model.eval().")
+
+
 def steps_of(
     scheme: Scheme,
     functions: Sequence[nn.Module],
@@ -119,6 +148,7 @@ def steps_of(
     sizes: Sequence[float],
     learned: bool,
     revision: Revision,
+    draws: Draws | None = None,
 ) -> list[Step]:
     """The steps, one for each size, each with its share of the residual functions."""
     steps, start = [], 0
@@ -126,7 +156,7 @@ def steps_of(
         part = scheme.at(n)
         fs = (shared,) * part.stages if shared is not None else functions[start : start + part.stages]
         start += part.stages
-        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared, revision))
+        steps.append(Step(part, fs, shortcuts.get(n, ()), h, learned, n, shared, revision, draws))
     return steps
 
 

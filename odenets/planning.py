@@ -10,7 +10,7 @@ from schemes.step_size import FromError
 
 from .backprop.choice import Report
 from .backprop.planning import Planning
-from .stack import Stack
+from .stack import Stack, named_stacks
 
 
 def plan(model: nn.Module, *args: Any, memory: float | str | None = None, **kwargs: Any) -> Report:
@@ -43,8 +43,7 @@ def plan(model: nn.Module, *args: Any, memory: float | str | None = None, **kwar
 
 def plan_state(model: nn.Module) -> dict[str, Any]:
     """``Stack.plan_state`` of all stacks in a model, by their names."""
-    named = ((name, m) for name, m in model.named_modules() if isinstance(m, Stack))
-    return {name: found for name, stack in named if (found := stack.plan_state())}
+    return {name: found for name, stack in named_stacks(model) if (found := stack.plan_state())}
 
 
 def load_plan_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -53,7 +52,7 @@ def load_plan_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         SchemeError: a stack that it names is not there.
     """
-    stacks = {name: m for name, m in model.named_modules() if isinstance(m, Stack)}
+    stacks = dict(named_stacks(model))
     missing = [name for name in state if name not in stacks]
     if missing:
         raise SchemeError(
@@ -66,8 +65,8 @@ def load_plan_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 def outermost(model: nn.Module) -> dict[str, Stack]:
     """The stacks that are in no other one, by their names; those whose steps follow from errors are left out."""
     found: dict[str, Stack] = {}
-    for name, m in model.named_modules():
+    for name, stack in named_stacks(model):
         inside = any(name.startswith(outer + "." if outer else "") for outer in found)
-        if isinstance(m, Stack) and not inside and not isinstance(m.rule, FromError):
-            found[name] = m
+        if not inside and not isinstance(stack.rule, FromError):
+            found[name] = stack
     return found

@@ -1,5 +1,6 @@
 """Stack: residual functions, put together by a scheme."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .backprop.planning import Planning
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
 from .step import Revision, Step
+from .tracing import is_traced
 
 
 def as_residual(module: nn.Module) -> nn.Module:
@@ -83,6 +85,8 @@ class Stack(nn.Module):
             from which the scheme's inverse makes the others again; "exact" likewise, to the last bit; "offload" keeps
             all on the host; "4*store + 8*reverse" is a plan of several; "auto(memory=2GB)" chooses one by measurement.
         example: a tensor or the shape of one; shapes are then checked here and not at the first call.
+        seed: lets a scheme that draws in training (bdia) draw from a generator of the stack's own, which begins with
+            this seed and whose numbers are the same on every device; None is torch's generator.
 
     Shapes:
         x: whatever the residual functions take, e.g. (n, c, h, w); the output likewise.
@@ -117,6 +121,7 @@ class Stack(nn.Module):
         post_step: nn.Module | None = None,
         backprop: str | Mode | None = "store",
         example: Tensor | Sequence[int] | None = None,
+        seed: int | None = None,
         **old: Any,
     ):
         super().__init__()
@@ -127,7 +132,7 @@ class Stack(nn.Module):
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
         build.warn(self.scheme, self.rule, functions, shared is not None)
         # One for all: any exchanged function makes the whole stack read its signatures again.
-        self._revision = Revision()
+        self._revision, self._draws = Revision(), build.draws_of(self.scheme, seed)
         self.block = shared
         self.after = post_step  # the name of its state-dict keys
         # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
@@ -136,9 +141,8 @@ class Stack(nn.Module):
         sizes = [self.rule(step_offset + n) for n in range(self.depth)]
         # What ``set_step`` scales: ratios between steps are those of the rule, whatever was set before.
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
-        steps = build.steps_of(
-            self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned, self._revision
-        )
+        parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
+        steps = build.steps_of(*parts, self._revision, self._draws)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
         self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
         # Asked of the class, since a call of ``init`` would run residual functions.
@@ -283,7 +287,7 @@ class Stack(nn.Module):
                 state = step(state)  # type: ignore[misc]
             return state[0]
         # Who gives streams is given streams.
-        readout = self.scheme.readout if isinstance(x, Tensor) else tuple
+        readout = self.scheme.readout if isinstance(x, Tensor) or is_traced(x) else tuple
         if aux is False:
             return readout(self._walk(x, t, context))
         sink = Sink(not isinstance(aux, bool) and LOG_DET in aux)
@@ -296,6 +300,9 @@ class Stack(nn.Module):
         if self._revision.stale:
             self._read_functions()
         self._check_given(t, context)
+        if is_traced(x):  # nothing of it can be checked
+            build.check_traced("Stack", self.scheme, self._backprop.keeps_all, self.training)
+            return self._run(x, t, context, on_step, sink)
         seen = (self.training, torch.is_grad_enabled())
         # Under a compiler or a trace the checks would become part of what is recorded.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
@@ -351,7 +358,7 @@ class Stack(nn.Module):
         if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
             steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
         state: State = (x,)
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not is_traced(x):
             state = build.streams_of(x, self.scheme)
         elif self._makes_streams:
             state = self.scheme.init(steps[0].start(self.block, time, context), x, steps[0].h)
@@ -444,14 +451,18 @@ class Stack(nn.Module):
         return Planning(self, stacks, (x,), {"t": t, "context": context}).report(memory)
 
     def plan_state(self) -> dict[str, Any]:
-        """What was measured and decides how training runs, as plain values to be saved with a checkpoint.
+        """What decides how training runs, as plain values and a tensor, to be saved with a checkpoint.
 
-        The plan that "auto" has chosen, and where "reverse" keeps anchors; empty before the first training pass.
+        The plan that "auto" has chosen, and where "reverse" keeps anchors; empty before the first training pass. With
+        a seed, the state of its generator.
         """
-        return self.monitor.state()
+        own = {} if self._draws is None else {"draws": self._draws.generator.get_state()}
+        return {**self.monitor.state(), **own}
 
     def load_plan_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly."""
+        if self._draws is not None and "draws" in state:
+            self._draws.generator.set_state(state["draws"])
         self.monitor.load(state, Chosen.of)
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
@@ -522,6 +533,32 @@ class Stack(nn.Module):
         return ", ".join(parts)
 
 
+class StackHolder(ABC):
+    """A module that runs a stack which is not among its children: its blocks are, under the names they had before."""
+
+    __slots__ = ()  # an object may then become one: its layout stays
+
+    @property
+    @abstractmethod
+    def stack(self) -> Stack:
+        """The stack."""
+
+
+def named_stacks(module: nn.Module) -> Iterator[tuple[str, Stack]]:
+    """All stacks of a module, by their names; one that is no child has the name of the module that runs it.
+
+    Example:
+        >>> from torch import nn
+        >>> [name for name, _ in named_stacks(nn.Sequential(nn.Linear(2, 2), Stack(nn.Linear(2, 2))))]
+        ['1']
+    """
+    for name, m in module.named_modules():
+        if isinstance(m, Stack):
+            yield name, m
+        elif isinstance(m, StackHolder):
+            yield name, m.stack
+
+
 def _invert(step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
     """The state before a step."""
     fs, gs = step.functions(shared, t, context, step.h)
@@ -542,7 +579,7 @@ def keeping_all(module: nn.Module) -> Iterator[None]:
         ...     print(net.backprop)
         store
     """
-    stacks = [m for m in module.modules() if isinstance(m, Stack)]
+    stacks = [stack for _, stack in named_stacks(module)]
     modes = [stack.backprop for stack in stacks]
     try:
         for stack in stacks:

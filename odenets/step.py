@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from schemes.scheme import Function, Scheme, State, bind, signature
 
 from .auxiliary import Sink, Split, step_measured
+from .draws import Draws
 
 Functions = tuple[Sequence[Function], Sequence[Function]]  # residual functions and shortcuts
 Runner = Callable[["Step", State, nn.Module | None, Any, Any, Any], State]
@@ -68,9 +69,10 @@ class Step(nn.Module):
         index: int,
         shared: nn.Module | None,
         revision: Revision,
+        draws: Draws | None = None,
     ):
         super().__init__()
-        self.scheme, self.index = scheme, index
+        self.scheme, self.index, self.draws = scheme, index, draws
         self.fs = ResidualFunctions(fs, revision) if shared is None else None
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
@@ -141,7 +143,9 @@ class Step(nn.Module):
         """The scheme, or in training what stands for it there (bdia draws)."""
         # Not whether gradients are on: what ran forward must be what is differentiated, in a reentrant checkpoint too.
         if self.training and self.scheme.training_differs:
-            return self.scheme.training_scheme(self.index, state[-1])
+            # Where there is one alone: a scheme of a user's own need not know of generators.
+            generator = () if self.draws is None else (self.draws.generator,)
+            return self.scheme.training_scheme(self.index, state[-1], *generator)
         return self.scheme
 
     def forward(

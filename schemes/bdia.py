@@ -163,23 +163,24 @@ class Bdia(Scheme):
     def reversible_in_training(self) -> bool:
         return True
 
-    def training_scheme(self, n: int, x: Tensor) -> Scheme:
-        return self.at_random(n, self.draw(x))
+    def training_scheme(self, n: int, x: Tensor, generator: torch.Generator | None = None) -> Scheme:
+        return self.at_random(n, self.draw(x, generator))
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws gamma or -gamma for each sample.
 
         Args:
             x: a stream, (n, ...).
-            generator: where the random bits come from; None is the global one.
+            generator: where the random bits come from, on whatever device; None is the global one of the device of x.
 
         Returns:
             (n, 1, ..., 1), of the dtype and device of x.
         """
         shape = (x.shape[0],) + (1,) * (x.dim() - 1)
         # Per sample: one draw for the batch would make the gradient of a batch as noisy as that of a sample.
-        bits = torch.randint(0, 2, shape, generator=generator, device=x.device)
-        return (2 * bits - 1).to(x.dtype) * self.gamma
+        device = x.device if generator is None else generator.device
+        bits = torch.randint(0, 2, shape, generator=generator, device=device)
+        return (2 * bits - 1).to(x.device, x.dtype) * self.gamma
 
     def at_random(self, n: int, gamma: float | Tensor) -> Scheme:
         """Step n of training, for a gamma that was drawn."""

@@ -23,6 +23,11 @@ from .scheme import MAX_FUNCTIONS, Function, Scheme, Slot, State, StepSize, limi
 from .tableau import Tableau, compose, nest
 
 
+def _drawing(generator: torch.Generator | None) -> tuple[torch.Generator, ...]:
+    """A generator as a last argument, where there is one: schemes of a user's own need not take it."""
+    return () if generator is None else (generator,)
+
+
 class _Once:
     """A shortcut evaluated once a step, however many inner schemes ask for it (its BatchNorm must move once)."""
 
@@ -201,8 +206,8 @@ class Nested(Scheme):
     def reversible_in_training(self) -> bool:
         return self.outer.reversible_in_training
 
-    def training_scheme(self, n: int, x: Tensor) -> Scheme:
-        outer = self.outer.training_scheme(n, x)
+    def training_scheme(self, n: int, x: Tensor, generator: torch.Generator | None = None) -> Scheme:
+        outer = self.outer.training_scheme(n, x, *_drawing(generator))
         return self if outer is self.outer else Nested(outer, self.inner)
 
     def _functions(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function]) -> tuple[Function, ...]:
@@ -341,11 +346,11 @@ class Composition(Scheme):
     def reversible_in_training(self) -> bool:
         return all(p.reversible_in_training for p in self.parts)
 
-    def training_scheme(self, n: int, x: Tensor) -> Scheme:
+    def training_scheme(self, n: int, x: Tensor, generator: torch.Generator | None = None) -> Scheme:
         if not self.training_differs:
             return self
-        count = len(self.parts)
-        parts = tuple(p.training_scheme(n * count + i, x) for i, p in enumerate(self.parts))
+        count, drawing = len(self.parts), _drawing(generator)
+        parts = tuple(p.training_scheme(n * count + i, x, *drawing) for i, p in enumerate(self.parts))
         # Drawn part by part: each step of a repeated bdia has a sign of its own.
         return Steps(parts, self.scale, f"{self} in training, step {n}")
 

@@ -229,6 +229,11 @@ class _Split(Coupling):
         return ", ".join(filter(None, given))
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
+        if not isinstance(x, Tensor):  # what stands for a tensor in a trace, and has no size to be checked
+            parts = torch.tensor_split(x, self.streams, self.dim)
+            if self.split is not None:
+                parts = torch.split(x, list(self.split), self.dim)
+            return tuple(parts[i] for i in range(self.streams))
         # A negative dim counts from the end: -1 needs one dimension, 0 needs one too.
         if self.split is not None and x.dim() > max(self.dim, -self.dim - 1):
             self.stream_widths(x.shape[self.dim])

@@ -142,11 +142,11 @@ class Scheme(ABC):
         """Whether ``training_scheme`` is invertible, so that training can make states again instead of keeping them."""
         return self.invertible
 
-    def training_scheme(self, n: int, x: Tensor) -> "Scheme":
+    def training_scheme(self, n: int, x: Tensor, generator: torch.Generator | None = None) -> "Scheme":
         """What stands for this scheme in step n of a training pass; x is a stream of it.
 
         The scheme itself, unless training and inference differ (bdia). A Stack asks the scheme of its step,
-        ``at(n).training_scheme(n, x)``.
+        ``at(n).training_scheme(n, x)``, and gives a generator where it was given a seed.
         """
         return self
 

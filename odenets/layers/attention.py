@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tracing import is_traced
 from .conv import PatchConv2d
 from .drop_path import DropPath
 
@@ -162,7 +163,8 @@ class PatchTokens(nn.Module):
         return x + positions
 
     def _positions(self, height: int, width: int) -> Tensor:
-        if height == width == self.grid:
+        # In a trace no size is known; at the size that they are made for the interpolation gives them unchanged.
+        if not is_traced(height) and height == width == self.grid:
             return self.positions
         first = self.positions.shape[1] - self.grid**2
         grid = self.positions[:, first:].transpose(1, 2).unflatten(2, (self.grid, self.grid))

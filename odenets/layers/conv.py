@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from ..tracing import is_traced
+
 Pair = Sequence[int]  # vertical and horizontal
 
 # oneDNN's depthwise kernels are for x86; elsewhere torch loops over the groups.
@@ -141,7 +143,7 @@ class DepthwiseConv2d(nn.Conv2d):
             padding: Any = self.padding
             given = xs if recompute else (joined(xs),)
             return _Depthwise.apply(self.weight, self.bias, padding, *given)  # type: ignore[return-value]
-        if recompute and torch.is_grad_enabled():
+        if recompute and torch.is_grad_enabled() and not is_traced(xs[0]):
             return checkpoint(self._plain, *xs, use_reentrant=False, preserve_rng_state=False)  # type: ignore
         return self._plain(*xs)
 
@@ -150,7 +152,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _fast(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            not is_traced(x)
+            and x.device.type == "cpu"
             and x.dim() == 4
             and x.numel() > 0
             and self.kernel_size[1] > 3
@@ -210,7 +213,8 @@ class PatchConv2d(nn.Conv2d):
 def is_product(x: Tensor, patch: int = 1) -> bool:
     """Whether a convolution of patches is taken as one matrix product: where that is faster."""
     return (
-        x.device.type == "cpu"
+        not is_traced(x)
+        and x.device.type == "cpu"
         and x.dim() == 4
         and (patch > 1 or x.is_contiguous(memory_format=torch.channels_last))
         and x.shape[2] % patch == x.shape[3] % patch == 0

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import hashlib
+import inspect
 import re
 import urllib.error
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 from schemes import SchemeError
 
 from .. import checkpoints
+from .conventions import Conventions
 from .feature_net import FeatureNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -164,6 +166,33 @@ def published_weights(name: str) -> tuple[Weights, ...]:
         ['v2', 'v1']
     """
     return _registered(name).weights
+
+
+def model_kind(name: str) -> type[Conventions] | None:
+    """The class of a registered model; None where a function builds it, or it is no class of ours.
+
+    Raises:
+        SchemeError: an unknown name.
+    """
+    kind = _registered(name).kind
+    return kind if kind is not None and issubclass(kind, Conventions) else None
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The options of a registered model and their values; empty where a function builds it.
+
+    Raises:
+        SchemeError: an unknown name.
+
+    Example:
+        >>> model_options("resnet20")["num_classes"], model_options("vit_tiny_patch16")["size"]
+        (10, 224)
+    """
+    entry = _registered(name)
+    if entry.kind is None:
+        return {}
+    defaults = {k: p.default for k, p in inspect.signature(entry.kind).parameters.items()}
+    return {**defaults, **entry.options}
 
 
 def create_model(

@@ -19,6 +19,7 @@ from schemes import SchemeError, Slot
 from ..checkpoints import KeyMap
 from ..layers import DenseFunction, DenseTransition, init_kaiming
 from ..stack import Stack
+from ..tracing import is_traced
 from .catalogue import register_variants, torchvision_weights
 from .dense_levels import Widths, schemes_with_growth
 from .head import check_choices, check_rates
@@ -138,7 +139,7 @@ class _ChannelsLast(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if is_traced(x) or x.device.type != "cpu" or torch.compiler.is_compiling():
             return x
         return x.contiguous(memory_format=torch.channels_last)
 

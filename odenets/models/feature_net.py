@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from schemes import SchemeError
 
 from ..checkpoints import KeyMap, Renames
+from .conventions import Conventions, without_norms
+from .feature_info import FeatureInfo, place
 
 
 class FeatureNet(nn.Module):
@@ -46,18 +48,13 @@ class FeatureNet(nn.Module):
         if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
             raise SchemeError(f"out_indices is {out_indices}, want rising numbers from 0 to {count - 1}.")
         before = set(model.state_dict())
-        self.feature_info = [info[i] for i in chosen]
-        # Which of the maps: the level's number in its list, unless the row says otherwise (columns have no such list).
-        self.wanted = [row.get("map", row["module"].rpartition(".")[2]) for row in self.feature_info]
-        self.wanted = [int(place) for place in self.wanted]
+        self.feature_info = FeatureInfo(info[i] for i in chosen)
+        self.wanted = [place(row) for row in self.feature_info]
         # What no map needs would otherwise lie idle, and DDP would wait for its gradients.
         model.reset_classifier(0)  # type: ignore[operator]
-        for name in ("norm", "head_norm"):
-            if isinstance(getattr(model, name, None), nn.Module):
-                setattr(model, name, nn.Identity())
-        for name in ("levels", "transitions"):
-            if isinstance(part := getattr(model, name, None), (nn.ModuleList, nn.Sequential)):
-                setattr(model, name, part[: self.wanted[-1] + 1])
+        without_norms(model)
+        if isinstance(model, Conventions):
+            model.cut_levels(self.wanted[-1])
         self.net: Any = model
         self.left_out = frozenset(before - set(model.state_dict()))
 

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from ..layers.column import NormedHead, pooled
+from ..layers.column import NormedHead
+from ..tracing import is_traced
+from .conventions import Conventions
+from .feature_info import FeatureInfo
 
 Pool = Literal["avg", "max", ""]
 ColumnPool = Literal["avg", ""]
@@ -49,7 +52,7 @@ def _signature(kind: type) -> inspect.Signature:
     return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
 
 
-class HeadNet(nn.Module, ABC):
+class HeadNet(Conventions, ABC):
     """A network with a head: x -> ``forward_features`` -> pooling -> dropout -> head.
 
     The options that all of them share stand in this constructor, once: a subclass names its own options and those
@@ -80,8 +83,6 @@ class HeadNet(nn.Module, ABC):
     unpooled: ClassVar[tuple[str, str]] = ("a map", "a pooled one")
     whole: ClassVar[bool] = False
 
-    num_features: int
-    feature_info: list[dict[str, Any]]
     head: nn.Module
     least: int = 1
     __signature__: ClassVar[inspect.Signature]
@@ -114,7 +115,7 @@ class HeadNet(nn.Module, ABC):
             features: ``feature_info``, a row of width, reduction and module for each map, fine to coarse.
             init: draws the weights of the whole network, the head's too.
         """
-        self.feature_info = features
+        self.feature_info = FeatureInfo(features)
         self.num_features = self.head_hidden_size = features[-1]["num_chs"]
         self._put_head(self.num_classes, self.global_pool)
         if init is not None:
@@ -136,7 +137,9 @@ class HeadNet(nn.Module, ABC):
         reduction = self.reduction
         if self.pad:
             below, right = -height % reduction, -width % reduction
-            return F.pad(x, (0, right, 0, below)) if below or right else x
+            return F.pad(x, (0, right, 0, below)) if is_traced(x) or below or right else x
+        if is_traced(x):
+            return x
         if self.whole and not self._fits(height, width):
             raise SchemeError(
                 f"{type(self).__name__}: the picture is {height} x {width}; want multiples of {reduction}.\n"
@@ -162,8 +165,7 @@ class HeadNet(nn.Module, ABC):
         """What is pooled: a map (n, num_features, h', w'), or tokens (n, t, num_features)."""
 
     @abstractmethod
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """The maps of the levels, fine to coarse; ``feature_info`` says their widths and reductions."""
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]: ...
 
     def pool(self, x: Tensor) -> Tensor:
         """Pools what ``forward_features`` gives: (n, num_features)."""
@@ -236,6 +238,7 @@ class ColumnNet(HeadNet):
         head: as in ``HeadNet``.
     """
 
+    classifier = "head.fc"
     pools = get_args(ColumnPool)
     whole = True
 
@@ -243,7 +246,7 @@ class ColumnNet(HeadNet):
         super().__init__(global_pool=global_pool, **head)
 
     def pool(self, x: Tensor) -> Tensor:
-        return pooled(x)
+        return x.mean((2, 3))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools and classifies what ``forward_features`` gives; ``pre_logits`` stops before norm and head."""

@@ -51,14 +51,24 @@ class LevelNet(HeadNet):
             x = level(transition(x))
         return self.norm(x)
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """The map after each level."""
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        """The map after each level, up to level ``last``."""
         x = self.stem(self.picture(x))
         found = []
         for transition, level in zip(self.transitions, self.levels, strict=True):
             x = level(transition(x))
             found.append(x)
+            if last is not None and len(found) > last:
+                break
         return found
+
+    def cut_levels(self, last: int) -> None:
+        self.levels, self.transitions = self.levels[: last + 1], self.transitions[: last + 1]
+
+    def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
+        found = self.maps(x)
+        y = self.norm(found[-1])
+        return y, [*found[:-1], y] if norm else found
 
     def pool(self, x: Tensor) -> Tensor:
         """Pools and normalises a map: (n, num_features)."""

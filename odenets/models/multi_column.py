@@ -106,6 +106,7 @@ class MultiColumn(LevelNet):
         torch.Size([2, 10])
     """
 
+    first_conv = "stem.0"
     whole = True
 
     def __init__(
@@ -131,13 +132,17 @@ class MultiColumn(LevelNet):
         self.levels[-1].keep_last()  # type: ignore[operator]
         self.head_norm = nn.LayerNorm(channels[-1], eps=1e-6)
         init_truncated(self)
-        self.finish_levels([channels[-1]], [patch * 2 ** (len(channels) - 1)])
+        row = {"num_chs": channels[-1], "reduction": patch * 2 ** (len(channels) - 1), "map": 0}
+        self.finish([{**row, "module": f"levels.{columns - 1}"}])
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level of the last column: (n, num_features, h / reduction, w / reduction)."""
         return self.maps(x)[-1]
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def cut_levels(self, last: int) -> None:
+        """Nothing: its levels are columns, and the only map is that of the last."""
+
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """The last level of the last column, in a list."""
         found = [self.stem(self.picture(x))]
         for column in self.levels:

@@ -164,7 +164,7 @@ class RevCol(ColumnNet):
         state = self.columns.visit_states(self._stem(x), heads)
         return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """The levels of the last column, fine to coarse: (n, channels[l], h', w') with h' = h / (patch 2^l)."""
         return list(self.columns.final_state(self._stem(x))[1:])
 

@@ -112,6 +112,7 @@ class RevColViT(ColumnNet):
         torch.Size([2, 10])
     """
 
+    first_conv = "stem.proj"
     unpooled = ("tokens", "one vector")
 
     def __init__(
@@ -141,12 +142,20 @@ class RevColViT(ColumnNet):
         """The last level's tokens in the last column: (n, h w / patch^2, dim)."""
         return self.columns(self.stem(self.picture(x)))
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """The levels of the last column, (n, dim, h / patch, w / patch) each."""
         x = self.picture(x)
         state: State = self.columns.final_state(self.stem(x))
         rows = x.shape[2] // self.patch
         return [tokens.transpose(1, 2).unflatten(2, (rows, -1)) for tokens in state[1:]]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The mean of the last level's tokens."""
+        return x.mean(1)
+
+    def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
+        found = self.maps(x)
+        return found[-1].flatten(2).transpose(1, 2), found
 
     def init_head(self, head: nn.Module) -> None:
         init_tokens(head)

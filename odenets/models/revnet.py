@@ -164,6 +164,8 @@ class IRevNet(_Reversible):
         True
     """
 
+    first_conv = None  # pixels are gathered, and the first level reads them
+
     def __init__(
         self,
         units: Sequence[int] = (18, 18, 18),

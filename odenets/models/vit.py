@@ -60,6 +60,7 @@ class ViT(HeadNet):
         torch.Size([2, 10])
     """
 
+    first_conv = "stem.proj"
     pools = get_args(Pool)
     unpooled = ("tokens", "one vector")
     whole = True
@@ -103,12 +104,17 @@ class ViT(HeadNet):
         """All tokens, normalised, the class token first: (n, 1 + h w / patch^2, dim)."""
         return self.norm(self.levels(self.stem(self.picture(x))))
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """The picture's tokens as a map, before the last norm: [(n, dim, h / patch, w / patch)]."""
+        return self.features_and_maps(x)[1]
+
+    def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
         x = self.picture(x)
+        tokens = self.levels(self.stem(x))
+        y = self.norm(tokens)
         # Without the class token, which has no place in the picture.
-        tokens = self.levels(self.stem(x))[:, 1:]
-        return [tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
+        of_picture = (y if norm else tokens)[:, 1:]
+        return y, [of_picture.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
     def pool(self, x: Tensor) -> Tensor:
         """The class token, or the mean of the picture's tokens: (n, dim)."""

@@ -148,8 +148,15 @@ def test_maps_and_feature_info_agree(name):
     assert getattr(net, "feature_info", None), f"{name} has no feature_info"
     x = pictures(name, 1, 2, 3)
     with torch.no_grad():
-        maps = FeatureNet(copy.deepcopy(net))(x)
-        assert len(net.maps(x)) >= len(maps) == len(net.feature_info)
+        maps, every = FeatureNet(copy.deepcopy(net))(x), net.maps(x)
+        assert len(every) >= len(maps) == len(net.feature_info)
+        # The last map of each resolution, or that which the row names: what was taken out must not have been needed.
+        last = {tuple(m.shape[2:]): m for m in every}
+        wanted = [
+            every[row["map"]] if "map" in row else last[tuple(m.shape[2:])]
+            for m, row in zip(maps, net.feature_info, strict=True)
+        ]
+        assert all(map(torch.equal, maps, wanted))
     for y, row in zip(maps, net.feature_info, strict=True):
         assert y.shape == (1, row["num_chs"], x.shape[2] // row["reduction"], x.shape[3] // row["reduction"]), row
         net.get_submodule(row["module"].partition(":")[0])
@@ -254,6 +261,18 @@ def test_a_family_exports_with_a_dynamic_batch(family):
     module = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},)).module()
     more = torch.cat([x, x.flip(3)])
     torch.testing.assert_close(module(more), net(more), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cases(6)
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("family", list(families()))
+def test_torch_fx_traces_a_family_at_its_first_call(family, pad):
+    name = families()[family]
+    net, x = build(name, pad=pad).eval(), pictures(name, 2)
+    net.load_state_dict(shared(name).state_dict())
+    traced = torch.fx.symbolic_trace(net)
+    for given in (x, torch.cat([x, x.flip(3)]), pictures(name, 1, 2, 4)):
+        torch.testing.assert_close(traced(given), net(given), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", list(families()))

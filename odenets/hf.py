@@ -1,0 +1,346 @@
+"""The models for transformers: a configuration, a backbone, an image classifier and an image processor.
+
+``import odenets.hf`` registers them, so that ``AutoConfig``, ``AutoBackbone``, ``AutoModelForImageClassification``,
+``AutoImageProcessor`` and ``pipeline("image-classification")`` load what ``save_pretrained`` wrote. A folder holds
+config.json, model.safetensors, preprocessor_config.json and README.md, a model card.
+
+Raises:
+    ImportError: transformers is not installed.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schemes.errors import MixingWarning, SchemeError
+
+from .models.catalogue import IMAGENET_MEAN, IMAGENET_STD, create_model, model_options
+from .models.conventions import Conventions
+
+try:
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageClassification,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+    from transformers.image_processing_backends import PilBackend
+    from transformers.image_utils import PILImageResampling
+    from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputWithNoAttention
+except ImportError as error:
+    raise ImportError(f'odenets.hf needs transformers 5 ({error}): pip install "odenets[hf]"') from None
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-classification
+tags: [odenets]
+---
+
+# {name}
+
+A network of the library odenets: `{name}`{under}, {parameters:,} parameters, {labels} classes, pictures of
+{size} x {size} pixels.
+
+```python
+import odenets.hf  # registers the model
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="path or name of this repository")
+```
+"""
+
+
+class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
+    """What it takes to build a model again, and what pictures it expects.
+
+    Args:
+        name: one of ``odenets.list_models()``.
+        options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values.
+        scheme: a scheme for all levels, or one per level; None is the model's own.
+        backprop: as in ``Stack``; None is the model's own.
+        num_channels: channels of the picture.
+        image_size: side of the pictures in evaluation; None is 224, or 32 for models of small pictures.
+        crop_pct: side of the middle that is cut, over the shorter side of the resized picture.
+        image_mean: per channel, subtracted from pictures in [0, 1].
+        image_std: per channel, divided by afterwards.
+        channels_of_maps: widths of the maps; worked out where it is None, and saved.
+        kwargs: as in transformers' ``PreTrainedConfig``: ``num_labels``, ``id2label``, ``out_features``,
+            ``out_indices``. The number of labels is the model's own unless it is given.
+
+    Example:
+        >>> config = OdenetsConfig(name="resnet20", scheme="bdia", backprop="exact", out_features=["stage1", "stage3"])
+        >>> config.num_labels, config.stage_names, config.out_indices
+        (10, ['stem', 'stage1', 'stage2', 'stage3'], [1, 3])
+    """
+
+    model_type = "odenets"
+
+    name: str = "convnext_tiny"
+    options: dict[str, Any] | None = None
+    scheme: str | list[str] | None = None
+    backprop: str | None = None
+    num_channels: int = 3
+    image_size: int | None = None
+    crop_pct: float = 0.875
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    channels_of_maps: list[int] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        own = model_options(self.name)
+        self.options = dict(self.options or {})
+        if kwargs.get("num_labels") is None:
+            kwargs.pop("num_labels", None)
+            if self.id2label is None:
+                kwargs["num_labels"] = own.get("num_classes", 1000)
+        if self.image_size is None:
+            self.image_size = own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
+        if self.channels_of_maps is None:
+            with torch.device("meta"), _no_mixing():
+                self.channels_of_maps = self.build(0).feature_info.channels()
+        count = len(self.channels_of_maps or ())
+        self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(count))]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def build(self, num_classes: int) -> Any:
+        """The model."""
+        given = {"scheme": self.scheme, "backprop": self.backprop}
+        given = {k: v for k, v in given.items() if v is not None}
+        net = create_model(
+            self.name, num_classes=num_classes, in_chans=self.num_channels, **{**(self.options or {}), **given}
+        )
+        if not isinstance(net, Conventions):
+            raise SchemeError(f"{self.name}: a {type(net).__name__} has no maps and features; want a HeadNet.")
+        return net
+
+
+@contextmanager
+def _no_mixing() -> Iterator[None]:
+    """Inside, schemes of high mixing are not warned of: whoever built the model was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        yield
+
+
+class OdenetsPreTrainedModel(PreTrainedModel):
+    """What the backbone and the classifier share: one network, ``net``, whose keys are those of the library."""
+
+    config_class = OdenetsConfig
+    base_model_prefix = "net"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    input_modalities = ["image"]  # noqa: RUF012
+
+    def __init__(self, config: OdenetsConfig, num_classes: int):
+        super().__init__(config)
+        self.net = config.build(num_classes)
+        self._new: dict[str, Tensor] = {}
+        for p in self.net.parameters():
+            if not p.is_meta:  # it has its value, and transformers is to draw no other
+                p._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that no file held are those of a new network, drawn as the library draws them."""
+        own = {id(p) for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)}
+        places = {key: p for key, p in self.net.named_parameters() if id(p) in own}
+        if not places:
+            return
+        if not self._new:  # once for all modules that miss something
+            with _no_mixing(), torch.device("cpu"):
+                self._new.update(self.config.build(self.net.num_classes).named_parameters())  # type: ignore[union-attr]
+        with torch.no_grad():
+            for key, p in places.items():
+                p.copy_(self._new[key])
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._initialize_missing_keys(*args, **kwargs)
+        finally:
+            self._new.clear()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Lets the stacks that store keep one state a step."""
+        self.net.set_grad_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Lets them store again."""
+        self.net.set_grad_checkpointing(False)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # type: ignore[assignment]
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, and beside it a model card and the image processor's configuration, if there are none.
+
+        Args:
+            save_directory: the folder.
+            args: as in transformers.
+            kwargs: as in transformers.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder, config = Path(save_directory), self.config
+        if not (folder / "preprocessor_config.json").exists():
+            OdenetsImageProcessor.of(config).save_pretrained(folder)  # type: ignore[arg-type]
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(
+                CARD.format(
+                    name=config.name,
+                    under=f" under the scheme `{config.scheme}`" if config.scheme else "",
+                    parameters=sum(p.numel() for p in self.parameters()),
+                    labels=config.num_labels,
+                    size=config.image_size,
+                ),
+                encoding="utf-8",
+            )
+
+
+class OdenetsForImageClassification(OdenetsPreTrainedModel):
+    """A network with its head.
+
+    Shapes:
+        pixel_values: (n, c, h, w); labels: (n,); logits: (n, num_labels).
+
+    Example:
+        >>> import torch
+        >>> net = OdenetsForImageClassification(OdenetsConfig(name="resnet20"))
+        >>> out = net(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1]))
+        >>> out.logits.shape, out.loss.shape
+        (torch.Size([2, 10]), torch.Size([]))
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: OdenetsConfig):
+        super().__init__(config, config.num_labels or 0)
+        self.num_labels = config.num_labels
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, the loss where there are labels, and the maps where hidden states are asked for.
+
+        Args:
+            pixel_values: the pictures.
+            labels: their classes.
+            output_hidden_states: whether the maps come along.
+            return_dict: False gives a tuple.
+            kwargs: what transformers adds and a network of pictures has no use for.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        maps = None
+        if output_hidden_states:
+            features, maps = self.net.forward_intermediates(pixel_values)
+        else:
+            features = self.net.forward_features(pixel_values)
+        logits = self.net.forward_head(features)
+        loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        found = ImageClassifierOutputWithNoAttention(
+            loss=loss, logits=logits, hidden_states=None if maps is None else tuple(maps)
+        )
+        return found.to_tuple() if return_dict is False else found
+
+
+class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[misc]
+    """A network that gives maps: ``stage1`` is the finest. "stem" is the name of what comes before, and has no map.
+
+    Detectors and segmenters of transformers take it by ``backbone_config=OdenetsConfig(...)``.
+
+    Shapes:
+        pixel_values: (n, c, h, w); feature_maps: (n, channels[i], h / reduction, w / reduction) each.
+
+    Raises:
+        SchemeError: the stem is asked for.
+
+    Example:
+        >>> import torch
+        >>> net = OdenetsBackbone(OdenetsConfig(name="resnet20", out_features=["stage1", "stage3"]))
+        >>> net.channels, [tuple(m.shape[1:]) for m in net(torch.randn(1, 3, 32, 32)).feature_maps]
+        ([16, 64], [(16, 32, 32), (64, 8, 8)])
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: OdenetsConfig):
+        super().__init__(config, 0)
+        rows = [index - 1 for index in config.out_indices or ()]
+        if min(rows) < 0:
+            raise SchemeError(f"{config.name}: the stem gives no map; want of {', '.join(config.stage_names[1:])}.")
+        self.num_features = [config.channels_of_maps[0], *config.channels_of_maps]  # type: ignore[index, misc]
+        self.rows = self.net.prune_intermediate_layers(rows, prune_norm=True)
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The maps of the wanted stages.
+
+        Args:
+            pixel_values: the pictures.
+            output_hidden_states: whether the maps of all stages up to the last wanted one come along.
+            return_dict: False gives a tuple.
+            kwargs: what transformers adds and a network of pictures has no use for.
+        """
+        every = self.net.forward_intermediates(pixel_values, intermediates_only=True)
+        hidden = tuple(every) if output_hidden_states else None
+        found = BackboneOutput(feature_maps=tuple(every[i] for i in self.rows), hidden_states=hidden)
+        return found.to_tuple() if return_dict is False else found
+
+
+class OdenetsImageProcessor(PilBackend):
+    """Pictures as the models are evaluated: the shorter side resized, the middle cut, then mean and deviation.
+
+    Example:
+        >>> from PIL import Image
+        >>> processor = OdenetsImageProcessor.of(OdenetsConfig(name="resnet20"))
+        >>> processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"].shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = list(IMAGENET_MEAN)  # noqa: RUF012
+    image_std = list(IMAGENET_STD)  # noqa: RUF012
+    size = {"shortest_edge": 256}  # noqa: RUF012  transformers reads the class
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}  # noqa: RUF012
+    do_resize = do_center_crop = do_rescale = do_normalize = do_convert_rgb = True
+
+    @classmethod
+    def of(cls, config: OdenetsConfig) -> "OdenetsImageProcessor":
+        """The processor of a model's pictures."""
+        side = int(config.image_size or 224)
+        return cls(
+            size={"shortest_edge": round(side / config.crop_pct)},
+            crop_size={"height": side, "width": side},
+            image_mean=list(config.image_mean or IMAGENET_MEAN),
+            image_std=list(config.image_std or IMAGENET_STD),
+        )
+
+
+AutoConfig.register("odenets", OdenetsConfig)
+AutoBackbone.register(OdenetsConfig, OdenetsBackbone)
+AutoModelForImageClassification.register(OdenetsConfig, OdenetsForImageClassification)
+AutoImageProcessor.register(OdenetsConfig, image_processor_classes={"pil": OdenetsImageProcessor})

@@ -1,0 +1,167 @@
+"""What users of timm call on any network: intermediate maps, checkpointing, groups of parameters."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from ..backprop.modes import Checkpoint, Store
+from ..stack import Stack
+from .feature_info import FeatureInfo, chosen, place
+
+LAST = (99999,)  # timm's mark of what goes into the group before
+# Matrices and more that are scales or places, not weights of a linear map.
+UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|log_scale)$|^idle\.")
+
+
+class Conventions(nn.Module):
+    """Methods of timm's models that work on every network with maps; none needs timm.
+
+    Attributes:
+        first_conv: the convolution that reads the picture, by its name; None where there is none.
+        classifier: the linear layer that gives the logits, by its name.
+    """
+
+    first_conv: ClassVar[str | None] = "stem.conv"
+    classifier: ClassVar[str] = "head"
+
+    feature_info: FeatureInfo
+    num_features: int
+    head_hidden_size: int
+
+    def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        """The maps of the levels, fine to coarse; ``feature_info`` says their widths and reductions.
+
+        Args:
+            x: (n, in_chans, h, w).
+            last: number of the last map that is wanted; those after it may be left out.
+        """
+        raise NotImplementedError
+
+    def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """What ``forward_features`` and ``maps`` give, of one pass; with ``norm`` the last map is normalised."""
+        found = self.maps(x)
+        return found[-1], found
+
+    def cut_levels(self, last: int) -> None:
+        """Takes out what comes after map number ``last``."""
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new head in."""
+        raise NotImplementedError
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The features, and the maps on the way to them, of one pass.
+
+        Args:
+            x: (n, in_chans, h, w).
+            indices: which rows of ``feature_info``: None is all, a number the last so many.
+            norm: whether the last map is normalised, where the network does so before it pools.
+            stop_early: whether levels after the last wanted one are left out; the features are then that map.
+            output_fmt: "NCHW", or "NLC" for (n, h w, c).
+            intermediates_only: gives the maps alone.
+
+        Returns:
+            A pair, ``(features, maps)``; or the maps.
+
+        Raises:
+            SchemeError: numbers out of range, or another format.
+
+        Example:
+            >>> import torch
+            >>> from odenets import create_model
+            >>> net = create_model("resnet20", num_classes=10)
+            >>> y, maps = net.forward_intermediates(torch.randn(1, 3, 32, 32), indices=2)
+            >>> tuple(y.shape), [tuple(m.shape) for m in maps]
+            ((1, 64, 8, 8), [(1, 32, 16, 16), (1, 64, 8, 8)])
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise SchemeError(f"output_fmt is {output_fmt!r}, want 'NCHW' or 'NLC'.")
+        rows = chosen(indices, len(self.feature_info))
+        if stop_early and max(rows) < len(self.feature_info) - 1:
+            last = place(self.feature_info[max(rows)])
+            maps = self.maps(x, last)
+            y = maps[last]
+        else:
+            y, maps = self.features_and_maps(x, norm)
+        found = [maps[place(self.feature_info[i])] for i in rows]
+        if output_fmt == "NLC":
+            found = [m.flatten(2).transpose(1, 2) for m in found]
+        return found if intermediates_only else (y, found)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Takes out what the wanted maps do not need, and returns their numbers in ``feature_info``.
+
+        Args:
+            indices: as in ``forward_intermediates``.
+            prune_norm: whether the norm before the pooling goes too.
+            prune_head: whether the head goes too; it does where levels go.
+        """
+        rows = chosen(indices, len(self.feature_info))
+        shorter = max(rows) < len(self.feature_info) - 1
+        if prune_head or shorter:
+            self.reset_classifier(0)
+        self.cut_levels(place(self.feature_info[max(rows)]))
+        if prune_norm or shorter:
+            without_norms(self)
+        self.feature_info = FeatureInfo(self.feature_info[: max(rows) + 1])
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        return rows
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Lets the stacks that store keep one state a step and run the step again (or store, where it is off).
+
+        Stacks under any other mode, such as "reverse", stay as they are. For plans by measurement: ``odenets.plan``.
+
+        Example:
+            >>> from odenets import create_model
+            >>> net = create_model("resnet20")
+            >>> net.set_grad_checkpointing()
+            >>> [str(level.backprop) for level in net.levels]
+            ['checkpoint', 'checkpoint', 'checkpoint']
+        """
+        before, after = (Store, Checkpoint()) if enable else (Checkpoint, Store())
+        for m in self.modules():
+            if isinstance(m, Stack) and isinstance(m.backprop, before):
+                m.backprop = after
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that order parameters by depth, for learning rates that decay from layer to layer, as timm reads.
+
+        Args:
+            coarse: one group a level, or a column; else one a step, or a level of a column.
+        """
+        if coarse:
+            blocks: list[Any] = [(r"^columns\.steps\.(\d+)", None), (r"^(?:transitions|levels)\.(\d+)", None)]
+        else:
+            blocks = [
+                (r"^columns\.steps\.(\d+)\.[fg]s\.(\d+)", None),
+                (r"^transitions\.(\d+)", (-1,)),  # before the first step of its level
+                (r"^levels\.(\d+)\.steps\.(\d+)", None),
+                (r"^levels\.(\d+)", None),
+            ]
+        return {"stem": r"^(?:stem|idle)\.", "blocks": [*blocks, (r"^(?:norm|head_norm)\.", LAST)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay beside vectors: positions, class tokens, factors of channels."""
+        return {name for name, _ in self.named_parameters() if UNDECAYED.search(name)}
+
+
+def without_norms(model: nn.Module) -> None:
+    """Takes out what normalises the last map, or what is pooled of it."""
+    for name in ("norm", "head_norm"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            setattr(model, name, nn.Identity())

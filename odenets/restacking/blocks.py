@@ -1,0 +1,69 @@
+"""A model's block as a residual function: what it adds to its hidden state."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from schemes.errors import SchemeError
+
+from .arguments import Arguments
+
+
+class Form:
+    """In which form blocks return their hidden state.
+
+    Attributes:
+        beside: None where they return a tensor, else the number of further items of a tuple, all None.
+    """
+
+    __slots__ = ("beside",)
+
+    def __init__(self) -> None:
+        self.beside: int | None = None
+
+    def take(self, block: nn.Module, output: Any) -> Tensor:
+        """The hidden state that a block returns.
+
+        Raises:
+            SchemeError: the block returns more than that, which a model would pass on from block to block, or collect.
+        """
+        if not isinstance(output, (tuple, list)):
+            self.beside = None
+            return output
+        more = [i for i, v in enumerate(output) if i and v is not None]
+        if more or not output:
+            what = f"more than its hidden state (item {more[0]})" if more else "an empty tuple"
+            raise SchemeError(
+                f"restack: {type(block).__name__} returns {what}, and a scheme carries hidden states alone.\n"
+                "  Turn attention weights and caches off: output_attentions=False, use_cache=False. What a model hands "
+                "from block to block, such as T5's position bias, cannot be restacked."
+            )
+        self.beside = len(output) - 1
+        return output[0]
+
+    def give(self, y: Any) -> Any:
+        """A hidden state in that form."""
+        return y if self.beside is None else (y, *(None,) * self.beside)
+
+
+class BlockFunction(nn.Module):
+    """x -> block(x, ...) - x: the change that a block with a skip of its own makes.
+
+    Args:
+        block: the block.
+        place: its number among the blocks of a stack, by which it finds its arguments.
+        form: learns in which form it returns its hidden state.
+    """
+
+    block: nn.Module
+
+    def __init__(self, block: nn.Module, place: int, form: Form):
+        super().__init__()
+        self.block, self.place, self.form = block, place, form
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        """The change of a hidden state; ``context`` is what ``arguments.common`` gives."""
+        given = Arguments() if context is None else context
+        if not isinstance(given, Arguments):
+            given = given[self.place]
+        return self.form.take(self.block, given.call(self.block, x)) - x

@@ -1,0 +1,325 @@
+"""The container of a model's blocks, once it runs them as a stack: the same module, children and state-dict keys."""
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from schemes import registry
+from schemes.bdia import Bdia
+from schemes.errors import SchemeError
+from schemes.scheme import Scheme
+
+from .. import build
+from ..backprop.modes import Mode, Offload, Store
+from ..backprop.surroundings import nothing_changed
+from ..stack import Stack, StackHolder
+from ..tracing import is_traced
+from .arguments import (
+    Arguments,
+    caches,
+    changed,
+    common,
+    contents,
+    leave_empty,
+    was_left_empty,
+    without_caches,
+)
+from .blocks import BlockFunction, Form
+from .passes import Call, Closed, Run, View
+
+
+class RestackWarning(UserWarning):
+    """What a restacked model does otherwise than the model as it was."""
+
+
+class Restacking:
+    """How the blocks of one container are run: the options of their stack, and the stack.
+
+    It is no module and stands outside of the container's registration, so that nothing counts a block twice.
+
+    Args:
+        path: where the container lies in its model.
+        container: the container.
+        scheme: as in Stack.
+        backprop: as in Stack.
+        step: as in Stack.
+        seed: as in Stack.
+        outside: how many of the first blocks stay outside of the stack; None leaves that to the first call where the
+            first block is made otherwise than the second.
+
+    Attributes:
+        stack: the stack.
+        blocks: the container's blocks, those outside first.
+        outside: how many of them are outside; None until it is known.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        container: nn.Module,
+        scheme: str | Scheme,
+        backprop: str | Mode,
+        step: float | str,
+        seed: int | None,
+        outside: int | None,
+    ):
+        self.path, self.asked = path, outside
+        self.options: dict[str, Any] = {"scheme": scheme, "backprop": backprop, "step": step, "seed": seed}
+        self.form = Form()
+        self.reached: set[int] = set()  # threads in which the stack has run since the model's pass began
+        self.warned = False
+        self._take(container)
+
+    def _take(self, container: nn.Module) -> None:
+        """Builds the stack of the container's blocks as they are now."""
+        self.names, self.blocks = list(container._modules), blocks_of(container)
+        self.outside = self.asked
+        if self.outside is None and (len(self.blocks) < 2 or _made(self.blocks[0]) == _made(self.blocks[1])):
+            self.outside = 0
+        if self.outside is not None:
+            self._build(self.outside)
+            return
+        try:  # the first call decides; a first block that is made otherwise mostly changes the shape
+            self._build(1)
+        except SchemeError:
+            self._build(0)
+
+    def _build(self, first: int) -> None:
+        inside = self.blocks[first:]
+        if not inside:
+            raise SchemeError(f"restack: {self.path!r} holds {len(self.blocks)} blocks, {first} of them outside.")
+        self.functions = [BlockFunction(block, place, self.form) for place, block in enumerate(inside)]
+        try:
+            self.stack = Stack(self.functions, **self.options)
+        except SchemeError as error:
+            raise SchemeError(f"restack, {self.path!r}: {error}") from None
+        if self.stack.rule.learned:
+            raise SchemeError("restack: step='learned' would add parameters to the model's; want a number or a decay.")
+        below = {id(m) for block in inside for m in block.modules()}
+        self.own = [m for m in self.stack.modules() if id(m) not in below]
+        self.first = first
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the model's values in evaluation are those that it had before."""
+        euler = registry.get("euler")
+        steps = self.stack.steps
+        return all((s.scheme == euler or isinstance(s.scheme, Bdia)) and s.h == 1 for s in steps)
+
+    def fit(self, container: nn.Module) -> None:
+        """Brings the stack up to date with the container: its blocks, and whether it trains."""
+        if self.names != list(container._modules):
+            self._take(container)
+        self.blocks = blocks_of(container)
+        for function, block in zip(self.functions, self.blocks[self.first :], strict=True):
+            if function._modules["block"] is not block:
+                function.block = block  # type: ignore[assignment]
+                self.stack._revision.stale = True  # another block owes the checks of a first call
+        # Not ``stack.train()``, which would reach the blocks, and some may be frozen in evaluation.
+        for m in self.own:
+            if m.training is not container.training:
+                m.training = container.training
+
+    def decide(self, block: nn.Module, x: Any, given: Arguments) -> int:
+        """Finds by a trial how many blocks stay outside: the first, where it changes the shape."""
+        if is_traced(x) or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise SchemeError(
+                f"restack: whether the first block of {self.path!r} changes the shape shows at a first call, which "
+                "comes before a trace.\n  Call the model once, or say it: restack(..., outside=1)."
+            )
+        with torch.no_grad(), nothing_changed([block], always=True):
+            y = self.form.take(block, given.call(block, x))
+        self.outside = int(y.shape != x.shape)
+        if self.outside != self.first:
+            training = self.stack.training
+            self._build(self.outside)
+            for m in self.own:
+                m.training = training
+        return self.outside
+
+    def finish(self, run: Run, x: Any, given: list[Arguments]) -> Any:
+        """What the last block gives, after the stack has run on a hidden state, with the arguments of its blocks."""
+        given = self._without_caches(given)
+        context = common(given)
+        if is_traced(x):
+            y = self._record(x, context)
+        else:
+            watched = contents(context) if context is not None and self._runs_again() else None
+            y = self._output(x, context)
+            if watched is not None and changed(watched, contents(context)):
+                raise SchemeError(
+                    f"restack: a block of {self.path!r} writes to an argument that the model hands it, and "
+                    f"backprop='{self.stack.backprop}' runs blocks again.\n  Use backprop='store', or leave that "
+                    "argument away."
+                )
+        if not torch.compiler.is_compiling():
+            self.reached.add(threading.get_ident())
+        return run.give(y, self.form)
+
+    def _output(self, x: Any, context: Any) -> Any:
+        """The output of the stack; hidden states that transformers collects are those after its steps."""
+        with _hidden_states() as collected:
+            if collected is None:
+                return self.stack(x, context=context)
+            states = self.stack.trajectory(x, context=context)
+            collected += states if collected else [x, *states]
+        return states[-1]
+
+    def _record(self, x: Any, context: Any) -> Any:
+        """The output by plain operations on the registered blocks, which is what a trace can follow."""
+        stack = self.stack
+        build.check_traced("restack", stack.scheme, stack.backprop.keeps_all, stack.training)
+        state, functions = None, iter(self.functions)
+        for step in stack.steps:
+            # Not the functions themselves: a trace refuses modules that are not registered.
+            fs = [partial(next(functions).forward, context=context) for _ in range(step.scheme.stages)]
+            state = stack.scheme.init(fs, x, step.h) if state is None else state
+            state = step.scheme._step(fs, state, step.h)
+        return stack.scheme.readout(state)  # type: ignore[arg-type]
+
+    def _runs_again(self) -> bool:
+        """Whether the backward pass of this pass runs blocks again."""
+        return torch.is_grad_enabled() and not isinstance(self.stack.backprop, Store | Offload)
+
+    def _without_caches(self, given: list[Arguments]) -> list[Arguments]:
+        """The arguments as blocks may have them: a cache that they would extend twice is dropped, or refused."""
+        found = caches(given)
+        if not found:
+            return given
+        if any(was_left_empty(cache) for cache in found):
+            raise SchemeError(
+                f"restack: the cache given to {self.path!r} was kept from its blocks by an earlier pass with "
+                "gradients, and holds nothing of it.\n  Generate under torch.no_grad(), with a new cache."
+            )
+        remedy = self._against_caches()
+        if remedy is None:
+            return given
+        what, do = remedy
+        if self._runs_again() and all(int(cache.get_seq_length()) == 0 for cache in found):
+            for cache in found:
+                leave_empty(cache)
+            if not self.warned:
+                self.warned = True
+                text = f"restack: {what}, so the cache of {self.path!r} is dropped. use_cache=False makes none."
+                warnings.warn(text, RestackWarning, stacklevel=2)
+            return [without_caches(a) for a in given]
+        raise SchemeError(f"restack: {what}, and a cache of {self.path!r} would be extended wrongly.\n  {do}")
+
+    def _against_caches(self) -> tuple[str, str] | None:
+        """Why blocks must not extend a cache in this pass, and the remedy; None where they may."""
+        for step in self.stack.steps:
+            calls = step.scheme.evaluations
+            if calls is None or calls > step.scheme.stages:
+                return f"{step.scheme} evaluates a block more than once a pass", "Give none: use_cache=False."
+        if self._runs_again():
+            mode = self.stack.backprop
+            return f"backprop='{mode}' runs blocks again", "Give none, use_cache=False, or work under torch.no_grad()."
+        if self.stack.training and any(step.scheme.training_differs for step in self.stack.steps):
+            return f"{self.stack.scheme} draws in training", "Call model.eval()."
+        return None
+
+
+def blocks_of(container: nn.Module) -> list[nn.Module]:
+    """The children of a container, a block that stands in it twice both times."""
+    return [m for m in container._modules.values() if m is not None]
+
+
+def _made(block: nn.Module) -> tuple[Any, ...]:
+    """What tells blocks that keep the shape from one that does not: class, shapes of parameters, strides."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    strides = tuple((name, stride) for name, m in block.named_modules() if (stride := getattr(m, "stride", None)))
+    return type(block), shapes, strides
+
+
+class _Sieve(list[Any]):
+    """A list that takes nothing in."""
+
+    def append(self, value: Any) -> None:
+        """Leaves it."""
+
+
+@contextmanager
+def _hidden_states() -> Iterator[list[Any] | None]:
+    """The list in which transformers collects hidden states in this pass, or None; inside, its hooks collect none."""
+    # Its hooks on the blocks would collect the values of stages, which are no states of the network.
+    module = sys.modules.get("transformers.utils.output_capturing")
+    active = None if module is None else module._active_collector
+    # A compiler follows no context variable; transformers keeps a plain one for it.
+    collector = active and (active.global_var if torch.compiler.is_compiling() else active.get())
+    collected = collector.get("hidden_states") if collector else None
+    if collected is None:
+        yield None
+        return
+    collector["hidden_states"] = _Sieve()  # type: ignore[index]
+    try:
+        yield collected
+    finally:
+        collector["hidden_states"] = collected  # type: ignore[index]
+
+
+class Restacked(StackHolder):
+    """What a container of blocks becomes: to iterate over it is to run its stack.
+
+    Its children, keys and length are those of before, and ``container[3]`` is the block itself. Iteration and a slice
+    of all give ``View``s: blocks in all that is asked of them, but that their calls, in order, are one pass.
+    """
+
+    __slots__ = ()
+
+    _base: type[nn.Module]
+    _restacking: Restacking
+
+    @property
+    def stack(self) -> Stack:
+        """The stack, which holds the blocks as they are now."""
+        self._restacking.fit(self)  # type: ignore[arg-type]
+        return self._restacking.stack
+
+    def __iter__(self) -> Iterator[Any]:
+        if getattr(self, "_is_replica", False):
+            raise SchemeError("restack: DataParallel copies a model for each device; use DistributedDataParallel.")
+        restacking = self._restacking
+        restacking.fit(self)  # type: ignore[arg-type]
+        run = Run(restacking)
+        seen = Call if torch.compiler.is_compiling() else View
+        return iter([seen(block, place, run) for place, block in enumerate(restacking.blocks)])
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, slice):
+            return self._base.__getitem__(self, key)  # type: ignore[attr-defined]
+        blocks = blocks_of(self)  # type: ignore[arg-type]
+        if range(len(blocks))[key] == range(len(blocks)):
+            return self
+        if self._restacking.faithful:
+            return self._base(blocks[key]) if issubclass(self._base, nn.ModuleList) else self._base(*blocks[key])
+        closed = Closed(self._restacking.path, str(self._restacking.stack.scheme))
+        return [View(block, place, closed) for place, block in enumerate(blocks[key])]
+
+    def _get_name(self) -> str:
+        return f"Restacked{self._base.__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, and pickle wants one that it can import.
+        return _empty, (self._base,), self.__getstate__()
+
+
+@functools.cache
+def restacked(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of a restacked container of this class."""
+    # The base comes first, or the layout would be another and no object could change its class; so what a restacked
+    # container does otherwise has to stand in the class itself.
+    own = {name: vars(Restacked)[name] for name in ("stack", "__iter__", "__getitem__", "_get_name", "__reduce_ex__")}
+    return type(f"Restacked{base.__name__}", (base, Restacked), {"_base": base, "__module__": __name__, **own})
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    kind = restacked(base)
+    return kind.__new__(kind)

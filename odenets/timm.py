@@ -1,0 +1,114 @@
+"""Every model for timm: after ``import odenets.timm`` there is ``timm.create_model("odenets_resnet50")``.
+
+Names are those of ``odenets.list_models()`` after ``odenets_``. All that timm does with a model by name works:
+``pretrained`` with a tag, ``features_only``, ``num_classes``, ``in_chans``, and what builds on it, such as the encoders
+of segmentation_models_pytorch ("tu-odenets_resnet50").
+
+Raises:
+    ImportError: timm is not installed, or torchvision, which it imports, was built for another torch.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .checkpoints import Renames
+from .models.catalogue import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Weights,
+    create_model,
+    list_models,
+    model_kind,
+    model_options,
+    published_weights,
+)
+from .models.conventions import Conventions
+from .models.feature_info import chosen
+from .models.feature_net import FeatureNet
+
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ImportError as error:
+    raise ImportError(f'odenets.timm needs timm ({error}): pip install "odenets[timm]"') from None
+except RuntimeError as error:  # torchvision asks for operators that another build of torch does not have
+    raise ImportError(
+        f"odenets.timm: timm imports torchvision, which does not fit this torch ({str(error).splitlines()[0]}).\n"
+        "  Install the torchvision of this torch's release and build."
+    ) from None
+
+PREFIX = "odenets_"
+
+
+def config(name: str, weights: Weights | None = None) -> dict[str, Any]:
+    """What timm notes of a model: the size of its pictures, its classes, its first convolution and its head."""
+    given = model_options(name)
+    classes = weights.num_classes if weights else given.get("num_classes", 1000)
+    side = given.get("size", 224 if classes >= 1000 else 32)
+    kind = model_kind(name) or Conventions
+    found = {
+        "num_classes": classes,
+        "input_size": (given.get("in_chans", 3), side, side),
+        "mean": weights.mean if weights else IMAGENET_MEAN,
+        "std": weights.std if weights else IMAGENET_STD,
+        "first_conv": kind.first_conv,
+        "classifier": kind.classifier,
+    }
+    return {**found, **({"url": weights.url} if weights else {})}
+
+
+def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published weights under the names and in the shapes of the model; what its layout implies is set there."""
+    own = model.state_dict()
+    known = model.key_map(state.keys()) if isinstance(model, Renames) and state.keys() != own.keys() else None
+    if known is None:
+        return state
+    for path, number in known.settings.items():
+        module, _, name = path.rpartition(".")
+        setattr(model.get_submodule(module), name, number)
+    placed = {known.names.get(key, key): value for key, value in state.items()}
+    # Layouts write a vector as (c, 1, 1), and a matrix as a 1x1 convolution.
+    return {
+        key: value.reshape(own[key].shape) if key in own and value.numel() == own[key].numel() else value
+        for key, value in placed.items()
+        if key is not None
+    }
+
+
+def _maps(model: Any, out_indices: Sequence[int] | int | None = None) -> FeatureNet:
+    """A network that gives its maps, all of them unless ``out_indices`` says which, or how many of the last."""
+    return FeatureNet(model, chosen(out_indices, len(model.feature_info)))
+
+
+def _entry(name: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if "img_size" in kwargs and "size" in model_options(name):
+            size = kwargs.pop("img_size")
+            kwargs["size"] = size if isinstance(size, int) else size[0]
+        return build_model_with_cfg(
+            *(partial(create_model, name), PREFIX + name, pretrained),
+            feature_cfg={"out_indices": None, "feature_cls": _maps},
+            pretrained_filter_fn=renamed,
+            **kwargs,
+        )
+
+    build.__name__ = build.__qualname__ = PREFIX + name
+    build.__doc__ = f"odenets' {name}."
+    return build
+
+
+def _configs() -> dict[str, Any]:
+    found = {}
+    for name in list_models():
+        for weights in published_weights(name) or (None,):
+            tag = f".{weights.tag}" if weights else ""
+            found[PREFIX + name + tag] = config(name, weights)
+    return found
+
+
+default_cfgs = generate_default_cfgs(_configs())
+
+for _name in list_models():
+    register_model(_entry(_name))

@@ -1,0 +1,177 @@
+"""The models in transformers: saved, loaded, fed and cut as transformers does with its own."""
+
+import functools
+import json
+import warnings
+
+import pytest
+import torch
+from test_every_model import families, shared, shrunk
+
+from odenets import checkpoints
+from schemes import MixingWarning, SchemeError
+
+transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "odenets[hf]"')
+hf = pytest.importorskip("odenets.hf")
+pytestmark = pytest.mark.cases(3)
+every_family = pytest.mark.parametrize("name", list(families().values()), ids=list(families()))
+
+
+@functools.cache
+def options(name):
+    given = {k: v for k, v in shrunk(name).items() if k not in ("num_classes", "in_chans", "global_pool", "backprop")}
+    return json.loads(json.dumps(given))  # as a file holds them: lists, no tuples
+
+
+def config(name, **more):
+    side = 2 * shared(name).feature_info[-1]["reduction"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        return hf.OdenetsConfig(name=name, options=options(name), image_size=side, **{"num_labels": 5, **more})
+
+
+def classifier(name, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        torch.manual_seed(0)
+        return hf.OdenetsForImageClassification(config(name, **more)).eval()
+
+
+def pictures(net, n=2):
+    side = net.config.image_size
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@every_family
+def test_a_classifier_goes_out_and_in(name, tmp_path):
+    net = classifier(name)
+    net.net.load_state_dict(shared(name).state_dict())
+    x = pictures(net)
+    net.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        want = net(x)
+        assert torch.equal(want.logits, shared(name)(x)) and torch.equal(loaded(x).logits, want.logits)
+        assert all(
+            map(
+                torch.equal,
+                loaded(x, output_hidden_states=True).hidden_states,
+                shared(name).forward_intermediates(x)[1],
+            )
+        )
+        assert torch.equal(net(x, return_dict=False)[0], want.logits)
+    # The keys are those of the library, after a prefix that it knows.
+    checkpoints.load(classifier(name).net, {k.removeprefix("net."): v for k, v in net.state_dict().items()})
+
+
+@every_family
+def test_a_backbone_reads_what_a_classifier_wrote(name, tmp_path):
+    net = classifier(name)
+    x = pictures(net)
+    net.save_pretrained(tmp_path)
+    stages = net.config.stage_names[1:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        # Not AutoBackbone.from_pretrained, which asks the Hub for the name before it looks for a folder.
+        backbone = hf.OdenetsBackbone.from_pretrained(tmp_path, out_features=stages).eval()
+        first = hf.OdenetsBackbone.from_pretrained(tmp_path, out_features=stages[:1]).eval()
+        given = transformers.AutoConfig.from_pretrained(tmp_path)
+        assert type(transformers.AutoBackbone.from_config(given)) is hf.OdenetsBackbone
+    with torch.no_grad():
+        want = net.net.forward_intermediates(x, intermediates_only=True)
+        for got, maps in ((backbone(x).feature_maps, want), (first(x).feature_maps, want[:1])):
+            assert len(got) == len(maps) and all(map(torch.equal, got, maps))
+    assert backbone.channels == [m.shape[1] for m in want]
+    backbone.train()
+    sum(m.square().mean() for m in backbone(x).feature_maps).backward()
+    with pytest.raises(SchemeError, match="the stem gives no map; want of stage1"):
+        hf.OdenetsBackbone(config(name, out_features=["stem"]))
+
+
+def test_weights_that_no_file_holds_are_drawn_as_the_library_draws(tmp_path):
+    net = classifier("resnet20")
+    net.save_pretrained(tmp_path)
+    loaded = hf.OdenetsForImageClassification.from_pretrained(
+        tmp_path, id2label={i: str(i) for i in range(7)}, ignore_mismatched_sizes=True
+    )
+    assert loaded.net.head.weight.shape == (7, net.net.num_features) and loaded.net.num_classes == 7
+    like = net.net.head.weight.std()
+    assert 0.7 * like < loaded.net.head.weight.std() < 1.4 * like
+    other = {k: v for k, v in loaded.state_dict().items() if "head" not in k}
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in other.items())
+
+
+def test_scheme_and_mode_are_part_of_the_configuration(tmp_path):
+    net = classifier("convnext_base", scheme="bdia", backprop="exact", id2label={0: "cat", 1: "dog"}, num_labels=None)
+    assert {str(level.backprop) for level in net.net.levels} == {"exact"} and net.config.num_labels == 2
+    net.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert {str(level.scheme) for level in loaded.net.levels} == {"bdia"} and loaded.config.id2label[1] == "dog"
+    assert "`bdia`" in (tmp_path / "README.md").read_text()
+    other = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path, scheme="euler", backprop="checkpoint"
+    )
+    assert {str(level.backprop) for level in other.net.levels} == {"checkpoint"}
+    with pytest.raises(SchemeError, match="there is no model named 'resnet21'"):
+        hf.OdenetsConfig(name="resnet21")
+
+
+def test_the_default_number_of_labels_is_the_models():
+    assert hf.OdenetsConfig(name="resnet20").num_labels == 10
+    assert hf.OdenetsConfig(name="resnet20", num_labels=3).num_labels == 3
+
+
+def test_checkpointing_reaches_the_stacks():
+    net = classifier("resnet20")
+    net.gradient_checkpointing_enable()
+    assert {str(level.backprop) for level in net.net.levels} == {"checkpoint"}
+    net.gradient_checkpointing_disable()
+    assert {str(level.backprop) for level in net.net.levels} == {"store"}
+
+
+def test_a_picture_goes_through_the_pipeline_of_a_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    net = classifier("resnet20", id2label={i: f"class {i}" for i in range(5)}, num_labels=None)
+    net.save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor) is hf.OdenetsImageProcessor
+    picture = image.effect_noise((50, 40), 80).convert("RGB")
+    side = net.config.image_size
+    x = processor(picture, return_tensors="pt")["pixel_values"]
+    # By hand: the shorter side to side / 0.875, the middle, [0, 1], mean and deviation.
+    short = round(side / 0.875)
+    resized = picture.resize((int(short * 50 / 40), short), image.Resampling.BICUBIC)
+    left, top = (resized.width - side) // 2, (resized.height - side) // 2
+    cut = resized.crop((left, top, left + side, top + side))
+    want = torch.tensor(list(cut.tobytes())).view(side, side, 3).permute(2, 0, 1) / 255
+    want = (want - torch.tensor(hf.IMAGENET_MEAN)[:, None, None]) / torch.tensor(hf.IMAGENET_STD)[:, None, None]
+    assert (x[0] - want).abs().max() < 1e-5
+    classify = transformers.pipeline("image-classification", model=str(tmp_path), image_processor=processor, top_k=5)
+    found = {row["label"]: row["score"] for row in classify(picture)}
+    with torch.no_grad():
+        scores = net(x).logits.softmax(-1)[0]
+    assert all(abs(found[f"class {i}"] - float(p)) < 1e-4 for i, p in enumerate(scores))
+    folder = transformers.pipeline("image-classification", model=str(tmp_path))
+    assert [row["label"] for row in folder(picture)] == sorted(found, key=found.get, reverse=True)[:5]
+
+
+@pytest.mark.parametrize("name", ["convnext_base", "revcol_1column"])
+def test_a_segmenter_trains_on_a_backbone(name):
+    backbone = config(
+        name, backprop="reverse" if "revcol" in name else None, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    upernet = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=8, num_labels=3, auxiliary_in_channels=backbone.channels_of_maps[2],
+        auxiliary_channels=8, pool_scales=[1, 2],
+    )  # fmt: skip
+    net = transformers.UperNetForSemanticSegmentation(upernet).train()
+    side = 64
+    out = net(torch.randn(2, 3, side, side), labels=torch.randint(0, 3, (2, side, side)))
+    out.loss.backward()
+    named = dict(net.backbone.named_parameters())
+    assert named and all(p.grad is not None for p in named.values())
