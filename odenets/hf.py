@@ -76,7 +76,7 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
             ``out_indices``. The number of labels is the model's own unless it is given.
 
     Example:
-        >>> config = OdenetsConfig(name="resnet20", scheme="bdia", backprop="exact", out_features=["stage1", "stage3"])
+        >>> config = OdenetsConfig(name="resnet20", backprop="checkpoint", out_features=["stage1", "stage3"])
         >>> config.num_labels, config.stage_names, config.out_indices
         (10, ['stem', 'stage1', 'stage2', 'stage3'], [1, 3])
     """

@@ -126,6 +126,8 @@ def test_public_methods_have_docstrings():
         del sys.modules["own"]
     files = [p for package in ("schemes", "odenets") for p in sorted((ROOT / package).rglob("*.py"))]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files]
+    if importlib.util.find_spec("timm") is None:  # the one extra that the development tools do not bring
+        names.remove("odenets.timm")
     assert [line for name in names if not name.endswith("__main__") for line in undocumented(name)] == []
 
 

@@ -190,7 +190,8 @@ def loaded(statement):
 
 
 EXTRAS = (
-    "lightning torchdiffeq hypothesis matplotlib datasets torchvision timm jsonargparse sklearn torchmetrics".split()
+    "lightning torchdiffeq hypothesis matplotlib datasets torchvision timm transformers jsonargparse sklearn "
+    "torchmetrics".split()
 )
 
 
