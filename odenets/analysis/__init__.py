@@ -4,6 +4,7 @@ from .alignment import Alignment as Alignment
 from .alignment import alignment as alignment
 from .alignment import unbiased_hsic as unbiased_hsic
 from .features import Features as Features
+from .features import evaluating as evaluating
 from .features import places as places
 from .layercam import layer_cam as layer_cam
 from .rank import Rank as Rank

@@ -1,15 +1,15 @@
 """Centered kernel alignment: how alike two representations are, up to rotation and scale, batch by batch."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from .features import Features, places
+from .features import Features, evaluating, places
 
 
 def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
@@ -22,6 +22,9 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
         k: (..., n, n), symmetric, n at least 4.
         l: the same shape.
 
+    Raises:
+        SchemeError: fewer than 4 samples, or not equally many.
+
     Source:
         Song et al. 2012, Feature Selection via Dependence Maximization, JMLR 13, equation 5.
 
@@ -32,11 +35,17 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
         0.0
     """
     n = k.shape[-1]
-    k, l = (m - torch.diag_embed(torch.diagonal(m, dim1=-2, dim2=-1)) for m in (k, l))  # noqa: E741
+    if n < 4 or k.shape[-2:] != l.shape[-2:]:
+        raise SchemeError(f"unbiased_hsic: kernels {tuple(k.shape)}, {tuple(l.shape)}; want 4 samples or more, as many.")
+    k, l = (_off_diagonal(m) for m in (k, l))  # noqa: E741
     rows_k, rows_l = k.sum(-1), l.sum(-1)
     trace = (k * l).sum((-2, -1))
     both = (rows_k * rows_l).sum(-1)
     return (trace + rows_k.sum(-1) * rows_l.sum(-1) / ((n - 1) * (n - 2)) - 2 * both / (n - 2)) / (n * (n - 3))
+
+
+def _off_diagonal(k: Tensor) -> Tensor:
+    return k - torch.diag_embed(torch.diagonal(k, dim1=-2, dim2=-1))
 
 
 class Alignment:
@@ -44,8 +53,10 @@ class Alignment:
 
     .. math:: CKA(X, Y) = HSIC(X X^T, Y Y^T) / \sqrt{HSIC(X X^T, X X^T) \, HSIC(Y Y^T, Y Y^T)}
 
-    Each HSIC is the mean over batches of its unbiased estimate, which does not depend on the batch size; memory is one
-    matrix of batch x batch per representation, whatever the size of the data set and of the features.
+    Each HSIC is the mean over batches of its unbiased estimate, whose expectation does not depend on the batch size; the
+    weight of a batch is its number of samples. Memory is one matrix of batch x batch per representation, whatever the
+    size of the data set and of the features. In double precision, and in units of the first batch, so that no scale of
+    the features over- or underflows.
 
     Args:
         names: of the representations, in order.
@@ -66,29 +77,35 @@ class Alignment:
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self.sums = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)
+        # What rounding leaves of a sum of this size is no similarity.
+        self.sizes = torch.zeros(len(self.names), dtype=torch.float64)
+        self.units: dict[int, float] = {}
         self.batches = 0
 
     def update(self, features: Mapping[str, Tensor]) -> None:
         """Adds a batch: one tensor (n, ...) per name, n at least 4.
 
         Raises:
-            SchemeError: too few samples, or batches of different sizes.
+            SchemeError: too few samples, batches of different sizes, or values that are not finite; nothing is added.
         """
-        rows = [features[name].detach().flatten(1) for name in self.names]
-        n = len(rows[0])
-        if n < 4 or any(len(x) != n for x in rows):
-            raise SchemeError(f"Alignment: batches of {[len(x) for x in rows]}; want at least 4 samples, equally many.")
-        # Centering does not change the estimate, and keeps the products free of a large common part.
-        kernels = []
-        for x in rows:
-            # In double where it is affordable; large maps would take more memory than the network.
-            x = x.double() if x.numel() < 2**22 else x.float()
-            x = x - x.mean(0)
-            kernels.append((x @ x.T).double().cpu())
+        rows = [features[name].detach() for name in self.names]
+        rows = [x if x.is_floating_point() else x.double() for x in rows]
+        counts = [len(x) if x.dim() else 0 for x in rows]
+        n = counts[0] if counts else 0
+        if n < 4 or any(count != n for count in counts):
+            raise SchemeError(f"Alignment: batches of {counts}; want at least 4 samples, equally many.")
+        sizes = [float(x.abs().amax()) if x.numel() else 0.0 for x in rows]
+        for name, size in zip(self.names, sizes, strict=True):
+            if not math.isfinite(size):
+                raise SchemeError(f"Alignment: {name} holds values that are not finite.\n  Try model.float().")
+        for i, size in enumerate(sizes):
+            if size and i not in self.units:
+                self.units[i] = size
+        kernels = [_kernel(x, self.units.get(i, 1.0)) for i, x in enumerate(rows)]
         for i, k in enumerate(kernels):
-            # Half of the pairs: the measure is symmetric.
+            self.sizes[i] += n * _off_diagonal(k).square().sum() / (n * (n - 3))
             for j, other in enumerate(kernels[: i + 1]):
-                value = unbiased_hsic(k, other)
+                value = n * unbiased_hsic(k, other)
                 self.sums[i, j] += value
                 if i != j:
                     self.sums[j, i] += value
@@ -97,13 +114,32 @@ class Alignment:
     def compute(self) -> Tensor:
         """The alignments, (names, names), 1 on the diagonal.
 
+        NaN in the row and column of a representation that has none: it is the same for all samples, or its HSIC with
+        itself is not above 0, which an estimate from few samples can be.
+
         Raises:
             SchemeError: no batch was given.
         """
         if not self.batches:
             raise SchemeError("Alignment: no batch was given; call update first.")
-        size = self.sums.diagonal().clamp_min(0).sqrt()
-        return self.sums / (size[:, None] * size[None, :]).clamp_min(1e-30)
+        own = self.sums.diagonal()
+        size = torch.where(own > 1e-12 * self.sizes, own, torch.nan).sqrt()
+        return self.sums / (size[:, None] * size[None, :])
+
+
+def _kernel(x: Tensor, unit: float) -> Tensor:
+    """The products of all pairs of centred rows, (n, n) in double precision, of features measured in a unit."""
+    flat = x.reshape(len(x), -1)
+    k = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    # Some columns at a time: a copy in double precision of large features would be twice as large.
+    for part in flat.split(max(1, 2**22 // len(x)), dim=1):
+        # Less the first row: exactly 0 where a column is constant. Centering does not change the estimate, and keeps
+        # the products free of a large common part.
+        rows = part.double() / unit
+        rows = rows - rows[:1]
+        rows = rows - rows.mean(0)
+        k += rows @ rows.T
+    return k.cpu()
 
 
 @torch.no_grad()
@@ -119,13 +155,17 @@ def alignment(
 
     Args:
         model: any network; runs in evaluation mode, and is left as it was.
-        batches: of (pictures, labels), such as a data loader; a last batch of fewer than 4 samples is left out.
+        batches: of (pictures, labels), such as a data loader; a batch of fewer than 4 samples is left out. Labels are
+            classes (n,), or a value per class (n, classes).
         names: places, see ``Features``; ``places(model)`` where left out.
-        classes: number of classes; the largest label of a batch decides where left out.
+        classes: number of classes, which labels are held to; any are taken where left out.
         progress: called with the number of batches done.
 
     Returns:
         The matrix of alignments, and the names of its rows: the places, then "input" and "label".
+
+    Raises:
+        SchemeError: a place that does not run, a label that is no class, or features that are not finite.
 
     Example:
         >>> import torch
@@ -136,22 +176,36 @@ def alignment(
         (torch.Size([4, 4]), ['stem', 'levels.2', 'input', 'label'])
     """
     names = places(model) if names is None else list(names)
+    if taken := {"input", "label"} & set(names):
+        name = min(taken)
+        raise SchemeError(f"alignment: {name!r} is the row of the {name}s.\n  Write {name}@0 for the module.")
     found = Alignment([*names, "input", "label"])
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with Features(model, names) as features:
-            for x, y in batches:
-                if len(x) < 4:
-                    continue
-                features.found.clear()
-                model(x.to(device))
-                label = F.one_hot(y, classes or -1) if y.ndim == 1 else y
-                found.update({**dict(features.items()), "input": x, "label": label.float()})
-                if progress is not None:
-                    progress(found.batches)
-    finally:
-        # Also after an error: whoever trains goes on in the mode that they were in.
-        model.train(training)
+    device = next((p.device for p in model.parameters()), None)
+    with evaluating(model), Features(model, names) as features:
+        for x, y in batches:
+            if len(x) < 4:
+                continue
+            label = _one_hot(y, classes)
+            # A copy: a network may write into its input.
+            model(x.to(device, copy=True))
+            found.update({**dict(features.items()), "input": x, "label": label})
+            if progress is not None:
+                progress(found.batches)
     return found.compute(), list(found.names)
+
+
+def _one_hot(y: Tensor, classes: int | None) -> Tensor:
+    """Labels (n, classes), from classes (n,) or as they are."""
+    if y.dim() == 2:
+        return y
+    if y.dim() != 1 or y.is_floating_point() or y.is_complex():
+        raise SchemeError(f"alignment: labels {tuple(y.shape)} of {y.dtype}; want classes (n,) or values (n, classes).")
+    y = y.long()
+    wrong = y[(y < 0) | (y >= classes)] if classes else y[y < 0]
+    if len(wrong):
+        upto = "more" if classes is None else f"{classes - 1}"
+        raise SchemeError(
+            f"alignment: label {int(wrong[0])} is no class of 0 to {upto}.\n"
+            "  Leave out pictures without a label: labelled = y >= 0; x[labelled], y[labelled]."
+        )
+    return (y[:, None] == y.unique()).double()

@@ -1,28 +1,66 @@
 """Features of a network at named places, of any model, without a change to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from schemes import SchemeError
 
 from ..stack import Stack
 
 
+class Place(NamedTuple):
+    """What the name of a place says.
+
+    Attributes:
+        path: the module's name.
+        call: which of its calls in a forward pass, from 0; None where it must be the only one.
+        item: which item of what it returns; None where it returns one tensor.
+    """
+
+    path: str
+    call: int | None
+    item: int | None
+
+
+class Found(NamedTuple):
+    """What was seen at a place.
+
+    Attributes:
+        value: a copy of its own, in the graph of what the network computed.
+        given: the tensor itself, where it has a gradient; later modules may write into it.
+        version: of that tensor when it was given.
+        edge: where its gradient arrives, whatever is written into it later.
+    """
+
+    value: Tensor
+    given: Tensor | None = None
+    version: int = 0
+    edge: GradientEdge | None = None
+
+
 class Features:
     """Collects what modules return while the network runs; a context manager.
 
     A place is a module's name, as ``named_modules`` gives it; ``name:i`` is item i of what it returns, for steps, which
-    return a tuple of streams: level l of column n of a RevCol is ``columns.steps.{n}:{l + 1}``.
+    return a tuple of streams: level l of column n of a RevCol is ``columns.steps.{n}:{l + 1}``. A module that runs
+    several times in a forward pass has a place per call, ``name@k`` or ``name@k:i``, k from 0.
+
+    What is kept is a copy, so that a later module which writes in place, such as ``nn.ReLU(inplace=True)``, does not
+    change it; the network computes what it computes without. Each forward pass of the network begins anew, and what
+    runs again in a backward pass is not looked at. Cost: one copy per place.
 
     Args:
         model: the network.
         names: the places.
 
     Raises:
-        SchemeError: no such module (the nearest are named), or no such item.
+        SchemeError: no such module (the nearest are named), no such item or call, or several calls and none is chosen.
 
     Example:
         >>> import torch
@@ -36,34 +74,60 @@ class Features:
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model, self.names = model, tuple(names)
-        self.found: dict[str, Tensor] = {}
+        self._found: dict[str, Found] = {}
         self._handles: list[Any] = []
-        modules = dict(model.named_modules())
-        for name in self.names:
-            if name.partition(":")[0] not in modules:
-                raise SchemeError(
-                    f"{type(model).__name__} has no module {name.partition(':')[0]!r}; "
-                    f"places(model) names some: {', '.join(places(model)[:4])}, ..."
-                )
+        self._calls: dict[str, int] = {}
+        # A module that is held under several names answers to each of them.
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._places = {name: self._parse(name) for name in self.names}
+
+    def _parse(self, name: str) -> Place:
+        if name in self._modules:
+            return Place(name, None, None)
+        head, colon, item = name.rpartition(":") if ":" in name else (name, "", "")
+        path, at, call = (head, "", "") if head in self._modules or "@" not in head else head.rpartition("@")
+        if path not in self._modules:
+            known = places(self.model) or [p for p in self._modules if p]
+            raise SchemeError(
+                f"{type(self.model).__name__} has no module {path!r}; "
+                f"places(model) names some: {', '.join(known[:4])}, ..."
+            )
+        for sign, number in ((colon, item), (at, call)):
+            if sign and not (number.isascii() and number.isdigit()):
+                raise SchemeError(f"{name}: {number!r} after {sign!r} is no count from 0; write {path}{sign}0.")
+        return Place(path, int(call) if at else None, int(item) if colon else None)
 
     def __enter__(self) -> "Features":
-        modules = dict(self.model.named_modules())
-        for name in self.names:
-            path, _, item = name.partition(":")
-            self._handles.append(modules[path].register_forward_hook(self._hook(name, item)))
+        self.clear()
+        # The network's own forward pass begins anew, before any module runs.
+        self._handles.append(self.model.register_forward_pre_hook(self._begin))
+        for name, place in self._places.items():
+            self._handles.append(self._modules[place.path].register_forward_hook(self._hook(name, place)))
         return self
 
-    def _hook(self, name: str, item: str) -> Any:
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if not _in_backward():
+            self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was found; for networks that are run otherwise than by calling them."""
+        self._found.clear()
+        self._calls.clear()
+
+    def _hook(self, name: str, place: Place) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if item:
-                if not isinstance(output, (tuple, list)) or int(item) >= len(output):
-                    raise SchemeError(f"{name}: the module returns no item {item}.")
-                output = output[int(item)]
-            elif isinstance(output, (tuple, list)):
-                output = output[0] if len(output) == 1 else output
-            if not isinstance(output, Tensor):
-                raise SchemeError(f"{name}: the module returns {len(output)} tensors; name one, as in {name}:0.")
-            self.found[name] = output
+            if _in_backward():
+                return
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            if place.call is None and call:
+                item = "" if place.item is None else f":{place.item}"
+                raise SchemeError(
+                    f"{name}: the module runs more than once in a forward pass.\n"
+                    f"  Choose a call: {place.path}@0{item}, {place.path}@1{item}, ..."
+                )
+            if place.call in (None, call):
+                self._found[name] = _copied(_item(name, place, output))
 
         return keep
 
@@ -74,14 +138,103 @@ class Features:
             handle.remove()
         self._handles.clear()
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.found:
+    def _of(self, name: str) -> Found:
+        if name not in self._places:
+            raise SchemeError(f"{name}: not among the places of these features: {', '.join(self.names[:4])}.")
+        if name not in self._found:
+            calls, call = self._calls.get(name, 0), self._places[name].call
+            if calls and call is not None:
+                raise SchemeError(f"{name}: there is no call {call}; the module ran {calls} times, counted from 0.")
             raise SchemeError(f"{name}: the module did not run; choose a place that the forward pass calls.")
-        return self.found[name]
+        return self._found[name]
 
-    def items(self) -> Any:
-        """Names and tensors, in the order in which the places were given."""
-        return [(name, self.found[name]) for name in self.names if name in self.found]
+    def __getitem__(self, name: str) -> Tensor:
+        """What the place gave; where the network did not write into it since, the tensor that the network went on with.
+
+        Raises:
+            SchemeError: the module did not run.
+        """
+        value, given, version, _ = self._of(name)
+        # A write by ``.data`` leaves the version as it was.
+        if given is not None and given._version == version and torch.equal(given.detach(), value.detach()):
+            return given
+        return value
+
+    def edge(self, name: str) -> GradientEdge | None:
+        """Where the gradient of a place arrives, for ``torch.autograd.grad(score, edge)``; None: it has none.
+
+        It is that of what the module returned, also where a later module writes into it.
+
+        Raises:
+            SchemeError: the module did not run.
+
+        Example:
+            >>> import torch
+            >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(inplace=True))
+            >>> with Features(net, ["0"]) as features:
+            ...     score = net(torch.ones(1, 2)).sum()
+            >>> [grad] = torch.autograd.grad(score, features.edge("0"))
+            >>> torch.equal(grad, (features["0"] > 0).float())
+            True
+        """
+        return self._of(name).edge
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors, in the order in which the places were given.
+
+        Raises:
+            SchemeError: a module did not run.
+        """
+        return [(name, self[name]) for name in self.names]
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs: what checkpoints and inverses run again there is no new pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _item(name: str, place: Place, output: Any) -> Tensor:
+    """The tensor that a place names, of what its module returned."""
+    if place.item is not None:
+        if not isinstance(output, (tuple, list)) or place.item >= len(output):
+            raise SchemeError(f"{name}: the module returns no item {place.item}.")
+        output = output[place.item]
+    elif isinstance(output, (tuple, list)):
+        if len(output) != 1:
+            raise SchemeError(f"{name}: the module returns {len(output)} tensors; name one, as in {name}:0.")
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise SchemeError(f"{name}: the module returns a {type(output).__name__}; choose one that returns a tensor.")
+    return output
+
+
+def _copied(output: Tensor) -> Found:
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return Found(output.detach().clone())
+    return Found(output.clone(), output, output._version, get_gradient_edge(output))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a network is in evaluation mode; after it, every module is as it was, frozen norms too.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+        >>> with evaluating(net):
+        ...     print([m.training for m in net.modules()])
+        [False, False, False]
+        >>> [m.training for m in net.modules()]
+        [True, False, True]
+    """
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            # Not ``train``: it is recursive, and a module may override it.
+            module.training = training
 
 
 def places(model: nn.Module) -> list[str]:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from schemes import SchemeError
 
 from ..stack import keeping_all
-from .features import Features
+from .features import Features, evaluating
 
 
 def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor | int | None = None) -> list[Tensor]:
@@ -23,10 +24,11 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         target: the class whose score is looked at, for all pictures or one each; the best one where left out.
 
     Returns:
-        One tensor (n, h, w) per place.
+        One tensor (n, h, w) per place, at least in single precision; 0 where no value is positive.
 
     Raises:
-        SchemeError: a place that gives no map, or that the score does not depend on.
+        SchemeError: a place that gives no map, or that the score does not depend on; a target that is no class; values
+            that are not finite.
 
     Source:
         Jiang et al. 2021, LayerCAM: Exploring Hierarchical Class Activation Maps for Localization, IEEE TIP 30,
@@ -40,29 +42,87 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         >>> heat.shape, bool((heat >= 0).all() and (heat <= 1).all())
         (torch.Size([2, 32, 32]), True)
     """
-    training = model.training
-    model.eval()
-    try:
-        # The input asks for a gradient, so that features have a graph even in a frozen network.
-        with torch.enable_grad(), keeping_all(model), Features(model, names) as features:
-            logits = model(x.detach().requires_grad_())
-            if target is None:
-                target = logits.argmax(1)
-            chosen = torch.as_tensor(target, device=logits.device).expand(len(x))
-            score = logits.gather(1, chosen[:, None]).sum()
-            maps = [features[name] for name in names]
-            grads = torch.autograd.grad(score, maps, allow_unused=True)
-    finally:
-        model.train(training)
+    if not x.is_floating_point():
+        raise SchemeError(f"layer_cam: pictures of {x.dtype} have no gradient.\n  Give what the network is trained on.")
+    # The input asks for a gradient, so that features have a graph even in a frozen network; and it is a copy that is no
+    # leaf, so that a network may write into it.
+    given = x.detach().clone().requires_grad_()
+    with evaluating(model), torch.enable_grad(), keeping_all(model), Features(model, names) as features:
+        logits = model(given.clone())
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            raise SchemeError(
+                "layer_cam: the network gives no scores (n, classes).\n  Give one that classifies, with its head."
+            )
+        score = logits.gather(1, _chosen(target, logits)[:, None]).sum()
+        maps = [features[name].detach() for name in names]
+        edges = [features.edge(name) for name in names]
+    grads = _gradients(score, edges)
     found = []
     for name, a, g in zip(names, maps, grads, strict=True):
         if g is None:
             raise SchemeError(f"layer_cam: the score does not depend on {name}; choose a place before the head.")
-        heat = _as_map(g.relu() * a, name, x).sum(1).relu().detach()
-        heat = heat / heat.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
+        heat = _heat(_as_map(a, name, x), _as_map(g, name, x))
+        if not heat.isfinite().all():
+            raise SchemeError(
+                f"layer_cam: {name} or its gradient is not finite.\n  Try model.float() and x.float()."
+            )
         heat = F.interpolate(heat[:, None], x.shape[-2:], mode="bilinear", align_corners=False)
         found.append(heat[:, 0])
     return found
+
+
+def _chosen(target: Tensor | int | None, logits: Tensor) -> Tensor:
+    """The class of each picture."""
+    n, classes = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    chosen = torch.as_tensor(target, device=logits.device)
+    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool or chosen.numel() not in (1, n):
+        raise SchemeError(
+            f"layer_cam: target {tuple(chosen.shape)} of {chosen.dtype} for {n} pictures; want one class, or one each."
+        )
+    chosen = chosen.reshape(-1).long().expand(n)
+    wrong = chosen[(chosen < 0) | (chosen >= classes)]
+    if len(wrong):
+        raise SchemeError(
+            f"layer_cam: target {int(wrong[0])} is no class of 0 to {classes - 1}.\n"
+            "  Leave out pictures without a label, or leave out target: then the best class is looked at."
+        )
+    return chosen
+
+
+def _gradients(score: Tensor, edges: Sequence[GradientEdge | None]) -> list[Tensor | None]:
+    """Gradients of the score, up to one factor, which no heat map sees; None: it does not depend on the place."""
+    wanted = [edge for edge in edges if edge is not None]
+    if not wanted or not score.requires_grad:
+        return [None] * len(edges)
+    # In half precision the gradients of a mean over a map are near the smallest numbers: they are taken times a power
+    # of two, the largest under which none is infinite. Elsewhere such a factor changes no digit.
+    grads: Sequence[Tensor | None] = ()
+    for scale in (2.0**15, 2.0**10, 2.0**5, 1.0):
+        factor = torch.full_like(score, scale)
+        grads = torch.autograd.grad(score, wanted, factor, allow_unused=True, retain_graph=True)
+        if all(g is None or bool(g.isfinite().all()) for g in grads):
+            break
+    left = iter(grads)
+    return [None if edge is None else next(left) for edge in edges]
+
+
+def _heat(a: Tensor, g: Tensor) -> Tensor:
+    """relu(sum over channels of relu(g) a) over its maximum, (n, h, w); 0 where nothing is positive.
+
+    At least in single precision, and with both factors scaled to at most 1, so that no product under- or overflows.
+    """
+    parts = []
+    for y in (a, g.relu()):
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        parts.append(y / _or_one(y.abs().flatten(1).amax(1))[:, None, None, None])
+    heat = (parts[0] * parts[1]).sum(1).relu()
+    return heat / _or_one(heat.flatten(1).amax(1))[:, None, None]
+
+
+def _or_one(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.ones_like(x))
 
 
 def _as_map(y: Tensor, name: str, x: Tensor) -> Tensor:

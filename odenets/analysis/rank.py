@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from schemes import SchemeError
+
 
 class Rank(NamedTuple):
     """How many directions features span.
@@ -21,15 +23,20 @@ class Rank(NamedTuple):
     effective: float
 
 
-def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096) -> Rank:
+def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int | None = None) -> Rank:
     """Numerical and effective rank of the matrix whose rows are the feature vectors of all pictures and pixels.
 
     numerical = #{i: s_i > tolerance s_1}; effective = exp(-sum p_i log p_i), p_i = s_i / sum s. In double precision.
 
     Args:
-        x: features (n, c) or (n, c, ...).
+        x: features (n, c), maps (n, c, h, w) and the like, or tokens (n, t, c).
         tolerance: what counts as zero, relative to the largest singular value.
-        rows: of more feature vectors than this, so many, evenly spaced, are taken.
+        rows: of more feature vectors than this, so many are taken: one at random of each of so many equal parts. The
+            choice is the same at every call, and leaves torch's random state alone.
+        dim: where the channels are; the last of three dimensions and otherwise the second, where left out.
+
+    Raises:
+        SchemeError: no channels, or values that are not finite.
 
     Source:
         Roy and Vetterli 2007, The effective rank: a measure of effective dimensionality.
@@ -40,17 +47,32 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096) -> Rank:
         >>> feature_rank(torch.cat([a, a], 1))[:2]
         (6, 3)
     """
-    flat = x.detach().movedim(1, -1).reshape(-1, x.shape[1])
+    at = (2 if x.dim() == 3 else 1) if dim is None else dim
+    if x.dim() < 2 or not -x.dim() <= at < x.dim():
+        raise SchemeError(f"feature_rank: features {tuple(x.shape)}, channels in dimension {at}; want (n, c) or more.")
+    if rows < 1:
+        raise SchemeError(f"feature_rank: rows={rows}; want at least 1.")
+    width = x.shape[at]
+    flat = x.detach().movedim(at, -1).reshape(-1, width)
     if len(flat) > rows:
-        flat = flat[torch.arange(rows, device=flat.device) * len(flat) // rows]
+        flat = flat[_spread(len(flat), rows).to(flat.device)]
+    if not flat.isfinite().all():
+        raise SchemeError("feature_rank: features hold values that are not finite.\n  Try model.float().")
     values = torch.linalg.svdvals(flat.double())
     if not values.numel() or not values[0] > 0:
-        return Rank(x.shape[1], 0, 0.0)
+        return Rank(width, 0, 0.0)
     shares = values / values.sum()
-    return Rank(x.shape[1], int((values > tolerance * values[0]).sum()), float(torch.special.entr(shares).sum().exp()))
+    return Rank(width, int((values > tolerance * values[0]).sum()), float(torch.special.entr(shares).sum().exp()))
 
 
-def rank_profile(trajectory: Sequence[Tensor], tolerance: float = 1e-3) -> list[Rank]:
+def _spread(count: int, rows: int) -> Tensor:
+    """One place at random in each of so many equal parts: even steps see few columns of a map that they divide."""
+    edges = torch.arange(rows + 1) * count // rows
+    drawn = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return edges[:-1] + (drawn * edges.diff()).long()
+
+
+def rank_profile(trajectory: Sequence[Tensor], tolerance: float = 1e-3, dim: int | None = None) -> list[Rank]:
     """The rank of features at every place, e.g. of ``stack.trajectory(x)``: after every step.
 
     A sum of streams keeps its width, so that its rank cannot exceed it; joined streams grow, and with them the bound.
@@ -58,6 +80,7 @@ def rank_profile(trajectory: Sequence[Tensor], tolerance: float = 1e-3) -> list[
     Args:
         trajectory: features, one per place.
         tolerance: as in ``feature_rank``.
+        dim: as there.
 
     Example:
         >>> import torch
@@ -66,4 +89,4 @@ def rank_profile(trajectory: Sequence[Tensor], tolerance: float = 1e-3) -> list[
         >>> [r.width for r in rank_profile(stack.trajectory(torch.randn(32, 4)))]
         [8, 12]
     """
-    return [feature_rank(x, tolerance) for x in trajectory]
+    return [feature_rank(x, tolerance, dim=dim) for x in trajectory]
