@@ -36,7 +36,7 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """
     n = k.shape[-1]
     if n < 4 or k.shape[-2:] != l.shape[-2:]:
-        raise SchemeError(f"unbiased_hsic: kernels {tuple(k.shape)}, {tuple(l.shape)}; want 4 samples or more, as many.")
+        raise SchemeError(f"unbiased_hsic: kernels {tuple(k.shape)}, {tuple(l.shape)}; want at least 4 samples each.")
     k, l = (_off_diagonal(m) for m in (k, l))  # noqa: E741
     rows_k, rows_l = k.sum(-1), l.sum(-1)
     trace = (k * l).sum((-2, -1))
@@ -53,8 +53,8 @@ class Alignment:
 
     .. math:: CKA(X, Y) = HSIC(X X^T, Y Y^T) / \sqrt{HSIC(X X^T, X X^T) \, HSIC(Y Y^T, Y Y^T)}
 
-    Each HSIC is the mean over batches of its unbiased estimate, whose expectation does not depend on the batch size; the
-    weight of a batch is its number of samples. Memory is one matrix of batch x batch per representation, whatever the
+    Each HSIC is the mean over batches of its unbiased estimate, whose expectation does not depend on the batch size;
+    the weight of a batch is its number of samples. Memory is one matrix of batch x batch per representation, whatever the
     size of the data set and of the features. In double precision, and in units of the first batch, so that no scale of
     the features over- or underflows.
 

@@ -63,9 +63,7 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
             raise SchemeError(f"layer_cam: the score does not depend on {name}; choose a place before the head.")
         heat = _heat(_as_map(a, name, x), _as_map(g, name, x))
         if not heat.isfinite().all():
-            raise SchemeError(
-                f"layer_cam: {name} or its gradient is not finite.\n  Try model.float() and x.float()."
-            )
+            raise SchemeError(f"layer_cam: {name} or its gradient is not finite.\n  Try model.float() and x.float().")
         heat = F.interpolate(heat[:, None], x.shape[-2:], mode="bilinear", align_corners=False)
         found.append(heat[:, 0])
     return found
