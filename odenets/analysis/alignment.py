@@ -54,9 +54,9 @@ class Alignment:
     .. math:: CKA(X, Y) = HSIC(X X^T, Y Y^T) / \sqrt{HSIC(X X^T, X X^T) \, HSIC(Y Y^T, Y Y^T)}
 
     Each HSIC is the mean over batches of its unbiased estimate, whose expectation does not depend on the batch size;
-    the weight of a batch is its number of samples. Memory is one matrix of batch x batch per representation, whatever the
-    size of the data set and of the features. In double precision, and in units of the first batch, so that no scale of
-    the features over- or underflows.
+    the weight of a batch is its number of samples. Memory is one matrix of batch x batch per representation, whatever
+    the size of the data set and of the features. In double precision, and in units of the first batch, so that no scale
+    of the features over- or underflows.
 
     Args:
         names: of the representations, in order.

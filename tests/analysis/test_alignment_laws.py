@@ -28,7 +28,7 @@ def plain_hsic(x, y):
 
 
 def plain_cka(batches):
-    """Of batches of (x, y): means of the estimates over all samples, each batch with as many votes as it has samples."""
+    """Of batches of (x, y): means of the estimates over all samples, each weighed by its samples."""
     xy, xx, yy = (math.fsum(len(b[0]) * plain_hsic(b[i], b[j]) for b in batches) for i, j in ((0, 1), (0, 0), (1, 1)))
     return xy / math.sqrt(xx * yy)
 
@@ -151,5 +151,5 @@ def test_places_that_do_not_run_or_take_a_name_are_refused():
     batch = (torch.randn(4, 3, 2, 2), torch.arange(4) % 2)
     with pytest.raises(SchemeError, match="idle: the module did not run"):
         alignment(Net(), [batch], ["act", "idle"])
-    with pytest.raises(SchemeError, match="'input' is the row of the inputs.\n.*input@0"):
+    with pytest.raises(SchemeError, match=r"'input' is the row of the inputs\.\n.*input@0"):
         alignment(Net(), [batch], ["input"])

@@ -93,7 +93,7 @@ def test_what_has_no_gradient_or_is_not_finite_is_refused():
     net, x = Net(), torch.randn(2, 3, 8, 8)
     with pytest.raises(SchemeError, match="no scores"):
         layer_cam(net.conv, x, [""])
-    with pytest.raises(SchemeError, match="pictures of torch.uint8"):
+    with pytest.raises(SchemeError, match=r"pictures of torch\.uint8"):
         layer_cam(net, x.byte(), ["act"])
     with pytest.raises(SchemeError, match="act or its gradient is not finite"):
         layer_cam(net, x / 0, ["act"], 0)
