@@ -28,6 +28,9 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   odenets compare FILE.yaml --over KEY=V1,V2 --seeds 0..4 --dir DIR      one experiment over some values and seeds
   odenets study run -c experiments/studies/pilot_mini.yaml               many random networks, to compare schemes
 
+  odenets analyse CKPT KIND                                              a figure: weights, alignment, layercam, ranks,
+                                                                         stability
+
   --version  the version of odenets
 """
 
@@ -95,6 +98,10 @@ def main(args: list[str] | None = None) -> None:
             from odenets.study.compare_command import run as run_compare
 
             return run_compare(words[1:])
+        if words[0] == "analyse":
+            from odenets.training.analyse import run as run_analyse
+
+            return run_analyse(words[1:])
         from odenets.training.command import run
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]

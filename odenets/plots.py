@@ -1,4 +1,4 @@
-"""Figures of analyses, written as PNG; matplotlib is imported when one is drawn."""
+"""Figures of analyses, as PNG, SVG or PDF by the name of the file; matplotlib is imported when one is drawn."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from schemes.tableau import Tableau
+
+    from .analysis.rank import Rank
+    from .analysis.weights import WeightMap
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -58,19 +63,15 @@ def alignment_by_column(
         references: the rows of the panels.
     """
     places = [name for name in names if name not in references]
-    # `columns.steps.3:1` is column 3, level 1.
-    keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
-    grid = all(len(key) == 2 and key[0].isdigit() for key in keys) and len({k[1] for k in keys}) > 1
-    columns = sorted({int(key[0]) for key in keys}) if grid else list(range(len(places)))
-    levels = sorted({int(key[1]) for key in keys}) if grid else [0]
+    keys, levels, columns = _by_column(places)
+    grid = len(levels) > 1
     figure = _figure(max(3.0, 0.45 * len(columns) + 1.6) * len(references), max(1.8, 0.4 * len(levels) + 1.4))
     image: Any = None
     for panel, reference in enumerate(references, 1):
         row = matrix[list(names).index(reference)].clamp(0, 1).cpu()
         values = [[float("nan")] * len(columns) for _ in levels]
         for i, place in enumerate(places):
-            level, column = (levels.index(int(keys[i][1])), columns.index(int(keys[i][0]))) if grid else (0, i)
-            values[level][column] = float(row[list(names).index(place)])
+            values[levels.index(keys[i][0])][columns.index(keys[i][1])] = float(row[list(names).index(place)])
         axes = figure.add_subplot(1, len(references), panel)
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for a, line in enumerate(values):
@@ -86,6 +87,47 @@ def alignment_by_column(
             axes.set_ylabel("level", fontsize=8)
         axes.set_title(f"CKA with the {reference}", fontsize=9)
     figure.colorbar(image, ax=figure.axes, shrink=0.9)
+    return _write(figure, path)
+
+
+def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """The (level, column) of each place, and all levels and columns; one level where places are no levels of columns."""
+    # `columns.steps.3:1` is column 3, level 1.
+    keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
+    if all(len(key) == 2 and key[0].isdigit() for key in keys) and len({key[1] for key in keys}) > 1:
+        found = [(int(key[1]), int(key[0])) for key in keys]
+    else:
+        found = [(0, i) for i in range(len(places))]
+    return found, sorted({level for level, _ in found}), sorted({column for _, column in found})
+
+
+def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], path: str | Path) -> Path:
+    """Heat maps of every level of every column, laid over each picture: columns to the right, levels downwards.
+
+    Args:
+        pictures: (n, c, h, w) in [0, 1], one or three channels.
+        heats: one (n, h, w) per place, from 0 to 1.
+        names: of the places; of other names than ``columns.steps.{n}:{l}`` there is one row.
+        path: the file.
+    """
+    keys, levels, columns = _by_column(names)
+    count = len(pictures)
+    figure = _figure(1.2 * (len(columns) + 1), 1.2 * len(levels) * count + 0.4)
+    axes: Any = figure.subplots(count * len(levels), len(columns) + 1, squeeze=False)
+    for row in axes:
+        for one in row:
+            one.axis("off")
+    for i in range(count):
+        picture = pictures[i].clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
+        axes[i * len(levels)][0].imshow(picture)
+        for heat, (level, column) in zip(heats, keys, strict=True):
+            one = axes[i * len(levels) + levels.index(level)][columns.index(column) + 1]
+            one.imshow(picture)
+            one.imshow(heat[i].cpu().numpy(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+            if len(levels) > 1:
+                one.set_title(f"column {column + 1}, level {level}", fontsize=5)
+            else:
+                one.set_title(names[columns.index(column)], fontsize=5)
     return _write(figure, path)
 
 
@@ -110,6 +152,87 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
             axes[i][j].axis("off")
             if i == 0:
                 axes[i][j].set_title("picture" if heat is None else names[j - 1], fontsize=7)
+    return _write(figure, path)
+
+
+def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") -> Path:
+    """Mean absolute weights, a panel per stack with its own scale; white where nothing connects the two.
+
+    Args:
+        maps: as ``odenets.analysis.weight_maps`` gives them.
+        path: the file.
+        title: above the figure.
+
+    Source:
+        Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, figure 5, for joined streams.
+    """
+    across = min(4, len(maps))
+    down = -(-len(maps) // across)
+    widest, tallest = (max(m.values.shape[i] for m in maps) for i in (1, 0))
+    width, height = (min(4.5, max(2.4, 0.17 * n + 1.3)) for n in (widest, tallest))
+    figure = _figure(width * across + 0.3, height * down + 0.4)
+    for place, m in enumerate(maps, 1):
+        axes = figure.add_subplot(down, across, place)
+        image = axes.imshow(m.values.numpy(), vmin=0, cmap="viridis", aspect="auto", interpolation="nearest")
+        for which, names in ((axes.xaxis, m.columns), (axes.yaxis, m.rows)):
+            # First and last, and as many between as can be read.
+            every = max(1, -(-len(names) // 12))
+            ticks = sorted({*range(0, len(names) - every, every), len(names) - 1})
+            which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6)
+        axes.set_xlabel(m.column, fontsize=7)
+        axes.set_ylabel(m.row, fontsize=7)
+        axes.set_title(m.name, fontsize=8)
+        figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
+    return _write(figure, path)
+
+
+def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> Path:
+    """Width, numerical and effective rank of features by depth.
+
+    Args:
+        profile: place -> its rank, in the order of depth.
+        path: the file.
+        title: above the figure.
+    """
+    figure = _figure(max(4.5, 0.25 * len(profile) + 2), 3.6)
+    axes, at = figure.add_subplot(), range(len(profile))
+    axes.step(at, [r.width for r in profile.values()], where="mid", color="gray", label="width")
+    axes.plot(at, [r.numerical for r in profile.values()], marker="o", markersize=4, label="numerical rank")
+    axes.plot(at, [r.effective for r in profile.values()], marker="s", markersize=4, label="effective rank")
+    axes.set_xticks(at, list(profile), rotation=90, fontsize=6)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(title, fontsize=9)
+    return _write(figure, path)
+
+
+def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title: str = "") -> Path:
+    """Where |R(z)| is at most 1: one curve per method, around the points z = h λ at which it is stable.
+
+    Args:
+        tableaux: name -> method.
+        path: the file.
+        title: above the figure.
+    """
+    from schemes.stability import imaginary_interval, real_interval, region
+
+    left = max([4.0, *(1.15 * real_interval(t) for t in tableaux.values())])
+    up = max([4.0, *(1.15 * imaginary_interval(t) for t in tableaux.values())])
+    figure = _figure(5, 4)
+    axes = figure.add_subplot()
+    for i, (name, tableau) in enumerate(tableaux.items()):
+        grid = region(tableau, (-left, 0.3 * left), (-up, up), 241)
+        axes.contour(grid.re, grid.im, grid.size, levels=[1.0], colors=[f"C{i}"])
+        axes.plot([], [], color=f"C{i}", label=name)
+    for line in (axes.axhline, axes.axvline):
+        line(0, color="gray", linewidth=0.6)
+    axes.set_xlabel("Re hλ")
+    axes.set_ylabel("Im hλ")
+    axes.set_aspect("equal")
+    axes.legend(fontsize=8)
+    axes.set_title(title, fontsize=9)
     return _write(figure, path)
 
 

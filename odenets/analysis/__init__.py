@@ -10,3 +10,5 @@ from .layercam import layer_cam as layer_cam
 from .rank import Rank as Rank
 from .rank import feature_rank as feature_rank
 from .rank import rank_profile as rank_profile
+from .weights import WeightMap as WeightMap
+from .weights import weight_maps as weight_maps

@@ -1,0 +1,201 @@
+"""The command `odenets analyse CKPT KIND`: a figure of what the network of a checkpoint has learned."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+
+from schemes import SchemeError
+from schemes.runge_kutta import RungeKutta
+
+from .. import checkpoints, plots
+from ..analysis import Features, alignment, evaluating, feature_rank, layer_cam, places, weight_maps
+from ..messages import TIP, explain, fail
+from ..stack import Stack
+from ..step import Step
+from .data import Pictures
+from .files import open_checkpoint
+from .resume import KEY
+from .sources import DataError
+
+HELP = "odenets analyse --help lists every option"
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+class AnalyseParser(ArgumentParser):
+    """A parser whose errors are two lines."""
+
+    command_line: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        first, second = explain(message, self.command_line, [action.dest for action in self._actions])
+        fail(first, HELP if second == TIP else second)
+
+
+class Job(NamedTuple):
+    """What a figure is made of.
+
+    Attributes:
+        net: the network with its weights, in evaluation mode.
+        held: what the checkpoint holds.
+        options: of the command line.
+        out: the figure's file.
+    """
+
+    net: nn.Module
+    held: Mapping[str, Any]
+    options: Any
+    out: Path
+
+    def places(self, found: Sequence[str]) -> list[str]:
+        """The places that were asked for, else those found."""
+        given = self.options.places
+        return [name.strip() for name in given.split(",")] if given else list(found)
+
+
+def _weights(job: Job) -> Path:
+    return plots.weight_maps(weight_maps(job.net), job.out, type(job.net).__name__)
+
+
+def _stability(job: Job) -> Path:
+    steps = [step for stack in job.net.modules() if isinstance(stack, Stack) for step in stack.steps]
+    schemes = {str(step.scheme): step.scheme for step in steps if isinstance(step, Step)}
+    tableaux = {name: scheme.tableau for name, scheme in schemes.items() if isinstance(scheme, RungeKutta)}
+    if not tableaux:
+        raise SchemeError(
+            f"stability: {', '.join(schemes) or 'a net without stacks'} has no stability function.\n"
+            "  Regions are those of Runge-Kutta methods: train with --model.net.scheme rk4, or another of them."
+        )
+    return plots.stability_regions(tableaux, job.out, type(job.net).__name__)
+
+
+def _alignment(job: Job) -> Path:
+    data = _data(job)
+    batches = islice(_batches(data), job.options.batches)
+    matrix, names = alignment(job.net, batches, job.places(places(job.net)), classes=data.num_classes)
+    if len(names) > 2 and all(":" in name and name.startswith("columns.") for name in names[:-2]):
+        return plots.alignment_by_column(matrix, names, job.out)
+    return plots.alignment_matrix(matrix, names, job.out, type(job.net).__name__)
+
+
+def _layercam(job: Job) -> Path:
+    data = _data(job)
+    x, _ = next(_batches(data))
+    x = x[: job.options.pictures]
+    names = job.places(_last_of_each(places(job.net)))
+    heats = layer_cam(job.net, x, names)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    return plots.heat_maps_by_column(x * std + mean, heats, names, job.out)
+
+
+def _ranks(job: Job) -> Path:
+    x, _ = next(_batches(_data(job)))
+    names = job.places(places(job.net))
+    with evaluating(job.net), torch.no_grad(), Features(job.net, names) as found:
+        job.net(x)
+    profile = {name: feature_rank(value) for name, value in found.items()}
+    return plots.ranks(profile, job.out, f"{type(job.net).__name__}, {len(x)} pictures")
+
+
+KINDS: dict[str, tuple[str, Callable[[Job], Path]]] = {
+    "weights": ("mean absolute weights: by source (joined streams), alphas by level and column, by stage", _weights),
+    "alignment": ("centered kernel alignment of places with each other, the input and the label", _alignment),
+    "layercam": ("which pixels the best class rests on", _layercam),
+    "ranks": ("numerical and effective rank of features by depth", _ranks),
+    "stability": ("stability regions of the net's Runge-Kutta methods", _stability),
+}
+
+
+def _last_of_each(found: Sequence[str]) -> list[str]:
+    """The last step of each stack; of columns all, as the figure has a row and a column for them."""
+    if any(not name.endswith(":0") for name in found):
+        return list(found)
+    return list({name.rpartition(".steps.")[0]: name for name in found}.values())
+
+
+def _net(path: Path, held: Mapping[str, Any]) -> nn.Module:
+    """The network of a checkpoint, built from the parts that it names."""
+    parts = held.get("hyper_parameters", {}).get("net")
+    if not isinstance(parts, Mapping) or "class_path" not in parts:
+        raise DataError(
+            f"{path} does not say how its net is built\n"
+            "  Train by odenets fit -c FILE.yaml; nets of your own: odenets.analysis and odenets.plots from Python."
+        )
+    parser = AnalyseParser()
+    parser.add_subclass_arguments(nn.Module, "net")
+    net = parser.instantiate_classes(parser.parse_object({"net": dict(parts)})).net
+    checkpoints.load(net, path)
+    return net.eval()
+
+
+def _data(job: Job) -> Pictures:
+    """The data that the network was trained on, opened for validation."""
+    settings = job.held.get(KEY, {}).get("config", {}).get("data")
+    if not isinstance(settings, Mapping) or "class_path" not in settings:
+        raise DataError(
+            "the checkpoint does not say which data it was trained on\n  Train by odenets fit -c FILE.yaml."
+        )
+    given = dict(settings.get("init_args") or {})
+    if job.options.root is not None:
+        if "root" not in given:
+            raise DataError(f"--root: {settings['class_path']} has no folder\n  Leave --root out.")
+        given |= {"root": job.options.root, "hub": None}
+    parser = AnalyseParser()
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    data = parser.instantiate_classes(parser.parse_object({"data": {**settings, "init_args": given}})).data
+    if not isinstance(data, Pictures):
+        raise DataError(f"{settings['class_path']} gives no pictures\n  Of such nets: weights, stability.")
+    data.batch_size = job.options.batch_size
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def _batches(data: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised validation pictures and their labels."""
+    for batch in data.val_dataloader():
+        yield data.on_after_batch_transfer(batch, 0)
+
+
+def parser() -> AnalyseParser:
+    """The options."""
+    kinds = "; ".join(f"{name}: {text}" for name, (text, _) in KINDS.items())
+    found = AnalyseParser(prog="odenets analyse", description="A figure of what the network of a checkpoint learned.")
+    found.add_argument("ckpt", type=str, help="A checkpoint that `odenets fit` wrote.")
+    found.add_argument("kind", type=str, choices=list(KINDS), help=f"The figure. {kinds}.")
+    found.add_argument(
+        "--out", type=str | None, default=None, help="FILE.png, .svg or .pdf; null: KIND.png beside CKPT."
+    )
+    found.add_argument("--places", type=str | None, default=None, help="Names of modules, with commas between them.")
+    found.add_argument(
+        "--root", type=str | None, default=None, help="Folder of the data, where they lie elsewhere now."
+    )
+    found.add_argument("--batches", type=int, default=8, help="Batches of validation pictures, of alignment.")
+    found.add_argument("--batch_size", type=int, default=64, help="Pictures per batch.")
+    found.add_argument("--pictures", type=int, default=2, help="Pictures of layercam.")
+    return found
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    AnalyseParser.command_line = args
+    try:
+        options = parser().parse_args(list(args))
+        path = Path(options.ckpt)
+        out = path.parent / f"{options.kind}.png" if options.out is None else Path(options.out)
+        for name in ("batches", "batch_size", "pictures"):
+            if options[name] < 1:
+                raise DataError(f"--{name} {options[name]}: want at least 1")
+        if out.suffix.lower() not in ENDINGS:
+            raise DataError(f"--out {out}: want a name that ends in {', '.join(ENDINGS)}")
+        if not path.is_file():
+            raise DataError(f"there is no file {str(path)!r}\n  Train first: odenets fit -c FILE.yaml.")
+        held = open_checkpoint(path, resume=False).held
+        print(KINDS[options.kind][1](Job(_net(path, held), held, options, out)))
+    except (SchemeError, DataError, ImportError) as error:
+        fail(str(error), HELP)
