@@ -91,7 +91,7 @@ def alignment_by_column(
 
 
 def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """The (level, column) of each place, and all levels and columns; one level where places are no levels of columns."""
+    """The (level, column) of each place, all levels and all columns; one level where places are none of columns."""
     # `columns.steps.3:1` is column 3, level 1.
     keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
     if all(len(key) == 2 and key[0].isdigit() for key in keys) and len({key[1] for key in keys}) > 1:

@@ -64,9 +64,7 @@ def weight_maps(model: nn.Module) -> list[WeightMap]:
         if isinstance(module, Stack) and not any(name.startswith(f"{one.name}.") for one in found if one.name):
             found.append(_of_stack(model, name, module))
     if not found:
-        raise SchemeError(
-            f"{type(model).__name__} has no stack.\n  Give a network of odenets, or one that holds a Stack."
-        )
+        raise SchemeError(f"{type(model).__name__} has no stack.\n  Give a network that holds a Stack.")
     return found
 
 

@@ -137,9 +137,7 @@ def _data(job: Job) -> Pictures:
     """The data that the network was trained on, opened for validation."""
     settings = job.held.get(KEY, {}).get("config", {}).get("data")
     if not isinstance(settings, Mapping) or "class_path" not in settings:
-        raise DataError(
-            "the checkpoint does not say which data it was trained on\n  Train by odenets fit -c FILE.yaml."
-        )
+        raise DataError("the checkpoint does not say which data it saw\n  Train by odenets fit -c FILE.yaml.")
     given = dict(settings.get("init_args") or {})
     if job.options.root is not None:
         if "root" not in given:
@@ -168,13 +166,9 @@ def parser() -> AnalyseParser:
     found = AnalyseParser(prog="odenets analyse", description="A figure of what the network of a checkpoint learned.")
     found.add_argument("ckpt", type=str, help="A checkpoint that `odenets fit` wrote.")
     found.add_argument("kind", type=str, choices=list(KINDS), help=f"The figure. {kinds}.")
-    found.add_argument(
-        "--out", type=str | None, default=None, help="FILE.png, .svg or .pdf; null: KIND.png beside CKPT."
-    )
+    found.add_argument("--out", type=str | None, default=None, help="FILE.png, .svg or .pdf; default: beside CKPT.")
     found.add_argument("--places", type=str | None, default=None, help="Names of modules, with commas between them.")
-    found.add_argument(
-        "--root", type=str | None, default=None, help="Folder of the data, where they lie elsewhere now."
-    )
+    found.add_argument("--root", type=str | None, default=None, help="Folder of the data, if they lie elsewhere now.")
     found.add_argument("--batches", type=int, default=8, help="Batches of validation pictures, of alignment.")
     found.add_argument("--batch_size", type=int, default=64, help="Pictures per batch.")
     found.add_argument("--pictures", type=int, default=2, help="Pictures of layercam.")

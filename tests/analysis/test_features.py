@@ -82,6 +82,16 @@ def test_writes_past_autograd_are_seen_as_well():
     torch.testing.assert_close(found["1"], net[1](2 * net[0](x)))
 
 
+def test_a_tensor_that_was_written_into_is_not_taken_for_what_was_returned():
+    """Zeros stay zeros under a ReLU in place; their gradient does not."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(inplace=True), nn.Linear(2, 1))
+    nn.init.zeros_(net[0].weight)
+    with Features(net, ["0"]) as found:
+        score = net(torch.ones(1, 2)).sum()
+    assert torch.autograd.grad(score, found["0"], allow_unused=True, retain_graph=True) == (None,)
+    assert not torch.autograd.grad(score, found.edge("0"))[0].any()
+
+
 def test_a_module_that_runs_several_times_has_a_place_per_call():
     f = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     stack, x = Stack(f, "heun2", depth=2), torch.randn(3, 4)
