@@ -128,7 +128,7 @@ def _net(path: Path, held: Mapping[str, Any]) -> nn.Module:
         )
     parser = AnalyseParser()
     parser.add_subclass_arguments(nn.Module, "net")
-    net = parser.instantiate_classes(parser.parse_object({"net": dict(parts)})).net
+    net = parser.instantiate_classes(parser.parse_object({"net": dict(parts)}))["net"]
     checkpoints.load(net, path)
     return net.eval()
 
@@ -145,7 +145,7 @@ def _data(job: Job) -> Pictures:
         given |= {"root": job.options.root, "hub": None}
     parser = AnalyseParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")
-    data = parser.instantiate_classes(parser.parse_object({"data": {**settings, "init_args": given}})).data
+    data = parser.instantiate_classes(parser.parse_object({"data": {**settings, "init_args": given}}))["data"]
     if not isinstance(data, Pictures):
         raise DataError(f"{settings['class_path']} gives no pictures\n  Of such nets: weights, stability.")
     data.batch_size = job.options.batch_size
