@@ -104,6 +104,7 @@ class Alignment:
         kernels = [_kernel(x, self.units.get(i, 1.0)) for i, x in enumerate(rows)]
         for i, k in enumerate(kernels):
             self.sizes[i] += n * _off_diagonal(k).square().sum() / (n * (n - 3))
+            # Half of the pairs: the measure is symmetric.
             for j, other in enumerate(kernels[: i + 1]):
                 value = n * unbiased_hsic(k, other)
                 self.sums[i, j] += value
