@@ -44,9 +44,9 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
     """
     if not x.is_floating_point():
         raise SchemeError(f"layer_cam: pictures of {x.dtype} have no gradient.\n  Give what the network is trained on.")
-    # The input asks for a gradient, so that features have a graph even in a frozen network; and it is a copy that is no
-    # leaf, so that a network may write into it.
-    given = x.detach().clone().requires_grad_()
+    # The input asks for a gradient, so that features have a graph even in a frozen network; the network gets a copy
+    # that is no leaf, so that it may write into it.
+    given = x.detach().requires_grad_()
     with evaluating(model), torch.enable_grad(), keeping_all(model), Features(model, names) as features:
         logits = model(given.clone())
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):

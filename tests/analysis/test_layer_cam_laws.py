@@ -51,6 +51,18 @@ def test_maps_of_any_precision_and_scale(dtype, scale):
         torch.testing.assert_close(heat.double(), expected, rtol=0, atol=near)
 
 
+@pytest.mark.parametrize(
+    "dtype, features, head", [("float32", 1e-25, 1e-25), ("float16", 1, 1e-4), ("float16", 1e-2, 1e3)]
+)
+def test_no_product_and_no_gradient_leaves_the_range_of_its_precision(dtype, features, head):
+    torch.manual_seed(1)
+    net = Net(features)
+    net.head.weight.data *= head
+    net, x = net.to(getattr(torch, dtype)), torch.randn(3, 3, 48, 48).to(getattr(torch, dtype))
+    for heat, want in zip(layer_cam(net, x, ["conv", "act"], 1), plain(net, x, torch.ones(3).long()), strict=True):
+        torch.testing.assert_close(heat.double(), want, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_map_without_a_positive_value_is_zero(dtype):
     x = torch.randn(2, 3, 8, 8).to(dtype)
