@@ -28,6 +28,7 @@ from .labels import NONE, unify
 from .order import batch_generator, loader, seed_of
 from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
 from .splits import open_splits
+from .view import View
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 96  # pixels a side; up to here pictures are kept in memory, and training cuts no random box unless told
@@ -199,7 +200,8 @@ def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Genera
 class Pictures(L.LightningDataModule):
     """What all picture data modules share: loaders, normalisation and augmentation of the batch on its device.
 
-    A subclass sets `num_classes` and `in_chans`, and in `setup` the datasets `self.sets["train" | "val" | "test"]`.
+    A subclass sets `num_classes` and `in_chans`, and in `setup` the datasets `self.sets["train" | "val" | "test"]`. One
+    that also sets `classes` and `view`, how evaluation shows a picture, has checkpoints that predict without it.
     """
 
     num_classes: int
@@ -218,6 +220,10 @@ class Pictures(L.LightningDataModule):
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.augment = augment or Augment()
         self.sets: dict[str, Dataset] = {}
+        self.view: View | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.view is None else {"picture": self.view.state()}
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         x, y = batch
@@ -295,6 +301,7 @@ class Digits(Pictures):
 
     num_classes = 10
     in_chans = 1
+    classes = tuple("0123456789")
 
     def __init__(
         self, batch_size: int = 64, split_seed: int = 0, test_share: float = 0.0, augment: Augment | None = None
@@ -303,6 +310,10 @@ class Digits(Pictures):
         if not 0 <= test_share <= 0.5:
             raise DataError(f"data.test_share={test_share}: wants a share between 0 and 0.5")
         self.split_seed, self.test_share = split_seed, test_share
+        self.view = View(1, 8, 8, 1.0, "bilinear", self.mean, self.std)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": list(self.classes), **super().state_dict()}
 
     def setup(self, stage: str) -> None:
         if self.sets:
@@ -573,6 +584,8 @@ class Images(Pictures):
         cache = fits if self.cache is None else self.cache
         if self.size is None and (large or size is None) and (smallest or not cache):
             raise DataError(f"{self.where}: pictures of {width}x{height} need one size; give --data.size 224")
+        if not train:
+            self._note_view(size, (height, width), inner, cache)
         # A random box is another one in each epoch, so what can be kept then is the file and not the picture.
         if cache and not (train and smallest):
             if self.size is None:
@@ -584,6 +597,13 @@ class Images(Pictures):
             source = Kept(source, indices, tally)
         return Decoded(source, indices, size, train, smallest, inner, self.interpolation, tally)
 
+    def _note_view(self, size: int | None, stored: tuple[int, int], inner: float, cache: bool) -> None:
+        """Notes how evaluation shows a picture: as it is stored where no size is given and all are kept."""
+        how = "bicubic" if self.interpolation == "random" else self.interpolation
+        as_stored = cache and self.size is None
+        height, width = stored if as_stored or size is None else (size, size)
+        self.view = View(3, height, width, 1.0 if as_stored else inner, how, self.mean, self.std)
+
     def _first_size(self, source: Source, indices: Tensor, tally: Tally) -> tuple[int, int]:
         """Width and height of the first picture that can be opened."""
         for index in indices.tolist():
@@ -594,7 +614,7 @@ class Images(Pictures):
         raise DataError(f"{self.where}: none of {len(indices):,} pictures can be read\n  Bring them again")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"classes": list(self.classes)}
+        return {"classes": list(self.classes), **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint that was trained on other classes: its numbers would mean something else."""

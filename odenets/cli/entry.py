@@ -7,10 +7,11 @@ installed torch is repaired before Lightning, which imports it, can trip over it
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
 
 from odenets import __version__
 
-from .messages import fail
+from ..messages import fail
 
 HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
 
@@ -18,6 +19,8 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   validate   evaluate a checkpoint on the validation pictures: --ckpt_path best|last|FILE
   test       the same on the test pictures
   predict    write the class of each test picture to predictions.csv
+  odenets predict --ckpt_path FILE PICTURE|FOLDER...                     the classes of any pictures; no -c needed
+  odenets evaluate --ckpt_path FILE [FOLDER]                             accuracy with intervals, of all and by class
 
   {prog} fit -c experiments/quickstart.yaml                              the handwritten digits, nothing to download
   {prog} fit -c experiments/cifar10_ho_resnet.yaml --data.root FOLDER --model.net.scheme midpoint
@@ -78,6 +81,12 @@ def repair_torchvision() -> None:
         warnings.warn(f"torchvision does not fit this torch ({e}); it is used without its operators", stacklevel=2)
 
 
+def _configured(words: Sequence[str]) -> bool:
+    """Whether a command line configures a network and data itself, by a file or by options."""
+    names = [word.partition("=")[0] for word in words]
+    return any(name in ("-c", "--config") or name.startswith(("--model", "--data")) for name in names)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; returns None, since a script's return value becomes its exit status."""
     words = sys.argv[1:] if args is None else args
@@ -90,6 +99,10 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         repair_torchvision()
+        if words[0] == "evaluate" or (words[0] == "predict" and not _configured(words)):
+            from .pictures import run as run_pictures
+
+            return run_pictures(words[0], words[1:])
         if words[0] == "study":
             from odenets.study.subcommands import run as run_study
 

@@ -1,0 +1,284 @@
+"""What a trained network says of pictures: predictions with names, and how often they are right."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import layout as layouts
+from .decode import Picture, Unreadable
+from .labels import NONE, unify
+from .sources import TEST, VALIDATION, DataError, FolderSource, Joined, Source
+from .splits import open_splits
+from .trained import Trained, build_data
+from .view import View
+
+
+class Prediction(NamedTuple):
+    """What a network says of one picture.
+
+    Attributes:
+        name: The picture's file, or file and row.
+        classes: The most likely classes, first the likeliest.
+        probabilities: Of each of them.
+        error: Why the picture could not be read; "" where it could.
+    """
+
+    name: str
+    classes: list[str]
+    probabilities: list[float]
+    error: str = ""
+
+
+class Below(Source):
+    """A source whose names say where it lies."""
+
+    def __init__(self, root: Path, source: Source) -> None:
+        self.root, self.source = root, source
+        self.labels, self.names, self.why, self.shards = source.labels, source.names, source.why, source.shards
+        self.classes = []
+
+    def encoded(self, i: int) -> bytes | str:
+        return self.source.encoded(i)
+
+    def name(self, i: int) -> str:
+        return str(self.root / self.source.name(i))
+
+
+class Viewed(Dataset):
+    """Pictures as a network sees them: (i, uint8 (c, h, w), ""), or (i, None, why it cannot be read)."""
+
+    def __init__(self, source: Source, view: View) -> None:
+        self.source, self.view = source, view
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None, str]:
+        try:
+            return i, self.view(Picture(self.source.encoded(i))), ""
+        except Unreadable as e:
+            return i, None, str(e)
+
+
+def pictures_at(paths: Sequence[str | Path]) -> tuple[Source, list[str]]:
+    """All pictures in files and below folders, which need no labels, in the order given; and notes on what is left out.
+
+    Args:
+        paths: Pictures, folders of them, parquet files, tar shards.
+
+    Raises:
+        DataError: One that is not there, or holds no pictures.
+    """
+    parts: list[Source] = []
+    notes: list[str] = []
+    for given in paths:
+        path = Path(given)
+        found = layouts.find(path) if path.exists() else None
+        if found is None:
+            problem = "there is no picture in it" if path.exists() else "there is no such file or folder"
+            raise DataError(f"{given}: {problem}\n  Give pictures, folders of them, parquet files or tar shards")
+        if found.kind == "pictures":
+            files = sorted(file for group in (found.splits, found.others) for some in group.values() for file in some)
+            parts.append(Below(found.root, FolderSource(found.root, files, None)))
+        else:
+            splits = open_splits(path)
+            opened = [*splits.values(), *(splits.open(name) for name in list(splits.others))]
+            parts += [Below(found.root, source) for source in opened]
+        notes += [f"{given}: {note}" for note in found.notes if "name no split" not in note]
+    return (parts[0] if len(parts) == 1 else Joined(parts)), notes
+
+
+def judge(
+    trained: Trained, source: Source, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[tuple[int, Tensor | None, str]]:
+    """The number of each picture with its probabilities (classes,), or with None and why it cannot be read."""
+    loader = DataLoader(Viewed(source, trained.view), batch_size, num_workers=num_workers, collate_fn=list)
+    for batch in loader:
+        pictures = [levels for _, levels, _ in batch if levels is not None]
+        rows = iter(trained.probabilities(torch.stack(pictures)) if pictures else ())
+        for i, levels, why in batch:
+            yield i, None if levels is None else next(rows), why
+
+
+def predict(
+    trained: Trained, source: Source, top: int = 5, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[Prediction]:
+    """What the network says of each picture, in order; one that cannot be read has an error and no classes.
+
+    Args:
+        trained: The network.
+        source: The pictures.
+        top: Most likely classes that are named.
+        batch_size: Pictures that go through the network together.
+        num_workers: Processes that decode; 0 decodes here.
+    """
+    for i, row, why in judge(trained, source, batch_size, num_workers):
+        if row is None:
+            yield Prediction(source.name(i), [], [], why)
+        else:
+            best = row.topk(min(top, len(row)))
+            yield Prediction(source.name(i), [trained.classes[k] for k in best.indices], best.values.tolist())
+
+
+def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a share of which `right` of `count` were seen: Wilson's, which holds near 0 and 1 too.
+
+    (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), p = right / n
+
+    Source: Wilson 1927, "Probable inference", J. Am. Stat. Assoc. 22.
+
+    Example:
+        >>> [round(edge, 4) for edge in wilson(9, 10)]
+        [0.5958, 0.9821]
+    """
+    if not count:
+        return 0.0, 1.0
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), right / count
+    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    # Exact at the edges, where rounding would leave them by a hair.
+    return (0.0 if right == 0 else (middle - half) / scale), (1.0 if right == count else (middle + half) / scale)
+
+
+class Figures:
+    """Counts over labelled pictures, and what follows from them.
+
+    Args:
+        classes: Their names.
+        confidence: Of the intervals.
+    """
+
+    def __init__(self, classes: Sequence[str], confidence: float = 0.95) -> None:
+        self.classes, self.confidence = list(classes), confidence
+        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)  # [label, predicted]
+        self.among_five = 0
+        self.log_likelihood = 0.0
+
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Counts some pictures: probabilities (n, classes), labels (n,)."""
+        best = probabilities.topk(min(5, probabilities.shape[1])).indices
+        pairs = labels * len(self.classes) + best[:, 0]
+        self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
+        self.among_five += int((best == labels[:, None]).sum())
+        own = probabilities.double()[torch.arange(len(labels)), labels]
+        self.log_likelihood += float(own.clamp_min(torch.finfo(torch.float32).tiny).log().sum())
+
+    def share(self, right: int, count: int) -> dict[str, Any]:
+        """A share with its interval; None for a share of nothing."""
+        return {"value": right / count if count else None, "interval": list(wilson(right, count, self.confidence))}
+
+    def summary(self) -> dict[str, Any]:
+        """All figures as plain values: of all pictures, then of each class that occurs or is predicted."""
+        count, right = int(self.confusion.sum()), int(self.confusion.diagonal().sum())
+        found: dict[str, Any] = {"pictures": count, "confidence": self.confidence, "accuracy": self.share(right, count)}
+        if len(self.classes) > 5:
+            found["top5"] = self.share(self.among_five, count)
+        found["loss"] = -self.log_likelihood / count if count else None
+        rows = [self._class(k) for k in range(len(self.classes))]
+        seen = [row["accuracy"]["value"] for row in rows if row["pictures"]]
+        found["mean_class_accuracy"] = sum(seen) / len(seen) if seen else None
+        found["classes"] = [row for row in rows if row["pictures"] or row["predicted"]]
+        return found
+
+    def _class(self, k: int) -> dict[str, Any]:
+        row, right = self.confusion[k], int(self.confusion[k, k])
+        count, predicted = int(row.sum()), int(self.confusion[:, k].sum())
+        others = row.clone()
+        others[k] = 0
+        wrong = int(others.argmax())
+        return {
+            "class": self.classes[k],
+            "pictures": count,
+            "accuracy": self.share(right, count),
+            "predicted": predicted,
+            "precision": right / predicted if predicted else None,
+            "taken_for": self.classes[wrong] if int(others[wrong]) else None,
+        }
+
+
+def evaluate(
+    trained: Trained,
+    root: str | Path | None = None,
+    split: str | None = None,
+    confidence: float = 0.95,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """How often a network is right about labelled pictures.
+
+    Args:
+        trained: The network.
+        root: Folder or file of labelled pictures; None takes the data that it was trained on, from its checkpoint.
+        split: Of them; None takes the test split, else the validation split, else the only one.
+        confidence: Of the intervals.
+        batch_size: Pictures that go through the network together.
+        num_workers: Processes that decode; 0 decodes here.
+
+    Returns:
+        The figures of ``Figures.summary`` with where the pictures are, and those that could not be read.
+
+    Raises:
+        DataError: No such pictures, no labels, or classes that the network does not know.
+    """
+    figures = Figures(trained.classes, confidence)
+    unread: list[Prediction] = []
+    if root is None:
+        where = _own(trained, split, figures, batch_size)
+    else:
+        source, where = _labelled(trained, Path(root), split)
+        for i, row, why in judge(trained, source, batch_size, num_workers):
+            if row is None:
+                unread.append(Prediction(source.name(i), [], [], why))
+            else:
+                figures.add(row[None], source.labels[i : i + 1])
+    if not int(figures.confusion.sum()):
+        raise DataError(f"{where}: none of its pictures can be read\n  Bring them again")
+    return {"data": where, **figures.summary()}, unread
+
+
+def _own(trained: Trained, split: str | None, figures: Figures, batch_size: int) -> str:
+    """Counts over the data in the checkpoint's configuration; where they are."""
+    data = build_data(trained)
+    wanted = split or "test"
+    if wanted not in ("test", "val"):
+        raise DataError(f"split {wanted!r}: of the data in a checkpoint, it is test or val")
+    data.setup("test" if wanted == "test" else "validate")
+    names = getattr(data, "classes", None)
+    if names is not None and list(names) != trained.classes:
+        raise DataError(f"{trained.path} was trained on other classes than its data have now\n  Name a folder")
+    pictures: Any = data.sets[wanted]
+    for start in range(0, len(pictures), batch_size):
+        chosen = list(range(start, min(start + batch_size, len(pictures))))
+        x, y = pictures.__getitems__(chosen)
+        figures.add(trained.probabilities(x), y)
+    return f"{type(data).__name__}, {wanted}"
+
+
+def _labelled(trained: Trained, root: Path, split: str | None) -> tuple[Source, str]:
+    """A split of labelled pictures whose class numbers are the network's; and what it is called."""
+    if not root.exists() or layouts.find(root) is None:
+        problem = "there is no picture in it" if root.exists() else "there is no such file or folder"
+        raise DataError(f"{root}: {problem}\n  Give a folder with a folder per class, parquet files or tar shards")
+    splits = open_splits(root)
+    named = next((n for n in (*TEST, *VALIDATION) if n in splits), None)
+    name = named or next(iter(splits))
+    if split is not None:
+        found = splits.find(split)
+        if found is None:
+            raise DataError(f"split {split!r}: {root} has {', '.join([*splits, *splits.others])}\n  Name one of them")
+        name = found
+    elif named is None and len(splits) > 1:
+        raise DataError(f"{root} has the splits {', '.join(splits)}\n  Name one of them: --split NAME")
+    source = splits.open(name)
+    if bool((source.labels == NONE).any()):
+        raise DataError(
+            f"{root}: split {name!r} has no label for some pictures: {source.why}\n  odenets predict needs none"
+        )
+    unify({name: source}, trained.classes, str(root))
+    return Below(root if root.is_dir() else root.parent, source), f"{root}, {name}"

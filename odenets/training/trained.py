@@ -1,0 +1,175 @@
+"""A trained network out of a checkpoint, with what it needs to judge pictures: its classes, and its view of them.
+
+Three kinds of checkpoints are told apart. One that a configuration trained holds how its net is built, and is opened.
+One of a net that was built in Python does not, and is refused by name. One whose net is of another package would have
+code imported that a file names, and is refused too: there the configuration decides, which the user wrote.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from .. import checkpoints
+from .callbacks import StepSchedule
+from .data import Pictures
+from .files import CheckpointError, open_checkpoint
+from .resume import KEY
+from .sources import DataError
+from .view import View
+
+OURS = ("odenets.", "torch.nn.")
+
+
+@dataclass
+class Trained:
+    """A network in evaluation, on its device.
+
+    Attributes:
+        path: The checkpoint.
+        net: Maps pictures (n, c, h, w) to logits (n, classes).
+        classes: What the classes are called, in order.
+        view: How a picture is brought to it.
+        data: Configuration of the data that it was trained on: class_path, init_args; None where it is not known.
+        step: Optimiser steps that it was trained for.
+    """
+
+    path: Path
+    net: nn.Module
+    classes: list[str]
+    view: View
+    data: Mapping[str, Any] | None
+    step: int
+
+    @torch.inference_mode()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Of each class (n, classes), in float32, on the CPU.
+
+        Args:
+            x: Pictures (n, channels, height, width), uint8, or floats in [0, 1].
+
+        Raises:
+            SchemeError: The network gives numbers that are not finite.
+        """
+        device = next(self.net.parameters()).device
+        logits = self.net(self.view.normalize(x.to(device))).float()
+        if not bool(logits.isfinite().all()):
+            raise SchemeError(
+                f"{self.path} gives logits that are not finite\n  Its training diverged: take an earlier checkpoint."
+            )
+        return logits.softmax(1).cpu()
+
+
+def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:
+    """Opens a checkpoint of `lightning fit` as a network that judges pictures.
+
+    Averaged weights are taken where Lightning's callbacks put them in the place of the raw ones. A step size that was
+    moved in training has the value that it had when the checkpoint was written.
+
+    Args:
+        path: The file.
+        device: Where the network goes.
+
+    Raises:
+        CheckpointError: No whole checkpoint, or one without what predicting needs.
+        SchemeError: Weights that do not fit the network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: there is no such file\n  Give a checkpoint of a run: --ckpt_path RUN/checkpoints/best.ckpt"
+        )
+    found = open_checkpoint(path, resume=False)
+    held = found.held
+    net = build_net(path, held)
+    picture = _of_data(path, held)
+    view, classes = View(**picture["picture"]), [str(name) for name in picture["classes"]]
+    weights = {k.removeprefix("net."): v for k, v in held["state_dict"].items() if k.startswith("net.")}
+    checkpoints.load(net, weights)
+    moved = held.get("callbacks", {}).get(StepSchedule.__qualname__)
+    if moved is not None:
+        StepSchedule().apply(net, moved["h"])
+    config = held.get(KEY, {}).get("config") or {}
+    return Trained(path, net.eval().to(device), classes, view, config.get("data"), found.step)
+
+
+def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:
+    """The untrained network of a checkpoint, from the class and the arguments that it holds.
+
+    Raises:
+        CheckpointError: It holds none, or one of another package.
+    """
+    spec = dict(held.get("hyper_parameters", {})).get("net")
+    if not isinstance(spec, Mapping) or "class_path" not in spec:
+        raise CheckpointError(
+            f"{path} was written by a module that was built in Python, and does not hold its net\n"
+            "  Load it in Python: Classifier.load_from_checkpoint(path, net=..., optimizer=...)"
+        )
+    return _built(path, "net", nn.Module, spec)
+
+
+def build_data(trained: Trained) -> Pictures:
+    """The data that a network was trained on, by the configuration in its checkpoint; the network is never asked.
+
+    Raises:
+        CheckpointError: The checkpoint does not say.
+        DataError: They are not there any more.
+    """
+    if not trained.data:
+        raise CheckpointError(f"{trained.path} does not say what it was trained on\n  Name a folder of pictures")
+    spec = {**trained.data, "init_args": {**trained.data.get("init_args", {})}}
+    if "download" in spec["init_args"]:
+        spec["init_args"]["download"] = False
+    data = _built(trained.path, "data", L.LightningDataModule, spec)
+    if not isinstance(data, Pictures):
+        raise CheckpointError(f"{trained.path} was trained on {spec['class_path']}, which has no labelled pictures")
+    return data
+
+
+def _built(path: Path, what: str, kind: type, spec: Mapping[str, Any]) -> Any:
+    foreign = [name for name in _class_paths(spec) if not name.startswith(OURS)]
+    if foreign:
+        raise CheckpointError(
+            f"{path}: its {what} is built by {foreign[0]}, and a file does not decide what code is imported\n"
+            "  Give the configuration that it was trained with: -c RUN/config.yaml"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, what)
+    try:
+        return parser.instantiate_classes(parser.parse_object({what: dict(spec)}))[what]
+    except (ArgumentError, TypeError, ValueError) as e:
+        cause: BaseException | None = e
+        while cause is not None and not isinstance(cause, SchemeError | DataError):
+            cause = cause.__cause__ or cause.__context__
+        said = " ".join(str(cause or e).split())[:300]
+        raise CheckpointError(f"{path}: its {what} cannot be built here: {said}") from None
+
+
+def _class_paths(spec: Any) -> Iterator[str]:
+    if isinstance(spec, Mapping):
+        if isinstance(spec.get("class_path"), str):
+            yield spec["class_path"]
+        for value in spec.values():
+            yield from _class_paths(value)
+    elif isinstance(spec, list | tuple):
+        for value in spec:
+            yield from _class_paths(value)
+
+
+def _of_data(path: Path, held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the data module left in the checkpoint."""
+    for value in held.values():
+        if isinstance(value, Mapping) and {"picture", "classes"} <= value.keys():
+            return value
+    raise CheckpointError(
+        f"{path} does not say how pictures were brought to its net: it is no picture classifier, or of release 0.1\n"
+        "  Give the configuration that it was trained with: -c RUN/config.yaml"
+    )

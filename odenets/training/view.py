@@ -1,0 +1,72 @@
+"""How a picture is brought to a network: its size, what of it is seen, its channels, and the scale of its levels."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .augment import normalize
+from .decode import Picture, Unreadable
+
+
+class View(NamedTuple):
+    """What evaluation shows of a picture; a checkpoint holds it, so that no configuration is needed to predict.
+
+    Attributes:
+        channels: 3 for RGB, or 1 for grey.
+        height: Of what the network sees, in pixels.
+        width: The same; where it differs from the height, pictures must have this size.
+        inner: Share of the shorter side that is seen, in the middle of the picture.
+        interpolation: How pictures are resized.
+        mean: Per channel, of pictures in [0, 1].
+        std: Per channel.
+
+    Example:
+        >>> import torch
+        >>> view = View(1, 1, 1, 1.0, "bilinear", [0.5], [0.25])
+        >>> view.normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)).item()
+        2.0
+    """
+
+    channels: int
+    height: int
+    width: int
+    inner: float
+    interpolation: str
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """The levels that the network sees: uint8 (channels, height, width).
+
+        Raises:
+            Unreadable: It cannot be decoded, or has another size where the size is fixed.
+        """
+        if self.height == self.width:
+            levels = picture.middle(self.height, self.inner, self.interpolation)
+        elif picture.size == (self.width, self.height):
+            levels = picture.whole()
+        else:
+            wide, high = picture.size
+            raise Unreadable(f"it is {wide}x{high}, and the network was trained on {self.width}x{self.height}")
+        return (levels if self.channels == 3 else grey(levels)).permute(2, 0, 1)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Pictures (n, channels, h, w) on the scale that the network was trained on."""
+        return normalize(x, self.mean, self.std)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {**self._asdict(), "mean": list(self.mean), "std": list(self.std)}
+
+
+def grey(levels: Tensor) -> Tensor:
+    """uint8 (h, w, 3) -> (h, w, 1): 0.299 R + 0.587 G + 0.114 B in integers, as PIL's mode L has it.
+
+    >>> import torch
+    >>> grey(torch.tensor([[[255, 255, 255], [255, 0, 0]]], dtype=torch.uint8)).flatten().tolist()
+    [255, 76]
+    """
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32)  # of 65536
+    return (((levels.int() * weights).sum(2, keepdim=True) + (1 << 15)) >> 16).to(torch.uint8)
