@@ -21,6 +21,7 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   predict    write the class of each test picture to predictions.csv
   odenets predict --ckpt_path FILE PICTURE|FOLDER...                     the classes of any pictures; no -c needed
   odenets evaluate --ckpt_path FILE [FOLDER]                             accuracy with intervals, of all and by class
+  odenets export FILE --output net.onnx|net.pt2                          the network as a file that runs elsewhere
 
   {prog} fit -c experiments/quickstart.yaml                              the handwritten digits, nothing to download
   {prog} fit -c experiments/cifar10_ho_resnet.yaml --data.root FOLDER --model.net.scheme midpoint
@@ -103,6 +104,10 @@ def main(args: list[str] | None = None) -> None:
             from .pictures import run as run_pictures
 
             return run_pictures(words[0], words[1:])
+        if words[0] == "export":
+            from .export import run as run_export
+
+            return run_export(words[1:])
         if words[0] == "study":
             from odenets.study.subcommands import run as run_study
 

@@ -275,6 +275,16 @@ def test_torch_fx_traces_a_family_at_its_first_call(family, pad):
         torch.testing.assert_close(traced(given), net(given), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(families()))
+def test_a_family_runs_as_onnx(family, tmp_path):
+    from odenets.export import export
+
+    pytest.importorskip("onnxruntime")
+    x = pictures(families()[family], 1)
+    assert export(shared(families()[family]), tmp_path / "net.onnx", tuple(x.shape[1:])).difference <= 1e-5  # type: ignore
+
+
 @pytest.mark.parametrize("family", list(families()))
 def test_a_family_pads_or_names_the_multiple(family):
     name = families()[family]
