@@ -1,6 +1,5 @@
 """Models by name: ``create_model("resnet50", num_classes=10)``, ``list_models("ho_*")``, and where weights lie."""
 
-import difflib
 import fnmatch
 import hashlib
 import inspect
@@ -17,6 +16,7 @@ from torch import nn
 from schemes import SchemeError
 
 from .. import checkpoints
+from ..names import closest
 from .conventions import Conventions
 from .feature_net import FeatureNet
 
@@ -24,6 +24,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Builder = Callable[..., nn.Module]
+
+
+class OptionError(SchemeError, TypeError):
+    """An option that a model does not have; a TypeError too, as a wrong keyword is anywhere in Python."""
 
 
 class Weights(NamedTuple):
@@ -226,7 +230,8 @@ def create_model(
         kwargs: passed to the model.
 
     Raises:
-        SchemeError: an unknown name (the closest are named), a wrong option, or weights that are not published, not
+        OptionError: an option that the model does not have; the closest are named.
+        SchemeError: an unknown name (the closest are named), a wrong value, or weights that are not published, not
             reachable, or not the file they should be.
 
     Example:
@@ -246,6 +251,7 @@ def create_model(
     }
     # What was left out is not passed on, so that each model keeps its own default.
     kwargs |= {key: value for key, value in options.items() if value is not None}
+    _check_options(name, entry, kwargs)
     if not features_only:
         if out_indices is not None:
             raise SchemeError("out_indices chooses among the maps of features_only=True; set both.")
@@ -272,9 +278,23 @@ def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[st
     return model
 
 
+def _check_options(name: str, entry: Registered, given: Mapping[str, Any]) -> None:
+    """Refuses options that the model does not have, where its signature says which it has."""
+    parameters = inspect.signature(entry.kind or entry.build).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    wrong = [key for key in given if key not in parameters]
+    if not wrong:
+        return
+    known = [*parameters, "pretrained", "features_only", "out_indices"]  # the last three are create_model's own
+    close = closest(wrong[0], known)
+    hint = f"Closest: {', '.join(close)}." if close else f"It has {', '.join(known)}."
+    raise OptionError(f"{name} has no option {wrong[0]!r}\n  {hint}")
+
+
 def _registered(name: str) -> Registered:
     if name not in _MODELS:
-        close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.4)
+        close = closest(name, _MODELS)
         hint = f"closest: {', '.join(close)}" if close else "list_models() names them all"
         raise SchemeError(f"there is no model named {name!r}; {hint}.")
     return _MODELS[name]

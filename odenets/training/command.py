@@ -76,6 +76,10 @@ class TrainingParser(LightningArgumentParser):
         # An abbreviation that works today means another option when one is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> list[str]:
+        """As jsonargparse's, which hands linked arguments on and takes them of classes alone."""
+        return super().add_function_arguments(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The options that are near to what was typed are those of the subcommand.
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -191,7 +195,7 @@ class Command(LightningCLI):
                 raise
             cause = root_cause(e)
             # The cause and not the chain: parsers wrap an error once for each level of the configuration.
-            fail(str(cause), "JSONARGPARSE_DEBUG=1 shows where it was raised")
+            fail(str(cause), "JSONARGPARSE_DEBUG=true shows where it was raised")
 
     def before_fit(self) -> None:
         """Closes the earlier part of a resumed run, or sets an earlier run in the same folder aside."""

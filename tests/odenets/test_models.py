@@ -222,6 +222,22 @@ def test_create_model_passes_on_what_it_is_given():
         create_model("ho_resnet26", sheme="rk4")
 
 
+@pytest.mark.parametrize(("wrong", "near"), [("sheme", "scheme"), ("Widths", "widths"), ("pretraind", "pretrained")])
+def test_a_wrong_option_of_a_named_model_names_the_closest(wrong, near):
+    with pytest.raises(SchemeError, match=rf"ho_resnet26 has no option '{wrong}'\n  Closest: {near}"):
+        create_model("ho_resnet26", **{wrong: 1})
+
+
+def test_a_model_refuses_options_of_others_before_it_is_built():
+    with pytest.raises(SchemeError, match="revcol_tiny has no option 'scheme'"):
+        create_model("revcol_tiny", scheme="rk4")
+
+
+def test_capitals_do_not_hide_the_closest_name():
+    with pytest.raises(SchemeError, match="closest: resnet50"):
+        create_model("ResNet50")
+
+
 def test_features_and_maps():
     x = torch.randn(2, 3, 32, 32)
     net = create_model("ho_resnet26", num_classes=0).eval()

@@ -184,6 +184,29 @@ def test_loading_into_another_scheme_warns():
         run(["test", *SMALL, "--ckpt_path", "last", "--model.net.step", "0.5"])
 
 
+NAMED = ["--model.net", "odenets.create_model", "--model.net.name", "ho_resnet26", "--model.net.scheme", "midpoint"]
+SIZES = ["--model.net.dict_kwargs.widths", "[4, 4]", "--model.net.dict_kwargs.functions", "[2, 2]"]
+
+
+def test_a_model_by_its_name_trains_and_its_checkpoint_knows_it():
+    from odenets.training.trained import open_trained
+
+    fit = ["fit", *SMALL[:2], *NAMED, *SIZES, "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    command = run([*fit, "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"])
+    path = "runs/quickstart/checkpoints/last.ckpt"
+    for net in (open_trained(path).net, Classifier.load_from_checkpoint(path).net):
+        assert str(net.levels[0].scheme) == "midpoint" and net.in_chans == 1 and net.num_classes == 10
+        for a, b in zip(command.model.net.state_dict().values(), net.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_wrong_option_of_a_named_model_ends_in_two_lines(capsys):
+    lines = fails(capsys, "fit", *SMALL[:2], *NAMED, "--model.net.dict_kwargs.widhts", "[4, 4]")
+    assert "ho_resnet26 has no option 'widhts'" in lines[0] and "Closest: widths" in lines[1]
+    lines = fails(capsys, "fit", *SMALL[:2], "--model.net", "odenets.create_model", "--model.net.name", "ho_resnet27")
+    assert "ho_resnet26" in lines[0]
+
+
 def test_no_checkpoints_no_logger():
     fit("--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false", "--trainer.logger", "false")
     assert [p.name for p in Path("runs/quickstart").iterdir()] == ["config.yaml"] and len(list(Path().iterdir())) == 1
