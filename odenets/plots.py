@@ -366,3 +366,32 @@ def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: st
     axes.set_xlabel(x + ("; hollow: not reached" if any(v is None for g in values.values() for v in g) else ""))
     axes.grid(alpha=0.3, axis="x")
     return _write(figure, path)
+
+
+def work_precision(points: Sequence[Any], path: str | Path, title: str = "") -> Path:
+    """Accuracy, and distance of the logits, against evaluations: two panels, a line per scheme.
+
+    Args:
+        points: rows with ``scheme``, ``evaluations``, ``accuracy`` and ``distance``, as in
+            ``odenets.analysis.convergence``.
+        path: the PNG.
+        title: above the figure.
+    """
+    figure = _figure(8, 3.4)
+    left, right = figure.subplots(1, 2)
+    groups: dict[str, list[Any]] = {}
+    for point in points:
+        groups.setdefault(point.scheme.partition(", rtol")[0].replace("adaptive(", "adaptive "), []).append(point)
+    for name, group in groups.items():
+        xs = [p.evaluations for p in group]
+        left.plot(xs, [100 * p.accuracy for p in group], marker="o", markersize=4, label=name)
+        right.plot(xs, [p.distance for p in group], marker="o", markersize=4, label=name)
+    for axes, what in ((left, "accuracy, per cent"), (right, "relative distance of the logits")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("evaluations")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+    right.set_yscale("log")
+    right.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return _write(figure, path)
