@@ -99,6 +99,7 @@ class ContinuousWeights(nn.Module):
         self._found: tuple[nn.Module, list[list[_Place]]] | None = None
         self._read: tuple[nn.Module, Takes] | None = None
         self._compiled: Callable[..., Any] | None = None
+        self._split: dict[int, tuple[Tensor, Any, Sequence[Tensor]]] = {}
 
     @property
     def knots(self) -> int:
@@ -154,10 +155,29 @@ class ContinuousWeights(nn.Module):
         row = self.space.row(self._checked(float(t)) / self.span)
         if not torch.is_grad_enabled():
             return [_blend(c, row) for c in coefficients], row
-        if row.values.count(0.0) == len(row.values) - 1:  # at a knot: a view, which autograd follows and keeps for free
-            return [_blend(c, row) for c in coefficients], None
-        found = _Interpolation.apply(row, *coefficients)
+        used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
+        rows = [self._rows(n, c) for n, c in enumerate(coefficients)]
+        if len(used) == 1:  # at a knot: a view, which autograd keeps for free
+            return [each[used[0][0]] for each in rows], None
+        found = _Interpolation.apply(tuple(w for _, w in used), *(each[k] for each in rows for k, _ in used))
         return found, row  # type: ignore[return-value]
+
+    def _rows(self, n: int, c: Tensor) -> Sequence[Tensor]:
+        """The single coefficients of parameter n, as views; the same for all evaluations of a pass.
+
+        Their gradients are then summed one by one, and put together once: not in the size of all for each evaluation.
+        """
+        key = (c._version, c.requires_grad, c.data_ptr())
+        held = self._split.get(n)
+        if held is not None and held[0] is c and held[1] == key:
+            return held[2]
+        rows = c.unbind()
+        if c.is_leaf:  # what was computed would be kept alive with its graph
+            self._split[n] = c, key, rows
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_split": {}}
 
     def _checked(self, t: float) -> float:
         if not -BEYOND - 1e-6 <= t / self.span <= 1 + BEYOND + 1e-6:
@@ -509,46 +529,44 @@ def _relative(pairs: Mapping[str, tuple[Tensor, Tensor]], weights: Tensor) -> tu
 def _blend(coefficients: Tensor, row: Row) -> Tensor:
     """The sum of coefficients with the values of a row; a single one of value 1 is a view."""
     used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
-    if len(used) == 1 and used[0][1] == 1.0:
+    if len(used) == 1:
         return coefficients[used[0][0]]
-    if len(used) == 2 and abs(used[0][1] + used[1][1] - 1.0) < 1e-15:
-        return torch.lerp(coefficients[used[0][0]], coefficients[used[1][0]], used[1][1])
-    found = coefficients[used[0][0]] * used[0][1]
-    for k, w in used[1:]:
-        found.add_(coefficients[k], alpha=w)
+    return _sum([coefficients[k] for k, _ in used], [w for _, w in used])
+
+
+def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_k weights[k] rows[k], of two or more."""
+    if len(rows) == 2:
+        return torch.lerp(rows[0], rows[1], weights[1])  # weights of a partition of unity
+    found = rows[0] * weights[0]
+    for r, w in zip(rows[1:], weights[1:], strict=True):
+        found.add_(r, alpha=w)
     return found
 
 
 class _Interpolation(torch.autograd.Function):
-    """All weights of a block at one time, as one node of the graph; twice differentiable, forwards too."""
+    """All weights of a block at one time, as one node of the graph; twice differentiable, forwards too.
+
+    Takes the values of the basis functions, and for each parameter as many coefficients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, row: Row, *coefficients: Tensor) -> tuple[Tensor, ...]:
-        ctx.row, ctx.counts = row, [len(c) for c in coefficients]
-        return tuple(_blend(c, row) for c in coefficients)
+    def forward(ctx: Any, weights: tuple[float, ...], *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        n = len(weights)
+        return tuple(_sum(rows[k : k + n], weights) for k in range(0, len(rows), n))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (
-            None,
-            *(
-                None if g is None or not need else _spread(g, ctx.row, count)
-                for g, count, need in zip(grads, ctx.counts, ctx.needs_input_grad[1:], strict=True)
-            ),
-        )
+        return (None, *(None if g is None else g * w for g in grads for w in ctx.weights))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else _blend(t, ctx.row) for t in tangents[1:])
-
-
-def _spread(grad: Tensor, row: Row, count: int) -> Tensor:
-    """The gradient of the coefficients of one parameter: the transpose of ``_blend``."""
-    found = grad.new_zeros((count, *grad.shape))
-    for k, w in enumerate(row.values):
-        if w != 0.0:
-            found[row.first + k] = grad if w == 1.0 else grad * w
-    return found
+        found, n = [], len(ctx.weights)
+        for k in range(1, len(tangents), n):
+            part = [t for t in tangents[k : k + n] if t is not None]
+            found.append(_sum(part, ctx.weights) if len(part) == n else None)
+        return tuple(found)
 
 
 @contextmanager

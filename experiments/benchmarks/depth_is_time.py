@@ -2,17 +2,20 @@
 
     python experiments/benchmarks/depth_is_time.py train --root FOLDER --out depth_is_time.jsonl
     python experiments/benchmarks/depth_is_time.py report depth_is_time.jsonl [--pictures FOLDER]
+    python experiments/benchmarks/depth_is_time.py law [--pictures FOLDER]
+    python experiments/benchmarks/depth_is_time.py cost
 
 FOLDER holds train.parquet and test.parquet as the hub's uoft-cs/cifar10 does. ``train`` trains each arm with each seed,
 evaluates it under schemes and depths, and appends one line to the file; what the file has is not trained again, so the
 same command goes on where it was stopped. ``report`` prints the tables from the file, means over seeds with 95 %
-intervals of Student's t, and draws the pictures of the page "Depth is time".
+intervals of Student's t, and draws pictures. ``law`` measures in float64, without training, how the error of the logits
+falls with the steps. ``cost`` times an evaluation of a block and of its field, the least of many.
 
-The network has three levels of 4 evaluations, widths 16, 32, 64, GroupNorm, SiLU, a stem of stride 2, and 3x3
-convolutions of stride 2 between the levels. Separate weights are 4 functions a level; a linear spline of 3 intervals
-over a span of 4 has as many parameters. Arms: separate weights under euler; splines under euler (4 steps of size 1 a
-level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; a spline under euler that has 2
-steps a level for the first half of the epochs (multi-level training).
+The network has three levels of 4 evaluations, widths 8, 16, 32 (--width 8), GroupNorm, SiLU, a stem of stride 2, and
+3x3 convolutions of stride 2 between the levels. Separate weights are 4 functions a level; a linear spline of 3
+intervals over a span of 4 has as many parameters. Arms: separate weights under euler; splines under euler (4 steps of
+size 1 a level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; a spline under euler
+that has 2 steps a level for the first half of the epochs (multi-level training).
 """
 
 import argparse
@@ -55,13 +58,14 @@ def pictures(root: str) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def network(arm: str, seed: int) -> nn.Module:
+def network(arm: str, seed: int, width: int) -> nn.Module:
     """The network of an arm as it starts."""
     torch.manual_seed(seed)
     kind, scheme, *_ = arm.split()
     net = create_model(
         "ho_resnet26",
         functions=(EVALUATIONS,) * 3,
+        widths=(width, 2 * width, 4 * width),
         scheme="euler",
         continuous=KNOTS,
         act="silu",
@@ -93,7 +97,7 @@ def batches(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Iter
 def train(arm: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
     """Trains one network; the network, the evaluations spent per picture and level, the seconds."""
     device = data["train"][0].device
-    net = network(arm, seed).to(device)
+    net = network(arm, seed, args.width).to(device)
     generator = torch.Generator(device=device).manual_seed(seed)
     groups: Any = parameter_groups(net)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -183,7 +187,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    settings = {k: getattr(args, k) for k in ("epochs", "train_pictures", "test_pictures", "batch", "lr")}
+    settings = {k: getattr(args, k) for k in ("width", "epochs", "train_pictures", "test_pictures", "batch", "lr")}
     done = {(r["arm"], r["seed"]) for r in lines(args.out) if r["settings"] == settings}
     data = pictures(args.root)
     for name, most in (("train", args.train_pictures), ("test", args.test_pictures)):
@@ -296,12 +300,94 @@ def draw(groups: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         print(work_precision(points, folder / name, f"trained as: {arm}, {len(group)} seeds"))
 
 
+# The law ------------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "smooth, knots where steps begin": ("silu", 4),
+    "ReLU": ("relu", 4),
+    "smooth, knots inside of steps": ("silu", 5),
+}
+
+
+def law(args: argparse.Namespace) -> None:
+    """Slopes of the error of a network's logits, float64, weights drawn at random, over halvings of the step."""
+    from odenets.plots import lines as draw_lines
+
+    x = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    print(f"| | {' | '.join(LAW)} |\n|---|{'--:|' * len(LAW)}")
+    for case, (act, knots) in CASES.items():
+        torch.manual_seed(0)
+        options: Any = {"functions": (4, 4), "widths": (8, 16), "stem": "conv3", "act": act, "continuous": knots}
+        net = create_model("ho_resnet26", scheme="euler", **options).double().eval()
+        for field in fields_of(net):
+            for p in field.parameters():
+                p.data += 0.3 * torch.randn_like(p) * p.data.std().clamp_min(0.1)
+        series: dict[str, Any] = {}
+        slopes = []
+        with torch.no_grad():
+            fine = rebuilt(net, "dopri5", depth=80 if act == "silu" else 640)(x)
+            for scheme, depths in LAW.items():
+                depths = depths if case.startswith("smooth, knots where") else (16, 32, 64)
+                errors = [float((rebuilt(net, scheme, depth=n)(x) - fine).norm() / fine.norm()) for n in depths]
+                told = [(math.log(n), math.log(e)) for n, e in zip(depths, errors, strict=True) if e > 1e-11]
+                xs, ys = zip(*told, strict=True)
+                x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
+                rate = -sum((a - x0) * (b - y0) for a, b in told) / sum((a - x0) ** 2 for a in xs)
+                slopes.append(f"{rate:.2f}")
+                series[scheme] = (depths, errors)
+        print(f"| {case} | {' | '.join(slopes)} |")
+        if args.pictures is not None:
+            name = f"depth_is_time_law_{act}_{knots}.png"
+            print(draw_lines(series, args.pictures / name, "steps", "relative error of the logits", log=True))
+
+
+LAW = {"euler": (16, 32, 64), "midpoint": (16, 32, 64), "kutta3": (8, 16, 32), "rk4": (8, 16, 32), "dopri5": (8, 16)}
+
+
+def cost(args: argparse.Namespace) -> None:
+    """Microseconds of one of the 16 evaluations of 4 steps of rk4, of a shared block and of its field."""
+    from odenets.layers import BasicFunction
+    from odenets.layers.attention import PerceptronFunction
+
+    torch.set_num_threads(1)
+    cases: Any = {
+        "convolutions, 16 channels, 64 x 8 x 8": (
+            BasicFunction(16, 16, order="pre", norm="group", act="silu"),
+            torch.randn(64, 16, 8, 8),
+        ),
+        "convolutions, 32 channels, 64 x 16 x 16": (
+            BasicFunction(32, 32, order="pre", norm="group", act="silu"),
+            torch.randn(64, 32, 16, 16),
+        ),
+        "perceptron, 64 channels, 64 tokens": (PerceptronFunction(64), torch.randn(64, 1, 64)),
+    }
+    print("| block | forward | field | with backward | field |\n|---|--:|--:|--:|--:|")
+    for name, (block, x) in cases.items():
+        stacks = [
+            Stack(block, "rk4", depth=4, step="1/depth"),
+            Stack(ContinuousWeights(copy.deepcopy(block), 8), "rk4", depth=4, step="span/depth"),
+        ]
+        x.requires_grad_()
+        best = [math.inf] * 4
+        for _ in range(args.rounds):
+            for i, stack in enumerate(stacks):
+                start = time.process_time()
+                with torch.no_grad():
+                    stack(x)
+                best[i] = min(best[i], time.process_time() - start)
+                start = time.process_time()
+                stack(x).sum().backward()
+                best[2 + i] = min(best[2 + i], time.process_time() - start)
+        print(f"| {name} | {' | '.join(f'{1e6 * t / 16:.0f} us' for t in best)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     of_train = commands.add_parser("train")
     of_train.add_argument("--root", required=True)
     of_train.add_argument("--out", type=Path, default=Path("depth_is_time.jsonl"))
+    of_train.add_argument("--width", type=int, default=8)
     of_train.add_argument("--epochs", type=int, default=5)
     of_train.add_argument("--train-pictures", type=int, default=6000)
     of_train.add_argument("--test-pictures", type=int, default=1000)
@@ -314,8 +400,12 @@ def main() -> None:
     of_report = commands.add_parser("report")
     of_report.add_argument("file", type=Path)
     of_report.add_argument("--pictures", type=Path)
+    of_law = commands.add_parser("law")
+    of_law.add_argument("--pictures", type=Path)
+    of_cost = commands.add_parser("cost")
+    of_cost.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    run(args) if args.command == "train" else report(args)
+    {"train": run, "report": report, "law": law, "cost": cost}[args.command](args)
 
 
 if __name__ == "__main__":

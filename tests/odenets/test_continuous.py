@@ -143,7 +143,7 @@ def test_weights_are_made_again_and_not_kept():
         assert p.shape == g.shape
     with torch.no_grad():
         field.block.weight.add_(1.0)
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace|changed in place"):
         y.sum().backward()
 
 
@@ -415,7 +415,7 @@ def test_projected_is_the_nearest_and_says_how_far(degree, knots, other, fewer):
 
 
 @given(st.integers(1, 6), st.integers(0, 3), st.integers(1, 6))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_from_modules_goes_through_the_weights_that_it_can(count, degree, knots):
     torch.manual_seed(count)
     modules = [perceptron(2).double() for _ in range(count)]
@@ -423,8 +423,8 @@ def test_from_modules_goes_through_the_weights_that_it_can(count, degree, knots)
     square = norm = 0.0
     for i, module in enumerate(modules):
         for name, w in found.field.weights(i).items():
-            square += float((w - module.get_parameter(name)).square().sum())
-            norm += float(module.get_parameter(name).square().sum())
+            square += float((w - module.get_parameter(name)).detach().square().sum())
+            norm += float(module.get_parameter(name).detach().square().sum())
     assert abs(found.error - (square / norm) ** 0.5) < 1e-9
     if knots >= count and (knots % count == 0 or degree == 1):
         assert found.error < 1e-9
