@@ -241,6 +241,7 @@ class ContinuousWeights(nn.Module):
             SchemeError: the new space does not hold the spline at hand.
         """
         matrix = transfer(self.space, space) if matrix is None else matrix
+        self._split.clear()  # views of the old shape, which the parameters' nodes in the graph would keep
         with torch.no_grad():
             for places in self._places():
                 p = places[0].now()

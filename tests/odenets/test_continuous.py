@@ -147,6 +147,15 @@ def test_weights_are_made_again_and_not_kept():
         y.sum().backward()
 
 
+def test_coefficients_that_are_written_to_between_the_passes_are_found():
+    field = scattered(ContinuousWeights(perceptron(), 3))
+    y = field(0.4, batch(2, 4))  # between two knots
+    with torch.no_grad():
+        field.block[2].weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"coefficients of shape \(4, 4, 4\) were changed in place"):
+        y.sum().backward()
+
+
 def test_writes_between_the_passes_are_found_beside_the_weights_too():
     class Leaves(nn.Linear):
         def forward(self, x):
