@@ -645,8 +645,9 @@ def fields_of(module: nn.Module | None) -> list[ContinuousWeights]:
     """The fields inside of a module, each once.
 
     Example:
+        >>> import torch
         >>> from odenets import ContinuousWeights, Stack
-        >>> len(fields_of(Stack(ContinuousWeights(nn.Linear(2, 2)), depth=8, step="span/depth")))
+        >>> len(fields_of(Stack(ContinuousWeights(torch.nn.Linear(2, 2)), depth=8, step="span/depth")))
         1
     """
     return [] if module is None else [m for m in module.modules() if isinstance(m, ContinuousWeights)]

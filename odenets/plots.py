@@ -272,7 +272,12 @@ def design_spaces(
 
 
 def lines(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, x: str, y: str, log: bool = False
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    x: str,
+    y: str,
+    log: bool = False,
+    log_x: bool = False,
 ) -> Path:
     """Several curves in one plot, such as memory against the number of columns.
 
@@ -282,6 +287,7 @@ def lines(
         x: label of the x axis.
         y: label of the y axis.
         log: whether the y axis is logarithmic.
+        log_x: whether the x axis is, to the base of 2.
     """
     figure = _figure(5, 3.4)
     axes = figure.add_subplot()
@@ -289,7 +295,9 @@ def lines(
         axes.plot(list(xs), list(ys), marker="o", label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if all(float(value).is_integer() for xs, _ in series.values() for value in xs):
+    if log_x:
+        axes.set_xscale("log", base=2)
+    elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
         from matplotlib.ticker import MaxNLocator
 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

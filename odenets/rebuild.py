@@ -105,8 +105,8 @@ def separated(stack: Stack) -> Stack:
 
     Example:
         >>> import torch
-        >>> from odenets import ContinuousWeights
-        >>> net = Stack(ContinuousWeights(nn.Linear(4, 4)), "rk4", depth=2, step="span/depth")
+        >>> from odenets import ContinuousWeights, Stack
+        >>> net = Stack(ContinuousWeights(torch.nn.Linear(4, 4)), "rk4", depth=2, step="span/depth")
         >>> alone, x = separated(net), torch.randn(1, 4)
         >>> torch.allclose(alone(x), net(x), atol=1e-6), [*alone.state_dict()][:2]
         (True, ['steps.0.fs.0.weight', 'steps.0.fs.0.bias'])
@@ -165,6 +165,7 @@ def scheme_distance(stack: Stack, x: Tensor, scheme: str | Scheme = "euler", dep
 
     Example:
         >>> import torch
+        >>> from odenets import Stack
         >>> net, x = Stack(torch.tanh, "rk4", depth=4, step="1/depth"), torch.ones(2)
         >>> bool(scheme_distance(net, x) > scheme_distance(net, x, depth=16))
         True
@@ -192,7 +193,8 @@ class Regularised(nn.Module):
 
     Example:
         >>> import torch
-        >>> net = Stack(Regularised(nn.Linear(4, 4)), "rk4", depth=2, step="1/depth")
+        >>> from odenets import Stack
+        >>> net = Stack(Regularised(torch.nn.Linear(4, 4)), "rk4", depth=2, step="1/depth")
         >>> y, aux = net(torch.randn(3, 4), aux=True)
         >>> sorted(aux)
         ['jacobian', 'kinetic']

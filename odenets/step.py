@@ -65,7 +65,7 @@ class PerSlot(nn.ModuleList):
     Example:
         >>> import torch
         >>> from odenets import PerSlot, Stack
-        >>> pair = PerSlot([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> pair = PerSlot([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
         >>> net = Stack(pair, "revnet", depth=5, backprop="reverse")
         >>> net(torch.randn(3, 4)).shape, len(list(net.parameters()))
         (torch.Size([3, 4]), 4)

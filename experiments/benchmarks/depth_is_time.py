@@ -338,7 +338,7 @@ def law(args: argparse.Namespace) -> None:
         print(f"| {case} | {' | '.join(slopes)} |")
         if args.pictures is not None:
             name = f"depth_is_time_law_{act}_{knots}.png"
-            print(draw_lines(series, args.pictures / name, "steps", "relative error of the logits", log=True))
+            print(draw_lines(series, args.pictures / name, "steps", "relative error of the logits", True, True))
 
 
 LAW = {"euler": (16, 32, 64), "midpoint": (16, 32, 64), "kutta3": (8, 16, 32), "rk4": (8, 16, 32), "dopri5": (8, 16)}

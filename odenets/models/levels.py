@@ -220,8 +220,8 @@ def rates_of_levels(rate: float, functions: Sequence[int], continuous: bool) -> 
     """For each level the rates of stochastic depth of its functions; those of a field are one, the level's mean.
 
     Example:
-        >>> [next(rates) for rates in rates_of_levels(0.3, [2, 2], True)]
-        [0.05, 0.25]
+        >>> [next(rates) for rates in rates_of_levels(0.75, [2, 2], True)]
+        [0.125, 0.625]
     """
     rates, ends = linear_rates(rate, sum(functions)), [0, *accumulate(functions)]
     parts = [rates[a:b] for a, b in pairwise(ends)]
