@@ -133,7 +133,7 @@ class ViT(HeadNet):
 
 
 def _alternating(heads: int, ratio: float, rates: Sequence[float]) -> Callable[[Slot], nn.Module]:
-    """Makes attention and perceptron in turn, whatever the scheme; both functions of a block are dropped at one rate."""
+    """Makes attention and perceptron in turn, whatever the scheme; both of a block are dropped at one rate."""
     left = iter([(kind, rate) for rate in rates for kind in ("attention", "perceptron")])
 
     def make(slot: Slot) -> nn.Module:
