@@ -191,7 +191,7 @@ def slope(stack, scheme, depths, reference):
 ORDERS = {"euler": 1, "midpoint": 2, "kutta3": 3, "rk4": 4, "dopri5": 5}
 
 
-@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("degree", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", ORDERS)
 def test_the_law_of_convergence(scheme, degree):
     """A smooth activation, and knots where steps begin: the error falls with the order of the scheme."""

@@ -80,7 +80,9 @@ def test_all_parameters_learn_and_the_state_comes_back(name):
 
 
 @EACH
-@pytest.mark.parametrize("mode", ["checkpoint", "reverse", "exact", "auto(memory=1GB)"])
+@pytest.mark.parametrize(
+    "mode", ["checkpoint", "reverse", "exact", pytest.param("auto(memory=1GB)", marks=pytest.mark.slow)]
+)
 def test_modes_agree(name, mode):
     if mode in ("reverse", "exact") and name != "revnet38":
         with pytest.raises(SchemeError, match=r"has no inverse|cannot be undone bit by bit"):
