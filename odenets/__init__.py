@@ -3,6 +3,7 @@
 from schemes.errors import MixingWarning as MixingWarning
 from schemes.errors import SchemeError as SchemeError
 
+from .continuous import ContinuousWeights as ContinuousWeights
 from .models import create_model as create_model
 from .models import list_models as list_models
 from .planning import plan as plan
@@ -12,5 +13,6 @@ from .restacking import restack as restack
 from .restacking import unrestack as unrestack
 from .stack import Stack as Stack
 from .stack import as_residual as as_residual
+from .step import PerSlot as PerSlot
 
 __version__ = "0.2.0"

@@ -1,6 +1,7 @@
 """What residual functions return beside their value, and log-determinants of couplings: summed over a pass."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +25,23 @@ class Sink:
         self.log_det = log_det
         self.names: list[str] = []
         self.values: list[Tensor] = []
+        self._open = True
 
     def add(self, name: str, value: Tensor) -> None:
         """Takes one value."""
+        if not self._open:
+            return
         self.names.append(name)
         self.values.append(value)
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Inside, it takes nothing."""
+        before, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = before
 
     def take(self) -> list[Tensor]:
         """The values so far, which are then gone."""

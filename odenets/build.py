@@ -9,18 +9,21 @@ from torch import Tensor, nn
 from schemes.errors import MixingWarning, SchemeError
 from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Scheme, State
-from schemes.step_size import FromError, StepSize
+from schemes.step_size import FromError, PerDepth, StepSize
 
 from .checks import warn_of_own_skip
+from .continuous import ContinuousWeights
 from .draws import Draws
-from .step import FunctionModule, Revision, Step
+from .step import FunctionModule, PerSlot, Revision, Step
 
 # Above this mixing figure the stage inputs of separate weights keep little of the stream.
 MIXING_LIMIT = 30.0
 
 
 def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
-    """The residual functions as modules, and the shared one where there is only one."""
+    """The residual functions as modules, and what is shared: the only one, or those of each slot."""
+    if isinstance(block, PerSlot):
+        return list(block), block
     if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
         return [block], block
     if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
@@ -36,6 +39,55 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
         if not callable(f):
             raise SchemeError(f"Stack: residual function {i} is a {type(f).__name__}, want a module or a callable.")
     return [f if isinstance(f, nn.Module) else FunctionModule(f) for f in fs], None
+
+
+def check_slots(shared: nn.Module | None, scheme: Scheme) -> None:
+    """Raises a SchemeError where shared functions of each slot are not as many as a step has."""
+    for part in dict.fromkeys(scheme.plan) if isinstance(shared, PerSlot) else ():
+        if part.stages != len(shared):  # type: ignore[arg-type]
+            raise SchemeError(
+                f"Stack: {len(shared)} shared residual functions, one per slot, and a step of {part} has "  # type: ignore
+                f"{part.stages}.\n  Give as many, or a single one for all slots."
+            )
+
+
+def fields_shared(shared: nn.Module | None) -> list[ContinuousWeights]:
+    """The shared functions whose weights are functions of depth."""
+    given = list(shared) if isinstance(shared, PerSlot) else [shared]
+    return [f for f in given if isinstance(f, ContinuousWeights)]
+
+
+def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: int) -> StepSize:
+    """The rule, told the depth where it asks for it; fields whose weights have a span must be integrated over it.
+
+    Raises:
+        SchemeError: no span is known, or the steps end elsewhere.
+    """
+    check_slots(shared, scheme)
+    fields, units = fields_shared(shared), sum(scheme.at(n).span for n in range(depth))
+    if isinstance(rule, PerDepth):
+        length = rule.length
+        if length is None:
+            if not fields:
+                raise SchemeError(
+                    "Stack: step='span/depth' asks for the span of a shared ContinuousWeights; for another function "
+                    "write the length of time itself, step='1/depth'."
+                )
+            length = fields[0].span
+        rule = rule.of(length, units)
+    for field in fields:
+        if isinstance(rule, FromError):
+            raise SchemeError(
+                f"Stack: step='{rule}' does not end at the span of the weights, {field.span:g}; want 'span/depth', or "
+                "the scheme adaptive(dopri5)."
+            )
+        end = sum(rule(n) * scheme.at(n).span for n in range(depth))
+        if abs(end - field.span) > 1e-6 * field.span:
+            raise SchemeError(
+                f"Stack: {depth} steps of {scheme} end at t = {end:g}, and the weights are functions on "
+                f"[0, {field.span:g}].\n  Write step='span/depth', or ContinuousWeights(..., span={end:g})."
+            )
+    return rule
 
 
 def streams_of(given: Any, scheme: Scheme) -> State:
@@ -151,6 +203,8 @@ def steps_of(
     draws: Draws | None = None,
 ) -> list[Step]:
     """The steps, one for each size, each with its share of the residual functions."""
+    if isinstance(shared, PerSlot):
+        shared.revisions.append(revision)
     steps, start = [], 0
     for n, h in enumerate(sizes):
         part = scheme.at(n)

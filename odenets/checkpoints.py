@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from schemes.errors import SchemeError
 
+from .continuous import expected_shapes
+
 # In this order: averaged weights before raw ones, as timm takes them.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 CONTAINERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "params")
@@ -98,15 +100,16 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
         Report(loaded=2, layout='own', dropped=(), kept=())
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    state, beside = _unwrap(source if isinstance(source, Mapping) else read(source), name)
+    state, dropped = _unwrap(source if isinstance(source, Mapping) else read(source), name)
     own = model.state_dict()
     # Prefixes go first: published layouts are told by their keys, which a wrapper has changed.
-    state, dropped = _strip(model, state, own)
-    dropped = beside + dropped
-    keys = state.keys()
+    state, outside = _strip(model, state, own)
+    # Weights that are functions of depth take the knots of the file: the function counts, not how it was written.
+    shapes = expected_shapes(model, state, own)
+    dropped += outside
     # The model's own keys are never renamed, whatever layout they may look like.
-    known = model.key_map(keys) if isinstance(model, Renames) and keys != own.keys() else None
-    layout, names, settings = known or KeyMap("own", {k: k for k in keys})
+    known = model.key_map(state.keys()) if isinstance(model, Renames) and state.keys() != own.keys() else None
+    layout, names, settings = known or KeyMap("own", {k: k for k in state})
 
     found: dict[str, Tensor] = {}
     placed: set[str] = set()
@@ -124,12 +127,12 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
             continue
         placed.add(target)
         # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1); the numbers and their order are equal.
-        if known and value.layout == torch.strided and _without_ones(value) == _without_ones(own[target]):
-            value = value.reshape(own[target].shape)
+        if known and value.layout == torch.strided and _without_ones(value.shape) == _without_ones(shapes[target]):
+            value = value.reshape(shapes[target])
         if problem := _unusable(value, own[target]):
             unusable.append(f"{key} is {problem}")
-        elif value.shape != own[target].shape:
-            misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(own[target].shape)}")
+        elif value.shape != shapes[target]:
+            misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(shapes[target])}")
         else:
             found[target] = value
     absent = [k for k in own if k not in placed]
@@ -279,8 +282,8 @@ def _strip(
     return state, dropped
 
 
-def _without_ones(x: Tensor) -> list[int]:
-    return [size for size in x.shape if size != 1]
+def _without_ones(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _some(items: Iterable[str]) -> str:

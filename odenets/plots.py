@@ -272,7 +272,12 @@ def design_spaces(
 
 
 def lines(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, x: str, y: str, log: bool = False
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    x: str,
+    y: str,
+    log: bool = False,
+    log_x: bool = False,
 ) -> Path:
     """Several curves in one plot, such as memory against the number of columns.
 
@@ -282,6 +287,7 @@ def lines(
         x: label of the x axis.
         y: label of the y axis.
         log: whether the y axis is logarithmic.
+        log_x: whether the x axis is, to the base of 2.
     """
     figure = _figure(5, 3.4)
     axes = figure.add_subplot()
@@ -289,7 +295,9 @@ def lines(
         axes.plot(list(xs), list(ys), marker="o", label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if all(float(value).is_integer() for xs, _ in series.values() for value in xs):
+    if log_x:
+        axes.set_xscale("log", base=2)
+    elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
         from matplotlib.ticker import MaxNLocator
 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -365,4 +373,33 @@ def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: st
     axes.set_ylim(-0.6, len(values) - 0.4)
     axes.set_xlabel(x + ("; hollow: not reached" if any(v is None for g in values.values() for v in g) else ""))
     axes.grid(alpha=0.3, axis="x")
+    return _write(figure, path)
+
+
+def work_precision(points: Sequence[Any], path: str | Path, title: str = "") -> Path:
+    """Accuracy, and distance of the logits, against evaluations: two panels, a line per scheme.
+
+    Args:
+        points: rows with ``scheme``, ``evaluations``, ``accuracy`` and ``distance``, as in
+            ``odenets.analysis.convergence``.
+        path: the PNG.
+        title: above the figure.
+    """
+    figure = _figure(8, 3.4)
+    left, right = figure.subplots(1, 2)
+    groups: dict[str, list[Any]] = {}
+    for point in points:
+        groups.setdefault(point.scheme.partition(", rtol")[0].replace("adaptive(", "adaptive "), []).append(point)
+    for name, group in groups.items():
+        xs = [p.evaluations for p in group]
+        left.plot(xs, [100 * p.accuracy for p in group], marker="o", markersize=4, label=name)
+        right.plot(xs, [p.distance for p in group], marker="o", markersize=4, label=name)
+    for axes, what in ((left, "accuracy, per cent"), (right, "relative distance of the logits")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("evaluations")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+    right.set_yscale("log")
+    right.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
     return _write(figure, path)

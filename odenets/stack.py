@@ -13,7 +13,7 @@ from schemes import registry
 from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
 from schemes.scheme import Function, Scheme, Slot, State, Takes
-from schemes.step_size import Fixed, FromError, StepSize, step_size
+from schemes.step_size import Fixed, FromError, PerDepth, StepSize, step_size
 
 from . import build, checks
 from .auxiliary import LOG_DET, Sink
@@ -62,13 +62,13 @@ class Stack(nn.Module):
     """Residual functions put together by a scheme: a residual network is a numerical scheme.
 
     ``block`` is one residual function shared by all stages (a module or a callable; an nn.Sequential is one module), or
-    a sequence of them, one per stage in order. A residual function has no skip of its own (see ``as_residual``),
-    returns the shape of the stream that it updates, never writes to its arguments, and may take a time ``t`` and a
-    ``context`` by those names.
+    a sequence of them, one per stage in order, or ``PerSlot([f, g])``, shared ones for the slots of a step. A residual
+    function has no skip of its own (see ``as_residual``), returns the shape of the stream that it updates, never writes
+    to its arguments, and may take a time ``t`` and a ``context`` by those names.
 
     State-dict keys, stable: ``steps.{n}.fs.{i}.*`` for residual function i of step n, ``steps.0.gs.{i}.*`` for
-    shortcuts, ``steps.{n}.h`` for learned step sizes, ``block.*`` for a shared residual function, ``after.*`` for
-    ``post_step``.
+    shortcuts, ``steps.{n}.h`` for learned step sizes, ``block.*`` for a shared residual function, ``block.{i}.*`` for
+    shared ones per slot, ``after.*`` for ``post_step``.
 
     Args:
         block: the residual function, or the residual functions.
@@ -77,7 +77,7 @@ class Stack(nn.Module):
         shortcut: module used by the first step in place of the identity (stride, projection). The residual functions
             that see the step's input itself (``Slot.raw``) make the same stride and width. For schemes of several
             streams one per stream, or a list of those, one per step (learned scales; None where there is none).
-        step: step size: a number, "learned", "decay(rate)", "error(tol)".
+        step: step size: a number, "learned", "decay(rate)", "error(tol)"; "span/depth" or "2/depth" end at that time.
         step_offset: steps that come before this stack in the whole network; a decay counts from there.
         post_step: applied to the streams after each step (the ReLU on the sum of post-activation networks).
         backprop: "store" keeps what autograd asks for; "checkpoint" or "checkpoint(k)" the state every k steps, and
@@ -127,9 +127,9 @@ class Stack(nn.Module):
         super().__init__()
         given = renamed_arguments("Stack", old, {"steps_before": "step_offset", "after": "post_step"})
         step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
-        self.scheme, self.rule = registry.get(scheme), step_size(step)
-        functions, shared = build.functions_of(block)
+        self.scheme, (functions, shared) = registry.get(scheme), build.functions_of(block)
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
+        self.rule = build.resolved(step_size(step), shared, self.scheme, self.depth)
         build.warn(self.scheme, self.rule, functions, shared is not None)
         # One for all: any exchanged function makes the whole stack read its signatures again.
         self._revision, self._draws = Revision(), build.draws_of(self.scheme, seed)
@@ -496,14 +496,63 @@ class Stack(nn.Module):
             what = "post_step= cannot be undone" if self.after is not None else f"{self.scheme} has no inverse"
             raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet, without post_step=.")
 
+    def rebuilt(
+        self,
+        scheme: str | Scheme | None = None,
+        depth: int | None = None,
+        *,
+        backprop: str | Mode | None = None,
+    ) -> "Stack":
+        """A stack of the same shared residual functions, the very modules, under another scheme, depth or mode.
+
+        It ends at the same time: twice the depth means half the step size. What is left out stays.
+
+        Args:
+            scheme: as in Stack.
+            depth: number of steps.
+            backprop: as in Stack.
+
+        Raises:
+            SchemeError: separate weights, which are no function of time; step sizes that are no plain numbers; or what
+                Stack refuses.
+
+        Example:
+            >>> import torch
+            >>> net, x = Stack(torch.tanh, "euler", depth=4, step="1/depth"), torch.ones(1)
+            >>> [round(float(net.rebuilt(depth=n)(x) - net.rebuilt("rk4", 64)(x)), 4) for n in (4, 8)]
+            [-0.0278, -0.0137]
+        """
+        if self.block is None:
+            raise SchemeError(
+                "Stack: rebuilt takes a shared residual function; separate weights are no function of depth.\n"
+                "  ContinuousWeights.from_modules makes one of them, to be fine-tuned."
+            )
+        if not isinstance(self.rule, Fixed | PerDepth) or self.steps[0].gs is not None:
+            what = "shortcuts" if self.steps[0].gs is not None else f"step='{self.rule}'"
+            raise SchemeError(f"Stack: rebuilt cannot say what {what} would be in other steps; want a plain step size.")
+        rule = self.rule
+        if isinstance(rule, Fixed):
+            rule = PerDepth(sum(step.h * step.scheme.span for step in self.steps))
+        found = Stack(
+            self.block,
+            self.scheme if scheme is None else scheme,
+            self.depth if depth is None else depth,
+            step=PerDepth(rule.length) if isinstance(rule, PerDepth) else rule,
+            post_step=self.after,
+            backprop=self.backprop if backprop is None else backprop,
+        )
+        return found.train(self.training)
+
     def set_step(self, h: float) -> None:
         """Sets the size of every step, as a schedule over the epochs does; a decay keeps its ratios.
 
         Raises:
-            SchemeError: the step sizes are learned.
+            SchemeError: the step sizes are learned, or end at the span of the weights.
         """
         if self.rule.learned:
             raise SchemeError("Stack: the step sizes are learned; a schedule cannot set them too.")
+        if build.fields_shared(self.block):
+            raise SchemeError("Stack: its steps end at the span of its weights; rebuilt(depth=...) changes their size.")
         Fixed(h)
         first = self.rule(0)
         for step, h0 in zip(self.steps, self._initial, strict=True):

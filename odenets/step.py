@@ -1,6 +1,6 @@
 """Step: one use of a scheme, with the residual functions that it calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,41 @@ class ResidualFunctions(nn.ModuleList):
             self.revision.stale = True
 
 
+class PerSlot(nn.ModuleList):
+    """Shared residual functions, one for each slot of a step: what a stack takes where one for all will not do.
+
+    A RevNet's step has two residual functions, F and G. ``PerSlot([F, G])`` as the block of a stack uses these two in
+    every step. State-dict keys: ``block.{i}.*``.
+
+    Args:
+        functions: as many as a step of the scheme has, in their order.
+
+    Example:
+        >>> import torch
+        >>> from odenets import PerSlot, Stack
+        >>> pair = PerSlot([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+        >>> net = Stack(pair, "revnet", depth=5, backprop="reverse")
+        >>> net(torch.randn(3, 4)).shape, len(list(net.parameters()))
+        (torch.Size([3, 4]), 4)
+    """
+
+    def __init__(self, functions: Iterable[nn.Module] = ()):
+        super().__init__()
+        self.revisions: list[Revision] = []  # of the stacks that these are shared by
+        self.extend(functions)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            for revision in self.revisions:
+                revision.stale = True
+
+
+def in_each_slot(shared: nn.Module, stages: int) -> tuple[nn.Module, ...]:
+    """The shared residual functions of a step with so many: one for all, or one each."""
+    return tuple(shared._modules.values()) if isinstance(shared, PerSlot) else (shared,) * stages  # type: ignore[return-value]
+
+
 class Step(nn.Module):
     """One use of a scheme with its residual functions, shortcuts and step size; the unit of sharding and of hooks.
 
@@ -84,7 +119,7 @@ class Step(nn.Module):
     def read(self, shared: nn.Module | None) -> None:
         """Reads from the signatures of the residual functions what they take."""
         # Behind a plain callable's module stands the callable, whose signature is the one that counts.
-        fs = (shared,) * self.scheme.stages if self.fs is None else tuple(self.fs)
+        fs = self._plain_functions(shared)
         self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)  # type: ignore
         self.timed = any(t.time for t in self.takes)
         self.plain = self.scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
@@ -126,7 +161,7 @@ class Step(nn.Module):
     def _plain_functions(self, shared: nn.Module | None) -> Sequence[Function]:
         fs = self._modules.get("fs")
         # The dictionary, as iterating over a ModuleList costs five times as much.
-        return (shared,) * self.scheme.stages if fs is None else tuple(fs._modules.values())  # type: ignore
+        return in_each_slot(shared, self.scheme.stages) if fs is None else tuple(fs._modules.values())  # type: ignore
 
     def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
         """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""

@@ -124,8 +124,32 @@ class FromError(StepSize):
         return f"error({self.tol:g})" if self.h0 == 1.0 else f"error({self.tol:g}, h0={self.h0:g})"
 
 
+class PerDepth(StepSize):
+    """h = length / depth: a stack's steps end at the time ``length``, however many they are.
+
+    Args:
+        length: the time at the end; None is the span of the stack's field.
+        h: the step size, once a stack has told its depth.
+    """
+
+    def __init__(self, length: Any = None, h: float | None = None):
+        self.length, self.h = None if length is None else _positive("the step size: the length", length), h
+
+    def of(self, length: float, units: int) -> "PerDepth":
+        """The rule for steps that move time on by ``units`` step sizes in all."""
+        return PerDepth(self.length, length / units)
+
+    def __call__(self, n: int) -> float:
+        if self.h is None:
+            raise SchemeError(f"the step size '{self}' belongs to a Stack, which knows its depth.")
+        return self.h
+
+    def __str__(self) -> str:
+        return f"{'span' if self.length is None else format(self.length, 'g')}/depth"
+
+
 def step_size(rule: "float | str | StepSize") -> StepSize:
-    """Reads a rule: a number, "learned", "decay(0.9)", "error(1e-3)", or a StepSize.
+    """Reads a rule: a number, "learned", "decay(0.9)", "error(1e-3)", "span/depth", or a StepSize.
 
     Raises:
         SchemeError: anything else.
@@ -138,10 +162,15 @@ def step_size(rule: "float | str | StepSize") -> StepSize:
     if isinstance(rule, StepSize):
         return rule
     if isinstance(rule, str):
+        length, slash, over = rule.rpartition("/")
+        if slash and over.strip() == "depth":
+            return PerDepth(None if length.strip() == "span" else Reader({}, {}, what="step size").read(length))
         families = {"learned": Learned, "decay": Decay, "error": FromError}
         found = Reader({}, families, what="step size").read(rule)
         # A text may be a plain number, such as "1/2".
         return found if isinstance(found, StepSize) else Fixed(found)
     if isinstance(rule, (int, float)) and not isinstance(rule, bool):
         return Fixed(rule)
-    raise SchemeError(f"the step size is {rule!r}, want a number, 'learned', 'decay(0.9)' or 'error(1e-3)'.")
+    raise SchemeError(
+        f"the step size is {rule!r}, want a number, 'learned', 'decay(0.9)', 'error(1e-3)' or 'span/depth'."
+    )

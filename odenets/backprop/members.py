@@ -25,7 +25,7 @@ _GLOBAL_HOOKS = [
     v for name in (*_HOOKS, *_HOOK_OPTIONS) if (v := getattr(torch_modules, "_global" + name, None)) is not None
 ]
 # Modules from here keep no tensors as plain attributes, so nobody need look for any.
-_OURS = ("torch.nn.modules", "odenets.stack", "odenets.step")
+_OURS = ("torch.nn.modules", "odenets.stack", "odenets.step", "odenets.continuous")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
 
 

@@ -123,6 +123,7 @@ class Checkpoint(Mode):
                 modules,
                 (given.context, part.time),
                 f"step {where}",
+                part.sink,
             )
             if given.on_step is not None:
                 given.on_step(part.first, state)

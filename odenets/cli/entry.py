@@ -34,6 +34,7 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
 
   odenets analyse CKPT KIND                                              a figure: weights, alignment, layercam, ranks,
                                                                          stability
+  odenets convergence runs/NAME/checkpoints/best.ckpt                    one network under many schemes and depths
 
   --version  the version of odenets
 """
@@ -120,6 +121,11 @@ def main(args: list[str] | None = None) -> None:
             from odenets.training.analyse import run as run_analyse
 
             return run_analyse(words[1:])
+        if words[0] == "convergence":
+            from odenets.training.convergence import run as run_convergence
+
+            run_convergence(words[1:])
+            return None
         from odenets.training.command import run
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]

@@ -14,8 +14,10 @@ from .modern import ModernFunction as ModernFunction
 from .modern import make_act as make_act
 from .modern import make_norm as make_norm
 from .norm import LayerNorm2d as LayerNorm2d
+from .residual import Act as Act
 from .residual import BasicFunction as BasicFunction
 from .residual import BottleneckFunction as BottleneckFunction
+from .residual import Norm as Norm
 from .residual import Order as Order
 from .scale import ChannelScale as ChannelScale
 from .shortcut import PadShortcut as PadShortcut

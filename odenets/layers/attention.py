@@ -118,6 +118,34 @@ class PerceptronFunction(nn.Module):
         return y if self.drop_path is None else self.drop_path(y)
 
 
+class TransformerFunction(nn.Module):
+    """A whole transformer block without its skip: F(x) = a + P(x + a) with a = A(x), attention and then a perceptron.
+
+    Under euler with a step of 1 it is the block, x + F(x); as one function it is a vector field that any scheme
+    integrates.
+
+    Args:
+        attention: A.
+        perceptron: P.
+
+    Shape:
+        x: (n, t, dim); the result has the same shape.
+
+    Example:
+        >>> import torch
+        >>> TransformerFunction(AttentionFunction(8, 2), PerceptronFunction(8))(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
+    """
+
+    def __init__(self, attention: AttentionFunction, perceptron: PerceptronFunction):
+        super().__init__()
+        self.attention, self.perceptron = attention, perceptron
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        a = self.attention(x, context)
+        return a + self.perceptron(x + a)
+
+
 class PatchTokens(nn.Module):
     """Cuts a picture into patches, one token each, and adds learned positions.
 

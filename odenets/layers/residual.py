@@ -1,8 +1,9 @@
 """The residual functions of ResNet: basic and bottleneck, post-activated or pre-activated, without a skip of their own.
 
-None writes to its argument: the only operations in place are ReLUs on the result of a BatchNorm made here.
+None writes to its argument: the only operations in place are ReLUs on the result of a norm made here.
 """
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 from .drop_path import DropPath
 
 Order = Literal["post", "pre"]
+Norm = Literal["batch", "group"]
+Act = Literal["relu", "silu"]
+
+
+def _norm(kind: Norm, channels: int) -> nn.Module:
+    # As many groups as divide both: 8 for all usual widths.
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def _act(kind: Act) -> nn.Module:
+    return nn.ReLU(inplace=True) if kind == "relu" else nn.SiLU()
 
 
 class BasicFunction(nn.Module):
@@ -23,6 +35,8 @@ class BasicFunction(nn.Module):
         stride: stride of the first convolution.
         order: "post" or "pre".
         drop_path: probability that a sample's result is zero while training.
+        norm: "batch", or "group", which has no statistics beside its argument's.
+        act: "relu", or "silu", which is smooth.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
@@ -35,15 +49,23 @@ class BasicFunction(nn.Module):
     convolutions = 2
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, *, order: Order = "post", drop_path: float = 0.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        order: Order = "post",
+        drop_path: float = 0.0,
+        norm: Norm = "batch",
+        act: Act = "relu",
     ):
         super().__init__()
         pre = order == "pre"
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(in_channels if pre else out_channels)
+        self.norm1 = _norm(norm, in_channels if pre else out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.norm2 = _norm(norm, out_channels)
+        self.relu = _act(act)
         self.drop_path = DropPath(drop_path) if drop_path else None
         self.pre = pre
 
@@ -68,6 +90,8 @@ class BottleneckFunction(nn.Module):
         stride: stride of the 3x3 convolution.
         order: "post" or "pre".
         drop_path: probability that a sample's result is zero while training.
+        norm: "batch", or "group", which has no statistics beside its argument's.
+        act: "relu", or "silu", which is smooth.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
@@ -84,7 +108,15 @@ class BottleneckFunction(nn.Module):
     convolutions = 3
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, *, order: Order = "post", drop_path: float = 0.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        order: Order = "post",
+        drop_path: float = 0.0,
+        norm: Norm = "batch",
+        act: Act = "relu",
     ):
         super().__init__()
         if out_channels % self.expansion:
@@ -93,12 +125,12 @@ class BottleneckFunction(nn.Module):
             )
         pre, width = order == "pre", out_channels // self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(in_channels if pre else width)
+        self.norm1 = _norm(norm, in_channels if pre else width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
+        self.norm2 = _norm(norm, width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(width if pre else out_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.norm3 = _norm(norm, width if pre else out_channels)
+        self.relu = _act(act)
         self.drop_path = DropPath(drop_path) if drop_path else None
         self.pre = pre
 

@@ -16,13 +16,24 @@ from torch import nn
 from schemes import SchemeError
 
 from ..checkpoints import KeyMap
-from ..layers import LayerNorm2d, PatchConv2d, init_truncated, linear_rates
+from ..layers import LayerNorm2d, PatchConv2d, init_truncated
 from ..stack import Stack
 from .catalogue import register_variants, torchvision_weights
 from .keys import convnext as keys_of_convnext
 from .keys.layout import twin
 from .level_net import LevelNet
-from .levels import check_streams, mixer, patch_transition, recomputing, schemes_of_levels, steps_of_levels, warned_once
+from .levels import (
+    check_continuous,
+    check_streams,
+    mixer,
+    patch_transition,
+    rates_of_levels,
+    recomputing,
+    schemes_of_levels,
+    shared_level,
+    steps_of_levels,
+    warned_once,
+)
 
 
 class ConvNeXt(LevelNet):
@@ -43,6 +54,9 @@ class ConvNeXt(LevelNet):
         backprop: as in Stack.
         recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
             the backward pass; a number: in the first so many levels only.
+        continuous: number of knots of weights that are functions of depth, one field per level, over a span of the
+            level's number of steps; None is separate weights.
+        degree: of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -61,6 +75,7 @@ class ConvNeXt(LevelNet):
         torch.Size([2, 10])
     """
 
+    # long: options, checks and levels of one network
     def __init__(
         self,
         functions: Sequence[int] = (3, 3, 9, 3),
@@ -74,14 +89,17 @@ class ConvNeXt(LevelNet):
         step: float | str = 1.0,
         backprop: str = "store",
         recompute: bool | int = False,
+        continuous: int | None = None,
+        degree: int = 1,
         **head: Any,
     ):
         super().__init__(**head)
+        check_continuous(continuous, step, recompute=bool(recompute))
         _check(functions, widths, kernel)
         found = schemes_of_levels(scheme, len(functions))
         depths = steps_of_levels(found, functions)
-        rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
-        make = partial(mixer, rates=rates, kernel=kernel, expansion=expansion, layer_scale=layer_scale)
+        rates = rates_of_levels(self.drop_path_rate, functions, continuous is not None)
+        make = partial(mixer, kernel=kernel, expansion=expansion, layer_scale=layer_scale)
         again = recomputing(recompute, len(functions))
         self.stem = nn.Sequential(OrderedDict(conv=PatchConv2d(self.in_chans, widths[0], patch)))
         if stem_norm:
@@ -91,15 +109,18 @@ class ConvNeXt(LevelNet):
             for level, (scheme_, depth, width) in enumerate(zip(found, depths, widths, strict=True)):
                 check_streams(scheme_, depth, width, "ConvNeXt")
                 options = {"step": step, "step_offset": before, "backprop": backprop}
-                of_level = partial(make, recompute=again[level])
+                of_level = partial(make, rates=rates[level], recompute=again[level])
                 self.transitions.append(patch_transition(widths[level - 1], width, 2) if level else nn.Identity())
-                self.levels.append(Stack.from_factory(of_level, scheme_, depth, channels=width, **options))
+                if continuous is None:
+                    self.levels.append(Stack.from_factory(of_level, scheme_, depth, channels=width, **options))
+                else:
+                    self.levels.append(shared_level(of_level, scheme_, depth, width=width, backprop=backprop))
                 before += depth
         self.head_norm = nn.LayerNorm(widths[-1], eps=1e-6)
         init_truncated(self)
         reductions = [patch * 2**level for level in range(len(widths))]
         self.least = reductions[-1]
-        self.finish_levels(list(widths), reductions)
+        self.finish_levels(list(widths), reductions, None, continuous, degree)
 
     def init_head(self, head: nn.Linear) -> None:
         init_truncated(head)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import KeyMap
 from .head import HeadNet
+from .levels import made_continuous
 
 
 class LevelNet(HeadNet):
@@ -30,7 +31,12 @@ class LevelNet(HeadNet):
         self.head: nn.Module = nn.Identity()
 
     def finish_levels(
-        self, channels: list[int], reductions: list[int], init: Callable[[nn.Module], Any] | None = None
+        self,
+        channels: list[int],
+        reductions: list[int],
+        init: Callable[[nn.Module], Any] | None = None,
+        continuous: int | None = None,
+        degree: int = 1,
     ) -> None:
         """Notes what the levels give and makes the head.
 
@@ -38,11 +44,15 @@ class LevelNet(HeadNet):
             channels: width after each level.
             reductions: stride after each level.
             init: draws the weights of the whole network, the head's too.
+            continuous: number of knots; the weights of shared levels, once they are drawn, become functions of depth.
+            degree: of their splines.
         """
         rows = zip(channels, reductions, strict=True)
         info = [{"num_chs": c, "reduction": r, "module": f"levels.{i}"} for i, (c, r) in enumerate(rows)]
         # One map per resolution, the last: RDNet has several levels of one resolution.
         self.finish(list({row["reduction"]: row for row in info}.values()), init)
+        for level, stack in enumerate(self.levels):
+            self.levels[level] = made_continuous(stack, continuous, degree)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's map, normalised where the model does so before it pools: (n, num_features, h', w')."""

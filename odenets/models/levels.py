@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise, repeat
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ import schemes
 from schemes import Scheme, SchemeError, Slot
 
 from ..build import fitting_counts
-from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d
+from ..continuous import ContinuousWeights
+from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, linear_rates
+from ..stack import Stack
+from ..step import PerSlot
 
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:
@@ -210,6 +214,90 @@ def mixer(slot: Slot, rates: Iterator[float], **options: Any) -> nn.Module:
 def patch_transition(width: int, out: int, stride: int) -> nn.Module:
     """LayerNorm and a convolution of patches, between two levels."""
     return nn.Sequential(OrderedDict(norm=LayerNorm2d(width), conv=PatchConv2d(width, out, stride)))
+
+
+def rates_of_levels(rate: float, functions: Sequence[int], continuous: bool) -> list[Iterator[float]]:
+    """For each level the rates of stochastic depth of its functions; those of a field are one, the level's mean.
+
+    Example:
+        >>> [next(rates) for rates in rates_of_levels(0.75, [2, 2], True)]
+        [0.125, 0.625]
+    """
+    rates, ends = linear_rates(rate, sum(functions)), [0, *accumulate(functions)]
+    parts = [rates[a:b] for a, b in pairwise(ends)]
+    return [repeat(sum(part) / len(part)) if continuous else iter(part) for part in parts]
+
+
+def shared_level(make: Callable[[Slot], nn.Module], scheme: Scheme, depth: int, *, width: int, backprop: str) -> Stack:
+    """A level with one residual function for all steps, or one for each slot where a step's functions do not all agree.
+
+    Its weights become functions of depth by ``made_continuous``, once they are drawn.
+
+    Args:
+        make: as in ``Stack.from_factory``.
+        scheme: the level's scheme.
+        depth: number of steps.
+        width: of the level.
+        backprop: as in Stack.
+
+    Raises:
+        SchemeError: a scheme whose later steps want functions of other widths.
+    """
+    streams = scheme.stream_widths(width)
+    slots = scheme.at(0).slots(0, streams)
+    if scheme.one_stream or len(slots) == 1:
+        kinds = {(slot.in_channels, slot.out_channels) for slot in slots}
+        shared = make(slots[0])
+    else:
+        kinds = {None}
+        shared = PerSlot([make(slot) for slot in slots])
+    later = scheme.at(1).slots(1, scheme.at(0).widths(0, streams))
+    if len(kinds) > 1 or [(s.in_channels, s.out_channels) for s in slots[: len(later)]] != [
+        (s.in_channels, s.out_channels) for s in later[: len(slots)]
+    ]:
+        raise SchemeError(
+            f"{scheme} gives the residual functions of a level arguments of different widths, and weights that are "
+            "functions of depth have one shape.\n  Use a Runge-Kutta scheme, or revnet."
+        )
+    return Stack(shared, scheme, depth, backprop=backprop)
+
+
+def made_continuous(stack: nn.Module, knots: int | None, degree: int) -> nn.Module:
+    """A stack whose shared weights are functions of depth, with its depth as the span: it starts as it is.
+
+    Anything else, or a stack without shared functions, comes back as it is; so does all where ``knots`` is None.
+    """
+    if knots is None or not isinstance(stack, Stack) or stack.block is None:
+        return stack
+    span = float(sum(stack.scheme.at(n).span for n in range(stack.depth)))
+    given = stack.block
+    if isinstance(given, PerSlot):
+        field: nn.Module = PerSlot([ContinuousWeights(f, knots, degree, span) for f in given])
+    else:
+        field = ContinuousWeights(given, knots, degree, span)
+    return Stack(field, stack.scheme, stack.depth, step="span/depth", backprop=stack.backprop)
+
+
+def check_continuous(continuous: int | None, step: float | str, **unfit: bool) -> None:
+    """Refuses what does not go with weights that are functions of depth, before anything is built.
+
+    Args:
+        continuous: number of knots, None for separate weights.
+        step: the network's step size.
+        unfit: options, and whether they are set such that they do not fit.
+
+    Raises:
+        SchemeError: with the option.
+    """
+    if continuous is None:
+        return
+    if step != 1.0:
+        raise SchemeError(f"continuous={continuous}: each level ends at its depth in time, so step={step!r} cannot be.")
+    for name, is_set in unfit.items():
+        if is_set:
+            raise SchemeError(
+                f"continuous={continuous}: {name} does not go with weights that are functions of depth; leave it out."
+            )
 
 
 @contextlib.contextmanager

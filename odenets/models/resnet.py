@@ -22,14 +22,23 @@ from torch import nn
 from schemes import Scheme, SchemeError, Slot
 
 from ..checkpoints import KeyMap
-from ..layers import BasicFunction, BottleneckFunction, PadShortcut, Projection, init_kaiming, linear_rates
+from ..layers import Act, BasicFunction, BottleneckFunction, Norm, PadShortcut, Projection, init_kaiming
 from ..stack import Stack
 from .catalogue import register_variants, torchvision_weights
 from .head import check_choices
 from .keys import resnet as keys_of_resnet
 from .keys.layout import twin
 from .level_net import LevelNet
-from .levels import check_streams, schemes_of_levels, steps_of_levels, takes_shortcut, warned_once
+from .levels import (
+    check_continuous,
+    check_streams,
+    rates_of_levels,
+    schemes_of_levels,
+    shared_level,
+    steps_of_levels,
+    takes_shortcut,
+    warned_once,
+)
 
 Block = Literal["basic", "bottleneck"]
 Placement = Literal["post", "public", "preact"]
@@ -45,7 +54,7 @@ class ResidualNet(LevelNet):
 
     State-dict keys: ``stem.{conv,norm}``, ``levels.{l}.steps.{n}.fs.{i}.{conv,norm}{1..3}``,
     ``levels.{l}.steps.0.gs.0.{conv,norm}`` or, where the scheme takes no shortcut, ``transitions.{l}.{conv,norm}``,
-    ``norm`` (preact), ``head``.
+    ``norm`` (preact), ``head``; with ``continuous``, ``levels.{l}.block.block.{conv,norm}{1..3}``.
 
     Args:
         functions: residual functions per level; a multiple of the level's scheme's stages.
@@ -53,11 +62,17 @@ class ResidualNet(LevelNet):
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
         scheme: one scheme for all levels, or a list with one per level.
         placement: "post" (ReLU on the sum), "public" (pre-activated functions and ReLU on the sum) or "preact"
-            (nothing on the sum); of several streams the ReLU acts on each.
+            (nothing on the sum); of several streams the ReLU acts on each. None is the class's own, and "preact" with
+            ``continuous``, since a ReLU between the steps is no part of a field.
         shortcut: "projection" (1x1 convolution) or "pad" (zeros, no parameters), where stride or width change.
         stem: "conv3", "conv3_s2" (stride 2) or "conv7_pool" (stride 2, then a max pool of stride 2).
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
+        norm: "batch" or "group", of the residual functions; None is "group" with ``continuous``, else "batch".
+        act: "relu" or "silu", of the residual functions; under a smooth one schemes have their order.
+        continuous: number of knots of weights that are functions of depth, one field per level, over a span of the
+            level's number of steps; None is separate weights. Stride and width are then made before the level.
+        degree: of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -68,22 +83,30 @@ class ResidualNet(LevelNet):
             take several arguments, or a wrong option.
     """
 
+    # long: options, checks and levels of one network
     def __init__(
         self,
         functions: Sequence[int] = (2, 2, 2, 2),
         widths: Sequence[int] = (64, 128, 256, 512),
         block: Block = "basic",
         scheme: list[str] | str = "euler",
-        placement: Placement = "post",
+        placement: Placement | None = None,
         shortcut: Shortcut = "projection",
         stem: Stem = "conv7_pool",
         step: float | str = 1.0,
         backprop: str = "store",
+        norm: Norm | None = None,
+        act: Act = "relu",
+        continuous: int | None = None,
+        degree: int = 1,
         **head: Any,
     ):
         super().__init__(**head)
+        placement = placement or ("post" if continuous is None else "preact")
+        norm = norm or ("batch" if continuous is None else "group")
         check_choices(block=(block, Block), placement=(placement, Placement), shortcut=(shortcut, Shortcut))
-        check_choices(stem=(stem, Stem))
+        check_choices(stem=(stem, Stem), norm=(norm, Norm), act=(act, Act))
+        check_continuous(continuous, step, **{f"placement={placement!r}": placement != "preact"})
         if not functions or len(functions) != len(widths):
             raise SchemeError(
                 f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."
@@ -91,23 +114,24 @@ class ResidualNet(LevelNet):
         found = schemes_of_levels(scheme, len(functions))
         depths = steps_of_levels(found, functions)
         self.block, self.placement, self.shortcut = block, placement, shortcut
+        self.norm_of_functions, self.act, self.continuous = norm, act, continuous
         self.stem = _stem(stem, self.in_chans, widths[0], norm=placement != "preact" or stem == "conv7_pool")
-        # One iterator for all levels: the rate grows over the depth of the whole network.
-        rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
+        rates = rates_of_levels(self.drop_path_rate, functions, continuous is not None)
         channels = [widths[0], *(w * FUNCTIONS[block].expansion for w in widths)]
         before = 0
         with warned_once():
             for level, (scheme_, depth, (width, out)) in enumerate(zip(found, depths, pairwise(channels), strict=True)):
                 # A decay counts the steps of all levels before this one.
                 options = {"step": step, "step_offset": before, "backprop": backprop}
-                self._add_level(scheme_, depth, width, out, 1 if level == 0 else 2, rates, options)
+                self._add_level(scheme_, depth, width, out, 1 if level == 0 else 2, rates[level], options)
                 before += depth
         last = channels[-1]
         if placement == "preact":
             self.norm = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(inplace=True))
         published = stem == "conv7_pool"
         init = partial(init_kaiming, mode="fan_out" if published else "fan_in", linear=not published)
-        self.finish_levels(channels[1:], [REDUCTION[stem] * 2**level for level in range(len(widths))], init)
+        reductions = [REDUCTION[stem] * 2**level for level in range(len(widths))]
+        self.finish_levels(channels[1:], reductions, init, continuous, degree)
 
     def _add_level(
         self,
@@ -121,7 +145,7 @@ class ResidualNet(LevelNet):
     ) -> None:
         shortcut, transition, norm = None, nn.Identity(), self.placement != "preact"
         if stride > 1 or width != out:
-            if not takes_shortcut(scheme):
+            if self.continuous is not None or not takes_shortcut(scheme):
                 transition = Projection(width, out, stride, norm=norm, kernel=3)
                 width, stride = out, 1
             elif self.shortcut == "pad":
@@ -129,6 +153,11 @@ class ResidualNet(LevelNet):
             else:
                 shortcut = Projection(width, out, stride, norm=norm)
         check_streams(scheme, depth, width, type(self).__name__)
+        if self.continuous is not None:
+            make = partial(self._function, scheme, stride, rates)
+            self.transitions.append(transition)
+            self.levels.append(shared_level(make, scheme, depth, width=width, backprop=options["backprop"]))
+            return
         # A step of one stream ends in a new sum, which its ReLU may overwrite; a stream that lives on keeps its values.
         after = None if self.placement == "preact" else nn.ReLU(inplace=takes_shortcut(scheme))
         stack = Stack.from_factory(
@@ -154,7 +183,8 @@ class ResidualNet(LevelNet):
         # Only a function that sees the step's input itself has the stride to make; the others come after it.
         own = stride if slot.step == 0 and slot.raw else 1
         order = "post" if self.placement == "post" else "pre"
-        return kind(slot.in_channels[0], slot.out_channels, own, order=order, drop_path=next(rates))
+        like: dict[str, Any] = {"order": order, "norm": self.norm_of_functions, "act": self.act}
+        return kind(slot.in_channels[0], slot.out_channels, own, drop_path=next(rates), **like)
 
     def init_head(self, head: nn.Linear) -> None:
         """A new head keeps torch's weights and biases."""
@@ -195,7 +225,7 @@ class HOResNet(ResidualNet):
         widths: width per level, before the block's expansion.
         block: "basic" or "bottleneck".
         scheme: one scheme for all levels, or a list with one per level.
-        placement: "public" (as released), "preact" or "post".
+        placement: "public" (as released), "preact" or "post"; None is "public", with ``continuous`` "preact".
         shortcut: "pad" (as released) or "projection".
         stem: "conv3_s2" (as released), "conv3" (four times the pixels) or "conv7_pool".
         num_classes: width of the head; 0 gives features.
@@ -216,12 +246,13 @@ class HOResNet(ResidualNet):
         widths: Sequence[int] = (16, 32, 64),
         block: Block = "basic",
         scheme: list[str] | str = "rk4",
-        placement: Placement = "public",
+        placement: Placement | None = None,
         shortcut: Shortcut = "pad",
         stem: Stem = "conv3_s2",
         num_classes: int = 10,
         **options: Any,
     ):
+        placement = placement or ("public" if options.get("continuous") is None else "preact")
         super().__init__(
             functions, widths, block, scheme, placement, shortcut, stem, num_classes=num_classes, **options
         )

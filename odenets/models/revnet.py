@@ -14,8 +14,10 @@ from schemes import SchemeError
 
 from ..backprop.modes import Exact, parse_mode
 from ..layers import (
+    Act,
     BasicFunction,
     BottleneckFunction,
+    Norm,
     PoolPadShortcut,
     Projection,
     SpaceToDepth,
@@ -23,9 +25,11 @@ from ..layers import (
     linear_rates,
 )
 from ..stack import Stack
+from ..step import PerSlot
 from .catalogue import register_variants
 from .head import check_choices
 from .level_net import LevelNet
+from .levels import check_continuous
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["conv3", "conv7_pool"]
@@ -48,13 +52,14 @@ class _Reversible(LevelNet):
         if not units or min(units) < 1:
             raise SchemeError(f"units are {tuple(units)}; want at least one per level.")
 
-    def _finish(self, channels: list[int], reduction: int) -> None:
+    def _finish(self, channels: list[int], reduction: int, continuous: int | None = None, degree: int = 1) -> None:
         self.norm = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True))
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.eps = EPS
         init_kaiming(self, "fan_out")
-        self.finish_levels(channels, [reduction * 2**level for level in range(len(channels))])
+        reductions = [reduction * 2**level for level in range(len(channels))]
+        self.finish_levels(channels, reductions, None, continuous, degree)
 
 
 class RevNet(_Reversible):
@@ -64,7 +69,7 @@ class RevNet(_Reversible):
     the shortcuts g average and pad (basic) or are 1x1 convolutions (bottleneck). The others have no shortcuts to undo.
 
     State-dict keys: ``stem.{conv,norm}``, ``transitions.{l}.steps.0.{fs,gs}.{i}`` for first units,
-    ``levels.{l}.steps.{n}.fs.{i}``, ``norm.0``, ``head``.
+    ``levels.{l}.steps.{n}.fs.{i}``, ``norm.0``, ``head``; with ``continuous``, ``levels.{l}.block.{i}.block``.
 
     Args:
         units: per level, of two residual functions each.
@@ -73,6 +78,11 @@ class RevNet(_Reversible):
         stem: "conv3", or "conv7_pool" (stride 2, then a max pool of stride 2).
         backprop: of the units after the first of each level, as in Stack; the first ones keep their tensors.
         num_classes: width of the head; 0 gives features.
+        norm: "batch" or "group", of the residual functions; None is "group" with ``continuous``, else "batch".
+        act: "relu" or "silu", of the residual functions; under a smooth one schemes have their order.
+        continuous: number of knots of weights that are functions of depth: two fields per level, F and G, for the units
+            after its first, over a span of their number; None is separate weights.
+        degree: of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -90,6 +100,7 @@ class RevNet(_Reversible):
         torch.Size([2, 10])
     """
 
+    # long: options, checks and levels of one network
     def __init__(
         self,
         units: Sequence[int] = (3, 3, 3),
@@ -98,18 +109,24 @@ class RevNet(_Reversible):
         stem: Stem = "conv3",
         backprop: str = "store",
         num_classes: int = 10,
+        norm: Norm | None = None,
+        act: Act = "relu",
+        continuous: int | None = None,
+        degree: int = 1,
         **head: Any,
     ):
         super().__init__(num_classes=num_classes, **head)
         self._check(block, units)
-        check_choices(stem=(stem, Stem))
+        norm = norm or ("batch" if continuous is None else "group")
+        check_choices(stem=(stem, Stem), norm=(norm, Norm), act=(act, Act))
+        check_continuous(continuous, 1.0)
         if len(widths) != len(units) + 1 or any(w % 2 for w in widths):
             raise SchemeError(f"RevNet: widths {tuple(widths)}, want an even one for the stem and for each level.")
         self.stem = _stem(stem, self.in_chans, widths[0])
         expansion = FUNCTIONS[block].expansion
         channels = [widths[0], *(w * expansion for w in widths[1:])]
         rates = iter(linear_rates(self.drop_path_rate, 2 * sum(units)))
-        make = _maker(block, lambda: next(rates))
+        make = _maker(block, lambda: next(rates), norm, act)
         for level, (count, (width, out)) in enumerate(zip(units, pairwise(channels), strict=True)):
             stride = 1 if level == 0 else 2
             first = Stack(
@@ -119,12 +136,15 @@ class RevNet(_Reversible):
             )
             rest = [make(out // 2, out // 2) for _ in range(2 * count - 2)]
             self.transitions.append(first)
-            self.levels.append(Stack(rest, "revnet", backprop=backprop) if rest else nn.Identity())
+            if rest and continuous is not None:
+                self.levels.append(Stack(PerSlot(rest[:2]), "revnet", count - 1, backprop=backprop))
+            else:
+                self.levels.append(Stack(rest, "revnet", backprop=backprop) if rest else nn.Identity())
         # The stem has normalised and cut off already what the very first function is given.
         function = self.transitions[0].steps[0].fs[0]  # type: ignore[union-attr,index]
         # Not in place, as no norm stands before it: a residual function must not write to its argument.
-        function.norm1, function.relu = nn.Identity(), nn.ReLU()
-        self._finish(channels[1:], 1 if stem == "conv3" else 4)
+        function.norm1, function.relu = nn.Identity(), nn.ReLU() if act == "relu" else nn.SiLU()
+        self._finish(channels[1:], 1 if stem == "conv3" else 4, continuous, degree)
 
     def _fits(self, height: int, width: int) -> bool:
         # The stem rounds up; only what comes after it must be even.
@@ -241,9 +261,11 @@ class WidenedPicture(nn.Module):
         return self.squares.inverse(y[:, : self.kept])
 
 
-def _maker(block: Block, rate: Callable[[], float]) -> Callable[..., nn.Module]:
+def _maker(
+    block: Block, rate: Callable[[], float], norm: Norm = "batch", act: Act = "relu"
+) -> Callable[..., nn.Module]:
     def make(width: int, out: int, stride: int = 1) -> nn.Module:
-        function = FUNCTIONS[block](width, out, stride, order="pre", drop_path=rate())
+        function = FUNCTIONS[block](width, out, stride, order="pre", drop_path=rate(), norm=norm, act=act)
         if block == "bottleneck" and stride > 1:
             # As released: the stride stands in the first 1x1 convolution.
             function.conv1.stride, function.conv2.stride = function.conv2.stride, function.conv1.stride

@@ -4,7 +4,7 @@ Under euler it is the published ViT. The functions alternate, so that a scheme o
 perceptron, and ``nested(midpoint, repeat(euler, 2))`` makes midpoint steps of whole transformer blocks.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ import schemes
 from schemes import Slot
 
 from ..checkpoints import KeyMap
-from ..layers.attention import AttentionFunction, PatchTokens, PerceptronFunction
+from ..layers.attention import AttentionFunction, PatchTokens, PerceptronFunction, TransformerFunction
 from ..layers.drop_path import linear_rates
 from ..stack import Stack
 from .catalogue import register_variants
 from .head import HeadNet
 from .keys import vit as keys_of_vit
 from .keys.layout import twin
-from .levels import check_streams, steps_that_fit
+from .levels import check_continuous, check_streams, made_continuous, shared_level, steps_that_fit
 
 Pool = Literal["token", "avg", ""]
 
@@ -35,13 +35,17 @@ class ViT(HeadNet):
         depth: transformer blocks, of two residual functions each.
         dim: width of a token.
         heads: heads of attention.
-        scheme: one that gives its functions one argument; its stages must divide ``2 * depth``.
+        scheme: one that gives its functions one argument; its stages must divide ``2 * depth``, with ``continuous``
+            ``depth``.
         patch: side of a patch.
         size: side of the pictures that the positions are made for; others are interpolated.
         ratio: hidden width of the perceptrons over ``dim``.
         step: step size, as in Stack.
         backprop: as in Stack.
         global_pool: "token" (the class token), "avg" (the mean of the picture's tokens) or "" (all tokens, no head).
+        continuous: number of knots of weights that are functions of depth: one field for all steps, which is a whole
+            transformer block, over a span of the number of steps; None is separate weights.
+        degree: of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -77,28 +81,27 @@ class ViT(HeadNet):
         step: float | str = 1.0,
         backprop: str = "store",
         global_pool: Pool = "token",
+        continuous: int | None = None,
+        degree: int = 1,
         **head: Any,
     ):
         super().__init__(global_pool=global_pool, **head)  # type: ignore[arg-type]
+        check_continuous(continuous, step)
         found = schemes.get(scheme)
-        steps = steps_that_fit(found, 2 * depth, 1)
+        steps = steps_that_fit(found, (2 if continuous is None else 1) * depth, 1)
         self.patch = patch
         self.stem = PatchTokens(dim, patch, size, self.in_chans)
-        # Both functions of a block are dropped at one rate.
-        rates = iter([rate for rate in linear_rates(self.drop_path_rate, depth) for _ in range(2)])
         check_streams(found, steps, dim, "a ViT", dim=2, ndim=3, heads=heads)
-        # In turn, whatever the scheme: a step may hold half a block, or two.
-        kinds = iter([True, False] * depth)
-
-        def make(slot: Slot) -> nn.Module:
-            rate, width = next(rates), slot.out_channels
-            if next(kinds):
-                return AttentionFunction(width, heads, drop_path=rate)
-            return PerceptronFunction(width, ratio, drop_path=rate)
-
-        self.levels = nn.Sequential(Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop))
+        if continuous is None:
+            make = _alternating(heads, ratio, linear_rates(self.drop_path_rate, depth))
+            stack = Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop)
+        else:
+            make = _whole_block(heads, ratio, self.drop_path_rate / 2)
+            stack = shared_level(make, found, steps, width=dim, backprop=backprop)
+        self.levels = nn.Sequential(stack)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.finish([{"num_chs": dim, "reduction": patch, "module": "levels.0"}], init_tokens)
+        self.levels[0] = made_continuous(stack, continuous, degree)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens, normalised, the class token first: (n, 1 + h w / patch^2, dim)."""
@@ -127,6 +130,30 @@ class ViT(HeadNet):
         """Names of the public ViT layout's keys here, or of a twin's under another scheme."""
         own = self.state_dict().keys()
         return keys_of_vit.published(own, keys) or twin(own, keys)
+
+
+def _alternating(heads: int, ratio: float, rates: Sequence[float]) -> Callable[[Slot], nn.Module]:
+    """Makes attention and perceptron in turn, whatever the scheme; both of a block are dropped at one rate."""
+    left = iter([(kind, rate) for rate in rates for kind in ("attention", "perceptron")])
+
+    def make(slot: Slot) -> nn.Module:
+        (kind, rate), width = next(left), slot.out_channels
+        if kind == "attention":
+            return AttentionFunction(width, heads, drop_path=rate)
+        return PerceptronFunction(width, ratio, drop_path=rate)
+
+    return make
+
+
+def _whole_block(heads: int, ratio: float, rate: float) -> Callable[[Slot], nn.Module]:
+    """Makes whole blocks, the field of a network whose weights are functions of depth."""
+
+    def make(slot: Slot) -> nn.Module:
+        width = slot.out_channels
+        attention = AttentionFunction(width, heads, drop_path=rate)
+        return TransformerFunction(attention, PerceptronFunction(width, ratio, drop_path=rate))
+
+    return make
 
 
 def init_tokens(module: nn.Module) -> None:

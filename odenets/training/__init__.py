@@ -12,6 +12,7 @@ from .classifier import Classifier as Classifier
 from .data import Digits as Digits
 from .data import Images as Images
 from .data import Pictures as Pictures
+from .refinement import Refinement as Refinement
 from .schedules import Constant as Constant
 from .schedules import Milestones as Milestones
 from .schedules import OneCycle as OneCycle

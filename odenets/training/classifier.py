@@ -10,6 +10,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from ..continuous import dimensions
 from .order import IGNORED
 from .schedules import Schedule, WarmupCosine, scheduled
 
@@ -21,13 +22,14 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0) -> list[dic
     group carries no `weight_decay` entry, so it takes the optimiser's.
     """
     weights, vectors, steps = [], [], []
+    dims = dimensions(net)  # a bias that is a function of depth is no matrix
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
         if name.rpartition(".")[2] in ("h", "step_size"):
             steps.append(p)
         else:
-            (weights if p.ndim > 1 else vectors).append(p)
+            (weights if dims[id(p)] > 1 else vectors).append(p)
     groups = [
         {"params": weights},
         {"params": vectors, "weight_decay": 0.0},

@@ -1,0 +1,412 @@
+"""CIFAR-10 with weights that are functions of depth, and with separate ones: equal parameters, equal evaluations.
+
+    python experiments/benchmarks/depth_is_time.py train --root FOLDER --out depth_is_time.jsonl
+    python experiments/benchmarks/depth_is_time.py report depth_is_time.jsonl [--pictures FOLDER]
+    python experiments/benchmarks/depth_is_time.py law [--pictures FOLDER]
+    python experiments/benchmarks/depth_is_time.py cost
+
+FOLDER holds train.parquet and test.parquet as the hub's uoft-cs/cifar10 does. ``train`` trains each arm with each seed,
+evaluates it under schemes and depths, and appends one line to the file; what the file has is not trained again, so the
+same command goes on where it was stopped. ``report`` prints the tables from the file, means over seeds with 95 %
+intervals of Student's t, and draws pictures. ``law`` measures in float64, without training, how the error of the logits
+falls with the steps. ``cost`` times an evaluation of a block and of its field, the least of many.
+
+The network has three levels of 4 evaluations, widths 8, 16, 32 (--width 8), GroupNorm, SiLU, a stem of stride 2, and
+3x3 convolutions of stride 2 between the levels. Separate weights are 4 functions a level; a linear spline of 3
+intervals over a span of 4 has as many parameters. Arms: separate weights under euler; splines under euler (4 steps of
+size 1 a level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; a spline under euler
+that has 2 steps a level for the first half of the epochs (multi-level training).
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odenets import ContinuousWeights, Stack, create_model
+from odenets.continuous import fields_of
+from odenets.rebuild import rebuilt, separated
+from odenets.training.classifier import parameter_groups
+
+ARMS = ("separate euler", "spline euler", "spline midpoint", "spline rk4", "spline euler multilevel")
+# Steps per level of each scheme in evaluation; those of equal evaluations stand under each other.
+GRID = {"euler": (2, 4, 8, 16), "midpoint": (1, 2, 4, 8), "rk4": (1, 2, 4)}
+EVALUATIONS, KNOTS = 4, 3
+STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def pictures(root: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Training and test pictures (n, 3, 32, 32), normalised, and labels."""
+    from odenets.training import Images
+
+    data = Images(root=root, val_split="test", mean=list(MEAN), std=list(STD))
+    data.setup("fit")
+    found = {}
+    for name, split in (("train", "train"), ("test", "val")):
+        held: Any = data.sets[split]
+        x, y = held.pictures.float() / 255, held.labels
+        found[name] = (x - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1), y
+    return found
+
+
+def network(arm: str, seed: int, width: int) -> nn.Module:
+    """The network of an arm as it starts."""
+    torch.manual_seed(seed)
+    kind, scheme, *_ = arm.split()
+    net = create_model(
+        "ho_resnet26",
+        functions=(EVALUATIONS,) * 3,
+        widths=(width, 2 * width, 4 * width),
+        scheme="euler",
+        continuous=KNOTS,
+        act="silu",
+        stem="conv3_s2",
+        num_classes=10,
+    )
+    if kind == "separate":
+        for level, stack in enumerate(net.levels):  # type: ignore[arg-type]
+            plain = separated(stack)
+            for m in plain.modules():  # as many functions, each drawn by itself
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
+            net.levels[level] = plain  # type: ignore[index]
+        return net
+    return rebuilt(net, scheme, depth=EVALUATIONS // STAGES[scheme])
+
+
+def batches(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch: a random order, flips, shifts of up to 4 pixels."""
+    for picked in torch.randperm(len(y), generator=generator, device=generator.device).split(size):
+        batch = F.pad(x[picked], (4, 4, 4, 4))
+        dx, dy = torch.randint(0, 9, (2,), generator=generator, device=generator.device).tolist()
+        batch = batch[:, :, dy : dy + 32, dx : dx + 32]
+        if torch.rand((), generator=generator, device=generator.device) < 0.5:
+            batch = batch.flip(3)
+        yield batch, y[picked]
+
+
+def train(arm: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
+    """Trains one network; the network, the evaluations spent per picture and level, the seconds."""
+    device = data["train"][0].device
+    net = network(arm, seed, args.width).to(device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    groups: Any = parameter_groups(net)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    per_epoch = -(-len(data["train"][1]) // args.batch)
+    total = per_epoch * args.epochs
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [args.lr] * len(groups), total, pct_start=0.2)
+    coarse = arm.endswith("multilevel")
+    run = rebuilt(net, scale=0.5) if coarse else net
+    start, spent = time.perf_counter(), 0
+    for epoch in range(args.epochs):
+        if coarse and epoch == args.epochs // 2:
+            run = net  # the same weights in twice the steps
+        run.train()
+        spent += len(data["train"][1]) * sum(s.evaluations for s in run.modules() if isinstance(s, Stack))
+        for x, y in batches(*data["train"], args.batch, generator):
+            loss = F.cross_entropy(run(x), y, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return {"net": net.eval(), "spent": spent / 1e6, "seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+    """Share of right answers, and the logits."""
+    logits = torch.cat([net(x) for x in data[0].split(500)]).double()
+    return float((logits.argmax(1) == data[1]).double().mean()), logits
+
+
+def evaluate(arm: str, net: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Accuracy and distance of the logits under schemes and depths, and after compression."""
+    right, own = accuracy(net, data)
+    found: dict[str, Any] = {"accuracy": right, "parameters": sum(p.numel() for p in net.parameters())}
+    if arm.startswith("separate"):
+        found["fitted"] = _fitted(net, data, own)
+        return found
+    _, want = accuracy(rebuilt(net, "rk4", depth=12), data)
+    grid = {}
+    for scheme, depths in GRID.items():
+        for depth in depths:
+            share, logits = accuracy(rebuilt(net, scheme, depth=depth), data)
+            grid[f"{scheme} {depth}"] = [share, float((logits - want).norm() / want.norm())]
+    found["grid"] = grid
+    found["projected"] = {str(knots): _projected(net, knots, data) for knots in (1, 2)}
+    return found
+
+
+def _projected(net: nn.Module, knots: int, data: tuple[Tensor, Tensor]) -> list[float]:
+    """Accuracy with fewer knots, the error in weights, and the share of parameters left."""
+    small = copy.deepcopy(net)
+    errors = []
+    for field in fields_of(small):
+        found = field.projected(knots)
+        errors.append(found.error)
+        field.change(found.field.space, torch.zeros(found.field.space.count, field.space.count, dtype=torch.float64))
+        field.load_state_dict(found.field.state_dict())
+    count = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in net.parameters())
+    return [accuracy(small, data)[0], max(errors), count]
+
+
+def _fitted(net: nn.Module, data: tuple[Tensor, Tensor], own: Tensor) -> dict[str, list[float]]:
+    """A spline through separate weights: accuracy, and distance from the logits at hand, under steps and schemes."""
+    smooth = copy.deepcopy(net)
+    for level, stack in enumerate(smooth.levels):  # type: ignore[arg-type]
+        modules = [step.fs[0] for step in stack.steps]
+        field = ContinuousWeights.from_modules(modules, KNOTS + 1, span=float(len(modules))).field
+        smooth.levels[level] = Stack(field, "euler", len(modules), step="span/depth")  # type: ignore[index]
+    smooth.eval()
+    found = {}
+    for scheme, depth in (("euler", 4), ("euler", 8), ("euler", 2), ("midpoint", 2), ("rk4", 4)):
+        share, logits = accuracy(rebuilt(smooth, scheme, depth=depth), data)
+        found[f"{scheme} {depth}"] = [share, float((logits - own).norm() / own.norm())]
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What the file holds; a line that was cut off is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    settings = {k: getattr(args, k) for k in ("width", "epochs", "train_pictures", "test_pictures", "batch", "lr")}
+    done = {(r["arm"], r["seed"]) for r in lines(args.out) if r["settings"] == settings}
+    data = pictures(args.root)
+    for name, most in (("train", args.train_pictures), ("test", args.test_pictures)):
+        data[name] = tuple(t[:most].to(args.device) for t in data[name])  # type: ignore[assignment]
+    for seed in args.seeds:
+        for arm in args.arms:
+            if (arm, seed) in done:
+                continue
+            trained = train(arm, seed, data, args)
+            row = {"arm": arm, "seed": seed, "settings": settings, "device": str(args.device)}
+            row |= {k: trained[k] for k in ("spent", "seconds")} | evaluate(arm, trained["net"], data["test"])
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{arm}, seed {seed}: {row['accuracy']:.4f}, {row['seconds']:.0f} s", flush=True)
+
+
+# The tables ---------------------------------------------------------------------------------------------------------
+
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the 95 % interval of Student's t."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, math.nan
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, T95.get(n, 2.2) * spread / math.sqrt(n)
+
+
+def shown(values: list[float], scale: float = 100, digits: int = 1) -> str:
+    mean, half = interval(values)
+    return f"{scale * mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {scale * half:.{digits}f}")
+
+
+def report(args: argparse.Namespace) -> None:
+    rows = lines(args.file)
+    groups = {arm: [r for r in rows if r["arm"] == arm] for arm in ARMS}
+    groups = {arm: group for arm, group in groups.items() if group}
+    print(f"settings: {rows[0]['settings']}, seeds {sorted({r['seed'] for r in rows})}\n")
+    print("| arm | parameters | evaluations spent, 10^6 | accuracy, % | seconds |\n|---|--:|--:|--:|--:|")
+    for arm, group in groups.items():
+        spent, seconds = group[0]["spent"], sum(r["seconds"] for r in group) / len(group)
+        accuracies = shown([r["accuracy"] for r in group])
+        print(f"| {arm} | {group[0]['parameters']:,} | {spent:.2f} | {accuracies} | {seconds:.0f} |")
+    print("\ndifferences, paired by seed, in points")
+    for a, b in (
+        ("spline euler", "separate euler"),
+        ("spline midpoint", "spline euler"),
+        ("spline rk4", "spline euler"),
+        ("spline euler multilevel", "spline euler"),
+    ):
+        pairs = [
+            (r["accuracy"], s["accuracy"])
+            for r in groups.get(a, [])
+            for s in groups.get(b, [])
+            if r["seed"] == s["seed"]
+        ]
+        if pairs:
+            print(f"{a} less {b}: {shown([x - y for x, y in pairs])} ({len(pairs)} seeds)")
+    splines = {arm: group for arm, group in groups.items() if "grid" in group[0]}
+    for what, place, scale, digits in (("accuracy, %", 0, 100, 1), ("distance of the logits", 1, 1, 3)):
+        columns = [f"{scheme} {depth}" for scheme, depths in GRID.items() for depth in depths]
+        print(f"\n{what}\n\n| trained as | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
+        for arm, group in splines.items():
+            cells = [shown([r["grid"][c][place] for r in group], scale, digits) for c in columns]
+            print(f"| {arm} | {' | '.join(cells)} |")
+    print("\nprojected: accuracy, %, (largest error in weights of a level)\n")
+    for arm, group in splines.items():
+        cells = []
+        for knots in ("1", "2"):
+            error = max(r["projected"][knots][1] for r in group)
+            left = group[0]["projected"][knots][2]
+            cells.append(
+                f"{knots} knots, {left:.0%} of the parameters: "
+                f"{shown([r['projected'][knots][0] for r in group])} ({error:.2f})"
+            )
+        print(f"{arm}: {'; '.join(cells)}")
+    for group in (g for arm, g in groups.items() if arm.startswith("separate")):
+        print("\na spline through separate weights: accuracy, %, distance of the logits from those of the network")
+        for key in group[0]["fitted"]:
+            values = [[r["fitted"][key][i] for r in group] for i in (0, 1)]
+            print(f"{key}: {shown(values[0])}, {shown(values[1], 1, 2)}")
+    if args.pictures is not None:
+        draw(splines, args.pictures)
+
+
+def draw(groups: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """One work-precision diagram per arm, means over seeds."""
+    from types import SimpleNamespace
+
+    from odenets.plots import work_precision
+
+    for arm, group in groups.items():
+        points = []
+        for scheme, depths in GRID.items():
+            for depth in depths:
+                values = [r["grid"][f"{scheme} {depth}"] for r in group]
+                points.append(
+                    SimpleNamespace(
+                        scheme=scheme,
+                        evaluations=3 * depth * STAGES[scheme],
+                        accuracy=sum(v[0] for v in values) / len(values),
+                        distance=sum(v[1] for v in values) / len(values),
+                    )
+                )
+        name = f"depth_is_time_{arm.replace('spline ', '').replace(' ', '_')}.png"
+        print(work_precision(points, folder / name, f"trained as: {arm}, {len(group)} seeds"))
+
+
+# The law ------------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "smooth, knots where steps begin": ("silu", 4),
+    "ReLU": ("relu", 4),
+    "smooth, knots inside of steps": ("silu", 5),
+}
+
+
+def law(args: argparse.Namespace) -> None:
+    """Slopes of the error of a network's logits, float64, weights drawn at random, over halvings of the step."""
+    from odenets.plots import lines as draw_lines
+
+    x = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    print(f"| | {' | '.join(LAW)} |\n|---|{'--:|' * len(LAW)}")
+    for case, (act, knots) in CASES.items():
+        torch.manual_seed(0)
+        options: Any = {"functions": (4, 4), "widths": (8, 16), "stem": "conv3", "act": act, "continuous": knots}
+        net = create_model("ho_resnet26", scheme="euler", **options).double().eval()
+        for field in fields_of(net):
+            for p in field.parameters():
+                p.data += 0.3 * torch.randn_like(p) * p.data.std().clamp_min(0.1)
+        series: dict[str, Any] = {}
+        slopes = []
+        with torch.no_grad():
+            fine = rebuilt(net, "dopri5", depth=80 if act == "silu" else 640)(x)
+            for scheme, depths in LAW.items():
+                depths = depths if case.startswith("smooth, knots where") else (16, 32, 64)
+                errors = [float((rebuilt(net, scheme, depth=n)(x) - fine).norm() / fine.norm()) for n in depths]
+                told = [(math.log(n), math.log(e)) for n, e in zip(depths, errors, strict=True) if e > 1e-11]
+                xs, ys = zip(*told, strict=True)
+                x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
+                rate = -sum((a - x0) * (b - y0) for a, b in told) / sum((a - x0) ** 2 for a in xs)
+                slopes.append(f"{rate:.2f}")
+                series[scheme] = (depths, errors)
+        print(f"| {case} | {' | '.join(slopes)} |")
+        if args.pictures is not None:
+            name = f"depth_is_time_law_{act}_{knots}.png"
+            print(draw_lines(series, args.pictures / name, "steps", "relative error of the logits", True, True))
+
+
+LAW = {"euler": (16, 32, 64), "midpoint": (16, 32, 64), "kutta3": (8, 16, 32), "rk4": (8, 16, 32), "dopri5": (8, 16)}
+
+
+def cost(args: argparse.Namespace) -> None:
+    """Microseconds of one of the 16 evaluations of 4 steps of rk4, of a shared block and of its field."""
+    from odenets.layers import BasicFunction
+    from odenets.layers.attention import PerceptronFunction
+
+    torch.set_num_threads(1)
+    cases: Any = {
+        "convolutions, 16 channels, 64 x 8 x 8": (
+            BasicFunction(16, 16, order="pre", norm="group", act="silu"),
+            torch.randn(64, 16, 8, 8),
+        ),
+        "convolutions, 32 channels, 64 x 16 x 16": (
+            BasicFunction(32, 32, order="pre", norm="group", act="silu"),
+            torch.randn(64, 32, 16, 16),
+        ),
+        "perceptron, 64 channels, 64 tokens": (PerceptronFunction(64), torch.randn(64, 1, 64)),
+    }
+    print("| block | forward | field | with backward | field |\n|---|--:|--:|--:|--:|")
+    for name, (block, x) in cases.items():
+        stacks = [
+            Stack(block, "rk4", depth=4, step="1/depth"),
+            Stack(ContinuousWeights(copy.deepcopy(block), 8), "rk4", depth=4, step="span/depth"),
+        ]
+        x.requires_grad_()
+        best = [math.inf] * 4
+        for _ in range(args.rounds):
+            for i, stack in enumerate(stacks):
+                start = time.process_time()
+                with torch.no_grad():
+                    stack(x)
+                best[i] = min(best[i], time.process_time() - start)
+                start = time.process_time()
+                stack(x).sum().backward()
+                best[2 + i] = min(best[2 + i], time.process_time() - start)
+        print(f"| {name} | {' | '.join(f'{1e6 * t / 16:.0f} us' for t in best)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_train = commands.add_parser("train")
+    of_train.add_argument("--root", required=True)
+    of_train.add_argument("--out", type=Path, default=Path("depth_is_time.jsonl"))
+    of_train.add_argument("--width", type=int, default=8)
+    of_train.add_argument("--epochs", type=int, default=5)
+    of_train.add_argument("--train-pictures", type=int, default=6000)
+    of_train.add_argument("--test-pictures", type=int, default=1000)
+    of_train.add_argument("--batch", type=int, default=64)
+    of_train.add_argument("--lr", type=float, default=0.05)
+    of_train.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    of_train.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    of_train.add_argument("--device", default="cpu")
+    of_train.add_argument("--threads", type=int, default=1)
+    of_report = commands.add_parser("report")
+    of_report.add_argument("file", type=Path)
+    of_report.add_argument("--pictures", type=Path)
+    of_law = commands.add_parser("law")
+    of_law.add_argument("--pictures", type=Path)
+    of_cost = commands.add_parser("cost")
+    of_cost.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    {"train": run, "report": report, "law": law, "cost": cost}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

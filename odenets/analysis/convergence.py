@@ -1,0 +1,180 @@
+"""What a trained network gives under other schemes and depths: accuracy and distance of logits against evaluations."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from ..rebuild import continuous_stacks, rebuilt
+
+SCHEMES = ("euler", "midpoint", "kutta3", "rk4", "dopri5")
+SCALES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
+FLOOR = 1e-5  # relative distances of single-precision logits below this are rounding
+
+
+class Point(NamedTuple):
+    """A network under one scheme with one number of steps.
+
+    Attributes:
+        scheme: of all its continuous stacks.
+        steps: of each stack; empty where a solver chooses them.
+        evaluations: calls of residual functions in those stacks, in one forward pass (of an adaptive solver the mean).
+        accuracy: share of samples whose label has the largest logit.
+        distance: of the logits from the reference, relative: |y - y*| / |y*| over all samples.
+    """
+
+    scheme: str
+    steps: tuple[int, ...]
+    evaluations: float
+    accuracy: float
+    distance: float
+
+
+class Convergence(NamedTuple):
+    """What ``convergence`` found.
+
+    Attributes:
+        points: one per scheme and number of steps that fits, in order.
+        slopes: rate at which the distance falls with the steps, per scheme; nan where fewer than two points tell.
+        reference: scheme and steps of the logits that distances are from.
+        accuracy: of the reference.
+        samples: how many were looked at.
+    """
+
+    points: list[Point]
+    slopes: dict[str, float]
+    reference: str
+    accuracy: float
+    samples: int
+
+    def fewest(self, within: float = 0.001) -> Point:
+        """The point of fewest evaluations whose accuracy is at most so far below the best.
+
+        Args:
+            within: the accuracy that may be lost, as a share.
+        """
+        best = max(p.accuracy for p in self.points)
+        return min((p for p in self.points if p.accuracy >= best - within - 1e-12), key=lambda p: p.evaluations)
+
+    def __str__(self) -> str:
+        rows = [f"{'scheme':28} {'steps':>12} {'evaluations':>11} {'accuracy':>9} {'distance':>10}"]
+        for p in self.points:
+            steps = "/".join(map(str, p.steps)) or "-"
+            rows.append(f"{p.scheme:28} {steps:>12} {p.evaluations:11.6g} {p.accuracy:9.4f} {p.distance:10.2e}")
+        rows.append(f"reference: {self.reference}, accuracy {self.accuracy:.4f}, {self.samples} samples")
+        told = [f"{name} {rate:.2f}" for name, rate in self.slopes.items() if not math.isnan(rate)]
+        rows.append(f"orders seen: {', '.join(told) or 'none'}")
+        cheap = self.fewest()
+        steps = f" with {'/'.join(map(str, cheap.steps))} steps" if cheap.steps else ""
+        rows.append(f"fewest evaluations within 0.1 point of the best: {cheap.evaluations:g}, {cheap.scheme}{steps}")
+        return "\n".join(rows)
+
+
+def convergence(
+    net: nn.Module,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    schemes: Sequence[str] = SCHEMES,
+    scales: Sequence[float | str | Fraction] = SCALES,
+    tolerances: Sequence[float] = (),
+    reference: str = "rk4",
+) -> Convergence:
+    """Runs a network whose weights are functions of depth under schemes and depths.
+
+    Args:
+        net: gives logits (n, classes); it is put into evaluation and left as it was.
+        batches: gives the samples anew at each call, pairs of an input and labels (n,).
+        schemes: to run under.
+        scales: numbers of steps, as multiples of those that each stack has; one that is no whole number is left out.
+        tolerances: relative ones, for the adaptive solver ``adaptive(dopri5)``.
+        reference: the scheme of the logits that distances are from, with four times the most steps.
+
+    Raises:
+        SchemeError: no weights are functions of depth, or no number of steps fits.
+
+    Example:
+        >>> import torch
+        >>> from odenets import create_model
+        >>> net = create_model("ho_resnet26", functions=(4,), widths=(8,), scheme="euler", continuous=4, act="silu")
+        >>> batch = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+        >>> found = convergence(net, lambda: [batch], ["euler", "rk4"], [1, 2, 4])
+        >>> [p.evaluations for p in found.points], found.slopes["euler"] > 0.5
+        ([4, 8, 16, 16, 32, 64], True)
+    """
+    if not continuous_stacks(net):
+        rebuilt(net)  # says what is missing
+    training, shares = net.training, [Fraction(scale).limit_denominator(4096) for scale in scales]
+    net.eval()
+    try:
+        fine = rebuilt(net, reference, scale=4 * max(shares))
+        want, labels = _logits(fine, batches)
+        points = []
+        for scheme in schemes:
+            for share in shares:
+                try:
+                    run = rebuilt(net, scheme, scale=share)
+                except SchemeError as error:
+                    if "want a whole number" not in str(error):
+                        raise
+                    continue
+                points.append(_point(run, scheme, batches, want, labels))
+        if not points:
+            raise SchemeError(f"convergence: none of the multiples {[*map(str, scales)]} is a whole number of steps.")
+        for tolerance in tolerances:
+            scheme = f"adaptive(dopri5, rtol={tolerance:g}, atol={tolerance / 10:g})"
+            points.append(_point(rebuilt(net, scheme, depth=1), scheme, batches, want, labels, adaptive=True))
+    finally:
+        net.train(training)
+    slopes = {scheme: _slope([p for p in points if p.scheme == scheme]) for scheme in schemes}
+    steps = "/".join(str(s.depth) for s in continuous_stacks(fine).values())
+    return Convergence(points, slopes, f"{reference} with {steps} steps", _accuracy(want, labels), len(labels))
+
+
+def _point(
+    run: nn.Module,
+    scheme: str,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    want: Tensor,
+    labels: Tensor,
+    adaptive: bool = False,
+) -> Point:
+    counts: list[int] = []
+    stacks = continuous_stacks(run).values()
+    got, _ = _logits(run, batches, lambda: counts.append(sum(stack.evaluations for stack in stacks)))
+    distance = float((got - want).norm() / want.norm())
+    steps = () if adaptive else tuple(stack.depth for stack in stacks)
+    return Point(scheme, steps, sum(counts) / len(counts) if adaptive else counts[0], _accuracy(got, labels), distance)
+
+
+@torch.no_grad()
+def _logits(
+    net: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], after: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits in double precision, and labels, of all samples."""
+    device = next(net.parameters()).device
+    found, labels = [], []
+    for x, y in batches():
+        found.append(net(x.to(device)).double().cpu())
+        labels.append(y.cpu())
+        if after is not None:
+            after()
+    if not found:
+        raise SchemeError("convergence: there are no samples.")
+    return torch.cat(found), torch.cat(labels)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def _slope(points: Sequence[Point]) -> float:
+    """The rate by least squares over points above rounding, in the logarithms of steps and distances."""
+    told = [(math.log(sum(p.steps)), math.log(p.distance)) for p in points if p.distance > FLOOR]
+    if len(told) < 2:
+        return math.nan
+    x0, y0 = (sum(values) / len(told) for values in zip(*told, strict=True))
+    return -sum((x - x0) * (y - y0) for x, y in told) / sum((x - x0) ** 2 for x, _ in told)

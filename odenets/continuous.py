@@ -1,0 +1,675 @@
+"""Weights as functions of depth: theta(t) is a B-spline, and a residual network integrates one field.
+
+``ContinuousWeights`` makes a residual function f(t, x) = block(x; theta(t)) of a block. The block stays what it is, a
+module with its own names: each of its parameters gets one dimension more, in front, for the coefficients.
+
+* a convolution's ``block.conv.weight`` is (knots + degree, out, in, 3, 3);
+* evaluated at t it is the convolution with the weights sum_k B_k(t) c_k, which exist for that call alone;
+* under euler at the knots of a linear spline they are single coefficients, and nothing is computed.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from schemes.errors import SchemeError
+from schemes.scheme import Takes, signature
+from schemes.splines import Row, SplineSpace, distance, fit, projection, transfer
+
+# Beyond its span a field goes on as its last piece does, as far as the nodes of a step reach: verner8 has one at 4/3.
+BEYOND = 1 / 3
+KNOTS = "knots"  # the key of the knots in a state dict
+
+
+class Approximation(NamedTuple):
+    """A field that stands for others, and how far it is from them.
+
+    Attributes:
+        field: the field.
+        error: the root mean square of the difference over depth and weights, relative to that of the weights.
+        errors: the same for each parameter of the block, by name.
+    """
+
+    field: "ContinuousWeights"
+    error: float
+    errors: dict[str, float]
+
+
+class ContinuousWeights(nn.Module):
+    r"""A residual function f(t, x) = block(x; theta(t)) whose weights are splines in time, theta(t) = sum_k B_k(t) c_k.
+
+    Shared by all stages of a stack it is one vector field: scheme and depth may then change after training, and the
+    results differ by the scheme's error. At first theta is constant, with the weights that the block has. A scheme has
+    its order where f is smooth along a step: with a smooth activation, and knots where steps begin. With ReLU, or knots
+    inside of steps, the order stops at 2.
+
+    Cost: one weighted sum of ``degree + 1`` coefficients per parameter and evaluation, none at the knots of a linear
+    spline. The sums are not kept for the backward pass, which makes them again.
+
+    State-dict keys, stable: ``block.*`` as the block names them, with the coefficients in front; ``knots``.
+
+    Args:
+        block: any module: convolutions, attention, several arguments, a ``context``, a time of its own. It becomes part
+            of the field.
+        knots: number of intervals, or their ends from 0 to ``span``, rising; an inner one that stands m times leaves
+            ``degree - m`` continuous derivatives.
+        degree: of the splines: 0 (constant on each interval), 1 (lines), 2 or 3.
+        span: t runs over [0, span].
+
+    Shapes:
+        t: a number or a scalar; x: whatever the block takes.
+
+    Raises:
+        SchemeError: norms with running statistics, parameters that are not there yet, a spline that is none.
+
+    Source:
+        Queiruga et al. 2020, Continuous-in-Depth Neural Networks, arXiv 2008.02389.
+
+    Example:
+        >>> import torch
+        >>> from odenets import ContinuousWeights, Stack
+        >>> field = ContinuousWeights(torch.nn.Linear(4, 4), knots=8)
+        >>> net, x = Stack(field, "rk4", depth=8, step="span/depth"), torch.randn(2, 4)
+        >>> field.block.weight.shape, (net(x) - net.rebuilt("midpoint", 16)(x)).abs().max() < 1e-2
+        (torch.Size([9, 4, 4]), tensor(True))
+    """
+
+    def __init__(
+        self, block: nn.Module, knots: int | Sequence[float] | SplineSpace = 8, degree: int = 1, span: float = 1.0
+    ):
+        super().__init__()
+        if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < float("inf"):
+            raise SchemeError(f"ContinuousWeights: span is {span!r}, want a positive number.")
+        _check_block(block)
+        self.span = float(span)
+        self.space = _space(knots, degree, self.span)
+        for places in _parameters(block):
+            p = places[0].value
+            held = nn.Parameter(p.detach().expand(self.space.count, *p.shape).clone(), p.requires_grad)
+            for place in places:
+                setattr(place.module, place.name, held)
+        self.block = block
+        self._found: tuple[nn.Module, list[list[_Place]]] | None = None
+        self._read: tuple[nn.Module, Takes] | None = None
+        self._compiled: Callable[..., Any] | None = None
+        self._split: dict[int, tuple[Tensor, Any, Sequence[Tensor]]] = {}
+
+    @property
+    def knots(self) -> int:
+        """The number of intervals."""
+        return len(self.space.breaks) - 1
+
+    @property
+    def degree(self) -> int:
+        """The degree of the splines."""
+        return self.space.degree
+
+    @property
+    def takes(self) -> Takes:
+        """What a stack calls it with: the time first, and a context where the block takes one."""
+        inner = self._inner
+        return Takes(True, inner.context, True, inner.opaque)
+
+    @property
+    def _inner(self) -> Takes:
+        """What the block takes, read once."""
+        if self._read is None or self._read[0] is not self.block:
+            self._read = self.block, signature(self.block)
+        return self._read[1]
+
+    def _places(self) -> list[list["_Place"]]:
+        """Where the block keeps its parameters, those of one parameter together."""
+        # Found once: walking the block costs more than a small convolution. A replica has a block of its own.
+        if self._found is None or self._found[0] is not self.block:
+            self._found = self.block, _parameters(self.block)
+        return self._found[1]
+
+    def coefficients(self) -> dict[str, nn.Parameter]:
+        """The coefficients of each of the block's parameters, by its name: (knots + degree, ...)."""
+        return {places[0].key: places[0].now() for places in self._places()}
+
+    def weights(self, t: float | Tensor) -> dict[str, Tensor]:
+        """The block's weights at time t, by name; differentiable.
+
+        Raises:
+            SchemeError: a time outside of the span.
+        """
+        names = [places[0].key for places in self._places()]
+        return dict(zip(names, self._at(t)[0], strict=True))
+
+    def _at(self, t: float | Tensor) -> "tuple[Sequence[Tensor], Row | None]":
+        """The weights at t, and the basis functions where t is a number to the host."""
+        coefficients = [places[0].now() for places in self._places()]
+        if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.requires_grad or t.device.type != "cpu")):
+            # A comparison with every knot, but no look at the value: the graph is the same for all times.
+            u = torch.as_tensor(t, dtype=torch.float64 if not isinstance(t, Tensor) else t.dtype) / self.span
+            basis = self.space.basis(u.reshape(()))
+            return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
+        row = self.space.row(self._checked(float(t)) / self.span)
+        if not torch.is_grad_enabled():
+            return [_blend(c, row) for c in coefficients], row
+        used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
+        rows = [self._rows(n, c) for n, c in enumerate(coefficients)]
+        if len(used) == 1:  # at a knot: a view, which autograd keeps for free
+            return [each[used[0][0]] for each in rows], None
+        found = _Interpolation.apply(tuple(w for _, w in used), *(each[k] for each in rows for k, _ in used))
+        return found, row  # type: ignore[return-value]
+
+    def _rows(self, n: int, c: Tensor) -> Sequence[Tensor]:
+        """The single coefficients of parameter n, as views; the same for all evaluations of a pass.
+
+        Their gradients are then summed one by one, and put together once: not in the size of all for each evaluation.
+        """
+        key = (c._version, c.requires_grad, c.data_ptr())
+        held = self._split.get(n)
+        if held is not None and held[0] is c and held[1] == key:
+            return held[2]
+        rows = c.unbind()
+        if c.is_leaf:  # what was computed would be kept alive with its graph
+            self._split[n] = c, key, rows
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_split": {}}
+
+    def _checked(self, t: float) -> float:
+        if not -BEYOND - 1e-6 <= t / self.span <= 1 + BEYOND + 1e-6:
+            raise SchemeError(
+                f"ContinuousWeights: asked for the weights at t = {t:g}, which are functions on [0, {self.span:g}].\n"
+                "  Let the steps end there: Stack(field, ..., step='span/depth'), or give the field a longer span."
+            )
+        return t
+
+    def forward(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
+        """block(*args) with its weights at time t."""
+        if self._compiled is not None and not torch.compiler.is_compiling():
+            if not isinstance(t, Tensor):
+                t = torch.tensor(self._checked(float(t)), dtype=torch.float64)
+            return self._compiled(self, t, *args, **kwargs)
+        return self._evaluate(t, *args, **kwargs)
+
+    def _evaluate(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
+        inner = self._inner
+        if inner.time:
+            args, kwargs = ((t, *args), kwargs) if inner.first else (args, {**kwargs, "t": t})
+        weights, row = self._at(t)
+        places = self._places()
+        if torch.compiler.is_compiling():
+            named = {place.key: w for same, w in zip(places, weights, strict=True) for place in same}
+            return functional_call(self.block, named, args, kwargs)
+        with _kept_out(row, places, weights), _standing(places, weights):
+            return self.block(*args, **kwargs)
+
+    def module_at(self, t: float) -> nn.Module:
+        """A block of its own with the weights at time t: what a plain network has in that place.
+
+        Example:
+            >>> import torch
+            >>> field = ContinuousWeights(torch.nn.Linear(2, 3), knots=4)
+            >>> field.module_at(0.3).weight.shape
+            torch.Size([3, 2])
+        """
+        found = copy.deepcopy(self.block)
+        with torch.no_grad():
+            weights = [w.clone() for w in self._at(t)[0]]
+        for same, w in zip(_parameters(found), weights, strict=True):
+            held = nn.Parameter(w, same[0].value.requires_grad)
+            for place in same:
+                setattr(place.module, place.name, held)
+        return found
+
+    # Changes of basis ----------------------------------------------------------------------------------------------
+
+    def change(self, space: SplineSpace, matrix: Tensor | None = None) -> Tensor:
+        """Writes the weights in another basis, in place; the parameters stay the objects that they are.
+
+        Args:
+            space: the splines to come.
+            matrix: the map of coefficients, (new, old); None is the exact one.
+
+        Returns:
+            The map, for what is kept beside the coefficients, such as an optimiser's moments.
+
+        Raises:
+            SchemeError: the new space does not hold the spline at hand.
+        """
+        matrix = transfer(self.space, space) if matrix is None else matrix
+        self._split.clear()  # views of the old shape, which the parameters' nodes in the graph would keep
+        with torch.no_grad():
+            for places in self._places():
+                p = places[0].now()
+                p.data = mapped(matrix, p.data)
+                p.grad = None
+        self.space = space
+        return matrix
+
+    def _changed(self, space: SplineSpace, matrix: Tensor | None = None) -> Self:
+        found = copy.deepcopy(self)
+        found.change(space, matrix)
+        return found
+
+    def refined(self, knots: int) -> Self:
+        """The same function of depth with more knots, to rounding: a field of its own.
+
+        Args:
+            knots: number of uniform intervals, whose ends must hold the knots at hand.
+
+        Raises:
+            SchemeError: they do not; the nearest numbers that do are named.
+
+        Example:
+            >>> import torch
+            >>> field = ContinuousWeights(torch.nn.Linear(2, 2), knots=4)
+            >>> field.refined(8).block.bias.shape
+            torch.Size([9, 2])
+        """
+        return self._changed(self.space.refined(knots))
+
+    def elevated(self, degree: int) -> Self:
+        """The same function of depth as a spline of a higher degree, to rounding: a field of its own.
+
+        Each inner knot then stands once more for each degree, since the function is no smoother than it was.
+
+        Raises:
+            SchemeError: a lower degree.
+        """
+        return self._changed(self.space.elevated(degree))
+
+    def projected(self, knots: int, degree: int | None = None) -> Approximation:
+        """The nearest field with other knots, over depth in the mean square: compression after training.
+
+        Args:
+            knots: number of uniform intervals.
+            degree: of the splines; None keeps it.
+
+        Returns:
+            The field, and how far its weights are from those at hand.
+
+        Example:
+            >>> import torch
+            >>> field = ContinuousWeights(torch.nn.Linear(2, 2), knots=4)
+            >>> field.projected(2).error < 1e-6  # constant so far
+            True
+        """
+        space = SplineSpace.uniform(knots, self.degree if degree is None else degree)
+        found = self._changed(space, projection(self.space, space))
+        old, new, weights = distance(self.space, space)
+        pairs = {}
+        for a, b in zip(self._places(), found._places(), strict=True):
+            was, now = mapped(old, a[0].now().detach().double()), mapped(new, b[0].now().detach().double())
+            pairs[a[0].key] = was, now
+        return Approximation(found, *_relative(pairs, weights))
+
+    @classmethod
+    def from_modules(
+        cls,
+        modules: Sequence[nn.Module],
+        knots: int | Sequence[float] | SplineSpace | None = None,
+        degree: int = 1,
+        span: float = 1.0,
+        times: Sequence[float] | None = None,
+    ) -> Approximation:
+        """The best spline through the weights of separate modules: the start of fine-tuning a trained network.
+
+        Least squares at the times of the modules; what they leave free is as little rough as can be. With as many knots
+        as modules it goes through all of them, and the network is the same under the same steps; between them, weights
+        that were trained apart have nothing to say. Buffers are those of the first module.
+
+        Args:
+            modules: of one kind, in the order of depth.
+            knots: as in ``ContinuousWeights``; None is one interval per module.
+            degree: as in ``ContinuousWeights``.
+            span: as in ``ContinuousWeights``.
+            times: where each module is evaluated; None is where the steps of euler begin, n span / len(modules).
+
+        Returns:
+            The field, and how far its weights are from those of the modules.
+
+        Raises:
+            SchemeError: modules whose parameters have other names or shapes.
+
+        Example:
+            >>> import torch
+            >>> layers = [torch.nn.Linear(2, 2) for _ in range(4)]
+            >>> found = ContinuousWeights.from_modules(layers)
+            >>> found.error < 1e-6, torch.allclose(found.field(0.5, layers[0].weight), layers[2](layers[0].weight))
+            (True, True)
+        """
+        modules = list(modules)
+        if not modules:
+            raise SchemeError("ContinuousWeights: from_modules was given no modules, want at least one.")
+        n = len(modules)
+        times = [i * span / n for i in range(n)] if times is None else list(times)
+        if len(times) != n:
+            raise SchemeError(f"ContinuousWeights: {len(times)} times for {n} modules, want one each.")
+        states = [{name: p.detach() for name, p in module.named_parameters()} for module in modules]
+        for i, state in enumerate(states):
+            if {k: p.shape for k, p in state.items()} != {k: p.shape for k, p in states[0].items()}:
+                raise SchemeError(
+                    f"ContinuousWeights: module {i} has other parameters than module 0; a spline goes through weights "
+                    "of one shape."
+                )
+        found = cls(copy.deepcopy(modules[0]), n if knots is None else knots, degree, span)
+        us = [t / found.span for t in times]
+        matrix, rows = fit(found.space, us), found.space.rows(us)
+        pairs = {}
+        for places in found._places():
+            own = torch.stack([state[places[0].key] for state in states])
+            places[0].now().data = mapped(matrix, own)
+            pairs[places[0].key] = own.double(), mapped(rows, places[0].now().detach().double())
+        return Approximation(found, *_relative(pairs, torch.full((n,), 1 / n, dtype=torch.float64)))
+
+    # State and movement --------------------------------------------------------------------------------------------
+
+    def _knot_vector(self) -> Tensor:
+        return self.span * torch.tensor(self.space.knots, dtype=torch.float64)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # No buffer: half() would round it, and two fields of as many coefficients would be taken for each other.
+        destination[prefix + KNOTS] = self._knot_vector()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = state_dict.get(prefix + KNOTS)
+        if given is None:
+            missing_keys.append(prefix + KNOTS)
+        else:
+            try:
+                span, space = read_knots(given, _coefficients(state_dict, prefix, self.space.count))
+            except SchemeError as error:
+                error_msgs.append(f"{prefix}{KNOTS}: {error}")
+            else:
+                if space != self.space:  # a field that was refined while it trained
+                    zeros = torch.zeros(space.count, self.space.count, dtype=torch.float64)
+                    self.change(space, zeros)
+                self.span = span
+        inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
+        super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Memory formats are meant for the block's own dimensions: channels_last refuses a tensor of five.
+        return super()._apply(lambda x: fn(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.dim() > 3 else fn(x))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the field: one graph for all times, so that compile time does not grow with depth.
+
+        The time enters as a tensor; as a number it would be a constant of the graph.
+
+        Args:
+            args: as in ``torch.compile``.
+            kwargs: as in ``torch.compile``.
+        """
+        # A function of the field, not of this object: copies of the field keep it, with weights of their own.
+        self._compiled = torch.compile(ContinuousWeights._evaluate, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        uniform = "" if self.space.uniform_intervals else ", not uniform"
+        return f"knots={self.knots}, degree={self.degree}, span={self.span:g}{uniform}"
+
+
+class _Place(NamedTuple):
+    """Where a module keeps a parameter: the module, the name there, the name in the block, the parameter once found."""
+
+    module: nn.Module
+    name: str
+    key: str
+    value: nn.Parameter
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        """The dictionary that holds it; replicas of DataParallel keep plain tensors as attributes."""
+        own = self.module._parameters
+        return own if self.name in own else self.module.__dict__
+
+    def now(self) -> Any:
+        """What stands there now: in a reversed pass a leaf in the parameter's stead."""
+        return self.holder[self.name]
+
+
+def _parameters(block: nn.Module) -> list[list[_Place]]:
+    """The places of each parameter that is a number to be interpolated; a tied one has several."""
+    found: dict[int, list[_Place]] = {}
+    for prefix, module in block.named_modules():
+        names = [k for k, p in module._parameters.items() if p is not None]
+        for name in [*names, *module.__dict__.get("_former_parameters", ())]:
+            p = getattr(module, name)
+            if p.is_floating_point() or p.is_complex():
+                found.setdefault(id(p), []).append(_Place(module, name, f"{prefix}.{name}".lstrip("."), p))
+    return list(found.values())
+
+
+def _check_block(block: Any) -> None:
+    if not isinstance(block, nn.Module):
+        raise SchemeError(
+            f"ContinuousWeights: the block is a {type(block).__name__}, want a module, whose weights become functions."
+        )
+    for name, module in block.named_modules():
+        if isinstance(module, ContinuousWeights):
+            raise SchemeError("ContinuousWeights: the block holds weights that are functions of depth already.")
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            raise SchemeError(
+                f"ContinuousWeights: {name or 'the block'} is a {type(module).__name__}, whose running statistics each "
+                "evaluation would move, at whatever time.\n  Use GroupNorm or LayerNorm, or track_running_stats=False."
+            )
+        for key, p in module._parameters.items():
+            if p is not None and is_lazy(p):
+                raise SchemeError(f"ContinuousWeights: {name}.{key} is lazy; call the block once on an input first.")
+
+
+def _space(knots: int | Sequence[float] | SplineSpace, degree: int, span: float) -> SplineSpace:
+    """The spline space on [0, 1] that is meant."""
+    if isinstance(knots, SplineSpace):
+        return knots
+    if isinstance(knots, int):
+        return SplineSpace.uniform(knots, degree)
+    ends = [float(k) for k in knots]
+    if len(ends) < 2 or abs(ends[0]) > 1e-9 * span or abs(ends[-1] - span) > 1e-9 * span:
+        raise SchemeError(
+            f"ContinuousWeights: knots are {[*knots]}; want a number of intervals, or their ends from 0 to {span:g}."
+        )
+    return SplineSpace(degree, tuple(k / span for k in ends[1:-1]))
+
+
+def read_knots(given: Tensor, count: int) -> tuple[float, SplineSpace]:
+    """The span and the spline space of a knot vector in a state dict, for so many coefficients.
+
+    Raises:
+        SchemeError: it is none.
+    """
+    knots = [float(k) for k in given.double().cpu()] if given.dim() == 1 else []
+    degree = len(knots) - count - 1
+    if not 0 <= degree <= 3 or not knots or knots[0] != 0 or not knots[-1] > 0:
+        raise SchemeError(f"{len(knots)} knots are no knot vector of {count} coefficients.")
+    end = degree + 1
+    return knots[-1], SplineSpace(degree, tuple(k / knots[-1] for k in knots[end:-end]))
+
+
+def _coefficients(state: Mapping[str, Any], prefix: str, otherwise: int) -> int:
+    """How many coefficients a field has in a state dict."""
+    counts = [len(v) for k, v in state.items() if k.startswith(f"{prefix}block.") and isinstance(v, Tensor) and v.dim()]
+    return counts[0] if counts else otherwise
+
+
+def mapped(matrix: Tensor, coefficients: Tensor) -> Tensor:
+    """Coefficients under a map, (new, old) times (old, ...), computed in float64."""
+    wide = torch.complex128 if coefficients.is_complex() else torch.float64
+    found = torch.tensordot(matrix.to(coefficients.device, wide), coefficients.to(wide), 1)
+    return found.to(coefficients.dtype)
+
+
+def _relative(pairs: Mapping[str, tuple[Tensor, Tensor]], weights: Tensor) -> tuple[float, dict[str, float]]:
+    """Root mean squares of differences over places with weights, relative to the first of each pair: all, and each."""
+
+    def square(x: Tensor) -> float:
+        return float((weights * x.abs().square().flatten(1).sum(1)).sum())
+
+    parts = {name: (square(a - b), square(a)) for name, (a, b) in pairs.items()}
+    errors = {name: (d / max(s, 1e-300)) ** 0.5 for name, (d, s) in parts.items()}
+    return (sum(d for d, _ in parts.values()) / max(sum(s for _, s in parts.values()), 1e-300)) ** 0.5, errors
+
+
+# One evaluation -----------------------------------------------------------------------------------------------------
+
+
+def _blend(coefficients: Tensor, row: Row) -> Tensor:
+    """The sum of coefficients with the values of a row; a single one of value 1 is a view."""
+    used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
+    if len(used) == 1:
+        return coefficients[used[0][0]]
+    return _sum([coefficients[k] for k, _ in used], [w for _, w in used])
+
+
+def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_k weights[k] rows[k], of two or more."""
+    if len(rows) == 2:
+        return torch.lerp(rows[0], rows[1], weights[1])  # weights of a partition of unity
+    found = rows[0] * weights[0]
+    for r, w in zip(rows[1:], weights[1:], strict=True):
+        found.add_(r, alpha=w)
+    return found
+
+
+class _Interpolation(torch.autograd.Function):
+    """All weights of a block at one time, as one node of the graph; twice differentiable, forwards too.
+
+    Takes the values of the basis functions, and for each parameter as many coefficients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: tuple[float, ...], *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        n = len(weights)
+        return tuple(_sum(rows[k : k + n], weights) for k in range(0, len(rows), n))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *(None if g is None else g * w for g in grads for w in ctx.weights))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        found, n = [], len(ctx.weights)
+        for k in range(1, len(tangents), n):
+            part = [t for t in tangents[k : k + n] if t is not None]
+            found.append(_sum(part, ctx.weights) if len(part) == n else None)
+        return tuple(found)
+
+
+@contextmanager
+def _standing(places: Sequence[Sequence[_Place]], weights: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the block holds these weights."""
+    before = []
+    try:
+        for same, w in zip(places, weights, strict=True):
+            for place in same:
+                holder = place.holder
+                before.append((holder, place.name, holder[place.name]))
+                holder[place.name] = w
+        yield
+    finally:
+        for holder, name, value in before:
+            holder[name] = value
+
+
+def _kept_out(
+    row: Row | None, places: Sequence[Sequence[_Place]], weights: Sequence[Tensor]
+) -> AbstractContextManager[Any]:
+    """Inside, autograd keeps how the weights are made and not the weights: else they would be kept per evaluation."""
+    if row is None or not torch.is_grad_enabled():
+        return nullcontext()
+    # A checkpoint, or what moves tensors to the host, looks after all tensors itself: hooks of ours would come first.
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
+        return nullcontext()
+    made: dict[int, Tensor] = {}
+    for same, w in zip(places, weights, strict=True):
+        if w.requires_grad and w.numel():
+            made[w.untyped_storage().data_ptr()] = same[0].now()
+
+    def pack(x: Tensor) -> Any:
+        source = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
+        # Detached, since an output that holds itself would never be freed; and with its version, which torch checks
+        # only where there are no hooks.
+        return (x.detach(), x._version) if source is None else _Recipe(source, row, x)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+class _Recipe:
+    """How a weight that autograd asked to keep is made again: the coefficients, the row, the view that was kept."""
+
+    __slots__ = ("row", "source", "version", "view")
+
+    def __init__(self, source: Tensor, row: Row, kept: Tensor):
+        self.source, self.row, self.version = source, row, source._version
+        self.view = kept.shape, kept.stride(), kept.storage_offset()
+
+
+def _unpack(held: Any) -> Tensor:
+    if not isinstance(held, _Recipe):
+        x, version = held
+        if x._version != version:
+            raise RuntimeError(
+                f"ContinuousWeights: a tensor of shape {tuple(x.shape)} inside of the block, needed for its gradient, "
+                "has been modified by an inplace operation."
+            )
+        return x
+    if held.source._version != held.version:
+        raise RuntimeError(
+            f"ContinuousWeights: coefficients of shape {tuple(held.source.shape)} were changed in place between the "
+            "forward and the backward pass, which makes the weights again.\n"
+            "  Change them, or step the optimiser, after the last backward pass."
+        )
+    with torch.no_grad():
+        return _blend(held.source, held.row).as_strided(*held.view)
+
+
+# What others ask of fields ------------------------------------------------------------------------------------------
+
+
+def fields_of(module: nn.Module | None) -> list[ContinuousWeights]:
+    """The fields inside of a module, each once.
+
+    Example:
+        >>> import torch
+        >>> from odenets import ContinuousWeights, Stack
+        >>> len(fields_of(Stack(ContinuousWeights(torch.nn.Linear(2, 2)), depth=8, step="span/depth")))
+        1
+    """
+    return [] if module is None else [m for m in module.modules() if isinstance(m, ContinuousWeights)]
+
+
+def dimensions(module: nn.Module) -> dict[int, int]:
+    """The number of dimensions of each parameter of a module, by its id, without that of the coefficients."""
+    own = {id(p) for field in fields_of(module) for p in field.coefficients().values()}
+    return {id(p): p.ndim - (id(p) in own) for p in module.parameters()}
+
+
+def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes that a model takes from a state dict: a field takes any number of coefficients, with its knots."""
+    shapes = {key: value.shape for key, value in own.items()}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
+            count = _coefficients(state, prefix, module.space.count)
+            read_knots(given, count)
+            shapes[prefix + KNOTS] = given.shape
+            for places in module._places():
+                for place in places:
+                    key = f"{prefix}block.{place.key}"
+                    shapes[key] = torch.Size([count, *shapes[key][1:]])
+    return shapes

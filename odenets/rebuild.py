@@ -1,0 +1,230 @@
+"""Trained networks whose weights are functions of depth, run otherwise: other schemes, depths, separate weights."""
+
+import copy
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schemes import Scheme, SchemeError
+
+from .backprop.modes import Mode
+from .build import fields_shared
+from .stack import Stack
+from .step import in_each_slot
+
+
+def continuous_stacks(model: nn.Module) -> dict[str, Stack]:
+    """The stacks of a model whose weights are functions of depth, by name.
+
+    Example:
+        >>> from odenets import create_model
+        >>> [*continuous_stacks(create_model("ho_resnet26", scheme="euler", continuous=4))]
+        ['levels.0', 'levels.1', 'levels.2']
+    """
+    return {k: m for k, m in model.named_modules() if isinstance(m, Stack) and fields_shared(m.block)}
+
+
+def rebuilt(
+    model: nn.Module,
+    scheme: str | Scheme | None = None,
+    *,
+    scale: float | Fraction = 1,
+    depth: int | Sequence[int] | None = None,
+    backprop: str | Mode | None = None,
+) -> nn.Module:
+    """A model with the very weights of another, whose continuous stacks run under another scheme, depth or mode.
+
+    Args:
+        model: stays as it is; it shares its parameters and buffers with the result.
+        scheme: for all of its continuous stacks; None keeps theirs.
+        scale: the steps of each are as many times those that it has.
+        depth: their steps themselves, one number for all or one each.
+        backprop: as in Stack; None keeps theirs.
+
+    Raises:
+        SchemeError: no weights are functions of depth, or steps that are no whole number.
+
+    Example:
+        >>> import torch
+        >>> from odenets import create_model
+        >>> net = create_model("ho_resnet26", scheme="euler", continuous=4)
+        >>> fine, x = rebuilt(net, "rk4", scale=2), torch.randn(1, 3, 32, 32)
+        >>> [stack.depth for stack in continuous_stacks(fine).values()], fine(x).shape
+        ([8, 8, 8], torch.Size([1, 10]))
+    """
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    found = copy.deepcopy(model, held)
+    stacks = continuous_stacks(found)
+    if not stacks:
+        raise SchemeError(
+            f"rebuilt: {type(model).__name__} has no weights that are functions of depth, and separate ones belong to "
+            "their scheme.\n  Build it with continuous=8, or make stacks of ContinuousWeights."
+        )
+    depths = _depths(stacks, scale, depth)
+    for (name, stack), steps in zip(stacks.items(), depths, strict=True):
+        new = stack.rebuilt(scheme, steps, backprop=backprop)
+        if not name:
+            return new
+        parent, _, last = name.rpartition(".")
+        setattr(found.get_submodule(parent), last, new)
+    return found
+
+
+def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | None) -> list[int]:
+    if depth is not None:
+        given = [depth] * len(stacks) if isinstance(depth, int) else list(depth)
+        if len(given) != len(stacks):
+            raise SchemeError(f"rebuilt: {len(given)} depths for {len(stacks)} continuous stacks, want one each.")
+        return given
+    share = Fraction(scale).limit_denominator(4096)
+    found = []
+    for name, stack in stacks.items():
+        steps = stack.depth * share
+        if steps.denominator != 1 or steps < 1:
+            raise SchemeError(
+                f"rebuilt: {share} times the {stack.depth} steps of {name or 'the stack'} is {float(steps):g}; want a "
+                "whole number, at least 1."
+            )
+        found.append(int(steps))
+    return found
+
+
+def separated(stack: Stack) -> Stack:
+    """The plain stack of separate weights that a continuous one is under its scheme: to export, or to train on apart.
+
+    Each residual function has the weights of its time; the result computes the same.
+
+    Args:
+        stack: its weights are functions of depth, its scheme calls each function of a step once.
+
+    Raises:
+        SchemeError: another stack, or a scheme that calls a function at several times.
+
+    Example:
+        >>> import torch
+        >>> from odenets import ContinuousWeights, Stack
+        >>> net = Stack(ContinuousWeights(torch.nn.Linear(4, 4)), "rk4", depth=2, step="span/depth")
+        >>> alone, x = separated(net), torch.randn(1, 4)
+        >>> torch.allclose(alone(x), net(x), atol=1e-6), [*alone.state_dict()][:2]
+        (True, ['steps.0.fs.0.weight', 'steps.0.fs.0.bias'])
+    """
+    if stack.block is None or not fields_shared(stack.block):
+        raise SchemeError("separated: the stack has no weights that are functions of depth.")
+    functions, time = [], 0.0
+    for step in stack.steps:
+        part = step.scheme
+        if part.nodes is None or len(part.nodes) != part.stages:
+            raise SchemeError(
+                f"separated: {part} calls a residual function at several times, or at any; each needs weights of its "
+                "own.\n  Rebuild the stack under a plain scheme first: stack.rebuilt('rk4')."
+            )
+        h = float(step.h)
+        for f, node in zip(in_each_slot(stack.block, part.stages), part.nodes, strict=True):
+            functions.append(_alone(f, time + node * h))
+        time += part.span * h
+    sizes = {float(step.h) for step in stack.steps}
+    if len(sizes) > 1:
+        raise SchemeError("separated: the steps are of several sizes; want equal ones.")
+    return Stack(functions, stack.scheme, step=sizes.pop(), post_step=stack.after, backprop=stack.backprop).train(
+        stack.training
+    )
+
+
+def _alone(f: Any, t: float) -> nn.Module:
+    found = f.module_at(t) if hasattr(f, "module_at") else copy.deepcopy(f)
+    return _AtTime(found, t, f._inner.first) if hasattr(f, "_inner") and f._inner.time else found
+
+
+class _AtTime(nn.Module):
+    """A block that takes a time, at the one where it stands."""
+
+    def __init__(self, block: nn.Module, t: float, first: bool):
+        super().__init__()
+        self.block, self.t, self.first = block, t, first
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.block(self.t, *args) if self.first else self.block(*args, t=self.t)
+
+
+def scheme_distance(stack: Stack, x: Tensor, scheme: str | Scheme = "euler", depth: int | None = None) -> Tensor:
+    """The mean square of what changes at the output under another scheme: small where no step size was learned.
+
+    A regulariser: added to the loss it keeps a network from learning its step size. It costs one more pass.
+
+    Args:
+        stack: of shared residual functions.
+        x: its input.
+        scheme: the other scheme.
+        depth: its number of steps; None keeps the stack's.
+
+    Returns:
+        A scalar with gradients.
+
+    Example:
+        >>> import torch
+        >>> from odenets import Stack
+        >>> net, x = Stack(torch.tanh, "rk4", depth=4, step="1/depth"), torch.ones(2)
+        >>> bool(scheme_distance(net, x) > scheme_distance(net, x, depth=16))
+        True
+    """
+    return (stack(x) - stack.rebuilt(scheme, depth)(x)).square().mean()
+
+
+class Regularised(nn.Module):
+    r"""A residual function that returns, beside its value, what makes a field easy to integrate.
+
+    "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e (Hutchinson: its expectation is
+    the squared Frobenius norm of the Jacobian per element). Both are auxiliary values: ``stack(x, aux=True)`` gives
+    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth come outside:
+    ``ContinuousWeights(Regularised(block))``.
+
+    Cost: "jacobian" takes one backward pass through the function in each evaluation.
+
+    Args:
+        block: the residual function.
+        kinetic: whether to return "kinetic".
+        jacobian: whether to return "jacobian".
+
+    Source:
+        Finlay et al. 2020, How to train your neural ODE, arXiv 2002.02798.
+
+    Example:
+        >>> import torch
+        >>> from odenets import Stack
+        >>> net = Stack(Regularised(torch.nn.Linear(4, 4)), "rk4", depth=2, step="1/depth")
+        >>> y, aux = net(torch.randn(3, 4), aux=True)
+        >>> sorted(aux)
+        ['jacobian', 'kinetic']
+    """
+
+    def __init__(self, block: nn.Module, kinetic: bool = True, jacobian: bool = True):
+        super().__init__()
+        self.block, self.kinetic, self.jacobian = block, kinetic, jacobian
+
+    @property
+    def takes(self) -> Any:
+        """What the block takes."""
+        from schemes.scheme import signature
+
+        return signature(self.block)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The block's value, and its auxiliary values."""
+        place = 1 if self.takes.first else 0
+        if not self.jacobian:
+            y = self.block(*args, **kwargs)
+            return y, {"kinetic": y.square().mean()} if self.kinetic else {}
+        wanted = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = args[place]
+            x = x if wanted and x.requires_grad else x.detach().requires_grad_()
+            y = self.block(*args[:place], x, *args[place + 1 :], **kwargs)
+            signs = torch.empty_like(y).bernoulli_(0.5).mul_(2).sub_(1)
+            (g,) = torch.autograd.grad(y, x, signs, create_graph=wanted)
+        found = {"jacobian": g.square().mean()}
+        if self.kinetic:
+            found["kinetic"] = y.square().mean()
+        return (y, found) if wanted else (y.detach(), {k: v.detach() for k, v in found.items()})

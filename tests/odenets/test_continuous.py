@@ -1,0 +1,538 @@
+"""Weights as functions of depth: values, gradients, modes, the law of convergence, changes of basis, state."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from odenets import ContinuousWeights, PerSlot, Stack, checkpoints
+from odenets.continuous import _Place
+from odenets.layers import BasicFunction
+from odenets.layers.attention import AttentionFunction
+from schemes import SchemeError
+from schemes.splines import SplineSpace
+
+F64 = torch.float64
+
+
+def scattered(field, scale=0.3):
+    """The field in float64, with coefficients that differ."""
+    generator = torch.Generator().manual_seed(1)
+    for p in field.double().parameters():
+        p.data += scale * torch.randn(p.shape, dtype=F64, generator=generator)
+    return field
+
+
+class Several(nn.Module):
+    """Two arguments, a context, a time, and one parameter in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.gain = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("mask", torch.rand(4).double())
+
+    def forward(self, x, y, context, t):
+        return (
+            self.gain * torch.tanh(self.first(x) + self.second(y) * self.mask)
+            + context
+            + float(t.detach() if isinstance(t, torch.Tensor) else t)
+        )
+
+
+def perceptron(width=4, act=nn.Tanh):
+    return nn.Sequential(nn.Linear(width, width), act(), nn.Linear(width, width, bias=False))
+
+
+def batch(*shape):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(2))
+
+
+BLOCKS = {
+    "perceptron": lambda: (perceptron(), (batch(3, 4),), {}),
+    "convolutions": lambda: (BasicFunction(8, 8, order="pre", norm="group", act="silu"), (batch(2, 8, 4, 4),), {}),
+    "attention": lambda: (
+        AttentionFunction(8, 2, cosine=True),
+        (batch(2, 3, 8),),
+        {"context": torch.tensor([[True] * 3, [True, True, False]])},
+    ),
+    "several": lambda: (Several(), (batch(3, 4), batch(3, 4)), {"context": batch(4)}),
+}
+
+
+def plain(field, t, args, kwargs):
+    """The block with the weights that the spline has at t, summed term by term."""
+    row = field.space.rows([t / field.span])[0]
+    weights = {k: sum(w * c for w, c in zip(row, p, strict=True)) for k, p in field.block.named_parameters()}
+    if isinstance(field.block, Several):
+        kwargs = {**kwargs, "t": t}
+    return functional_call(field.block, weights, args, kwargs)
+
+
+# One evaluation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_field_is_its_block_with_the_weights_of_the_spline(kind, degree):
+    block, args, kwargs = BLOCKS[kind]()
+    field = scattered(ContinuousWeights(block, 4, degree, span=2.0))
+    for t in (0.0, 0.31, 0.5, 1.0, 1.77, 2.0):
+        found = []
+        for run in (lambda t=t: field(t, *args, **kwargs), lambda t=t: plain(field, t, args, kwargs)):
+            y = run()
+            grads = torch.autograd.grad(y.square().sum(), list(field.parameters()))
+            found.append((y, *grads))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(field(torch.tensor(t, dtype=F64), *args, **kwargs), found[0][0])
+        # A time that has a gradient takes another way through the basis.
+        moving = torch.tensor(t, dtype=F64, requires_grad=True)
+        torch.testing.assert_close(field(moving, *args, **kwargs), found[0][0])
+        if degree > 0:
+            assert torch.autograd.grad(field(moving, *args, **kwargs).sum(), moving)[0].isfinite()
+
+
+def test_a_field_starts_as_its_block():
+    block = perceptron()
+    twin, x = copy.deepcopy(block), torch.randn(3, 4)
+    field = ContinuousWeights(block, 5, degree=2)
+    for t in (0.0, 0.123, 1.0):
+        torch.testing.assert_close(field(t, x), twin(x))
+    assert set(field.state_dict()) == {"block.0.weight", "block.0.bias", "block.2.weight", "knots"}
+    assert field.block[0].weight.shape == (7, 4, 4) and field.knots == 5
+
+
+def test_gradients_of_gradients_and_forward_mode():
+    field = scattered(ContinuousWeights(perceptron(2), 3))
+    names = [name for name, _ in field.named_parameters()]
+    x = batch(2, 2)
+
+    def f(*coefficients):
+        return functional_call(field, dict(zip(names, coefficients, strict=True)), (0.4, x))
+
+    inputs = tuple(p.detach().requires_grad_() for p in field.parameters())
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_weights_are_made_again_and_not_kept():
+    """In store mode autograd would keep the weights of every evaluation."""
+    refs = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            refs.append(StorageWeakRef(self.weight.untyped_storage()))
+            return torch.tanh(super().forward(x))
+
+    field = scattered(ContinuousWeights(Watched(4, 4), 3))
+    net, x = Stack(field, "rk4", depth=4, step="span/depth"), batch(2, 4).requires_grad_()
+    y = net(x)
+    held = field.block.weight.untyped_storage()._cdata
+    assert len(refs) == 16 and all(ref.expired() or ref.cdata == held for ref in refs)
+    grads = torch.autograd.grad(y.sum(), [x, *field.parameters()], retain_graph=True)
+    for p, g in zip(field.parameters(), grads[1:], strict=True):
+        assert p.shape == g.shape
+    with torch.no_grad():
+        field.block.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace|changed in place"):
+        y.sum().backward()
+
+
+def test_coefficients_that_are_written_to_between_the_passes_are_found():
+    field = scattered(ContinuousWeights(perceptron(), 3))
+    y = field(0.4, batch(2, 4))  # between two knots
+    with torch.no_grad():
+        field.block[2].weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"coefficients of shape \(4, 4, 4\) were changed in place"):
+        y.sum().backward()
+
+
+def test_writes_between_the_passes_are_found_beside_the_weights_too():
+    class Leaves(nn.Linear):
+        def forward(self, x):
+            self.kept = torch.tanh(super().forward(x))
+            return self.kept * 2
+
+    field = scattered(ContinuousWeights(Leaves(4, 4), 3))
+    y = field(0.4, batch(2, 4))
+    field.block.kept.detach().mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
+        y.sum().backward()
+
+
+# Stacks -------------------------------------------------------------------------------------------------------------
+
+
+def net(scheme, depth, act=nn.SiLU, knots=4, degree=1, width=6, scale=0.4):
+    torch.manual_seed(0)
+    field = scattered(ContinuousWeights(perceptron(width, act), knots, degree), scale)
+    return Stack(field, scheme, depth, step="span/depth")
+
+
+def slope(stack, scheme, depths, reference):
+    """The rate at which the error falls, by least squares over the halvings of the step."""
+    x = batch(8, 6)
+    with torch.no_grad():
+        want = stack.rebuilt("dopri5", reference)(x)
+        errors = [float((stack.rebuilt(scheme, n)(x) - want).norm()) for n in depths]
+    xs, ys = torch.tensor(depths, dtype=F64).log(), torch.tensor(errors, dtype=F64).log()
+    return -float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())
+
+
+ORDERS = {"euler": 1, "midpoint": 2, "kutta3": 3, "rk4": 4, "dopri5": 5}
+
+
+@pytest.mark.parametrize("degree", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ORDERS)
+def test_the_law_of_convergence(scheme, degree):
+    """A smooth activation, and knots where steps begin: the error falls with the order of the scheme."""
+    depths = (4, 8, 16) if ORDERS[scheme] > 3 else (16, 32, 64)
+    assert slope(net("rk4", 4, degree=degree), scheme, depths, 64) >= ORDERS[scheme] - 0.3
+
+
+# Not a third of a step after a knot: there the errors of Simpson's rule at a corner cancel.
+CORNERS = {"of ReLU": (nn.ReLU, 4, (16, 32, 64), 320), "of knots inside of steps": (nn.SiLU, 5, (8, 16, 32), 40)}
+
+
+@pytest.mark.parametrize("corners", CORNERS)
+@pytest.mark.parametrize("scheme", ["kutta3", "rk4"])
+def test_the_order_stops_at_two_where_the_field_has_corners(scheme, corners):
+    act, knots, depths, reference = CORNERS[corners]
+    assert 1.5 <= slope(net("rk4", knots, act, knots, scale=1.0), scheme, depths, reference) <= 2.7
+
+
+def test_corners_are_harmless_where_no_step_crosses_them():
+    """The same knots, on the grid: the test above would see this if its depths were multiples of five."""
+    assert slope(net("rk4", 5, knots=5, scale=1.0), "rk4", (20, 40, 80), 160) >= 3.7
+
+
+COUPLED = [
+    "store",
+    "checkpoint",
+    "checkpoint(2)",
+    "reverse",
+    "reverse(every=2)",
+    "exact",
+    "2*store + 4*reverse",
+    "offload",
+]
+
+
+def gradients(stack, x):
+    x = x.clone().requires_grad_()
+    y = stack(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *stack.parameters()])
+    return [y, *grads]
+
+
+@pytest.mark.parametrize("mode", [*COUPLED, "auto(memory=1GB)"])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_modes_agree_on_reversible_fields(mode, shared):
+    torch.manual_seed(0)
+    fields = [scattered(ContinuousWeights(perceptron(3), 4)) for _ in range(shared)]
+    block, x = fields[0] if shared == 1 else PerSlot(fields), batch(5, 6)
+    want = gradients(Stack(block, "revnet", depth=6, step="span/depth"), x)
+    found = gradients(Stack(block, "revnet", depth=6, step="span/depth", backprop=mode), x)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "offload", "auto(memory=1GB)", "store + 3*checkpoint"])
+@pytest.mark.parametrize("scheme", ["euler", "rk4", "nested(midpoint, repeat(euler, 2))"])
+def test_modes_agree_on_one_stream(mode, scheme):
+    stack = net(scheme, 4)
+    want = gradients(stack, batch(5, 6))
+    for a, b in zip(gradients(stack.rebuilt(backprop=mode), batch(5, 6)), want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+def test_an_adaptive_solver_integrates_the_same_field():
+    stack, x = net("rk4", 64), batch(5, 6)
+    tight = stack.rebuilt("adaptive(dopri5, rtol=1e-9, atol=1e-9)")
+    torch.testing.assert_close(tight(x), stack(x), atol=1e-6, rtol=1e-6)
+    for a, b in zip(gradients(tight, x), gradients(stack, x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert tight.rebuilt("rk4", 64).steps[0].h == 1 / 64
+
+
+def test_learned_steps_get_their_gradient_through_the_weights():
+    stack = Stack(scattered(ContinuousWeights(perceptron(), 3)), "rk4", depth=4, step="learned(h0=1/4)").double()
+    x = batch(3, 4)
+
+    def f(*sizes):
+        named = {f"steps.{n}.h": h for n, h in enumerate(sizes)}
+        return functional_call(stack, named, (x,))
+
+    assert torch.autograd.gradcheck(f, tuple(step.h.detach().requires_grad_() for step in stack.steps))
+
+
+def test_a_field_has_its_context_in_every_mode():
+    context = torch.tensor([[True, True, False]])
+    field = scattered(ContinuousWeights(AttentionFunction(4, 2), 4))
+    x = batch(1, 3, 4)
+    nets = [Stack(field, "rk4", 2, step="span/depth", backprop=mode) for mode in ("store", "checkpoint")]
+    torch.testing.assert_close(nets[0](x, context=context), nets[1](x, context=context))
+    assert (nets[0](x, context=context) - nets[0](x)).abs().max() > 1e-3
+
+
+def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
+    stack = net("euler", 8)
+    twin = stack.rebuilt("midpoint", 4, backprop="checkpoint")
+    assert twin.block is stack.block and str(twin.scheme) == "midpoint" and twin.steps[0].h == 1 / 4
+    assert str(twin.rule) == "span/depth" and str(twin.backprop) == "checkpoint"
+    assert not stack.eval().rebuilt().training
+    numbers = Stack(torch.tanh, "euler", depth=4, step=0.5).rebuilt("substeps(midpoint, 2)", 8)
+    assert numbers.steps[0].h * 8 == 2
+    repeated = net("repeat(euler, 2)", 4)
+    torch.testing.assert_close(repeated(batch(2, 6)), repeated.rebuilt("euler", 8)(batch(2, 6)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: Stack(f, "rk4", depth=8), r"8 steps of rk4 end at t = 8, .* \[0, 1\].\n  Write step='span/depth'"),
+        (lambda f: Stack(f, "dopri5", depth=8, step="error(1e-3)"), "does not end at the span of the weights"),
+        (lambda f: Stack(torch.tanh, "rk4", depth=8, step="span/depth"), "asks for the span of a shared Continuous"),
+        (lambda f: Stack(torch.tanh, "rk4", depth=8, step="-1/depth"), "length is -1, want a positive number"),
+        (lambda f: Stack(PerSlot([f]), "revnet", depth=8, step="span/depth"), "1 shared .* revnet has 2"),
+        (lambda f: Stack(f, "rk4", depth=8, step="span/depth").set_step(0.1), "end at the span of its weights"),
+        (lambda f: Stack([nn.Linear(4, 4)], "euler").rebuilt("rk4"), "separate weights are no function of depth"),
+        (lambda f: Stack(torch.tanh, "euler", 4, step="decay(1/2)").rebuilt(), r"what step='decay\(0.5\)' would be"),
+        (lambda f: f(2.0, torch.zeros(1, 4)), r"asked for the weights at t = 2, .* \[0, 1\]"),
+        (lambda f: f(math.nan, torch.zeros(1, 4)), "asked for the weights at t = nan"),
+        (lambda f: f(torch.tensor(-1.0), torch.zeros(1, 4)), "asked for the weights at t = -1"),
+        (lambda f: f.refined(6), "4 intervals do not|the nearest that do: 4 or 8"),
+        (lambda f: f.elevated(0), "degree 0 cannot hold"),
+        (lambda f: ContinuousWeights(nn.BatchNorm1d(4)), "the block is a BatchNorm1d, whose running statistics"),
+        (lambda f: ContinuousWeights(nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True))), "0 is a Instance"),
+        (lambda f: ContinuousWeights(nn.Sequential(f)), "functions of depth already"),
+        (lambda f: ContinuousWeights(nn.LazyLinear(4)), "weight is lazy; call the block once"),
+        (lambda f: ContinuousWeights(torch.tanh), "want a module"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), span=0), "span is 0, want a positive number"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=[0, 0.5]), "their ends from 0 to 1"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=True), "True intervals, want a whole number"),
+        (lambda f: ContinuousWeights.from_modules([]), "no modules"),
+        (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4), nn.Linear(4, 5)]), "module 1 has other parameters"),
+        (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[0, 1]), "2 times for 1 modules"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(SchemeError, match=message):
+        make(ContinuousWeights(nn.Linear(4, 4), 4))
+
+
+def test_norms_without_running_statistics_are_taken():
+    ContinuousWeights(nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.GroupNorm(2, 4), nn.LayerNorm(4)))
+
+
+# Compilers ----------------------------------------------------------------------------------------------------------
+
+
+def graphs():
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    return made, backend
+
+
+def test_a_field_compiles_to_one_graph_for_all_times():
+    field, x = scattered(ContinuousWeights(perceptron(), 4, degree=2)), batch(3, 4)
+    stack = Stack(field, "rk4", depth=8, step="span/depth")
+    want = gradients(stack, x)
+    made, backend = graphs()
+    field.compile(backend=backend, fullgraph=True)
+    for a, b in zip(gradients(stack, x), want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+    assert len(made) == 1
+    # A copy runs its own weights.
+    other = copy.deepcopy(field)
+    other.block[0].weight.data.zero_()
+    assert not torch.allclose(other(0.3, x), field(0.3, x))
+
+
+def test_a_whole_stack_compiles_without_a_break():
+    stack, x = net("midpoint", 2), batch(3, 6)
+    want = gradients(stack, x)
+    made, backend = graphs()
+    compiled = torch.compile(stack, backend=backend, fullgraph=True)
+    y = compiled(x)
+    grads = torch.autograd.grad(y.square().sum(), list(stack.parameters()))
+    for a, b in zip([y, *grads], [want[0], *want[2:]], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+    assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_a_stack_is_exported():
+    stack, x = net("midpoint", 2), batch(3, 6)
+    torch.testing.assert_close(torch.export.export(stack.eval(), (x,)).module()(x), stack(x))
+
+
+# Changes of basis ---------------------------------------------------------------------------------------------------
+
+
+def same_function(a, b, atol):
+    for k in range(13):
+        t = a.span * (k + 0.3) / 13.3
+        for x, y in zip(a.weights(t).values(), b.weights(t).values(), strict=True):
+            torch.testing.assert_close(x, y, atol=atol, rtol=0)
+
+
+@given(st.integers(0, 3), st.integers(1, 6), st.integers(1, 3), st.floats(0.5, 8))
+@settings(max_examples=8)
+def test_refined_and_elevated_are_the_same_function(degree, knots, times, span):
+    field = scattered(ContinuousWeights(perceptron(2), knots, degree, span))
+    fine = field.refined(knots * times)
+    assert fine.knots == knots * times and fine.block[0].bias.shape == (knots * times + degree, 2)
+    same_function(field, fine, 1e-12)
+    for more in range(degree, 4):
+        high = fine.elevated(more)
+        assert high.degree == more
+        same_function(field, high, 1e-12)
+        same_function(field, high.refined(2 * knots * times), 1e-12)
+
+
+@given(st.integers(0, 3), st.integers(1, 8), st.integers(0, 3), st.integers(1, 8))
+@settings(max_examples=8)
+def test_projected_is_the_nearest_and_says_how_far(degree, knots, other, fewer):
+    field = scattered(ContinuousWeights(perceptron(2), knots, degree))
+    found = field.projected(fewer, other)
+    # The error by a plain sum over many places.
+    square = norm = 0.0
+    worse, far = copy.deepcopy(found.field), 0.0
+    for p in worse.parameters():
+        p.data += 1e-2 * torch.randn_like(p)
+    for k in range(280):
+        u = (k + 0.5) / 280
+        a, b, c = (f.space.rows([u])[0] @ f.block[0].weight.detach().flatten(1) for f in (field, found.field, worse))
+        square, norm = square + float((a - b).square().sum()), norm + float(a.square().sum())
+        far += float((a - c).square().sum())
+    assert abs(found.errors["0.weight"] - (square / norm) ** 0.5) < 5e-3
+    assert far > square  # whatever else is in the space is farther
+
+
+@given(st.integers(1, 6), st.integers(0, 3), st.integers(1, 6))
+@settings(max_examples=6)
+def test_from_modules_goes_through_the_weights_that_it_can(count, degree, knots):
+    torch.manual_seed(count)
+    modules = [perceptron(2).double() for _ in range(count)]
+    found = ContinuousWeights.from_modules(modules, knots, degree, span=count)
+    square = norm = 0.0
+    for i, module in enumerate(modules):
+        for name, w in found.field.weights(i).items():
+            square += float((w - module.get_parameter(name)).detach().square().sum())
+            norm += float(module.get_parameter(name).detach().square().sum())
+    assert abs(found.error - (square / norm) ** 0.5) < 1e-9
+    if knots >= count and (knots % count == 0 or degree == 1):
+        assert found.error < 1e-9
+
+
+def test_from_modules_is_the_network_under_its_own_steps():
+    modules = [perceptron(4).double() for _ in range(6)]
+    x = batch(3, 4)
+    for degree in (0, 1, 2, 3):
+        found = ContinuousWeights.from_modules(modules, degree=degree, span=6)
+        torch.testing.assert_close(
+            Stack(found.field, "euler", 6, step="span/depth")(x), Stack(modules, "euler")(x), atol=1e-10, rtol=0
+        )
+    assert modules[0][0].weight.shape == (4, 4)  # left alone
+
+
+def test_module_at_is_what_a_plain_network_has_there():
+    block, args, kwargs = BLOCKS["several"]()
+    field = scattered(ContinuousWeights(block, 4))
+    alone = field.module_at(0.37)
+    torch.testing.assert_close(alone(*args, **kwargs, t=0.37), field(0.37, *args, **kwargs))
+    assert alone.first.weight is alone.second.weight and alone.first.weight.shape == (4, 4)
+
+
+# State --------------------------------------------------------------------------------------------------------------
+
+
+def test_state_dicts_hold_the_function():
+    field, x = scattered(ContinuousWeights(perceptron(), 4, 2)), batch(3, 4)
+    for other in (
+        ContinuousWeights(perceptron(), 4, 2),
+        ContinuousWeights(perceptron(), 8, 1),
+        ContinuousWeights(perceptron(), 5, 1),  # as many coefficients
+        ContinuousWeights(perceptron(), 4, 2, span=3.0),
+    ):
+        other.double()
+        before = list(other.parameters())
+        other.load_state_dict(field.state_dict())
+        assert all(a is b for a, b in zip(before, other.parameters(), strict=True))
+        torch.testing.assert_close(other(0.37, x), field(0.37, x))
+        assert other.span == 1.0 and (other.knots, other.degree) == (4, 2)
+    state = field.state_dict()
+    with pytest.raises(RuntimeError, match="knots"):
+        field.load_state_dict({k: v for k, v in state.items() if k != "knots"})
+    with pytest.raises(RuntimeError, match="no knot vector"):
+        field.load_state_dict({**state, "knots": torch.zeros(2)})
+
+
+def test_load_takes_the_knots_of_a_file_and_refuses_whole():
+    stack = Stack(scattered(ContinuousWeights(perceptron(), 8)), "rk4", depth=4, step="span/depth")
+    other = Stack(ContinuousWeights(perceptron(), 4).double(), "euler", depth=8, step="span/depth")
+    state = stack.state_dict()
+    with pytest.raises(SchemeError, match=r"block\.block\.0\.weight is"):
+        checkpoints.load(other, {**state, "block.block.0.weight": torch.zeros(9, 4, 5)})
+    assert other.block.knots == 4 and other.block.block[0].weight.shape[0] == 5
+    checkpoints.load(other, state)
+    torch.testing.assert_close(other.rebuilt("rk4", 4)(batch(2, 4)), stack(batch(2, 4)))
+
+
+def test_formats_and_precisions():
+    field = ContinuousWeights(BasicFunction(8, 8, order="pre", norm="group"), 3).to(memory_format=torch.channels_last)
+    weight = field.block.conv1.weight
+    assert weight.shape == (4, 8, 8, 3, 3) and weight[1].is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    field(0.4, x).sum().backward()
+    half = copy.deepcopy(field).bfloat16()
+    assert half(0.4, x.bfloat16()).dtype is torch.bfloat16 and half.state_dict()["knots"].dtype is F64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half.float()(0.4, x).dtype is torch.bfloat16
+
+
+def test_replicas_and_exchanged_blocks():
+    field, x = scattered(ContinuousWeights(perceptron(), 4)), batch(3, 4)
+    field(0.3, x)
+    field.block = scattered(ContinuousWeights(perceptron(), 4)).block
+    torch.testing.assert_close(field(0.3, x), plain(field, 0.3, (x,), {}))
+    assert isinstance(field._places()[0][0], _Place)
+
+
+def test_functions_per_slot_are_shared_by_all_steps():
+    pair = PerSlot([nn.Linear(3, 3).double(), nn.Linear(3, 3).double()])
+    net, x = Stack(pair, "revnet", depth=3), batch(2, 6)
+    torch.testing.assert_close(net(x), Stack([*pair] * 3, "revnet")(x))
+    assert set(net.state_dict()) == {f"block.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    torch.testing.assert_close(net.inverse(net(x)), x)
+
+    class Reads(nn.Module):
+        def forward(self, x, context):
+            return x * context
+
+    with pytest.raises(SchemeError, match="no residual function has a parameter named context"):
+        net(x, context=batch(1))
+    pair[1] = Reads()
+    assert net(x, context=batch(1)).isfinite().all()
+
+
+def test_uneven_and_repeated_knots():
+    field = scattered(ContinuousWeights(perceptron(), knots=[0, 0.5, 0.5, 1.5, 2.0], degree=1, span=2.0))
+    assert field.space == SplineSpace(1, (0.25, 0.25, 0.75)) and field.knots == 3
+    jump = [field.weights(t)["0.bias"] for t in (0.5 - 1e-6, 0.5)]
+    assert (jump[0] - jump[1]).abs().max() > 1e-2
+    assert "not uniform" in repr(field)

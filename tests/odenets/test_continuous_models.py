@@ -1,0 +1,216 @@
+"""Models whose weights are functions of depth: how they start, run otherwise, train in every mode."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import ContinuousWeights, Stack, checkpoints, create_model
+from odenets.analysis.convergence import convergence
+from odenets.continuous import fields_of
+from odenets.rebuild import Regularised, continuous_stacks, rebuilt, scheme_distance, separated
+from schemes import SchemeError
+
+SMALL = {
+    "ho_resnet26": {"functions": (4, 4), "widths": (8, 16), "scheme": "midpoint", "act": "silu", "stem": "conv3"},
+    "convnext_tiny": {"functions": (4, 2), "widths": (8, 16), "scheme": "midpoint", "patch": 2, "layer_scale": 0.5},
+    "vit_tiny_patch16": {"depth": 4, "dim": 16, "heads": 2, "patch": 4, "size": 16, "scheme": "midpoint"},
+    "revnet38": {"units": (3, 3), "widths": (8, 8, 16), "act": "silu"},
+}
+EACH = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name, **options):
+    torch.manual_seed(0)
+    return create_model(name, **{"num_classes": 5, "continuous": 4, **SMALL[name], **options})
+
+
+def pictures(dtype=torch.float32, n=3):
+    return torch.randn(n, 3, 16, 16, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def scattered(net):
+    generator = torch.Generator().manual_seed(2)
+    for field in fields_of(net):
+        for p in field.parameters():
+            p.data += 0.1 * torch.randn(p.shape, dtype=p.dtype, generator=generator) / max(1, p[0].numel()) ** 0.5
+    return net
+
+
+@EACH
+def test_each_level_starts_as_its_twin(name):
+    """The same steps over separate functions, all with the weights that the field starts with."""
+    net, x = small(name).eval(), pictures()
+    stacks = continuous_stacks(net)
+    assert len(stacks) == (1 if name.startswith("vit") else 2)
+    for stack in stacks.values():
+        assert {step.h for step in stack.steps} == {1.0} and str(stack.rule) == "span/depth"
+    twin = copy.deepcopy(net)
+    for key, stack in continuous_stacks(twin).items():
+        parent, _, last = key.rpartition(".")
+        alone = separated(stack)
+        assert not fields_of(alone) and len({tuple(p.flatten().tolist()) for p in alone.parameters()}) > 1
+        setattr(twin.get_submodule(parent), last, alone)
+    torch.testing.assert_close(twin(x), net(x), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_are_drawn_for_the_block_and_not_for_its_coefficients():
+    net = create_model("ho_resnet26", functions=(4,), widths=(64,), continuous=4)
+    (field,) = fields_of(net)
+    w = field.block.conv1.weight
+    assert w.shape == (5, 64, 64, 3, 3) and all(torch.equal(c, w[0]) for c in w)
+    assert abs(float(w[0].std().detach()) - math.sqrt(2 / (9 * 64))) < 2e-3
+    vit = small("vit_tiny_patch16", dim=64)
+    assert abs(float(fields_of(vit)[0].block.attention.qkv.weight[0].std().detach()) - 0.02) < 1e-3
+
+
+@EACH
+def test_all_parameters_learn_and_the_state_comes_back(name):
+    net, x = small(name), pictures()
+    net(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    scattered(net).eval()
+    other = small(name, continuous=2).eval()
+    checkpoints.load(other, net.state_dict())
+    torch.testing.assert_close(other(x), net(x))
+    maps = create_model(name, continuous=4, features_only=True, **SMALL[name])(x)
+    assert all(m.isfinite().all() for m in maps)
+
+
+@EACH
+@pytest.mark.parametrize(
+    "mode", ["checkpoint", "reverse", "exact", pytest.param("auto(memory=1GB)", marks=pytest.mark.slow)]
+)
+def test_modes_agree(name, mode):
+    if mode in ("reverse", "exact") and name != "revnet38":
+        with pytest.raises(SchemeError, match=r"has no inverse|cannot be undone bit by bit"):
+            small(name, backprop=mode)
+        return
+    found = []
+    for each in ("store", mode):
+        net, x = scattered(small(name, backprop=each).double()), pictures(torch.float64).requires_grad_()
+        y = net(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        # Exact arithmetic rounds to its own grid.
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6 if mode == "exact" else 1e-8)
+
+
+@pytest.mark.parametrize(("scheme", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_the_law_of_convergence_holds_for_logits(scheme, order):
+    """A network of several levels, smooth, its knots where steps begin."""
+    net = scattered(small("ho_resnet26", scheme="euler").double()).eval()
+    batch = pictures(torch.float64), torch.tensor([0, 1, 2])
+    found = convergence(net, lambda: [batch], [scheme], [2, 4, 8] if order < 4 else [1, 2, 4])
+    assert found.slopes[scheme] >= order - 0.3
+    assert [p.evaluations for p in found.points] == [
+        2 * 4 * n * {"euler": 1, "midpoint": 2, "rk4": 4}[scheme] for n in ((2, 4, 8) if order < 4 else (1, 2, 4))
+    ]
+
+
+@torch.no_grad()
+def test_convergence_reads_off_what_it_says():
+    net = scattered(small("ho_resnet26", scheme="euler")).eval()
+    x = pictures(n=8)
+    labels = rebuilt(net, "rk4", scale=16)(x).argmax(1)
+    found = convergence(
+        net.train(), lambda: [(x[:5], labels[:5]), (x[5:], labels[5:])], ["rk4"], [1, 2, 4, "1/3"], [1e-3]
+    )
+    assert net.training and found.accuracy == 1.0 and found.samples == 8
+    # A third of 4 steps is none.
+    assert [p.scheme.partition("(")[0] for p in found.points] == ["rk4", "rk4", "rk4", "adaptive"]
+    for p in found.points[:3]:
+        run = rebuilt(net.eval(), "rk4", depth=p.steps[0])(x)
+        want = rebuilt(net, "rk4", scale=16)(x)
+        assert abs(p.distance - float((run - want).norm() / want.norm())) < 1e-6
+        assert p.accuracy == float((run.argmax(1) == labels).double().mean())
+    cheap = found.fewest()
+    assert cheap.accuracy >= max(p.accuracy for p in found.points) - 0.001
+    assert not [p for p in found.points if p.evaluations < cheap.evaluations and p.accuracy >= cheap.accuracy]
+    assert "fewest evaluations" in str(found)
+
+
+def test_rebuilt_models_share_their_weights():
+    net = small("ho_resnet26").eval()
+    fine = rebuilt(net, "rk4", scale=2, backprop="checkpoint")
+    assert [p is q for p, q in zip(net.parameters(), fine.parameters(), strict=True)].count(False) == 0
+    assert [s.depth for s in continuous_stacks(fine).values()] == [4, 4]
+    assert [s.depth for s in continuous_stacks(net).values()] == [2, 2] and not fine.training
+    assert [s.depth for s in continuous_stacks(rebuilt(net, depth=(3, 5))).values()] == [3, 5]
+    stack = next(iter(continuous_stacks(net).values()))
+    assert rebuilt(stack, "euler", depth=7).depth == 7
+
+
+def test_auxiliary_values_of_a_field():
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4, bias=False).double()
+    stack = Stack(ContinuousWeights(Regularised(linear), 2).double(), "euler", depth=2, step="span/depth")
+    x = torch.randn(5, 4, dtype=torch.float64)
+    _, aux = stack(x, aux=True)
+    w = stack.block.block.block.weight[0]
+    y = x + 0.5 * x @ w.T
+    want = sum((z @ w.T).square().mean() for z in (x, y))
+    torch.testing.assert_close(aux["kinetic"], want)
+    # In the mean over signs the squared Frobenius norm per element; of one draw a multiple of it that is near 1.
+    draws = torch.stack([stack(x, aux=True)[1]["jacobian"] for _ in range(200)])
+    torch.testing.assert_close(draws.mean(), 2 * w.square().sum() / 4, rtol=0.05, atol=0)
+    draws.mean().backward()
+    assert stack.block.block.block.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reverse"])
+def test_auxiliary_values_have_their_gradients_in_every_mode(mode):
+    found = []
+    for each in ("store", mode):
+        torch.manual_seed(0)
+        field = ContinuousWeights(Regularised(nn.Sequential(nn.Linear(3, 3), nn.Tanh())), 4).double()
+        stack = Stack(field, "revnet", depth=4, step="span/depth", backprop=each)
+        x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(3)
+        y, aux = stack(x, aux=True)
+        (y.sum() + aux["kinetic"] + aux["jacobian"]).backward()
+        found.append([y, aux["jacobian"], x.grad, *(p.grad for p in stack.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_distance_between_schemes_has_gradients():
+    stack = continuous_stacks(scattered(small("ho_resnet26")))["levels.0"]
+    scheme_distance(stack, torch.randn(2, 8, 4, 4)).backward()
+    assert all(p.grad.isfinite().all() for p in stack.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: small("ho_resnet26", placement="public"), "placement='public' does not go with weights"),
+        (lambda: small("ho_resnet26", norm="batch"), "running statistics"),
+        (lambda: small("ho_resnet26", step=0.5), "each level ends at its depth in time, so step=0.5"),
+        (lambda: small("convnext_tiny", recompute=True), "recompute does not go with weights"),
+        (lambda: small("ho_resnet26", continuous=0), "0 intervals"),
+        (lambda: small("ho_resnet26", degree=5), "the degree is 5"),
+        (lambda: small("vit_tiny_patch16", scheme="rk4", depth=6), "level 1 has 6 residual functions, and rk4"),
+        (lambda: rebuilt(create_model("ho_resnet26")), "HOResNet has no weights that are functions of depth"),
+        (lambda: rebuilt(small("ho_resnet26"), scale=0.25), "1/4 times the 2 steps of levels.0 is 0.5"),
+        (lambda: rebuilt(small("ho_resnet26"), depth=[1]), "1 depths for 2 continuous stacks"),
+        (lambda: separated(Stack(nn.Linear(2, 2), depth=2)), "no weights that are functions of depth"),
+        (
+            lambda: separated(rebuilt(small("ho_resnet26"), "adaptive(dopri5)", depth=1).levels[0]),
+            "calls a residual function at several times, or at any",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(SchemeError, match=message):
+        make()
+
+
+def test_a_coupling_gets_a_field_for_each_slot():
+    net = create_model(
+        "ho_resnet26", functions=(4, 4), widths=(8, 16), scheme="revnet", continuous=4, backprop="reverse"
+    )
+    assert len(fields_of(net)) == 4 and [len(s.block) for s in continuous_stacks(net).values()] == [2, 2]
+    net(pictures()).sum().backward()
