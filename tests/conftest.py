@@ -55,6 +55,8 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _environment():
     """No test sets a variable for those after it: Lightning keeps its seed there, and processes begin with it."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # fixtures of modules train, too
+        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     # pytest's own mark of the running test changes while the test runs.

@@ -142,6 +142,7 @@ def test_every_parameter_is_reached(name):
         assert p.grad.any() or key.startswith("idle."), f"the gradient of {key} is zero"
 
 
+@pytest.mark.cases(12)
 def test_maps_and_feature_info_agree(name):
     net = shared(name)
     assert callable(getattr(net, "maps", None)), f"{name} has no maps"

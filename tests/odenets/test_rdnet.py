@@ -34,6 +34,7 @@ def test_every_name_stands_in_the_table_of_sizes():
     assert set(SIZES) == set(rdnet.RDNETS) == set(list_models("rdnet*"))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
     count, cost, tensors, channels = SIZES[name]

@@ -24,6 +24,7 @@ def test_every_named_revnet_stands_in_the_table():
     assert set(SIZES) == set(REVNETS)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_and_multiply_adds_are_the_published_ones(name):
     count, side, macs = SIZES[name]

@@ -198,6 +198,7 @@ def compiled_equals_eager(scheme, options, backend):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(("scheme", "options"), COMPILED.items())
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_without_a_break_it_gives_the_same(scheme, options):

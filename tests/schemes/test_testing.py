@@ -223,6 +223,7 @@ def test_expressions_are_as_asked(text):
     assert len(text) <= 500 and 1 <= get(text).stages <= 10
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "word", ["nested(", "repeat(", "substeps(", "pruned(", "rkc1(", "rkl2(", " + ", "*", "verner8"]
 )

@@ -132,6 +132,7 @@ def finished(experiment, killed) -> Path:
     return experiment.parent / "all"
 
 
+@pytest.mark.long
 def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, finished, tmp_path):
     _, before = read(killed / "runs.sqlite", RUNS)
     _, lines = read(finished / "runs.sqlite", RUNS)

@@ -112,6 +112,7 @@ class Signal(Callback):
             os.kill(os.getpid(), self.signum)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("step", "signum"), [(1, signal.SIGTERM), (3, signal.SIGINT)])
 def test_a_signal_saves_and_names_the_line_that_resumes(whole, tmp_path, step, signum):
     config = yaml.safe_load((whole / "c.yaml").read_text())
@@ -162,6 +163,7 @@ def damaged(path: Path, kind: str) -> None:
         torch.save({"state_dict": {}, "global_step": 1, "x": Copies}, path)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "kind", ["cut", "empty", "text", "zeros", "zip", "weights", "folder", "no optimiser", "list", "pickle"]
 )
@@ -262,6 +264,7 @@ def test_what_the_command_line_gives_is_used_from_the_first_step_on(whole, tmp_p
     assert found == pytest.approx(list(dict.fromkeys(want)))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("epochs", [4, 1])
 def test_one_cycle_of_another_length(tmp_path, monkeypatch, capsys, epochs):
     monkeypatch.chdir(tmp_path)
