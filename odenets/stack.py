@@ -533,13 +533,16 @@ class Stack(nn.Module):
         rule = self.rule
         if isinstance(rule, Fixed):
             rule = PerDepth(sum(step.h * step.scheme.span for step in self.steps))
+        new = registry.get(self.scheme if scheme is None else scheme)
+        seeded = self._draws is not None and any(part.training_differs for part in new.plan)
         found = Stack(
             self.block,
-            self.scheme if scheme is None else scheme,
+            new,
             self.depth if depth is None else depth,
             step=PerDepth(rule.length) if isinstance(rule, PerDepth) else rule,
             post_step=self.after,
             backprop=self.backprop if backprop is None else backprop,
+            seed=self._draws.generator.initial_seed() if seeded else None,  # type: ignore[union-attr]
         )
         return found.train(self.training)
 

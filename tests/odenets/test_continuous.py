@@ -292,6 +292,8 @@ def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
     assert not stack.eval().rebuilt().training
     numbers = Stack(torch.tanh, "euler", depth=4, step=0.5).rebuilt("substeps(midpoint, 2)", 8)
     assert numbers.steps[0].h * 8 == 2
+    drawing = Stack(torch.tanh, "bdia", depth=4, seed=3)
+    assert drawing.rebuilt(depth=8)._draws.generator.initial_seed() == 3 and drawing.rebuilt("rk4")._draws is None
     repeated = net("repeat(euler, 2)", 4)
     torch.testing.assert_close(repeated(batch(2, 6)), repeated.rebuilt("euler", 8)(batch(2, 6)))
 
