@@ -219,7 +219,7 @@ def as_it_ran(record: StepRecord) -> AbstractContextManager[Any]:
         contexts.append(record.flags.restored())
     if record.read is not None and record.read.contents is not None:
         contexts.append(record.read.restored())
-    if any(m.training for m in record.members.norms):
+    if record.members.norms:  # which of them train is asked inside, where flags are those of the call
         contexts.append(statistics_kept(record.members.norms))
     autocast = autocast_as(record.autocast)
     if autocast is not NOTHING:

@@ -287,6 +287,24 @@ def test_statistics_that_move_after_a_call_in_evaluation(mode):
         y.square().sum().backward()
 
 
+@EACH
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modes_set_before_the_backward_pass_leave_statistics_as_stored(mode, frozen):
+    """Training or not is that of the call, for what moves too."""
+    found, left = [], []
+    for m in ("store", mode):
+        net, x = build(lambda slot: Body(slot, nn.BatchNorm1d(WIDTH)), "revnet", m), batch()
+        if frozen:
+            for f in functions(net):
+                f.middle.eval()
+        y = net(x)
+        net.train() if frozen else net.eval()
+        found.append(result(net, x, y))
+        left.append([b.clone() for b in net.buffers()])
+    assert distance(*found) <= 1e-9
+    assert all(torch.equal(a, b) or torch.allclose(a, b, rtol=1e-12) for a, b in zip(*left, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["store", "reverse", "exact"])
 def test_building_a_stack_draws_no_random_numbers(mode):
     fs, before = [nn.Linear(WIDTH, WIDTH) for _ in range(4)], torch.get_rng_state()
