@@ -120,6 +120,14 @@ class Command(LightningCLI):
                 # Whatever ends the command, also a refusal before training.
                 self.lock.release()
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommand that was typed, or all of them where none leads the line."""
+        every = LightningCLI.subcommands()
+        # Building the options of one takes as long as a small run, and only one is ever parsed.
+        typed = next(iter(TrainingParser.command_line), None)
+        return {typed: every[typed]} if typed in every else every
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of this run's files.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; None leaves torch's choice.")
@@ -148,6 +156,8 @@ class Command(LightningCLI):
         options = self.config[str(self.subcommand)]
         text = self._parser(self.subcommand).dump(options, skip_none=False)
         self.resolved: dict[str, Any] = yaml.safe_load(text)
+        # What Lightning's CLI would dump again, to tell the model how it was made.
+        self.config_dump = self.resolved
         check_numbers(self.resolved)
         if options.threads is not None:
             torch.set_num_threads(options.threads)

@@ -15,14 +15,14 @@ from schemes.errors import SchemeError
 # Gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @EACH
 def test_gradients_in_double_precision_at_depth_64(name: str) -> None:
     reverse, store = both(name, **deep(name))
     assert distance(gradients(reverse, batch()), gradients(store, batch())) <= 1e-10
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(3)
 @EACH
 def test_gradients_in_single_precision(name: str) -> None:
     options = {**deep(name, 32), "dtype": torch.float32}
@@ -52,6 +52,7 @@ def test_calls_are_two_per_evaluation(name: str) -> None:
     assert start == -(sum(forward) - stack.evaluations)
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_batchnorm_statistics_move_once(name: str) -> None:
     reverse, store = both(name, norm=True)
@@ -63,6 +64,7 @@ def test_batchnorm_statistics_move_once(name: str) -> None:
         assert torch.equal(buffer, theirs[key]), key
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_dropout_is_replayed_and_the_generator_left_alone(name: str) -> None:
     reverse, store = both(name, dropout=0.4)
@@ -97,7 +99,7 @@ def test_generator_states_are_kept_for_updates_that_drew() -> None:
     assert [[g is not None for g in call.notes] for call in calls] == [[False, False], [False, False]]
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(5)
 @EACH
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast_is_the_same_in_the_backward_pass(name: str, inside: bool) -> None:
@@ -247,6 +249,7 @@ class Shared(nn.Module):
         return y[:, ::2] if y.shape[1] == 4 else y
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_learned_step_sizes(name: str) -> None:
     reverse, store = both(name, step="learned")
@@ -344,7 +347,7 @@ def test_inverse_of_a_stack(name: str, timed: bool) -> None:
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.bfloat16}
 
 
-@pytest.mark.cases(9)
+@pytest.mark.cases(5)
 @EACH
 @pytest.mark.parametrize("kind", HALF)
 def test_gradients_in_half_precision_are_as_good_as_those_of_storing(name: str, kind: str) -> None:

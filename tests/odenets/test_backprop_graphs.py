@@ -13,6 +13,7 @@ from schemes.errors import SchemeError
 # Graphs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_backward_twice(name: str) -> None:
     found = []
@@ -74,6 +75,7 @@ def test_loss_on_one_stream_only(name: str) -> None:
             assert distance(*flat) <= EXACT, i
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_two_uses_in_one_graph(name: str) -> None:
     found = []

@@ -30,6 +30,7 @@ class Fails(Function):
         return y
 
 
+@pytest.mark.cases(14)
 @EACH
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_residual_function_that_raises(name: str, shared: bool) -> None:
@@ -66,6 +67,7 @@ class Breaks(Function):
         return super().forward(*args) * self.factor
 
 
+@pytest.mark.cases(8)
 @EACH
 def test_nan_is_reported_and_diagnosed(name: str) -> None:
     stack = build(name, make=Breaks, norm=True)
@@ -194,7 +196,7 @@ def test_revcol_with_automatic_anchors(alpha: float) -> None:
 # Memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(3)
 @EACH
 def test_peak_memory_does_not_grow_with_depth(name: str) -> None:
     rows, made = 512, {"dense(2)": 2}.get(name, 0)

@@ -173,7 +173,7 @@ def test_weights_go_out_and_in(name):
         torch.testing.assert_close(other.eval()(x), want, rtol=0, atol=0)
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(5)
 def test_copies_and_pickles_before_and_after_a_step(name):
     net, x = copy.deepcopy(shared(name)), pictures(name)
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_reset_classifier(name):
     torch.testing.assert_close(net(x), net.forward_features(x))
 
 
-@pytest.mark.cases(24)
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_dtype_is_kept(name, dtype):
     net, x = copy.deepcopy(shared(name)).to(dtype), pictures(name, 2, 2, 3, dtype)
@@ -219,7 +219,7 @@ def offered(net: Any) -> dict[str, bool]:
     return {"checkpoint": True, "reverse": back, "exact": back and scales}
 
 
-@pytest.mark.cases(10)
+@pytest.mark.cases(5)
 def test_every_mode_of_backpropagation_gives_the_stored_gradients(name):
     if "backprop" not in inspect.signature(type(shared(name))).parameters:
         return
@@ -254,7 +254,7 @@ def families() -> dict[str, str]:
     return found
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("family", list(families()))
 def test_a_family_exports_with_a_dynamic_batch(family):
     net = shared(families()[family])

@@ -125,7 +125,7 @@ def seeded(net):
     return once(net)
 
 
-@pytest.mark.cases(12)
+@pytest.mark.cases(8)
 @ALL
 @pytest.mark.parametrize("kind", KEPT)
 def test_what_functions_keep_is_read_as_it_was(kind, scheme):
@@ -213,6 +213,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.cases(24)
 @EACH
 @pytest.mark.parametrize("what", REPLACED)
 def test_what_is_replaced_before_the_backward_pass_is_read_as_it_was(what, mode):
@@ -263,6 +264,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.cases(24)
 @ALL
 @EACH
 @pytest.mark.parametrize("what", WRITTEN)

@@ -69,7 +69,7 @@ def wide_input() -> Tensor:
 # The mode is a stored run
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ["revnet", "momentum(0.9)", "leapfrog", "revcol", "dense(2)", "reversible_heun"])
 @settings(max_examples=12)
 @given(plan=plans(MODES))

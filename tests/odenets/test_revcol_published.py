@@ -55,7 +55,7 @@ def test_parameters_are_the_published_ones(name):
     assert parameters(meta(name, supervision=True, num_classes=21_841)) == many
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SIZES)
 def test_multiply_adds_are_the_published_ones(name):
     net = meta(name).eval()
@@ -87,7 +87,7 @@ def test_published_keys_all_have_a_place(name, supervision):
 CASES = [(4, {}), (4, {"supervision": True}), (8, {"kernel_size": 5}), (4, {"huge": True}), (1, {}), (3, {})]
 
 
-@pytest.mark.cases(9)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("backprop", ["store", "reverse", "checkpoint"])
 @pytest.mark.parametrize(
     ("columns", "options", "dtype", "bound"),

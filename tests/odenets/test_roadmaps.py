@@ -33,7 +33,7 @@ def on_meta(build, *args, **kwargs):
         return build(*args, **kwargs)
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("number", range(1, 18))
 def test_steps_from_resnet50_cost_what_was_published(number):
     row = roadmap.CONVNEXT["resnet50"][number - 1]
@@ -45,7 +45,7 @@ def test_steps_from_resnet50_cost_what_was_published(number):
         assert row.gflops == {16: 4.46, 17: 4.49}[number]
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("number", RESNET200)
 def test_steps_from_resnet200_cost_what_was_published(number):
     row = roadmap.CONVNEXT["resnet200"][number - 1]

@@ -11,6 +11,7 @@ from odenets import SchemeError, Stack
 from schemes.testing import check_stack
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("scheme", ["euler", "rk4", "nested(midpoint, repeat(euler, 2))", "2*euler + midpoint"])
 @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "checkpoint(3)", "checkpoint(99)"])
 def test_checkpointing_is_bit_equal_to_storing(scheme, mode):

@@ -40,7 +40,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.cases(7)
+@pytest.mark.cases(9)
 @pytest.mark.parametrize(("text", "declared"), ORDERS.items())
 def test_order(text, declared):
     scheme = get(text)

@@ -24,7 +24,7 @@ def test_laws(text):
     check_scheme(text)
 
 
-@pytest.mark.cases(40)
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("text", [text for text in FIXED if schemes.get(text).stages <= 8])
 def test_a_wrapper_is_what_it_stands_around(text):
     check_wrappers(text)
@@ -102,7 +102,7 @@ def test_every_tableau_and_its_pruned_form_are_examples():
     assert all(t.cite and len(t.cite) > 8 for t in tableaux.METHODS.values())
 
 
-@pytest.mark.cases(20)
+@pytest.mark.cases(25)
 @pytest.mark.parametrize("name", schemes.names())
 def test_no_family_builds_more_than_the_limit(name, monkeypatch):
     """Every whole-number argument of a family, and nested ones, taken far beyond it: refused at once, in two lines."""

@@ -147,7 +147,7 @@ def same(ours, theirs, tol):
         torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
-@pytest.mark.cases(10)
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("call", CALLS)
 def test_the_same_call_gives_the_same(call):
     theirs = pytest.importorskip("torchdiffeq")
@@ -238,7 +238,7 @@ def test_every_kind_of_method_solves(method):
     assert torch.equal(y[0], START)
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("method", PAIRS)
 def test_backwards_is_forwards_of_the_reflected_field(method):
     """Bit by bit: no part of the solver knows which way time goes."""

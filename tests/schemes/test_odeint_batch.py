@@ -24,6 +24,7 @@ Y0 = torch.tensor([[2.0, 0.0]], dtype=F64).repeat(4, 1)
 T = torch.tensor([0.0, 0.7, 2.0, 3.0], dtype=F64)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("method", PAIRS)
 def test_independent_is_joint_for_one_sample(method):
     """The same steps to the last, and so the same values, for every sample of a batch at once."""

@@ -321,7 +321,7 @@ def test_more_loggers_add_to_ours(tmp_path, monkeypatch):
     assert len(command.trainer.loggers) == 3 and Path("run/config.yaml").exists()
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 @pytest.mark.parametrize("mixing", [0.0, 0.5])
 def test_precisions(tmp_path, monkeypatch, precision, mixing):
