@@ -82,7 +82,7 @@ def start(experiment: Path, *words: str) -> int:
     return pid
 
 
-def wait_for(what, seconds=60.0):
+def wait_for(what, seconds=300.0):
     """Until something is true."""
     until = time.monotonic() + seconds
     while not (found := what()):
