@@ -315,8 +315,10 @@ class Members:
         self._dicts += [*(m.__dict__[name] for m in self.modules for name in _HOOKS), *_GLOBAL_HOOKS]
         self._beside = [m.__dict__[name] for m in self.modules for name in _HOOK_OPTIONS]
         # Lazy modules come into being in their first call, and must not be put back.
+        own = set(self._own)
         self._moving = [m.__dict__ for m in self._own if not isinstance(m, LazyModuleMixin)]
-        self._moving += [m._buffers for m in self.modules if m not in self.norms]
+        # Torch's own modules register nothing while they run: without buffers there is nothing to look at.
+        self._moving += [m._buffers for m in self.modules if m not in self.norms and (m._buffers or m in own)]
         self._everything: Held | None = None
         self._names: Namespace | None = None
 
