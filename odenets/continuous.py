@@ -9,8 +9,7 @@ module with its own names: each of its parameters gets one dimension more, in fr
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from schemes.errors import SchemeError
 from schemes.scheme import Takes, signature
 from schemes.splines import Row, SplineSpace, distance, fit, projection, transfer
+
+from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
 
 # Beyond its span a field goes on as its last piece does, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
@@ -90,13 +91,13 @@ class ContinuousWeights(nn.Module):
         _check_block(block)
         self.span = float(span)
         self.space = _space(knots, degree, self.span)
-        for places in _parameters(block):
+        for places in places_of(block):
             p = places[0].value
             held = nn.Parameter(p.detach().expand(self.space.count, *p.shape).clone(), p.requires_grad)
             for place in places:
                 setattr(place.module, place.name, held)
         self.block = block
-        self._found: tuple[nn.Module, list[list[_Place]]] | None = None
+        self._found: tuple[nn.Module, list[list[Place]]] | None = None
         self._read: tuple[nn.Module, Takes] | None = None
         self._compiled: Callable[..., Any] | None = None
         self._split: dict[int, tuple[Tensor, Any, Sequence[Tensor]]] = {}
@@ -124,11 +125,11 @@ class ContinuousWeights(nn.Module):
             self._read = self.block, signature(self.block)
         return self._read[1]
 
-    def _places(self) -> list[list["_Place"]]:
+    def _places(self) -> list[list["Place"]]:
         """Where the block keeps its parameters, those of one parameter together."""
         # Found once: walking the block costs more than a small convolution. A replica has a block of its own.
         if self._found is None or self._found[0] is not self.block:
-            self._found = self.block, _parameters(self.block)
+            self._found = self.block, places_of(self.block)
         return self._found[1]
 
     def coefficients(self) -> dict[str, nn.Parameter]:
@@ -154,12 +155,12 @@ class ContinuousWeights(nn.Module):
             return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
         row = self.space.row(self._checked(float(t)) / self.span)
         if not torch.is_grad_enabled():
-            return [_blend(c, row) for c in coefficients], row
+            return [blend(c, row) for c in coefficients], row
         used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
         rows = [self._rows(n, c) for n, c in enumerate(coefficients)]
         if len(used) == 1:  # at a knot: a view, which autograd keeps for free
             return [each[used[0][0]] for each in rows], None
-        found = _Interpolation.apply(tuple(w for _, w in used), *(each[k] for each in rows for k, _ in used))
+        found = Interpolation.apply(tuple(w for _, w in used), *(each[k] for each in rows for k, _ in used))
         return found, row  # type: ignore[return-value]
 
     def _rows(self, n: int, c: Tensor) -> Sequence[Tensor]:
@@ -204,7 +205,7 @@ class ContinuousWeights(nn.Module):
         if torch.compiler.is_compiling():
             named = {place.key: w for same, w in zip(places, weights, strict=True) for place in same}
             return functional_call(self.block, named, args, kwargs)
-        with _kept_out(row, places, weights), _standing(places, weights):
+        with kept_out(row, places, weights), standing(places, weights):
             return self.block(*args, **kwargs)
 
     def module_at(self, t: float) -> nn.Module:
@@ -219,7 +220,7 @@ class ContinuousWeights(nn.Module):
         found = copy.deepcopy(self.block)
         with torch.no_grad():
             weights = [w.clone() for w in self._at(t)[0]]
-        for same, w in zip(_parameters(found), weights, strict=True):
+        for same, w in zip(places_of(found), weights, strict=True):
             held = nn.Parameter(w, same[0].value.requires_grad)
             for place in same:
                 setattr(place.module, place.name, held)
@@ -423,37 +424,6 @@ class ContinuousWeights(nn.Module):
         return f"knots={self.knots}, degree={self.degree}, span={self.span:g}{uniform}"
 
 
-class _Place(NamedTuple):
-    """Where a module keeps a parameter: the module, the name there, the name in the block, the parameter once found."""
-
-    module: nn.Module
-    name: str
-    key: str
-    value: nn.Parameter
-
-    @property
-    def holder(self) -> dict[str, Any]:
-        """The dictionary that holds it; replicas of DataParallel keep plain tensors as attributes."""
-        own = self.module._parameters
-        return own if self.name in own else self.module.__dict__
-
-    def now(self) -> Any:
-        """What stands there now: in a reversed pass a leaf in the parameter's stead."""
-        return self.holder[self.name]
-
-
-def _parameters(block: nn.Module) -> list[list[_Place]]:
-    """The places of each parameter that is a number to be interpolated; a tied one has several."""
-    found: dict[int, list[_Place]] = {}
-    for prefix, module in block.named_modules():
-        names = [k for k, p in module._parameters.items() if p is not None]
-        for name in [*names, *module.__dict__.get("_former_parameters", ())]:
-            p = getattr(module, name)
-            if p.is_floating_point() or p.is_complex():
-                found.setdefault(id(p), []).append(_Place(module, name, f"{prefix}.{name}".lstrip("."), p))
-    return list(found.values())
-
-
 def _check_block(block: Any) -> None:
     if not isinstance(block, nn.Module):
         raise SchemeError(
@@ -522,120 +492,6 @@ def _relative(pairs: Mapping[str, tuple[Tensor, Tensor]], weights: Tensor) -> tu
     parts = {name: (square(a - b), square(a)) for name, (a, b) in pairs.items()}
     errors = {name: (d / max(s, 1e-300)) ** 0.5 for name, (d, s) in parts.items()}
     return (sum(d for d, _ in parts.values()) / max(sum(s for _, s in parts.values()), 1e-300)) ** 0.5, errors
-
-
-# One evaluation -----------------------------------------------------------------------------------------------------
-
-
-def _blend(coefficients: Tensor, row: Row) -> Tensor:
-    """The sum of coefficients with the values of a row; a single one of value 1 is a view."""
-    used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
-    if len(used) == 1:
-        return coefficients[used[0][0]]
-    return _sum([coefficients[k] for k, _ in used], [w for _, w in used])
-
-
-def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_k weights[k] rows[k], of two or more."""
-    if len(rows) == 2:
-        return torch.lerp(rows[0], rows[1], weights[1])  # weights of a partition of unity
-    found = rows[0] * weights[0]
-    for r, w in zip(rows[1:], weights[1:], strict=True):
-        found.add_(r, alpha=w)
-    return found
-
-
-class _Interpolation(torch.autograd.Function):
-    """All weights of a block at one time, as one node of the graph; twice differentiable, forwards too.
-
-    Takes the values of the basis functions, and for each parameter as many coefficients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: tuple[float, ...], *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.weights = weights
-        n = len(weights)
-        return tuple(_sum(rows[k : k + n], weights) for k in range(0, len(rows), n))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *(None if g is None else g * w for g in grads for w in ctx.weights))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        found, n = [], len(ctx.weights)
-        for k in range(1, len(tangents), n):
-            part = [t for t in tangents[k : k + n] if t is not None]
-            found.append(_sum(part, ctx.weights) if len(part) == n else None)
-        return tuple(found)
-
-
-@contextmanager
-def _standing(places: Sequence[Sequence[_Place]], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the block holds these weights."""
-    before = []
-    try:
-        for same, w in zip(places, weights, strict=True):
-            for place in same:
-                holder = place.holder
-                before.append((holder, place.name, holder[place.name]))
-                holder[place.name] = w
-        yield
-    finally:
-        for holder, name, value in before:
-            holder[name] = value
-
-
-def _kept_out(
-    row: Row | None, places: Sequence[Sequence[_Place]], weights: Sequence[Tensor]
-) -> AbstractContextManager[Any]:
-    """Inside, autograd keeps how the weights are made and not the weights: else they would be kept per evaluation."""
-    if row is None or not torch.is_grad_enabled():
-        return nullcontext()
-    # A checkpoint, or what moves tensors to the host, looks after all tensors itself: hooks of ours would come first.
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
-        return nullcontext()
-    made: dict[int, Tensor] = {}
-    for same, w in zip(places, weights, strict=True):
-        if w.requires_grad and w.numel():
-            made[w.untyped_storage().data_ptr()] = same[0].now()
-
-    def pack(x: Tensor) -> Any:
-        source = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
-        # Detached, since an output that holds itself would never be freed; and with its version, which torch checks
-        # only where there are no hooks.
-        return (x.detach(), x._version) if source is None else _Recipe(source, row, x)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
-
-
-class _Recipe:
-    """How a weight that autograd asked to keep is made again: the coefficients, the row, the view that was kept."""
-
-    __slots__ = ("row", "source", "version", "view")
-
-    def __init__(self, source: Tensor, row: Row, kept: Tensor):
-        self.source, self.row, self.version = source, row, source._version
-        self.view = kept.shape, kept.stride(), kept.storage_offset()
-
-
-def _unpack(held: Any) -> Tensor:
-    if not isinstance(held, _Recipe):
-        x, version = held
-        if x._version != version:
-            raise RuntimeError(
-                f"ContinuousWeights: a tensor of shape {tuple(x.shape)} inside of the block, needed for its gradient, "
-                "has been modified by an inplace operation."
-            )
-        return x
-    if held.source._version != held.version:
-        raise RuntimeError(
-            f"ContinuousWeights: coefficients of shape {tuple(held.source.shape)} were changed in place between the "
-            "forward and the backward pass, which makes the weights again.\n"
-            "  Change them, or step the optimiser, after the last backward pass."
-        )
-    with torch.no_grad():
-        return _blend(held.source, held.row).as_strided(*held.view)
 
 
 # What others ask of fields ------------------------------------------------------------------------------------------

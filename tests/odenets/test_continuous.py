@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from odenets import ContinuousWeights, PerSlot, Stack, checkpoints
-from odenets.continuous import _Place
+from odenets.interpolation import Place
 from odenets.layers import BasicFunction
 from odenets.layers.attention import AttentionFunction
 from schemes import SchemeError
@@ -512,7 +512,7 @@ def test_replicas_and_exchanged_blocks():
     field(0.3, x)
     field.block = scattered(ContinuousWeights(perceptron(), 4)).block
     torch.testing.assert_close(field(0.3, x), plain(field, 0.3, (x,), {}))
-    assert isinstance(field._places()[0][0], _Place)
+    assert isinstance(field._places()[0][0], Place)
 
 
 def test_functions_per_slot_are_shared_by_all_steps():
