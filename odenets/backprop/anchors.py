@@ -8,7 +8,7 @@ from torch import nn
 
 from schemes.scheme import State
 
-from ..step import Step
+from ..step import Step, Wrap
 from .agreement import agreed
 from .members import Members, hooks_set_aside
 from .monitor import distance
@@ -24,9 +24,9 @@ WINDOW = 8  # steps that the measurement of growth runs forward and back
 class Trial:
     """Runs steps without a graph, and undoes them, to measure how they reconstruct."""
 
-    def __init__(self, inverted: bool = False) -> None:
+    def __init__(self, inverted: bool = False, wrap: Wrap | None = None) -> None:
         self.records: dict[int, StepRecord] = {}
-        self.inverted = inverted
+        self.inverted, self.wrap = inverted, wrap
 
     def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
         """The state after the step."""
@@ -35,7 +35,7 @@ class Trial:
                 step, state, shared, t, context, members_of(step, shared), inverted=self.inverted
             )
             with autocast_as(record.autocast):
-                return run_step(record, state)
+                return run_step(record, state, self.wrap)
 
     def invert(self, step: Step, state: State, *given: object) -> State:
         """The state before the step, which must have been run."""
@@ -77,7 +77,8 @@ def windows_of(given: Pass, state: State) -> list[tuple[float, list[float]]]:
 
 
 def _windows_of(given: Pass, state: State, modules: list[nn.Module]) -> list[tuple[float, list[float]]]:
-    trial, found = Trial(given.inverted), []
+    # Under the checks of a first call, which comes after this: what does not fit is said in their words.
+    trial, found = Trial(given.inverted, given.wrap), []
     steps: list[Step] = []
     states = [state]
 

@@ -5,7 +5,7 @@ gradient would be missing without a word. So an update runs with a graph, whose 
 update is over, and its streams enter through a delayed error: whoever differentiates a leftover gets that error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,10 +41,27 @@ class Guard:
 
     def apply(self, run: Callable[[State], State], state: State) -> State:
         """What ``run``, an update, makes of the state, without a graph."""
+        return self._apply(run, self.behind(state))
+
+    def alone(self, run: Callable[[State], State], state: State, refuse: Callable[[Sequence[Tensor]], None]) -> State:
+        """As ``apply`` where neither a stream nor a parameter needs a gradient: no backward pass will come here.
+
+        Args:
+            run: an update.
+            state: the streams.
+            refuse: is given the streams after it, to raise where a captured tensor has made them need a gradient.
+        """
+        return self._apply(run, tuple(x.detach() for x in state), refuse)
+
+    def _apply(
+        self, run: Callable[[State], State], state: State, look: Callable[[Sequence[Tensor]], None] | None = None
+    ) -> State:
         # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
         # The boxes are all that the graph holds of its saved tensors, so emptying them frees the memory at once.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
-            new = run(self.behind(state))
+            new = run(state)
+        if look is not None:
+            look(new)
         for box in self.boxes:
             box.tensor = None
         self.boxes.clear()

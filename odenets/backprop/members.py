@@ -1,22 +1,22 @@
 """What the modules of a step hold, and what of it a call read: so that a second run reads the same."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from itertools import chain
 from operator import is_
-from types import SimpleNamespace
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from .given import attributes_of, tensors_in
+from ..step import FunctionModule
+from .contents import holds, is_generator
+from .given import tensors_in
 
 # Hooks are part of what a module computes; those of all modules stand in tables of torch.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -85,7 +85,7 @@ class Namespace:
 
     Attributes:
         tensors: the tensors among it.
-        containers: lists, dictionaries and the like among a user's attributes, which may be changed in place.
+        containers: lists, objects, closures and the like among a user's attributes, which may be changed in place.
         generators: random number generators among them.
     """
 
@@ -98,8 +98,8 @@ class Namespace:
         self._values = self._now()
         self.tensors = [v for v in self._values if isinstance(v, Tensor) and not is_lazy(v)]
         own = [v for d in self.contents for k, v in d.items() if k not in _EVERY_MODULE]
-        self.containers = [v for v in own if _is_container(v)]
-        self.generators = [v for v in own if isinstance(v, torch.Generator)]
+        self.containers = [v for v in own if holds(v, True)]
+        self.generators = [v for v in own if is_generator(v)]
 
     def _now(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._full))]
@@ -139,109 +139,6 @@ def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
     for k, v in content.items():
         if d[k] is not v:
             d[k] = v
-
-
-_LARGEST = 4096  # elements of containers that are looked at
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, (list, dict, set, deque, tuple, SimpleNamespace)) or (
-        is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
-    )
-
-
-def holds(given: Any) -> bool:
-    """Whether something that functions are given, a context, holds other things, which may be exchanged in it."""
-    return given is not None and not isinstance(given, Tensor) and (_is_container(given) or bool(attributes_of(given)))
-
-
-class Contents:
-    """What containers hold at one moment, and those within them: caches of keys and values, lists of past states.
-
-    Args:
-        containers: attributes of modules; of what is in them, containers are looked into.
-        given: what functions are given; of what is in it, plain objects are looked into, too.
-    """
-
-    __slots__ = ("found", "tensors")
-
-    def __init__(self, containers: Iterable[Any], given: Iterable[Any] = ()):
-        self.found: list[tuple[Any, Any]] = []
-        self.tensors: list[Tensor] = []
-        queue, seen = [*((c, _is_container) for c in containers), *((c, holds) for c in given)], set[int]()
-        while queue and len(seen) < _LARGEST:
-            c, looked_into = queue.pop()
-            # By identity: containers may hold themselves, and comparing their contents could raise.
-            if id(c) in seen:
-                continue
-            seen.add(id(c))
-            content = _content(c)
-            # A data set among the attributes: looking at all of it would cost more than the step.
-            if len(content) > _LARGEST:
-                continue
-            # A tuple cannot change, but the lists and tensors in it can.
-            if not isinstance(c, tuple):
-                self.found.append((c, content))
-            for v in content.values() if isinstance(content, dict) else content:
-                if isinstance(v, Tensor):
-                    self.tensors.append(v)
-                elif looked_into(v):
-                    queue.append((v, looked_into))
-
-    def same(self) -> bool:
-        """Whether the containers hold the very same objects still."""
-        for c, content in self.found:
-            now = _content(c)
-            if len(now) != len(content):
-                return False
-            # The keys too, and in their order: what iterates over the dictionary next time must meet the same.
-            if isinstance(content, dict) and [*now] != [*content]:
-                return False
-            values = (now.values(), content.values()) if isinstance(content, dict) else (now, content)
-            if not all(map(is_, *values)):
-                return False
-        return True
-
-    def put(self) -> None:
-        """Makes the containers hold this again."""
-        for c, content in self.found:
-            _refill(c, content)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Inside, the containers hold this; outside nobody sees it."""
-        before = [(c, _content(c)) for c, _ in self.found]
-        self.put()
-        try:
-            yield
-        finally:
-            for c, now in before:
-                _refill(c, now)
-
-
-def _content(c: Any) -> Any:
-    if isinstance(c, dict):
-        return dict(c)
-    if isinstance(c, (list, set, deque, tuple)):
-        return list(c)
-    return dict(vars(c)) if hasattr(c, "__dict__") else attributes_of(c)
-
-
-def _refill(c: Any, content: Any) -> None:
-    if isinstance(c, list):
-        c[:] = content
-        return
-    if not isinstance(c, (dict, set, deque)) and not hasattr(c, "__dict__"):  # a class with slots
-        for name, value in content.items():
-            object.__setattr__(c, name, value)
-        return
-    target = c if isinstance(c, (dict, set, deque)) else vars(c)
-    target.clear()
-    if isinstance(target, dict):
-        for k, v in content.items():  # outputs of transformers refuse update()
-            target[k] = v
-    else:
-        target.extend(content) if isinstance(target, deque) else target.update(content)
 
 
 class Held(Namespace):
@@ -319,6 +216,12 @@ class Members:
         self._moving = [m.__dict__ for m in self._own if not isinstance(m, LazyModuleMixin)]
         # Torch's own modules register nothing while they run: without buffers there is nothing to look at.
         self._moving += [m._buffers for m in self.modules if m not in self.norms and (m._buffers or m in own)]
+        # Of plain callables what they have captured.
+        self._moving += [
+            m.__dict__ for m in self.modules if isinstance(m, FunctionModule) and holds(m.function, attribute=True)
+        ]
+        self._ids = {id(m) for m in self.modules}
+        self._looks_after: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._everything: Held | None = None
         self._names: Namespace | None = None
 
@@ -349,7 +252,24 @@ class Members:
         """What functions may change: attributes of a user's modules, and buffers; one object until one changes."""
         if self._names is None or not self._names.same():
             self._names = Namespace(self._moving)
+            # What a user's classes read from around them, as closures do.
+            forwards = {f: None for m in self._own if isinstance(f := type(m).forward, FunctionType) and holds(f)}
+            self._names.containers += forwards
         return self._names
+
+    def looks_after(self, module: nn.Module) -> bool:
+        """Whether a module is among these, or holds one of the roots: what a network holds besides is not theirs."""
+        if id(module) in self._ids:
+            return True
+        if module not in self._looks_after:
+            roots = [r for r in self.roots if r is not None]
+            self._looks_after[module] = any(m is r for m in module.modules() for r in roots)
+        return self._looks_after[module]
+
+    @property
+    def may_capture(self) -> bool:
+        """Whether a function may read tensors that it does not hold as parameters: torch's own modules do not."""
+        return bool(self._own) or any(isinstance(m, FunctionModule) for m in self.modules)
 
     def forget(self) -> None:
         """Lets go of what was held once and is no longer."""

@@ -51,10 +51,23 @@ class StepRecord:
         overflow: whether a stream left the range of the grid, per elementary update.
         sink: takes the auxiliary values of the step, or None.
         counts: how many of them each elementary update gave.
+        alone: whether neither a stream nor anything that the step is given needs a gradient.
     """
 
     __slots__ = (
-        *("autocast", "context", "counts", "flags", "grid", "members", "notes", "overflow", "parameters", "read"),
+        *(
+            "alone",
+            "autocast",
+            "context",
+            "counts",
+            "flags",
+            "grid",
+            "members",
+            "notes",
+            "overflow",
+            "parameters",
+            "read",
+        ),
         *("scheme", "shared", "sink", "slots", "spills", "step", "t"),
     )
 
@@ -86,6 +99,7 @@ class StepRecord:
         # A sink of its own, as the values leave through the step's node and not through the function.
         self.sink = None if sink is None else Sink(sink.log_det)
         self.counts: list[int] = []
+        self.alone = False
 
     def left_in_context(self) -> bool:
         """Whether the step has put a tensor with a graph into the context, such as a cache of keys."""

@@ -124,7 +124,10 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
         # 0 is how a user writes "no anchors".
         return every or None
     if given.monitor.growth is None:
-        measure(given, state, bound)
+        # The lock: another thread's pass must not meet the statistics that measuring moves and puts back.
+        with given.monitor.lock:
+            if given.monitor.growth is None:
+                measure(given, state, bound)
     return given.monitor.every
 
 

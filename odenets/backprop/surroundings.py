@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .members import Contents, Members, Namespace, Slot, changed, holds, swapped
+from schemes.errors import SchemeError
+
+from .contents import Contents, generator_state, holds, same_state, set_generator
+from .members import Members, Namespace, Slot, changed, swapped
 
 
 def python_generators() -> tuple[Any, ...]:
@@ -123,7 +126,7 @@ class Surroundings:
         self.python: tuple[Any, ...] | None = None
         self.names: Namespace | None = None
         self.contents: Contents | None = None
-        self.own: list[tuple[torch.Generator, Tensor]] = []
+        self.own: list[tuple[Any, Any]] = []
         self.buffers: Sequence[Slot] = ()
         self.values: list[Tensor] = []
         self.tensors: list[Tensor] = []
@@ -137,8 +140,9 @@ class Surroundings:
         self.names, self.buffers = members.names(), members.buffers()
         given = tuple(x for x in given if holds(x))
         if given or self.names.containers:
-            self.contents = Contents(self.names.containers, given)
-        self.own = [(g, g.get_state()) for g in self.names.generators]
+            self.contents = Contents(self.names.containers, given, members.looks_after)
+        generators = self.names.generators + (self.contents.generators if self.contents else [])
+        self.own = [(g, generator_state(g)) for g in generators]
         # Copies, as functions write to buffers in place. An attribute is mostly replaced, and may be large: no copy.
         self.values = [slot.value.detach().clone() for slot in self.buffers]
         self.tensors = [*self.names.tensors, *(self.contents.tensors if self.contents else ())]
@@ -162,7 +166,7 @@ class Surroundings:
         return not (
             _digest(torch.get_rng_state()) == self.digest
             and (cuda is None or torch.equal(cuda, self.cuda))  # type: ignore[arg-type]
-            and all(torch.equal(g.get_state(), state) for g, state in self.own)
+            and all(same_state(generator_state(g), state) for g, state in self.own)
             and (self.python is None or same_python(self.python, python_generators()))
         )
 
@@ -173,6 +177,8 @@ class Surroundings:
             # What an earlier update of the step moved, this one may have read.
             notes.append(self if self.apart else None)
             return self
+        if self.contents is not None:
+            self.contents.refuse_advanced()
         notes.append(self)
         self.end = Surroundings(self.device, self.members, self.given)
         self.end.apart = self.apart or not kept
@@ -193,7 +199,7 @@ class Surroundings:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
         for g, state in self.own:
-            g.set_state(state)
+            set_generator(g, state)
         if self.python is not None:
             set_python_generators(self.python)
 
@@ -227,7 +233,7 @@ class Surroundings:
                 )
         # Whoever calls ``backward`` may go on drawing: for them no number must be used up.
         before = Surroundings(self.device, None)
-        before.own = [(g, g.get_state()) for g, _ in self.own]
+        before.own = [(g, generator_state(g)) for g, _ in self.own]
         before.python = None if self.python is None else python_generators()
         self.set_generators()
         try:
@@ -262,11 +268,14 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
     members = Members(modules)
     buffers = [*members.buffers(), *members.statistics()]
     saved = [slot.value.clone() for slot in buffers]
-    held = (slot.value for slot in (*buffers, *members.parameters()))
+    held = [slot.value for slot in (*buffers, *members.parameters())]
     # Of parameters too: a module without buffers may draw on a device all the same.
     # All devices, as a model in parts may draw on several; ``Surroundings`` knows of one.
     devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
     before = Surroundings(torch.device("cpu"), members, given)
+    written = _Written(
+        [*before.tensors, *(slot.value for slot in members.parameters())], {id(s.value) for s in buffers}
+    )
     states = [torch.cuda.get_rng_state(d) for d in devices]
     undo = True
     try:
@@ -280,8 +289,48 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
                         slot.value.data.copy_(value)
                     slot.holder[slot.name] = slot.value
                 before.restore()
+                written.restore()
             for d, state in zip(devices, states, strict=True):
                 torch.cuda.set_rng_state(state, d)
+
+
+class _Written:
+    """Tensors that are no buffers, as they were: those that a function writes to in place are put back.
+
+    Args:
+        tensors: attributes and parameters.
+        others: which of them are put back elsewhere, by identity.
+    """
+
+    LARGEST = 2**18  # elements that are copied: running quantities are small, and weights are not to be doubled
+
+    def __init__(self, tensors: Iterable[Tensor], others: set[int]):
+        found = {id(x): x for x in tensors if id(x) not in others and not is_lazy(x) and not x.is_inference()}
+        self.versions = [(x, x._version) for x in found.values()]
+        self.copies = {
+            id(x): x.detach().clone() for x in found.values() if x.numel() <= self.LARGEST and not x.requires_grad
+        }
+
+    def restore(self) -> None:
+        """Puts them back.
+
+        Raises:
+            SchemeError: one that was too large to be copied, or a trained parameter.
+        """
+        lost = None
+        for x, version in self.versions:
+            if x._version == version:
+                continue
+            if id(x) in self.copies and x.shape == self.copies[id(x)].shape:
+                x.data.copy_(self.copies[id(x)])
+            else:
+                lost = x
+        if lost is not None:
+            raise SchemeError(
+                f"Stack: a residual function writes in place to a tensor of shape {tuple(lost.shape)} that is no "
+                "buffer, and measuring the stack has done so once.\n"
+                "  Make it a buffer, self.register_buffer(...), and build the network again."
+            )
 
 
 def initialise(module: nn.Module, run: Callable[[], Any]) -> None:

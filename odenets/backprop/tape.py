@@ -9,7 +9,8 @@ The nodes share a tape that knows the state before one step. A node that finds i
 a second backward pass) moves it there first; nothing depends on the order in which autograd runs the nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class Tape:
         if t is not None or context is not None:
             # Only what needs a gradient: each input of a node costs an edge, and a context may hold many tensors.
             inputs += [x for x in tensors_in((t, context)) if x.requires_grad]
+        # Then no backward pass will come here, in which captured tensors are looked for.
+        record.alone = not inputs and not any(x.requires_grad for x in state)
         # Past ``Function.apply``, which looks for wrappers of torch.func, refused when the pass began.
         state = super(torch.autograd.Function, _Node).apply(self, n, len(state), *state, *inputs)  # type: ignore
         self.left = _places(state)
@@ -199,7 +202,11 @@ class _Node(torch.autograd.Function):
         guard = Guard(record.where) if needed(record.members, record.flags.names) else None
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
         with tape.monitor.lock, autocast_as(record.autocast):
-            state = run_step(record, tensors[:streams], tape.wrap, None if guard is None else guard.apply)
+            if record.alone and record.members.may_capture:
+                around = partial(Guard(record.where).alone, refuse=partial(refuse_captured, record, tape.mode))
+            else:
+                around = None if guard is None else guard.apply
+            state = run_step(record, tensors[:streams], tape.wrap, around)
             if guard is not None:
                 learn(record.members, record.left_in_context())
         ctx.streams = len(state)
@@ -344,8 +351,10 @@ class _StepBackward:
         if not pairs:
             return [None] * count
         searched = (self.record.step.index, place)  # of the stack: a tape may begin at any of its steps
-        if searched not in self.tape.monitor.searched:
-            self._refuse_captured([edge.node for edge, _ in pairs], {id(x) for x in (*self.given, *inputs)})
+        # A user's own functions are searched every time: what they have captured may need a gradient from now on.
+        if self.record.members.may_capture or searched not in self.tape.monitor.searched:
+            known = {id(x) for x in (*self.given, *inputs)}
+            refuse_captured(self.record, self.tape.mode, [edge.node for edge, _ in pairs], known)
             self.tape.monitor.searched.add(searched)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
@@ -499,31 +508,42 @@ class _StepBackward:
             return grad
         return grad * (scale.detach().conj() if isinstance(scale, Tensor) else scale)
 
-    def _refuse_captured(self, nodes: list[Any], known: set[int]) -> None:
-        """Finds tensors that need a gradient and that a residual function reads without being given them."""
-        seen, queue = set(), list(nodes)
-        while queue:
-            node = queue.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) not in known:
-                # Its gradient would go to a leaf that nobody asked for, and be lost without a word.
-                if self.record.left_in_context():
-                    raise SchemeError(
-                        f"{self.record.step.scheme}, {self.record.where}: a residual function reads a tensor of shape "
-                        f"{tuple(variable.shape)} that another call has put into the context, and "
-                        f"backprop='{self.tape.mode}' keeps no gradient of it.\n"
-                        "  Detach it there, or use backprop='checkpoint' or 'store'."
-                    )
+
+def refuse_captured(record: StepRecord, mode: str, found: Sequence[Any], known: Collection[int] = ()) -> None:
+    """Finds tensors that need a gradient and that a residual function reads without being given them.
+
+    Args:
+        record: the step.
+        mode: the mode of backpropagation, for messages.
+        found: nodes of a graph, or tensors.
+        known: the tensors that are given, by identity.
+
+    Raises:
+        SchemeError: there is one.
+    """
+    seen, queue = set(), [x.grad_fn if isinstance(x, Tensor) else x for x in found]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            # Its gradient would go to a leaf that nobody asked for, and be lost without a word.
+            if record.left_in_context():
                 raise SchemeError(
-                    f"{self.record.step.scheme}, {self.record.where}: a residual function reads a tensor of shape "
-                    f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
-                    "  Register it in the residual function's module, or pass it as context: stack(x, context=...)."
+                    f"{record.step.scheme}, {record.where}: a residual function reads a tensor of shape "
+                    f"{tuple(variable.shape)} that another call has put into the context, and backprop='{mode}' keeps "
+                    "no gradient of it.\n"
+                    "  Detach it there, or use backprop='checkpoint' or 'store'."
                 )
-            # A loop and not a recursion: graphs of deep functions are longer than Python's stack.
-            queue += [following for following, _ in node.next_functions]
+            raise SchemeError(
+                f"{record.step.scheme}, {record.where}: a residual function reads a tensor of shape "
+                f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
+                "  Register it in the residual function's module, or pass it as context: stack(x, context=...)."
+            )
+        # A loop and not a recursion: graphs of deep functions are longer than Python's stack.
+        queue += [following for following, _ in node.next_functions]
 
 
 def _pair(x: Tensor, grad: Tensor) -> tuple[Any, Tensor]:

@@ -1,0 +1,313 @@
+"""What residual functions can reach and change besides parameters and buffers, noted as it was and put back.
+
+Lists, dictionaries and plain objects among a module's attributes, what a closure has captured, arrays, generators of
+random numbers: what a step did to them, it must not do twice, and what it read there must be read again.
+"""
+
+import dis
+import itertools
+import operator
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import cache, partial
+from operator import is_
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schemes.errors import SchemeError
+
+from .given import attributes_of
+
+_LARGEST = 4096  # elements of containers that are looked at
+_BYTES = 2**22  # of arrays
+_HOPS = 3  # plain objects and callables within each other: who refers to a whole program is not followed through it
+_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+# Objects of these libraries look after their own state, or are the engine's.
+_LIBRARIES = ("torch", "odenets", "schemes", "lightning", "pytorch_lightning", "logging", "threading", "_thread")
+_CONSTANT = (
+    "transformers",
+    "timm",
+    "torchvision",
+    "peft",
+    "accelerate",
+)  # whose attributes of modules are configurations
+_PLAIN = (str, bytes, int, float, complex, type(None), type, Tensor)
+
+
+def is_container(value: Any) -> bool:
+    """Whether it is a collection, or a dataclass that may be changed."""
+    return isinstance(value, (list, dict, set, deque, tuple, SimpleNamespace)) or (
+        is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    )
+
+
+def is_generator(value: Any) -> bool:
+    """Whether it is a generator of random numbers whose state can be read and set."""
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    numpy = _numpy()
+    return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of a generator of torch, Python or NumPy."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    # NumPy's older class has methods, its newer one an attribute.
+    return generator.get_state(legacy=False) if hasattr(generator, "get_state") else generator.bit_generator.state
+
+
+def set_generator(generator: Any, state: Any) -> None:
+    """Sets a generator to a state of ``generator_state``."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two states of a generator are equal."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+
+
+def holds(value: Any, attribute: bool = False) -> bool:
+    """Whether a function that is given something, or has it as an attribute, may find or change other things in it.
+
+    Args:
+        value: a context, or something in it.
+        attribute: whether a module holds it.
+    """
+    if isinstance(value, _PLAIN) or is_generator(value):
+        return False
+    if is_container(value) or isinstance(value, (bytearray, partial, itertools.count)) or _is_array(value):
+        return True
+    if isinstance(value, FunctionType):
+        return bool(_captured(value))
+    if isinstance(value, MethodType):
+        return holds(value.__self__, attribute)
+    if isinstance(value, nn.Module):
+        return not type(value).__module__.startswith(("odenets.stack", "odenets.step"))
+    root = type(value).__module__.partition(".")[0]
+    if root in _LIBRARIES or (attribute and root in _CONSTANT):
+        return False
+    if hasattr(value, "__length_hint__") and isinstance(value, Iterator):
+        return True
+    # Also an object that holds nothing yet: counters often begin as an attribute of the class.
+    return hasattr(value, "__dict__") or bool(_attributes(value))
+
+
+class Contents:
+    """What containers hold at one moment, and those within them: caches of keys and values, lists of past states.
+
+    Args:
+        containers: attributes of modules.
+        given: what functions are given.
+        known: says of a module whether others look after it.
+
+    Attributes:
+        tensors: the tensors in it.
+        generators: the generators of random numbers in it.
+    """
+
+    __slots__ = ("found", "generators", "tensors")
+
+    def __init__(
+        self, containers: Iterable[Any], given: Iterable[Any] = (), known: Callable[[nn.Module], bool] | None = None
+    ):
+        self.found: list[tuple[Any, Any]] = []
+        self.tensors: list[Tensor] = []
+        self.generators: list[Any] = []
+        queue, seen = [*((c, True, 0) for c in containers), *((c, False, 0) for c in given)], set[int]()
+        while queue and len(seen) < _LARGEST:
+            c, attribute, hops = queue.pop()
+            # By identity: containers may hold themselves, and comparing their contents could raise.
+            if id(c) in seen or (isinstance(c, nn.Module) and known is not None and known(c)):
+                continue
+            seen.add(id(c))
+            content = _content(c)
+            # A data set among the attributes: looking at all of it would cost more than the step.
+            if isinstance(content, (dict, list)) and len(content) > _LARGEST:
+                continue
+            # A tuple cannot change, but the lists and tensors in it can.
+            if not isinstance(c, (tuple, partial, MethodType)):
+                self.found.append((c, content))
+            hops += not (is_container(c) or isinstance(c, nn.Module))
+            for v in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+                if isinstance(v, Tensor):
+                    self.tensors.append(v)
+                elif is_generator(v):
+                    self.generators.append(v)
+                elif hops <= _HOPS and holds(v, attribute):
+                    queue.append((v, attribute, hops))
+
+    def same(self) -> bool:
+        """Whether the containers hold the very same objects still."""
+        for c, content in self.found:
+            now = _content(c)
+            if not isinstance(content, (dict, list)):
+                if not same_state(now, content):
+                    return False
+                continue
+            if len(now) != len(content):
+                return False
+            # The keys too, and in their order: what iterates over the dictionary next time must meet the same.
+            if isinstance(content, dict) and [*now] != [*content]:
+                return False
+            values = (now.values(), content.values()) if isinstance(content, dict) else (now, content)
+            if not all(map(is_, *values)):
+                return False
+        return True
+
+    def refuse_advanced(self, where: str = "a residual function") -> None:
+        """Refuses iterators that have moved on since, which nothing sets back.
+
+        Raises:
+            SchemeError: with their type.
+        """
+        for c, content in self.found:
+            if isinstance(c, Iterator) and _content(c) != content:
+                raise SchemeError(
+                    f"Stack: {where} advances a {type(c).__name__} that it holds, which cannot be set back to run "
+                    "the step again.\n  Count in a number, self.n += 1, or use backprop='store'."
+                )
+
+    def put(self) -> None:
+        """Makes the containers hold this again."""
+        for c, content in self.found:
+            _refill(c, content)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the containers hold this; outside nobody sees it."""
+        before = [(c, _content(c)) for c, _ in self.found]
+        self.put()
+        try:
+            yield
+        finally:
+            for c, now in before:
+                _refill(c, now)
+
+
+def _numpy() -> Any:
+    # Where nobody has imported NumPy nobody has an array; importing it here would take longer than the step.
+    return sys.modules.get("numpy")
+
+
+def _is_array(value: Any) -> bool:
+    numpy = _numpy()
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.nbytes <= _BYTES
+
+
+def _attributes(x: Any) -> dict[str, Any]:
+    """What a plain object holds, in its dictionary or its slots."""
+    if hasattr(x, "__dict__"):
+        return dict(vars(x))
+    names = [n for kind in type(x).__mro__ for n in _slots_of(kind)]
+    return {n: getattr(x, n) for n in names if hasattr(x, n)}
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _content(c: Any) -> Any:
+    if isinstance(c, dict):
+        return dict(c)
+    if isinstance(c, (list, set, deque, tuple)):
+        return list(c)
+    if isinstance(c, bytearray):
+        return bytes(c)
+    if isinstance(c, FunctionType):
+        return _captured(c)
+    if isinstance(c, partial):
+        return [c.func, c.args, c.keywords]
+    if isinstance(c, MethodType):
+        return [c.__self__]
+    if isinstance(c, nn.Module):
+        return {k: v for k, v in vars(c).items() if k not in _EVERY_MODULE}
+    if isinstance(c, itertools.count):
+        return repr(c)
+    if isinstance(c, Iterator):
+        return operator.length_hint(c, -1)
+    if _is_array(c):
+        return c.copy()
+    if is_dataclass(c) and not hasattr(c, "__dict__"):
+        return attributes_of(c)
+    return _attributes(c)
+
+
+def _captured(function: FunctionType) -> dict[Any, Any]:
+    """What a function reads from around it: the cells of a closure, and those globals that could change."""
+    if (function.__module__ or "").partition(".")[0] in (*_LIBRARIES, *_CONSTANT):
+        return {}
+    found: dict[Any, Any] = {}
+    for n, cell in enumerate(function.__closure__ or ()):
+        try:
+            found[n] = cell.cell_contents
+        except ValueError:  # a name that is not bound yet
+            continue
+    stored, around = _stored(function.__code__), function.__globals__
+    for name in function.__code__.co_names:
+        if name in around:
+            value = around[name]
+            # Most globals are modules, classes and functions, which no step changes.
+            if name in stored or isinstance(value, (Tensor, nn.Module)) or is_container(value) or is_generator(value):
+                found[name] = value
+    return found
+
+
+@cache
+def _stored(code: CodeType) -> frozenset[str]:
+    """The globals that a function sets."""
+    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL")
+
+
+def _refill(c: Any, content: Any) -> None:
+    if isinstance(c, (list, bytearray)):
+        c[:] = content
+    elif isinstance(c, FunctionType):
+        for where, value in content.items():
+            if isinstance(where, str):
+                c.__globals__[where] = value
+            else:
+                c.__closure__[where].cell_contents = value  # type: ignore[index]
+    elif isinstance(c, Iterator):
+        return  # refused as soon as it moved
+    elif isinstance(c, nn.Module):
+        attributes = vars(c)
+        for k in [k for k in attributes if k not in _EVERY_MODULE and k not in content]:
+            del attributes[k]
+        attributes.update(content)
+    elif _is_array(c):
+        if c.flags.writeable:
+            c[...] = content
+    elif not isinstance(c, (dict, set, deque)) and not hasattr(c, "__dict__"):  # a class with slots
+        for name, value in content.items():
+            object.__setattr__(c, name, value)
+    else:
+        _refill_collection(c if isinstance(c, (dict, set, deque)) else vars(c), content)
+
+
+def _refill_collection(target: Any, content: Any) -> None:
+    target.clear()
+    if isinstance(target, dict):
+        for k, v in content.items():  # outputs of transformers refuse update()
+            target[k] = v
+    else:
+        target.extend(content) if isinstance(target, deque) else target.update(content)
