@@ -70,6 +70,16 @@ def run(name: str, args: Sequence[str]) -> None:
         sys.exit(1)
 
 
+def predict_command(args: Sequence[str]) -> None:
+    """`odenets predict`, over pictures."""
+    run("predict", args)
+
+
+def evaluate_command(args: Sequence[str]) -> None:
+    """`odenets evaluate`."""
+    run("evaluate", args)
+
+
 def run_predict(args: Sequence[str]) -> list[Prediction]:
     """`odenets predict`; the pictures that could not be read."""
     parser = _parser("odenets predict", PREDICT)

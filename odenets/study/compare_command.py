@@ -14,6 +14,7 @@ from schemes import SchemeError
 
 from ..config_files import check_files
 from ..messages import fail
+from ..packaged import find as find_experiment
 from ..training.sources import DataError
 from .comparison import FILE, Comparison, Progress, carry_out
 from .comparison_report import find, heading, print_report, table_of
@@ -38,7 +39,7 @@ same command goes on where it was stopped, with more seeds or more values too.
   --retry            train again what failed
   --KEY VALUE        any option of `odenets fit`, for all runs
 
-  odenets compare experiments/quickstart.yaml --over model.net.scheme=euler,midpoint,rk4 --seeds 0..4 --dir runs/digits
+  odenets compare quickstart --over model.net.scheme=euler,midpoint,rk4 --seeds 0..4 --dir runs/digits
   odenets compare report runs/digits
 """
 FLAGS = ("--retry",)
@@ -117,6 +118,8 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
     """
     options, others = _options(words)
     experiment, *overrides = others or [""]
+    if not Path(experiment).is_file():
+        experiment = str(find_experiment(experiment) or experiment)
     if not experiment.endswith((".yaml", ".yml")) or not Path(experiment).is_file():
         raise SchemeError(
             f"there is no experiment {experiment!r}\n  The first word names its file: {HELP.split(chr(10))[0][7:]}"
