@@ -128,7 +128,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numb
         console.print(table)
         return
     for line in _paragraphs(title, columns, rows):
-        console.print(_plain(line), overflow="fold")
+        print(textwrap.fill(line, max(20, console.width), subsequent_indent="    ", break_long_words=False))
 
 
 def _paragraphs(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:

@@ -94,17 +94,22 @@ def _report(words: Sequence[str]) -> None:
     print_report(options.path, options.out, options.metric, options.baseline, options.target)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of this command alone; all others are those of `fit`."""
+    found = _Parser(prog="odenets compare", allow_abbrev=False, add_help=False)
+    found.add_argument("--over", action="append", default=[])
+    found.add_argument("--seeds", default="0..4")
+    found.add_argument("--dir")
+    found.add_argument("--workers", type=int, default=1)
+    found.add_argument("--address")
+    found.add_argument("--gpus", type=float, default=0.0)
+    found.add_argument("--retry", action="store_true")
+    return found
+
+
 def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="odenets compare", allow_abbrev=False, add_help=False)
-    parser.add_argument("--over", action="append", default=[])
-    parser.add_argument("--seeds", default="0..4")
-    parser.add_argument("--dir")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--address")
-    parser.add_argument("--gpus", type=float, default=0.0)
-    parser.add_argument("--retry", action="store_true")
     ours, others = _own(words)
-    return parser.parse_args(ours), others
+    return parser().parse_args(ours), others
 
 
 def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
