@@ -7,8 +7,8 @@ import sys
 EXTRAS = {
     **dict.fromkeys(
         (
-            *("datasets", "huggingface_hub", "jsonargparse", "lightning", "numpy", "PIL", "rich", "safetensors"),
-            *("shtab", "sklearn", "tensorboard", "torchmetrics", "typeshed_client", "yaml"),
+            *("datasets", "fsspec", "huggingface_hub", "jsonargparse", "lightning", "numpy", "PIL", "pyarrow", "rich"),
+            *("safetensors", "shtab", "sklearn", "tensorboard", "torchmetrics", "typeshed_client", "yaml"),
         ),
         "train",
     ),

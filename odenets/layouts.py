@@ -88,7 +88,8 @@ def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -
         else:
             found[key] = own[target].detach().cpu().reshape(shape)
     named = set(known.names.values())
-    wrong += [f"{key} is not in it" for key in own if key not in named and not checkpoints.OPTIONAL.search(key)]
+    # Old files lack the counter of BatchNorm, which they can do without; nothing else may be lost.
+    wrong += [f"{key} is not in it" for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise SchemeError(

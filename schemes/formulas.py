@@ -144,4 +144,5 @@ def _updates(scheme: Coupling, streams: int) -> tuple[tuple[str, ...], int]:
 def _step(scheme: Scheme, streams: int) -> tuple[tuple[str, ...], int]:
     state: Any = tuple(_Term.of(f"x{i}") for i in range(streams))
     new = scheme._step([_function(f"F{i}") for i in range(scheme.stages)], state, _Term.of("h"))  # type: ignore[arg-type]
-    return (f"{', '.join(map(str, state))} <- {', '.join(map(str, new))}",), len(new)
+    names = [f"x{i}" for i in range(len(new))]
+    return (f"{', '.join(names)} <- {', '.join(map(str, new))}",), len(new)
