@@ -66,14 +66,14 @@ def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -
         >>> to_layout(net, net.state_dict())
         Traceback (most recent call last):
         ...
-        schemes.errors.SchemeError: this state dict has the keys of ResNet itself; want a published file of another layout.
+        schemes.errors.SchemeError: the state dict has the keys of ResNet itself; want a published file of another.
     """
-    name = "this state dict" if isinstance(like, Mapping) else str(like)
+    name = "the state dict" if isinstance(like, Mapping) else str(like)
     own = model.state_dict()
     state, known = checkpoints.published_keys(model, like, name)
     if known is None:
         what = f"the keys of {type(model).__name__} itself" if state.keys() == own.keys() else "keys of no known layout"
-        raise SchemeError(f"{name} has {what}; want a published file of another layout.")
+        raise SchemeError(f"{name} has {what}; want a published file of another.")
     found: dict[str, Tensor] = {}
     left: list[str] = []
     wrong: list[str] = []

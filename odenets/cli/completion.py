@@ -39,7 +39,7 @@ ABOUT = {
     "predict": "the classes of pictures",
 }
 # What stands for a file where an option says what it takes.
-FILES = {"FILE", "CKPT", "CKPT_PATH", "CHECKPOINT", "WEIGHTS", "PUBLISHED", "FOLDER", "OUT", "OUTPUT", "RUN_DIR", "DIR", "PLOT", "STORE"}
+FILES = set("CHECKPOINT CKPT CKPT_PATH DIR FILE FOLDER OUT OUTPUT PLOT PUBLISHED RUN_DIR STORE WEIGHTS".split())
 BASH = """_odenets_config() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}"""
 ZSH = """_odenets_config() {{ _alternative 'experiments:experiment:({names})' 'files:file:_files'; }}"""
 
@@ -84,7 +84,10 @@ def whole(prog: str) -> argparse.ArgumentParser:
         # `predict` is both: Lightning's over the data of a configuration, and our own over pictures.
         sources = [source for source in (trained.get(name), own.get(name)) if source is not None]
         about = ABOUT.get(name) or _plain(sources[-1].description)
-        _copy(commands.add_parser(name, help=about, add_help=False), [action for source in sources for action in source._actions])
+        _copy(
+            commands.add_parser(name, help=about, add_help=False),
+            [action for source in sources for action in source._actions],
+        )
     return found
 
 

@@ -42,7 +42,11 @@ def run(args: Sequence[str]) -> None:
         if options.json:
             w.write(w.as_json([{"name": n, "file": str(f), "about": text} for n, f, text in rows]), None)
         else:
-            w.show("", ["Experiment", "It is"], [(n, textwrap.shorten(text, 100, placeholder=" ...")) for n, _, text in rows])
+            w.show(
+                "",
+                ["Experiment", "It is"],
+                [(n, textwrap.shorten(text, 100, placeholder=" ...")) for n, _, text in rows],
+            )
     except BrokenPipeError:
         w.closed_output()
     except (SchemeError, OSError) as e:

@@ -77,7 +77,7 @@ def source(scheme: Scheme) -> str:
         if not line.strip():
             break
         found.append(line.strip())
-    return " ".join(filter(None, found))
+    return " ".join(filter(None, found)).removesuffix(".")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

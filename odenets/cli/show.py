@@ -143,7 +143,9 @@ def _array(text: str) -> Iterator[str]:
     """The lines of an array; long ones are broken as `Tableau.parse` reads them: what has no bar continues a row."""
     for line in text.splitlines():
         indent = " " * (line.index("|") + 2)
-        yield from textwrap.wrap(line, max(20, w.width() or len(line)), subsequent_indent=indent, break_long_words=False)
+        yield from textwrap.wrap(
+            line, max(20, w.width() or len(line)), subsequent_indent=indent, break_long_words=False
+        )
 
 
 def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

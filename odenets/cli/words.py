@@ -125,7 +125,10 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numb
         console = wide
         console.width = needs.maximum
     if needs.minimum <= console.width:
-        console.print(table)
+        with console.capture() as text:
+            console.print(table)
+        # A title is padded to the width of its table.
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
         return
     for line in _paragraphs(title, columns, rows):
         print(textwrap.fill(line, max(20, console.width), subsequent_indent="    ", break_long_words=False))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.lines import answer, fails
 
+from cli.lines import answer, fails
 from odenets import checkpoints, create_model
 
 
@@ -38,7 +38,9 @@ def test_files_there_and_back(capsys, tmp_path, monkeypatch, suffix):
     assert "our own keys" in out and "122 tensors" in out
     net = create_model("resnet18", num_classes=7)
     assert checkpoints.load(net, f"new/own.{suffix}").layout == "own"
-    answer(capsys, "convert", f"new/own.{suffix}", "--model", "resnet18", "--like", "published.pth", "--output", "b.pth")
+    answer(
+        capsys, "convert", f"new/own.{suffix}", "--model", "resnet18", "--like", "published.pth", "--output", "b.pth"
+    )
     back = torch.load("b.pth", weights_only=True)
     assert back.keys() == state.keys() and all(map(torch.equal, back.values(), (state[key] for key in back)))
     assert sorted(p.name for p in Path("new").iterdir()) == [f"own.{suffix}"]

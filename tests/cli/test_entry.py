@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.lines import answer, fails
 
 import odenets
 import schemes
+from cli.lines import answer, fails
 from odenets import packaged
 from odenets.cli.entry import COMMANDS, HELP, LIGHTNING, main
 from odenets.extras import EXTRAS
@@ -38,7 +38,9 @@ def test_help_says_how_a_command_is_used(capsys, name):
     assert e.value.code == 0 and f"odenets {name}" in out
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("model", "models"), ("FIT", "fit"), ("scheme", "schemes"), ("shwo", "show")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("model", "models"), ("FIT", "fit"), ("scheme", "schemes"), ("shwo", "show")]
+)
 def test_a_mistyped_command_names_commands(capsys, typed, meant):
     said = fails(capsys, typed, "--json")
     assert f"there is no {typed!r}; wanted one of fit, " in said and f"Closest: {meant}" in said
@@ -88,7 +90,12 @@ def test_experiments_are_found_by_name_where_there_is_no_such_file(tmp_path, mon
     file = str(packaged.experiments()["quickstart"])
     for words in (["-c", "quickstart"], ["--config", "experiments/quickstart.yaml"], ["-c", "quickstart.yaml"]):
         assert packaged.with_files(["fit", *words]) == ["fit", words[0], file]
-    assert packaged.with_files(["fit", "--config=quickstart", "-c", "{a: 1}"]) == ["fit", f"--config={file}", "-c", "{a: 1}"]
+    assert packaged.with_files(["fit", "--config=quickstart", "-c", "{a: 1}"]) == [
+        "fit",
+        f"--config={file}",
+        "-c",
+        "{a: 1}",
+    ]
     # A file of the user's wins, and a name that is an option's value stays.
     Path("quickstart").write_text("seed_everything: 1")
     assert packaged.with_files(["fit", "-c", "quickstart"]) == ["fit", "-c", "quickstart"]
@@ -166,7 +173,9 @@ def test_each_command_names_the_extra_that_it_lacks(tmp_path):
     assert {line.split()[0] for line in lines} == set(EVERY), "a new command needs its words here"
     code = BARE.format(blocked=sorted(EXTRAS), lines=lines)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     blocks = re.findall(r"== (.+)\n((?:.*\n)*?)-- status (\S+)\n", done.stderr)
     assert [block[0] for block in blocks] == lines

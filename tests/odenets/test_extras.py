@@ -105,7 +105,9 @@ for name in {modules}:
 @pytest.mark.long  # each module of the package is loaded once
 def test_a_module_that_needs_an_extra_names_it_when_it_is_imported():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in FILES]
-    modules = [m for m in modules if not m.endswith("__main__") and not m.startswith(("schemes.testing", "odenets.cli"))]
+    modules = [
+        m for m in modules if not m.endswith("__main__") and not m.startswith(("schemes.testing", "odenets.cli"))
+    ]
     code = BARE.format(blocked=sorted(EXTRAS), modules=modules)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -113,4 +115,4 @@ def test_a_module_that_needs_an_extra_names_it_when_it_is_imported():
     failed = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
     assert {"odenets.training.classifier", "odenets.hf", "odenets.timm"} <= set(failed)
     assert {"odenets", "odenets.packaged", "odenets.plots", "odenets.export"}.isdisjoint(failed)
-    assert not {name: said for name, said in failed.items() if "pip install \"odenets[" not in said}
+    assert not {name: said for name, said in failed.items() if 'pip install "odenets[' not in said}

@@ -112,7 +112,7 @@ def test_every_family_goes_there_and_back_or_is_refused(layout):
     except SchemeError as error:
         # RDNet's layouts differ in an epsilon: that of the one which is not the model's own would be forgotten.
         assert layout in ("naver-ai", "rdnet of timm") and "head_norm.eps" in str(error)
-        with pytest.raises(SchemeError, match="head_norm.eps"):
+        with pytest.raises(SchemeError, match=r"head_norm\.eps"):
             layouts.to_layout(build(), state)
         return
     net = build()
@@ -132,7 +132,10 @@ def test_a_learned_step_size_is_not_dropped():
     [
         (lambda s: s.pop("layer1.1.bn2.weight"), "levels.0.steps.1.fs.0.norm2.weight is not in it"),
         (lambda s: s.update(more=torch.zeros(1)), "more has no place"),
-        (lambda s: s.update({"layer1.0.conv2.weight": torch.zeros(16, 16, 5, 5)}), "(16, 16, 5, 5), here (16, 16, 3, 3)"),
+        (
+            lambda s: s.update({"layer1.0.conv2.weight": torch.zeros(16, 16, 5, 5)}),
+            "(16, 16, 5, 5), here (16, 16, 3, 3)",
+        ),
         (lambda s: s.update({"fc.weight": torch.zeros(10, 63)}), "(10, 63), here (10, 64)"),
     ],
 )
@@ -146,6 +149,7 @@ def test_a_file_of_another_model_is_refused(spoil, said):
 
 def test_a_number_that_no_tensor_holds_is_not_lost():
     """A layout may imply an epsilon: a file of weights under other keys would forget it."""
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -115,8 +115,6 @@ def test_what_is_written_is_what_a_step_computes(text):
 
 def test_most_couplings_can_be_written():
     """Otherwise the law would hold of nothing: those of a base scheme alone are left to their documentation."""
-    lacking = {
-        type(schemes.get(text)).__name__ for text in EVERY for _, said in written(text) if not said
-    }
+    lacking = {type(schemes.get(text)).__name__ for text in EVERY for _, said in written(text) if not said}
     assert lacking <= {"Adaptive", "Reversible", "Repeat", "Nested", "Substeps"}
     assert sum(isinstance(schemes.get(text), Coupling) for text in EVERY) > 10
