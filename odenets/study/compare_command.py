@@ -14,6 +14,8 @@ from schemes import SchemeError
 
 from ..config_files import check_files
 from ..messages import fail
+from ..names import closest
+from ..packaged import experiments
 from ..packaged import find as find_experiment
 from ..training.sources import DataError
 from .comparison import FILE, Comparison, Progress, carry_out
@@ -126,9 +128,9 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
     if not Path(experiment).is_file():
         experiment = str(find_experiment(experiment) or experiment)
     if not experiment.endswith((".yaml", ".yml")) or not Path(experiment).is_file():
-        raise SchemeError(
-            f"there is no experiment {experiment!r}\n  The first word names its file: {HELP.split(chr(10))[0][7:]}"
-        )
+        near = closest(experiment, experiments(), cutoff=0.5)
+        hint = f"Closest: {', '.join(near)}" if near else f"The first word names its file: {HELP.split(chr(10))[0][7:]}"
+        raise SchemeError(f"there is no experiment {experiment!r}\n  {hint}")
     if not options.over or options.dir is None:
         lacking = "--dir DIR" if options.over else "--over KEY=V1,V2"
         raise SchemeError(f"{lacking} is not given\n  {TIP}.")
