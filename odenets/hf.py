@@ -279,6 +279,8 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
     """
 
     has_attentions = False
+    # What a classifier wrote holds its head, which is not missed here.
+    _keys_to_ignore_on_load_unexpected = [r"^net\.head"]  # noqa: RUF012
 
     def __init__(self, config: OdenetsConfig):
         super().__init__(config, 0)

@@ -77,7 +77,11 @@ def test_a_backbone_reads_what_a_classifier_wrote(name, tmp_path):
     stages = net.config.stage_names[1:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
-        backbone = transformers.AutoBackbone.from_pretrained(tmp_path, out_features=stages).eval()
+        backbone, report = transformers.AutoBackbone.from_pretrained(
+            tmp_path, out_features=stages, output_loading_info=True
+        )
+        backbone.eval()
+        assert not report["missing_keys"] and not any("head." in key for key in report["unexpected_keys"])
         assert type(backbone) is hf.OdenetsBackbone
         first = hf.OdenetsBackbone.from_pretrained(tmp_path, out_features=stages[:1]).eval()
         given = transformers.AutoConfig.from_pretrained(tmp_path)
