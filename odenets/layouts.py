@@ -38,6 +38,7 @@ def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) ->
             a new model would not have.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> to_own(nn.Linear(1, 1), {"module.weight": torch.ones(1, 1), "module.bias": torch.ones(1)}).tensors.keys()
         dict_keys(['weight', 'bias'])

@@ -151,6 +151,7 @@ def test_narrow_terminals_break_no_word(capsys, narrow, args):
     assert words and words <= set(re.findall(r"[\w,.]{4,}", out))
 
 
+@pytest.mark.long  # a process of its own
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
     import os
     import subprocess
@@ -174,7 +175,11 @@ def plain(text):
     return re.sub(r"[━ ]+", " ", re.sub(r"[\d.]+ MiB", "MiB", text)).strip()
 
 
-@pytest.mark.parametrize(("words", "printed"), SHOWN, ids=[words for words, _ in SHOWN])
+# What is measured takes a second on top.
+MARKED = [pytest.param(*case, marks=[pytest.mark.long] if "--memory" in case[0] else [], id=case[0]) for case in SHOWN]
+
+
+@pytest.mark.parametrize(("words", "printed"), MARKED)
 def test_the_page_shows_what_commands_print(capsys, words, printed):
     args = shlex.split(words)
     if printed.startswith("error: "):
