@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,20 @@ def test_experiments_are_found_by_name_where_there_is_no_such_file(tmp_path, mon
 
 def test_every_experiment_can_be_listed_and_printed(capsys):
     found = packaged.experiments()
-    files = {*ROOT.glob("experiments/*.yaml"), *ROOT.glob("experiments/studies/*.yaml")}
+    files = set(ROOT.glob("experiments/**/*.yaml"))
     assert set(found.values()) == files and {"quickstart", "studies/pilot_mini"} <= set(found)
     out, _ = answer(capsys, "experiments")
     assert all(name in out for name in found)
     assert answer(capsys, "experiments", "quickstart")[0] == found["quickstart"].read_text("utf-8")
+
+
+def test_the_wheel_holds_every_experiment_where_it_is_looked_for():
+    """By what the build is told; .ci/wheel builds it and trains from it."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    patterns = [text.removeprefix("/") for text in wheel["include"] if "experiments" in text]
+    assert {p for text in patterns for p in ROOT.glob(text)} == set(packaged.experiments().values())
+    (target,) = wheel["sources"].values()
+    assert Path(packaged.__file__).parent / "experiments" == ROOT / target and set(wheel["sources"]) == {"experiments"}
 
 
 def test_a_shell_completes_commands_options_and_names(capsys, tmp_path):
