@@ -117,7 +117,8 @@ def _shape(own: Tensor, like: Tensor, head: bool) -> torch.Size | None:
 
 def _numbers(model: nn.Module) -> dict[str, float]:
     """The epsilons of a model by their paths: numbers in which layouts differ, though no tensor shows it."""
-    return {f"{path}.eps": m.eps for path, m in model.named_modules() if isinstance(getattr(m, "eps", None), float)}
+    found = {f"{path}.eps": getattr(m, "eps", None) for path, m in model.named_modules()}
+    return {path: value for path, value in found.items() if isinstance(value, float)}
 
 
 def _refuse(layout: str, numbers: Mapping[str, float]) -> None:

@@ -127,7 +127,7 @@ def _updates(scheme: Coupling, streams: int) -> tuple[tuple[str, ...], int]:
     lines = []
     for update in scheme.updates(fs, _Term.of("h"), streams):  # type: ignore[arg-type]
         # As in the engine: a stream that was appended is there for those that come after it.
-        scale, shift, *byproducts = update.terms(tuple(map(_Term.of, names)))
+        scale, shift, *byproducts = update.terms(tuple(map(_Term.of, names)))  # type: ignore[arg-type]
         if update.appends:
             names.append(f"x{update.dst}")
             lines.append(f"x{update.dst} <- {shift}")

@@ -70,7 +70,7 @@ def script(shell: str, prog: str = "odenets") -> str:
     """
     names = " ".join(packaged.experiments())
     preamble = {"bash": BASH.format(names=names), "zsh": ZSH.format(names=names)}
-    return shtab.complete(whole(prog), shell, preamble=preamble)
+    return shtab.complete(whole(prog), shell, preamble=preamble)  # type: ignore[arg-type]  # a text for each shell, too
 
 
 def whole(prog: str) -> argparse.ArgumentParser:
