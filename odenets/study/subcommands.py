@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from ..training import needed as needed
+
+# isort: split
 from jsonargparse import ArgumentParser, Namespace
 
 from schemes import SchemeError
