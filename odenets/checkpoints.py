@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from schemes.errors import SchemeError
 
 from .continuous import expected_shapes
+from .extras import MissingExtra, install
 
 # In this order: averaged weights before raw ones, as timm takes them.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
@@ -148,6 +149,26 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     return Report(len(found), layout, tuple(dropped), tuple(absent))
 
 
+def published_keys(
+    model: nn.Module, source: Mapping[str, Any] | str | PathLike[str], name: str = "state dict"
+) -> tuple[dict[str, Tensor], KeyMap | None]:
+    """What a file holds under published keys, without the prefixes of wrappers, and how these are called here.
+
+    Args:
+        model: the model.
+        source: as in ``load``.
+        name: of the source, for messages.
+
+    Returns:
+        The tensors, and their names here; None for the model's own keys, and for a layout that it does not know.
+    """
+    state, _ = _unwrap(source if isinstance(source, Mapping) else read(source), name)
+    own = model.state_dict()
+    state, _ = _strip(model, state, own)
+    known = model.key_map(state.keys()) if isinstance(model, Renames) and state.keys() != own.keys() else None
+    return state, known
+
+
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Writes a model's weights as safetensors: tensors alone, no code; ``load`` reads them.
 
@@ -158,14 +179,19 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises:
         ImportError: safetensors is not installed.
     """
+    save_tensors(model.state_dict(), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
+    """Writes tensors as safetensors; see ``save``."""
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise ImportError('safetensors writes this file: pip install "odenets[train]"') from None
+        raise MissingExtra(f"safetensors writes this file: {install('train')}", name="safetensors") from None
     # A clone each: safetensors refuses tensors that share memory, and wants them contiguous.
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    save_file(whole, str(path), metadata={"format": "pt"})
 
 
 def read(path: str | PathLike[str]) -> Mapping[str, Any]:
@@ -186,7 +212,7 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
-            raise ImportError(f'{path.name} is read by safetensors: pip install "odenets[train]"') from None
+            raise MissingExtra(f"{path.name} is read by safetensors: {install('train')}", name="safetensors") from None
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:

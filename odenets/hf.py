@@ -279,6 +279,8 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
     """
 
     has_attentions = False
+    # What a classifier wrote holds its head, which is not missed here.
+    _keys_to_ignore_on_load_unexpected = [r"^net\.head"]  # noqa: RUF012
 
     def __init__(self, config: OdenetsConfig):
         super().__init__(config, 0)
@@ -340,6 +342,22 @@ class OdenetsImageProcessor(PilBackend):
         )
 
 
+_from_hub = AutoBackbone.from_pretrained
+
+
+def _backbone_of(name: Any, *args: Any, **kwargs: Any) -> Any:
+    """As transformers' own, which asks the Hub for the name before it looks for a folder; ours need no network."""
+    folder = Path(str(name))
+    if (folder / "config.json").is_file():
+        config = PreTrainedConfig.get_config_dict(folder)[0]
+        if config.get("model_type") == OdenetsConfig.model_type:
+            kwargs.pop("use_timm_backbone", None)
+            return OdenetsBackbone.from_pretrained(name, *args, **kwargs)
+    return _from_hub(name, *args, **kwargs)
+
+
+# Folders of these models alone; whatever else is asked of AutoBackbone goes where it went.
+AutoBackbone.from_pretrained = _backbone_of  # type: ignore[method-assign]
 AutoConfig.register("odenets", OdenetsConfig)
 AutoBackbone.register(OdenetsConfig, OdenetsBackbone)
 AutoModelForImageClassification.register(OdenetsConfig, OdenetsForImageClassification)

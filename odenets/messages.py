@@ -1,6 +1,5 @@
 """What every command prints when it fails: two lines, what was given and wanted, and the remedy."""
 
-import difflib
 import importlib
 import inspect
 import re
@@ -8,6 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .names import closest
 
 TIP = "lightning fit --help lists every option, lightning fit -c FILE --print_config shows what is set"
 
@@ -90,11 +91,10 @@ def _bad_value(key: str, lines: list[str], text: str, args: Sequence[str]) -> tu
 
 def _closest(name: str, names: Iterable[str]) -> str:
     names = list(dict.fromkeys(names))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    near = closest(name, names, cutoff=0.6)
     if not near:  # `max_epoch` is meant for `trainer.max_epochs`, `HoResNet` for `odenets.models.HOResNet`
-        tails = {n.rpartition(".")[2].lower(): n for n in names}
-        tail = name.rpartition(".")[2].lower()
-        near = [tails[t] for t in difflib.get_close_matches(tail, tails, n=3, cutoff=0.6)]
+        tails = {n.rpartition(".")[2]: n for n in names}
+        near = [tails[t] for t in closest(name.rpartition(".")[2], tails, cutoff=0.6)]
     return f"Closest: {', '.join(near)}" if near else TIP
 
 

@@ -4,7 +4,6 @@ The text is read by ``ast.parse`` and walked here, node by node; nothing is ever
 """
 
 import ast
-import difflib
 import inspect
 import re
 import warnings
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NoReturn
 
+from . import names
 from .errors import SchemeError
 
 MAX_CHARACTERS = 500
@@ -39,7 +39,7 @@ def shorten(text: str, limit: int = 240) -> str:
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """A hint for an unknown name: the closest known ones, or the first few."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, limit, 0.5)
+    near = names.closest(name, known, limit, 0.5)
     if near:
         return f"the closest are {', '.join(near)}"
     return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"

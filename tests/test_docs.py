@@ -22,7 +22,7 @@ import yaml
 import odenets.models.catalogue
 import schemes
 import schemes.registry
-from odenets import list_models
+from odenets import list_models, packaged
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/pages").rglob("*.md"))
@@ -234,7 +234,8 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 # `lightning fit --help` and lines with FILE are forms, not commands.
-RUNS = sorted({c for c in commands() if re.match(r"(lightning|odenets) \w+ -c experiments/", c)})
+NAMED = re.compile(r"(?:lightning|odenets) \w+ -c (\S+)")
+RUNS = sorted({c for c in commands() if (m := NAMED.match(c)) and packaged.find(m[1])})
 
 
 @pytest.mark.parametrize("command", RUNS)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 from odenets import __version__
 
+from ..extras import explained
 from ..messages import fail
+from ..names import closest
 
 HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
 
@@ -19,43 +21,53 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   validate   evaluate a checkpoint on the validation pictures: --ckpt_path best|last|FILE
   test       the same on the test pictures
   predict    write the class of each test picture to predictions.csv
-  odenets predict --ckpt_path FILE PICTURE|FOLDER...                     the classes of any pictures; no -c needed
-  odenets evaluate --ckpt_path FILE [FOLDER]                             accuracy with intervals, of all and by class
-  odenets export FILE --output net.onnx|net.pt2                          the network as a file that runs elsewhere
 
-  {prog} fit -c experiments/quickstart.yaml                              the handwritten digits, nothing to download
-  {prog} fit -c experiments/cifar10_ho_resnet.yaml --data.root FOLDER --model.net.scheme midpoint
+  {prog} fit -c quickstart                                               the handwritten digits, nothing to download
+  {prog} fit -c cifar10_ho_resnet --data.root FOLDER --model.net.scheme midpoint
   {prog} fit -c FILE.yaml --ckpt_path last                               go on where the last run stopped
   {prog} fit -c FILE.yaml --print_config                                 the resolved configuration
   {prog} fit --help                                                      every option
 
-  odenets compare FILE.yaml --over KEY=V1,V2 --seeds 0..4 --dir DIR      one experiment over some values and seeds
-  odenets study run -c experiments/studies/pilot_mini.yaml               many random networks, to compare schemes
+what there is
+  odenets experiments [NAME]                                             the experiments that -c knows by name, or one
+  odenets schemes [PATTERN]                                              the schemes: order, cost, inverse, source
+  odenets show SCHEME [--plot FILE]                                      one of them: its array or updates, stability
+  odenets models [PATTERN] [--costs]                                     the models; what they cost
 
+with a trained network
+  odenets predict --ckpt_path FILE PICTURE|FOLDER...                     the classes of any pictures; no -c needed
+  odenets evaluate --ckpt_path FILE [FOLDER]                             accuracy with intervals, of all and by class
+  odenets export FILE --output net.onnx|net.pt2                          the network as a file that runs elsewhere
+  odenets convert WEIGHTS --model NAME --output FILE                     published weights to our keys, or back
   odenets analyse CKPT KIND                                              a figure: weights, alignment, layercam, ranks,
                                                                          stability
   odenets convergence runs/NAME/checkpoints/best.ckpt                    one network under many schemes and depths
 
+many networks
+  odenets compare FILE.yaml --over KEY=V1,V2 --seeds 0..4 --dir DIR      one experiment over some values and seeds
+  odenets study run -c studies/pilot_mini                                many random networks, to compare schemes
+
+  odenets completion bash|zsh|tcsh                                       a script that completes these in a shell
   --version  the version of odenets
 """
 
-# What the extra `train` brings, by the name of the module.
-TRAIN_EXTRA = {
-    "datasets",
-    "huggingface_hub",
-    "jsonargparse",
-    "lightning",
-    "numpy",
-    "PIL",
-    "rich",
-    "sklearn",
-    "tensorboard",
-    "torchmetrics",
-    "typeshed_client",
-    "yaml",
+LIGHTNING = ("fit", "validate", "test", "predict")
+# Where each command of our own is: a module, and its function of the words behind the command's name.
+COMMANDS = {
+    "analyse": "odenets.training.analyse:run",
+    "compare": "odenets.study.compare_command:run",
+    "completion": "odenets.cli.completion:run",
+    "convergence": "odenets.training.convergence:run",
+    "convert": "odenets.cli.convert:run",
+    "evaluate": "odenets.cli.pictures:evaluate_command",
+    "experiments": "odenets.cli.experiments:run",
+    "export": "odenets.cli.export:run",
+    "models": "odenets.cli.models:run",
+    "predict": "odenets.cli.pictures:predict_command",
+    "schemes": "odenets.cli.schemes:run",
+    "show": "odenets.cli.show:run",
+    "study": "odenets.study.subcommands:run",
 }
-
-STUDY_EXTRA = {"filelock", "matplotlib", "scipy"}  # and Ray, which says so itself
 
 _torchvision_ops = []  # a torch.library.Library takes its operators with it when it is collected
 
@@ -100,38 +112,33 @@ def main(args: list[str] | None = None) -> None:
         print(f"odenets {__version__}")
         return
     try:
-        repair_torchvision()
-        if words[0] == "evaluate" or (words[0] == "predict" and not _configured(words)):
-            from .pictures import run as run_pictures
-
-            return run_pictures(words[0], words[1:])
-        if words[0] == "export":
-            from .export import run as run_export
-
-            return run_export(words[1:])
-        if words[0] == "study":
-            from odenets.study.subcommands import run as run_study
-
-            return run_study(words[1:])
-        if words[0] == "compare":
-            from odenets.study.compare_command import run as run_compare
-
-            return run_compare(words[1:])
-        if words[0] == "analyse":
-            from odenets.training.analyse import run as run_analyse
-
-            return run_analyse(words[1:])
-        if words[0] == "convergence":
-            from odenets.training.convergence import run as run_convergence
-
-            run_convergence(words[1:])
-            return None
-        from odenets.training.command import run
-    except ModuleNotFoundError as e:
-        missing = (e.name or "").partition(".")[0]
-        if missing in STUDY_EXTRA:
-            fail(f"studies and comparisons need the package {missing}", 'pip install "odenets[study]"')
-        if missing not in TRAIN_EXTRA:
+        _run(words, prog)
+    except ImportError as e:
+        lines = explained(e)
+        if lines is None:
             raise
-        fail(f"training needs the package {missing}, which is not installed", 'pip install "odenets[train]"')
-    run(args, prog)
+        fail(*lines)
+
+
+def _run(words: Sequence[str], prog: str) -> None:
+    name, own = words[0], words[0] in COMMANDS
+    # Lightning takes options before its subcommand, too.
+    if not own and name not in LIGHTNING and not name.startswith("-"):
+        known = sorted({*LIGHTNING, *COMMANDS}, key=[*LIGHTNING, *COMMANDS].index)
+        near = closest(name, known, cutoff=0.5)
+        remedy = f"Closest: {', '.join(near)}" if near else f"{prog} --help says what each of them does"
+        fail(f"there is no {name!r}; wanted one of {', '.join(known)}", remedy)
+    if own and not (name == "predict" and _configured(words)):
+        module, _, function = COMMANDS[name].partition(":")
+        if module not in LIGHT:
+            repair_torchvision()
+        getattr(importlib.import_module(module), function)(words[1:])
+        return
+    repair_torchvision()
+    from odenets.training.command import run
+
+    run(list(words), prog)
+
+
+# These import no Lightning, so that there is nothing to repair.
+LIGHT = {f"odenets.cli.{name}" for name in ("convert", "experiments", "models", "schemes", "show")}

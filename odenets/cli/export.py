@@ -18,17 +18,22 @@ written is opened again and compared with the network, on batches of other sizes
 Exit status: 0; 2 where nothing was written."""
 
 
+def parser() -> w.Parser:
+    """The options."""
+    found = w.Parser(prog="odenets export", description=TEXT)
+    found.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a run")
+    found.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    found.add_argument("--format", choices=("onnx", "pt2"), help="default: by the suffix of FILE")
+    found.add_argument("--size", type=w.positive, help="side of the pictures; default: that of training")
+    found.add_argument("--dynamic_size", action="store_true", help="let height and width vary")
+    found.add_argument("--tolerance", type=w.share, default=1e-5, help="largest relative difference of logits (1e-5)")
+    found.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return found
+
+
 def run(args: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
-    parser = w.Parser(prog="odenets export", description=TEXT)
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a run")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--format", choices=("onnx", "pt2"), help="default: by the suffix of FILE")
-    parser.add_argument("--size", type=w.positive, help="side of the pictures; default: that of training")
-    parser.add_argument("--dynamic_size", action="store_true", help="let height and width vary")
-    parser.add_argument("--tolerance", type=w.share, default=1e-5, help="largest relative difference of logits (1e-5)")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    options = parser.parse(args)
+    options = parser().parse(args)
     try:
         _run(options.checkpoint, options.output, options.format, options)
     except ImportError as e:

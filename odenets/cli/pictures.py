@@ -70,12 +70,27 @@ def run(name: str, args: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def run_predict(args: Sequence[str]) -> list[Prediction]:
-    """`odenets predict`; the pictures that could not be read."""
+def predict_command(args: Sequence[str]) -> None:
+    """`odenets predict`, over pictures."""
+    run("predict", args)
+
+
+def evaluate_command(args: Sequence[str]) -> None:
+    """`odenets evaluate`."""
+    run("evaluate", args)
+
+
+def predict_parser() -> w.Parser:
+    """The options of `odenets predict`, over pictures."""
     parser = _parser("odenets predict", PREDICT)
     parser.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, folders of them, parquet, tar")
     parser.add_argument("--top", type=w.positive, default=5, help="classes per picture (5)")
-    options = parser.parse(args)
+    return parser
+
+
+def run_predict(args: Sequence[str]) -> list[Prediction]:
+    """`odenets predict`; the pictures that could not be read."""
+    options = predict_parser().parse(args)
     form = _form(options)
     source, notes = pictures_at(options.paths)
     trained = _open(options)
@@ -113,13 +128,18 @@ def _row(p: Prediction) -> dict[str, Any]:
     return {**dict(zip(_columns(len(p.classes) or 1)[:-1], [p.name, *cells], strict=False)), "error": p.error}
 
 
-def run_evaluate(args: Sequence[str]) -> list[Prediction]:
-    """`odenets evaluate`; the pictures that could not be read."""
+def evaluate_parser() -> w.Parser:
+    """The options of `odenets evaluate`."""
     parser = _parser("odenets evaluate", EVALUATE)
     parser.add_argument("folder", nargs="?", default=None, metavar="FOLDER", help="a folder per class, parquet, tar")
     parser.add_argument("--split", default=None, help="test, val, ...; the test split, else the validation split")
     parser.add_argument("--confidence", type=w.share, default=0.95, help="of the intervals (0.95)")
-    options = parser.parse(args)
+    return parser
+
+
+def run_evaluate(args: Sequence[str]) -> list[Prediction]:
+    """`odenets evaluate`; the pictures that could not be read."""
+    options = evaluate_parser().parse(args)
     form = _form(options)
     trained = _open(options)
     chosen = options.folder, options.split, options.confidence, options.batch_size, options.num_workers

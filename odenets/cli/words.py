@@ -2,10 +2,13 @@
 
 import argparse
 import csv
+import fnmatch
 import io
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +16,7 @@ from typing import Any, NoReturn
 from schemes import SchemeError
 
 from ..messages import explain, fail
+from ..names import closest
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +96,17 @@ def write(text: str, path: Path | None) -> None:
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[str] = ()) -> None:
-    """A table on the standard output, as wide as the terminal; off a terminal as wide as it needs."""
+    """A table on the standard output, as wide as the terminal; off a terminal as wide as it needs.
+
+    Where the terminal is too narrow for the longest word of each column, a row becomes a paragraph: its first cell, and
+    below it a line for each of the others.
+
+    Args:
+        title: above the table; "" for none.
+        columns: their names.
+        rows: cells, one per column; None is empty.
+        numbers: the columns that are set flush right.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -100,20 +114,90 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numb
     numbers = set(numbers)
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    rows = [["" if cell is None else str(cell) for cell in row] for row in rows]
     for row in rows:
         # Text, not markup: a class may be called [b].
         table.add_row(*(_plain(cell) for cell in row))
     console = Console(markup=False, highlight=False)
+    wide = Console(markup=False, highlight=False, width=10_000)  # measured without the limit of a terminal
+    needs = wide.measure(table)
     if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=10_000)  # measured without the limit of a terminal
-        console.width = console.measure(table).maximum
-    console.print(table)
+        console = wide
+        console.width = needs.maximum
+    if needs.minimum <= console.width:
+        with console.capture() as text:
+            console.print(table)
+        # A title is padded to the width of its table.
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
+        return
+    for line in _paragraphs(title, columns, rows):
+        print(textwrap.fill(line, max(20, console.width), subsequent_indent="    ", break_long_words=False))
 
 
-def _plain(cell: Any) -> Any:
+def _paragraphs(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """The rows as lines of text, without what is empty."""
+    if title:
+        yield title
+    for first, *others in rows:
+        yield first
+        yield from (f"  {name.lower()}: {cell}" for name, cell in zip(columns[1:], others, strict=True) if cell)
+
+
+def _plain(cell: str) -> Any:
     from rich.text import Text
 
-    return Text("" if cell is None else str(cell))
+    return Text(cell)
+
+
+def width() -> int | None:
+    """Columns of the terminal; None off a terminal, where there is no limit."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and what there is to say of each, on the standard output; long texts are wrapped under themselves."""
+    pairs = list(pairs)
+    left = 2 + max(len(name) for name, _ in pairs)
+    for name, text in pairs:
+        lines = textwrap.wrap(text, max(20, (width() or 120) - left), break_long_words=False)
+        print(f"{name:<{left}}" + f"\n{'':<{left}}".join(lines))
+
+
+def dash(value: Any) -> str:
+    """The value in writing, or a dash for none."""
+    return "–" if value is None else str(value)
+
+
+def counted(number: int, one: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "call"), counted(4, "call")
+        ('1 call', '4 calls')
+    """
+    return f"{number} {one}{'' if number == 1 else 's'}"
+
+
+def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
+    """The names that a pattern means: by shell wildcards, or those that contain it; capitals do not matter.
+
+    Args:
+        pattern: as it was given.
+        names: those that there are.
+        what: what they name, for the message.
+
+    Raises:
+        Failed: none, with exit status 1; the closest are named.
+    """
+    names = list(names)
+    folded = pattern.casefold()
+    wild = folded if any(c in folded for c in "*?[") else f"*{folded}*"
+    found = [name for name in names if fnmatch.fnmatchcase(name.casefold(), wild)]
+    if not found:
+        near = closest(pattern.strip("*?"), names)
+        remedy = f"Closest: {', '.join(near)}" if near else f"There are {len(names)}; without a pattern all are shown"
+        fail(f"no {what} matches {pattern!r}", remedy, 1)
+    return found
 
 
 def closed_output() -> None:

@@ -1,6 +1,5 @@
 """``restack`` and ``unrestack``: containers of blocks are found, checked, and only then changed."""
 
-import difflib
 import re
 import threading
 import warnings
@@ -14,6 +13,7 @@ from schemes.errors import SchemeError
 from schemes.scheme import Scheme
 
 from ..backprop.modes import Mode
+from ..names import closest
 from .container import Restacked, Restacking, RestackWarning, restacked
 
 M = TypeVar("M", bound=nn.Module)
@@ -187,7 +187,7 @@ def _containers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         what = f"{pattern!r} is a {type(named[pattern]).__name__}, want a ModuleList or Sequential of blocks"
     lists = [f"{name!r} ({len(m)} {type(m[0]).__name__})" for name, m in _of_equals(every) if name]
     names = [text.split("'")[1] for text in lists]
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    close = closest(pattern, names, cutoff=0.0)
     ranked = sorted(lists, key=lambda text: (text.split("'")[1] not in close, lists.index(text)))
     raise SchemeError(f"restack: {what}.\n  There are: {', '.join(ranked[:8]) or 'no containers of several blocks'}.")
 

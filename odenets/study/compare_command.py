@@ -14,6 +14,9 @@ from schemes import SchemeError
 
 from ..config_files import check_files
 from ..messages import fail
+from ..names import closest
+from ..packaged import experiments
+from ..packaged import find as find_experiment
 from ..training.sources import DataError
 from .comparison import FILE, Comparison, Progress, carry_out
 from .comparison_report import find, heading, print_report, table_of
@@ -38,7 +41,7 @@ same command goes on where it was stopped, with more seeds or more values too.
   --retry            train again what failed
   --KEY VALUE        any option of `odenets fit`, for all runs
 
-  odenets compare experiments/quickstart.yaml --over model.net.scheme=euler,midpoint,rk4 --seeds 0..4 --dir runs/digits
+  odenets compare quickstart --over model.net.scheme=euler,midpoint,rk4 --seeds 0..4 --dir runs/digits
   odenets compare report runs/digits
 """
 FLAGS = ("--retry",)
@@ -93,17 +96,22 @@ def _report(words: Sequence[str]) -> None:
     print_report(options.path, options.out, options.metric, options.baseline, options.target)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of this command alone; all others are those of `fit`."""
+    found = _Parser(prog="odenets compare", allow_abbrev=False, add_help=False)
+    found.add_argument("--over", action="append", default=[])
+    found.add_argument("--seeds", default="0..4")
+    found.add_argument("--dir")
+    found.add_argument("--workers", type=int, default=1)
+    found.add_argument("--address")
+    found.add_argument("--gpus", type=float, default=0.0)
+    found.add_argument("--retry", action="store_true")
+    return found
+
+
 def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="odenets compare", allow_abbrev=False, add_help=False)
-    parser.add_argument("--over", action="append", default=[])
-    parser.add_argument("--seeds", default="0..4")
-    parser.add_argument("--dir")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--address")
-    parser.add_argument("--gpus", type=float, default=0.0)
-    parser.add_argument("--retry", action="store_true")
     ours, others = _own(words)
-    return parser.parse_args(ours), others
+    return parser().parse_args(ours), others
 
 
 def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
@@ -117,10 +125,12 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
     """
     options, others = _options(words)
     experiment, *overrides = others or [""]
+    if not Path(experiment).is_file():
+        experiment = str(find_experiment(experiment) or experiment)
     if not experiment.endswith((".yaml", ".yml")) or not Path(experiment).is_file():
-        raise SchemeError(
-            f"there is no experiment {experiment!r}\n  The first word names its file: {HELP.split(chr(10))[0][7:]}"
-        )
+        near = closest(experiment, experiments(), cutoff=0.5)
+        hint = f"Closest: {', '.join(near)}" if near else f"The first word names its file: {HELP.split(chr(10))[0][7:]}"
+        raise SchemeError(f"there is no experiment {experiment!r}\n  {hint}")
     if not options.over or options.dir is None:
         lacking = "--dir DIR" if options.over else "--over KEY=V1,V2"
         raise SchemeError(f"{lacking} is not given\n  {TIP}.")

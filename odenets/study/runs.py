@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..training import needed as needed
+
+# isort: split
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback

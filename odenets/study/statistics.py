@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from schemes import SchemeError
 
+from ..extras import MissingExtra, install
+
 
 class Difference(NamedTuple):
     """Mean of one group of networks against that of another.
@@ -144,8 +146,10 @@ def paired(
 
 
 def _student(level: float, freedom: float) -> float:
-    from scipy.stats import t
-
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise MissingExtra(f"intervals need scipy: {install('study')}", name="scipy") from None
     return float(t.ppf(level, freedom))
 
 

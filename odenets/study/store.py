@@ -11,11 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
-from filelock import FileLock, Timeout
-
 from schemes import SchemeError
 
+from ..extras import MissingExtra, install
 from .space import Candidate
+
+try:
+    from filelock import FileLock, Timeout
+except ImportError:
+    raise MissingExtra(f"studies need filelock: {install('study')}", name="filelock") from None
 
 TRAINED = "trained"  # the one status whose figures may be averaged
 

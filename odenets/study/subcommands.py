@@ -8,12 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from ..training import needed as needed
+
+# isort: split
 from jsonargparse import ArgumentParser, Namespace
 
 from schemes import SchemeError
 
 from ..config_files import check_files
 from ..messages import TIP, explain, fail
+from ..packaged import with_files
 from ..training.sources import DataError
 from . import engine, report
 from .store import Store
@@ -58,8 +62,8 @@ def parser() -> ArgumentParser:
 
 def run(args: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
-    StudyParser.command_line = args
     try:
+        StudyParser.command_line = args = with_files(args)
         check_files(args)
         options = parser().parse_args(list(args))
         if options.subcommand == "report":

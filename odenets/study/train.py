@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from typing import Any, Literal
 
+from ..training import needed as needed
+
+# isort: split
 import lightning as L
 import torch
 import torch.nn.functional as F

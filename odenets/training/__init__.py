@@ -4,6 +4,9 @@ from typing import Any
 
 from schemes.deprecation import warn_renamed
 
+from . import needed as needed
+
+# isort: split
 from .augment import Augment as Augment
 from .callbacks import RunSummary as RunSummary
 from .callbacks import StepSchedule as StepSchedule

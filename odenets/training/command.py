@@ -35,6 +35,7 @@ from schemes import SchemeError
 
 from ..config_files import check_files
 from ..messages import explain, fail
+from ..packaged import with_files
 from .callbacks import Agreement, EpochLines, Predictions, RunSummary, Summary, Throughput
 from .files import (
     UNWRITABLE,
@@ -387,6 +388,7 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
 
 def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
     """Parses a command line, builds what it says, and runs it."""
+    words = with_files(words)
     TrainingParser.command_line = words
     check_files(words)
     return kind(

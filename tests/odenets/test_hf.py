@@ -77,8 +77,12 @@ def test_a_backbone_reads_what_a_classifier_wrote(name, tmp_path):
     stages = net.config.stage_names[1:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
-        # Not AutoBackbone.from_pretrained, which asks the Hub for the name before it looks for a folder.
-        backbone = hf.OdenetsBackbone.from_pretrained(tmp_path, out_features=stages).eval()
+        backbone, report = transformers.AutoBackbone.from_pretrained(
+            tmp_path, out_features=stages, output_loading_info=True
+        )
+        backbone.eval()
+        assert not report["missing_keys"] and not any("head." in key for key in report["unexpected_keys"])
+        assert type(backbone) is hf.OdenetsBackbone
         first = hf.OdenetsBackbone.from_pretrained(tmp_path, out_features=stages[:1]).eval()
         given = transformers.AutoConfig.from_pretrained(tmp_path)
         assert type(transformers.AutoBackbone.from_config(given)) is hf.OdenetsBackbone
@@ -91,6 +95,16 @@ def test_a_backbone_reads_what_a_classifier_wrote(name, tmp_path):
     sum(m.square().mean() for m in backbone(x).feature_maps).backward()
     with pytest.raises(SchemeError, match="the stem gives no map; want of stage1"):
         hf.OdenetsBackbone(config(name, out_features=["stem"]))
+
+
+def test_other_backbones_are_asked_for_as_before(tmp_path, monkeypatch):
+    """A folder of another model, and a name: what transformers would have done with them is done."""
+    asked = []
+    monkeypatch.setattr(hf, "_from_hub", lambda *args, **kwargs: asked.append((args, kwargs)))
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    transformers.AutoBackbone.from_pretrained(tmp_path, out_indices=[1])
+    transformers.AutoBackbone.from_pretrained("owner/name")
+    assert asked == [((tmp_path,), {"out_indices": [1]}), (("owner/name",), {})]
 
 
 def test_weights_that_no_file_holds_are_drawn_as_the_library_draws(tmp_path):

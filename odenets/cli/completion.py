@@ -1,0 +1,164 @@
+"""`odenets completion SHELL`: a script that completes the commands, their options, and the names that these take.
+
+The script is written once and holds all words, so that a press of the tab key starts no Python: importing torch and
+Lightning to answer it would take seconds.
+"""
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import shtab
+
+import schemes
+
+from .. import packaged
+from ..models.catalogue import list_models
+from ..training import command
+from . import words as w
+from .entry import COMMANDS, LIGHTNING
+
+TEXT = """Writes a script that completes commands, options and names in a shell, to the standard output. Once, and again
+after an update:
+
+  odenets completion bash > ~/.local/share/bash-completion/completions/odenets
+  odenets completion zsh > ~/.zfunc/_odenets                                      (a folder of fpath)
+  odenets completion fish > ~/.config/fish/completions/odenets.fish
+
+--prog lightning makes the script of the second name of this command.
+
+Exit status: 0; 2 for a shell that is not known."""
+
+ABOUT = {
+    "fit": "train",
+    "validate": "evaluate a checkpoint on the validation pictures",
+    "test": "the same on the test pictures",
+    "predict": "the classes of pictures",
+}
+# What stands for a file where an option says what it takes.
+FILES = set("CHECKPOINT CKPT CKPT_PATH DIR FILE FOLDER OUT OUTPUT PLOT PUBLISHED RUN_DIR STORE WEIGHTS".split())
+BASH = """_odenets_config() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}"""
+ZSH = """_odenets_config() {{ _alternative 'experiments:experiment:({names})' 'files:file:_files'; }}"""
+
+
+def parser() -> w.Parser:
+    """The options."""
+    found = w.Parser(prog="odenets completion", description=TEXT)
+    found.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="for which the script is")
+    found.add_argument("--prog", choices=("odenets", "lightning"), default="odenets", help="the command's name")
+    return found
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    options = parser().parse(args)
+    try:
+        sys.stdout.write(script(options.shell, options.prog) + "\n")
+    except BrokenPipeError:
+        w.closed_output()
+
+
+def script(shell: str, prog: str = "odenets") -> str:
+    """The script of a shell.
+
+    Args:
+        shell: one of ``shtab.SUPPORTED_SHELLS``.
+        prog: the command that it completes.
+    """
+    names = " ".join(packaged.experiments())
+    preamble = {"bash": BASH.format(names=names), "zsh": ZSH.format(names=names)}
+    return shtab.complete(whole(prog), shell, preamble=preamble)  # type: ignore[arg-type]  # a text for each shell, too
+
+
+def whole(prog: str) -> argparse.ArgumentParser:
+    """All commands with all of their options, as one parser that only says what there is."""
+    found = argparse.ArgumentParser(prog=prog)
+    found.add_argument("--version", action="store_true", help="the version of odenets")
+    commands = found.add_subparsers()
+    own = {name: _parser(place) for name, place in COMMANDS.items()}
+    trained = _lightning(prog)
+    for name in dict.fromkeys((*LIGHTNING, *COMMANDS)):
+        # `predict` is both: Lightning's over the data of a configuration, and our own over pictures.
+        sources = [source for source in (trained.get(name), own.get(name)) if source is not None]
+        about = ABOUT.get(name) or _plain(sources[-1].description)
+        _copy(
+            commands.add_parser(name, help=about, add_help=False),
+            [action for source in sources for action in source._actions],
+        )
+    return found
+
+
+def _parser(place: str) -> Any:
+    """The parser of a command of our own: it stands beside the function that runs it, under the same name."""
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), re.sub("run|command", "parser", function))()
+
+
+class _Found(Exception):
+    """Carries the parser of Lightning's commands."""
+
+
+class _Asked(command.Command):
+    """A command that stops before it parses anything."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
+        raise _Found(parser)
+
+
+def _lightning(prog: str) -> dict[str, Any]:
+    """The parsers of Lightning's commands, by their names."""
+    try:
+        command._command(_Asked, [], prog)
+    except _Found as found:
+        return next(a.choices for a in found.args[0]._actions if isinstance(a.choices, dict))
+    raise AssertionError("a command went on without its parser")
+
+
+def _copy(target: argparse.ArgumentParser, source: Iterable[Any]) -> None:
+    """Gives a parser options of the same names, words and choices, which do nothing."""
+    taken: set[str] = set()
+    for action in source:
+        if isinstance(action.choices, dict) and not action.option_strings:  # subcommands
+            inner = target.add_subparsers()
+            for name, sub in action.choices.items():
+                _copy(inner.add_parser(name, add_help=False, help=sub.description or ""), sub._actions)
+            continue
+        names = [name for name in action.option_strings if name not in taken and not name.endswith(".help")]
+        if action.option_strings and not names:
+            continue
+        taken.update(names)
+        given: dict[str, Any] = {"help": _plain(action.help)}
+        if action.nargs == 0:
+            target.add_argument(*names, action="store_true", **given)
+            continue
+        added = target.add_argument(*names or [action.dest], nargs=action.nargs, choices=_choices(action), **given)
+        if "--config" in names:
+            added.complete = {"bash": "_odenets_config", "zsh": "_odenets_config"}  # type: ignore[attr-defined]
+        elif _takes_file(action):
+            added.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def _plain(text: str | None) -> str:
+    """A help text without what argparse would expand in it."""
+    return "" if text in (None, argparse.SUPPRESS) else str(text).split("\n")[0].replace("%", "%%")
+
+
+def _choices(action: Any) -> list[str] | None:
+    if action.choices is not None:
+        return [str(choice) for choice in action.choices]
+    words = str(action.metavar)
+    if words == "SCHEME" or action.dest in ("scheme", "schemes"):
+        return list(schemes.names())
+    if words == "NAME" and action.dest == "model":
+        return list_models()
+    if words == "NAME|PATTERN":
+        return list(packaged.experiments())
+    return None
+
+
+def _takes_file(action: Any) -> bool:
+    said = {*re.findall(r"[A-Z]+", str(action.metavar)), action.dest.upper()}
+    return bool(said & FILES)

@@ -1,0 +1,65 @@
+"""`odenets experiments`: the experiments that `-c NAME` knows, and what is in one of them."""
+
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from schemes import SchemeError
+
+from .. import packaged
+from ..messages import fail
+from . import words as w
+
+TEXT = """Lists the experiments that come with the package: `lightning fit -c NAME` trains one. With the name of one
+its file is printed, to be saved and changed: `odenets experiments quickstart > mine.yaml`.
+
+Exit status: 0; 1 where nothing matches; 2 where the command cannot be read."""
+
+
+def parser() -> w.Parser:
+    """The options."""
+    found = w.Parser(prog="odenets experiments", description=TEXT)
+    found.add_argument("name", nargs="?", metavar="NAME|PATTERN", help="an experiment, or part of their names")
+    found.add_argument("--json", action="store_true", help="print JSON: names, files, what each of them is")
+    return found
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs one command line; errors that the user can mend end in two lines."""
+    options = parser().parse(args)
+    known = packaged.experiments()
+    if not known:
+        fail("this installation came without its experiments", "Install the wheel anew, or give files: -c FILE.yaml")
+    try:
+        file = packaged.find(options.name) if options.name else None
+        if file is not None and not options.json:
+            sys.stdout.write(file.read_text(encoding="utf-8"))
+            return
+        names = [options.name] if file else w.matching(options.name or "*", known, "experiment")
+        rows = [(name, known.get(name, file), about(known.get(name) or file)) for name in names]  # type: ignore[arg-type]
+        if options.json:
+            w.write(w.as_json([{"name": n, "file": str(f), "about": text} for n, f, text in rows]), None)
+        else:
+            w.show(
+                "",
+                ["Experiment", "It is"],
+                [(n, textwrap.shorten(text, 100, placeholder=" ...")) for n, _, text in rows],
+            )
+    except BrokenPipeError:
+        w.closed_output()
+    except (SchemeError, OSError) as e:
+        fail(str(e), "odenets experiments --help shows how it is used")
+
+
+def about(file: Path) -> str:
+    """The first sentence of what a file says of itself, behind the command."""
+    head: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.removeprefix("#").strip())
+    paragraphs = "\n".join(head).split("\n\n")
+    text = " ".join(paragraphs[1 if len(paragraphs) > 1 else 0].split())
+    return re.split(r"(?<=\.)(?<!al\.)\s+(?=[A-Z])", text)[0]

@@ -1,0 +1,87 @@
+"""`odenets schemes`: the schemes that there are, and what each of them costs and gives."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import schemes
+from schemes import SchemeError
+from schemes.scheme import Scheme
+
+from ..messages import fail
+from . import words as w
+
+TEXT = """Lists the schemes: all names, or those that a pattern means (rk*, or a part of the name); families stand with
+their usual member. Any of them, or an expression such as nested(midpoint, rk4) or 3*rk4 + midpoint, is what scheme=
+takes in Python and --model.net.scheme on the command line.
+
+  Order     of accuracy, for one vector field; – where no order holds
+  Stages    residual functions that a step consumes
+  Calls     of them in a step; – where only a run can tell
+  Inverse   yes: states can be made again instead of kept; training: of the training pass alone
+  Mixing    max_i sum_j |a_ij|, how far a stage's input strays from the step's
+
+Exit status: 0; 1 where nothing matches; 2 where the command cannot be read."""
+COLUMNS = ("Scheme", "Order", "Stages", "Calls", "Inverse", "Mixing", "Source")
+
+
+def parser() -> w.Parser:
+    """The options."""
+    found = w.Parser(prog="odenets schemes", description=TEXT)
+    found.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="with shell wildcards, or a part")
+    found.add_argument("--json", action="store_true", help="print JSON")
+    return found
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs one command line; errors that the user can mend end in two lines."""
+    options = parser().parse(args)
+    try:
+        chosen = w.matching(options.pattern, schemes.names(), "scheme")
+        found = [known_of(text) for text in (schemes.examples(name)[0] for name in chosen)]
+        if options.json:
+            w.write(w.as_json(found), None)
+        else:
+            w.show("", COLUMNS, map(_cells, found), ("Order", "Stages", "Calls", "Mixing"))
+    except BrokenPipeError:
+        w.closed_output()
+    except SchemeError as e:
+        fail(str(e), "odenets schemes --help shows how it is used")
+
+
+def known_of(text: str) -> dict[str, Any]:
+    """What is known of a scheme, as plain values: those of the columns."""
+    scheme = schemes.get(text)
+    return {
+        "scheme": text,
+        "order": scheme.order,
+        "stages": scheme.stages,
+        "calls": scheme.evaluations,
+        "inverse": "yes" if scheme.invertible else "training" if scheme.reversible_in_training else None,
+        "mixing": scheme.mixing,
+        "source": source(scheme),
+    }
+
+
+def source(scheme: Scheme) -> str:
+    """Where a scheme was published: by its tableau, or by the documentation of its class."""
+    tableau = scheme.tableau
+    if tableau is not None and tableau.cite:
+        return tableau.cite
+    lines = (inspect.getdoc(type(scheme)) or "").splitlines()
+    at = next((i for i, line in enumerate(lines) if line.startswith("Source:")), None)
+    if at is None:
+        return ""
+    found = [lines[at].removeprefix("Source:").strip()]
+    for line in lines[at + 1 :]:
+        if not line.strip():
+            break
+        found.append(line.strip())
+    return " ".join(filter(None, found)).removesuffix(".")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    mixing = row["mixing"]
+    calls, order = (w.dash(row[key]) for key in ("calls", "order"))
+    cost = (order, str(row["stages"]), calls, w.dash(row["inverse"]))
+    return [row["scheme"], *cost, "–" if mixing is None else f"{mixing:.2f}", row["source"]]

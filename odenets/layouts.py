@@ -1,0 +1,129 @@
+"""Weights from one key layout to another: what ``checkpoints.load`` takes in under published names goes out again."""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from schemes.errors import SchemeError
+
+from . import checkpoints
+
+
+class Converted(NamedTuple):
+    """Weights under other keys.
+
+    Attributes:
+        tensors: by their keys.
+        layout: the layout of these keys, "own" for those of the library.
+        left: keys of the layout that are not written, since the model lacks what they name (a head, for example).
+    """
+
+    tensors: dict[str, Tensor]
+    layout: str
+    left: tuple[str, ...] = ()
+
+
+def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> Converted:
+    """Weights of any known layout under the keys of the library; the model has them afterwards.
+
+    Args:
+        model: the model; written only if everything fits.
+        source: as in ``checkpoints.load``.
+
+    Raises:
+        SchemeError: as in ``checkpoints.load``; a layout that implies a number which no tensor holds, and which
+            a new model would not have.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> to_own(nn.Linear(1, 1), {"module.weight": torch.ones(1, 1), "module.bias": torch.ones(1)}).tensors.keys()
+        dict_keys(['weight', 'bias'])
+    """
+    numbers = _numbers(model)
+    report = checkpoints.load(model, source)
+    changed = {path: value for path, value in _numbers(model).items() if numbers.get(path) != value}
+    if changed:
+        _refuse(report.layout, changed)
+    return Converted(dict(model.state_dict()), "own", report.dropped)
+
+
+def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -> Converted:
+    """A model's weights under the keys, and in the shapes, of a published file of the same model.
+
+    Args:
+        model: the model.
+        like: the file, or its state dict; what its tensors hold is not looked at. The head may be of another width.
+
+    Raises:
+        SchemeError: a layout that the model does not know, of another model, or without a place for all weights.
+
+    Example:
+        >>> from odenets import create_model
+        >>> net = create_model("resnet20")
+        >>> to_layout(net, net.state_dict())
+        Traceback (most recent call last):
+        ...
+        schemes.errors.SchemeError: the state dict has the keys of ResNet itself; want a published file of another.
+    """
+    name = "the state dict" if isinstance(like, Mapping) else str(like)
+    own = model.state_dict()
+    state, known = checkpoints.published_keys(model, like, name)
+    if known is None:
+        what = f"the keys of {type(model).__name__} itself" if state.keys() == own.keys() else "keys of no known layout"
+        raise SchemeError(f"{name} has {what}; want a published file of another.")
+    found: dict[str, Tensor] = {}
+    left: list[str] = []
+    wrong: list[str] = []
+    for key, value in state.items():
+        target = known.names.get(key, key)
+        if target is None:
+            left.append(key)
+        elif target not in own:
+            wrong.append(f"{key} has no place")
+        elif (shape := _shape(own[target], value, head=target.startswith("head."))) is None:
+            wrong.append(f"{key} is {tuple(value.shape)}, here {tuple(own[target].shape)}")
+        else:
+            found[key] = own[target].detach().cpu().reshape(shape)
+    named = set(known.names.values())
+    # Old files lack the counter of BatchNorm, which they can do without; nothing else may be lost.
+    wrong += [f"{key} is not in it" for key in own if key not in named and not key.endswith("num_batches_tracked")]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise SchemeError(
+            f"{name} is of another model than this {type(model).__name__}: {'; '.join(wrong[:5])}{more}.\n"
+            "  Give a file of the same model, which any published weights of it are."
+        )
+    numbers = _numbers(model)
+    changed = {path: value for path, value in known.settings.items() if numbers.get(path) != value}
+    if changed:
+        _refuse(known.layout, changed)
+    return Converted(found, known.layout, tuple(left))
+
+
+def _shape(own: Tensor, like: Tensor, head: bool) -> torch.Size | None:
+    """The shape to write: that of the layout, whose matrices may be 1x1 convolutions; None where they do not fit."""
+    sizes = [[n for n in t.shape if n != 1] for t in (own, like)]
+    if sizes[0] == sizes[1]:
+        return like.shape
+    # As many axes, and all but the number of classes alike.
+    if head and own.shape[1:] == like.shape[1:]:
+        return own.shape
+    return None
+
+
+def _numbers(model: nn.Module) -> dict[str, float]:
+    """The epsilons of a model by their paths: numbers in which layouts differ, though no tensor shows it."""
+    found = {f"{path}.eps": getattr(m, "eps", None) for path, m in model.named_modules()}
+    return {path: value for path, value in found.items() if isinstance(value, float)}
+
+
+def _refuse(layout: str, numbers: Mapping[str, float]) -> None:
+    said = ", ".join(f"{path} = {value:g}" for path, value in numbers.items())
+    raise SchemeError(
+        f"the layout {layout} implies {said}, which a model has not by itself and no file of weights can hold.\n"
+        "  Load the published file by odenets.checkpoints.load, which sets it."
+    )
