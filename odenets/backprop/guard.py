@@ -41,7 +41,9 @@ class Guard:
 
     def apply(self, run: Callable[[State], State], state: State) -> State:
         """What ``run``, an update, makes of the state, without a graph."""
-        return self._apply(run, self.behind(state))
+        with torch.enable_grad():
+            state = self.behind(state)
+        return self._apply(run, state)
 
     def alone(self, run: Callable[[State], State], state: State, refuse: Callable[[Sequence[Tensor]], None]) -> State:
         """As ``apply`` where neither a stream nor a parameter needs a gradient: no backward pass will come here.

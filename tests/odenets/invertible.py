@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -46,11 +47,14 @@ EXACT = 1e-12  # relative, double precision, a few steps
 
 
 class Notes:
-    """What a test is told of calls; no attribute of a module, which a step that is run again leaves as it was."""
+    """What a test is told of calls; kept beside the modules, whose attributes a second run leaves as they were."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.dtypes: list[torch.dtype] = []
+
+
+_NOTES: WeakKeyDictionary[nn.Module, Notes] = WeakKeyDictionary()
 
 
 class Function(nn.Module):
@@ -63,7 +67,11 @@ class Function(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.outer = nn.Linear(hidden, slot.out_channels)
         self.size = size
-        self.noted = Notes()
+
+    @property
+    def noted(self) -> Notes:
+        """The notes of this module."""
+        return _NOTES.setdefault(self, Notes())
 
     def forward(self, *args: Tensor) -> Tensor:
         self.noted.calls += 1
