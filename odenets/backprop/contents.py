@@ -4,7 +4,6 @@ Lists, dictionaries and plain objects among a module's attributes, what a closur
 random numbers: what a step did to them, it must not do twice, and what it read there must be read again.
 """
 
-import dis
 import itertools
 import operator
 import random
@@ -13,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from functools import cache, partial
+from functools import partial
 from operator import is_
-from types import CodeType, FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -132,9 +131,9 @@ class Contents:
         self.found: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
         self.generators: list[Any] = []
-        queue, seen = [*((c, True, 0) for c in containers), *((c, False, 0) for c in given)], set[int]()
+        queue, seen = [*((c, True, 0, False) for c in containers), *((c, False, 0, False) for c in given)], set[int]()
         while queue and len(seen) < _LARGEST:
-            c, attribute, hops = queue.pop()
+            c, attribute, hops, apart = queue.pop()
             # By identity: containers may hold themselves, and comparing their contents could raise.
             if id(c) in seen or (isinstance(c, nn.Module) and known is not None and known(c)):
                 continue
@@ -143,8 +142,10 @@ class Contents:
             # A data set among the attributes: looking at all of it would cost more than the step.
             if isinstance(content, (dict, list)) and len(content) > _LARGEST:
                 continue
+            # What a function has captured is read: lists in which it counts are mostly there to be looked at, and stay.
+            apart = apart or isinstance(c, FunctionType)
             # A tuple cannot change, but the lists and tensors in it can.
-            if not isinstance(c, (tuple, partial, MethodType)):
+            if not (apart or isinstance(c, (tuple, partial, MethodType))):
                 self.found.append((c, content))
             hops += not (is_container(c) or isinstance(c, nn.Module))
             for v in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
@@ -153,7 +154,7 @@ class Contents:
                 elif is_generator(v):
                     self.generators.append(v)
                 elif hops <= _HOPS and holds(v, attribute):
-                    queue.append((v, attribute, hops))
+                    queue.append((v, attribute, hops, apart))
 
     def same(self) -> bool:
         """Whether the containers hold the very same objects still."""
@@ -262,31 +263,18 @@ def _captured(function: FunctionType) -> dict[Any, Any]:
             found[n] = cell.cell_contents
         except ValueError:  # a name that is not bound yet
             continue
-    stored, around = _stored(function.__code__), function.__globals__
+    around = function.__globals__
     for name in function.__code__.co_names:
-        if name in around:
-            value = around[name]
-            # Most globals are modules, classes and functions, which no step changes.
-            if name in stored or isinstance(value, (Tensor, nn.Module)) or is_container(value) or is_generator(value):
-                found[name] = value
+        value = around.get(name)
+        # Most globals are modules, classes and functions, which no step changes.
+        if isinstance(value, (Tensor, nn.Module)) or is_container(value) or is_generator(value):
+            found[name] = value
     return found
-
-
-@cache
-def _stored(code: CodeType) -> frozenset[str]:
-    """The globals that a function sets."""
-    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL")
 
 
 def _refill(c: Any, content: Any) -> None:
     if isinstance(c, (list, bytearray)):
         c[:] = content
-    elif isinstance(c, FunctionType):
-        for where, value in content.items():
-            if isinstance(where, str):
-                c.__globals__[where] = value
-            else:
-                c.__closure__[where].cell_contents = value  # type: ignore[index]
     elif isinstance(c, Iterator):
         return  # refused as soon as it moved
     elif isinstance(c, nn.Module):
