@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from .analysis.weights import WeightMap
 
 
+# Okabe and Ito 2008, Color Universal Design: told apart by colour-blind readers too; yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*X"
+
+
 def _figure(width: float, height: float) -> "Figure":
     try:
         # The object, not pyplot: no window, no global state, no backend that a server lacks.
@@ -233,6 +238,39 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
     axes.set_aspect("equal")
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=9)
+    return _write(figure, path)
+
+
+def reliability(bins: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
+    """Accuracy against confidence: a bar per bin, the diagonal where both are equal, and how many pictures lie there.
+
+    Args:
+        bins: rows with "from", "to", "pictures", "accuracy" and "confidence", as
+            ``odenets.training.calibration.Calibration`` gives them.
+        path: the file.
+        title: above the figure.
+
+    Source:
+        Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, figure 1.
+    """
+    figure = _figure(4.2, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    total = sum(row["pictures"] for row in bins)
+    ece = sum(row["pictures"] / total * abs(row["accuracy"] - row["confidence"]) for row in bins)
+    edges = [row["from"] for row in bins], [row["to"] - row["from"] for row in bins]
+    bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
+    above.bar(edges[0], [row["accuracy"] for row in bins], edges[1], color=COLOURS[0], label="accuracy", **bar)
+    sure = [row["confidence"] for row in bins]
+    above.plot(sure, sure, "o", color=COLOURS[1], markersize=4, label="mean confidence")
+    above.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=0.8)
+    above.set_ylabel("accuracy")
+    above.set_ylim(0, 1)
+    above.legend(fontsize=8, loc="upper left")
+    above.set_title(f"{title}\nECE {100 * ece:.2f} %".strip(), fontsize=9)
+    below.bar(edges[0], [100 * row["pictures"] / total for row in bins], edges[1], color="gray", **bar)
+    below.set_ylabel("pictures, %")
+    below.set_xlabel("confidence")
+    below.set_xlim(0, 1)
     return _write(figure, path)
 
 

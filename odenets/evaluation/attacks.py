@@ -6,15 +6,17 @@ their labels; normalisation is a part of the network that it attacks. The networ
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from schemes import SchemeError
 from schemes.language import Reader
 
+from ..analysis.features import evaluating
 from ..seeds import seed_of
 
 Norm = Literal["linf", "l2"]
@@ -50,7 +52,7 @@ class Attack(NamedTuple):
         exactly, as cutting to [0, 1] brings no picture farther from one inside.
 
         Args:
-            logits: Of pictures in [0, 1], (n, classes); frozen.
+            logits: Of pictures in [0, 1], (n, classes). A module runs in evaluation mode, and is left as it was.
             x: Pictures (n, c, h, w) in [0, 1], floats.
             labels: (n,).
             seeds: Of each picture's random start; 0 to n - 1 where left out.
@@ -62,9 +64,10 @@ class Attack(NamedTuple):
             raise SchemeError(f"{self.name}: pictures {tuple(x.shape)} of {x.dtype}; want floats in [0, 1]")
         clean = x.detach()
         moved = self._start(clean, range(len(x)) if seeds is None else seeds)
-        for _ in range(self.steps):
-            grad = self._gradient(logits, moved, labels)
-            moved = self._inside(moved + self.step_size * self._direction(grad), clean)
+        with evaluating(logits) if isinstance(logits, nn.Module) else nullcontext():
+            for _ in range(self.steps):
+                grad = self._gradient(logits, moved, labels)
+                moved = self._inside(moved + self.step_size * self._direction(grad), clean)
         return moved
 
     def _gradient(self, logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ class Attack(NamedTuple):
 
 
 def _positive(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "numerator"):
+    if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "numerator")):
         raise SchemeError(f"{what} {value}: want a number above 0")
     number = float(value)  # type: ignore[arg-type]
     if not 0 < number < float("inf"):

@@ -354,7 +354,7 @@ def corrupt(
 
     Random numbers are drawn from a generator of each picture's own, seeded by ``seed``, the corruption, the strength
     and the picture's index: the result is the same in any batch. Levels are cut to whole ones, as published. The
-    constants are in pixels, published for pictures of 32 and 224; only those of elastic_transform grow with the picture.
+    constants are in pixels, for pictures of 32 and 224; only those of elastic_transform grow with the picture.
 
     Args:
         x: Levels, uint8 (n, c, h, w), 1 or 3 channels.

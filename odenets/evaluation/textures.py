@@ -82,7 +82,7 @@ def clouds(draws: Draws, height: int, width: int, decay: float) -> Tensor:
 
 
 def frosting(draws: Draws, height: int, width: int) -> Tensor:
-    """Frost without photographs: bright ridges of one plasma fractal over the patches of another, (n, 3, height, width).
+    """What stands in for frost: bright ridges of a plasma fractal on patches of another, (n, 3, height, width).
 
     ridge = (1 - |2 p - 1|)^4, light = 0.25 + 0.45 ridge + 0.3 q, tinted 0.9, 0.97, 1; from 0 to 1.
     """

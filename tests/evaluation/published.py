@@ -42,7 +42,10 @@ LISTS = {
         [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
         [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)],
     ),
-    "fog": ([(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)], [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
+    "fog": (
+        [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
+        [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)],
+    ),
     "brightness": ([0.05, 0.1, 0.15, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),
     "contrast": ([0.75, 0.5, 0.4, 0.3, 0.15], [0.4, 0.3, 0.2, 0.1, 0.05]),
     "elastic_transform": (
@@ -174,7 +177,9 @@ def fractal(d, size, decay):
         grid = [(a, b) for a in range(count) for b in range(count)]
         for a, b in grid:
             i, j = a * step, b * step
-            corners = z[i, j] + z[(i + step) % size, j] + z[i, (j + step) % size] + z[(i + step) % size, (j + step) % size]
+            corners = (
+                z[i, j] + z[(i + step) % size, j] + z[i, (j + step) % size] + z[(i + step) % size, (j + step) % size]
+            )
             z[i + half, j + half] = corners / 4 + wibble * noise[0][a, b]
         for a, b in grid:
             i, j = a * step, b * step + half
@@ -246,7 +251,10 @@ def frost_photograph(x, c, d, photographs, shrink):
     """With photographs: a cut of one of the first five, scaled as OpenCV's bilinear resize does without smoothing."""
     picture = photographs[int(d.integers(0, 5))]
     high, wide = (round(n * shrink) for n in picture.shape[:2])
-    at = [np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1) for m, n in ((high, picture.shape[0]), (wide, picture.shape[1]))]
+    at = [
+        np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+        for m, n in ((high, picture.shape[0]), (wide, picture.shape[1]))
+    ]
     grid = np.stack(np.meshgrid(*at, indexing="ij"))
     scaled = [ndimage.map_coordinates(picture[..., i].astype(float), grid, order=1, mode="nearest") for i in range(3)]
     top, left = int(d.integers(0, high - x.shape[0])), int(d.integers(0, wide - x.shape[1]))

@@ -13,7 +13,10 @@ from schemes import SchemeError
 from . import published
 
 PROTOCOLS = ("cifar", "imagenet")
-SIDE = {"cifar": 32, "imagenet": 48}  # the constants' own meaning does not depend on the size, but for elastic_transform
+SIDE = {
+    "cifar": 32,
+    "imagenet": 48,
+}  # the constants' own meaning does not depend on the size, but for elastic_transform
 
 
 def smooth(n, side, channels=3, seed=0):
@@ -51,7 +54,9 @@ ROUNDED = {"glass_blur": 0.2, "snow": 0.001, "motion_blur": 0.001, "frost": 0.02
 
 def agree(found, wanted, name):
     far = (found - wanted).abs()
-    assert float((far > 2e-6).double().mean()) <= ROUNDED.get(name, 0), f"{name}: {float((far > 2e-6).double().mean()):.2%}"
+    assert float((far > 2e-6).double().mean()) <= ROUNDED.get(name, 0), (
+        f"{name}: {float((far > 2e-6).double().mean()):.2%}"
+    )
     assert float(far.max()) < 1.1 / 255, f"{name}: {float(far.max())}"
 
 
@@ -98,7 +103,9 @@ def test_random_numbers_are_a_picture_s_own(name):
     assert torch.equal(whole[[2, 0]], corrupt(x[:2], name, 3, indices=[2, 0]))
     state = torch.random.get_rng_state()
     random = not torch.equal(whole[0], whole[1])
-    assert random == (name not in {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"})
+    assert random == (
+        name not in {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
+    )
     assert random != torch.equal(whole, corrupt(x, name, 3, seed=1))
     assert torch.equal(state, torch.random.get_rng_state())
 
