@@ -138,7 +138,7 @@ def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, An
     for numbers, x, labels in pictures.batches(**work):
         probabilities = trained.probabilities(x)
         if others is not None:
-            probabilities[:, others] = 0
+            probabilities = probabilities * ~others
             probabilities /= probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         counts.add(probabilities, labels)
         if real is not None:

@@ -33,8 +33,8 @@ class CorruptionErrors(NamedTuple):
         return float(value) if isinstance(value, int | float) else sum(value) / len(value)
 
 
-# Means over the five strengths, published beside the benchmark (github.com/hendrycks/robustness; the same numbers are in
-# github.com/google-research/augmix, imagenet.py); clean: 43.5 %, the paper's table of ImageNet-C.
+# Means over the five strengths, published beside the benchmark (github.com/hendrycks/robustness; the same numbers are
+# in github.com/google-research/augmix); clean: 43.5 %, the paper's table of ImageNet-C.
 ALEXNET = CorruptionErrors(
     0.435,
     {
@@ -61,8 +61,8 @@ ALEXNET = CorruptionErrors(
 def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None = None) -> dict[str, Any]:
     """Mean error, and against a baseline mCE and relative mCE.
 
-    CE_c = sum_s E_sc / sum_s B_sc; mCE is its mean over corruptions. Relative: sum_s (E_sc - E) / sum_s (B_sc - B), with the
-    errors E and B on clean pictures. 1 is as good as the baseline.
+    CE_c = sum_s E_sc / sum_s B_sc; mCE is its mean over corruptions. Relative: sum_s (E_sc - E) / sum_s (B_sc - B), with
+    the errors E and B on clean pictures. 1 is as good as the baseline.
 
     Args:
         found: The network's.

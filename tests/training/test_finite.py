@@ -26,7 +26,7 @@ def classifier():
     return Classifier(net, optimizer=partial(torch.optim.SGD, lr=0.1))
 
 
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own, of a run so small
 def test_repeat_wakes_no_frozen_norm(tmp_path):
     data = TensorDataset(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
     seen = []
