@@ -61,8 +61,8 @@ ALEXNET = CorruptionErrors(
 def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None = None) -> dict[str, Any]:
     """Mean error, and against a baseline mCE and relative mCE.
 
-    CE_c = sum_s E_sc / sum_s B_sc; mCE is its mean over corruptions. Relative: sum_s (E_sc - E) / sum_s (B_sc - B), with
-    the errors E and B on clean pictures. 1 is as good as the baseline.
+    CE_c = sum_s E_sc / sum_s B_sc; mCE is its mean over corruptions. Relative: sum_s (E_sc - E) / sum_s (B_sc - B), of
+    errors E and B on clean pictures. 1 is as good as the baseline.
 
     Args:
         found: The network's.
