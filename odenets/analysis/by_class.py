@@ -1,4 +1,4 @@
-"""How alike features are to one class's label and to its pictures, place by place: what levels and columns disentangle."""
+"""How alike features are to one class's label and to its pictures, place by place."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -53,10 +53,10 @@ def class_alignment(
 ) -> ClassAlignment:
     r"""Centered kernel alignment of places with the label and with the pictures of each class.
 
-    With the label of class k: CKA of the features with the indicator :math:`[y = k]`, over all pictures of a batch. With
-    its pictures: CKA of the features with the pixels, over groups of 16 pictures of that class. Both from unbiased
-    estimates, which are added up and weighed by their samples, as in ``alignment``. The paper states neither of the two
-    more closely than "images or labels of each category"; this is how we read it.
+    With the label of class k: CKA of the features with the indicator :math:`[y = k]`, over all pictures of a batch.
+    With its pictures: CKA of the features with the pixels, over groups of 16 pictures of that class. Both from unbiased
+    estimates, which are added up and weighed by their samples, as in ``alignment``. The paper compares with the images
+    and labels of each category and gives no formula; this is how we read it.
 
     Args:
         model: any network; runs in evaluation mode, and is left as it was.

@@ -64,6 +64,8 @@ def run_over(name: str, command: Callable[[Sequence[str]], list[Prediction]], ar
     """
     try:
         unread = command(args)
+    except ModuleNotFoundError:
+        raise  # of an extra, which `main` names
     except (SchemeError, DataError, ImportError) as e:
         fail(str(e), f"odenets {name} --help shows how it is used")
     except BrokenPipeError:
