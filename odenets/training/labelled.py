@@ -85,6 +85,8 @@ class Labelled:
             self._set, self.where = _own(trained, split, size)
             self._source = None
             self.labels = torch.as_tensor(self._set.labels)
+            if bool((self.labels == NONE).any()):
+                raise DataError(f"{self.where}: some pictures have no label\n  odenets predict needs none")
         else:
             view = trained.view if size is None else trained.view._replace(height=size, width=size)
             self._source, self.where = _of_folder(trained, Path(root), split)
