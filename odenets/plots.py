@@ -268,7 +268,8 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
             # First and last, and as many between as can be read.
             every = max(1, -(-len(names) // 12))
             ticks = sorted({*range(0, len(names) - every, every), len(names) - 1})
-            which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6)
+            long = which is axes.xaxis and max(map(len, names)) > 3
+            which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6, rotation=90 if long else 0)
         if m.values.numel() <= 64:
             # Values that are close to each other, such as alphas, have one colour.
             _numbers(axes, m.values.tolist(), float(m.values.nan_to_num(0).max()))

@@ -101,7 +101,7 @@ def _layercam(job: Job) -> Path:
     data = _data(job)
     x, _ = next(_batches(data))
     x = x[: job.options.pictures]
-    names = job.places(_last_of_each(places(job.net)))
+    names = job.places(_of_each(places(job.net)))
     heats = layer_cam(job.net, x, names)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     return plots.heat_maps_by_column(x * std + mean, heats, names, job.out)
@@ -126,11 +126,11 @@ KINDS: dict[str, tuple[str, Callable[[Job], Path]]] = {
 }
 
 
-def _last_of_each(found: Sequence[str]) -> list[str]:
-    """The last step of each stack; of columns all, as the figure has a row and a column for them."""
-    if any(not name.endswith(":0") for name in found):
+def _of_each(found: Sequence[str]) -> list[str]:
+    """What each stack gives; of columns all, as the figure has a row and a column for them."""
+    if any(not name.endswith((":0", ":readout")) for name in found):
         return list(found)
-    return list({name.rpartition(".steps.")[0]: name for name in found}.values())
+    return list(dict.fromkeys(name.rpartition(".steps.")[0] or name for name in found))
 
 
 def _net(path: Path, held: Mapping[str, Any]) -> nn.Module:

@@ -89,8 +89,8 @@ def test_class_alignment_draws_the_class_that_was_asked_for(trained, monkeypatch
     digits.setup("validate")
     batches = [digits.on_after_batch_transfer(b, 0) for b, _ in zip(digits.val_dataloader(), range(2), strict=False)]
     want = analyse.class_alignment(net, batches, names, classes=10)
-    assert torch.allclose(torch.tensor(label), want.label[:, 7], equal_nan=True, atol=1e-6)
-    assert torch.allclose(torch.tensor(picture), want.picture[:, 7], equal_nan=True, atol=1e-6)
+    assert torch.allclose(torch.tensor(label), want.label[:, 7].float(), equal_nan=True, atol=1e-6)
+    assert torch.allclose(torch.tensor(picture), want.picture[:, 7].float(), equal_nan=True, atol=1e-6)
     assert f"class 7, {int(want.counts[7])} of 80 pictures" in title and out.name == "class_alignment.png"
     assert "no class of the data" in refused(capsys, path, "class_alignment", "--of", "zebra")[0]
 
