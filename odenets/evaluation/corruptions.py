@@ -376,6 +376,7 @@ def corrupt(
         Hendrycks and Dietterich 2019, arXiv 1903.12261.
 
     Example:
+        >>> import torch
         >>> x = torch.full((2, 3, 32, 32), 100, dtype=torch.uint8)
         >>> corrupt(x, "brightness", 3)[0, 0, 0, 0].item()
         138

@@ -38,7 +38,7 @@ def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Ten
     Row i holds exp(-k^2 / 2 sigma^2) / Z at fold(i + k), |k| up to round(truncate sigma); the unit matrix for sigma 0.
 
     Example:
-        >>> gaussian_matrix(3, 1.0, nearest, 4.0).sum(1).tolist()
+        >>> gaussian_matrix(3, 1.0, nearest, 4.0).sum(1).round(decimals=9).tolist()
         [1.0, 1.0, 1.0]
     """
     if sigma <= 1e-15:

@@ -19,6 +19,7 @@ class Calibration:
         Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, equation 3; by torchmetrics.
 
     Example:
+        >>> import torch
         >>> found = Calibration(2)
         >>> found.add(torch.tensor([[0.9, 0.1], [0.3, 0.7]]), torch.tensor([0, 0]))
         >>> round(found.summary()["ece"], 3)
