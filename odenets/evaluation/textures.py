@@ -84,8 +84,8 @@ def clouds(draws: Draws, height: int, width: int, decay: float) -> Tensor:
 def frosting(draws: Draws, height: int, width: int) -> Tensor:
     """What stands in for frost: bright ridges of a plasma fractal on patches of another, (n, 3, height, width).
 
-    ridge = (1 - |2 p - 1|)^4, light = 0.25 + 0.45 ridge + 0.3 q, tinted 0.9, 0.97, 1; from 0 to 1.
+    ridge = (1 - |2 p - 1|)^3, light = 0.25 + 0.45 ridge + 0.3 q, tinted 0.9, 0.97, 1; from 0 to 1.
     """
-    ridge = (1 - (2 * clouds(draws, height, width, 1.7) - 1).abs()) ** 4
+    ridge = (1 - (2 * clouds(draws, height, width, 1.45) - 1).abs()) ** 3
     light = 0.25 + 0.45 * ridge + 0.3 * clouds(draws, height, width, 2.5)
     return light[:, None] * torch.tensor([0.9, 0.97, 1.0], dtype=torch.float64)[:, None, None]
