@@ -178,7 +178,8 @@ def _batches(data: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
 def parser() -> AnalyseParser:
     """The options."""
     kinds = "; ".join(f"{name}: {text}" for name, (text, _) in KINDS.items())
-    found = AnalyseParser(prog="odenets analyse", description="A figure of what the network of a checkpoint learned.")
+    text = "A figure of what the network of a checkpoint learned. Of files of results: odenets analyse cost --help."
+    found = AnalyseParser(prog="odenets analyse", description=text)
     found.add_argument("ckpt", type=str, help="A checkpoint that `odenets fit` wrote.")
     found.add_argument("kind", type=str, choices=list(KINDS), help=f"The figure. {kinds}.")
     found.add_argument("--out", type=str | None, default=None, help="FILE.png, .svg or .pdf; default: beside CKPT.")
