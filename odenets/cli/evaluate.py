@@ -86,6 +86,8 @@ def _options(args: Sequence[str]) -> Any:
     if len(folders) > 1:
         raise SchemeError(f"one folder of pictures at a time, not {', '.join(folders)}\n  Call it for each.")
     found.folder = folders[0] if folders else None
+    if found.classes is not None and found.folder is None:
+        raise SchemeError("--classes is for a FOLDER of pictures\n  The run's own data know what they are called.")
     if found.corruptions is None:
         for name in ("frost", "baseline"):
             if getattr(found, name) is not None:

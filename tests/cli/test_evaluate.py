@@ -265,6 +265,7 @@ def test_levels_are_whole():
         (["{ckpt}", "--corruptions", "fog,fog"], "twice"),
         (["{ckpt}", "--corruptions", "--strengths", "0"], "1 to 5"),
         (["{ckpt}", "--baseline", "alexnet"], "for --corruptions"),
+        (["{ckpt}", "--classes", "a.txt"], "for a FOLDER"),
         (["{ckpt}", "--frost", "a"], "for --corruptions"),
         (["{ckpt}", "--attack", "cw(1)"], "no 'cw'"),
         (["{ckpt}", "--attack", "fgsm", "--corruptions", "--csv"], "one table"),
