@@ -10,6 +10,7 @@ from schemes import SchemeError
 from .. import plots
 from ..messages import fail
 from ..training.analyse import ENDINGS
+from ..training.analyse import parser as parser
 from . import words as w
 
 COST = """Error against parameters and against multiply-adds, of the networks in files of results: the SQLite file of a
@@ -25,10 +26,10 @@ def run(args: Sequence[str]) -> None:
         from ..training.analyse import run as run_analyse
 
         return run_analyse(args)
-    parser = w.Parser(prog="odenets analyse FILE... cost", description=COST)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="files of results, then the word cost")
-    parser.add_argument("--out", default="cost.png", metavar="FILE", help="the figure: .png, .svg or .pdf (cost.png)")
-    options = parser.parse(args)
+    found = w.Parser(prog="odenets analyse FILE... cost", description=COST)
+    found.add_argument("files", nargs="+", metavar="FILE", help="files of results, then the word cost")
+    found.add_argument("--out", default="cost.png", metavar="FILE", help="the figure: .png, .svg or .pdf (cost.png)")
+    options = found.parse(args)
     try:
         print(draw([name for name in options.files if name != "cost"], options.out))
     except (SchemeError, ImportError) as error:

@@ -17,7 +17,7 @@ from ..training.labelled import Labelled, read_classes, read_real
 from ..training.robustness import attack_figures, corruption_figures, read_baseline, read_frost, size_figures
 from ..training.trained import Trained
 from . import words as w
-from .network import form_of, open_network, parser, run_over
+from .network import common_parser, form_of, open_network, run_over
 
 EVALUATE = """How often a network is right about labelled pictures, with intervals (Wilson's), of all and of each class.
 Without FOLDER, the test pictures of the data that it was trained on, by the checkpoint's own configuration. Folders of
@@ -31,8 +31,9 @@ def run(args: Sequence[str]) -> None:
     run_over("evaluate", run_evaluate, args)
 
 
-def _parser() -> w.Parser:
-    found = parser("odenets evaluate", EVALUATE, required=False)
+def parser() -> w.Parser:
+    """The options of `odenets evaluate`."""
+    found = common_parser("odenets evaluate", EVALUATE, required=False)
     found.add_argument("paths", nargs="*", metavar="CKPT [FOLDER]", help="checkpoint (or --ckpt_path); class folders")
     add = found.add_argument
     add("--data.root", dest="root", default=None, metavar="FOLDER", help="the same as FOLDER")
@@ -76,7 +77,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _options(args: Sequence[str]) -> Any:
     """The options, with `ckpt_path` and `folder` out of what stands without a name; what does not fit is refused."""
-    found = _parser().parse(args)
+    found = parser().parse(args)
     given = list(found.paths)
     if found.ckpt_path is None:
         if not given:

@@ -16,7 +16,7 @@ from ..training.trained import Trained, open_trained
 from . import words as w
 
 
-def parser(prog: str, text: str, required: bool = True) -> w.Parser:
+def common_parser(prog: str, text: str, required: bool = True) -> w.Parser:
     """The options of every such command.
 
     Args:

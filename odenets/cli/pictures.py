@@ -7,7 +7,7 @@ from typing import Any
 
 from ..training.judge import Prediction, pictures_at, predict
 from . import words as w
-from .network import form_of, open_network, parser, run_over
+from .network import common_parser, form_of, open_network, run_over
 
 PREDICT = """Names the most likely classes of pictures. The checkpoint knows the network, its classes, and how pictures
 are brought to it; no configuration is needed. (With -c FILE it is Lightning's predict, over the data of FILE.)
@@ -20,12 +20,17 @@ def run(args: Sequence[str]) -> None:
     run_over("predict", run_predict, args)
 
 
+def parser() -> w.Parser:
+    """The options of `odenets predict`, over pictures."""
+    found = common_parser("odenets predict", PREDICT)
+    found.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, folders of them, parquet, tar")
+    found.add_argument("--top", type=w.positive, default=5, help="classes per picture (5)")
+    return found
+
+
 def run_predict(args: Sequence[str]) -> list[Prediction]:
     """`odenets predict`; the pictures that could not be read."""
-    options_of = parser("odenets predict", PREDICT)
-    options_of.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, folders of them, parquet, tar")
-    options_of.add_argument("--top", type=w.positive, default=5, help="classes per picture (5)")
-    options = options_of.parse(args)
+    options = parser().parse(args)
     form = form_of(options)
     source, notes = pictures_at(options.paths)
     trained = open_network(options)
