@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from .analysis.weights import WeightMap
 
 
+# Okabe and Ito 2008, Color Universal Design: told apart by colour-blind readers too; yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*X"
+
+
 def _figure(width: float, height: float) -> "Figure":
     try:
         # The object, not pyplot: no window, no global state, no backend that a server lacks.
@@ -74,11 +79,7 @@ def alignment_by_column(
             values[levels.index(keys[i][0])][columns.index(keys[i][1])] = float(row[list(names).index(place)])
         axes = figure.add_subplot(1, len(references), panel)
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for a, line in enumerate(values):
-            for b, value in enumerate(line):
-                # Dark fields are the low ones.
-                colour = "white" if value < 0.6 else "black"
-                axes.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+        _numbers(axes, values, 1.0, 2)
         ticks = [str(c + 1) for c in columns] if grid else places
         axes.set_xticks(range(len(columns)), ticks, fontsize=7, rotation=0 if grid else 90)
         axes.set_yticks(range(len(levels)), [str(level) for level in levels] if grid else [""], fontsize=7)
@@ -88,6 +89,17 @@ def alignment_by_column(
         axes.set_title(f"CKA with the {reference}", fontsize=9)
     figure.colorbar(image, ax=figure.axes, shrink=0.9)
     return _write(figure, path)
+
+
+def _numbers(axes: Any, values: Sequence[Sequence[float]], most: float, digits: int | None = None) -> None:
+    """Writes values into the fields of a picture whose colours go from 0 to ``most``; none where there is no number."""
+    for a, line in enumerate(values):
+        for b, value in enumerate(line):
+            if value == value:
+                # Dark fields are the low ones.
+                colour = "white" if value < 0.6 * most else "black"
+                shown = f"{value:.2g}" if digits is None else f"{value:.{digits}f}"
+                axes.text(b, a, shown, ha="center", va="center", fontsize=6, color=colour)
 
 
 def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
@@ -101,6 +113,82 @@ def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int],
     return found, sorted({level for level, _ in found}), sorted({column for _, column in found})
 
 
+def class_alignment(
+    label: Sequence[float], picture: Sequence[float], names: Sequence[str], path: str | Path, title: str = ""
+) -> Path:
+    """How alike places are to one class's pictures and to its label: a line per level, columns to the right.
+
+    Args:
+        label: an alignment for each place.
+        picture: the same.
+        names: of the places; ``columns.steps.{n}:{l}`` are taken for columns and levels, others for one line.
+        path: the file.
+        title: above the figure.
+
+    Source:
+        Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, appendix E.
+    """
+    keys, levels, columns = _by_column(names)
+    grid = len(levels) > 1
+    figure = _figure(max(6.5, 0.5 * len(columns) * 2 + 2), 3.6 if grid else 4.4)
+    panels: Any = figure.subplots(1, 2, sharey=True)
+    for axes, values, what in zip(panels, (picture, label), ("picture", "label"), strict=True):
+        for number, level in enumerate(levels):
+            points = sorted((column, v) for (own, column), v in zip(keys, values, strict=True) if own == level)
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+            axes.plot([c for c, _ in points], [v for _, v in points], label=f"level {level}", **look)
+        ticks = [str(c + 1) for c in columns] if grid else list(names)
+        axes.set_xticks(columns, ticks, fontsize=8 if grid else 6, rotation=0 if grid else 90)
+        if grid:
+            axes.set_xlabel("column")
+        axes.set_title(f"CKA with the {what}", fontsize=10)
+        axes.grid(alpha=0.3)
+    if grid:
+        panels[1].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _write(figure, path)
+
+
+def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
+    """Error against parameters and against multiply-adds, a colour and a sign per group.
+
+    Args:
+        points: rows with "group", "error" from 0 to 1, and "parameters" or "macs"; a panel that no row has a figure for
+            is left out.
+        path: the file.
+        title: above the figure.
+    """
+    found = {"parameters": ("parameters", 1e6, "million parameters"), "macs": ("macs", 1e9, "GMACs")}
+    panels = [spec for key, spec in found.items() if any(row.get(key) for row in points)]
+    figure = _figure(0.6 + 3.7 * max(1, len(panels)), 4.0)
+    groups = list(dict.fromkeys(str(row["group"]) for row in points))
+    for place, (key, unit, what) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for number, group in enumerate(groups):
+            rows = [row for row in points if str(row["group"]) == group and row.get(key)]
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            axes.plot(
+                [row[key] / unit for row in rows],
+                [100 * row["error"] for row in rows],
+                **look,
+                linestyle="none",
+                markersize=5,
+                alpha=0.75,
+                label=group,
+            )
+        values = [row[key] for row in points if row.get(key)]
+        if max(values) > 3 * min(values):
+            axes.set_xscale("log")
+        axes.set_xlabel(what)
+        axes.grid(alpha=0.3)
+        if place == 1:
+            axes.set_ylabel("error, per cent")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return _write(figure, path)
+
+
 def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], path: str | Path) -> Path:
     """Heat maps of every level of every column, laid over each picture: columns to the right, levels downwards.
 
@@ -111,8 +199,8 @@ def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequen
         path: the file.
     """
     keys, levels, columns = _by_column(names)
-    count = len(pictures)
-    figure = _figure(1.2 * (len(columns) + 1), 1.2 * len(levels) * count + 0.4)
+    count, shown = len(pictures), None
+    figure = _figure(1.4 * (len(columns) + 1), 1.5 * len(levels) * count + 0.4)
     axes: Any = figure.subplots(count * len(levels), len(columns) + 1, squeeze=False)
     for row in axes:
         for one in row:
@@ -123,11 +211,13 @@ def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequen
         for heat, (level, column) in zip(heats, keys, strict=True):
             one = axes[i * len(levels) + levels.index(level)][columns.index(column) + 1]
             one.imshow(picture)
-            one.imshow(heat[i].cpu().numpy(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+            shown = one.imshow(heat[i].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
             if len(levels) > 1:
-                one.set_title(f"column {column + 1}, level {level}", fontsize=5)
+                one.set_title(f"column {column + 1}, level {level}", fontsize=7)
             else:
-                one.set_title(names[columns.index(column)], fontsize=5)
+                one.set_title(names[columns.index(column)], fontsize=7)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.3, aspect=30)
+    bar.set_label("LayerCAM", fontsize=8)
     return _write(figure, path)
 
 
@@ -148,7 +238,7 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
         for j, heat in enumerate([None, *heats]):
             axes[i][j].imshow(picture)
             if heat is not None:
-                axes[i][j].imshow(heat[i].cpu().numpy(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+                axes[i][j].imshow(heat[i].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
             axes[i][j].axis("off")
             if i == 0:
                 axes[i][j].set_title("picture" if heat is None else names[j - 1], fontsize=7)
@@ -178,7 +268,11 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
             # First and last, and as many between as can be read.
             every = max(1, -(-len(names) // 12))
             ticks = sorted({*range(0, len(names) - every, every), len(names) - 1})
-            which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6)
+            long = which is axes.xaxis and max(map(len, names)) > 3
+            which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6, rotation=90 if long else 0)
+        if m.values.numel() <= 64:
+            # Values that are close to each other, such as alphas, have one colour.
+            _numbers(axes, m.values.tolist(), float(m.values.nan_to_num(0).max()))
         axes.set_xlabel(m.column, fontsize=7)
         axes.set_ylabel(m.row, fontsize=7)
         axes.set_title(m.name, fontsize=8)
@@ -198,8 +292,13 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
     figure = _figure(max(4.5, 0.25 * len(profile) + 2), 3.6)
     axes, at = figure.add_subplot(), range(len(profile))
     axes.step(at, [r.width for r in profile.values()], where="mid", color="gray", label="width")
-    axes.plot(at, [r.numerical for r in profile.values()], marker="o", markersize=4, label="numerical rank")
-    axes.plot(at, [r.effective for r in profile.values()], marker="s", markersize=4, label="effective rank")
+    for number, (name, values) in enumerate(
+        {
+            "numerical rank": [r.numerical for r in profile.values()],
+            "effective rank": [r.effective for r in profile.values()],
+        }.items()
+    ):
+        axes.plot(at, values, marker=MARKERS[number], color=COLOURS[number], markersize=4, label=name)
     axes.set_xticks(at, list(profile), rotation=90, fontsize=6)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -224,8 +323,9 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
     axes = figure.add_subplot()
     for i, (name, tableau) in enumerate(tableaux.items()):
         grid = region(tableau, (-left, 0.3 * left), (-up, up), 241)
-        axes.contour(grid.re, grid.im, grid.size, levels=[1.0], colors=[f"C{i}"])
-        axes.plot([], [], color=f"C{i}", label=name)
+        colour, line = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
+        axes.contour(grid.re, grid.im, grid.size, levels=[1.0], colors=[colour], linestyles=[line])
+        axes.plot([], [], color=colour, linestyle=line, label=name)
     for line in (axes.axhline, axes.axvline):
         line(0, color="gray", linewidth=0.6)
     axes.set_xlabel("Re hλ")
@@ -233,6 +333,39 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
     axes.set_aspect("equal")
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=9)
+    return _write(figure, path)
+
+
+def reliability(bins: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
+    """Accuracy against confidence: a bar per bin, the diagonal where both are equal, and how many pictures lie there.
+
+    Args:
+        bins: rows with "from", "to", "pictures", "accuracy" and "confidence", as
+            ``odenets.training.calibration.Calibration`` gives them.
+        path: the file.
+        title: above the figure.
+
+    Source:
+        Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, figure 1.
+    """
+    figure = _figure(4.2, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    total = sum(row["pictures"] for row in bins)
+    ece = sum(row["pictures"] / total * abs(row["accuracy"] - row["confidence"]) for row in bins)
+    edges = [row["from"] for row in bins], [row["to"] - row["from"] for row in bins]
+    bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
+    above.bar(edges[0], [row["accuracy"] for row in bins], edges[1], color=COLOURS[0], label="accuracy", **bar)
+    sure = [row["confidence"] for row in bins]
+    above.plot(sure, sure, "o", color=COLOURS[1], markersize=4, label="mean confidence")
+    above.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=0.8)
+    above.set_ylabel("accuracy")
+    above.set_ylim(0, 1)
+    above.legend(fontsize=8, loc="upper left")
+    above.set_title(f"{title}\nECE {100 * ece:.2f} %".strip(), fontsize=9)
+    below.bar(edges[0], [100 * row["pictures"] / total for row in bins], edges[1], color="gray", **bar)
+    below.set_ylabel("pictures, %")
+    below.set_xlabel("confidence")
+    below.set_xlim(0, 1)
     return _write(figure, path)
 
 

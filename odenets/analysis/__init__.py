@@ -3,6 +3,8 @@
 from .alignment import Alignment as Alignment
 from .alignment import alignment as alignment
 from .alignment import unbiased_hsic as unbiased_hsic
+from .by_class import ClassAlignment as ClassAlignment
+from .by_class import class_alignment as class_alignment
 from .features import Features as Features
 from .features import evaluating as evaluating
 from .features import places as places

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from schemes import SchemeError
+from schemes import Scheme, SchemeError
 
 from ..stack import Stack
+from ..step import Step
+
+READOUT = "readout"
 
 
 class Place(NamedTuple):
@@ -20,12 +23,12 @@ class Place(NamedTuple):
     Attributes:
         path: the module's name.
         call: which of its calls in a forward pass, from 0; None where it must be the only one.
-        item: which item of what it returns; None where it returns one tensor.
+        item: which item of what it returns, or "readout"; None where it returns one tensor.
     """
 
     path: str
     call: int | None
-    item: int | None
+    item: int | str | None
 
 
 class Found(NamedTuple):
@@ -48,7 +51,8 @@ class Features:
     """Collects what modules return while the network runs; a context manager.
 
     A place is a module's name, as ``named_modules`` gives it; ``name:i`` is item i of what it returns, for steps, which
-    return a tuple of streams: level l of column n of a RevCol is ``columns.steps.{n}:{l + 1}``. A module that runs
+    return a tuple of streams: level l of column n of a RevCol is ``columns.steps.{n}:{l + 1}``. ``name:readout`` is
+    what the scheme makes of all of a step's streams, such as all that a DenseNet has joined so far. A module that runs
     several times in a forward pass has a place per call, ``name@k`` or ``name@k:i``, k from 0.
 
     What is kept is a copy, so that a later module which writes in place, such as ``nn.ReLU(inplace=True)``, does not
@@ -92,10 +96,13 @@ class Features:
                 f"{type(self.model).__name__} has no module {path!r}; "
                 f"places(model) names some: {', '.join(known[:4])}, ..."
             )
+        if item == READOUT and not isinstance(self._modules[path], Step):
+            raise SchemeError(f"{name}: only the step of a stack has a readout; write {path}, or {path}:0.")
         for sign, number in ((colon, item), (at, call)):
-            if sign and not (number.isascii() and number.isdigit()):
+            if sign and number != READOUT and not (number.isascii() and number.isdigit()):
                 raise SchemeError(f"{name}: {number!r} after {sign!r} is no count from 0; write {path}{sign}0.")
-        return Place(path, int(call) if at else None, int(item) if colon else None)
+        which = (item if item == READOUT else int(item)) if colon else None
+        return Place(path, int(call) if at else None, which)
 
     def __enter__(self) -> "Features":
         self.clear()
@@ -127,7 +134,7 @@ class Features:
                     f"  Choose a call: {place.path}@0{item}, {place.path}@1{item}, ..."
                 )
             if place.call in (None, call):
-                self._found[name] = _copied(_item(name, place, output))
+                self._found[name] = _copied(_item(name, place, output, module))
 
         return keep
 
@@ -193,9 +200,11 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _item(name: str, place: Place, output: Any) -> Tensor:
+def _item(name: str, place: Place, output: Any, module: nn.Module) -> Tensor:
     """The tensor that a place names, of what its module returned."""
-    if place.item is not None:
+    if place.item == READOUT and isinstance(module, Step):
+        return module.scheme.readout(tuple(output))
+    if isinstance(place.item, int):
         if not isinstance(output, (tuple, list)) or place.item >= len(output):
             raise SchemeError(f"{name}: the module returns no item {place.item}.")
         output = output[place.item]
@@ -237,11 +246,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _readout_of(step: nn.Module) -> str:
+    """What of a step's state is its readout: the first stream, or what the scheme makes of all."""
+    return READOUT if isinstance(step, Step) and type(step.scheme).readout is not Scheme.readout else "0"
+
+
 def places(model: nn.Module) -> list[str]:
     """Places worth a look in any model.
 
-    Every level of every column and the readouts of every step of its stacks, or, in a network without stacks, the
-    modules that ``feature_info`` names.
+    Every level of every column and the readout of every step of its stacks, which is its one stream (``:0``) or made of
+    several (``:readout``); or, in a network without stacks, the modules that ``feature_info`` names.
 
     Example:
         >>> from odenets.models import RevCol
@@ -257,5 +271,5 @@ def places(model: nn.Module) -> list[str]:
         levels = getattr(module.scheme, "levels", 0)
         for n in range(len(module.steps)):
             step = f"{name}.steps.{n}" if name else f"steps.{n}"
-            found += [f"{step}:{level + 1}" for level in range(levels)] if levels else [f"{step}:0"]
+            found += [f"{step}:{level + 1}" for level in range(levels)] or [f"{step}:{_readout_of(module.steps[n])}"]
     return found or [row["module"] for row in getattr(model, "feature_info", [])]

@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 from schemes import SchemeError
 
 from ..stack import keeping_all
-from .features import Features, evaluating
+from .features import READOUT, Features, evaluating
 
 
 def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor | int | None = None) -> list[Tensor]:
@@ -59,6 +59,11 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
     grads = _gradients(score, edges)
     found = []
     for name, a, g in zip(names, maps, grads, strict=True):
+        if g is None and name.endswith(f":{READOUT}"):
+            raise SchemeError(
+                f"layer_cam: {name} is made of several streams, and the network reads these.\n"
+                f"  Choose one of them, {name.removesuffix(READOUT)}0, or the stack that the step is in."
+            )
         if g is None:
             raise SchemeError(f"layer_cam: the score does not depend on {name}; choose a place before the head.")
         heat = _heat(_as_map(a, name, x), _as_map(g, name, x))

@@ -36,11 +36,13 @@ what there is
 
 with a trained network
   odenets predict --ckpt_path FILE PICTURE|FOLDER...                     the classes of any pictures; no -c needed
-  odenets evaluate --ckpt_path FILE [FOLDER]                             accuracy with intervals, of all and by class
+  odenets evaluate FILE [FOLDER] [--corruptions] [--attack "pgd(8/255)"] accuracy with intervals, of all and by class;
+                                                                         under corruptions and attacks
   odenets export FILE --output net.onnx|net.pt2                          the network as a file that runs elsewhere
   odenets convert WEIGHTS --model NAME --output FILE                     published weights to our keys, or back
-  odenets analyse CKPT KIND                                              a figure: weights, alignment, layercam, ranks,
-                                                                         stability
+  odenets analyse CKPT KIND                                              a figure: weights, alignment, class_alignment,
+                                                                         layercam, ranks, stability
+  odenets analyse RESULTS... cost                                        a figure: error against parameters and MACs
   odenets convergence runs/NAME/checkpoints/best.ckpt                    one network under many schemes and depths
 
 many networks
@@ -54,16 +56,16 @@ many networks
 LIGHTNING = ("fit", "validate", "test", "predict")
 # Where each command of our own is: a module, and its function of the words behind the command's name.
 COMMANDS = {
-    "analyse": "odenets.training.analyse:run",
+    "analyse": "odenets.cli.analyse:run",
     "compare": "odenets.study.compare_command:run",
     "completion": "odenets.cli.completion:run",
     "convergence": "odenets.training.convergence:run",
     "convert": "odenets.cli.convert:run",
-    "evaluate": "odenets.cli.pictures:evaluate_command",
+    "evaluate": "odenets.cli.evaluate:run",
     "experiments": "odenets.cli.experiments:run",
     "export": "odenets.cli.export:run",
     "models": "odenets.cli.models:run",
-    "predict": "odenets.cli.pictures:predict_command",
+    "predict": "odenets.cli.pictures:run",
     "schemes": "odenets.cli.schemes:run",
     "show": "odenets.cli.show:run",
     "study": "odenets.study.subcommands:run",

@@ -14,7 +14,7 @@ from schemes import SchemeError
 from schemes.runge_kutta import RungeKutta
 
 from .. import checkpoints, plots
-from ..analysis import Features, alignment, evaluating, feature_rank, layer_cam, places, weight_maps
+from ..analysis import Features, alignment, class_alignment, evaluating, feature_rank, layer_cam, places, weight_maps
 from ..messages import TIP, explain, fail
 from ..stack import Stack
 from ..step import Step
@@ -83,11 +83,25 @@ def _alignment(job: Job) -> Path:
     return plots.alignment_matrix(matrix, names, job.out, type(job.net).__name__)
 
 
+def _class_alignment(job: Job) -> Path:
+    data = _data(job)
+    names = job.places(places(job.net))
+    called = [str(name) for name in getattr(data, "classes", range(data.num_classes))]
+    wanted = job.options.of
+    if wanted is not None and wanted not in called:
+        raise DataError(f"--of {wanted}: no class of the data\n  There are {', '.join(called[:12])}.")
+    batches = islice(_batches(data), job.options.batches)
+    found = class_alignment(job.net, batches, names, classes=data.num_classes)
+    k = found.best() if wanted is None else called.index(wanted)
+    title = f"{type(job.net).__name__}, class {called[k]}, {int(found.counts[k])} of {int(found.counts.sum())} pictures"
+    return plots.class_alignment(found.label[:, k].tolist(), found.picture[:, k].tolist(), names, job.out, title)
+
+
 def _layercam(job: Job) -> Path:
     data = _data(job)
     x, _ = next(_batches(data))
     x = x[: job.options.pictures]
-    names = job.places(_last_of_each(places(job.net)))
+    names = job.places(_of_each(places(job.net)))
     heats = layer_cam(job.net, x, names)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     return plots.heat_maps_by_column(x * std + mean, heats, names, job.out)
@@ -105,17 +119,18 @@ def _ranks(job: Job) -> Path:
 KINDS: dict[str, tuple[str, Callable[[Job], Path]]] = {
     "weights": ("mean absolute weights: by source (joined streams), alphas by level and column, by stage", _weights),
     "alignment": ("centered kernel alignment of places with each other, the input and the label", _alignment),
+    "class_alignment": ("the same with one class's label and pictures, a line per level", _class_alignment),
     "layercam": ("which pixels the best class rests on", _layercam),
     "ranks": ("numerical and effective rank of features by depth", _ranks),
     "stability": ("stability regions of the net's Runge-Kutta methods", _stability),
 }
 
 
-def _last_of_each(found: Sequence[str]) -> list[str]:
-    """The last step of each stack; of columns all, as the figure has a row and a column for them."""
-    if any(not name.endswith(":0") for name in found):
+def _of_each(found: Sequence[str]) -> list[str]:
+    """What each stack gives; of columns all, as the figure has a row and a column for them."""
+    if any(not name.endswith((":0", ":readout")) for name in found):
         return list(found)
-    return list({name.rpartition(".steps.")[0]: name for name in found}.values())
+    return list(dict.fromkeys(name.rpartition(".steps.")[0] or name for name in found))
 
 
 def _net(path: Path, held: Mapping[str, Any]) -> nn.Module:
@@ -163,14 +178,16 @@ def _batches(data: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
 def parser() -> AnalyseParser:
     """The options."""
     kinds = "; ".join(f"{name}: {text}" for name, (text, _) in KINDS.items())
-    found = AnalyseParser(prog="odenets analyse", description="A figure of what the network of a checkpoint learned.")
+    text = "A figure of what the network of a checkpoint learned. Of files of results: odenets analyse cost --help."
+    found = AnalyseParser(prog="odenets analyse", description=text)
     found.add_argument("ckpt", type=str, help="A checkpoint that `odenets fit` wrote.")
     found.add_argument("kind", type=str, choices=list(KINDS), help=f"The figure. {kinds}.")
     found.add_argument("--out", type=str | None, default=None, help="FILE.png, .svg or .pdf; default: beside CKPT.")
     found.add_argument("--places", type=str | None, default=None, help="Names of modules, with commas between them.")
     found.add_argument("--root", type=str | None, default=None, help="Folder of the data, if they lie elsewhere now.")
-    found.add_argument("--batches", type=int, default=8, help="Batches of validation pictures, of alignment.")
+    found.add_argument("--batches", type=int, default=8, help="Batches of validation pictures, of alignments.")
     found.add_argument("--batch_size", type=int, default=64, help="Pictures per batch.")
+    found.add_argument("--of", type=str | None, default=None, help="Class of class_alignment; default: the most alike.")
     found.add_argument("--pictures", type=int, default=2, help="Pictures of layercam.")
     return found
 

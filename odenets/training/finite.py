@@ -74,6 +74,7 @@ class FiniteLoss(Callback):
             path = self.folder / f"not_finite{f'-{trainer.global_rank}' if trainer.global_rank else ''}.pt"
             held = {"batch": self._batch, "state_dict": pl_module.state_dict(), "step": step, "lr": lr}
             held |= {"epoch": epoch, "batch_number": number, "samples": samples}
+            held["training"] = [name for name, module in pl_module.named_modules() if module.training]
             held["seed"] = batch_seed(trainer, run_seed(trainer), "net")
             # Before the error is raised, and whole: it is all that is left of the step.
             write_whole(path, held)
@@ -109,12 +110,15 @@ def repeat(module: L.LightningModule, path: str | Path) -> Tensor:
     """The loss of the step that a file of ``FiniteLoss`` holds.
 
     Args:
-        module: built as the run's was; its weights are replaced.
+        module: built as the run's was; its weights are replaced, and its modules train or not as in that step.
         path: the file.
     """
     held = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(held["state_dict"])
-    module.train()
+    trained = set(held["training"])
+    for name, part in module.named_modules():
+        # Not ``train``: it is recursive, and would wake norms that the run had frozen.
+        part.training = name in trained
     seed_generators(held["seed"])
     module.__dict__["log"] = lambda *args, **kwargs: None  # there is no run to log to
     try:

@@ -1,6 +1,7 @@
 """What a trained network says of pictures: predictions with names, and how often they are right."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -8,15 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from . import layout as layouts
-from .decode import Picture, Unreadable
-from .labels import NONE, unify
-from .sources import TEST, VALIDATION, DataError, FolderSource, Joined, Source
+from .labelled import Below, Labelled, Viewed, real_number
+from .sources import DataError, FolderSource, Joined, Source
 from .splits import open_splits
-from .trained import Trained, build_data
-from .view import View
+from .trained import Trained
 
 
 class Prediction(NamedTuple):
@@ -33,37 +32,6 @@ class Prediction(NamedTuple):
     classes: list[str]
     probabilities: list[float]
     error: str = ""
-
-
-class Below(Source):
-    """A source whose names say where it lies."""
-
-    def __init__(self, root: Path, source: Source) -> None:
-        self.root, self.source = root, source
-        self.labels, self.names, self.why, self.shards = source.labels, source.names, source.why, source.shards
-        self.classes = []
-
-    def encoded(self, i: int) -> bytes | str:
-        return self.source.encoded(i)
-
-    def name(self, i: int) -> str:
-        return str(self.root / self.source.name(i))
-
-
-class Viewed(Dataset):
-    """Pictures as a network sees them: (i, uint8 (c, h, w), ""), or (i, None, why it cannot be read)."""
-
-    def __init__(self, source: Source, view: View) -> None:
-        self.source, self.view = source, view
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | None, str]:
-        try:
-            return i, self.view(Picture(self.source.encoded(i))), ""
-        except Unreadable as e:
-            return i, None, str(e)
 
 
 def pictures_at(paths: Sequence[str | Path]) -> tuple[Source, list[str]]:
@@ -186,6 +154,16 @@ class Figures:
         found["classes"] = [row for row in rows if row["pictures"] or row["predicted"]]
         return found
 
+    def checked(self, where: str) -> dict[str, Any]:
+        """The summary, of at least one picture.
+
+        Raises:
+            DataError: There was none.
+        """
+        if not int(self.confusion.sum()):
+            raise DataError(f"{where}: none of its pictures can be read\n  Bring them again")
+        return self.summary()
+
     def _class(self, k: int) -> dict[str, Any]:
         row, right = self.confusion[k], int(self.confusion[k, k])
         count, predicted = int(row.sum()), int(self.confusion[:, k].sum())
@@ -200,6 +178,59 @@ class Figures:
             "precision": right / predicted if predicted else None,
             "taken_for": self.classes[wrong] if int(others[wrong]) else None,
         }
+
+
+class RealFigures:
+    """How often a network names one of the classes that an ImageNet validation picture shows; ImageNet-Real.
+
+    Pictures that were given no label are left out, as published.
+
+    Args:
+        real: Class numbers of each picture, see ``read_real``.
+        classes: Of the network: 1,000; numbers count synsets in alphabetical order, whatever order the network has.
+        confidence: Of the interval.
+
+    Raises:
+        DataError: Another number of classes.
+
+    Source:
+        Beyer et al. 2020, Are we done with ImageNet?, arXiv 2006.07159.
+    """
+
+    def __init__(self, real: Sequence[Sequence[int]], classes: Sequence[str], confidence: float = 0.95) -> None:
+        if len(classes) != 1000:
+            raise DataError(
+                f"--real: the labels are of ImageNet's 1,000 classes, and the network has {len(classes):,}\n"
+                "  Take a network that was trained, or fine-tuned, on them"
+            )
+        self.real, self.confidence = real, confidence
+        self.number = list(range(1000))
+        if all(re.fullmatch(r"n\d{8}", name) for name in classes):
+            place = {name: number for number, name in enumerate(sorted(classes))}
+            self.number = [place[name] for name in classes]
+        self.right = self.count = 0
+
+    def add(self, probabilities: Tensor, names: Sequence[str]) -> None:
+        """Counts some pictures: probabilities (n, classes), and the names of their files.
+
+        Raises:
+            DataError: A picture that is none of ImageNet's validation pictures.
+        """
+        for best, name in zip(probabilities.argmax(1).tolist(), names, strict=True):
+            number = real_number(name)
+            if number is None or not 1 <= number <= len(self.real):
+                raise DataError(
+                    f"--real: {name} is none of the {len(self.real):,} pictures of the labels\n"
+                    "  Give ImageNet's validation pictures, called ILSVRC2012_val_00000001.JPEG and so on"
+                )
+            if labels := self.real[number - 1]:
+                self.count, self.right = self.count + 1, self.right + (self.number[best] in labels)
+
+    def summary(self) -> dict[str, Any]:
+        """The number of pictures with labels, and the accuracy on them with its interval."""
+        value = self.right / self.count if self.count else None
+        interval = list(wilson(self.right, self.count, self.confidence))
+        return {"pictures": self.count, "accuracy": {"value": value, "interval": interval}}
 
 
 def evaluate(
@@ -226,59 +257,12 @@ def evaluate(
     Raises:
         DataError: No such pictures, no labels, or classes that the network does not know.
     """
-    figures = Figures(trained.classes, confidence)
-    unread: list[Prediction] = []
-    if root is None:
-        where = _own(trained, split, figures, batch_size)
-    else:
-        source, where = _labelled(trained, Path(root), split)
-        for i, row, why in judge(trained, source, batch_size, num_workers):
-            if row is None:
-                unread.append(Prediction(source.name(i), [], [], why))
-            else:
-                figures.add(row[None], source.labels[i : i + 1])
-    if not int(figures.confusion.sum()):
-        raise DataError(f"{where}: none of its pictures can be read\n  Bring them again")
-    return {"data": where, **figures.summary()}, unread
+    figures, pictures = Figures(trained.classes, confidence), Labelled(trained, root, split)
+    for _, x, labels in pictures.batches(batch_size, num_workers):
+        figures.add(trained.probabilities(x), labels)
+    return {"data": pictures.where, **figures.checked(pictures.where)}, unread_of(pictures)
 
 
-def _own(trained: Trained, split: str | None, figures: Figures, batch_size: int) -> str:
-    """Counts over the data in the checkpoint's configuration; where they are."""
-    data = build_data(trained)
-    wanted = split or "test"
-    if wanted not in ("test", "val"):
-        raise DataError(f"split {wanted!r}: of the data in a checkpoint, it is test or val")
-    data.setup("test" if wanted == "test" else "validate")
-    names = getattr(data, "classes", None)
-    if names is not None and list(names) != trained.classes:
-        raise DataError(f"{trained.path} was trained on other classes than its data have now\n  Name a folder")
-    pictures: Any = data.sets[wanted]
-    for start in range(0, len(pictures), batch_size):
-        chosen = list(range(start, min(start + batch_size, len(pictures))))
-        x, y = pictures.__getitems__(chosen)
-        figures.add(trained.probabilities(x), y)
-    return f"{type(data).__name__}, {wanted}"
-
-
-def _labelled(trained: Trained, root: Path, split: str | None) -> tuple[Source, str]:
-    """A split of labelled pictures whose class numbers are the network's; and what it is called."""
-    if not root.exists() or layouts.find(root) is None:
-        problem = "there is no picture in it" if root.exists() else "there is no such file or folder"
-        raise DataError(f"{root}: {problem}\n  Give a folder with a folder per class, parquet files or tar shards")
-    splits = open_splits(root)
-    named = next((n for n in (*TEST, *VALIDATION) if n in splits), None)
-    name = named or next(iter(splits))
-    if split is not None:
-        found = splits.find(split)
-        if found is None:
-            raise DataError(f"split {split!r}: {root} has {', '.join([*splits, *splits.others])}\n  Name one of them")
-        name = found
-    elif named is None and len(splits) > 1:
-        raise DataError(f"{root} has the splits {', '.join(splits)}\n  Name one of them: --split NAME")
-    source = splits.open(name)
-    if bool((source.labels == NONE).any()):
-        raise DataError(
-            f"{root}: split {name!r} has no label for some pictures: {source.why}\n  odenets predict needs none"
-        )
-    unify({name: source}, trained.classes, str(root))
-    return Below(root if root.is_dir() else root.parent, source), f"{root}, {name}"
+def unread_of(pictures: Labelled) -> list[Prediction]:
+    """Pictures that could not be read, in order."""
+    return [Prediction(name, [], [], why) for _, (name, why) in sorted(pictures.unread.items())]

@@ -9,7 +9,6 @@ moment at which a process was started, killed or resumed changes what is drawn, 
 * two processes share each batch that one process would take whole, and augment their halves differently.
 """
 
-import hashlib
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,20 +20,11 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ..seeds import seed_of as seed_of
+
 _SEEDS: WeakKeyDictionary[L.Trainer, int] = WeakKeyDictionary()
 PADDING = -1  # the epoch of a sample that is repeated to give every process equally many
 IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it out
-
-
-def seed_of(*place: int | str) -> int:
-    """A seed for each place, without patterns: those of (0, 1) and (1, 0) have nothing in common.
-
-    Example:
-        >>> seed_of(1, "order", 2) == seed_of(1, "order", 2) != seed_of(1, "order", 3)
-        True
-    """
-    # A hash and not a sum, which would give (0, 1) and (1, 0) one seed. Shifted, to be positive in any 64 bits.
-    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_generators(seed: int) -> None:

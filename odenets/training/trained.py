@@ -59,13 +59,23 @@ class Trained:
         Raises:
             SchemeError: The network gives numbers that are not finite.
         """
-        device = next(self.net.parameters()).device
-        logits = self.net(self.view.normalize(x.to(device))).float()
+        return self.logits(x.to(next(self.net.parameters()).device)).softmax(1).cpu()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the network gives (n, classes), in float32, with a graph where one is recorded.
+
+        Args:
+            x: Pictures on the network's device, as ``probabilities`` takes them.
+
+        Raises:
+            SchemeError: They are not finite.
+        """
+        logits = self.net(self.view.normalize(x)).float()
         if not bool(logits.isfinite().all()):
             raise SchemeError(
                 f"{self.path} gives logits that are not finite\n  Its training diverged: take an earlier checkpoint."
             )
-        return logits.softmax(1).cpu()
+        return logits
 
 
 def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:
@@ -116,19 +126,29 @@ def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:
     return _built(path, "net", nn.Module, spec)
 
 
-def build_data(trained: Trained) -> Pictures:
+def build_data(trained: Trained, change: Mapping[str, Any] = {}) -> Pictures:
     """The data that a network was trained on, by the configuration in its checkpoint; the network is never asked.
 
+    Args:
+        trained: The network.
+        change: Options that differ from the configuration.
+
     Raises:
-        CheckpointError: The checkpoint does not say.
+        CheckpointError: The checkpoint does not say, or data of that kind have no such option.
         DataError: They are not there any more.
     """
     if not trained.data:
         raise CheckpointError(f"{trained.path} does not say what it was trained on\n  Name a folder of pictures")
-    spec = {**trained.data, "init_args": {**trained.data.get("init_args", {})}}
+    spec = {**trained.data, "init_args": {**trained.data.get("init_args", {}), **change}}
     if "download" in spec["init_args"]:
         spec["init_args"]["download"] = False
-    data = _built(trained.path, "data", L.LightningDataModule, spec)
+    try:
+        data = _built(trained.path, "data", L.LightningDataModule, spec)
+    except CheckpointError as e:
+        refused = next((option for option in change if f"Option '{option}' is not accepted" in str(e)), None)
+        if refused is None:
+            raise
+        raise DataError(f"{spec['class_path']} has one {refused}\n  Name a FOLDER of pictures") from None
     if not isinstance(data, Pictures):
         raise CheckpointError(f"{trained.path} was trained on {spec['class_path']}, which has no labelled pictures")
     return data

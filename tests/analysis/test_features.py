@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from odenets import Stack, create_model
-from odenets.analysis import Features, alignment, layer_cam
-from odenets.models import RevCol
+from odenets.analysis import Features, alignment, layer_cam, places
+from odenets.models import DenseNet, RevCol
 from schemes import SchemeError
 
 NETS = {
@@ -180,3 +180,39 @@ def test_every_module_keeps_its_mode_and_its_statistics(fails):
             tool()
         assert [m.training for m in net.modules()] == before
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+STACKS = {
+    "euler": [6] * 4,
+    "rk4": [6] * 4,
+    "revnet": [3] * 4,
+    "dense(6)": [6, 12, 18],
+    "leapfrog": [6] * 4,
+    "bdia": [6] * 4,
+}
+
+
+@pytest.mark.parametrize("scheme", STACKS)
+def test_the_places_of_steps_are_their_readouts(scheme):
+    """All that a step's streams make together: not one half of a coupling, nor the input of joined streams."""
+    widths = STACKS[scheme]
+    stack = Stack([nn.Linear(width, min(6, widths[0])) for width in widths], scheme).eval()
+    x = torch.randn(5, 6)
+    with torch.no_grad(), Features(stack, places(stack)) as found:
+        stack(x)
+    with torch.no_grad():
+        trajectory = stack.trajectory(x)
+    assert len(found.items()) == len(trajectory) == stack.depth
+    for (_, value), wanted in zip(found.items(), trajectory, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+def test_the_readout_of_joined_streams_grows_and_has_no_gradient_of_its_own():
+    net = DenseNet([2, 3], growth=4, stem="conv3", num_classes=3).eval()
+    with torch.no_grad(), Features(net, places(net)) as found:
+        net(torch.randn(2, 3, 16, 16))
+    assert [value.shape[1] for _, value in found.items()] == [12, 16, 12, 16, 20]
+    with pytest.raises(SchemeError, match="made of several streams"):
+        layer_cam(net, torch.randn(2, 3, 16, 16), places(net)[:1])
+    with pytest.raises(SchemeError, match="only the step of a stack"):
+        Features(net, ["levels.0:readout"])

@@ -5,7 +5,7 @@ import torch
 
 from odenets import checkpoints
 from odenets.models import RevCol
-from odenets.training import analyse
+from odenets.training import Digits, analyse
 from odenets.training.command import run
 
 
@@ -76,6 +76,23 @@ def test_the_figure_shows_the_checkpoint_s_own_weights_and_pictures(trained, mon
     want = analyse.layer_cam(net.eval(), (x - 0.3) / 0.375, names)
     for one, other in zip(heats, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_class_alignment_draws_the_class_that_was_asked_for(trained, monkeypatch, capsys):
+    path, seen = trained["revcol"], {}
+    monkeypatch.setattr(analyse.plots, "class_alignment", lambda *args: seen.update(args=args))
+    analyse.run([str(path), "class_alignment", "--of", "7", "--batches", "2", "--batch_size", "40"])
+    label, picture, names, out, title = seen["args"]
+    net = RevCol((4, 8), (1, 1), columns=3, patch=2, in_chans=1, num_classes=10)
+    checkpoints.load(net, path)
+    digits = Digits(batch_size=40)
+    digits.setup("validate")
+    batches = [digits.on_after_batch_transfer(b, 0) for b, _ in zip(digits.val_dataloader(), range(2), strict=False)]
+    want = analyse.class_alignment(net, batches, names, classes=10)
+    assert torch.allclose(torch.tensor(label), want.label[:, 7].float(), equal_nan=True, atol=1e-6)
+    assert torch.allclose(torch.tensor(picture), want.picture[:, 7].float(), equal_nan=True, atol=1e-6)
+    assert f"class 7, {int(want.counts[7])} of 80 pictures" in title and out.name == "class_alignment.png"
+    assert "no class of the data" in refused(capsys, path, "class_alignment", "--of", "zebra")[0]
 
 
 def test_what_does_not_go_is_said_in_two_lines(trained, tmp_path, capsys):

@@ -1,0 +1,194 @@
+"""Pictures that a network takes for another class although hardly a pixel moved: FGSM and projected gradient descent.
+
+An attack moves pictures of [0, 1] within a ball of radius eps and within [0, 1], so as to raise the cross-entropy of
+their labels; normalisation is a part of the network that it attacks. The network is in evaluation mode while it runs
+(frozen statistics, no dropout), and keeps its parameters' gradients as they were.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from schemes import SchemeError
+from schemes.language import Reader
+
+from ..analysis.features import evaluating
+from ..seeds import seed_of
+
+Norm = Literal["linf", "l2"]
+NORMS: tuple[Norm, ...] = ("linf", "l2")
+
+
+class Attack(NamedTuple):
+    """Projected gradient descent; one step of the whole radius from the picture itself is FGSM.
+
+    Attributes:
+        eps: Radius of the ball, of levels in [0, 1]: 8/255.
+        steps: Gradients that are taken.
+        step_size: Of each step.
+        random: Whether it starts at a random point of the ball.
+        norm: "linf", the largest change of a level, or "l2", over all levels of a picture.
+        name: As it is written.
+    """
+
+    eps: float
+    steps: int
+    step_size: float
+    random: bool
+    norm: Norm
+    name: str
+
+    def __call__(
+        self, logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """Attacked pictures.
+
+        Each step goes up the gradient of each picture's own loss, whose sign (linf) or direction (l2) is taken, and is
+        then brought back into the ball and into [0, 1]. An l2 projection of both alternates once: the ball is held
+        exactly, as cutting to [0, 1] brings no picture farther from one inside.
+
+        Args:
+            logits: Of pictures in [0, 1], (n, classes). A module runs in evaluation mode, and is left as it was.
+            x: Pictures (n, c, h, w) in [0, 1], floats.
+            labels: (n,).
+            seeds: Of each picture's random start; 0 to n - 1 where left out.
+
+        Raises:
+            SchemeError: Pictures of another kind, or a gradient that is not finite.
+        """
+        if not x.is_floating_point() or x.dim() != 4 or float(x.min()) < 0 or float(x.max()) > 1:
+            raise SchemeError(f"{self.name}: pictures {tuple(x.shape)} of {x.dtype}; want floats in [0, 1]")
+        clean = x.detach()
+        moved = self._start(clean, range(len(x)) if seeds is None else seeds)
+        with evaluating(logits) if isinstance(logits, nn.Module) else nullcontext():
+            for _ in range(self.steps):
+                grad = self._gradient(logits, moved, labels)
+                moved = self._inside(moved + self.step_size * self._direction(grad), clean)
+        return moved
+
+    def _gradient(self, logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
+        # No leaf is handed on: a network may write into its input. No parameter's gradient is touched.
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            loss = F.cross_entropy(logits(leaf.clone()).float(), labels, reduction="sum")
+            [grad] = torch.autograd.grad(loss, leaf)
+        if not bool(grad.isfinite().all()):
+            raise SchemeError(f"{self.name}: the gradient of the pictures is not finite\n  Take an earlier checkpoint.")
+        return grad
+
+    def _start(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        if not self.random:
+            return x.clone()
+        drawn = []
+        for seed in seeds:
+            g = torch.Generator().manual_seed(seed_of(seed, "attack"))
+            if self.norm == "linf":
+                drawn.append(2 * torch.rand(x.shape[1:], generator=g) - 1)
+            else:  # uniform in the ball: a direction, and a radius whose power of the dimension is uniform
+                way = torch.randn(x.shape[1:], generator=g)
+                drawn.append(way / way.norm() * float(torch.rand((), generator=g)) ** (1 / way.numel()))
+        return self._inside(x + self.eps * torch.stack(drawn).to(x), x)
+
+    def _direction(self, grad: Tensor) -> Tensor:
+        if self.norm == "linf":
+            return grad.sign()
+        # Scaled first: squares of small gradients would be 0.
+        most = grad.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
+        scaled = grad / torch.where(most > 0, most, 1)
+        return scaled / scaled.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+    def _inside(self, x: Tensor, clean: Tensor) -> Tensor:
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(x, clean - self.eps), clean + self.eps).clamp(0, 1)
+        change = x - clean
+        size = change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return (clean + change * (self.eps / size.clamp_min(1e-12)).clamp(max=1)).clamp(0, 1)
+
+
+def _positive(what: str, value: object) -> float:
+    if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "numerator")):
+        raise SchemeError(f"{what} {value}: want a number above 0")
+    number = float(value)  # type: ignore[arg-type]
+    if not 0 < number < float("inf"):
+        raise SchemeError(f"{what} {number:g}: want a number above 0")
+    return number
+
+
+def fgsm(eps: float = 8 / 255) -> Attack:
+    """The fast gradient sign method: x + eps sign(gradient), cut to [0, 1].
+
+    Args:
+        eps: The largest change of a level.
+
+    Source:
+        Goodfellow, Shlens and Szegedy 2015, Explaining and Harnessing Adversarial Examples, arXiv 1412.6572.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> x = torch.full((1, 1, 2, 2), 0.5)
+        >>> moved = fgsm(0.1)(net, x, torch.tensor([0]))
+        >>> torch.allclose((moved - x).abs(), torch.tensor(0.1))
+        True
+    """
+    size = _positive("eps", eps)
+    return Attack(size, 1, size, False, "linf", f"fgsm(eps={size:.6g})")
+
+
+def pgd(
+    eps: float = 8 / 255,
+    steps: int = 10,
+    step_size: float | None = None,
+    random: bool = True,
+    norm: Norm = "linf",
+) -> Attack:
+    """Projected gradient descent.
+
+    Args:
+        eps: Radius of the ball.
+        steps: How many.
+        step_size: Of each; 2.5 eps / steps where left out, which reaches the edge from any point of the ball.
+        random: A random start.
+        norm: "linf" or "l2".
+
+    Source:
+        Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks, arXiv 1706.06083.
+
+    Example:
+        >>> pgd(0.5, steps=5, norm="l2").step_size
+        0.25
+    """
+    size = _positive("eps", eps)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise SchemeError(f"steps {steps}: want a whole number from 1 on")
+    if not isinstance(random, bool):
+        raise SchemeError(f"random {random}: want true or false")
+    if norm not in NORMS:
+        raise SchemeError(f"norm {norm}: want one of {', '.join(NORMS)}")
+    length = 2.5 * size / steps if step_size is None else _positive("step_size", step_size)
+    start = "" if random else ", random=false"
+    name = f"pgd(eps={size:.6g}, steps={steps}, step_size={length:.6g}{start}, norm={norm})"
+    return Attack(size, steps, length, random, norm, name)
+
+
+pgd.words = {"norm": NORMS}  # type: ignore[attr-defined]
+
+
+def read_attack(text: str) -> Attack:
+    """An attack as one types it: ``fgsm(eps=4/255)``, ``pgd(8/255, steps=20, norm=linf)``; parsed, never evaluated.
+
+    Raises:
+        SchemeError: It says anything else.
+
+    Example:
+        >>> read_attack("pgd(eps=8/255, steps=20)").steps
+        20
+    """
+    found = Reader({}, {"fgsm": fgsm, "pgd": pgd}, what="attack").read(text)
+    if not isinstance(found, Attack):
+        raise SchemeError(f"attack {text!r}: want fgsm(eps=8/255) or pgd(eps=8/255, steps=10)")
+    return found
