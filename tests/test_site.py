@@ -204,16 +204,14 @@ def test_a_region_holds_the_points_where_a_step_does_not_grow():
 
 def resolved(path: str):
     """The object of a dotted name, and the module that defines it."""
-    parts = path.split(".")
-    for k in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:k]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[k:]:
-            found = getattr(found, name)
-        return found, found.__name__ if inspect.ismodule(found) else found.__module__
-    raise AssertionError(f"there is no {path}")
+    first, *parts = path.split(".")
+    found = importlib.import_module(first)
+    for name in parts:
+        # The attribute first: `schemes.names` is a function, and a module of that name stands beside it.
+        if not hasattr(found, name):
+            importlib.import_module(f"{found.__name__}.{name}")
+        found = getattr(found, name)
+    return found, found.__name__ if inspect.ismodule(found) else found.__module__
 
 
 def entries_of_the_reference() -> list[tuple[Path, str]]:
