@@ -1,16 +1,26 @@
-"""Shows the doctests of docstrings as code: Markdown would take ``>>>`` for three quotations."""
+"""Prepares docstrings for the pages: examples are shown as code, formulas are typeset.
+
+Markdown would take ``>>>`` for three quotations, and show the braces of an ASCII formula.
+"""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import griffe
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from typeset import typeset
+
 EXAMPLE = re.compile(r"^( *)>>> .*(?:\n(?!\s*$).*)*", re.M)
 
 
-class Doctests(griffe.Extension):
-    """Puts a fence around each run of lines that begins with ``>>>`` and ends at a blank line."""
+class Docstrings(griffe.Extension):
+    """Puts a fence around each run of lines that begins with ``>>>`` and ends at a blank line, and sets formulas."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = EXAMPLE.sub(lambda m: f"{m[1]}```pycon\n{m[0]}\n{m[1]}```", obj.docstring.value)
+            text = typeset(obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(lambda m: f"{m[1]}```pycon\n{m[0]}\n{m[1]}```", text)

@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from typeset import typeset
 
 import schemes
 from odenets import Stack, create_model, list_models
@@ -59,7 +61,7 @@ def named_schemes() -> str:
         "Scheme | Stages# | Order# | Companion# | Mixing# | Real# | Imaginary# | Data | Source",
         [
             [
-                f"`{e.name}`",
+                f"[`{e.name}`](schemes/{catalogue.family(catalogue.base(e.name))}.md#{catalogue.base(e.name)})",
                 str(e.stages),
                 str(e.order or "–"),
                 str(e.companion or "–"),
@@ -75,6 +77,32 @@ def named_schemes() -> str:
     )
 
 
+# What the README says of each family's page, and what stands there in short.
+KINDS = {
+    "low_order": "Runge-Kutta methods of order 1 to 3",
+    "order_4": "Runge-Kutta methods of order 4",
+    "high_order": "order 5 to 8, with the figure that says how they mix separate weights",
+    "pairs": "embedded pairs, whose companion estimates the error of a step",
+    "strong_stability": "strong-stability-preserving and low-storage methods",
+    "stabilised": "stabilised methods, for stiff and diffusive fields",
+    "symmetric": "effectively symmetric methods",
+    "multistep": "schemes that look back on the step before; most can be inverted",
+    "couplings": 'streams that move one another, for `backprop="reverse"`',
+    "composed": "schemes made of schemes, and continuous depth",
+}
+
+
+def families() -> str:
+    """The families of schemes, each with the names on its page."""
+    rows = []
+    for page in catalogue.FAMILIES:
+        shown = [schemes.examples(n)[0] for n in schemes.names() if catalogue.family(n) == page]
+        rows.append([f"[{KINDS[page]}](docs/pages/schemes/{page}.md)", ", ".join(f"`{text}`" for text in shown)])
+    rows.append(["a mix: one step of each in turn", "`3*rk4 + midpoint`"])
+    rows.append(["[your own](docs/pages/add_a_scheme.md): a few lines of data, or one class", "`Tableau`, `Scheme`"])
+    return table("Schemes | write", rows)
+
+
 def other_schemes() -> str:
     """What is no Runge-Kutta method, by its usual member, with the first line of its documentation."""
     rows = []
@@ -82,10 +110,58 @@ def other_schemes() -> str:
         scheme = schemes.get(text)
         if scheme.tableau is not None:
             continue
-        what = (type(scheme).__doc__ or "").split("\n")[0].rstrip(".").replace("|", "&#124;").replace("*", "\\*")
+        what = (type(scheme).__doc__ or "").split("\n")[0].rstrip(".").replace("|", "&#124;")
+        what = typeset(what)
         inverse = "yes" if scheme.invertible else "in training" if scheme.reversible_in_training else "–"
-        rows.append([f"`{text}`", str(scheme.stages), str(scheme.streams), str(scheme.order or "–"), inverse, what])
+        where = f"schemes/{catalogue.family(catalogue.base(text))}.md#{catalogue.base(text)}"
+        rows.append(
+            [f"[`{text}`]({where})", str(scheme.stages), str(scheme.streams), str(scheme.order or "–"), inverse, what]
+        )
     return table("Scheme | Stages# | Streams# | Order# | Inverse | It is", rows)
+
+
+def _states(scheme: str, backprop: str) -> str:
+    """Peak of a training pass of twelve functions, in states of the network: measured by the plan of the stack."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 16, 16)
+
+    def function(slot: schemes.Slot) -> nn.Module:
+        return nn.Sequential(
+            nn.GroupNorm(1, slot.in_channels[0]),
+            nn.SiLU(),
+            nn.Conv2d(slot.in_channels[0], slot.out_channels, 3, padding=1),
+        )
+
+    net = Stack.from_factory(function, scheme, 12 // schemes.get(scheme).stages, channels=16, backprop=backprop)
+    return f"{net.plan(x).measured / (x.numel() * 4):.0f}"
+
+
+def choices() -> str:
+    """Schemes that fill twelve residual functions: what each costs and keeps, and how it mixes."""
+    named = [e for e in schemes.catalogue() if 12 % e.stages == 0 and (e.mixing is None or e.mixing <= 30)]
+    others = ["alf", "momentum(9/10)", "revnet", "reversible(rk4)"]
+    rows = []
+    for text in [e.name for e in sorted(named, key=lambda e: (e.order or 0, e.stages, e.name))] + others:
+        scheme = schemes.get(text)
+        if text == "ab2" or (scheme.tableau is not None and scheme.tableau.b_hat is not None and text != "heun2"):
+            continue
+        least = "reverse" if scheme.invertible else "checkpoint"
+        sums = "–"
+        if (t := scheme.tableau) is not None:
+            sums = figure(sum(x != 0 for row in (*t.a, t.b) for x in row) / t.stages)
+        page = f"schemes/{catalogue.family(catalogue.base(text))}.md#{catalogue.base(text)}"
+        rows.append(
+            [
+                f"[`{text}`]({page})",
+                str(scheme.order or "–"),
+                str(12 // scheme.stages),
+                sums,
+                "–" if scheme.tableau is None else figure(scheme.mixing),
+                _states(text, "store"),
+                f"{_states(text, least)} ({least})",
+            ]
+        )
+    return table("Scheme | Order# | Steps# | Sums per function# | Mixing# | Stored# | Least#", rows)
 
 
 class Passed(TorchFunctionMode):
@@ -232,9 +308,12 @@ def comparison(name: str) -> str:
 
 
 TABLES = {
+    **{f"family_{name}": lambda name=name: catalogue.page(name) for name in catalogue.FAMILIES},
     "campaign_digits": lambda: comparison("campaign_digits"),
     "campaign_small": lambda: comparison("campaign_small"),
     "spaces": spaces,
+    "choices": choices,
+    "readme_schemes": families,
     "schemes": named_schemes,
     "others": other_schemes,
     "resnet": lambda: residual_nets(ResNet),
@@ -260,7 +339,7 @@ def filled(text: str) -> str:
 def main(check: bool) -> int:
     """Writes the pages whose tables changed, or only names them; the number of these pages."""
     stale = 0
-    for page in sorted(PAGES.rglob("*.md")):
+    for page in [PAGES.parents[1] / "README.md", *sorted(PAGES.rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         new = filled(text)
         if new != text:

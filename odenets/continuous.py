@@ -139,6 +139,9 @@ class ContinuousWeights(nn.Module):
     def weights(self, t: float | Tensor) -> dict[str, Tensor]:
         """The block's weights at time t, by name; differentiable.
 
+        Args:
+            t: a time in [0, span].
+
         Raises:
             SchemeError: a time outside of the span.
         """
@@ -211,6 +214,9 @@ class ContinuousWeights(nn.Module):
     def module_at(self, t: float) -> nn.Module:
         """A block of its own with the weights at time t: what a plain network has in that place.
 
+        Args:
+            t: a time in [0, span].
+
         Example:
             >>> import torch
             >>> field = ContinuousWeights(torch.nn.Linear(2, 3), knots=4)
@@ -277,6 +283,9 @@ class ContinuousWeights(nn.Module):
         """The same function of depth as a spline of a higher degree, to rounding: a field of its own.
 
         Each inner knot then stands once more for each degree, since the function is no smoother than it was.
+
+        Args:
+            degree: of the new splines, at least the old one.
 
         Raises:
             SchemeError: a lower degree.

@@ -31,6 +31,9 @@ from .tracing import is_traced
 def as_residual(module: nn.Module) -> nn.Module:
     """Makes a residual function of a module that has a skip of its own: x -> module(x) - x.
 
+    Args:
+        module: keeps the shape of its one argument, and adds it to its result.
+
     Example:
         >>> import torch
         >>> from odenets import Stack, as_residual
@@ -370,6 +373,11 @@ class Stack(nn.Module):
         """The readout after each step, ``depth`` tensors, the last one the output; differentiable.
 
         A continuous scheme is solved from one whole time to the next.
+
+        Args:
+            x: the input, or a tuple of streams.
+            t: time at the start.
+            context: what residual functions with that parameter read.
         """
         found: list[Tensor] = []
         self._walk(x, t, context, lambda n, state: found.append(self.scheme.readout(state)))
@@ -381,17 +389,34 @@ class Stack(nn.Module):
         """Runs the steps, calls ``visitor(n, streams)`` after step n, and returns the last streams; differentiable.
 
         For heads that read the middle of a network: they see a state while it exists, and none is kept for them.
+
+        Args:
+            x: the input, or a tuple of streams.
+            visitor: called after each step; None visits nothing.
+            t: time at the start.
+            context: what residual functions with that parameter read.
         """
         return self._walk(x, t, context, visitor)
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
-        """All streams after the last step, before the readout: what ``inverse`` can start from."""
+        """All streams after the last step, before the readout: what ``inverse`` can start from.
+
+        Args:
+            x: the input, or a tuple of streams.
+            t: time at the start.
+            context: what residual functions with that parameter read.
+        """
         return self._walk(x, t, context)
 
     def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
         """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
 
         Differentiable: log its size, add it to the loss, or let ``step="error(tol)"`` choose the step sizes by it.
+
+        Args:
+            x: the input, or a tuple of streams.
+            t: time at the start.
+            context: what residual functions with that parameter read.
 
         Raises:
             SchemeError: the scheme has no embedded companion.
@@ -407,6 +432,11 @@ class Stack(nn.Module):
         """Runs each step forward and back without gradients, and reports what is finite, drifts and grows errors.
 
         Statistics and generators are left as they were.
+
+        Args:
+            x: the input, or a tuple of streams.
+            t: time at the start.
+            context: what residual functions with that parameter read.
 
         Raises:
             SchemeError: the scheme has no inverse.
@@ -460,7 +490,11 @@ class Stack(nn.Module):
         return {**self.monitor.state(), **own}
 
     def load_plan_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly."""
+        """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly.
+
+        Args:
+            state: what ``plan_state`` of a stack of the same steps gave.
+        """
         if self._draws is not None and "draws" in state:
             self._draws.generator.set_state(state["draws"])
         self.monitor.load(state, Chosen.of)
@@ -548,6 +582,9 @@ class Stack(nn.Module):
 
     def set_step(self, h: float) -> None:
         """Sets the size of every step, as a schedule over the epochs does; a decay keeps its ratios.
+
+        Args:
+            h: size of the first step.
 
         Raises:
             SchemeError: the step sizes are learned, or end at the span of the weights.

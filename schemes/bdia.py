@@ -183,7 +183,12 @@ class Bdia(Scheme):
         return (2 * bits - 1).to(x.device, x.dtype) * self.gamma
 
     def at_random(self, n: int, gamma: float | Tensor) -> Scheme:
-        """Step n of training, for a gamma that was drawn."""
+        """Step n of training, for a gamma that was drawn.
+
+        Args:
+            n: number of the step.
+            gamma: how far a step back is mixed in; a number, or one for each sample.
+        """
         step = Bidirectional(gamma)
         step.amplification = 1 / self.gamma
         return step.at(n)

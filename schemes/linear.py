@@ -51,7 +51,11 @@ class LinearMethod:
             kept = used
 
     def restricted(self, streams: Sequence[int]) -> "LinearMethod":
-        """The method on some of its streams, which must not read the others."""
+        """The method on some of its streams, which must not read the others.
+
+        Args:
+            streams: numbers of the streams that are kept.
+        """
         s = list(streams)
         return LinearMethod(self.a, self.u[:, s], self.b[s], self.v[s][:, s], self.functions)
 
@@ -90,6 +94,10 @@ class LinearMethod:
 
     def step(self, fs: Sequence[Function], state: State) -> State:
         """One step, by the matrices; evaluations go in any order in which none waits for a later one.
+
+        Args:
+            fs: the residual functions.
+            state: the streams.
 
         Raises:
             SchemeError: an evaluation waits for itself.

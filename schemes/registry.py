@@ -68,6 +68,9 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
     Grammar: NAME, NAME(args, key=value), n*expr, expr + expr, integers, decimals, p/q, minus, true, false, none; at
     most 500 characters, nested at most 8 deep. The text is parsed, never evaluated.
 
+    Args:
+        scheme: a name or an expression, a Scheme, or a Tableau.
+
     Raises:
         SchemeError: anything else; the message names the position and the closest known name.
 
@@ -125,6 +128,10 @@ def examples(name: str | None = None) -> tuple[str, ...]:
 
 def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> None:
     r"""Gives a scheme, a tableau or a family of schemes a name that ``get`` and configurations know.
+
+    Args:
+        name: letters a-z, digits and _, first a letter; not taken.
+        scheme: the scheme, its tableau, or a function that makes one from the arguments of a call.
 
     Raises:
         SchemeError: the name is taken or no identifier, or the object is none of the three.

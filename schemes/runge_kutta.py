@@ -133,6 +133,12 @@ class RungeKutta(Scheme):
     ) -> tuple[State, Tensor]:
         """A step and its error estimate h sum_i (b_hat_i - b_i) k_i, by the embedded companion; differentiable.
 
+        Args:
+            fs: the residual functions, ``stages`` of them.
+            state: the one stream.
+            h: step size.
+            gs: shortcuts, one per stream, or none.
+
         Raises:
             SchemeError: the method has no companion.
         """

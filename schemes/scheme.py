@@ -147,6 +147,11 @@ class Scheme(ABC):
 
         The scheme itself, unless training and inference differ (bdia). A Stack asks the scheme of its step,
         ``at(n).training_scheme(n, x)``, and gives a generator where it was given a seed.
+
+        Args:
+            n: number of the step.
+            x: a stream, for its shape, type and device.
+            generator: from which random numbers come; None is torch's own.
         """
         return self
 
@@ -163,29 +168,60 @@ class Scheme(ABC):
     def decompose(
         self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function] = ()
     ) -> "list[tuple[Scheme, Sequence[Function], StepSize, Sequence[Function]]]":
-        """The schemes that make up one step, in order, each with its functions, step size and shortcuts."""
+        """The schemes that make up one step, in order, each with its functions, step size and shortcuts.
+
+        Args:
+            fs: the residual functions, ``stages`` of them.
+            h: step size.
+            gs: shortcuts, one per stream, or none.
+        """
         return [(self, fs, h, gs)]
 
     def state_from_output(self, y: Tensor) -> State:
-        """The streams whose readout is y, where the readout loses nothing: the start of an inverse."""
+        """The streams whose readout is y, where the readout loses nothing: the start of an inverse.
+
+        Args:
+            y: what ``readout`` gave.
+        """
         if self.streams != 1:
             raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
         return (y,)
 
     def input_from_state(self, state: State) -> Tensor:
-        """The input from which ``init`` made these streams."""
+        """The input from which ``init`` made these streams.
+
+        Args:
+            state: what ``init`` gave.
+        """
         return state[0]
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
-        """Makes the streams from the input; ``fs`` and ``h`` are the first step's, evaluated at its start in time."""
+        """Makes the streams from the input; ``fs`` and ``h`` are the first step's, evaluated at its start in time.
+
+        Args:
+            fs: residual functions of the first step.
+            x: the input.
+            h: size of the first step.
+        """
         return (x,)
 
     def readout(self, state: State) -> Tensor:
-        """Makes the output from the streams."""
+        """Makes the output from the streams.
+
+        Args:
+            state: the streams.
+        """
         return state[0]
 
     def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
-        """The increment of one step from x, divided by h: what a step is as a residual function. One stream only."""
+        """The increment of one step from x, divided by h: what a step is as a residual function. One stream only.
+
+        Args:
+            fs: the residual functions, ``stages`` of them.
+            x: the one stream.
+            h: step size.
+            gs: shortcuts, one per stream, or none.
+        """
         if self.streams != 1:
             raise SchemeError(f"{self} has {self.streams} streams; only a one-stream scheme can act as a function.")
         # Evaluated once, and given to the step as a value: it is subtracted below, and a BatchNorm in it must move
@@ -210,26 +246,46 @@ class Scheme(ABC):
         return (self,)
 
     def at(self, n: int) -> "Scheme":
-        """The scheme of step n: the plan again and again, unless the first step differs from the others."""
+        """The scheme of step n: the plan again and again, unless the first step differs from the others.
+
+        Args:
+            n: number of the step.
+        """
         return self.plan[n % len(self.plan)]
 
     def whole(self, n: int) -> "Scheme":
-        """The scheme of use n where a mix counts as one step, its whole period; of any other scheme ``at(n)``."""
+        """The scheme of use n where a mix counts as one step, its whole period; of any other scheme ``at(n)``.
+
+        Args:
+            n: number of the use.
+        """
         return self.at(n) if len(self.plan) == 1 else self
 
     def stream_widths(self, channels: int) -> tuple[int, ...]:
-        """Width of every stream that ``init`` makes from an input of that width."""
+        """Width of every stream that ``init`` makes from an input of that width.
+
+        Args:
+            channels: width of the input.
+        """
         return (channels,) * self.streams
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         """The shape that residual function i must return, from the shapes of the streams after the shortcut.
 
         None where the function chooses it: it makes a new stream.
+
+        Args:
+            i: number of the residual function.
+            streams: shapes of the streams after the shortcut.
         """
         return streams[0]
 
     def shapes_after(self, streams: "tuple[torch.Size | None, ...]") -> "tuple[torch.Size | None, ...]":
-        """The shape of every stream after a step, from those before it; None where a residual function chooses it."""
+        """The shape of every stream after a step, from those before it; None where a residual function chooses it.
+
+        Args:
+            streams: shapes of the streams before the step.
+        """
         return streams
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
@@ -245,7 +301,13 @@ class Scheme(ABC):
         return tuple(Slot(n, i, (width if raw else out,), out, raw) for i, raw in enumerate(self.raw))
 
     def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
-        """Width of every stream after step n."""
+        """Width of every stream after step n.
+
+        Args:
+            n: number of the step.
+            streams: width of every stream before the step.
+            out_channels: width after the step, where a shortcut changes it.
+        """
         return streams if out_channels is None else (out_channels,) * len(streams)
 
     def step(
@@ -285,7 +347,16 @@ class Scheme(ABC):
         h: StepSize = 1.0,
         context: Any = None,
     ) -> State:
-        """The state before ``step``; ``t`` is the time at the start of that step. Arguments as ``step``."""
+        """The state before ``step``; ``t`` is the time at the start of that step.
+
+        Args:
+            fs: the residual functions, ``stages`` of them.
+            state: the streams after the step.
+            gs: shortcuts, one per stream, or none.
+            t: time at the start of the step; None leaves time out.
+            h: step size.
+            context: what all residual functions may read; None leaves it out.
+        """
         if t is not None or context is not None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
         return self._inverse(fs, state, h, gs)

@@ -125,6 +125,14 @@ class Tableau:
         One line ``c | a_i1 a_i2 ...`` per stage, then ``| b``, then ``| b_hat`` if there is one; a line without ``|``
         continues the line above. Entries are separated by blanks and read by `number`.
 
+        Args:
+            text: the array.
+            order: declared order of the weights; None declares none.
+            name: what error messages call it.
+            cite: where it is published.
+            digits: decimals to which published coefficients are right; None where they are exact.
+            order_hat: declared order of the second weights.
+
         Example:
             >>> heun = Tableau.parse('''
             ...     0 |
@@ -168,13 +176,25 @@ class Tableau:
     def from_rows(
         cls, a: Sequence[Sequence[NumberLike]], b: Sequence[NumberLike], *, name: str = "", **fields
     ) -> Tableau:
-        """A tableau whose nodes are the row sums; `fields` are the other fields."""
+        """A tableau whose nodes are the row sums; `fields` are the other fields.
+
+        Args:
+            a: rows of the strictly lower triangle.
+            b: the weights.
+            name: what error messages call it.
+            fields: of Tableau.
+        """
         rows = tuple(_row(row) for row in a)
         return cls(name=name, a=rows, b=_row(b), c=tuple(_sum(row) for row in rows), **fields)
 
     @classmethod
     def low_storage(cls, A: Sequence[NumberLike], B: Sequence[NumberLike], **fields) -> Tableau:
         """Williamson's 2N form: S <- A_i S + h f(u), u <- u + B_i S, with A_1 = 0 (J. Comput. Phys. 35, 1980).
+
+        Args:
+            A: factors of the register that holds increments.
+            B: factors by which it is added to the solution.
+            fields: of Tableau.
 
         Example:
             >>> print(Tableau.low_storage(A=[0, "-1/2"], B=["1/2", 1], name="midpoint", order=2))

@@ -63,9 +63,9 @@ def joined(xs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: Pair, padding: Pair) -> Tensor:
-    r"""The gradient by the weight of a depthwise convolution of stride 1, written as a depthwise convolution.
+    """The gradient by the weight of a depthwise convolution of stride 1, written as a depthwise convolution.
 
-    .. math:: \frac{\partial L}{\partial w_{c,i,j}} = \sum_n \sum_{y,x} g_{n,c,y,x} \, X_{n,c,\,y+i-p,\,x+j-p}
+        dL/dw[c, i, j] = sum over n, y, x of g[n, c, y, x] * X[n, c, y + i - p, x + j - p]
 
     For every sample and channel that is the map X correlated with the kernel g, so all of them are one convolution of
     n c groups, in single precision also for maps of half precision. oneDNN's own weight gradient spends 16 x 16

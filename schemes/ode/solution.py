@@ -55,7 +55,11 @@ class Solution:
         return self._evaluated(t, "at")
 
     def derivative(self, t: float | Tensor) -> Any:
-        """The slope of the continuous solution at a time, or at each of several."""
+        """The slope of the continuous solution at a time, or at each of several.
+
+        Args:
+            t: a time between the ends of the solve, or several.
+        """
         return self._evaluated(t, "derivative")
 
     def _evaluated(self, t: float | Tensor, what: str) -> Any:

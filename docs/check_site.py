@@ -1,0 +1,107 @@
+"""Checks the built pages: ``python docs/check_site.py FOLDER``. Nothing is fetched.
+
+Links and anchors lead somewhere, ids are there once, tags are closed, pictures have a text, a page has one heading of
+the first level, and no mathematics shows as its source.
+"""
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+# What a reader would see of a formula that nothing has typeset.
+RAW = re.compile(r"\\(?:frac|tfrac|sum|begin|alpha|mathrm|leftarrow)(?![a-z])|\$[^$]+\$|[_^]\{")
+SILENT = frozenset(("code", "pre", "script", "style", "svg", "title"))
+
+
+class Page(HTMLParser):
+    """What a page holds that can be wrong.
+
+    Args:
+        text: the HTML.
+    """
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.problems: list[str] = []
+        self.headings: list[int] = []
+        self._open: list[tuple[str, bool]] = []
+        self.feed(text)
+        self.problems += [f"<{tag}> is not closed" for tag, _ in self._open]
+        self.problems += [f"id {x!r} stands twice" for x in sorted({x for x in self.ids if self.ids.count(x) > 1})]
+        if self.headings.count(1) != 1:
+            self.problems.append(f"{self.headings.count(1)} headings of the first level")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Notes ids, links and pictures."""
+        given = dict(attrs)
+        if given.get("id"):
+            self.ids.append(given["id"] or "")
+        if tag == "a" and given.get("name"):
+            self.ids.append(given["name"] or "")
+        self.links += [link for key in ("href", "src") if (link := given.get(key))]
+        if tag == "img" and not (given.get("alt") or "").strip():
+            self.problems.append(f"a picture without a text: {given.get('src')}")
+        if tag == "svg" and given.get("role") == "img" and not given.get("aria-label"):
+            self.problems.append("a drawing without a text")
+        if tag == "html" and not given.get("lang"):
+            self.problems.append("no language")
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            quiet = tag in SILENT or "arithmatex" in (given.get("class") or "")
+            self._open.append((tag, quiet or bool(self._open and self._open[-1][1])))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Closes what was opened last; paragraphs, items and cells may end without a tag."""
+        if tag in VOID:  # <img />
+            return
+        while (
+            self._open and self._open[-1][0] != tag and self._open[-1][0] in ("p", "li", "td", "th", "tr", "dt", "dd")
+        ):
+            self._open.pop()
+        if self._open and self._open[-1][0] == tag:
+            self._open.pop()
+        else:
+            self.problems.append(f"</{tag}> closes <{self._open[-1][0] if self._open else 'nothing'}>")
+
+    def handle_data(self, data: str) -> None:
+        """Finds formulas that show as they were written."""
+        if not (self._open and self._open[-1][1]) and (found := RAW.search(data)):
+            self.problems.append(f"raw LaTeX: {data[max(0, found.start() - 30) : found.end() + 30].strip()!r}")
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with the pages below a folder, one line each."""
+    pages = {f: Page(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("*.html"))}
+    found = []
+    for file, page in pages.items():
+        where = file.relative_to(folder)
+        # The page that a server shows for what is not there stands anywhere: its links are absolute.
+        if where.name == "404.html":
+            continue
+        found += [f"{where}: {p}" for p in page.problems]
+        for link in page.links:
+            target, anchor = urldefrag(link)
+            if re.match(r"[\w+.-]+:|//", link):
+                continue
+            to = (file.parent / unquote(target)).resolve() if target else file
+            if to.is_dir():
+                to = to / "index.html"
+            if not to.is_file():
+                found.append(f"{where}: {link}: no such file")
+            elif anchor and to in pages and unquote(anchor) not in ("__tabbed", *pages[to].ids):
+                found.append(f"{where}: {link}: no such anchor")
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python docs/check_site.py FOLDER")
+    wrong = problems(Path(sys.argv[1]).resolve())
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))

@@ -1,0 +1,369 @@
+"""The site: drawings, formulas, the catalogue's pages, the reference, notebooks, and the pages as they are built."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import odenets
+import schemes
+
+ROOT = Path(__file__).parents[1]
+DOCS, PAGES = ROOT / "docs", ROOT / "docs/pages"
+REFERENCE = [p for p in sorted((PAGES / "reference").rglob("*.md")) if p.name != "index.md"]
+ENTRY = re.compile(r"^::: (\S+)$", re.M)
+
+
+def tool(name: str):
+    """A script of the folder docs, as a module."""
+    if str(DOCS) not in sys.path:
+        sys.path.insert(0, str(DOCS))
+    return importlib.import_module(name)
+
+
+# --- drawings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wiring", "memory"])
+def test_drawings_are_those_that_their_scripts_draw(name):
+    stale = [f.name for f, text in tool(name).files().items() if f.read_text(encoding="utf-8") != text]
+    assert not stale, f"run: python docs/{name}.py"
+
+
+@pytest.mark.parametrize("name", ["midpoint", "kutta3", "rk4", "gill4"])
+def test_the_trace_of_a_step_is_its_tableau(name):
+    scheme = schemes.get(name)
+    assert scheme.tableau is not None
+    a, b, *_ = scheme.tableau.floats()
+    found = tool("wiring").trace(scheme, 1)
+    for i, rows in enumerate(found.arguments):
+        want = torch.tensor([[1.0, *a[i][:i], *[0.0] * (len(b) - i)]], dtype=rows.dtype)
+        assert torch.allclose(rows, want), i
+    assert torch.allclose(found.results, torch.tensor([[1.0, *b]], dtype=found.results.dtype))
+
+
+def test_a_drawing_shows_every_coefficient_that_is_not_1():
+    drawn = tool("wiring").drawing(tool("wiring").THEMES["wiring"], ["rk38"])
+    tableau = schemes.get("rk38").tableau
+    assert tableau is not None
+    want = sorted(str(x) for row in (*tableau.a, tableau.b) for x in row if x not in (0, 1))
+    texts = re.findall(r'text-anchor="middle" font-size="13"[^>]*>([^<]+)<', drawn)
+    assert sorted(texts) == want
+
+
+def luminance(colour: str) -> float:
+    """Of sRGB, as the Web Content Accessibility Guidelines define it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_colours_of_drawings_can_be_told_from_their_ground():
+    assert round(contrast("#ffffff", "#000000")) == 21 and contrast("#777777", "#777777") == 1
+    for k, theme in enumerate(tool("wiring").THEMES.values()):
+        for colour in ("line", "weak"):
+            assert contrast(theme[colour], theme["ground"]) >= 4.5, (colour, theme)
+        assert contrast(theme["on_box"], theme["box"]) >= 4.5, theme
+        for name, _, colours, _ in tool("memory").ROWS:
+            assert contrast(colours[k], theme["ground"]) >= 4.5, name
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("Leapfrog: x_{n+1} = x_{n-1} + 2 h F_n(x_n).", "Leapfrog: $x_{n+1} = x_{n-1} + 2 h F_n(x_n)$."),
+        ("with gamma_{n} <- alpha_ij, given", r"with $\gamma_{n} \leftarrow \alpha_{ij}$, given"),
+        ("the larger of x and y", "the larger of x and y"),
+        ("in code: `x_{n}`, ``y_{n}``", "in code: `x_{n}`, ``y_{n}``"),
+        (">>> f'x_{n}'\n'x_{n}'", ">>> f'x_{n}'\n'x_{n}'"),
+        ("so:\n\n    x_{n} = 1", "so:\n\n    x_{n} = 1"),
+    ],
+)
+def test_formulas_of_docstrings_are_typeset_and_code_is_not(text, want):
+    assert tool("typeset").typeset(text) == want
+
+
+def formulas() -> list[str]:
+    """Those of the pages, and those that are typeset in docstrings."""
+    typeset = tool("typeset")
+    texts = [p.read_text(encoding="utf-8") for p in PAGES.rglob("*.md")]
+    for package in ("schemes", "odenets"):
+        for file in (ROOT / package).rglob("*.py"):
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            held = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+            texts += [typeset.typeset(text) for text in held if text and typeset.SEEDS.search(text)]
+    found = []
+    for text in texts:
+        plain = re.sub(r"^ *(```+)\w*\n.*?^ *\1$|``.*?``|`[^`\n]+`|^ *>>> .*$", "", text, flags=re.M | re.S)
+        found += [a or b for a, b in re.findall(r"\$\$\n(.*?)\n\$\$|\$([^$\n]+)\$", plain, re.S)]
+    return found
+
+
+def test_every_formula_is_one_that_katex_takes():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    assert len(formulas()) > 50
+    script = (
+        "const katex = require(process.argv[1]); const wrong = [];"
+        "for (const tex of JSON.parse(require('fs').readFileSync(0, 'utf8')))"
+        " try { katex.renderToString(tex, {displayMode: true, strict: 'error'}) } catch (e) { wrong.push(tex + e) }"
+        "console.log(JSON.stringify(wrong))"
+    )
+    command = [node, "-e", script, str(PAGES / "katex/katex.min.js")]
+
+    def refused(texts: list[str]) -> list[str]:
+        done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    assert refused(formulas()) == []
+    assert len(refused([r"\frac{1}{2", r"\nosuchthing"])) == 2
+
+
+def test_katex_is_vendored_with_its_licence():
+    folder = PAGES / "katex"
+    assert "MIT License" in (folder / "LICENSE").read_text(encoding="utf-8")
+    css = (folder / "katex.min.css").read_text(encoding="utf-8")
+    fonts = set(re.findall(r"url\((fonts/[\w.-]+\.woff2)\)", css))
+    assert fonts == {f"fonts/{f.name}" for f in (folder / "fonts").iterdir()}
+
+
+# --- the catalogue's pages --------------------------------------------------------------------------------------------
+
+
+def test_every_registered_scheme_has_one_anchor():
+    held = [re.findall(r"\{#(\w+)\}$", p.read_text("utf-8"), re.M) for p in sorted((PAGES / "schemes").glob("*.md"))]
+    assert sorted(x for page in held for x in page) == sorted(schemes.names())
+
+
+def test_exact_numbers_are_set_with_one_fraction_bar():
+    catalogue = tool("catalogue")
+    root = schemes.tableau.sqrt(2)
+    for x, want in (
+        (Fraction(-1, 2), r"-\tfrac{1}{2}"),
+        (Fraction(3), "3"),
+        ((2 - root) / 2, r"\tfrac{2-\sqrt{2}}{2}"),
+        (-root / 2, r"-\tfrac{\sqrt{2}}{2}"),
+        (3 * root, r"3\sqrt{2}"),
+    ):
+        assert catalogue.exact(x) == want
+
+
+def test_a_region_holds_the_points_where_a_step_does_not_grow():
+    """Points of a grid are inside the drawn outline just where |R(z)| < 1, by the rule of even and odd."""
+    catalogue = tool("catalogue")
+    entry = catalogue.entries()["rk4"]
+    tableau = schemes.get("rk4").tableau
+    drawn = catalogue.region("rk4", tableau, entry)
+    left, right, high = catalogue._box(tableau)
+    margin = 0.08 * max(right - left, 2 * high)
+    left, right, high = left - margin, max(right, 0.0) + margin, high + margin
+    scale = min(300 / (right - left), 220 / (2 * high))
+    (path,) = re.findall(r'class="inside"[^>]* d="([^"]+)"', drawn)
+    rings = [
+        [tuple(map(float, p.split())) for p in ring.strip("MZ").split("L")] for ring in re.findall(r"M[^Z]+Z", path)
+    ]
+
+    def inside(x: float, y: float) -> bool:
+        hits = 0
+        for ring in rings:
+            for (a, b), (c, d) in zip(ring, [*ring[1:], ring[0]], strict=True):
+                hits += (b > y) != (d > y) and x < a + (y - b) * (c - a) / (d - b)
+        return hits % 2 == 1
+
+    told = 0
+    for re_, im in ((u / 4, v / 4) for u in range(-14, 4) for v in range(-13, 14)):
+        size = abs(schemes.stability.R(tableau, complex(re_, im)))
+        if abs(size - 1) > 0.15 and left < re_ < right and -high < im < high:
+            told += 1
+            assert inside((re_ - left) * scale, (high - im) * scale) == (size < 1), (re_, im, size)
+    assert told > 100
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def resolved(path: str):
+    """The object of a dotted name, and the module that defines it."""
+    first, *parts = path.split(".")
+    found = importlib.import_module(first)
+    for name in parts:
+        # The attribute first: `schemes.names` is a function, and a module of that name stands beside it.
+        if not hasattr(found, name):
+            importlib.import_module(f"{found.__name__}.{name}")
+        found = getattr(found, name)
+    return found, found.__name__ if inspect.ismodule(found) else found.__module__
+
+
+def entries_of_the_reference() -> list[tuple[Path, str]]:
+    return [(p, name) for p in REFERENCE for name in ENTRY.findall(p.read_text(encoding="utf-8"))]
+
+
+def test_a_page_of_the_reference_holds_names_of_its_module():
+    wrong = []
+    for page, name in entries_of_the_reference():
+        module = ".".join(page.relative_to(PAGES / "reference").with_suffix("").parts)
+        if name.startswith("odenets.timm"):
+            continue  # the one extra that the development tools do not bring
+        if resolved(name)[1] != module:
+            wrong.append(f"{page.name}: {name} is of {resolved(name)[1]}")
+    assert not wrong
+
+
+def public() -> list[str]:
+    """What the two packages export."""
+    return [
+        f"{package.__name__}.{name}"
+        for package in (schemes, odenets)
+        for name, value in vars(package).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__.startswith(("schemes", "odenets"))
+    ]
+
+
+def test_every_exported_name_stands_in_the_reference_once():
+    listed = [resolved(name)[0] for _, name in entries_of_the_reference()]
+    modules = {m.__name__ for m in listed if inspect.ismodule(m)}
+    for name in public():
+        value = resolved(name)[0]
+        places = sum(x is value for x in listed) + (value.__module__ in modules)
+        assert places == 1, f"{name} stands in the reference {places} times"
+
+
+def undescribed(value) -> list[str]:
+    """Arguments of a function, or of a class's constructor, that its docstring does not name."""
+    text = (inspect.getdoc(value) or "") + "\n" + (inspect.getdoc(getattr(value, "__init__", None)) or "")
+    arguments = [
+        p.name for p in inspect.signature(value).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    held = re.compile(r"^\s+((?:\*{0,2}\w+, )*\*{0,2}\w+)(?: \([^)]*\))?:", re.M)
+    described = {x.strip("* ") for m in held.finditer(text) for x in m[1].split(",")}
+    return [name for name in arguments if name != "self" and name[0] != "_" and name not in described]
+
+
+def test_exported_names_describe_their_arguments():
+    def half(a, b): ...
+
+    half.__doc__ = "Says something of one.\n\nArgs:\n    a: this one.\n"
+    assert undescribed(half) == ["b"]
+    values = {name: resolved(name)[0] for name in public()}
+    plain = {n: v for n, v in values.items() if not (inspect.isclass(v) and issubclass(v, Exception))}
+    found = {name: left for name, value in plain.items() if (left := undescribed(value))}
+    assert not found
+
+
+def test_methods_of_exported_classes_describe_their_arguments():
+    """But those that override one that is described."""
+    found = {}
+    for name in public():
+        value = resolved(name)[0]
+        if not inspect.isclass(value) or issubclass(value, Exception):
+            continue
+        for member, what in vars(value).items():
+            function = getattr(what, "__func__", what)
+            inherited = any(member in vars(base) for base in value.__mro__[1:])
+            if member.startswith("_") or inherited or not inspect.isfunction(function):
+                continue
+            if left := [x for x in undescribed(function) if x != "cls"]:
+                found[f"{name}.{member}"] = left
+    assert not found
+
+
+# --- README, notebooks ------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_a_notebook_holds_the_snippets_of_its_page():
+    pytest.importorskip("jupytext", reason="the extra docs is not installed")
+    notebooks = tool("notebooks")
+    pages = notebooks.tutorials()
+    assert {p.name for p in pages} >= {p.name for p in (PAGES / "tutorials").glob("*.md") if p.name != "index.md"}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        want = re.findall(r"^(<!-- not run: .+ -->\n)?```python\n(.*?)^```$", text, re.M | re.S)
+        cells = [c["source"] for c in notebooks.notebook(page)["cells"] if c["cell_type"] == "code"]
+        assert cells == [code.strip() for note, code in want if not note], page.name
+
+
+# --- the built pages --------------------------------------------------------------------------------------------------
+
+
+def test_the_checks_of_built_pages_find_what_is_wrong(tmp_path):
+    check = tool("check_site")
+    good = '<html lang="en"><body><h1 id="a">A</h1><p>x<img src="p.svg" alt="p"><a href="#a">b</a></p></body></html>'
+    (tmp_path / "p.svg").write_text("<svg/>")
+    (tmp_path / "page.html").write_text(good)
+    assert check.problems(tmp_path) == []
+    for old, new, says in (
+        ('alt="p"', 'alt=""', "without a text"),
+        ("#a", "#b", "no such anchor"),
+        ("#a", "other.html", "no such file"),
+        ("p.svg", "q.svg", "no such file"),
+        ("</h1>", "", "closes"),
+        ("<p>x", '<p id="a">x', "stands twice"),
+        ("<p>x", "<p>$x_1$", "raw LaTeX"),
+        ("<p>x", r"<p>\frac{1}2", "raw LaTeX"),
+        (' lang="en"', "", "no language"),
+        ("h1", "h2", "0 headings"),
+    ):
+        (tmp_path / "page.html").write_text(good.replace(old, new))
+        assert any(says in p for p in check.problems(tmp_path)), new
+
+
+@pytest.mark.long
+def test_the_pages_build(tmp_path):
+    """Strictly; then every page is checked, and what others search and link is there."""
+    pytest.importorskip("zensical", reason="the extra docs is not installed")
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("site", ".cache", "__pycache__"))
+    for package in ("schemes", "odenets"):  # where mkdocstrings reads docstrings
+        (tmp_path / package).symlink_to(ROOT / package)
+    done = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict", "-f", "docs/mkdocs.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = tmp_path / "docs/site"
+    assert len(list(site.rglob("*.html"))) == len(list(PAGES.rglob("*.md"))) + 1
+    assert tool("check_site").problems(site) == []
+
+    search = (site / "search.json").read_text(encoding="utf-8").lower()
+    for word in ("onnx", "odeint", "ema", "fine-tune", "butcher", "adjoint", "wandb"):
+        assert word in search, word
+    assert "self.steps = " not in search  # sources are shown, and not searched
+    inventory = (site / "objects.inv").read_bytes()
+    names = zlib.decompress(inventory.partition(b"zlib.\n")[2]).decode()
+    for name in public():
+        assert re.search(rf"^{re.escape(name)} py:", names, re.M), name
+
+
+def test_the_configuration_names_nothing_that_a_builder_would_pass_over():
+    """Zensical ignores plugins that it does not know without a word: only those that both builders have are used."""
+    config = yaml.safe_load((DOCS / "mkdocs.yml").read_text(encoding="utf-8"))
+    plugins = [p if isinstance(p, str) else next(iter(p)) for p in config["plugins"]]
+    assert set(plugins) <= {"search", "mkdocstrings"}
+    assert config["site_dir"] == "site" and config["docs_dir"] == "pages"
