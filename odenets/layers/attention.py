@@ -62,6 +62,10 @@ class AttentionFunction(nn.Module):
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path) if drop_path else None
 
+    def scale_output(self, factor: float) -> None:
+        """Multiplies what the function returns, once and for good: the last weights, or the norm's after them."""
+        _scale_output(self.proj if self.pre else self.norm, factor)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         n, t, dim = x.shape
         y = self.norm(x) if self.pre else x
@@ -112,10 +116,21 @@ class PerceptronFunction(nn.Module):
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path) if drop_path else None
 
+    def scale_output(self, factor: float) -> None:
+        """Multiplies what the function returns, once and for good: the last weights, or the norm's after them."""
+        _scale_output(self.fc2 if self.pre else self.norm, factor)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc2(F.gelu(self.fc1(self.norm(x) if self.pre else x)))
         y = self.drop(y if self.pre else self.norm(y))
         return y if self.drop_path is None else self.drop_path(y)
+
+
+def _scale_output(last: nn.Linear | nn.LayerNorm, factor: float) -> None:
+    with torch.no_grad():
+        last.weight.mul_(factor)
+        if last.bias is not None:
+            last.bias.mul_(factor)
 
 
 class TransformerFunction(nn.Module):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import PatchConv2d, joined
+from .drop_path import DropPath
 from .norm_relu_conv import norm_relu_conv
 
 
@@ -16,6 +17,8 @@ class DenseFunction(nn.Module):
         out_channels: number of new channels, the growth rate.
         bottleneck: the 1x1 convolution is so many times wider than the result; 0 leaves it out.
         drop_rate: dropout after every convolution.
+        drop_path: probability that a sample's new channels are all zero while training; the concatenation passes on.
+        layer_scale: initial value of a factor gamma per new channel; None leaves gamma out.
         recompute: whether the joined argument and the results of norms and ReLUs are made again in the backward pass
             and not kept; convolutions are not run again.
 
@@ -39,6 +42,8 @@ class DenseFunction(nn.Module):
         *,
         bottleneck: int = 4,
         drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
         recompute: bool = False,
     ):
         super().__init__()
@@ -50,6 +55,9 @@ class DenseFunction(nn.Module):
             self.conv2 = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
         else:
             self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        scale = None if layer_scale is None else torch.full((out_channels, 1, 1), float(layer_scale))
+        self.gamma = None if scale is None else nn.Parameter(scale)
+        self.drop_path = DropPath(drop_path) if drop_path else None
         self.bottleneck, self.drop_rate, self.recompute = bottleneck, drop_rate, recompute
 
     def _part(self, norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
@@ -64,7 +72,9 @@ class DenseFunction(nn.Module):
             # this is the paper's: after every convolution.
             x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
             x = self._part(self.norm2, self.conv2, x)
-        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+        x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+        x = x if self.gamma is None else x * self.gamma
+        return x if self.drop_path is None else self.drop_path(x)
 
 
 class DenseTransition(nn.Module):

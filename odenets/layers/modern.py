@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from .drop_path import DropPath
@@ -40,6 +41,7 @@ class ModernFunction(nn.Module):
         one_norm: one norm in all.
         norm: "batch" or "layer".
         act: "relu" or "gelu".
+        layer_scale: initial value of a factor gamma per channel of the result; None leaves gamma out.
         drop_path: probability that a sample's result is zero while training.
 
     Shape:
@@ -63,6 +65,7 @@ class ModernFunction(nn.Module):
         one_norm: bool = False,
         norm: Norm = "batch",
         act: Act = "relu",
+        layer_scale: float | None = None,
         drop_path: float = 0.0,
     ):
         super().__init__()
@@ -90,6 +93,9 @@ class ModernFunction(nn.Module):
                 self.layers.add_module(f"act{i}", make_act(act))
         if drop_path:
             self.layers.add_module("drop_path", DropPath(drop_path))
+        scale = None if layer_scale is None else torch.full((out_channels, 1, 1), float(layer_scale))
+        self.gamma = None if scale is None else nn.Parameter(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        y = self.layers(x)
+        return y if self.gamma is None else y * self.gamma

@@ -7,7 +7,7 @@ Source: Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from schemes import SchemeError, Slot
 
 from ..checkpoints import KeyMap
-from ..layers import DenseFunction, DenseTransition, init_kaiming
+from ..layers import DenseFunction, DenseTransition, init_kaiming, linear_rates
 from ..stack import Stack
 from ..tracing import is_traced
 from .catalogue import register_variants, torchvision_weights
@@ -47,7 +47,9 @@ class DenseNet(LevelNet):
         recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the
             backward pass; a number: in the first so many levels only.
         drop_rate: dropout after every convolution but the stem's; the paper's 0.2 is for training without augmentation.
-        drop_path_rate: refused unless 0; a concatenated stream cannot be left out.
+        drop_path_rate: stochastic depth, growing over the depth to this rate: a sample's new channels are zero, and
+            what is concatenated already passes on.
+        layer_scale: initial value of gamma, a factor per new channel; None leaves gamma out.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -78,15 +80,16 @@ class DenseNet(LevelNet):
         backprop: str = "store",
         recompute: bool | int = False,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        layer_scale: float | None = None,
         **head: Any,
     ):
         # The paper's dropout follows the convolutions; the head has none.
         super().__init__(**head)
-        _check(functions, compression, stem, drop_rate, drop_path_rate)
+        _check(functions, compression, stem, drop_rate)
         found = schemes_with_growth(scheme, [growth] * len(functions))
         again = recomputing(recompute, len(functions))
-        make = partial(_function, bottleneck=bottleneck, drop_rate=drop_rate)
+        rates = iter(linear_rates(self.drop_path_rate, sum(functions)))
+        make = partial(_function, rates, bottleneck=bottleneck, drop_rate=drop_rate, layer_scale=layer_scale)
         at = Widths(2 * growth if init_channels is None else init_channels)
         self.stem = _stem(stem, self.in_chans, at.width)
         with warned_once():
@@ -117,19 +120,17 @@ class DenseNet(LevelNet):
         return keys_of_densenet.published(own, keys) or twin(own, keys)
 
 
-def _check(functions: Sequence[int], compression: float, stem: str, drop_rate: float, drop_path_rate: float) -> None:
+def _check(functions: Sequence[int], compression: float, stem: str, drop_rate: float) -> None:
     check_choices(stem=(stem, Stem))
     if not functions:
         raise SchemeError("no counts of residual functions: want one per level.")
     if not 0 < compression <= 1:
         raise SchemeError(f"compression is {compression}, want 0 < compression <= 1.")
     check_rates(drop_rate=drop_rate)
-    if drop_path_rate:
-        raise SchemeError(f"drop_path_rate is {drop_path_rate}: a DenseNet has no skip to fall back on; use drop_rate.")
 
 
-def _function(slot: Slot, **options: Any) -> nn.Module:
-    return DenseFunction(sum(slot.in_channels), slot.out_channels, **options)
+def _function(rates: Iterator[float], slot: Slot, **options: Any) -> nn.Module:
+    return DenseFunction(sum(slot.in_channels), slot.out_channels, drop_path=next(rates), **options)
 
 
 class _ChannelsLast(nn.Module):

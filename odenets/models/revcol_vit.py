@@ -15,7 +15,7 @@ from ..layers.column import LevelFunction
 from ..stack import Stack
 from .catalogue import register_variants
 from .head import ColumnNet
-from .vit import alternating, init_tokens
+from .vit import alternating, init_tokens, scale_by_depth
 
 
 class Linked(nn.Module):
@@ -94,6 +94,8 @@ class RevColViT(ColumnNet):
         patch: side of a patch.
         size: side of the pictures that the positions are made for; others are interpolated.
         backprop: as in Stack; "reverse" trains in memory that hardly grows with the columns.
+        depth_init: whether block k = 1, 2 ... of each column starts with its outputs divided by sqrt(2 k), as in BEiT:
+            the gains of the norms at their ends.
         head: as in ``ColumnNet``.
 
     Shapes:
@@ -124,6 +126,7 @@ class RevColViT(ColumnNet):
         patch: int = 16,
         size: int = 224,
         backprop: str = "store",
+        depth_init: bool = False,
         **head: Any,
     ):
         super().__init__(**head)
@@ -137,6 +140,9 @@ class RevColViT(ColumnNet):
         self.stem = PatchTokens(dim, patch, size, self.in_chans, class_token=False, norm=True)
         self.columns = columns_of_tokens(columns, dim, heads, blocks, drop_path=self.drop_path_rate, backprop=backprop)
         self.finish(features, init_tokens)
+        if depth_init:
+            for column in self.columns.steps:
+                scale_by_depth([f for level in column.fs or () for f in level.blocks])  # type: ignore[attr-defined]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's tokens in the last column: (n, h w / patch^2, dim)."""

@@ -118,6 +118,8 @@ class ModernNet(LevelNet):
     Args:
         design: the step.
         scheme: one scheme for all levels, or a list with one per level.
+        layer_scale: initial value of gamma, a factor per channel of every residual function; None leaves gamma out.
+        backprop: as in Stack.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -127,7 +129,9 @@ class ModernNet(LevelNet):
     def __init__(
         self,
         design: Design,
-        scheme: str | Sequence[str] = "euler",
+        scheme: list[str] | str = "euler",
+        layer_scale: float | None = None,
+        backprop: str = "store",
         **head: Any,
     ):
         super().__init__(**head)
@@ -150,13 +154,14 @@ class ModernNet(LevelNet):
             changes = stride > 1 or width != out
             self.levels.append(
                 Stack.from_factory(
-                    partial(_function, d, stride, rates),
+                    partial(_function, d, stride, rates, layer_scale),
                     scheme_,
                     steps_that_fit(scheme_, count, level + 1),
                     channels=width,
                     out_channels=out if changes else None,
                     shortcut=_projection(width, out, stride, d.norm) if changes else None,
                     post_step=None if d.one_act else make_act(d.act),
+                    backprop=backprop,
                 )
             )
             width = out
@@ -183,7 +188,7 @@ def _modern_stem(d: Design, in_chans: int) -> nn.Sequential:
     return stem
 
 
-def _function(d: Design, stride: int, rates: Iterator[float], slot: Slot) -> nn.Module:
+def _function(d: Design, stride: int, rates: Iterator[float], layer_scale: float | None, slot: Slot) -> nn.Module:
     return ModernFunction(
         slot.in_channels[0],
         slot.out_channels,
@@ -197,6 +202,7 @@ def _function(d: Design, stride: int, rates: Iterator[float], slot: Slot) -> nn.
         one_norm=d.one_norm,
         norm=d.norm,
         act=d.act,
+        layer_scale=layer_scale,
         drop_path=next(rates),
     )
 
@@ -273,13 +279,22 @@ class MixerNet(LevelNet):
     Args:
         design: the step.
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth.
+        layer_scale: initial value of gamma, a factor per new channel; None leaves gamma out.
+        backprop: as in Stack.
         head: as in ``HeadNet``.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
     """
 
-    def __init__(self, design: MixerDesign, scheme: str | Sequence[str] = "dense", **head: Any):
+    def __init__(
+        self,
+        design: MixerDesign,
+        scheme: list[str] | str = "dense",
+        layer_scale: float | None = None,
+        backprop: str = "store",
+        **head: Any,
+    ):
         super().__init__(**head)
         d = design
         self.stem = _mixer_stem(d, self.in_chans)
@@ -288,7 +303,7 @@ class MixerNet(LevelNet):
         def make(slot: Slot) -> nn.Module:
             # None: four times the input's width, which grows from mixer to mixer.
             hidden = None if d.from_input else 4 * slot.out_channels
-            return mixer(slot, rates, divisor=8, hidden=hidden, layer_scale=None)
+            return mixer(slot, rates, divisor=8, hidden=hidden, layer_scale=layer_scale)
 
         at, reductions = Widths(d.init), [4]
         found = schemes_with_growth(scheme, d.growths)
@@ -301,7 +316,7 @@ class MixerNet(LevelNet):
                 reductions.append(reductions[-1] * stride)
             self.transitions.append(transition)
             depth = steps_that_fit(scheme_, count, level + 1)
-            self.levels.append(Stack.from_factory(make, scheme_, depth, channels=at.width))
+            self.levels.append(Stack.from_factory(make, scheme_, depth, channels=at.width, backprop=backprop))
             at.level(scheme_, count, d.growths[level], depth)
         self.head_norm = nn.LayerNorm(at.width, eps=1e-6)
         init_kaiming(self, "fan_in", linear=True)
@@ -353,7 +368,9 @@ RDNET = (
 RDNET_PARAMETERS = (20.0, 21.8, 12.9, 19.9, 21.2, 21.2, 22.4, 23.9)
 
 
-def rdnet(step: str | int, **kwargs: Any) -> LevelNet:
+def rdnet(
+    step: str | int, num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **kwargs: Any
+) -> LevelNet:
     """The network at a step of the way from DenseNet-201 to RDNet-T.
 
     (a) DenseNet-201, (b) wider and shallower, (c) ConvNeXt's residual functions, (d) a middle that grows with the
@@ -363,7 +380,10 @@ def rdnet(step: str | int, **kwargs: Any) -> LevelNet:
 
     Args:
         step: its letter, or its number from 1 to 8.
-        kwargs: passed to the network.
+        num_classes: width of the head; 0 gives features.
+        in_chans: channels of the picture.
+        drop_path_rate: stochastic depth, growing over the depth to this rate.
+        kwargs: passed to the network: ``scheme``, ``layer_scale``, ``backprop`` and the others of its class.
 
     Raises:
         SchemeError: an unknown step; the known ones are named.
@@ -378,6 +398,7 @@ def rdnet(step: str | int, **kwargs: Any) -> LevelNet:
         ('DenseNet', 'MixerNet', 'RDNet')
     """
     row = _find(RDNET, step)
+    kwargs |= {"num_classes": num_classes, "in_chans": in_chans, "drop_path_rate": drop_path_rate}
     if isinstance(row.design, MixerDesign):
         return MixerNet(row.design, **kwargs)
     return (RDNet if row.name == "h" else DenseNet)(**{**row.design, **kwargs})

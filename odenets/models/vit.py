@@ -46,6 +46,7 @@ class ViT(HeadNet):
         continuous: number of knots of weights that are functions of depth: one field for all steps, which is a whole
             transformer block, over a span of the number of steps; None is separate weights.
         degree: of their splines.
+        depth_init: whether block k = 1, 2 ... starts with its outputs divided by sqrt(2 k), as in BEiT.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -83,10 +84,11 @@ class ViT(HeadNet):
         global_pool: Pool = "token",
         continuous: int | None = None,
         degree: int = 1,
+        depth_init: bool = False,
         **head: Any,
     ):
         super().__init__(global_pool=global_pool, **head)  # type: ignore[arg-type]
-        check_continuous(continuous, step)
+        check_continuous(continuous, step, depth_init=depth_init)
         found = schemes.get(scheme)
         steps = steps_that_fit(found, (2 if continuous is None else 1) * depth, 1)
         self.patch = patch
@@ -101,6 +103,8 @@ class ViT(HeadNet):
         self.levels = nn.Sequential(stack)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.finish([{"num_chs": dim, "reduction": patch, "module": "levels.0"}], init_tokens)
+        if depth_init:
+            scale_by_depth([f for part in stack.steps for f in part.fs or ()])
         self.levels[0] = made_continuous(stack, continuous, degree)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -165,6 +169,19 @@ def init_tokens(module: nn.Module) -> None:
                 nn.init.zeros_(m.bias)  # type: ignore[arg-type]
 
 
+def scale_by_depth(functions: Sequence[nn.Module]) -> None:
+    """Divides what block k = 1, 2 ... of attention and perceptron returns by sqrt(2 k).
+
+    Args:
+        functions: attention and perceptron in turn.
+
+    Source:
+        Bao et al. 2022, BEiT, arXiv 2106.08254.
+    """
+    for i, f in enumerate(functions):
+        f.scale_output((2 * (i // 2 + 1)) ** -0.5)  # type: ignore[operator]
+
+
 def alternating(
     dim: int, heads: int, blocks: int, rates: Sequence[float], ratio: float = 4, drop: float = 0.0
 ) -> list[nn.Module]:
@@ -180,6 +197,7 @@ VITS: dict[str, dict[str, Any]] = {
     # Touvron et al. 2021, arXiv 2012.12877, table 1. ``scheme`` makes high-order twins of equal parameters.
     "vit_tiny_patch16": {"depth": 12, "dim": 192, "heads": 3},
     "vit_small_patch16": {"depth": 12, "dim": 384, "heads": 6},
+    "vit_base_patch16": {"depth": 12, "dim": 768, "heads": 12},
 }
 
 register_variants(ViT, VITS)

@@ -99,12 +99,18 @@ class SupervisionLoss(nn.Module):
 class SupervisedClassifier(Classifier):
     """A ``Classifier`` that trains a network with heads and decoders in its middle, and judges the final head alone.
 
+    A network that can have them and was built without (``supervision=False``) trains by its only head, as in
+    ``Classifier``; so one configuration shows what supervision is worth.
+
     Args:
         pictures: see ``SupervisionLoss``.
         labels: see ``SupervisionLoss``.
         mean: what the data subtracts from each channel of pictures in [0, 1].
         std: what it divides by.
         kwargs: as in ``Classifier``.
+
+    Raises:
+        SchemeError: a network that never has heads in its middle.
     """
 
     def __init__(
@@ -116,9 +122,17 @@ class SupervisedClassifier(Classifier):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if not callable(getattr(self.net, "forward_supervised", None)):
+            raise SchemeError(
+                f"SupervisedClassifier: {type(self.net).__name__} has no heads in its middle: no forward_supervised.\n"
+                "  Train it by odenets.training.Classifier."
+            )
         self.supervision_loss = SupervisionLoss(pictures, labels, mean, std, self.label_smoothing)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        # A network of one's own may say nothing of it; ours say None where they were built without heads.
+        if getattr(self.net, "supervision", True) is None:
+            return super().training_step(batch, batch_idx)
         x, y = batch
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)

@@ -280,6 +280,34 @@ def test_joined_or_not_the_functions_read_the_same():
     assert torch.equal(Stack(fs, "dense(4)")(x), Stack(fs, "dense(4, join=false)")(x))
 
 
+@pytest.mark.parametrize("mode", [{"backprop": "checkpoint"}, {"recompute": True}])
+def test_drop_path_and_gamma_give_the_same_gradients_in_every_mode(mode):
+    torch.manual_seed(0)
+    options = {**TINY, "drop_path_rate": 0.5, "layer_scale": 0.3}
+    check_gradients(DenseNet(**options), DenseNet(**options, **mode), torch.randn(16, 3, 16, 16))
+
+
+def test_drop_path_leaves_out_new_channels_alone_and_grows_over_the_depth():
+    net = DenseNet(**TINY, drop_path_rate=0.8)
+    rates = [f.drop_path.p if f.drop_path else 0.0 for level in net.levels for step in level.steps for f in step.fs]
+    assert rates == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+    level, x = net.levels[-1].train(), torch.randn(64, net.transitions[-1].conv.out_channels, 4, 4)
+    y = level(x)
+    assert torch.equal(y[:, : x.shape[1]], x)
+    last = y[:, -4:].abs().amax((1, 2, 3))
+    assert 0.6 < (last == 0).float().mean() < 0.95
+    assert (net.eval()(torch.randn(2, 3, 16, 16)) != 0).all()
+
+
+def test_gamma_multiplies_the_new_channels():
+    f = DenseFunction(8, 4, layer_scale=0.25)
+    plain = DenseFunction(8, 4)
+    plain.load_state_dict({k: v for k, v in f.state_dict().items() if k != "gamma"})
+    x = torch.randn(3, 8, 5, 5)
+    torch.testing.assert_close(f(x), 0.25 * plain(x))
+    assert f.gamma.numel() == 4
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -287,7 +315,7 @@ def test_joined_or_not_the_functions_read_the_same():
         ({"functions": ()}, "want one per level"),
         ({"compression": 0}, "compression is 0"),
         ({"drop_rate": 1}, "drop_rate is 1"),
-        ({"drop_path_rate": 0.1}, "use drop_rate"),
+        ({"drop_path_rate": 1}, "drop_path_rate is 1"),
         ({"scheme": ["dense"]}, "1 schemes for 2 levels"),
         ({"scheme": "rk4"}, "level 1 has 2 residual functions"),
         ({"global_pool": "sum"}, "global_pool is 'sum'"),

@@ -7,7 +7,7 @@ import torch
 from counting import gmacs, meta, parameters
 from torch import nn
 
-from odenets.layers import LayerNorm2d, ModernFunction
+from odenets.layers import DropPath, LayerNorm2d, ModernFunction, linear_rates
 from odenets.models import roadmap
 from schemes import SchemeError
 
@@ -125,6 +125,28 @@ def test_mixers_run_and_train():
         net = roadmap.MixerNet(roadmap.replace(small, **changes), num_classes=5)
         net(torch.randn(2, 3, 32, 32)).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("build", [roadmap.convnext, roadmap.rdnet])
+def test_every_step_takes_stochastic_depth_and_gamma(build):
+    rows = roadmap.CONVNEXT["resnet50"] if build is roadmap.convnext else roadmap.RDNET
+    for row in rows:
+        net = on_meta(build, row.name, drop_path_rate=0.3, layer_scale=1e-6)
+        fs = [f for level in net.levels for step in level.steps for f in step.fs]
+        rates = [m.p for m in net.modules() if isinstance(m, DropPath)]
+        # The first function is never dropped, and every function has a gamma of as many channels as it gives.
+        assert rates == pytest.approx(linear_rates(0.3, len(fs))[1:])
+        assert all(f.gamma is not None for f in fs)
+        plain = {k for k in net.state_dict() if not k.endswith("gamma")}
+        bare = on_meta(build, row.name, layer_scale=None)
+        assert plain == bare.state_dict().keys()
+
+
+def test_gamma_multiplies_what_a_modern_function_gives():
+    f, plain = ModernFunction(8, 16, layer_scale=0.25).eval(), ModernFunction(8, 16).eval()
+    plain.load_state_dict({k: v for k, v in f.state_dict().items() if k != "gamma"})
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(f(x), 0.25 * plain(x))
 
 
 def test_unknown_steps_are_named():

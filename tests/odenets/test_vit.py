@@ -15,6 +15,10 @@ NESTED = "nested(midpoint, repeat(euler, 2))"
 SMALL = {"depth": 4, "dim": 16, "heads": 2, "patch": 4, "size": 16, "num_classes": 3}
 
 
+# DeiT's Ti, S and B; the last is ViT-B/16's too.
+NUMBERS = [("vit_tiny_patch16", 5_717_416), ("vit_small_patch16", 22_050_664), ("vit_base_patch16", 86_567_656)]
+
+
 def meta(name, **kwargs):
     with torch.device("meta"):
         return create_model(name, **kwargs)
@@ -25,7 +29,7 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("scheme", ["euler", "midpoint", "rk4", NESTED])
-@pytest.mark.parametrize(("name", "count"), [("vit_tiny_patch16", 5_717_416), ("vit_small_patch16", 22_050_664)])
+@pytest.mark.parametrize(("name", "count"), NUMBERS)
 def test_parameters_are_the_published_ones_under_every_scheme(name, count, scheme):
     assert parameters(meta(name, scheme=scheme)) == count
 
@@ -57,6 +61,35 @@ def test_the_nested_scheme_makes_midpoint_steps_of_blocks():
 
     want = x + block(x + block(x, a1, p1) / 2, a2, p2)
     torch.testing.assert_close(net.levels[0](x), want)
+
+
+@pytest.mark.parametrize("scheme", ["euler", "midpoint", NESTED])
+def test_depth_init_divides_the_outputs_of_block_k_by_the_root_of_2_k(scheme):
+    torch.manual_seed(0)
+    plain = ViT(**SMALL, scheme=scheme)
+    torch.manual_seed(0)
+    net = ViT(**SMALL, scheme=scheme, depth_init=True)
+    fs, gs = ([f for step in n.levels[0].steps for f in step.fs] for n in (net, plain))
+    x = torch.randn(2, 5, 16)
+    for i, (f, g) in enumerate(zip(fs, gs, strict=True)):
+        torch.testing.assert_close(f(x), g(x) / (2 * (i // 2 + 1)) ** 0.5)
+    with pytest.raises(SchemeError, match="depth_init"):
+        ViT(**SMALL, continuous=2, depth_init=True)
+
+
+def test_depth_init_counts_the_blocks_of_each_column():
+    options = {"dim": 16, "blocks": (1, 2), "heads": 2, "columns": 2, "patch": 4, "size": 16, "num_classes": 3}
+    torch.manual_seed(0)
+    plain = RevColViT(**options)
+    torch.manual_seed(0)
+    net = RevColViT(**options, depth_init=True)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(2, 5, 16)
+    for column, other in zip(net.columns.steps, plain.columns.steps, strict=True):
+        fs, gs = ([f for level in c.fs for f in level.blocks] for c in (column, other))
+        assert len(fs) == 6
+        for i, (f, g) in enumerate(zip(fs, gs, strict=True)):
+            torch.testing.assert_close(f(x), g(x) / (2 * (i // 2 + 1)) ** 0.5)
 
 
 def test_public_weights_load_into_every_twin():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from odenets.models import RevCol, Supervised
-from odenets.training import SupervisedClassifier, SupervisionLoss
+from odenets.training import Classifier, SupervisedClassifier, SupervisionLoss
 from schemes import SchemeError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -60,3 +60,26 @@ def test_the_losses_fall(backprop, tmp_path):
     after = loss(out, x, y)
     assert after < 0.85 * before
     assert F.cross_entropy(out.logits[-1], y) < 0.7 * F.cross_entropy(torch.zeros(32, 4), y)
+
+
+def test_without_supervision_it_trains_as_a_classifier_does(tmp_path):
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    found = []
+    for kind in (Classifier, SupervisedClassifier):
+        torch.manual_seed(0)
+        net = RevCol((8, 16), (1, 1), columns=2, num_classes=4, supervision=False, patch=2)
+        model = kind(net=net, optimizer=partial(torch.optim.AdamW, lr=2e-2), label_smoothing=0.1)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(model, data, data)
+        found.append(net.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(*(f.values() for f in found), strict=True))
+
+
+def test_a_network_that_never_has_heads_in_its_middle_is_refused():
+    with pytest.raises(SchemeError, match=r"Linear has no heads in its middle.*\n  Train it by odenets"):
+        SupervisedClassifier(net=torch.nn.Linear(2, 2), optimizer=partial(torch.optim.SGD, lr=0.1))
