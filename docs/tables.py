@@ -3,11 +3,12 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
+import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from typeset import typeset
 
 import schemes
-from odenets import Stack, create_model, list_models
+from odenets import Stack, create_model, list_models, recipes
+from odenets.config_files import flat
 from odenets.models import (
     ConvNeXt,
     DenseNet,
@@ -35,10 +37,12 @@ from odenets.models import (
     ViT,
     roadmap,
 )
+from odenets.recipes.table import FILES
 from odenets.study.space import ORDERS, SPACES, shapes
 from schemes import MixingWarning
 
 PAGES = Path(__file__).parent / "pages"
+RESULTS = PAGES.parents[1] / "experiments/results"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
 
 
@@ -303,12 +307,74 @@ def comparison(name: str) -> str:
     """The table of a comparison whose runs are committed, with the time that they took."""
     from odenets.study.comparison_report import find, heading, table_of  # needs the extras train and study
 
-    found = find(PAGES.parents[1] / "experiments/results" / f"{name}.json")
+    found = find(RESULTS / f"{name}.json")
     return f"{heading(found)}.\n\n{table_of(found)}"
+
+
+# What a run may set without being another experiment.
+FREE = ("seed_everything", "run_dir", "data.root", "data.num_workers", "threads")
+
+
+@cache
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The committed comparisons, each with its settings and its runs."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def measured(recipe: recipes.Recipe, folder: Path = RESULTS) -> str:
+    """The mean accuracy of the committed runs whose settings are the recipe's; empty where there are none.
+
+    Runs count that have ended and differ in the seed alone.
+    """
+    wanted = {k.replace("init_args.", ""): v for k, v in flat(recipe.settings).items()}
+    wanted = {k: str(v) for k, v in wanted.items() if k not in FREE}
+    for found in results(folder):
+        settings = found.get("settings", {})
+        runs = [line for line in found.get("runs", []) if line["status"] == "trained"]
+        runs = [r for r in runs if wanted.items() <= {k: str(v) for k, v in (settings | r["options"]).items()}.items()]
+        last = [run["epochs"][-1]["val/acc"] for run in runs]
+        if last:
+            mean = 100 * sum(last) / len(last)
+            return f"{mean:.2f} % top-1, {100 - mean:.2f} % error ({len(last)} seed{'s' * (len(last) > 1)})"
+    return ""
+
+
+def paper(file: Any) -> str:
+    """The tables and figures of a paper, row by row: what runs it, what was published, what was measured here."""
+    parts = [f"{file.PAPER.note}\n"] if file.PAPER.note else []
+    for shown, what in file.PAPER.shown.items():
+        lines = []
+        for recipe in file.RECIPES:
+            for where, figure_ in recipe.published:
+                if where == shown:
+                    ours = measured(recipe) or f"not measured: needs {recipe.needs}"
+                    name = f"{recipe.family} {recipe.size}, {recipe.data.name}"
+                    name += "" if recipe.stage == "train" else f", {recipe.stage}"
+                    lines.append([name, f"`recipe:{recipe.name}`", figure_ or "not known here", ours])
+        for row in (row for row in file.PAPER.rows if row.shown == shown):
+            ours = f"not measured: needs {row.needs}" if row.needs else "the command shows it"
+            command = f"`{row.command}`" if row.command else "–"
+            lines.append([row.what, command, row.published or "not known here", ours])
+        title = f"### {shown[0].upper()}{shown[1:]}{f': {what}' if what else ''}"
+        parts.append(f"{title}\n\n{table('Row | Recipe or command | Published | Ours', lines)}")
+    return "\n".join(parts)
+
+
+def numbers_of_recipes() -> str:
+    """How many recipes there are, by paper and stage."""
+    rows = []
+    for file in FILES:
+        stages = [r.stage for r in file.RECIPES]
+        of = [str(stages.count(stage)) for stage in ("train", "pretrain", "fine-tune")]
+        rows.append([file.PAPER.source, file.PAPER.title, *of, str(len(stages))])
+    head = "Paper | Title | Train# | Pretrain# | Fine-tune# | Recipes#"
+    return table(head, [*rows, ["all", "", *(str(sum(int(r[i]) for r in rows)) for i in range(2, 6))]])
 
 
 TABLES = {
     **{f"family_{name}": lambda name=name: catalogue.page(name) for name in catalogue.FAMILIES},
+    "recipes": numbers_of_recipes,
+    **{f"paper_{file.__name__.rpartition('.')[2]}": partial(paper, file) for file in FILES},
     "campaign_digits": lambda: comparison("campaign_digits"),
     "campaign_small": lambda: comparison("campaign_small"),
     "spaces": spaces,

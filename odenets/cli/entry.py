@@ -30,6 +30,8 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
 
 what there is
   odenets experiments [NAME]                                             the experiments that -c knows by name, or one
+  odenets recipe --list [PATTERN]                                        rows of the papers' tables, a line each
+  odenets recipe NAME                                                    one as a configuration; -c recipe:NAME runs it
   odenets schemes [PATTERN]                                              the schemes: order, cost, inverse, source
   odenets show SCHEME [--plot FILE]                                      one of them: its array or updates, stability
   odenets models [PATTERN] [--costs]                                     the models; what they cost
@@ -66,6 +68,7 @@ COMMANDS = {
     "export": "odenets.cli.export:run",
     "models": "odenets.cli.models:run",
     "predict": "odenets.cli.pictures:run",
+    "recipe": "odenets.cli.recipe:run",
     "schemes": "odenets.cli.schemes:run",
     "show": "odenets.cli.show:run",
     "study": "odenets.study.subcommands:run",
@@ -143,4 +146,4 @@ def _run(words: Sequence[str], prog: str) -> None:
 
 
 # These import no Lightning, so that there is nothing to repair.
-LIGHT = {f"odenets.cli.{name}" for name in ("convert", "experiments", "models", "schemes", "show")}
+LIGHT = {f"odenets.cli.{name}" for name in ("convert", "experiments", "models", "recipe", "schemes", "show")}

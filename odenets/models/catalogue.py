@@ -182,6 +182,19 @@ def model_kind(name: str) -> type[Conventions] | None:
     return kind if kind is not None and issubclass(kind, Conventions) else None
 
 
+def variant(name: str) -> dict[str, Any]:
+    """The options that a registered model gives to its class; empty where a function builds it.
+
+    Raises:
+        SchemeError: an unknown name.
+
+    Example:
+        >>> variant("vit_tiny_patch16")
+        {'depth': 12, 'dim': 192, 'heads': 3}
+    """
+    return dict(_registered(name).options)
+
+
 def model_options(name: str) -> dict[str, Any]:
     """The options of a registered model and their values; empty where a function builds it.
 

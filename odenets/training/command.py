@@ -36,6 +36,7 @@ from schemes import SchemeError
 from ..config_files import check_files
 from ..messages import explain, fail
 from ..packaged import with_files
+from ..recipes import written_out
 from .callbacks import Agreement, EpochLines, Predictions, RunSummary, Summary, Throughput
 from .files import (
     UNWRITABLE,
@@ -391,6 +392,7 @@ def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
     words = with_files(words)
     TrainingParser.command_line = words
     check_files(words)
+    written = written_out(words)  # messages show the line as it was typed
     return kind(
         L.LightningModule,
         L.LightningDataModule,
@@ -401,7 +403,7 @@ def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
         save_config_callback=SavedConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        args=list(words),
+        args=written,
         parser_kwargs={"prog": prog},
     )
 

@@ -163,8 +163,8 @@ def test_no_module_imports_what_imports_it():
 
 
 def test_layers_of_the_stack():
-    """schemes <- step <- checks, build, backprop <- stack <- models <- training <- study <- cli."""
-    order = ["odenets.step", "odenets.checks", "odenets.backprop", "odenets.stack", "odenets.models"]
+    """schemes <- step <- checks, build, backprop <- stack <- models <- recipes <- training <- study <- cli."""
+    order = ["odenets.step", "odenets.checks", "odenets.backprop", "odenets.stack", "odenets.models", "odenets.recipes"]
     order += ["odenets.training", "odenets.study", "odenets.cli"]
     for low, package in enumerate(order):
         for module in (m for m in FILES if within(m, package)):
