@@ -26,19 +26,15 @@ class Data(NamedTuple):
     option: str = " --data.root FOLDER"
 
 
-def _small(name: str, classes: int, hub: str, mean: list[float], std: list[float], **more: Any) -> Data:
-    extra = "".join(f"--data.{key} {value} " for key, value in more.items())
-    how = PARQUET.format(hub, f"{extra}--data.download true")
-    return Data(name, classes, 32, {"mean": mean, "std": std}, how)
+def _small(name: str, classes: int, hub: str, mean: list[float], std: list[float], subset: str = "") -> Data:
+    part = f"--data.subset {subset} " if subset else ""
+    return Data(name, classes, 32, {"mean": mean, "std": std}, PARQUET.format(hub, f"{part}--data.download true"))
 
 
 CIFAR10 = _small("CIFAR-10", 10, "uoft-cs/cifar10", [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 CIFAR100 = _small("CIFAR-100", 100, "uoft-cs/cifar100", [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])
-SVHN = _small(
-    *("SVHN", 10, "ufldl-stanford/svhn", [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
-    subset="cropped_digits",
-    train_split="train+extra",
-)._replace(settings={"train_split": "train+extra", "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]})
+SVHN = _small("SVHN", 10, "ufldl-stanford/svhn", [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], "cropped_digits")
+SVHN.settings["train_split"] = "train+extra"
 IMAGENET = Data("ImageNet-1K", 1000, 224, {}, FOLDERS.format("ILSVRC/imagenet-1k"))
 IMAGENET22K = Data(
     *("ImageNet-22K", 21_841, 224, {}),

@@ -27,8 +27,8 @@ PAPER = Paper(
             command="odenets compare experiments/cifar10_ho_resnet.yaml --over model.net.scheme=euler,midpoint,rk4",
         ),
     ),
-    "The abstract's two gains are the only figures of this paper that are known here. The numbers of its tables and "
-    "figures are not, so rows are named by what its text describes. Depths are one, two or three levels of as many "
+    "The abstract's two gains are the only numbers of this paper that are known here. Its tables and figures are not, "
+    "so rows are named by what its text describes. Depths are one, two or three levels of as many "
     "residual functions as the schemes need.",
 )
 OWN = "epochs, rate and pictures per step are not known of the paper; these are ours."

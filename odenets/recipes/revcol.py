@@ -14,8 +14,8 @@ PAPER = Paper(
     {
         "ImageNet-1K": "T, S and B, trained on ImageNet-1K alone",
         "ImageNet-22K": "B, L, XL and H, trained on more pictures and fine-tuned",
-        "COCO": "detection: Cascade Mask R-CNN, 3x",
-        "ADE20K": "segmentation: UPerNet",
+        "COCO": "Cascade Mask R-CNN, 3x",
+        "ADE20K": "UPerNet",
         "foundation models": "H after 168 million pictures",
         "supervision": "heads and decoders between the columns, against none",
         "columns": "1 to 20 columns at about 4.5 GFLOPs",
@@ -49,7 +49,7 @@ PAPER = Paper(
         Row("appendix E", "any RevCol", command="odenets analyse CKPT alignment"),
     ),
     "Figures are those of the authors' repository and of the abstract; where a table is known as a picture alone, its "
-    "cells are empty. Their numbers are not known here, so tables are named by what they show.",
+    "cells are empty. Their numbers are not known here, so tables are named by what they show; nor are the figures.",
 )
 PICTURES: dict[str, Any] = {"augment": MODERN, "smoothing": 0.1, "at_once": 128}
 JITTER = (
@@ -151,7 +151,7 @@ def _fine_tuned() -> Iterator[Recipe]:
             *(IMAGENET, adamw(lr, 1e-8), cosine(0, least / lr)),
             epochs=epochs,
             batch=1024,
-            at_once=16,
+            at_once=128 if side == 224 else 32 if side == 384 else 8,
             augment=UNMIXED,
             # Above 224 pixels the released code resizes the whole picture to evaluate it.
             pictures=large(size=side, **({"inner": 1.0} if side > 224 else {})),
