@@ -51,6 +51,7 @@ class ModernFunction(nn.Module):
         Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545, figures 3 and 4, sections 2.3 to 2.6.
     """
 
+    # long: an argument a line
     def __init__(
         self,
         in_channels: int,

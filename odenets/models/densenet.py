@@ -68,6 +68,7 @@ class DenseNet(LevelNet):
         torch.Size([2, 10])
     """
 
+    # long: an argument a line
     def __init__(
         self,
         functions: Sequence[int] = (6, 12, 24, 16),

@@ -126,6 +126,7 @@ class ModernNet(LevelNet):
         x: (n, in_chans, h, w); the result is (n, num_classes).
     """
 
+    # long: arguments and levels of one network
     def __init__(
         self,
         design: Design,

@@ -126,6 +126,7 @@ LARGER = {
     "large": (0.1, 0.3, "86.6", "87.5"),
     "xlarge": (0.2, 0.4, "87.0", "87.8"),
 }
+FALLS = "the rates of the paper fall by {} from layer to layer of depth; here all are equal."
 NEW = "it starts from new weights unless those after {} are given."
 
 
@@ -142,7 +143,8 @@ def _tuned(side: int) -> Settings:
     )
 
 
-def _fine_tuned() -> Iterator[Recipe]:
+def _larger() -> Iterator[Recipe]:
+    """On ImageNet-22K, and after it."""
     pretraining = training(
         *(IMAGENET22K, adamw(4e-3), cosine(5)),
         epochs=90,
@@ -153,7 +155,6 @@ def _fine_tuned() -> Iterator[Recipe]:
         smoothing=0.1,
         channels_last=True,
     )
-    falls = "the rates of the paper fall by {} from layer to layer of depth; here all are equal."
     for name, (rate, after, *accuracies) in LARGER.items():
         model, letter = f"convnext_{name}", LETTERS[name]
         yield _recipe(
@@ -165,19 +166,23 @@ def _fine_tuned() -> Iterator[Recipe]:
             yield _recipe(
                 *(f"{model}_22k_ft{side}", f"{letter}, {side} pixels, after 22K", model, "table 1", top1, _tuned(side)),
                 {"drop_path_rate": after, "head_init_scale": 0.001},
-                falls.format(0.8),
+                FALLS.format(0.8),
                 "the stochastic depth and the least rate of this stage are not known here; these are ours.",
                 NEW.format("ImageNet-22K"),
                 stage="fine-tune",
                 needs="weights after ImageNet-22K and GPUs",
                 parameters=PARAMETERS[name],
             )
+
+
+def _fine_tuned() -> Iterator[Recipe]:
+    """At more pixels, after ImageNet-1K."""
     for name, rate, top1 in (("base", 0.8, "85.1"), ("large", 0.95, "85.5")):
         model, letter = f"convnext_{name}", LETTERS[name]
         yield _recipe(
             *(f"{model}_ft384", f"{letter}, 384 pixels", model, "table 1", top1, _tuned(384)),
             {"drop_path_rate": rate, "head_init_scale": 0.001},
-            falls.format(0.7),
+            FALLS.format(0.7),
             NEW.format("ImageNet-1K"),
             stage="fine-tune",
             needs="weights after ImageNet-1K and GPUs",
@@ -225,4 +230,4 @@ OLD = training(
     channels_last=True,
 )
 
-RECIPES = (*_scratch(), *_fine_tuned(), *_roadmaps())
+RECIPES = (*_scratch(), *_larger(), *_fine_tuned(), *_roadmaps())
