@@ -148,7 +148,7 @@ PLAIN = {"base": 138_616_408, "large": 273_095_400, "xlarge": 833_807_400, "huge
 def _fine_tuned() -> Iterator[Recipe]:
     for name, size, side, epochs, lr, least, rate, decay, clip, ema, top1 in TUNED:
         settings = training(
-            *(IMAGENET, adamw(lr, 1e-8), cosine(0, least / lr)),
+            *(IMAGENET, adamw(lr, 1e-8), cosine(0, round(least / lr, 9))),
             epochs=epochs,
             batch=1024,
             at_once=128 if side == 224 else 32 if side == 384 else 8,
