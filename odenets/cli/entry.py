@@ -106,7 +106,6 @@ def _configured(words: Sequence[str]) -> bool:
     return any(name in ("-c", "--config") or name.startswith(("--model", "--data")) for name in names)
 
 
-# long: a command a branch
 def main(args: list[str] | None = None) -> None:
     """Run the command line; returns None, since a script's return value becomes its exit status."""
     words = sys.argv[1:] if args is None else args

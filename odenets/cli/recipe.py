@@ -6,31 +6,31 @@ from odenets import recipes
 from schemes import SchemeError
 
 from ..messages import fail
-from .words import Parser, closed_output
+from . import words as w
 
-HELP = """usage: odenets recipe NAME
-       odenets recipe --list [PATTERN]
-
-Prints a row of a paper's table as a complete configuration, whose opening comment says what was published of it.
-
-  NAME              one of the list
-  --list [PATTERN]  a line for each: name, network, data, stage, published figure; PATTERN has shell wildcards
+TEXT = """Prints a row of a paper's table as a complete configuration, whose opening comment says what was published of
+it; `lightning fit -c recipe:NAME` trains it without a file.
 
   odenets recipe --list "cifar10_*"
   odenets recipe revcol_tiny > my_revcol.yaml
   lightning fit -c recipe:revcol_tiny --data.root FOLDER
-"""
+
+Exit status: 0; 2 where the command cannot be read, or nothing has that name."""
+
+
+def parser() -> w.Parser:
+    """The options."""
+    found = w.Parser(prog="odenets recipe", description=TEXT)
+    found.add_argument("name", nargs="?", metavar="NAME", help="one of the list")
+    found.add_argument(
+        "--list", nargs="?", const="*", metavar="PATTERN", help="a line for each; PATTERN has shell wildcards"
+    )
+    return found
 
 
 def run(words: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return
-    parser = Parser(prog="odenets recipe", add_help=False)
-    parser.add_argument("name", nargs="?")
-    parser.add_argument("--list", nargs="?", const="*", metavar="PATTERN")
-    options = parser.parse(words)
+    options = parser().parse(words)
     if (options.name is None) == (options.list is None):
         fail("wanted the name of one recipe, or --list", "odenets recipe --list names them all")
     try:
@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> None:
     except SchemeError as e:
         fail(str(e))
     except BrokenPipeError:
-        closed_output()
+        w.closed_output()
 
 
 def _lines(pattern: str) -> str:
