@@ -31,6 +31,7 @@ from .meter import Interval, Meter, meter_on
 from .modes import Mode, Plan
 from .plan import Chain, Cost, Piece, Profile
 from .replay import stream_precision
+from .sizes import mebibytes
 from .surroundings import nothing_changed
 from .survey import Namer, aside, surveyed, unseen, wait
 from .walk import Pass
@@ -73,7 +74,7 @@ class Planning:
 
     def report(self, memory: float | str | None) -> Report:
         """The plan, predicted and measured."""
-        auto = None if memory is None else Auto(memory=memory)
+        auto = None if memory is None else Auto(memory=mebibytes(memory, "plan(memory)"))
         if auto is not None:
             self.modes = {name: auto for name in self.stacks}
         end = self._survey()
