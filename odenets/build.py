@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from schemes.adaptive import NO_GRAPH
 from schemes.errors import MixingWarning, SchemeError
 from schemes.language import shorten
 from schemes.runge_kutta import RungeKutta
@@ -305,13 +306,15 @@ def check_traced(who: str, scheme: Scheme, keeps_all: bool, training: bool) -> N
     """Refuses a trace by torch.fx of what it would lose: how a stack is differentiated, and what its scheme draws.
 
     Raises:
-        SchemeError: a mode that does not store, or a scheme that draws in training.
+        SchemeError: a mode that does not store, or a scheme that draws in training or chooses its own steps.
     """
     if not keeps_all:
         raise SchemeError(
             f"{who}: torch.fx records operations and not how they are differentiated, so that backprop= would be lost."
             "\n  Trace with backprop='store'."
         )
+    if scheme.evaluations is None:
+        raise SchemeError(f"{who}: {scheme}: {NO_GRAPH}")
     if training and any(part.training_differs for part in scheme.plan):
         raise SchemeError(f"{who}: {scheme} draws in training, which no trace records; call model.eval().")
 

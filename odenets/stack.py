@@ -280,8 +280,8 @@ class Stack(nn.Module):
             context: what residual functions with a parameter ``context`` read.
             aux: gives a pair, the readout and a dictionary of auxiliary values, each summed over the calls of the
                 residual functions: those that they return beside their value, ``return y, {"balance": loss}`` (True),
-                or those of this name or these names. "log_det" is the log-determinant of a coupling's steps, (n,). In every mode
-                of backpropagation the values have gradients.
+                or those of this name, or of these. "log_det" is the log-determinant of a coupling's steps, (n,). In
+                every mode of backpropagation the values have gradients.
 
         Raises:
             SchemeError: a name that no function returned, or the log-determinant of a scheme that has none.
