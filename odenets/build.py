@@ -104,7 +104,9 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
         except OverflowError:
             found.append(float("inf"))
         if not math.isfinite(found[-1]):
-            raise SchemeError(f"Stack: step='{rule}' makes step {shorten(str(n), 30)} of the network infinitely long.")
+            raise SchemeError(
+                f"Stack: step='{rule}' has no finite size at step {n - offset}, with step_offset={shorten(str(offset), 30)}."
+            )
     return found
 
 
