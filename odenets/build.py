@@ -105,7 +105,8 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
             found.append(float("inf"))
         if not math.isfinite(found[-1]):
             raise SchemeError(
-                f"Stack: step='{rule}' has no finite size at step {n - offset}, with step_offset={shorten(str(offset), 30)}."
+                f"Stack: step='{rule}' has no finite size at step {n - offset} after "
+                f"step_offset={shorten(str(offset), 30)}."
             )
     return found
 

@@ -23,7 +23,7 @@ PAIRS = ("bosh3", "dopri5", "dopri8", "fehlberg45", "heun2", "tsit5", "verner89"
 BACKENDS = ("schemes", "torchdiffeq")
 NO_GRAPH = (
     "the solver chooses its steps by the values that it meets, which no recorded graph can.\n"
-    "  Trace or export fixed steps of the same function: stack.rebuilt('rk4', depth=16), or Stack(f, 'rk4', 16, step='1/depth')."
+    "  Record fixed steps of the same function: stack.rebuilt('rk4', depth=16), or Stack(f, 'rk4', 16, step='1/depth')."
 )
 
 

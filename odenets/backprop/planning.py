@@ -174,6 +174,11 @@ class Planning:
                 outputs = [x for x in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(x, Tensor)]
                 loss = sum(x.square().mean() for x in outputs if x.requires_grad)
                 del outputs
+                if not isinstance(loss, Tensor):
+                    raise SchemeError(
+                        "plan: no output needs a gradient, so there is no training to be measured.\n"
+                        "  Give an input that needs one, or parameters that are not frozen."
+                    )
                 # Into the stand-ins alone: the model's own gradients, and their hooks, stay as they are.
                 loss.backward(inputs=[x for x in (*inputs, *stand.leaves) if x.requires_grad])  # type: ignore[union-attr]
 

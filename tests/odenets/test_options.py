@@ -147,6 +147,12 @@ def test_an_unknown_unit_is_said_once():
     assert message.count("1XB") == 1 and "there is no unit 'XB'" in message and "TB" in message
 
 
+def test_nothing_to_train_is_no_plan():
+    net = Stack([nn.Linear(4, 4) for _ in range(4)], "revnet").requires_grad_(False)
+    assert "no output needs a gradient" in refused(lambda: net.plan(torch.ones(2, 8)))
+    assert net.plan(torch.ones(2, 8, requires_grad=True)).rows
+
+
 # Plan states
 
 

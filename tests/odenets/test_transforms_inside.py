@@ -92,7 +92,7 @@ def test_what_runs_inside_of_a_residual_function_gives_what_the_stored_run_does(
 def test_a_plan_is_not_measured_where_a_step_cannot_be(kind):
     net = Stack([Inside(kind) for _ in range(4)], "revnet")
     with pytest.raises(SchemeError, match=REFUSED[kind][1]):
-        net.plan(torch.ones(3, 8))
+        net.plan(torch.ones(3, 8, requires_grad=True), memory="1GB")
 
 
 def test_errors_of_users_stay_what_they_are():
