@@ -149,9 +149,8 @@ class Stack(nn.Module):
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
         self._check_mode(mode)
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
-        steps = build.steps_of(*parts, self._revision, self._draws)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
-        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+        self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
         # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
