@@ -9,6 +9,7 @@ from torch import Tensor
 
 from schemes.coupling import Coupling, Update, apply_update, rotated, shortcut_of
 from schemes.errors import SchemeError
+from schemes.language import shorten
 from schemes.scheme import Function, Scheme, State, StepSize
 
 LOG_DET = "log_det"
@@ -48,8 +49,11 @@ class Sink:
         found, self.names, self.values = self.values, [], []
         return found
 
-    def sums(self, wanted: bool | Collection[str]) -> dict[str, Tensor]:
+    def sums(self, wanted: bool | Sequence[str]) -> dict[str, Tensor]:
         """The sum of all values of each name.
+
+        Args:
+            wanted: all (True) or these, as `names_of` reads them.
 
         Raises:
             SchemeError: a wanted name that no function returned.
@@ -69,24 +73,69 @@ class Sink:
         return {name: found[name] for name in wanted}
 
 
+def names_of(aux: bool | Collection[str]) -> bool | tuple[str, ...]:
+    """Reads which auxiliary values a call asks for: all of them, none, or some by their names.
+
+    Raises:
+        SchemeError: anything else.
+
+    Example:
+        >>> names_of("energy"), names_of(["energy", "balance"]), names_of(True)
+        (('energy',), ('energy', 'balance'), True)
+    """
+    if isinstance(aux, bool):
+        return aux
+    if isinstance(aux, str):  # one name, and not a collection of its letters
+        return (aux,)
+    if not isinstance(aux, Collection) or not all(isinstance(name, str) for name in aux):
+        raise SchemeError(
+            f"Stack: aux is {shorten(repr(aux), 60)}, want True for all auxiliary values, or the names of some.\n"
+            "  stack(x, aux=True), stack(x, aux='balance') or stack(x, aux=['balance', 'energy'])."
+        )
+    return tuple(aux)
+
+
 class Split:
-    """A residual function whose auxiliary values go to a sink, or nowhere."""
+    """A residual function whose auxiliary values go to a sink, or nowhere.
 
-    __slots__ = ("function", "sink", "step")
+    Args:
+        function: residual function ``i`` of the step.
+        sink: takes the values.
+        step: the step, which is told that there are some.
+        i: its place in the step, for messages.
+    """
 
-    def __init__(self, function: Function, sink: Sink | None, step: Any):
-        self.function, self.sink, self.step = function, sink, step
+    __slots__ = ("function", "i", "sink", "step")
+
+    def __init__(self, function: Function, sink: Sink | None, step: Any, i: int):
+        self.function, self.sink, self.step, self.i = function, sink, step, i
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out = self.function(*args, **kwargs)
         if not is_pair(out):
             return out
         value, given = out  # type: ignore[misc]
+        # Always, as a value may be wrong in one call alone; where nobody asked for it, too.
+        self._check(given)  # type: ignore[arg-type]
         self.step.auxiliary = True
         if self.sink is not None:
             for name, x in given.items():  # type: ignore[union-attr]
                 self.sink.add(name, x)
         return value
+
+    def _check(self, given: Mapping[str, Tensor]) -> None:
+        for name, x in given.items():
+            if isinstance(name, str) and isinstance(x, Tensor):
+                continue
+            where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
+            if not isinstance(name, str):
+                what = f"an auxiliary value under the name {shorten(repr(name), 60)}, want a string"
+            else:
+                what = f"the auxiliary value {name!r} as a {type(x).__name__}, want a tensor"
+            raise SchemeError(
+                f"{where}: returned {what}.\n"
+                "  Return tensors by their names, y, {'balance': loss}; of a number, y.new_tensor(number)."
+            )
 
 
 def is_pair(out: Any) -> bool:

@@ -1,12 +1,17 @@
 """What a Stack works out before it runs: residual functions, steps, shortcuts, and what does not go together."""
 
+import inspect
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from schemes.adaptive import NO_GRAPH
 from schemes.errors import MixingWarning, SchemeError
+from schemes.language import shorten
 from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Scheme, State
 from schemes.step_size import FromError, PerDepth, StepSize
@@ -18,27 +23,113 @@ from .step import FunctionModule, PerSlot, Revision, Step
 
 # Above this mixing figure the stage inputs of separate weights keep little of the stream.
 MIXING_LIMIT = 30.0
+MAX_DEPTH = 1_000_000  # steps are modules, of a few kB each
+SEEDS = -(2**63), 2**64 - 1  # what torch's generators take
 
 
 def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
-    """The residual functions as modules, and what is shared: the only one, or those of each slot."""
+    """The residual functions as modules, and what is shared: the only one, or those of each slot.
+
+    Raises:
+        SchemeError: what cannot be called, or stands in no order.
+    """
     if isinstance(block, PerSlot):
-        return list(block), block
-    if isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList):
-        return [block], block
+        return [called(f, f"residual function {i}") for i, f in enumerate(block)], block
     if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
-        call = FunctionModule(block)  # type: ignore[arg-type]
+        call = called(block, "block")
         return [call], call
+    if isinstance(block, (Set, Mapping)):
+        raise SchemeError(f"Stack: block is a {type(block).__name__}, want a sequence, in the order of the stages.")
     try:
         fs = list(block)
     except TypeError:
         raise SchemeError(
             f"Stack: block is a {type(block).__name__}, want a module, a callable, or a sequence of them."
         ) from None
-    for i, f in enumerate(fs):
-        if not callable(f):
-            raise SchemeError(f"Stack: residual function {i} is a {type(f).__name__}, want a module or a callable.")
-    return [f if isinstance(f, nn.Module) else FunctionModule(f) for f in fs], None
+    return [called(f, f"residual function {i}") for i, f in enumerate(fs)], None
+
+
+def called(f: Any, what: str) -> nn.Module:
+    """A module or a callable as a module that can be called.
+
+    Args:
+        f: the module or callable.
+        what: its name, for messages.
+
+    Raises:
+        SchemeError: it is none, or one that cannot be called: a class, or a mere container.
+    """
+    if not callable(f):
+        raise SchemeError(f"Stack: {what} is a {type(f).__name__}, want a module or a callable.")
+    if isinstance(f, type):
+        raise SchemeError(
+            f"Stack: {what} is the class {f.__name__}, want a module or a callable.\n"
+            f"  Make one of it: {f.__name__}(...)."
+        )
+    if not isinstance(f, nn.Module):
+        return FunctionModule(f)
+    # Looked up and not called for: a scripted module makes its forward when it is asked.
+    if inspect.getattr_static(f, "forward", None) is inspect.getattr_static(nn.Module, "forward"):
+        raise SchemeError(
+            f"Stack: {what} is a {type(f).__name__}, which has no forward.\n"
+            "  Give the modules in it, in their order, in a list."
+        )
+    return f
+
+
+def whole(what: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number.
+
+    Raises:
+        SchemeError: it is none, or out of its range.
+    """
+    # ``True`` is an int to Python, and no number of anything.
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise SchemeError(f"Stack: {what} is {shorten(repr(value), 60)}, want a whole number, {limit}.")
+    return value
+
+
+def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
+    """The size of each step, after so many others.
+
+    Raises:
+        SchemeError: a size that is not finite.
+    """
+    whole("step_offset", offset, 0)
+    found = []
+    for n in range(offset, offset + depth):
+        try:
+            found.append(float(rule(n)))
+        except OverflowError:
+            found.append(float("inf"))
+        if not math.isfinite(found[-1]):
+            raise SchemeError(
+                f"Stack: step='{rule}' has no finite size at step {n - offset} after "
+                f"step_offset={shorten(str(offset), 30)}."
+            )
+    return found
+
+
+def example_of(given: Any) -> Any:
+    """The input that an example stands for: itself, or zeros of that shape.
+
+    Raises:
+        SchemeError: neither a tensor nor a shape.
+    """
+    if isinstance(given, Tensor) or (isinstance(given, tuple) and given and isinstance(given[0], Tensor)):
+        return given
+    sizes = list(given) if isinstance(given, (list, tuple)) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
+        raise SchemeError(
+            f"Stack: example is {shorten(repr(given), 60)}, want a tensor or the shape of one, such as (8, 3, 32, 32)."
+        )
+    try:
+        return torch.zeros(tuple(sizes))
+    except (RuntimeError, TypeError):  # torch has several words for more than there is memory for
+        raise SchemeError(
+            f"Stack: example is {shorten(repr(given), 60)}, and a tensor of that shape cannot be made here."
+        ) from None
 
 
 def check_slots(shared: nn.Module | None, scheme: Scheme) -> None:
@@ -114,6 +205,8 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
         return {}
     if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList):
         given = [given]
+    if not isinstance(given, (list, tuple, nn.ModuleList)):
+        raise SchemeError(f"Stack: shortcut is a {type(given).__name__}, want a module, or a list of modules.")
     given = list(given)
     if given and all(isinstance(g, (list, tuple, nn.ModuleList)) for g in given):
         if len(given) != depth:
@@ -131,6 +224,7 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
         for g in gs:
             if not isinstance(g, nn.Module):
                 raise SchemeError(f"Stack: the shortcut of step {n} is a {type(g).__name__}, want a module.")
+            called(g, f"the shortcut of step {n}")
     return found
 
 
@@ -146,10 +240,9 @@ def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
 def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
     """The number of steps: that of so many residual functions, or the one given for a shared function (None)."""
     if functions is None:
-        depth = len(scheme.plan) if depth is None else depth
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise SchemeError(f"Stack: depth is {depth!r}, want a whole number of steps, at least 1.")
-        return depth
+        return _depth(len(scheme.plan) if depth is None else depth)
+    if depth is not None:
+        _depth(depth)
     fits = fitting_counts(scheme, functions)
     if fits != (functions,):
         raise SchemeError(
@@ -164,30 +257,67 @@ def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
     return made
 
 
+def _depth(depth: Any) -> int:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise SchemeError(f"Stack: depth is {shorten(repr(depth), 60)}, want a whole number of steps, at least 1.")
+    if depth > MAX_DEPTH:
+        raise SchemeError(f"Stack: depth is {shorten(str(depth), 60)}, and at most {MAX_DEPTH:,} steps are made.")
+    return depth
+
+
 def draws_of(scheme: Scheme, seed: int | None) -> Draws | None:
     """The generator of a stack whose scheme draws in training, where a seed is given.
 
     Raises:
-        SchemeError: a seed, and a scheme that draws nothing.
+        SchemeError: a seed that is none, or a scheme that draws nothing.
     """
     if seed is None:
         return None
+    whole("seed", seed, *SEEDS)
     if not any(part.training_differs for part in scheme.plan):
         raise SchemeError(f"Stack: seed={seed} is given, and {scheme} draws nothing in training; bdia does.")
     return Draws(seed)
+
+
+def check_draws(state: Any, draws: Draws | None) -> None:
+    """Raises a SchemeError where a saved state of a generator does not fit the stack's."""
+    if draws is None:
+        raise SchemeError(
+            "Stack: this plan state is that of a stack with a seed, and there is none here.\n"
+            "  Build it as it was: Stack(..., seed=...)."
+        )
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
+        raise SchemeError(
+            f"Stack: 'draws' in this plan state is a {type(state).__name__}, and no state of a generator.\n"
+            "  Pass what plan_state() gave."
+        ) from None
+
+
+def check_factory(make: Any, scheme: Scheme, depth: Any, channels: Any, out_channels: Any) -> int:
+    """Raises a SchemeError where no residual functions could be made; returns the depth."""
+    if not callable(make):
+        raise SchemeError(f"Stack: make is a {type(make).__name__}, want a function of a Slot that gives a module.")
+    whole("channels", channels, 1)
+    if out_channels is not None:
+        whole("out_channels", out_channels, 1)
+    return depth_of(scheme, None, depth)
 
 
 def check_traced(who: str, scheme: Scheme, keeps_all: bool, training: bool) -> None:
     """Refuses a trace by torch.fx of what it would lose: how a stack is differentiated, and what its scheme draws.
 
     Raises:
-        SchemeError: a mode that does not store, or a scheme that draws in training.
+        SchemeError: a mode that does not store, or a scheme that draws in training or chooses its own steps.
     """
     if not keeps_all:
         raise SchemeError(
             f"{who}: torch.fx records operations and not how they are differentiated, so that backprop= would be lost."
             "\n  Trace with backprop='store'."
         )
+    if scheme.evaluations is None:
+        raise SchemeError(f"{who}: {scheme}: {NO_GRAPH}")
     if training and any(part.training_differs for part in scheme.plan):
         raise SchemeError(f"{who}: {scheme} draws in training, which no trace records; call model.eval().")
 

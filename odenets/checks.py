@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ OWN_SKIP = {
     "timm.models": {"BasicBlock", "Bottleneck", "ConvNeXtBlock", "Block", "InvertedResidual", "MBConvBlock"},
     "transformers.models": {"BertLayer", "ViTLayer", "GPT2Block", "LlamaDecoderLayer"},
 }
+
+_WRITES = "{}: writes to its argument; use out-of-place operations (inplace=False)."
 
 
 def warn_of_own_skip(f: object) -> None:
@@ -49,19 +52,32 @@ class Watched:
         try:
             out = self.function(*args, **kwargs)
         except Exception as error:
+            # Torch itself refuses a write to a leaf; the counter of such an argument never moves.
+            if isinstance(error, RuntimeError) and "leaf Variable that requires grad" in str(error):
+                self._check_leaves(where, args, kwargs)
             # A note, not an error of ours: the user's exception keeps its type and its traceback.
             error.add_note(f"{where}: residual function was given {[tuple(a.shape) for a in tensors]}")
             raise
         if not isinstance(out, Tensor):
             raise SchemeError(f"{where}: returned a {type(out).__name__}, want a tensor.")
         if any(a._version != v for a, v in zip(counted, versions, strict=True)):
-            raise SchemeError(f"{where}: writes to its argument; use out-of-place operations (inplace=False).")
+            raise SchemeError(_WRITES.format(where))
         want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
         if want is not None and out.shape != want:
             if self.due is None or self.i in self.due:
                 raise SchemeError(_misfit(where, out.shape, want))
             self.due[self.i] = out.shape  # a coupling's shortcut comes after the function, and may give this shape
         return out
+
+    def _check_leaves(self, where: str, args: Any, kwargs: Any) -> None:
+        """Raises a SchemeError where it is to an argument that the function writes, and not to a leaf of its own."""
+        # Copies are neither leaves nor views of one, so that torch lets the write pass, and counts it. What a second
+        # call moves is put back with what the first has moved.
+        copies = [a.clone() if isinstance(a, Tensor) and a.requires_grad else a for a in args]
+        with suppress(Exception):
+            self.function(*copies, **kwargs)
+        if any(a is not b and a._version for a, b in zip(copies, args, strict=True)):
+            raise SchemeError(_WRITES.format(where)) from None
 
 
 class WatchedShortcut:

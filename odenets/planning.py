@@ -50,16 +50,22 @@ def load_plan_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Takes over what ``plan_state`` gave.
 
     Raises:
-        SchemeError: a stack that it names is not there.
+        SchemeError: it is no such state, or a stack that it names is not there; nothing has changed then.
     """
+    if not isinstance(state, Mapping):
+        raise SchemeError(
+            f"load_plan_state: the state is a {type(state).__name__}, want a mapping.\n"
+            "  Pass what plan_state(model) gave."
+        )
     stacks = dict(named_stacks(model))
     missing = [name for name in state if name not in stacks]
     if missing:
         raise SchemeError(
             f"load_plan_state: the model has no stack {missing[0]!r}; it has {', '.join(stacks) or 'none'}."
         )
-    for name, found in state.items():
-        stacks[name].load_plan_state(found)
+    # Read for all stacks before one is changed.
+    for load in [stacks[name]._read_plan_state(found) for name, found in state.items()]:
+        load()
 
 
 def outermost(model: nn.Module) -> dict[str, Stack]:

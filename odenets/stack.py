@@ -16,7 +16,7 @@ from schemes.scheme import Function, Scheme, Slot, State, Takes
 from schemes.step_size import Fixed, FromError, PerDepth, StepSize, step_size
 
 from . import build, checks
-from .auxiliary import LOG_DET, Sink
+from .auxiliary import LOG_DET, Sink, names_of
 from .backprop.choice import Chosen, Report
 from .backprop.diagnose import Diagnosis, diagnose
 from .backprop.modes import Mode, Store, WithErrors, format_mode, parse_mode
@@ -130,6 +130,8 @@ class Stack(nn.Module):
         super().__init__()
         given = renamed_arguments("Stack", old, {"steps_before": "step_offset", "after": "post_step"})
         step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
+        # All is read before anything is made: what is refused leaves nothing behind.
+        mode, start = parse_mode(backprop), None if example is None else build.example_of(example)
         self.scheme, (functions, shared) = registry.get(scheme), build.functions_of(block)
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
         self.rule = build.resolved(step_size(step), shared, self.scheme, self.depth)
@@ -137,26 +139,26 @@ class Stack(nn.Module):
         # One for all: any exchanged function makes the whole stack read its signatures again.
         self._revision, self._draws = Revision(), build.draws_of(self.scheme, seed)
         self.block = shared
-        self.after = post_step  # the name of its state-dict keys
+        # Under the name of its state-dict keys.
+        self.after = None if post_step is None else build.called(post_step, "post_step")
         # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
         self._merged = shared is not None and self.scheme.nodes is None and post_step is None
         shortcuts = build.shortcuts_of(shortcut, self.scheme, self.depth)
-        sizes = [self.rule(step_offset + n) for n in range(self.depth)]
+        sizes = build.sizes_of(self.rule, step_offset, self.depth)
         # What ``set_step`` scales: ratios between steps are those of the rule, whatever was set before.
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
+        self._check_mode(mode)
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
-        steps = build.steps_of(*parts, self._revision, self._draws)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
-        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+        self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
         # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
-        self.backprop = backprop
-        if example is not None:
-            x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
+        self.backprop = mode
+        if start is not None:
             # Without gradients, and everything put back: an example decides shapes and nothing else.
             with torch.no_grad():
-                self._first_call(x, 0.0, None, None, None, always=True)
+                self._first_call(start, 0.0, None, None, None, always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -177,16 +179,20 @@ class Stack(nn.Module):
     def backprop(self, mode: str | Mode | None) -> None:
         # Everything that can be refused is refused before the attribute changes.
         found = parse_mode(mode)
-        found.check(self.scheme, self.after)
-        found.check_depth(len(self.steps))
+        self._check_mode(found)
+        self._backprop = found
+        self._read_functions()
+
+    def _check_mode(self, mode: Mode) -> None:
+        """Refuses a mode that this stack cannot run."""
+        mode.check(self.scheme, self.after)
+        mode.check_depth(len(self._initial))
         if isinstance(self.rule, FromError):
             build.check_companion(self.scheme)
-            if not found.keeps_all:
+            if not mode.keeps_all:
                 raise SchemeError(
                     f"Stack: step='{self.rule}' makes each step depend on the step before; want backprop='store'."
                 )
-        self._backprop = found
-        self._read_functions()
 
     def _read_functions(self) -> None:
         """Reads what the residual functions take; they are checked anew."""
@@ -251,6 +257,7 @@ class Stack(nn.Module):
             torch.Size([3, 8])
         """
         found = registry.get(scheme)
+        depth = build.check_factory(make, found, depth, channels, out_channels)
         # Widths go along with the steps: a dense scheme's functions are given more of them each time.
         streams = found.stream_widths(channels)
         fs: list[nn.Module] = []
@@ -262,7 +269,7 @@ class Stack(nn.Module):
         return cls(fs, found, depth, **options)
 
     def forward(
-        self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None, aux: bool | Collection[str] = False
+        self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None, aux: bool | str | Collection[str] = False
     ) -> Any:
         """The readout of the last step.
 
@@ -272,8 +279,8 @@ class Stack(nn.Module):
             context: what residual functions with a parameter ``context`` read.
             aux: gives a pair, the readout and a dictionary of auxiliary values, each summed over the calls of the
                 residual functions: those that they return beside their value, ``return y, {"balance": loss}`` (True),
-                or those of these names. "log_det" is the log-determinant of a coupling's steps, (n,). In every mode
-                of backpropagation the values have gradients.
+                or those of this name, or of these. "log_det" is the log-determinant of a coupling's steps, (n,). In
+                every mode of backpropagation the values have gradients.
 
         Raises:
             SchemeError: a name that no function returned, or the log-determinant of a scheme that has none.
@@ -293,8 +300,9 @@ class Stack(nn.Module):
         readout = self.scheme.readout if isinstance(x, Tensor) or is_traced(x) else tuple
         if aux is False:
             return readout(self._walk(x, t, context))
-        sink = Sink(not isinstance(aux, bool) and LOG_DET in aux)
-        return readout(self._walk(x, t, context, None, sink)), sink.sums(aux)
+        names = names_of(aux)
+        sink = Sink(not isinstance(names, bool) and LOG_DET in names)
+        return readout(self._walk(x, t, context, None, sink)), sink.sums(names)
 
     def _walk(
         self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None, sink: Sink | None = None
@@ -494,10 +502,32 @@ class Stack(nn.Module):
 
         Args:
             state: what ``plan_state`` of a stack of the same steps gave.
+
+        Raises:
+            SchemeError: it is no such state, or that of another stack; nothing has changed then.
         """
-        if self._draws is not None and "draws" in state:
-            self._draws.generator.set_state(state["draws"])
-        self.monitor.load(state, Chosen.of)
+        self._read_plan_state(state)()
+
+    def _read_plan_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Reads what ``plan_state`` gave, and changes nothing; returns what takes it over."""
+        draws = None
+        if isinstance(state, Mapping) and "draws" in state:
+            draws, state = state["draws"], {k: v for k, v in state.items() if k != "draws"}
+            build.check_draws(draws, self._draws)
+        take_over = self.monitor.reader(state, self._read_chosen)
+
+        def load() -> None:
+            if draws is not None and self._draws is not None:
+                self._draws.generator.set_state(draws)
+            take_over()
+
+        return load
+
+    def _read_chosen(self, state: Mapping[str, Any]) -> Chosen:
+        found = Chosen.of(state)
+        found.plan.check(self.scheme, self.after)
+        found.plan.check_depth(len(self.steps))
+        return found
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
         """The input whose output is y; differentiable, under backprop="reverse" in memory flat in depth.

@@ -155,7 +155,7 @@ class Step(nn.Module):
         if not self.plain:
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
         if self.auxiliary is not False:
-            fs = tuple(Split(f, sink, self) for f in fs)
+            fs = tuple(Split(f, sink, self, i) for i, f in enumerate(fs))
         return fs, () if self.gs is None else tuple(self.gs)
 
     def _plain_functions(self, shared: nn.Module | None) -> Sequence[Function]:
@@ -168,7 +168,7 @@ class Step(nn.Module):
         fs = self._plain_functions(shared)
         if not self.plain:
             fs = bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
-        return fs if self.auxiliary is False else tuple(Split(f, None, self) for f in fs)
+        return fs if self.auxiliary is False else tuple(Split(f, None, self, i) for i, f in enumerate(fs))
 
     def end(self, t: Any, h: Any = None) -> Any:
         """The time at the end of a step that starts at t; None where no function reads the time."""

@@ -13,7 +13,7 @@ from .ode.field import clock, time_dtype
 from .ode.gradients import solved
 from .ode.pairs import Pair
 from .ode.reads import Reads
-from .ode.run import Run
+from .ode.run import NOT_FINITE, Run
 from .runge_kutta import RungeKutta
 from .scheme import Function, Scheme, State, StepSize
 
@@ -21,6 +21,10 @@ from .scheme import Function, Scheme, State, StepSize
 TORCHDIFFEQ = {"dopri5": "dopri5", "dopri8": "dopri8", "bosh3": "bosh3", "heun2": "adaptive_heun"}
 PAIRS = ("bosh3", "dopri5", "dopri8", "fehlberg45", "heun2", "tsit5", "verner89")
 BACKENDS = ("schemes", "torchdiffeq")
+NO_GRAPH = (
+    "the solver chooses its steps by the values that it meets, which no recorded graph can.\n"
+    "  Record fixed steps of the same function: stack.rebuilt('rk4', depth=16), or Stack(f, 'rk4', 16, step='1/depth')."
+)
 
 
 class Solved(NamedTuple):
@@ -130,6 +134,7 @@ class Adaptive(Scheme):
         if gs:
             raise SchemeError(f"{self} has one continuous stream; put a stride or projection before the Stack.")
         (x,) = state
+        self._check_input(x)
         f = fs[0]
         end = float(h.detach()) if isinstance(h, Tensor) else float(h)
         times = [0.0, *map(float, at)] if at is not None else [0.0, end]
@@ -158,6 +163,15 @@ class Adaptive(Scheme):
             values[-1] = values[-1] + (h - h.detach()) * slope
         return Solved(values, run)
 
+    def _check_input(self, x: Tensor) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise SchemeError(f"{self}: {NO_GRAPH}")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise SchemeError(
+                f"{self}: the input is of type {str(x.dtype)[6:]}, and a solve needs floating-point or complex numbers."
+                "\n  Convert it before: x.float()."
+            )
+
     def _check(self, run: Run) -> None:
         if not run.failed:
             return
@@ -165,6 +179,8 @@ class Adaptive(Scheme):
             raise SchemeError(
                 f"{self}: {run.reason()}; look at the input and at what the residual function makes of it."
             )
+        if run.status == "not_finite":
+            raise SchemeError(f"{self}: {run.reason()}; {NOT_FINITE}.")
         raise SchemeError(f"{self}: {run.reason()}; raise rtol and atol, or max_steps.")
 
     def _torchdiffeq(self, f: Function, x: Tensor, times: Sequence[float], h: StepSize) -> list[Tensor]:
@@ -194,6 +210,8 @@ class Adaptive(Scheme):
             text = str(error)
             if not text.startswith(("max_num_steps", "underflow", "non-finite")):
                 raise
+            if text.startswith("non-finite") or text.endswith("nan"):  # the step size is told from the state
+                raise SchemeError(f"{self}: {text}; {NOT_FINITE}.") from None
             raise SchemeError(f"{self}: {text}; raise rtol and atol, or max_steps.") from None
 
     def __str__(self) -> str:

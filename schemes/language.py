@@ -87,12 +87,12 @@ class Reader:
             )
         if "\n" in self.text or not self.text.isascii():
             raise SchemeError(f"the {self.what} {self._shown()} must be one line of plain ASCII characters.")
+        # Units are blanked out, as Python would read 2GB as an error; columns stay, by which they are found again.
+        text = self._without_units()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python warns of texts such as "1or 2", which are refused below
-                # Units are blanked out, as Python would read 2GB as an error; columns stay, by which they are found
-                # again.
-                tree = ast.parse(self._without_units(), mode="eval")
+                tree = ast.parse(text, mode="eval")
         except SyntaxError as error:
             self._fail(f"cannot be read: {error.msg}", (error.offset or 1) - 1)
         # Python's parser gives up on thousands of brackets, each version with another error.

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from schemes.scheme import State
 
 from ..auxiliary import Sink
+from .limits import in_our_words
 from .members import Flags, Members, swapped
 from .surroundings import Read, Surroundings
 
@@ -56,6 +57,7 @@ class Rerun:
         self.entered.pop().__exit__(*error)
 
 
+@in_our_words
 def checkpointed(
     run: Callable[..., State],
     state: State,

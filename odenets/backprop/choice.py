@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from schemes.errors import SchemeError
+from schemes.language import shorten
 from schemes.scheme import State
 
 from .agreement import agreed, shared_store
 from .anchors import BOUNDS
 from .given import tensors_in
 from .meter import Meter
-from .modes import Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, parse_mode
+from .modes import Checkpoint, Exact, Mode, Offload, Plan, Reverse, Store, check_flags, parse_mode, positive
 from .plan import Chain, Piece
 from .sizes import mebibytes, show
 from .survey import Namer, Survey, modules_of, readout_of, surveyed
@@ -55,11 +57,12 @@ class Limits:
         if self.memory is not None:
             # Frozen, so that modes compare and hash by value; "2GB" and 2000 MB must be one mode.
             object.__setattr__(self, "memory", mebibytes(self.memory, "auto(memory)"))
-        if not 0 < self.share <= 1:
+        number = isinstance(self.share, (int, float, Fraction)) and not isinstance(self.share, bool)
+        if not number or not 0 < self.share <= 1:
             raise SchemeError(f"backprop: auto(share) is {self.share}, want a number above 0, at most 1.")
         object.__setattr__(self, "share", float(self.share))
-        if self.bound is not None and not 0 < self.bound < float("inf"):
-            raise SchemeError(f"backprop: auto(bound) is {self.bound}, want a positive number.")
+        positive("auto(bound)", self.bound)
+        check_flags("auto", self)
 
 
 class Chosen(NamedTuple):
@@ -81,9 +84,24 @@ class Chosen(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Chosen":
-        """The choice that gave these values."""
-        segments = tuple((int(n), parse_mode(str(m))) for n, m in state["plan"])
-        return cls(Plan(segments), int(state["size"]), bool(state["final"]))
+        """The choice that gave these values.
+
+        Raises:
+            SchemeError: they are of no choice.
+        """
+        try:
+            segments = tuple((n, parse_mode(str(m))) for n, m in state["plan"])
+            size, final = state["size"], state["final"]
+            if not isinstance(final, bool) or isinstance(size, bool) or size < 0:
+                raise TypeError
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, SchemeError):
+                raise
+            raise SchemeError(
+                f"Stack: 'auto' in this plan state is {shorten(repr(state), 60)}, and no choice of a plan.\n"
+                "  Pass what plan_state() gave."
+            ) from None
+        return cls(Plan(segments), int(size), final)
 
 
 def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Measured] | None" = None) -> Plan:

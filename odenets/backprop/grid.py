@@ -24,6 +24,16 @@ from schemes.scheme import Function, State
 DEFAULT_BITS = {torch.float32: 14, torch.float64: 40}
 
 
+def _digits(dtype: torch.dtype) -> int:
+    """The significand's length: what must hold the integer part and the binary places together."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+def most_bits(dtype: torch.dtype) -> int:
+    """The most binary places of a grid: at least two digits are left for the integer part."""
+    return _digits(dtype) - 3
+
+
 class Spilled(NamedTuple):
     """What an update did not keep: for each element a number of ``width`` bits, as packed planes."""
 
@@ -60,11 +70,10 @@ class Grid:
         if dtype not in DEFAULT_BITS:
             raise SchemeError(f"exact arithmetic needs streams in float32 or float64, not {str(dtype)[6:]}.")
         self.bits = DEFAULT_BITS[dtype] if bits is None else bits
-        # The significand's length: what must hold the integer part and the binary places together.
-        digits = 1 - round(math.log2(torch.finfo(dtype).eps))
-        # At least two digits are left for the integer part.
-        if not 0 < self.bits < digits - 2:
-            raise SchemeError(f"exact arithmetic: {self.bits} binary places, want 1 to {digits - 3} in this format.")
+        most = most_bits(dtype)
+        if not 0 < self.bits <= most:
+            raise SchemeError(f"exact arithmetic: {self.bits} binary places, want 1 to {most} in this format.")
+        digits = _digits(dtype)
         self.unit, self.per_unit = 2.0**-self.bits, 2.0**self.bits
         # A sum of two multiples below this bound is exact.
         self.limit = 2.0 ** (digits - 1 - self.bits)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from itertools import accumulate, groupby
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from schemes.step_size import FromError
 
 from ..step import Step
 from .checkpoint import checkpointed
+from .grid import DEFAULT_BITS, most_bits
 from .offload import offloaded
 from .replay import stream_precision
 from .sizes import UNITS
@@ -186,9 +188,8 @@ class Reverse(_ByInverse):
         if self.every is not None:
             _count("reverse(every)", self.every, 0)
         for what in ("memory", "bound"):
-            value = getattr(self, what)
-            if value is not None and not 0 < value < float("inf"):
-                raise SchemeError(f"backprop: reverse({what}) is {value}, want a positive number.")
+            positive(f"reverse({what})", getattr(self, what))
+        check_flags("reverse", self)
         if self.every is not None and self.memory is not None:
             raise SchemeError("backprop: reverse takes every or memory, not both.")
 
@@ -214,7 +215,9 @@ class Exact(_ByInverse):
 
     def __post_init__(self):
         if self.bits is not None:
-            _count("exact(bits)", self.bits, 1)
+            # What no format has; a narrower one than the widest is refused at the first pass, which knows it.
+            _count("exact(bits)", self.bits, 1, max(map(most_bits, DEFAULT_BITS)))
+        check_flags("exact", self)
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
         """Refuses what Reverse refuses, and schemes whose inverse loses bits."""
@@ -336,7 +339,7 @@ class WithErrors(Mode):
         # The estimate rides along as one more stream, so that each mode keeps it or makes it again as it does a state.
         def runner(step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
             h = step.h if h is None else h
-            fs, gs = step.functions(shared, t, context, h)
+            fs, gs = step.functions(shared, t, context, h, sink=given.sink)
             if given.wrap is not None:
                 fs, gs = given.wrap(step, state[:1], fs, gs)
             state, error = step.scheme.step_with_error(fs, state[:1], h, gs)  # type: ignore[attr-defined]
@@ -359,10 +362,27 @@ class WithErrors(Mode):
         return self.mode.run(inner, state)[:1], errors
 
 
-def _count(what: str, value: Any, least: int) -> None:
+def _count(what: str, value: Any, least: int, most: float = float("inf")) -> None:
     # ``True`` is an int to Python, and no number of steps to anybody.
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SchemeError(f"backprop: {what} is {value}, want a whole number, at least {least}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+        raise SchemeError(f"backprop: {what} is {value}, want a whole number, {limit}.")
+
+
+def positive(what: str, value: Any) -> None:
+    """Raises a SchemeError where an option is neither None nor a positive number."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 < value < float("inf"):
+        raise SchemeError(f"backprop: {what} is {value}, want a positive number.")
+
+
+def check_flags(name: str, mode: Any) -> None:
+    """Raises a SchemeError where an option of a mode that is a truth value is anything else."""
+    # Told by the defaults, so that an option which is added is checked without a word here.
+    for f in fields(mode):
+        if isinstance(f.default, bool) and not isinstance(value := getattr(mode, f.name), bool):
+            raise SchemeError(f"backprop: {name}({f.name}) is {value!r}, want true or false.")
 
 
 _NAMES = {"store": Store(), "offload": Offload()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from schemes.errors import SchemeError
+from schemes.language import shorten
 from schemes.scheme import State
 
 from .agreement import shared_store
@@ -37,6 +38,30 @@ class PendingScalar(NamedTuple):
     def ready(self) -> bool:
         """Whether it has arrived."""
         return self.event is None or self.event.query()
+
+
+class _Anchors(NamedTuple):
+    """Where anchors are kept, and what is known of the growth of errors, as it is saved."""
+
+    every: int | None
+    growth: float
+    drifts: list[float]
+
+    @classmethod
+    def of(cls, state: Any) -> "_Anchors":
+        try:
+            every, growth, drifts = state["every"], state["growth"], [float(d) for d in state.get("drifts", ())]
+            if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+                raise TypeError
+            return cls(every, float(growth), drifts)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise _no_state("'anchors' in it", state) from None
+
+
+def _no_state(what: str, given: Any) -> SchemeError:
+    return SchemeError(
+        f"Stack: no plan state: {what} is {shorten(repr(given), 60)}.\n  Pass what plan_state() of such a stack gave."
+    )
 
 
 class Monitor:
@@ -96,16 +121,36 @@ class Monitor:
         parts = {str(i): found for i, part in self._parts.items() if (found := part.state())}
         return {**own, **({"parts": parts} if parts else {})}
 
-    def load(self, state: Mapping[str, Any], chosen: Callable[[Any], Any]) -> None:
-        """Takes over what ``state`` gave; ``chosen`` makes a choice of its plain values."""
-        if "auto" in state:
-            self.plan = chosen(state["auto"])
-        if "anchors" in state:
-            every, growth = state["anchors"]["every"], state["anchors"]["growth"]
-            self.every, self.growth = None if every is None else int(every), float(growth)
-            self.pending = [PendingScalar(torch.tensor(d), None, False) for d in state["anchors"].get("drifts", ())]
-        for i, part in state.get("parts", {}).items():
-            self.part(int(i)).load(part, chosen)
+    def reader(self, state: Mapping[str, Any], chosen: Callable[[Any], Any]) -> Callable[[], None]:
+        """Reads what ``state`` gave, and changes nothing; returns what takes it over.
+
+        Args:
+            state: plain values.
+            chosen: makes a choice of its plain values.
+
+        Raises:
+            SchemeError: they are no such state.
+        """
+        if not isinstance(state, Mapping) or not {*state} <= {"auto", "anchors", "parts"}:
+            raise _no_state("this", state)
+        plan = chosen(state["auto"]) if "auto" in state else None
+        anchors = _Anchors.of(state["anchors"]) if "anchors" in state else None
+        parts = state.get("parts", {})
+        if not isinstance(parts, Mapping) or not all(isinstance(i, str) and i.isdecimal() for i in parts):
+            raise _no_state("'parts' in it", parts)
+        # A part is looked at by a monitor of no stack, as asking for one of our own would make it.
+        readers = {int(i): Monitor().reader(part, chosen) and part for i, part in parts.items()}
+
+        def load() -> None:
+            if plan is not None:
+                self.plan = plan
+            if anchors is not None:
+                self.every, self.growth = anchors.every, anchors.growth
+                self.pending = [PendingScalar(torch.tensor(d), None, False) for d in anchors.drifts]
+            for i, part in readers.items():
+                self.part(i).reader(part, chosen)()
+
+        return load
 
     def forget_parts(self) -> None:
         """Forgets what segments have found."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .limits import in_our_words
+
 SMALLEST = 4096  # bytes that are worth a copy
 
 
@@ -84,6 +86,7 @@ def _back(kept: Any) -> Tensor:
     return kept.back()
 
 
+@in_our_words
 def offloaded(run: Callable[[], Any]) -> Any:
     """What ``run()`` returns, all that it saves on the host."""
     with Offloading():

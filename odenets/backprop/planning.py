@@ -31,6 +31,7 @@ from .meter import Interval, Meter, meter_on
 from .modes import Mode, Plan
 from .plan import Chain, Cost, Piece, Profile
 from .replay import stream_precision
+from .sizes import mebibytes
 from .surroundings import nothing_changed
 from .survey import Namer, aside, surveyed, unseen, wait
 from .walk import Pass
@@ -73,7 +74,7 @@ class Planning:
 
     def report(self, memory: float | str | None) -> Report:
         """The plan, predicted and measured."""
-        auto = None if memory is None else Auto(memory=memory)
+        auto = None if memory is None else Auto(memory=mebibytes(memory, "plan(memory)"))
         if auto is not None:
             self.modes = {name: auto for name in self.stacks}
         end = self._survey()
@@ -173,6 +174,11 @@ class Planning:
                 outputs = [x for x in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(x, Tensor)]
                 loss = sum(x.square().mean() for x in outputs if x.requires_grad)
                 del outputs
+                if not isinstance(loss, Tensor):
+                    raise SchemeError(
+                        "plan: no output needs a gradient, so there is no training to be measured.\n"
+                        "  Give an input that needs one, or parameters that are not frozen."
+                    )
                 # Into the stand-ins alone: the model's own gradients, and their hooks, stay as they are.
                 loss.backward(inputs=[x for x in (*inputs, *stand.leaves) if x.requires_grad])  # type: ignore[union-attr]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from schemes.errors import SchemeError
@@ -15,6 +16,7 @@ from schemes.scheme import State
 
 from .anchors import BOUNDS, measure
 from .grid import Grid
+from .limits import in_our_words
 from .monitor import PendingScalar
 from .replay import stream_precision
 from .surroundings import python_generators, same_python
@@ -23,6 +25,7 @@ from .walk import Pass
 
 
 @torch.compiler.disable
+@in_our_words
 def run_reversed(
     given: Pass,
     state: State,
@@ -54,6 +57,7 @@ def run_reversed(
 
 
 @torch.compiler.disable
+@in_our_words
 def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State:
     """The state after the last step; see ``modes.Exact`` for the options."""
     state, monitor = _start(given, state, "exact"), given.monitor
@@ -74,6 +78,9 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
 def _start(given: Pass, state: State, mode: str) -> State:
     if torch._C._are_functorch_transforms_active():
         raise SchemeError(f"Stack: torch.func transforms cannot pass backprop='{mode}'; use backprop='store'.")
+    # Of an open level and not of the streams: parameters and what a function closes over may be dual numbers too.
+    if forward_ad._current_level >= 0:
+        raise SchemeError(f"Stack: forward-mode differentiation cannot pass backprop='{mode}'; use backprop='store'.")
     # The cache is filled in a forward pass without a graph, and its weights would then have no gradient.
     if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
         raise SchemeError(

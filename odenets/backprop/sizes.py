@@ -29,7 +29,10 @@ def mebibytes(given: Any, what: str) -> float:
         >>> mebibytes("1.5GiB", "memory"), mebibytes(64, "memory")
         (1536.0, 64.0)
     """
-    value = Reader({}, {}, what="size", units=UNITS).read(given) if isinstance(given, str) else given
+    value = given
+    # A text without a digit is no size: the reader would look for a name, of which there are none here.
+    if isinstance(given, str) and any(c.isdigit() for c in given):
+        value = Reader({}, {}, what="size", units=UNITS).read(given)
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 < value < float("inf"):
         raise SchemeError(f"backprop: {what} is {given!r}, want a size such as 2GB, 512MiB, or a number of MiB.")
     return float(value)

@@ -25,6 +25,7 @@ from ..step import Step
 from .anchors import WINDOW, Trial, growth_of, windows_of
 from .given import with_tensors
 from .guard import learn, left_behind
+from .limits import in_our_words
 from .members import Members, hooks_set_aside, swapped
 from .meter import Meter, meter_on
 from .modes import Checkpoint, Exact, Mode, Offload, Reverse, Store
@@ -426,6 +427,7 @@ def reversible(given: Pass) -> bool:
     )
 
 
+@in_our_words
 def surveyed(*options: Any) -> tuple[Survey, State]:
     """A survey that has been run, and the state after the last step.
 

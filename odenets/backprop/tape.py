@@ -25,6 +25,7 @@ from ..step import Step
 from .given import tensors_in, with_tensors
 from .grid import Grid, Spilled
 from .guard import Guard, learn, needed
+from .limits import in_our_words
 from .members import Held, Members, Slot, swapped
 from .monitor import PendingScalar, distance
 from .replay import (
@@ -200,6 +201,8 @@ class _Node(torch.autograd.Function):
         # None must stay None: streams that no loss reached are told from those whose gradient is zero.
         ctx.set_materialize_grads(False)
         guard = Guard(record.where) if needed(record.members, record.flags.names) else None
+        # Off inside of an autograd function, which sets it back itself; a residual function may use it within.
+        torch._C._set_fwd_grad_enabled(True)
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
         with tape.monitor.lock, autocast_as(record.autocast):
             if record.alone and record.members.may_capture:
@@ -235,6 +238,7 @@ class _Node(torch.autograd.Function):
         return tuple(torch._C._functions.DelayedError(message, len(leaves))(*leaves))  # type: ignore[attr-defined]
 
     @staticmethod
+    @in_our_words
     def once(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """The gradients of one step's inputs."""
         tape, n, extras = ctx.tape, ctx.n, ctx.extras

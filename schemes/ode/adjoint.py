@@ -16,6 +16,7 @@ from .control import Control
 from .field import Field
 from .joint import solve
 from .reads import Autocast, Reads, once, vjp
+from .run import NOT_FINITE
 from .trees import rms
 
 
@@ -76,6 +77,8 @@ class Backward:
             times = (self.times[i], self.times[i - 1])
             with torch.no_grad():
                 run = solve(Field(whole.slope, state), state, times, self.method, control, land=True)
+            if run.status == "not_finite":
+                raise SchemeError(f"the adjoint equation, backwards in time: {run.reason()}; {NOT_FINITE}.")
             if run.status != "finished":
                 raise SchemeError(
                     f"the adjoint equation, backwards in time: {run.reason()}; "

@@ -18,7 +18,7 @@ from .field import clock
 from .gradients import known_gradient
 from .methods import scheme_of
 from .rules import Rule, rule, rule_for
-from .run import Run
+from .run import NOT_FINITE, Run
 from .trees import Packing
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
@@ -190,6 +190,8 @@ class Problem:
     def _advice(self, run: Run) -> str:
         if run.status == "not_finite" and not run.accepted:
             return "look at y0 and at what func makes of it"
+        if run.status == "not_finite":
+            return f"{NOT_FINITE}, or ask for what was found: integrate(..., check=False)"
         if run.status == "unstable":
             return "take gradient='checkpoint' with a pair such as tsit5, or smaller steps"
         more = " (no event was found on the way)" if self.endless else ""

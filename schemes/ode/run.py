@@ -7,6 +7,12 @@ from torch import Tensor
 
 from .dense import Segment
 
+# No tolerance helps: the last step tried was as short as the number format allows.
+NOT_FINITE = (
+    "no shorter step helps.\n  Look at what the function gives there (a division, a root, a logarithm), or end the "
+    "solve before"
+)
+
 
 @dataclass
 class Run:

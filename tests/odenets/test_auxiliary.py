@@ -249,3 +249,53 @@ def test_unequal_splits(text):
     for wrong in ("revnet(split=3)", "revnet(split=(1, 2, 3))", "additive(3, split=(1, 2))", "affine(split=(0, 6))"):
         with pytest.raises(SchemeError, match="positive whole numbers"):
             schemes.get(wrong)
+
+
+class Fixed(nn.Module):
+    """Returns what it was given as its auxiliary values."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.linear, self.values = nn.Linear(4, 4), values
+
+    def forward(self, x):
+        return self.linear(x), self.values
+
+
+@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "offload", "reverse", "exact", "auto(memory=1GB)"])
+def test_auxiliary_values_are_tensors_by_their_names(mode, aux):
+    good = {"energy": torch.ones(())}
+    for i, bad in enumerate([{"energy": v} for v in (0.5, "a", None, True, [torch.ones(())])] + [{3: torch.ones(())}]):
+        net = Stack([Fixed(good), Fixed(good), Fixed(good), Fixed(bad)], "revnet", backprop=mode)
+        for _ in range(2):
+            with pytest.raises(
+                SchemeError, match=r"revnet, steps.1.fs.1: returned .*, want a (tensor|string)"
+            ) as caught:
+                net(torch.ones(2, 8, requires_grad=True), aux=aux)
+            assert len(str(caught.value).splitlines()) == 2
+            key, value = next(iter(bad.items()))
+            assert repr(key) in str(caught.value) and (i == 5 or type(value).__name__ in str(caught.value))
+        net.steps[1].fs[1].values = good
+        net(torch.ones(2, 8, requires_grad=True), aux=aux)
+        net.steps[1].fs[1].values = bad  # in a later call, too
+        with pytest.raises(SchemeError, match=r"steps.1.fs.1: returned"):
+            net(torch.ones(2, 8, requires_grad=True), aux=aux)
+
+
+@pytest.mark.parametrize("mode", ["store", "reverse"])
+def test_a_string_is_one_name(mode):
+    net, x = build(Gives, "revnet", mode), data()
+    for name in ("energy", "log_det"):
+        assert torch.equal(net(x, aux=name)[1][name], net(x, aux=[name])[1][name])
+    assert [*net(x, aux="energy")[1]] == ["energy"]
+    for bad in (None, 1, 1.5, object(), b"energy", [1], ["energy", None], iter(["energy"])):
+        with pytest.raises(SchemeError, match=r"aux is .*want True for all auxiliary values, or the names of some\.\n"):
+            net(x, aux=bad)
+    with pytest.raises(SchemeError, match=r"no residual function returned an auxiliary value 'energ'"):
+        net(x, aux="energ")
+
+
+def test_steps_from_errors_give_them_too():
+    net = Stack([Fixed({"calls": torch.ones(())}) for _ in range(8)], "bosh3", step="error(0.1)")
+    assert float(net(torch.ones(2, 4), aux=True)[1]["calls"]) == net.evaluations == 8

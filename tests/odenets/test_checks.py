@@ -68,6 +68,20 @@ def test_a_write_to_an_argument_is_refused(f, place):
         Stack(fs, "midpoint")(torch.randn(2, 4))
 
 
+@pytest.mark.parametrize("scheme", ["euler", "revnet", "adaptive(dopri5)", "adaptive(dopri5, adjoint=true)"])
+def test_a_write_to_an_argument_that_needs_a_gradient_is_refused(scheme):
+    x = torch.ones(2, 4, requires_grad=True)
+    for mode in ("store", "reverse" if scheme == "revnet" else "checkpoint"):
+        # A leaf, a view of one (the halves of a pair of streams), and neither.
+        for given in (x, x * 1):
+            with pytest.raises(SchemeError, match=r"steps.0.fs.0: writes to its argument; .*inplace=False"):
+                Stack(lambda x: x.mul_(-1), scheme, backprop=mode)(given)
+    weight = nn.Parameter(torch.ones(4))
+    with pytest.raises(RuntimeError, match="leaf Variable") as caught:  # its own, which is another fault
+        Stack(lambda x: x * weight.mul_(2))(x)
+    assert not isinstance(caught.value, SchemeError)
+
+
 def test_in_place_inside_a_function_is_fine():
     Stack(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), "rk4")(torch.randn(2, 4))
 

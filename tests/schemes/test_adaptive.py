@@ -334,3 +334,64 @@ def test_autocast_reaches_the_adjoint():
     count = len(seen)
     y.sum().backward()
     assert len(seen) > count and set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("adjoint", ["true", "false"])
+def test_a_field_that_stops_being_finite_is_named_with_its_time_and_no_tolerance(adjoint):
+    def field(x, t):
+        return x if float(t) < 0.5 else x * math.nan
+
+    with pytest.raises(
+        SchemeError, match=r"stopped being finite after t=0\.[45]\d*, sample 0; no shorter step"
+    ) as caught:
+        Stack(field, f"adaptive(dopri5, adjoint={adjoint})")(torch.ones(2, 4, requires_grad=True))
+    text = str(caught.value)
+    assert "rtol" not in text and "Look at what the function gives there" in text and len(text.splitlines()) == 2
+
+
+def test_an_adjoint_that_stops_being_finite_backwards():
+    class Field(torch.nn.Module):
+        broken = False
+
+        def forward(self, x, t):
+            return x * (math.nan if self.broken and float(t) < 0.5 else 1.0)
+
+    field = Field()
+    y = Stack(field, "adaptive(dopri5, adjoint=true)")(torch.ones(2, 4, dtype=F64, requires_grad=True))
+    field.broken = True
+    with pytest.raises(SchemeError, match=r"adjoint equation.*after t=0\.[45]\d*.*; no shorter step helps\.\n  Look"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integers_are_not_solved(dtype):
+    for scheme in ("adaptive(dopri5)", "adaptive(bosh3, adjoint=true)"):
+        with pytest.raises(
+            SchemeError, match=rf"of type {str(dtype)[6:]}, .*floating-point or complex.*\n  Convert it"
+        ):
+            Stack(lambda x: x, scheme)(torch.ones(2, 4).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_no_recorded_graph_chooses_its_steps_and_fixed_ones_are_recorded():
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    stack, x, other = Stack(field, "adaptive(dopri5)"), torch.randn(2, 4), torch.randn(2, 4)
+    for record in (torch.export.export, torch.jit.trace):
+        for used in (False, True):
+            fresh = Stack(field, "adaptive(dopri5)")
+            if used:
+                fresh(x)
+            with pytest.raises(
+                SchemeError, match=r"adaptive\(dopri5\): .*no recorded graph can\.\n.*rebuilt"
+            ) as caught:
+                record(fresh, (x,))
+            assert len(str(caught.value).splitlines()) == 2
+    with pytest.raises(SchemeError, match="no recorded graph can"):
+        torch.fx.symbolic_trace(nn.Sequential(stack))
+    # The remedy that the message names.
+    fixed, same = stack.rebuilt("rk4", depth=4), Stack(field, "rk4", 4, step="1/depth")
+    torch.testing.assert_close(fixed(other), stack(other), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fixed(other), same(other), rtol=0, atol=0)
+    torch.testing.assert_close(torch.export.export(fixed, (x,)).module()(other), fixed(other))
+    torch.testing.assert_close(torch.jit.trace(same, x)(other), fixed(other))

@@ -1,0 +1,50 @@
+"""What torch itself cannot do inside of a pass that watches saved tensors or is run again, said in our words."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from schemes.errors import SchemeError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# What torch's error says, and what it means for a residual function.
+_MEANINGS = {
+    "don't yet support saved tensor hooks": (
+        "torch.func.grad, vjp, jacrev and hessian inside of a residual function run under backprop='store' alone: all "
+        "else watches what autograd saves, which they refuse.\n"
+        "  Use backprop='store', or torch.autograd.grad(..., create_graph=True) in the function."
+    ),
+    "torch.utils.checkpoint is incompatible with .grad()": (
+        "torch.utils.checkpoint(use_reentrant=True) inside of a residual function cannot be differentiated step by "
+        "step, as backprop='reverse' and 'exact' and the measuring for 'auto' do.\n"
+        "  Give it use_reentrant=False, or use backprop='store'."
+    ),
+}
+
+
+def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose errors are torch's own no more where they tell of a limit that a user can go round.
+
+    Raises:
+        SchemeError: such a limit was met; all other errors stay what they are.
+    """
+
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            meaning = meaning_of(error)
+            if meaning is None:
+                raise
+            # With its cause, whose traceback shows the line in the residual function.
+            raise SchemeError(f"Stack: {meaning}") from error
+
+    return told
+
+
+def meaning_of(error: Any) -> str | None:
+    """What an error of torch means for a residual function, where it is a known limit."""
+    text = str(error)
+    return next((meaning for mark, meaning in _MEANINGS.items() if mark in text), None)
