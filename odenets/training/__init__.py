@@ -1,6 +1,6 @@
 """Training on pictures with Lightning: the module, the data, augmentation, schedules and callbacks."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from schemes.deprecation import warn_renamed
 
@@ -25,8 +25,15 @@ from .sources import DataError as DataError
 from .supervision import SupervisedClassifier as SupervisedClassifier
 from .supervision import SupervisionLoss as SupervisionLoss
 
+if TYPE_CHECKING:
+    from ..detection import Detector as Detector
+
 
 def __getattr__(name: str) -> Any:
+    if name == "Detector":  # when it is asked for, since detection stands on this package
+        from ..detection import Detector
+
+        return Detector
     if name == "Report":  # the name until 0.2; a checkpoint's report is another thing
         warn_renamed("odenets.training.Report", "RunSummary")
         return RunSummary
