@@ -9,4 +9,6 @@ from .heads import DeformableDETR as DeformableDETR
 from .heads import Head as Head
 from .precision import AveragePrecision as AveragePrecision
 from .precision import Found as Found
+from .rcnn import CascadeMaskRCNN as CascadeMaskRCNN
+from .rcnn import MaskRCNN as MaskRCNN
 from .writer import DetectionFiles as DetectionFiles
