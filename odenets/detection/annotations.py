@@ -261,7 +261,10 @@ def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     tools = coco_tools().mask
     if isinstance(segmentation, list):
         segmentation = tools.merge(tools.frPyObjects(segmentation, height, width))
-    return tools.decode(segmentation).astype(bool)
+    with warnings.catch_warnings():
+        # Its arrays do not know of NumPy 2's argument `copy`, which NumPy says at each mask.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tools.decode(segmentation).astype(bool)
 
 
 def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
