@@ -133,7 +133,8 @@ class DETR(Head):
         inside = (rows[None, :, None] < sizes[:, 1, None, None]) & (columns[None, None] < sizes[:, 0, None, None])
         labels = None
         if targets is not None and all("boxes" in target for target in targets):
-            labels = [_shares(target, edge) for target, edge in zip(targets, edges, strict=True)]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            labels = [_shares(target, edge, wide) for target, edge in zip(targets, edges, strict=True)]
         stand_in = self.detr.model.backbone.model  # type: ignore[union-attr]
         stand_in.held = tuple(maps)
         try:
@@ -184,9 +185,9 @@ class _Single:
             return self.loss(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
 
 
-def _shares(target: Target, edges: Tensor) -> dict[str, Tensor]:
+def _shares(target: Target, edges: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A target as transformers wants it: middle, width and height, as shares."""
-    low, high = target["boxes"].float().chunk(2, 1)
+    low, high = target["boxes"].to(dtype).chunk(2, 1)
     boxes = torch.cat([(low + high) / 2, high - low], 1) / edges.repeat(2)
     return {"class_labels": target["labels"], "boxes": boxes}
 

@@ -1,0 +1,304 @@
+"""Detectors train on drawn shapes; reverse is store; what the command writes is what it measured."""
+
+import contextlib
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from odenets import create_model
+from odenets.detection import RTDETR, DeformableDETR, DetectionData, Found, draw_detections
+from odenets.detection.drawing import color, in_file
+from odenets.detection.heads import Maps
+from odenets.models import RevCol
+from odenets.training import Detector
+from odenets.training.command import run
+from odenets.training.order import PADDING, Numbered
+from schemes import SchemeError
+
+SMALL = {"queries": 12, "width": 32, "heads": 4, "decoder_layers": 2, "feedforward": 32, "points": 2}
+HEADS = {
+    "deformable": partial(DeformableDETR, 4, encoder_layers=1, feature_levels=3, **SMALL),
+    "rt": partial(RTDETR, 4, denoising=8, **SMALL),
+}
+every_head = pytest.mark.parametrize("head", list(HEADS))
+
+
+def net(**options) -> RevCol:
+    return RevCol(channels=(8, 16, 32), blocks=(1, 1, 1), columns=2, backprop="reverse", **options)
+
+
+def detector(head: str, given: nn.Module | None = None, **options) -> Detector:
+    torch.manual_seed(1)
+    found = Detector(given or net(), HEADS[head](), partial(torch.optim.AdamW, lr=1e-3), **options)
+    found.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return found
+
+
+@pytest.fixture(scope="module")
+def batch(drawn):
+    """Four pictures, one of which is empty, that fill different parts of the batch."""
+    data = DetectionData(str(drawn), size=48, batch_size=4, num_workers=0, jitter=(0.7, 1.2), multiple=16)
+    data.setup("fit")
+    data.sets["train"].seed = 0
+    samples = [data.sets["train"][0, i] for i in (0, 1, 2, 3)]
+    found = data.on_after_batch_transfer(data._loader("val").collate_fn(samples), 0)
+    assert 0 in [len(target["labels"]) for target in found[1]]
+    assert len({tuple(target["size"].tolist()) for target in found[1]}) > 1
+    return found
+
+
+@pytest.mark.cases(1)
+@every_head
+def test_trains_until_its_loss_has_halved(head, batch):
+    found = detector(head)
+    optimizer = torch.optim.AdamW(found.parameters(), lr=4e-3)
+    losses = []
+    for _ in range(25):
+        torch.manual_seed(2)  # equal noise in each step
+        loss = found.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if losses[-1] < losses[0] / 2:
+            return
+    raise AssertionError(losses)
+
+
+@every_head
+def test_reverse_is_store(head, batch):
+    """In loss and gradients, in double precision; every parameter has one."""
+    found = detector(head).double()
+    x, targets = batch[0].double(), batch[1]
+    results = []
+    for mode in ("store", "reverse"):
+        found.net.columns.backprop = mode
+        found.zero_grad()
+        torch.manual_seed(0)
+        loss = found.training_step((x, targets), 0)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in found.parameters())])
+        assert all(p.grad is not None for p in found.parameters())
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("name", ["convnext_tiny", "rdnet_tiny", "resnet20"])
+@every_head
+def test_any_network_with_maps(head, name, batch):
+    small = {
+        "convnext_tiny": {"widths": (4, 8, 16, 32), "functions": (1, 1, 1, 1)},
+        "rdnet_tiny": {"growths": (4,) * 7, "init_channels": 16},
+        "resnet20": {},
+    }
+    found = detector(head, create_model(name, **small[name]), levels=[0, 1, 2])
+    found.training_step(batch, 0).backward()
+    assert [n for n, p in found.named_parameters() if p.grad is None] == []
+
+
+@every_head
+def test_processes_that_share_a_batch_have_its_gradient(head, batch):
+    """Losses are divided by the mean number of boxes: the mean of the parts is then the loss of the whole."""
+    found = detector(head)
+    found.head.eval(), found.net.eval()  # no dropout, no noise and no statistics of a batch
+    x, targets = batch
+    boxes = float(sum(len(target["labels"]) for target in targets))
+    whole = found(x, targets, boxes).losses["loss"]
+    parts = [found(x[at], targets[at], boxes / 2).losses["loss"] for at in (slice(0, 1), slice(1, 4))]
+    assert len({len(target["labels"]) for target in targets}) > 1
+    assert torch.allclose(whole, sum(parts) / 2, rtol=1e-5)
+
+
+@every_head
+def test_boxes_come_back_from_shares(head, batch):
+    """What a head is trained to give for a box is what it reads as this box."""
+    from odenets.detection.heads import _shares
+
+    found = detector(head)
+    x, targets = batch
+    sizes = torch.stack([target["size"] for target in targets]).flip(1)
+    edges = found.head.edges(x, sizes)
+    for n, target in enumerate(targets):
+        if not len(target["boxes"]):
+            continue
+        shares = _shares(target, edges[n])
+        assert (shares["boxes"] >= 0).all() and (shares["boxes"] <= 1).all()
+        logits = torch.full((1, len(target["boxes"]), 4), -9.0)
+        for k, label in enumerate(target["labels"].tolist()):
+            logits[0, k, label] = 9.0 - k
+        (one,) = found.head.found(logits, shares["boxes"][None], edges[n : n + 1])
+        count = len(target["boxes"])
+        assert torch.allclose(one.boxes[:count], target["boxes"], atol=1e-4)
+        assert one.labels[:count].tolist() == target["labels"].tolist()
+
+
+def test_what_fills_a_batch_up_is_not_looked_at(batch):
+    """Deformable DETR sees what a picture fills: it gives equal boxes in a larger batch, in pixels."""
+    found = detector("deformable").eval()
+    x = torch.zeros(1, 3, 64, 64)
+    x[:, :, :32, :32] = batch[0][:1, :, :32, :32]
+    asked = [{"size": torch.tensor([32, 32])}]
+    with torch.no_grad():
+        narrow, wide = (found(x[:, :, :side, :side], asked).found[0] for side in (32, 64))
+    # Convolutions look over the edge; the middle of the boxes stays within a pixel of 32.
+    assert (narrow.boxes.max() <= 40) and (wide.boxes.max() <= 40)
+
+
+def test_in_pixels_of_the_file():
+    one = Found(torch.tensor([[8.0, 4.0, 32.0, 40.0]]), torch.tensor([1.0]), torch.tensor([0]))
+    moved = in_file(one, torch.tensor([24, 32]), torch.tensor([48, 128]))
+    assert moved.boxes.tolist() == [[32, 8, 128, 48]], "four times as wide, twice as high, cut at the edge"
+
+
+def test_the_net_learns_at_its_own_rate(batch):
+    found = detector("deformable", net_lr=0.1)
+    groups = []
+    found.optimizer = lambda given: groups.append(torch.optim.AdamW(given, lr=1e-3, weight_decay=0.1)) or groups[0]
+    found._trainer = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("odenets.detection.detector.scheduled", lambda trainer, optimizer, schedule: optimizer)
+        patch.setattr(Detector, "trainer", None)
+        optimizer = found.configure_optimizers()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in found.net.parameters()} == {1e-4}
+    assert {rates[id(p)] for p in found.head.parameters()} == {1e-3}
+
+
+def test_frozen_norms_stay_frozen(batch):
+    found = detector("deformable", create_model("resnet20"), freeze_norms=True).train()
+    before = {name: buffer.clone() for name, buffer in found.net.named_buffers()}
+    found.training_step(batch, 0)
+    assert before and all(torch.equal(before[name], buffer) for name, buffer in found.net.named_buffers())
+
+
+def test_padding_is_marked(drawn):
+    data = DetectionData(str(drawn), size=48, num_workers=0)
+    data.setup("validate")
+    _, target = Numbered(data.sets["val"], 0)[PADDING, 8]
+    assert target["ignored"] and not Numbered(data.sets["val"], 0)[8][1]["ignored"]
+
+
+REFUSED = {
+    "no maps": (lambda: Detector(nn.Linear(2, 2), HEADS["rt"](), torch.optim.AdamW), "gives no maps"),
+    "levels": (lambda: detector("rt", levels=[2, 1]), "model.levels is [2, 1]"),
+    "level": (lambda: detector("rt", levels=[3]), "numbers of maps that rise, from 0 to 2"),
+    "rate": (lambda: detector("rt", net_lr=-1.0), "model.net_lr is -1.0"),
+    "layers": (lambda: DeformableDETR(4, decoder_layers=1), "head.decoder_layers is 1"),
+    "width": (lambda: RTDETR(4, width=48, heads=8), "head.width is 48 with 8 heads"),
+    "gap": (lambda: RTDETR(4, **SMALL).build(Maps([8, 8], [4, 16])), "reductions [4, 16]"),
+    "queries": (lambda: detector("rt", levels=[2]).detect(torch.zeros(1, 3, 32, 32)), "12 queries"),
+    "odd": (lambda: detector("rt", net(pad=True)).detect(torch.zeros(1, 3, 40, 48)), "wanted multiples of 16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    made, said = REFUSED[case]
+    with pytest.raises(SchemeError) as stop:
+        made()
+    assert said in str(stop.value) and len(str(stop.value).splitlines()) <= 2
+
+
+def test_pictures_with_boxes():
+    one = Found(
+        torch.tensor([[4.0, 4, 20, 12], [0.0, 0, 31, 31]]), torch.tensor([0.9, 0.4]), torch.tensor([2, 1]), None
+    )
+    image = Image.new("RGB", (32, 32), "black")
+    shown = np.array(draw_detections(image, one, ["a", "b", "c"]))
+    assert shown.shape == (256, 256, 3)
+    assert tuple(shown[12 * 8, 12 * 8]) == color(2) and tuple(shown[4 * 8 + 20, 20 * 8]) == color(2)
+    assert not (shown == color(1)).all(-1).any(), "the unsure one is left out"
+    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[0, 4:12, 4:20] = True
+    shown = np.array(draw_detections(image, one._replace(masks=masks), ["a", "b", "c"]))
+    assert tuple(shown[10 * 8, 18 * 8]) == tuple(c // 2 for c in color(2))
+
+
+def configuration(drawn: Path, folder: Path) -> Path:
+    small = {k: v for k, v in SMALL.items() if k != "points"}
+    config = {
+        "seed_everything": 3,
+        "run_dir": str(folder / "run"),
+        "model": {
+            "class_path": "odenets.training.Detector",
+            "init_args": {
+                "net": {
+                    "class_path": "odenets.models.RevCol",
+                    "init_args": {"channels": [8, 16], "blocks": [1, 1], "columns": 2, "backprop": "reverse"},
+                },
+                "head": {
+                    "class_path": "odenets.detection.RTDETR",
+                    "init_args": {**small, "denoising": 8, "dropout": 0.1},
+                },
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+                "schedule": {"class_path": "odenets.training.Constant"},
+            },
+        },
+        "data": {
+            "class_path": "odenets.detection.DetectionData",
+            "init_args": {"root": str(drawn), "size": 48, "batch_size": 3, "num_workers": 0, "multiple": 16},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 5,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+            ],
+        },
+    }
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_the_command_trains_resumes_measures_and_predicts(drawn, tmp_path):
+    """Stopped after three of five steps, inside an epoch, it ends as if it had not been; AP is that of its files."""
+    path = str(configuration(drawn, tmp_path))
+    run(["fit", "-c", path])
+    run(["fit", "-c", path, "--run_dir", str(tmp_path / "part"), "--trainer.max_steps", "3"])
+    again = ["--ckpt_path", "last", "--trainer.max_steps", "5"]
+    run(["fit", "-c", path, "--run_dir", str(tmp_path / "part"), *again])
+    files = [tmp_path / name / "checkpoints/last.ckpt" for name in ("run", "part")]
+    whole, part = (torch.load(file, weights_only=True) for file in files)
+    assert whole["global_step"] == part["global_step"] == 5
+    for key in ("state_dict", "current_model_state"):
+        assert whole[key].keys() == part[key].keys()
+        assert all(torch.equal(value, part[key][name]) for name, value in whole[key].items())
+    assert any(
+        not torch.equal(value, whole["current_model_state"][name]) for name, value in whole["state_dict"].items()
+    )
+    command = run(["validate", "-c", path, "--ckpt_path", "last"])
+    figures = {name: float(value) for name, value in command.trainer.callback_metrics.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(["predict", "-c", path, "--ckpt_path", "last"])
+    folder = tmp_path / "run/predict"
+    assert len(list((folder / "pictures").iterdir())) == 9
+    assert json.loads((folder / "pictures.json").read_text())["1"] == "000000.png"
+    assert figures["val/AP"] >= 0 and {f"val/{name}": value for name, value in counted(drawn, folder).items()} == {
+        name: figures[name] for name in ("val/AP", "val/AP50", "val/AR100")
+    }
+
+
+def counted(drawn: Path, folder: Path) -> dict[str, float]:
+    """What pycocotools says of the file of results."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(drawn / "annotations/val.json")
+        found = COCOeval(truth, truth.loadRes(str(folder / "predictions.json")), "bbox")
+        found.evaluate()
+        found.accumulate()
+        found.summarize()
+    stats = np.float32(found.stats).tolist()  # as Lightning keeps figures
+    return {"AP": stats[0], "AP50": stats[1], "AR100": stats[8]}
