@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..training.errors import DataError
 
-INSTALL = 'pip install "odenets[detection]"'
+INSTALL = 'pip install "odenets[detect]"'
 SLACK = 1.0  # pixels that a rounded box may stick out
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from schemes import SchemeError
 
@@ -200,12 +201,18 @@ class Detector(L.LightningModule):
             self.log("evaluations", float(count), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
+        return scheduled(self.trainer, self.make_optimizer(), self.schedule)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimiser, with the groups of net and head and their learning rates."""
         net = parameter_groups(self.net, self.step_weight_decay)
-        head = parameter_groups(self.head, self.step_weight_decay)
-        optimizer = self.optimizer([*net, *head])  # type: ignore[arg-type]
-        for group in optimizer.param_groups[: len(net)]:
-            group["lr"] *= self.net_lr
-        return scheduled(self.trainer, optimizer, self.schedule)
+        for group in net:
+            group["lr_scale"] = self.net_lr * group.get("lr_scale", 1.0)
+        groups: Any = [*net, *parameter_groups(self.head, self.step_weight_decay)]
+        optimizer = self.optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        return optimizer
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Detector":  # type: ignore

@@ -63,8 +63,15 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int = 4, gap: int = 4) -> Image.Image:
-    """Pictures of one size in rows, on white."""
-    wide, high = pictures[0].size
+    """Pictures in rows, on white, each in a place as large as the largest one.
+
+    Args:
+        pictures: one at least.
+        columns: pictures of a row.
+        gap: pixels between them.
+    """
+    wide, high = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
+    columns = min(columns, len(pictures))
     count = -(-len(pictures) // columns)
     whole = Image.new("RGB", (columns * (wide + gap) - gap, count * (high + gap) - gap), "white")
     for number, picture in enumerate(pictures):

@@ -18,7 +18,7 @@ try:
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
     from transformers.modeling_outputs import BackboneOutput
 except ImportError as error:
-    raise ImportError(f'DETR heads need transformers 5 ({error}): pip install "odenets[detection]"') from None
+    raise ImportError(f'DETR heads need transformers 5 ({error}): pip install "odenets[detect]"') from None
 
 
 class MapsConfig(BackboneConfigMixin, PreTrainedConfig):

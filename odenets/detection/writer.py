@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
 
 from ..training.callbacks import relative
 from ..training.files import write_whole
 from .data import DetectionData
-from .drawing import draw_detections
+from .drawing import draw_detections, sheet
 from .precision import Found, rows
 
 
@@ -21,7 +22,7 @@ class DetectionFiles(BasePredictionWriter):
 
     The file holds a list of ``{"image_id", "category_id", "bbox", "score"}``, which pycocotools' ``loadRes`` reads;
     masks, where there are some, are ``predictions_masks.json``. Beside them ``pictures.json`` says which id is which
-    file.
+    file, and ``sheet.png`` shows the first twelve pictures.
 
     Args:
         folder: where to.
@@ -73,4 +74,7 @@ class DetectionFiles(BasePredictionWriter):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, held in written.items():
             write_whole(self.folder / f"{name}.json", json.dumps(held).encode())
+        drawn = sorted((self.folder / "pictures").glob("*.png"))[:12]
+        if drawn:
+            sheet([Image.open(path) for path in drawn]).save(self.folder / "sheet.png")
         print(f"predictions: {relative(self.folder / 'predictions.json')}, {len(boxes):,} boxes")

@@ -1,6 +1,7 @@
 """Training on pictures with Lightning: the module, the data, augmentation, schedules and callbacks."""
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from schemes.deprecation import warn_renamed
 
@@ -25,16 +26,14 @@ from .sources import DataError as DataError
 from .supervision import SupervisedClassifier as SupervisedClassifier
 from .supervision import SupervisionLoss as SupervisionLoss
 
-if TYPE_CHECKING:
-    from ..detection import Detector as Detector
+# Their packages import this one, and need more than classification does.
+_ELSEWHERE = {"Detector": "odenets.detection"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Detector":  # when it is asked for, since detection stands on this package
-        from ..detection import Detector
-
-        return Detector
     if name == "Report":  # the name until 0.2; a checkpoint's report is another thing
         warn_renamed("odenets.training.Report", "RunSummary")
         return RunSummary
+    if name in _ELSEWHERE:
+        return getattr(import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
