@@ -140,6 +140,19 @@ def test_boxes_come_back_from_shares(head, batch):
         assert one.labels[:count].tolist() == target["labels"].tolist()
 
 
+def test_each_layer_has_outputs_of_its_own_that_begin_as_published():
+    detr = detector("deformable").head.detr
+    outputs = [*detr.class_embed, *detr.bbox_embed]
+    assert len({id(p) for layer in outputs for p in layer.parameters()}) == sum(
+        len(list(layer.parameters())) for layer in outputs
+    )
+    assert [layer.layers[-1].bias.tolist() for layer in detr.bbox_embed] == [[0, 0, -2, -2], [0, 0, 0, 0]]
+    assert torch.allclose(detr.class_embed[0].bias.sigmoid(), torch.tensor(0.01))
+    assert all(a is b for a, b in zip(detr.bbox_embed, detr.model.decoder.bbox_embed, strict=True))
+    norms = [m for m in detector("rt").head.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all((m.weight == 1).all() for m in norms)
+
+
 def test_what_fills_a_batch_up_is_not_looked_at(batch):
     """Deformable DETR sees what a picture fills: it gives equal boxes in a larger batch, in pixels."""
     found = detector("deformable").eval()
