@@ -151,11 +151,14 @@ class Annotations:
         rows: list[tuple[int, int, bool, float, list[float]]] = []
         segments: list[bytes] = []
         for entry in entries:
-            picture = entry.get("image_id")
-            if picture in self.missing:
+            if not isinstance(entry, dict):
+                faults.add(f"{str(entry)[:50]} is no annotation")
+                continue
+            picture: Any = entry.get("image_id")
+            if isinstance(picture, int) and picture in self.missing:
                 continue  # named already, with its picture
             why = self._wrong(entry, kept, place)
-            where = f" ({self.name(kept[picture])})" if picture in kept else ""
+            where = f" ({self.name(kept[picture])})" if isinstance(picture, int) and picture in kept else ""
             if why:
                 faults.add(f"annotation {entry.get('id')}{where}: {why[0]}")
                 if why[1]:
@@ -190,11 +193,13 @@ class Annotations:
         self, entry: Mapping[str, Any], kept: Mapping[int, int], place: Mapping[int, int]
     ) -> tuple[str, bool] | None:
         """What is wrong with an annotation, and whether it is left out for it."""
-        picture, box = entry.get("image_id"), entry.get("bbox")
-        if picture not in kept:
+        picture, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
+        if not isinstance(picture, int) or picture not in kept:
             return f"no picture has the id {picture}", True
-        if entry.get("category_id") not in place:
-            return f"no category has the id {entry.get('category_id')}", True
+        if not isinstance(category, int) or category not in place:
+            return f"no category has the id {category}", True
+        if not _number(entry.get("area", 0)):
+            return f"its area is {entry['area']}", True
         height, width = self.sizes[kept[picture]].tolist()
         if not isinstance(box, list) or len(box) != 4 or not all(_number(value) for value in box):
             return f"its box is {box}", True
@@ -254,17 +259,49 @@ def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
         >>> decoded({"size": [2, 2], "counts": [1, 3]}, 2, 2).tolist()
         [[False, True], [True, True]]
     """
-    if isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], list):
-        counts = np.asarray(segmentation["counts"], dtype=np.int64)
+    if isinstance(segmentation, Mapping):
+        given = segmentation["counts"]
+        counts = np.asarray(unpacked(given) if isinstance(given, str) else given, dtype=np.int64)
         values = np.arange(len(counts)) % 2 == 1
         return np.repeat(values, counts).reshape(width, height).T
     tools = coco_tools().mask
-    if isinstance(segmentation, list):
-        segmentation = tools.merge(tools.frPyObjects(segmentation, height, width))
+    code = tools.merge(tools.frPyObjects(segmentation, height, width))
     with warnings.catch_warnings():
         # Its arrays do not know of NumPy 2's argument `copy`, which NumPy says at each mask.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return tools.decode(segmentation).astype(bool)
+        return tools.decode(code).astype(bool)
+
+
+def unpacked(text: str) -> list[int]:
+    """The run lengths that COCO packs into a text.
+
+    A letter holds five bits, and whether more follow; from the fourth on a length is written as its difference to the
+    last but one.
+
+    Raises:
+        ValueError: a text that is no such thing.
+
+    Example:
+        >>> unpacked("13")
+        [1, 3]
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64 or shift > 35:
+            raise ValueError(text)
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:  # more letters follow
+            continue
+        if code & 16:  # a negative number
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError(text)
+    return counts
 
 
 def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
@@ -273,14 +310,21 @@ def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
         if size != [height, width]:
             return f"its mask is of size {size}, the picture's height and width are {[height, width]}"
         if isinstance(counts, str):
-            return ""
+            try:
+                counts = unpacked(counts)
+            except ValueError:
+                return "the text of its mask is no run lengths"
         whole = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
         return "" if whole and sum(counts) == height * width else "the run lengths of its mask do not add up"
     polygons = segmentation if isinstance(segmentation, list) else []
     good = all(
         isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(_number(value) for value in p) for p in polygons
     )
-    return "" if polygons and good else "it has no mask"
+    if not polygons or not good:
+        return "it has no mask"
+    # pycocotools walks along each edge, however long it is.
+    far = max(abs(value) for p in polygons for value in p) > 4 * max(height, width)
+    return f"its mask reaches far beyond the {width}x{height} pixels" if far else ""
 
 
 def _number(value: Any) -> bool:
@@ -315,7 +359,8 @@ def _categories(path: Path, entries: Sequence[Any]) -> tuple[list[int], list[str
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path}: a category lacks its id or its name\n  Give each both") from None
     ids, names = [number for number, _ in found], [name for _, name in found]
-    for what, values in (("id", ids), ("name", names)):
+    checked: tuple[tuple[str, list[Any]], ...] = (("id", ids), ("name", names))
+    for what, values in checked:
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise DataError(f"{path}: two categories have the {what} {twice!r}\n  Give each its own")

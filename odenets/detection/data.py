@@ -147,7 +147,7 @@ class Detections(Dataset):
 
     def _sample(self, i: int, image: Image.Image, generator: Generator | None) -> tuple[Tensor, Target]:
         objects, size = self.shown.objects(i), image.size
-        placed = self.resize.draw(*size, generator) if self.train else self.resize.fixed(*size)
+        placed = self.resize.draw(size[0], size[1], generator) if self.train else self.resize.fixed(*size)
         levels = np.array(placed.picture(image))
         target = {
             "picture": self.shown.ids[i],

@@ -35,6 +35,7 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
     Example:
         >>> import torch
         >>> from PIL import Image
+        >>> from odenets.detection import Found
         >>> box = Found(torch.tensor([[2.0, 2, 12, 9]]), torch.tensor([0.9]), torch.tensor([0]))
         >>> draw_detections(Image.new("RGB", (16, 16)), box, ["disc"]).size
         (256, 256)

@@ -92,7 +92,7 @@ class DETR(Head):
                 "  Give another width, such as 256"
             )
         self.num_classes, self.queries, self.width = num_classes, queries, width
-        self.detr: nn.Module | None = None
+        self.detr: Any = None
 
     @abstractmethod
     def configured(self, maps: Maps, backbone: Any) -> nn.Module:
@@ -135,7 +135,7 @@ class DETR(Head):
         if targets is not None and all("boxes" in target for target in targets):
             wide = torch.promote_types(x.dtype, torch.float32)
             labels = [_shares(target, edge, wide) for target, edge in zip(targets, edges, strict=True)]
-        stand_in = self.detr.model.backbone.model  # type: ignore[union-attr]
+        stand_in = self.detr.model.backbone.model
         stand_in.held = tuple(maps)
         try:
             out = self.detr(pixel_values=x, pixel_mask=inside.long(), labels=labels)

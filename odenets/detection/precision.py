@@ -81,7 +81,7 @@ class AveragePrecision:
         ...          "truth_area": torch.tensor([64.0]), "stored": torch.tensor([16, 16])}
         >>> precision = AveragePrecision()
         >>> precision.add(1, truth, Found(boxes, torch.tensor([0.9]), one))
-        >>> precision.compute()["AP"]
+        >>> round(precision.compute()["AP"], 9)
         1.0
     """
 
@@ -99,7 +99,7 @@ class AveragePrecision:
         """
         columns = [truth[f"truth_{name}"].tolist() for name in ("labels", "boxes", "crowd", "area")]
         names = ("label", "bbox", "iscrowd", "area")
-        there = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        there: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         for k, row in enumerate(there):
             row["iscrowd"] = int(row["iscrowd"])
             if self.masks:
@@ -141,7 +141,8 @@ def _counted(held: Mapping[int, tuple[Sequence[Any], Sequence[Any], Sequence[int
     for side in (0, 1):
         annotations = []
         for picture in pictures:
-            for row in held[picture][side]:
+            there, found, _ = held[picture]
+            for row in (there, found)[side]:
                 entry = {**row, "image_id": picture, "category_id": row["label"], "id": len(annotations) + 1}
                 if side == 1:  # as pycocotools prepares results: by the box, or by the mask alone
                     mask = row.get("segmentation") if kind == "segm" else None
@@ -149,13 +150,13 @@ def _counted(held: Mapping[int, tuple[Sequence[Any], Sequence[Any], Sequence[int
                     entry["iscrowd"] = 0
                 annotations.append(entry)
         images = [{"id": picture, "height": held[picture][2][0], "width": held[picture][2][1]} for picture in pictures]
-        coco = COCO()
+        coco: Any = COCO()
         coco.dataset = {"images": images, "annotations": annotations, "categories": [{"id": n} for n in labels]}
         sides.append(coco)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress, and a table
         for coco in sides:
             coco.createIndex()
-        counted = COCOeval(*sides, kind)
+        counted = COCOeval(sides[0], sides[1], kind)
         counted.evaluate()
         counted.accumulate()
         if not pictures or not labels:  # pycocotools fails on a set without any object

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from odenets import shapes
 from odenets.detection import Annotations, DetectionData
-from odenets.detection.annotations import decoded
+from odenets.detection.annotations import decoded, unpacked
 from odenets.training import DataError
 
 
@@ -76,6 +76,10 @@ FAULTS = {
     ),
     "runs": ({"segmentation": {"size": [10, 20], "counts": [3, 4]}}, "the run lengths of its mask do not add up", 1),
     "no mask": ({"segmentation": []}, "it has no mask", 1),
+    "text": ({"segmentation": {"size": [10, 20], "counts": "1\n"}}, "the text of its mask is no run lengths", 1),
+    "far": ({"segmentation": [[0, 0, 9e9, 0, 5, 5]]}, "its mask reaches far beyond the 20x10 pixels", 1),
+    "area": ({"area": "large"}, "its area is large", 1),
+    "list for a number": ({"image_id": [11]}, "no picture has the id [11]", 1),
     "line": ({"segmentation": [[1, 1, 2, 2]]}, "it has no mask", 1),
 }
 
@@ -149,6 +153,7 @@ def test_masks_are_those_of_pycocotools(tmp_path):
         assert masks is not None and np.array_equal(masks[0].numpy(), want)
     packed = theirs.annToRLE(theirs.anns[112])
     text = {**packed, "counts": packed["counts"].decode()}
+    assert unpacked(text["counts"]) == [13, 4, 150, 20, 13]
     assert np.array_equal(decoded(text, 10, 20), decoded(held["annotations"][1]["segmentation"], 10, 20))
 
 
