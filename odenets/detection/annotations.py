@@ -177,6 +177,10 @@ class Annotations:
             )
             if self.with_masks:
                 segments.append(json.dumps(entry["segmentation"]).encode())
+        self._arrange(rows, segments)
+
+    def _arrange(self, rows: Sequence[tuple[int, int, bool, float, list[float]]], segments: list[bytes]) -> None:
+        """Puts what was read into arrays, in the order of the pictures."""
         order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # stable: of one picture as the file has them
         at = np.array([rows[i][0] for i in order], dtype=np.int64)
         edges = np.searchsorted(at, np.arange(len(self.ids) + 1))

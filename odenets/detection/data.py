@@ -219,7 +219,7 @@ def _packed(value: Tensor) -> Tensor:
 
 def _unpacked(name: str, value: Tensor) -> Tensor:
     if name in ("truth_boxes", "truth_area") and value.dtype == torch.int64:
-        return value.view(torch.float64)
+        return value.cpu().view(torch.float64)  # which some devices do not have
     return value.view(torch.float32) if name == "boxes" and value.dtype == torch.int32 else value
 
 

@@ -93,6 +93,7 @@ class Detector(L.LightningModule):
         self.net_lr, self.freeze_norms = net_lr, freeze_norms
         self.step_weight_decay, self.channels_last = step_weight_decay, channels_last
         self.precision = AveragePrecision(head.masks)
+        self._sums = [0.0, 0.0]  # of losses, and boxes
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
@@ -141,27 +142,30 @@ class Detector(L.LightningModule):
             self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
         return loss
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         x, targets = batch
-        out = self(x, targets, max(1.0, float(sum(len(t["labels"]) for t in targets))))
-        counted = [target for target in targets if not target["ignored"]]
+        counted = [n for n, target in enumerate(targets) if not target["ignored"]]
+        if counted:  # else all are looked at for nothing, since processes may meet in it
+            x, targets = x[counted], [targets[n] for n in counted]
+        out = self(x, targets)
+        if not counted:
+            return
         for target, found in zip(targets, out.found, strict=True):
             self.precision.add(int(target["picture"]), target, in_file(found, target["size"], target["stored"]))
         if out.losses:
-            # A batch of which a part is there to fill it up counts by the rest; times the processes, as in Classifier.
-            weight = len(counted) * self.trainer.world_size
-            loss = torch.stack([term.float() for term in out.losses.values()]).sum()
-            loss = loss if counted else torch.zeros_like(loss)
-            self.log(f"{stage}/loss", loss, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
+            # Sums over boxes: their ratio at the end does not depend on how pictures were put into batches.
+            self._sums[0] += float(torch.stack([term.float() for term in out.losses.values()]).sum())
+            self._sums[1] += sum(len(target["labels"]) for target in targets)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
 
     def on_validation_epoch_start(self) -> None:
         self.precision.reset()
+        self._sums = [0.0, 0.0]
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -170,6 +174,10 @@ class Detector(L.LightningModule):
             # All processes have counted the same pictures.
             self.log(f"{stage}/{name}", figure, prog_bar=name in ("AP", "AP50"), sync_dist=False, rank_zero_only=False)
         self.precision.reset()
+        sums = torch.tensor(self._sums, device=self.device, dtype=torch.float32)
+        loss, boxes = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if loss:
+            self.log(f"{stage}/loss", loss / max(1.0, boxes), prog_bar=True, sync_dist=False)
 
     def on_validation_epoch_end(self) -> None:
         self._log_precision("val")

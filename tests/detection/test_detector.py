@@ -6,10 +6,12 @@ import json
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import nn
 
@@ -18,7 +20,7 @@ from odenets.detection import RTDETR, DeformableDETR, DetectionData, Found, draw
 from odenets.detection.drawing import color, in_file
 from odenets.detection.heads import Maps
 from odenets.models import RevCol
-from odenets.training import Detector
+from odenets.training import Constant, Detector
 from odenets.training.command import run
 from odenets.training.order import PADDING, Numbered
 from schemes import SchemeError
@@ -297,6 +299,71 @@ def test_the_command_trains_resumes_measures_and_predicts(drawn, tmp_path):
     assert figures["val/AP"] >= 0 and {f"val/{name}": value for name, value in counted(drawn, folder).items()} == {
         name: figures[name] for name in ("val/AP", "val/AP50", "val/AR100")
     }
+
+
+class Keeps(Callback):
+    """Writes weights and figures of a run into its folder."""
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            held = {"weights": pl_module.state_dict(), "figures": dict(trainer.callback_metrics)}
+            torch.save(held, Path(trainer.default_root_dir, f"{trainer.world_size}.pt"))
+
+
+class Oracle(DeformableDETR):
+    """A head that trains, and in evaluation gives the boxes that are there, some pixels away."""
+
+    def forward(self, x, maps, targets, boxes):
+        out = super().forward(x, maps, targets, boxes)
+        if self.training:
+            return out
+        away = [float(target["picture"]) % 4 for target in targets]
+        scores = [torch.linspace(0.9, 0.5, len(target["boxes"])) for target in targets]
+        found = [
+            Found(target["boxes"] + off, score, target["labels"])
+            for target, off, score in zip(targets, away, scores, strict=True)
+        ]
+        return out._replace(found=found)
+
+
+def trained(drawn: Path, folder: Path, devices: int) -> dict:
+    torch.manual_seed(2)
+    data = DetectionData(str(drawn), size=48, batch_size=4 // devices, num_workers=0, multiple=16)
+    net = RevCol(channels=(8, 16), blocks=(1, 1), columns=2, backprop="reverse")
+    head = Oracle(4, encoder_layers=1, feature_levels=3, dropout=0.0, **SMALL)
+    module = Detector(net, head, partial(torch.optim.SGD, lr=1e-3), Constant())
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {"devices": 1}
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=1,
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[Keeps()],
+        **options,
+    )
+    trainer.fit(module, data)
+    return torch.load(folder / f"{devices}.pt", weights_only=True)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, forks of a process with threads
+def test_two_processes_train_and_measure_as_one(drawn, tmp_path):
+    """Of nine pictures to validate on, one comes twice, and counts once."""
+    one, two = (trained(drawn, tmp_path, devices) for devices in (1, 2))
+    start = RevCol(channels=(8, 16), blocks=(1, 1), columns=2).state_dict()
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, atol=1e-9, rtol=1e-7)
+    assert not torch.equal(one["weights"]["net.stem.conv.weight"], start["stem.conv.weight"])
+    names = [name for name in one["figures"] if name.startswith("val/")]
+    assert 0.3 < one["figures"]["val/AP"] < 0.9 and one["figures"]["val/loss"] > 1
+    for name in [*names, "train/loss"]:
+        value = one["figures"][name]
+        torch.testing.assert_close(two["figures"][name], value, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
