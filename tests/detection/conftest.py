@@ -1,10 +1,16 @@
 """Drawn shapes as a set in COCO's format."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 from odenets import shapes
+from odenets.cli import repair_torchvision
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    repair_torchvision()  # one that was built for another torch keeps Lightning from importing
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,21 @@
 """Mask R-CNN and its cascade over torchvision's parts: equal to torchvision's own where it has them."""
 
+import contextlib
 import importlib.util
+import io
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from odenets.detection import CascadeMaskRCNN, DetectionData, MaskRCNN, rcnn
 from odenets.models import RevCol
 from odenets.training import Detector
+from odenets.training.command import run
 from schemes import SchemeError
 
 HEADS = {"one": MaskRCNN, "cascade": CascadeMaskRCNN}
@@ -128,6 +135,52 @@ def test_boxes_are_cut_out_of_the_map_that_fits_whatever_a_picture_fills(vision)
     boxes = [torch.tensor([[0.0, 0, 20, 20], [0.0, 0, 60, 60]])]
     before = pool(features, boxes, [(64, 64)])
     assert torch.equal(pool(features, boxes, [(20, 20)]), before)
+
+
+@pytest.mark.long
+@pytest.mark.torchvision
+def test_the_command_measures_and_writes_masks(vision, drawn, tmp_path):
+    """What pycocotools says of the file of masks is what validation has measured."""
+    widths = {"channels": [16, 32, 64], "blocks": [1, 1, 1], "columns": 2}
+    net = {"class_path": "odenets.models.RevCol", "init_args": widths}
+    sizes = {"width": 32, "hidden": 64, "proposals": 40, "least": 0.0}
+    data = {"root": str(drawn), "size": 48, "batch_size": 9, "num_workers": 0, "masks": True, "multiple": 16}
+    # On what is judged, so that something is found soon.
+    data |= {"train_annotations": "annotations/val.json", "train_pictures": "images/val", "jitter": [1, 1], "flip": 0}
+    config = {
+        "seed_everything": 3,
+        "run_dir": str(tmp_path / "run"),
+        "model": {
+            "class_path": "odenets.training.Detector",
+            "init_args": {
+                "net": net,
+                "head": {"class_path": "odenets.detection.MaskRCNN", "init_args": sizes},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}},
+                "schedule": {"class_path": "odenets.training.Constant"},
+            },
+        },
+        "data": {"class_path": "odenets.detection.DetectionData", "init_args": data},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 30,
+            "check_val_every_n_epoch": 30,
+            "enable_progress_bar": False,
+        },
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    run(["fit", "-c", str(tmp_path / "c.yaml")])
+    command = run(["validate", "-c", str(tmp_path / "c.yaml"), "--ckpt_path", "last"])
+    figures = {name: float(value) for name, value in command.trainer.callback_metrics.items()}
+    run(["predict", "-c", str(tmp_path / "c.yaml"), "--ckpt_path", "last"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(drawn / "annotations/val.json")
+        found = COCOeval(truth, truth.loadRes(str(tmp_path / "run/predict/predictions_masks.json")), "segm")
+        found.evaluate()
+        found.accumulate()
+        found.summarize()
+    ours = [figures[f"val/mask_{name}"] for name in ("AP", "AP50", "AR100")]
+    assert ours == np.float32(found.stats)[[0, 1, 8]].tolist() and ours[2] > 0
+    assert "val/loss" not in figures and (tmp_path / "run/predict/sheet.png").is_file()
 
 
 @pytest.mark.torchvision
