@@ -48,18 +48,23 @@ def planted(seed: int, masks: bool):
         drawn = None
         if masks:
             drawn = torch.zeros(len(here), height, width, dtype=torch.bool)
-            for mask, (left, top, right, bottom) in zip(drawn, corners.round().int().tolist(), strict=True):
-                mask[top:bottom, left:right] = True
+            for mask, box in zip(drawn, here.tolist(), strict=True):
+                mask.copy_(torch.from_numpy(triangle(box, height, width)))
         found[number] = Found(corners, scores, labels, drawn)
     categories = [{"id": n, "name": str(n)} for n in (10, 20, 30)]
     return {"images": images, "annotations": annotations, "categories": categories}, found
 
 
+def triangle(box, height, width):
+    """Half of a box: a mask whose area is not the box's."""
+    x, y, w, h = box
+    down, across = np.mgrid[0:height, 0:width] + 0.5
+    return (across > x) & (down < y + h) & ((across - x) / w < (down - y) / h)
+
+
 def filled(box, height, width):
-    """The run lengths of a rectangle."""
-    mask = np.zeros((height, width), dtype=bool)
-    x, y, w, h = (round(v) for v in box)
-    mask[y : y + h, x : x + w] = True
+    """Its run lengths."""
+    mask = triangle(box, height, width)
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [not flat[-1]]])))
     return {"size": [height, width], "counts": [int(n) for n in np.diff(edges, prepend=0)]}

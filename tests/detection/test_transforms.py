@@ -75,6 +75,10 @@ def test_a_window_shows_the_pixels_that_it_names():
     assert plain._replace(flip=True).boxes(boxes, (12, 10)).tolist() == [[3, 1, 5, 5]]
     double = Placement((24, 20), 6, 4, 12, 10, False)
     assert double.boxes(boxes, (12, 10)).tolist() == [[2, 2, 6, 10]]
+    mask = torch.zeros(1, 10, 12, dtype=torch.bool)
+    mask[0, 3:6, 4:7] = True
+    assert bounds(plain.masks(mask)).tolist() == [[1, 1, 4, 4]] and plain.masks(mask).sum() == 9
+    assert bounds(double.masks(mask)).tolist() == [[2, 2, 8, 8]] and double.masks(mask).sum() == 36
 
 
 def test_sizes():
