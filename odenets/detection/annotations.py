@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..extras import install
 from ..training.errors import DataError
 
-INSTALL = 'pip install "odenets[detect]"'
 SLACK = 1.0  # pixels that a rounded box may stick out
 
 
@@ -36,7 +36,7 @@ def coco_tools() -> Any:
     try:
         import pycocotools.mask
     except ImportError:
-        raise DataError(f"masks and average precision need pycocotools\n  {INSTALL}") from None
+        raise DataError(f"masks and average precision need pycocotools\n  {install('detect')}") from None
     return pycocotools
 
 
