@@ -17,6 +17,7 @@ EXTRAS = {
     "matplotlib": "analysis",
     **dict.fromkeys(("filelock", "ray", "scipy"), "study"),
     **dict.fromkeys(("accelerate", "peft", "transformers"), "hf"),
+    "pycocotools": "detect",
     "timm": "timm",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
 }

@@ -132,7 +132,7 @@ class RunSummary(Callback):
         lines += [("config", self.folder / "config.yaml", ""), ("metrics", self.folder / "metrics.csv", "")]
         for name, path, note in lines:
             if path.exists():
-                print(f"{name:>8}: {_relative(path)}{note}")
+                print(f"{name:>8}: {relative(path)}{note}")
 
 
 class EpochLines(Callback):
@@ -187,7 +187,8 @@ class Agreement(Callback):
                 )
 
 
-def _relative(path: Path) -> Path:
+def relative(path: Path) -> Path:
+    """The path from the folder that the command runs in, where it lies below that."""
     try:
         return path.resolve().relative_to(Path.cwd())
     except ValueError:
@@ -235,4 +236,4 @@ class Predictions(BasePredictionWriter):
                 called = [classes[number] if classes else number for number in numbers]
                 figures = [f"{probability:.6f}" for probability in probabilities]
                 writer.writerow([index, name, *(x for pair in zip(called, figures, strict=True) for x in pair)])
-        print(f"predictions: {_relative(self.path)}")
+        print(f"predictions: {relative(self.path)}")

@@ -191,10 +191,13 @@ def _without_label(batch: Any, rows: Any) -> Any:
     """The batch (or one sample) with the labels of these rows ignored, where it has labels at all."""
     if isinstance(batch, list):  # one sample each: the collate function comes later
         return [_without_label(sample, slice(None)) if n in rows else sample for n, sample in enumerate(batch)]
-    if not isinstance(batch, tuple) or len(batch) < 2 or not isinstance(batch[1], torch.Tensor):
+    label: Any = batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
+    if isinstance(label, dict) and "ignored" in label:  # a target that says itself whether it counts
+        return (batch[0], {**label, "ignored": torch.tensor(True)}, *batch[2:])
+    if not isinstance(label, torch.Tensor):
         return batch
     # The data set's own tensor may be a view of all its labels.
-    labels = batch[1].clone()
+    labels = label.clone()
     labels[... if labels.ndim == 0 else rows] = IGNORED
     return (batch[0], labels, *batch[2:])
 

@@ -1,0 +1,392 @@
+"""A COCO file as arrays, checked: pictures, boxes, classes, crowds, areas and masks.
+
+What is wrong with an entry is found when the file is opened, named by its id and its picture, and counted; the entry is
+left out, and beyond a limit the run ends with the list. Wrong is: a picture that is not there, a picture or a category
+that no list names, a box that is empty or lies outside its picture, a mask of another size than its picture. A box that
+sticks out by more than a pixel is counted too, and stays: training cuts it, evaluation takes it as the file has it.
+
+Annotations go into arrays, and masks into one array of bytes, since worker processes copy Python objects page by page.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..extras import install
+from ..training.errors import DataError
+
+SLACK = 1.0  # pixels that a rounded box may stick out
+
+
+def coco_tools() -> Any:
+    """The package ``pycocotools``.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import pycocotools.mask
+    except ImportError:
+        raise DataError(f"masks and average precision need pycocotools\n  {install('detect')}") from None
+    return pycocotools
+
+
+class Objects(NamedTuple):
+    """What one picture shows, in pixels of the picture as it is stored.
+
+    Attributes:
+        boxes: float64 (k, 4), left, top, width, height as the file has them.
+        labels: int64 (k,), from 0 on.
+        crowd: bool (k,), whether it is a region of many that no box is asked for.
+        area: float64 (k,), in pixels: by it evaluation calls an object small, medium or large.
+        masks: bool (k, h, w); None where they are not asked for.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    area: Tensor
+    masks: Tensor | None
+
+
+class Faults:
+    """Entries that are wrong, named and counted; ends the run with the list beyond `limit`."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self.limit = path, limit
+        self.found: list[str] = []
+
+    def add(self, what: str) -> None:
+        """Notes one."""
+        self.found.append(what)
+
+    def settle(self) -> None:
+        """Warns of what was noted, or raises.
+
+        Raises:
+            DataError: there are more than the limit.
+        """
+        if not self.found:
+            return
+        count, named = len(self.found), "; ".join(self.found[:20])
+        more = f"; and {count - 20:,} more" if count > 20 else ""
+        if count > self.limit:
+            raise DataError(
+                f"{self.path}: {count:,} entries are wrong: {named}{more}\n"
+                f"  Mend them, or allow more than data.max_faults={self.limit}"
+            )
+        warnings.warn(
+            f"{self.path}: {count:,} entries are wrong, data.max_faults={self.limit}: {named}{more}", stacklevel=3
+        )
+
+
+class Annotations:
+    """The pictures of a COCO file, and what they show.
+
+    Args:
+        path: the file.
+        pictures: the folder that its file names are relative to.
+        masks: whether masks are read; each annotation must then have one.
+        max_faults: entries that may be wrong.
+
+    Attributes:
+        classes: names of the categories, in the order of their ids.
+        category_ids: their ids.
+        ids: ids of the pictures.
+
+    Raises:
+        DataError: no COCO file, or more wrong entries than the limit.
+    """
+
+    def __init__(self, path: Path, pictures: Path, masks: bool = False, max_faults: int = 10) -> None:
+        self.path, self.root, self.with_masks = path, pictures, masks
+        held = _read(path)
+        if masks:
+            coco_tools()
+        faults = Faults(path, max_faults)
+        self.category_ids, self.classes = _categories(path, held["categories"])
+        kept = self._pictures(held["images"], faults)
+        self._annotations(held["annotations"], kept, faults)
+        faults.settle()
+
+    def _pictures(self, entries: Sequence[Any], faults: Faults) -> dict[int, int]:
+        """Keeps the pictures that are there; the place of each by its id."""
+        listed: dict[str, set[str]] = {}
+        kept: dict[int, int] = {}
+        names, sizes = [], []
+        self.missing: set[int] = set()
+        for entry in entries:
+            number, name, width, height = _picture(self.path, entry)
+            if number in kept or number in self.missing:
+                raise DataError(f"{self.path}: two pictures have the id {number}\n  Give each its own")
+            folder, _, file = name.rpartition("/")
+            if folder not in listed:  # one listing, and not a question for each of a hundred thousand files
+                there = self.root / folder
+                listed[folder] = set(os.listdir(there)) if there.is_dir() else set()
+            if file not in listed[folder]:
+                faults.add(f"picture {number}, {self.root / name}, is not there")
+                self.missing.add(number)
+                continue
+            kept[number] = len(names)
+            names.append(name.encode())
+            sizes.append((height, width))
+        if not names:
+            faults.settle()
+            raise DataError(f"{self.path}: it lists no pictures\n  Give another file, or data.root")
+        self.ids = torch.tensor(list(kept), dtype=torch.long)
+        self.files, self.sizes = np.array(names), torch.tensor(sizes, dtype=torch.long)
+        return kept
+
+    def _annotations(self, entries: Sequence[Any], kept: Mapping[int, int], faults: Faults) -> None:
+        place = {number: label for label, number in enumerate(self.category_ids)}
+        rows: list[tuple[int, int, bool, float, list[float]]] = []
+        segments: list[bytes] = []
+        for entry in entries:
+            if not isinstance(entry, dict):
+                faults.add(f"{str(entry)[:50]} is no annotation")
+                continue
+            picture: Any = entry.get("image_id")
+            if isinstance(picture, int) and picture in self.missing:
+                continue  # named already, with its picture
+            why = self._wrong(entry, kept, place)
+            where = f" ({self.name(kept[picture])})" if isinstance(picture, int) and picture in kept else ""
+            if why:
+                faults.add(f"annotation {entry.get('id')}{where}: {why[0]}")
+                if why[1]:
+                    continue
+            box = [float(value) for value in entry["bbox"]]
+            area = entry.get("area")
+            crowd = bool(entry.get("iscrowd", 0))
+            rows.append(
+                (
+                    kept[picture],
+                    place[entry["category_id"]],
+                    crowd,
+                    box[2] * box[3] if area is None else float(area),
+                    box,
+                )
+            )
+            if self.with_masks:
+                segments.append(json.dumps(entry["segmentation"]).encode())
+        self._arrange(rows, segments)
+
+    def _arrange(self, rows: Sequence[tuple[int, int, bool, float, list[float]]], segments: list[bytes]) -> None:
+        """Puts what was read into arrays, in the order of the pictures."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # stable: of one picture as the file has them
+        at = np.array([rows[i][0] for i in order], dtype=np.int64)
+        edges = np.searchsorted(at, np.arange(len(self.ids) + 1))
+        self.starts, self.ends = edges[:-1], edges[1:]
+        self.labels = np.array([rows[i][1] for i in order], dtype=np.int64)
+        self.crowd = np.array([rows[i][2] for i in order], dtype=bool)
+        self.areas = np.array([rows[i][3] for i in order], dtype=np.float64)
+        self.boxes = np.array([rows[i][4] for i in order], dtype=np.float64).reshape(-1, 4)
+        segments = [segments[i] for i in order] if self.with_masks else []
+        self.segments = np.frombuffer(b"".join(segments), dtype=np.uint8)
+        self.segment_ends = np.cumsum([0, *map(len, segments)])
+
+    def _wrong(
+        self, entry: Mapping[str, Any], kept: Mapping[int, int], place: Mapping[int, int]
+    ) -> tuple[str, bool] | None:
+        """What is wrong with an annotation, and whether it is left out for it."""
+        picture, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
+        if not isinstance(picture, int) or picture not in kept:
+            return f"no picture has the id {picture}", True
+        if not isinstance(category, int) or category not in place:
+            return f"no category has the id {category}", True
+        if not _number(entry.get("area", 0)):
+            return f"its area is {entry['area']}", True
+        height, width = self.sizes[kept[picture]].tolist()
+        if not isinstance(box, list) or len(box) != 4 or not all(_number(value) for value in box):
+            return f"its box is {box}", True
+        left, top, wide, high = box
+        if wide <= 0 or high <= 0:
+            return f"its box {box} is empty", True
+        if left >= width or top >= height or left + wide <= 0 or top + high <= 0:
+            return f"its box {box} lies outside the {width}x{height} pixels", True
+        if self.with_masks and (why := _wrong_mask(entry.get("segmentation"), height, width)):
+            return why, True
+        if min(left, top) < -SLACK or left + wide > width + SLACK or top + high > height + SLACK:
+            return f"its box {box} sticks out of the {width}x{height} pixels", False
+        return None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, i: int) -> str:
+        """The file of picture i."""
+        return self.files[i].decode()
+
+    def encoded(self, i: int) -> str:
+        """Where the file of picture i lies."""
+        return str(self.root / self.name(i))
+
+    def objects(self, i: int) -> Objects:
+        """What picture i shows."""
+        rows = slice(int(self.starts[i]), int(self.ends[i]))
+        arrays = (self.boxes[rows], self.labels[rows], self.crowd[rows], self.areas[rows])
+        boxes, labels, crowd, area = (torch.from_numpy(array.copy()) for array in arrays)
+        masks = self._masks(i, rows) if self.with_masks else None
+        return Objects(boxes, labels, crowd, area, masks)
+
+    def _masks(self, i: int, rows: slice) -> Tensor:
+        height, width = self.sizes[i].tolist()
+        masks = torch.zeros(rows.stop - rows.start, height, width, dtype=torch.bool)
+        for k, row in enumerate(range(rows.start, rows.stop)):
+            stored = self.segments[self.segment_ends[row] : self.segment_ends[row + 1]].tobytes()
+            masks[k] = torch.from_numpy(decoded(json.loads(stored), height, width))
+        return masks
+
+    def with_boxes(self) -> "Annotations":
+        """The pictures alone that show something beside crowds; the arrays of objects are shared."""
+        single = np.concatenate([[0], np.cumsum(~self.crowd)])
+        kept = np.flatnonzero(single[self.ends] > single[self.starts])
+        part = object.__new__(Annotations)
+        part.__dict__.update(self.__dict__)
+        part.ids, part.files, part.sizes = self.ids[kept], self.files[kept], self.sizes[kept]
+        part.starts, part.ends = self.starts[kept], self.ends[kept]
+        return part
+
+
+def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """The pixels (h, w) of a mask as COCO stores it: polygons, run lengths, or packed run lengths.
+
+    Example:
+        >>> decoded({"size": [2, 2], "counts": [1, 3]}, 2, 2).tolist()
+        [[False, True], [True, True]]
+    """
+    if isinstance(segmentation, Mapping):
+        given = segmentation["counts"]
+        counts = np.asarray(unpacked(given) if isinstance(given, str) else given, dtype=np.int64)
+        values = np.arange(len(counts)) % 2 == 1
+        return np.repeat(values, counts).reshape(width, height).T
+    tools = coco_tools().mask
+    code = tools.merge(tools.frPyObjects(segmentation, height, width))
+    with warnings.catch_warnings():
+        # Its arrays do not know of NumPy 2's argument `copy`, which NumPy says at each mask.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tools.decode(code).astype(bool)
+
+
+def unpacked(text: str) -> list[int]:
+    """The run lengths that COCO packs into a text.
+
+    A letter holds five bits, and whether more follow; from the fourth on a length is written as its difference to the
+    last but one.
+
+    Raises:
+        ValueError: a text that is no such thing.
+
+    Example:
+        >>> unpacked("13")
+        [1, 3]
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64 or shift > 35:
+            raise ValueError(text)
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:  # more letters follow
+            continue
+        if code & 16:  # a negative number
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError(text)
+    return counts
+
+
+def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
+    if isinstance(segmentation, Mapping) and "counts" in segmentation:
+        counts, size = segmentation["counts"], segmentation.get("size")
+        if size != [height, width]:
+            return f"its mask is of size {size}, the picture's height and width are {[height, width]}"
+        if isinstance(counts, str):
+            try:
+                counts = unpacked(counts)
+            except ValueError:
+                return "the text of its mask is no run lengths"
+        whole = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
+        return "" if whole and sum(counts) == height * width else "the run lengths of its mask do not add up"
+    polygons = segmentation if isinstance(segmentation, list) else []
+    good = all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(_number(value) for value in p) for p in polygons
+    )
+    if not polygons or not good:
+        return "it has no mask"
+    # pycocotools walks along each edge, however long it is.
+    far = max(abs(value) for p in polygons for value in p) > 4 * max(height, width)
+    return f"its mask reaches far beyond the {width}x{height} pixels" if far else ""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_bytes())
+    except OSError as e:
+        raise DataError(
+            f"{path} cannot be read ({e.strerror})\n  Give another file: --data.train_annotations"
+        ) from None
+    except ValueError as e:
+        raise DataError(f"{path} is no JSON ({str(e)[:100]})\n  Bring it again") from None
+    missing = [
+        key
+        for key in ("images", "annotations", "categories")
+        if not isinstance(held, dict) or not isinstance(held.get(key), list)
+    ]
+    if missing:
+        raise DataError(
+            f"{path}: it has no list of {' or '.join(missing)}, so it is no file of objects in COCO's format\n"
+            "  Give one such as instances_train2017.json"
+        )
+    return held
+
+
+def _categories(path: Path, entries: Sequence[Any]) -> tuple[list[int], list[str]]:
+    try:
+        found = sorted((int(entry["id"]), str(entry["name"])) for entry in entries)
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: a category lacks its id or its name\n  Give each both") from None
+    ids, names = [number for number, _ in found], [name for _, name in found]
+    checked: tuple[tuple[str, list[Any]], ...] = (("id", ids), ("name", names))
+    for what, values in checked:
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: two categories have the {what} {twice!r}\n  Give each its own")
+    if not ids:
+        raise DataError(f"{path}: it has no categories\n  Give a file that names what its boxes hold")
+    return ids, names
+
+
+def _picture(path: Path, entry: Any) -> tuple[int, str, int, int]:
+    try:
+        number, name, width, height = entry["id"], entry["file_name"], entry["width"], entry["height"]
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{path}: picture {str(entry)[:100]} lacks an entry\n  Each has id, file_name, width and height"
+        ) from None
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (number, width, height))
+    if not whole or min(width, height) < 1 or not isinstance(name, str):
+        raise DataError(
+            f"{path}: picture {number!r} has the name {name!r} and {width!r} x {height!r} pixels\n"
+            "  Ids and sizes are whole numbers, names are texts"
+        )
+    # A file of annotations does not decide which files of the machine are read.
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DataError(f"{path}: picture {number} lies at {name!r}\n  Names are relative to the folder of pictures")
+    return number, name, width, height

@@ -1,0 +1,229 @@
+"""The LightningModule that trains a detector on any network with maps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from schemes import SchemeError
+
+from ..models.conventions import Conventions
+from ..training.classifier import evaluations, parameter_groups
+from ..training.schedules import Schedule, WarmupCosine, scheduled
+from .data import Target
+from .drawing import in_file
+from .heads import Head, Maps, Output
+from .precision import AveragePrecision, Found
+from .writer import DetectionFiles
+
+Batch = tuple[Tensor, list[Target]]
+
+
+class Detector(L.LightningModule):
+    """Trains a network and a head to detect objects, and measures average precision.
+
+    Logs train/loss with its parts, val/AP, val/AP50, val/AP75, those of small, medium and large objects, val/AR1,
+    val/AR10, val/AR100, the same of masks as val/mask_AP and so on where the head finds some, val/loss where the head
+    knows it, and the same of the test. A batch is as in ``odenets.detection.data``.
+
+    Args:
+        net: gives maps, under whatever scheme and way to backpropagate; its head and last norm are taken out.
+        head: such as ``DeformableDETR``; built here, for the widths of the maps.
+        optimizer: called with parameter groups, e.g. `partial(torch.optim.AdamW, lr=1e-4)`.
+        schedule: stepped after each optimiser step.
+        levels: numbers of the maps that the head takes, fine to coarse; None takes as many of the coarsest as it wants.
+        net_lr: learning rate of the net, as a share of the head's.
+        freeze_norms: whether norms with running statistics keep them, as pretrained nets do in small batches.
+        step_weight_decay: weight decay of learned step sizes (parameters named `h` or `step_size`).
+        channels_last: keep pictures and weights with the channels as the fastest axis.
+
+    Raises:
+        SchemeError: a net without maps, or levels that it does not have.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from odenets import create_model
+        >>> from odenets.detection import DeformableDETR
+        >>> head = DeformableDETR(num_classes=3, queries=10, width=32, heads=4, encoder_layers=1, decoder_layers=2)
+        >>> detector = Detector(create_model("resnet20"), head, partial(torch.optim.AdamW, lr=1e-4)).eval()
+        >>> found = detector.detect(torch.rand(1, 3, 32, 32))
+        >>> found[0].boxes.shape
+        torch.Size([30, 4])
+    """
+
+    monitor = "val/AP"  # what the best checkpoint is best in
+
+    def __init__(
+        self,
+        net: nn.Module,
+        head: Head,
+        optimizer: OptimizerCallable,
+        schedule: Schedule | None = None,
+        levels: list[int] | None = None,
+        net_lr: float = 1.0,
+        freeze_norms: bool = False,
+        step_weight_decay: float = 0.0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        # As in Classifier: class paths and arguments go into checkpoints, objects do not.
+        built_from_config = _given_hyperparameters.get() is not None
+        self.save_hyperparameters(ignore=[] if built_from_config else ["net", "head", "optimizer", "schedule"])
+        if not isinstance(net, Conventions):
+            raise SchemeError(f"a {type(net).__name__} gives no maps\n  Take one of odenets.list_models().")
+        if net_lr < 0:
+            raise SchemeError(f"model.net_lr is {net_lr}; wanted a share of the learning rate, 0 or more")
+        count = len(net.feature_info)
+        chosen = levels if levels is not None else list(range(max(0, count - head.levels), count))
+        if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < count:
+            raise SchemeError(f"model.levels is {levels}; wanted numbers of maps that rise, from 0 to {count - 1}")
+        self.rows = net.prune_intermediate_layers(chosen, prune_norm=True)
+        info = net.feature_info
+        head.build(Maps(info.channels(self.rows), info.reduction(self.rows)))
+        self.net, self.head = net, head
+        self.optimizer, self.schedule = optimizer, schedule or WarmupCosine()
+        self.net_lr, self.freeze_norms = net_lr, freeze_norms
+        self.step_weight_decay, self.channels_last = step_weight_decay, channels_last
+        self.precision = AveragePrecision(head.masks)
+        self._sums = [0.0, 0.0]  # of losses, and boxes
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def train(self, mode: bool = True) -> "Detector":
+        super().train(mode)
+        if self.freeze_norms:
+            for m in self.net.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
+        return self
+
+    def forward(self, x: Tensor, targets: Sequence[Target] | None = None, boxes: float = 1.0) -> Output:
+        """Losses and detections of a batch.
+
+        Args:
+            x: normalised pictures (n, 3, h, w).
+            targets: of each picture; None where nothing is known.
+            boxes: by which losses are divided.
+        """
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        maps: Any = self.net.forward_intermediates(x, self.rows, intermediates_only=True)
+        return self.head(x, maps, targets, boxes)
+
+    @torch.no_grad()
+    def detect(self, x: Tensor) -> list[Found]:
+        """What is in normalised pictures (n, 3, h, w), in their pixels; the module is in evaluation."""
+        return self(x).found
+
+    def _boxes(self, targets: Sequence[Target]) -> float:
+        """Boxes of a batch, at least one: the mean over the processes, as their gradients are averaged."""
+        own = float(sum(len(target["labels"]) for target in targets))
+        if self._trainer is not None and self.trainer.world_size > 1:
+            own = float(self.trainer.strategy.reduce(torch.tensor(own, device=self.device), reduce_op="mean"))
+        return max(1.0, own)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, targets = batch
+        losses = self(x, targets, self._boxes(targets)).losses
+        loss = torch.stack([term.float() for term in losses.values()]).sum()
+        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        parts = {f"train/{name}": term for name, term in losses.items() if name != "loss"}
+        for name, figure in {"train/loss": loss, **parts}.items():
+            self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+        return loss
+
+    def _evaluate(self, batch: Batch) -> None:
+        x, targets = batch
+        counted = [n for n, target in enumerate(targets) if not target["ignored"]]
+        if counted:  # else all are looked at for nothing, since processes may meet in it
+            x, targets = x[counted], [targets[n] for n in counted]
+        out = self(x, targets)
+        if not counted:
+            return
+        for target, found in zip(targets, out.found, strict=True):
+            self.precision.add(int(target["picture"]), target, in_file(found, target["size"], target["stored"]))
+        if out.losses:
+            # Sums over boxes: their ratio at the end does not depend on how pictures were put into batches.
+            self._sums[0] += float(torch.stack([term.float() for term in out.losses.values()]).sum())
+            self._sums[1] += sum(len(target["labels"]) for target in targets)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.precision.reset()
+        self._sums = [0.0, 0.0]
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def _log_precision(self, stage: str) -> None:
+        for name, figure in self.precision.compute().items():
+            # All processes have counted the same pictures.
+            self.log(f"{stage}/{name}", figure, prog_bar=name in ("AP", "AP50"), sync_dist=False, rank_zero_only=False)
+        self.precision.reset()
+        sums = torch.tensor(self._sums, device=self.device, dtype=torch.float32)
+        loss, boxes = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if loss:
+            self.log(f"{stage}/loss", loss / max(1.0, boxes), prog_bar=True, sync_dist=False)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_precision("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_precision("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Found]:
+        """Detections of each picture, in pixels of its file."""
+        x, targets = batch
+        asked = [{"size": target["size"], "stored": target["stored"]} for target in targets]
+        found = self(x, asked).found
+        return [
+            in_file(one.best(), target["size"].cpu(), target["stored"].cpu())
+            for one, target in zip(found, targets, strict=True)
+        ]
+
+    def prediction_writer(self, folder: Path) -> BasePredictionWriter:
+        """What ``lightning predict`` writes: results in COCO's format, and pictures with boxes.
+
+        Args:
+            folder: of the predictions.
+        """
+        return DetectionFiles(folder)
+
+    def on_train_epoch_end(self) -> None:
+        count = evaluations(self.net)
+        if count:
+            self.log("evaluations", float(count), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return scheduled(self.trainer, self.make_optimizer(), self.schedule)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimiser, with the groups of net and head and their learning rates."""
+        net = parameter_groups(self.net, self.step_weight_decay)
+        for group in net:
+            group["lr_scale"] = self.net_lr * group.get("lr_scale", 1.0)
+        groups: Any = [*net, *parameter_groups(self.head, self.step_weight_decay)]
+        optimizer = self.optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        return optimizer
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Detector":  # type: ignore
+        """The model of a checkpoint; one that was built in Python needs its parts: `net=`, `head=`, `optimizer=`."""
+        kwargs.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -1,0 +1,254 @@
+"""Mask R-CNN and a cascade of it on any network, over torchvision's parts.
+
+Pictures come resized and filled up, so that torchvision's own transform is left out; a pyramid (FPN) is built over the
+network's maps, and proposals, boxes and masks are torchvision's. torchvision is imported when a head is built.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schemes import SchemeError
+
+from .data import Target
+from .heads import Head, Maps, Output
+from .precision import MOST, Found
+
+
+def vision() -> Any:
+    """torchvision, with its operators.
+
+    Raises:
+        SchemeError: it is not installed, or was built for another torch.
+    """
+    try:
+        import torchvision
+        import torchvision.models.detection as detection
+    except (ImportError, RuntimeError) as e:
+        said = str(e).splitlines()[0]
+        raise SchemeError(
+            f"MaskRCNN needs a torchvision that fits torch {torch.__version__} ({said})\n"
+            "  pip install torchvision, of the release that goes with torch; or take DeformableDETR or RTDETR"
+        ) from None
+    return torchvision, detection
+
+
+class MaskRCNN(Head):
+    """Mask R-CNN; without masks it is Faster R-CNN.
+
+    In training it gives the losses ``objectness`` and ``proposals`` of the first stage, ``class``, ``box`` and ``mask``
+    of the second; in evaluation no loss is known, since training draws the boxes that it compares.
+
+    Args:
+        num_classes: number of classes, without the background.
+        masks: whether masks are found; the data must then have some.
+        width: of the pyramid.
+        hidden: width of the perceptron behind each box.
+        proposals: boxes that the first stage hands over, of each picture.
+        least: score from which on a detection counts.
+
+    Source:
+        He et al. 2017, Mask R-CNN, arXiv 1703.06870; Lin et al. 2017, Feature Pyramid Networks, arXiv 1612.03144.
+    """
+
+    levels = 4
+    overlaps: Sequence[float] = (0.5,)  # of a box with an object, from which on it is trained to be one; by stage
+    weights: Sequence[float] = (1.0,)  # of the losses of each stage
+
+    def __init__(
+        self,
+        num_classes: int,
+        masks: bool = True,
+        width: int = 256,
+        hidden: int = 1024,
+        proposals: int = 1000,
+        least: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or proposals < 1:
+            raise SchemeError(f"{num_classes} classes and {proposals} proposals; wanted 1 or more of each")
+        self.num_classes, self.masks, self.width, self.hidden = num_classes, masks, width, hidden
+        self.proposals, self.least = proposals, least
+
+    def build(self, maps: Maps) -> None:
+        torchvision, detection = vision()
+        pool = torchvision.ops.feature_pyramid_network.LastLevelMaxPool()
+        self.pyramid = torchvision.ops.FeaturePyramidNetwork(list(maps.channels), self.width, pool)
+        self.names = [str(n) for n in range(len(maps.channels))]
+        # An anchor is eight times as large as the step between places of its map.
+        steps = [*maps.reductions, 2 * maps.reductions[-1]]
+        rpn = detection.rpn
+        anchors = rpn.AnchorGenerator(tuple((8 * step,) for step in steps), ((0.5, 1.0, 2.0),) * len(steps))
+        first = rpn.RPNHead(self.width, anchors.num_anchors_per_location()[0])
+        most = {"training": 2 * self.proposals, "testing": self.proposals}
+        kept = dict.fromkeys(("training", "testing"), self.proposals)
+        self.rpn = rpn.RegionProposalNetwork(anchors, first, 0.7, 0.3, 256, 0.5, most, kept, 0.7)
+        self.stages = nn.ModuleList(self._stage(n, maps.reductions) for n in range(len(self.overlaps)))
+
+    def _stage(self, n: int, reductions: Sequence[int]) -> nn.Module:
+        _, detection = vision()
+        faster, masked = detection.faster_rcnn, detection.mask_rcnn
+        predictor = faster.FastRCNNPredictor(self.hidden, self.num_classes + 1)
+        if self.agnostic:  # one correction for all classes, as a cascade has it
+            predictor.bbox_pred = nn.Linear(self.hidden, 4)
+        parts: dict[str, Any] = {}
+        if self.masks:
+            parts = {
+                "mask_roi_pool": self._pool(14, reductions),
+                "mask_head": masked.MaskRCNNHeads(self.width, [self.width] * 4, 1),
+                "mask_predictor": masked.MaskRCNNPredictor(self.width, self.width, self.num_classes + 1),
+            }
+        scale = (10.0, 10.0, 5.0, 5.0)  # of the corrections; later stages have finer ones
+        return detection.roi_heads.RoIHeads(
+            self._pool(7, reductions),
+            faster.TwoMLPHead(self.width * 49, self.hidden),
+            predictor,
+            self.overlaps[n],
+            self.overlaps[n],
+            512,
+            0.25,
+            tuple(value * (n + 1) for value in scale),
+            self.least,
+            0.5,
+            MOST,
+            **parts,
+        )
+
+    def _pool(self, side: int, reductions: Sequence[int]) -> nn.Module:
+        """Cuts boxes out of the pyramid, each out of the map that fits its size."""
+        torchvision, _ = vision()
+        pool = torchvision.ops.MultiScaleRoIAlign(self.names, side, 2)
+        # Else torchvision would guess them from the part that pictures fill, which may be any part of a batch.
+        pool.scales = [1 / reduction for reduction in reductions]
+        lowest, highest = (reductions[at].bit_length() - 1 for at in (0, -1))
+        pool.map_levels = torchvision.ops.poolers.initLevelMapper(lowest, highest)
+        return pool
+
+    @property
+    def agnostic(self) -> bool:
+        """Whether one correction of a box serves all classes."""
+        return len(self.overlaps) > 1
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor], targets: Sequence[Target] | None, boxes: float) -> Output:
+        _, detection = vision()
+        sizes = [tuple(x.shape[2:])] * len(x)
+        if targets is not None:
+            sizes = [tuple(target["size"].tolist()) for target in targets]
+        features = self.pyramid(dict(zip(self.names, maps, strict=True)))
+        images = detection.image_list.ImageList(x, sizes)
+        if not self.training:
+            proposals, _ = self.rpn(images, features)
+            return Output({}, self._found(features, proposals, sizes, targets))
+        if targets is None or (self.masks and any("masks" not in target for target in targets)):
+            raise SchemeError(
+                "MaskRCNN trains on masks, and the batch has none\n  Give data.masks true, or head.masks false"
+            )
+        theirs = [self._theirs(target) for target in targets]
+        proposals, first = self.rpn(images, features, theirs)
+        losses = {"objectness": first["loss_objectness"], "proposals": first["loss_rpn_box_reg"]}
+        for n, (stage, weight) in enumerate(zip(self.stages, self.weights, strict=True)):
+            suffix = f"_{n + 1}" if self.agnostic else ""
+            terms, proposals = self._train_stage(stage, features, proposals, sizes, theirs)
+            losses |= {f"{name}{suffix}": weight * term for name, term in terms.items()}
+        return Output(losses, [])
+
+    def _theirs(self, target: Target) -> dict[str, Tensor]:
+        """A target as torchvision wants it, whose class 0 is the background."""
+        found = {"boxes": target["boxes"].float(), "labels": target["labels"] + 1}
+        return {**found, "masks": target["masks"]} if self.masks else found
+
+    def _corrections(self, stage: Any, features: Any, proposals: Any, sizes: Any) -> tuple[Tensor, Tensor]:
+        """Logits (k, classes + 1) and corrections (k, 4 * (classes + 1)) of boxes."""
+        logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, proposals, sizes)))
+        logits, deltas = logits.float(), deltas.float()
+        return logits, deltas.repeat(1, self.num_classes + 1) if self.agnostic else deltas
+
+    def _moved(self, stage: Any, deltas: Tensor, proposals: Sequence[Tensor], sizes: Any) -> list[Tensor]:
+        """Boxes after the correction that serves all classes, cut at the edges of their pictures."""
+        torchvision, _ = vision()
+        moved = stage.box_coder.decode(deltas.detach(), list(proposals))[:, 0]
+        parts = moved.split([len(part) for part in proposals])
+        cut = torchvision.ops.clip_boxes_to_image
+        return [cut(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+    def _train_stage(
+        self, stage: Any, features: Any, proposals: Any, sizes: Any, targets: Any
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        _, detection = vision()
+        heads = detection.roi_heads
+        proposals, matched, labels, wanted = stage.select_training_samples(proposals, targets)
+        logits, deltas = self._corrections(stage, features, proposals, sizes)
+        classes, boxes = heads.fastrcnn_loss(logits, deltas, labels, wanted)
+        terms = {"class": classes, "box": boxes}
+        if self.masks:
+            positive = [(label > 0).nonzero()[:, 0] for label in labels]
+            asked = [part[at] for part, at in zip(proposals, positive, strict=True)]
+            theirs = [part[at] for part, at in zip(matched, positive, strict=True)]
+            drawn = self._mask_logits(stage, features, asked, sizes)
+            masks, names = ([target[key] for target in targets] for key in ("masks", "labels"))
+            terms["mask"] = heads.maskrcnn_loss(drawn, asked, masks, names, theirs)
+        return terms, self._moved(stage, deltas, proposals, sizes) if self.agnostic else proposals
+
+    def _mask_logits(self, stage: Any, features: Any, boxes: Sequence[Tensor], sizes: Any) -> Tensor:
+        return stage.mask_predictor(stage.mask_head(stage.mask_roi_pool(features, list(boxes), sizes))).float()
+
+    def _found(self, features: Any, proposals: Any, sizes: Any, targets: Sequence[Target] | None) -> list[Found]:
+        """Detections: scores are the mean over the stages, boxes are the last one's."""
+        last: Any = self.stages[-1]
+        scores: list[Tensor] = []
+        deltas = torch.zeros(0)
+        for stage in self.stages:
+            logits, deltas = self._corrections(stage, features, proposals, sizes)
+            scores.append(logits.softmax(1))
+            if stage is not last:
+                proposals = self._moved(stage, deltas, proposals, sizes)
+        mean = torch.stack(scores).mean(0).log()
+        boxes, sure, labels = last.postprocess_detections(mean, deltas, proposals, sizes)
+        masks: Sequence[Tensor | None] = [None] * len(boxes)
+        if self.masks:
+            masks = self._masks(features, boxes, labels, sizes, targets)
+        return [
+            Found(box, score, label - 1, mask)
+            for box, score, label, mask in zip(boxes, sure, labels, masks, strict=True)
+        ]
+
+    def _masks(
+        self, features: Any, boxes: Sequence[Tensor], labels: Any, sizes: Any, targets: Sequence[Target] | None
+    ) -> list[Tensor]:
+        """Masks of each picture, at the size of its file where that is known."""
+        _, detection = vision()
+        drawn = [self._mask_logits(stage, features, boxes, sizes).sigmoid() for stage in self.stages]
+        # The inverse of what maskrcnn_inference applies: the mean is one of probabilities.
+        mean = torch.logit(torch.stack(drawn).mean(0), eps=1e-6)
+        shares = detection.roi_heads.maskrcnn_inference(mean, list(labels))
+        found = []
+        for n, (share, box, size) in enumerate(zip(shares, boxes, sizes, strict=True)):
+            known = targets is not None and "stored" in targets[n]
+            stored = tuple(targets[n]["stored"].tolist()) if known else size  # type: ignore[index]
+            scale = box.new_tensor([stored[1] / size[1], stored[0] / size[0]] * 2)
+            pasted = detection.roi_heads.paste_masks_in_image(share, box * scale, stored)
+            found.append(pasted[:, 0] >= 0.5)
+        return found
+
+
+class CascadeMaskRCNN(MaskRCNN):
+    """Mask R-CNN whose boxes are corrected three times, each time trained on boxes that fit better.
+
+    The losses of the stages weigh 1, 1/2 and 1/4, and carry the stage's number.
+
+    Args:
+        num_classes: see ``MaskRCNN``.
+        masks: see ``MaskRCNN``.
+        width: see ``MaskRCNN``.
+        hidden: see ``MaskRCNN``.
+        proposals: see ``MaskRCNN``.
+        least: see ``MaskRCNN``.
+
+    Source:
+        Cai and Vasconcelos 2018, Cascade R-CNN, arXiv 1712.00726.
+    """
+
+    overlaps = (0.5, 0.6, 0.7)
+    weights = (1.0, 0.5, 0.25)
