@@ -1,6 +1,8 @@
 """The command line behind `odenets.cli`: Lightning's, with short errors, one folder per run and safe resuming."""
 
+import argparse
 import errno
+import itertools
 import logging
 import os
 import re
@@ -10,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
@@ -36,6 +38,7 @@ from schemes import SchemeError
 from ..config_files import check_files
 from ..messages import explain, fail
 from ..packaged import with_files
+from ..start import Adapt
 from .callbacks import Agreement, EpochLines, Predictions, RunSummary, Summary, Throughput
 from .files import (
     UNWRITABLE,
@@ -48,10 +51,12 @@ from .files import (
     write_whole,
 )
 from .finite import FiniteLoss
+from .groups import group_rows, table_of_groups
 from .loggers import Metrics
 from .options import check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
+from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
 QUIET = (
@@ -64,6 +69,8 @@ QUIET = (
     r"(?s).*deprecated in v4.*removed in v5.*",
     ".*is not supported by the model summary.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
+    # Frozen norms are: see Classifier.
+    ".*in eval mode at the start of training.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
 )
 
@@ -132,6 +139,14 @@ class Command(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of this run's files.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; None leaves torch's choice.")
+        parser.add_argument(
+            "--weights",
+            type=str | None,
+            default=None,
+            help="Weights to start from: a file, a published tag (resnet50.v1), a Hub repository (hf:OWNER/NAME).",
+        )
+        parser.add_class_arguments(Adapt, "adapt")
+        parser.add_argument("--print_groups", action=PrintGroups, help="Print what the optimiser is given, and exit.")
         parser.add_class_arguments(ModelCheckpoint, "checkpoint", skip={"dirpath", "enable_version_counter"})
         parser.add_class_arguments(LastCheckpoint, "last")
         parser.set_defaults(
@@ -164,15 +179,21 @@ class Command(LightningCLI):
             torch.set_num_threads(options.threads)
         self.run_dir = Path(options.run_dir)
         fit = self.subcommand == "fit"
-        if fit and not options.trainer.fast_dev_run and first_process():
+        if fit and not options.trainer.fast_dev_run and first_process() and not PrintGroups.asked:
             self.lock = FolderLock(self.run_dir)
             self.lock.acquire()
         self.written: dict[str, int] | None = None
+        self.source: Source | None = None
+        self.held: Mapping[str, Any] = {}
         # A job that SLURM has started again goes on, though its command says nothing of a checkpoint.
         given = options.ckpt_path or (requeued(self.run_dir) if fit else None)
+        if not fit and loads_weights(given):
+            given, options.weights = None, given
         options.ckpt_path = find_checkpoint(given, self.run_dir / "checkpoints", self.subcommand)
         if options.ckpt_path is not None:
             self._open_checkpoint(Path(options.ckpt_path))
+        elif options.weights is not None:
+            self.source = read_source(options.weights)
         elif not fit:
             rank_zero_warn(
                 f"{self.subcommand} without --ckpt_path best|last|FILE uses the net as it was built, untrained"
@@ -181,15 +202,26 @@ class Command(LightningCLI):
     def _open_checkpoint(self, path: Path) -> None:
         """Refuses a checkpoint that is not whole, or that was trained otherwise, before the run changes anything."""
         fit = self.subcommand == "fit"
-        held = open_checkpoint(path, resume=fit).held
+        held = self.held = open_checkpoint(path, resume=fit).held
         ours = held.get(KEY, {})
         if not fit:
             self._take_classes(held.get("Images", {}).get("classes"))
         if fit:
             if isinstance(ours.get("config"), dict):
+                self._keep_start(ours["config"], str(path))
                 check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
             # A checkpoint from elsewhere says nothing of the metrics in this folder.
             self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
+
+    def _keep_start(self, before: Mapping[str, Any], name: str) -> None:
+        """A run that goes on began where it began: its configuration keeps saying so, and no weights are read again."""
+        given, first = self.resolved.get("weights"), before.get("weights")
+        if given not in (None, first):
+            raise SchemeError(
+                f"--weights {given} begins a run, and {name} goes on with one that began with {first or 'none'}\n"
+                "  Give one of them: --weights or --ckpt_path"
+            )
+        self.resolved.update({key: before[key] for key in ("weights", "adapt") if key in before})
 
     def _take_classes(self, names: list[str] | None) -> None:
         """The names of the classes that were trained on number those of other data, which may lack some or all."""
@@ -207,6 +239,15 @@ class Command(LightningCLI):
             cause = root_cause(e)
             # The cause and not the chain: parsers wrap an error once for each level of the configuration.
             fail(str(cause), "JSONARGPARSE_DEBUG=true shows where it was raised")
+        net = getattr(self.model, "net", self.model)
+        if self.source is not None:
+            adapt = self.config_init[str(self.subcommand)].adapt
+            start_from(net, self.source, adapt, self.subcommand == "fit")
+        # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
+        elif self.held and self.model.strict_loading:
+            check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
+        if PrintGroups.asked:
+            print_groups(self.model)
 
     def before_fit(self) -> None:
         """Closes the earlier part of a resumed run, or sets an earlier run in the same folder aside."""
@@ -289,6 +330,30 @@ class Command(LightningCLI):
         best.dirpath, best._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
         best.save_last = None  # another callback's: Lightning's writes `last` only where `best` improves
         return best
+
+
+class PrintGroups(argparse.Action):
+    """An option that is no value: prints what the optimiser would be given, and ends the command."""
+
+    asked: ClassVar[bool] = False
+
+    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs.get("help"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        PrintGroups.asked = True
+
+
+def print_groups(model: L.LightningModule) -> NoReturn:
+    """Prints a row for each group of parameters of a module's optimiser, and ends the command."""
+    make = getattr(model, "make_optimizer", None)
+    if make is None:
+        fail(f"--print_groups: {type(model).__name__} has no groups of parameters", "Classifier has: model.layer_decay")
+    print(table_of_groups(group_rows(model.net, make())))  # type: ignore[arg-type]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen:
+        print(f"frozen: {frozen:,} parameters")
+    sys.exit(0)
 
 
 class _Resolved(Exception):
@@ -378,12 +443,30 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
     with warnings.catch_warnings():
         for text in QUIET:
             warnings.filterwarnings("ignore", text)
+        PrintGroups.asked = False
         try:
-            return _command(Command, words, prog)
+            return _command(Command, with_configuration(words), prog)
         except Exception as e:
             explain_failure(e, words, prog)
         except KeyboardInterrupt:
             fail("interrupted before training began", "Nothing was trained, and nothing is lost", 130)
+
+
+def with_configuration(words: Sequence[str]) -> Sequence[str]:
+    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own."""
+    names = [word.partition("=")[0] for word in words]
+    configured = any(name in ("-c", "--config") or name.startswith(("--model", "--data")) for name in names)
+    given = option(words, "--ckpt_path")
+    if not words or words[0] not in ("validate", "test", "predict") or configured or given is None:
+        return words
+    return [words[0], "--config", configuration(given, option(words, "--run_dir")), *words[1:]]
+
+
+def option(words: Sequence[str], name: str) -> str | None:
+    """The last value of an option on a command line, given as two words or with an equals sign."""
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    found += [value for word, value in itertools.pairwise(words) if word == name]
+    return found[-1] if found else None
 
 
 def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:

@@ -31,8 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from schemes import SchemeError
 
 from .order import TrainingOrder, batch_seed, run_seed, seed_generators
-
-KEY = "odenets"  # of a checkpoint: what this package adds to Lightning's
+from .schedules import KEY as KEY
 
 
 class Interrupted(Exception):
