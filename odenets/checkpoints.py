@@ -206,7 +206,7 @@ def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adap
     absent = [k for k in own if k not in placed or k in new]
     missing = [k for k in absent if k not in new and not OPTIONAL.search(k)]
     if unmatched or wrong or unusable or missing:
-        raise SchemeError(_misfits(model, name, unmatched, wrong, unusable, missing))
+        raise SchemeError(_misfits(model, name, unmatched, wrong, unusable, missing, adapting is not None))
     return Matched(model, Report(len(found), layout, tuple(dropped), tuple(absent)), found, settings)
 
 
@@ -374,10 +374,10 @@ def _without_ones(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _some(items: Iterable[str]) -> str:
+def _some(items: Iterable[str], most: int = LISTED) -> str:
     items = list(items)
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def _misfits(
@@ -387,6 +387,7 @@ def _misfits(
     misshapen: list[str],
     unusable: list[str],
     missing: list[str],
+    adapted: bool,
 ) -> str:
     kinds = {
         "without a place": unmatched,
@@ -394,8 +395,12 @@ def _misfits(
         "that cannot be copied": unusable,
         "missing": missing,
     }
-    parts = [f"{len(items)} {what}: {_some(items)}" for what, items in kinds.items() if items]
-    text = f"the {name} does not fit {type(model).__name__}; nothing was loaded. " + "; ".join(parts) + "."
+    listed = 3 if adapted else LISTED
+    parts = [f"{len(items)} {what}: {_some(items, listed)}" for what, items in kinds.items() if items]
+    article = "the " if name == "state dict" else ""
+    text = f"{article}{name} does not fit {type(model).__name__}; nothing was loaded. " + "; ".join(parts) + "."
+    if adapted:
+        return text + "\n  Build the network that the file is of; its head, channels, positions and kernels may differ."
     if (
         not unmatched
         and not missing

@@ -82,6 +82,7 @@ class Classifier(L.LightningModule):
         self._compiled = False
         self.layer_decay = layer_decay
         self.lr: float | None = None
+        self._steps = 0.0
         self.frozen = Frozen(net, frozen)
         self.frozen.apply(net)
         parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
@@ -166,7 +167,9 @@ class Classifier(L.LightningModule):
             self.log("evaluations", float(count), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return scheduled(self.trainer, self.make_optimizer(), self.schedule)
+        found = scheduled(self.trainer, self.make_optimizer(), self.schedule)
+        self._steps = self.trainer.estimated_stepping_batches
+        return found
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser, with the groups of the net and their learning rates."""
@@ -174,8 +177,10 @@ class Classifier(L.LightningModule):
         return set_rates(self.optimizer(groups), self.lr)
 
     def on_train_start(self) -> None:
-        # A finder sets the rate when the optimiser and its schedule exist already, and the schedule would undo it.
-        if self.lr is not None and self.trainer.global_step == 0:
+        # A finder sets the rate, or the size of batches and with it the run's length, when the schedule exists already:
+        # that would undo the one, and end too early or too late for the other.
+        changed = self.lr is not None or self.trainer.estimated_stepping_batches != self._steps
+        if changed and self.trainer.global_step == 0:
             restart(self.trainer, self.schedule, self.lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -21,7 +21,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Callback,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -73,6 +75,9 @@ QUIET = (
     ".*in eval mode at the start of training.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
 )
+
+
+FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 class TrainingParser(LightningArgumentParser):
@@ -246,8 +251,16 @@ class Command(LightningCLI):
         # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
+        found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
+        if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
+            self.datamodule.batch_size = found["batch size"]
         if PrintGroups.asked:
             print_groups(self.model)
+
+    def _given_callbacks(self) -> list[Callback]:
+        """The callbacks of the configuration."""
+        given = self.config_init[str(self.subcommand)].trainer.callbacks or []
+        return list(given if isinstance(given, list) else [given])
 
     def before_fit(self) -> None:
         """Closes the earlier part of a resumed run, or sets an earlier run in the same folder aside."""
@@ -266,6 +279,7 @@ class Command(LightningCLI):
         settings = self.config_init[str(self.subcommand)]
         trainer = settings.trainer
         fit = self.subcommand == "fit"
+        going_on = fit and bool(self.held)
         # Other subcommands log beside the training run's files, never over them.
         self.folder = self.run_dir if fit else self.run_dir / str(self.subcommand)
         if trainer.default_root_dir is None:
@@ -282,8 +296,9 @@ class Command(LightningCLI):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, over that of a real run.
         kwargs["enable_checkpointing"] = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
-        given = trainer.callbacks or []
-        callbacks = list(given if isinstance(given, list) else [given])
+        callbacks = self._given_callbacks()
+        if going_on:  # with what they have found, which the checkpoint holds
+            callbacks = [c for c in callbacks if not isinstance(c, FINDERS)]
         shown, kwargs["enable_progress_bar"] = self._output(trainer, callbacks)
         callbacks += shown
         if fit:

@@ -110,8 +110,10 @@ def table_of_groups(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _part(name: str) -> str:
-    """The module of a parameter, as people tell them apart: `levels.0.steps.1`, `columns.steps.2.fs.0`, `stem`."""
+    """The module of a parameter, as people tell them apart: `levels.0.steps.1`, `columns.steps.2.fs.0.blocks.1`."""
     words = name.split(".")
+    if words[0] == "levels":
+        return ".".join(words[:4])
     last = max((i for i, word in enumerate(words) if word.isdigit()), default=0)
     return ".".join(words[: last + 1])
 

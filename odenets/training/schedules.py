@@ -50,20 +50,22 @@ def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") ->
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def restart(trainer: L.Trainer, schedule: "Schedule", lr: float) -> None:
-    """Begins a run that has not taken a step with another learning rate, whose share each group gets.
+def restart(trainer: L.Trainer, schedule: "Schedule", lr: float | None) -> None:
+    """Makes the schedule of a run anew that has not taken a step, for another learning rate or number of steps.
 
     Args:
         trainer: of the run, whose optimiser exists.
         schedule: as it was configured.
-        lr: the learning rate.
+        lr: the learning rate, whose share each group gets; None keeps the optimiser's.
     """
     for config in trainer.lr_scheduler_configs:
         optimizer = config.scheduler.optimizer
         for group in optimizer.param_groups:
-            for name in ("initial_lr", "max_lr", "min_lr"):  # of the schedule before
+            # The peak, under the name of the schedule before.
+            peak = group["max_lr"] if "max_lr" in group else group["initial_lr"]
+            for name in ("initial_lr", "max_lr", "min_lr"):
                 group.pop(name, None)
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = peak if lr is None else lr * group.get("lr_scale", 1.0)
         config.scheduler = scheduled(trainer, optimizer, schedule)["lr_scheduler"]["scheduler"]
 
 
