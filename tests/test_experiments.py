@@ -32,6 +32,19 @@ CHEAPER = {
         *("--model.net.channels", "[4, 8, 16, 32]", "--model.net.blocks", "[1, 1, 1, 1]"),
         *("--data.size", "64", "--data.num_workers", "0"),
     ],
+    "convnext_base_from_22k": [
+        *("--model.net.functions", "[1, 1, 3, 1]", "--model.net.widths", "[4, 8, 16, 32]"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
+    "rdnet_large_384": [
+        *("--model.net.growths", "[4, 4]", "--model.net.downsample", "[false, true]", "--model.net.init_channels", "16"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
+    "revcol_base_from_22k": [
+        *("--model.net.channels", "[4, 8, 16, 32]", "--model.net.columns", "2"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
+    "fine_tune_cifar100": ["--model.net.name", "resnet18", "--data.size", "32", "--data.num_workers", "0"],
     "ho_resnet50": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
 }
 
@@ -52,6 +65,10 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         "convnext_tiny": root / "imagenet",
         "rdnet_tiny": root / "imagenet",
         "revcol_tiny": root / "imagenet",
+        "fine_tune_cifar100": root / "cifar100",
+        "convnext_base_from_22k": root / "imagenet",
+        "rdnet_large_384": root / "imagenet",
+        "revcol_base_from_22k": root / "imagenet",
         "wmt_translation": root / "wmt",
     }
 
