@@ -130,7 +130,8 @@ def prepared(model: nn.Module, held: Mapping[str, Any], name: str, adapt: Adapt 
     matched = checkpoints.matched(model, held, name, rules)
     report = matched.report
     adapted = [f"{text} ({n})" if n > 1 else text for text, n in Counter(rules.adapted.values()).items()]
-    new = tuple(key for key in report.kept if key in rules.kept or not checkpoints.OPTIONAL.search(key))
+    # Counters of norms that old files lack are no news.
+    new = tuple(key for key in report.kept if key in rules.kept or not key.endswith("num_batches_tracked"))
     count = len(model.state_dict())
     started = Started(name, report.layout, report.loaded, count, new, tuple(adapted), report.dropped)
     return Prepared(matched, started)

@@ -77,6 +77,8 @@ QUIET = (
 )
 
 
+# It saves nothing, so that it does not matter which checkpoint was the best so far.
+QUIET_IN_EVALUATION = (".*The dirpath has changed from.*",)
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
@@ -456,7 +458,7 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(worth_saying)
     words = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
-        for text in QUIET:
+        for text in QUIET if words[:1] == ["fit"] else (*QUIET, *QUIET_IN_EVALUATION):
             warnings.filterwarnings("ignore", text)
         PrintGroups.asked = False
         try:
