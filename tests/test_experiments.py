@@ -37,7 +37,14 @@ CHEAPER = {
         *("--data.size", "64", "--data.num_workers", "0"),
     ],
     "rdnet_large_384": [
-        *("--model.net.growths", "[4, 4]", "--model.net.downsample", "[false, true]", "--model.net.init_channels", "16"),
+        *(
+            "--model.net.growths",
+            "[4, 4]",
+            "--model.net.downsample",
+            "[false, true]",
+            "--model.net.init_channels",
+            "16",
+        ),
         *("--data.size", "64", "--data.num_workers", "0"),
     ],
     "revcol_base_from_22k": [
