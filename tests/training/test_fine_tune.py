@@ -102,6 +102,7 @@ def test_groups_are_printed_and_nothing_is_trained_or_written(capsys):
     assert lines[-1] == "frozen: 36 parameters"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("args", "first", "second"),
     [
@@ -125,6 +126,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_judged_without_a_configuration(trained, capsys):
     """What it says is what the configuration's command says; predict writes beside the run."""
     path = trained / "checkpoints" / "best.ckpt"
@@ -141,6 +143,7 @@ def test_a_checkpoint_is_judged_without_a_configuration(trained, capsys):
         assert len(list(csv.DictReader(file))) > 100
 
 
+@pytest.mark.long
 def test_evaluation_takes_weights_and_says_what_does_not_fit(trained, capsys, tmp_path):
     net = create_model("ho_resnet26", num_classes=10, in_chans=1, **NET)
     held = weights(str(trained), "best")["state_dict"]
@@ -203,7 +206,7 @@ CALLBACKS = {
 }
 
 
-@pytest.mark.cases(3)
+@pytest.mark.long
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_lightnings_callbacks_run_and_a_resumed_run_ends_as_one_that_was_not(name, tmp_path):
     keep = {"class_path": f"{__name__}.Keep", "init_args": {"folder": "run", "epoch": 2}}
@@ -227,6 +230,7 @@ def test_lightnings_callbacks_run_and_a_resumed_run_ends_as_one_that_was_not(nam
         assert all(p.requires_grad for p in resumed.model.parameters())
 
 
+@pytest.mark.long
 def test_the_schedule_lasts_as_long_as_the_run_whose_batches_a_finder_made(tmp_path):
     args = ["-c", QUICK, *QUIET, *SMALL[-6:-2], "--trainer.max_epochs", "1", "--data.batch_size", "64"]
     given = callback("BatchSizeFinder", max_trials=1, steps_per_trial=1, init_val=256)
@@ -237,6 +241,7 @@ def test_the_schedule_lasts_as_long_as_the_run_whose_batches_a_finder_made(tmp_p
     assert scheduler.get_last_lr()[0] < 0.1 * 1e-3
 
 
+@pytest.mark.long
 def test_a_resumed_run_remembers_what_it_began_with_and_does_not_read_it_again(published, capsys):
     fit("--run_dir", "run", "--weights", str(published), "--trainer.max_epochs", "1")
     published.unlink()
