@@ -82,7 +82,7 @@ class Classifier(L.LightningModule):
         self._compiled = False
         self.layer_decay = layer_decay
         self.lr: float | None = None
-        self._steps = 0.0
+        self._planned: tuple[Any, float] = None, 0.0  # the schedule, and the number of steps that it is for
         self.frozen = Frozen(net, frozen)
         self.frozen.apply(net)
         parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
@@ -168,7 +168,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         found = scheduled(self.trainer, self.make_optimizer(), self.schedule)
-        self._steps = self.trainer.estimated_stepping_batches
+        self._planned = found["lr_scheduler"]["scheduler"], self.trainer.estimated_stepping_batches
         return found
 
     def make_optimizer(self) -> Optimizer:
@@ -179,9 +179,12 @@ class Classifier(L.LightningModule):
     def on_train_start(self) -> None:
         # A finder sets the rate, or the size of batches and with it the run's length, when the schedule exists already:
         # that would undo the one, and end too early or too late for the other.
-        changed = self.lr is not None or self.trainer.estimated_stepping_batches != self._steps
-        if changed and self.trainer.global_step == 0:
+        configs, steps = self.trainer.lr_scheduler_configs, self.trainer.estimated_stepping_batches
+        # The trials of a finder begin training too: one of rates by a schedule of its own, one of sizes by this one.
+        ours = bool(configs) and configs[0].scheduler is self._planned[0]
+        if ours and self.trainer.global_step == 0 and (self.lr is not None or steps != self._planned[1]):
             restart(self.trainer, self.schedule, self.lr)
+            self._planned = configs[0].scheduler, steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.setdefault(KEY, {})["lr"] = self.lr

@@ -71,6 +71,8 @@ QUIET = (
     r"(?s).*deprecated in v4.*removed in v5.*",
     ".*is not supported by the model summary.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
+    # Which every schedule of ours is: it takes the place of one that is stepped after each batch.
+    ".*SWA is currently only supported every epoch.*",
     # Frozen norms are: see Classifier.
     ".*in eval mode at the start of training.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
