@@ -30,7 +30,9 @@ from .extras import MissingExtra, install
 # In this order: averaged weights before raw ones, as timm takes them.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 CONTAINERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "params")
-PREFIXES = ("module.", "net.", "model.")
+PREFIXES = ("module.", "net.", "model.", "backbone.")
+# Where Lightning's callbacks leave the raw weights when averaged ones take their place.
+RAW = "current_model_state"
 COMPILED = "_orig_mod."
 # Files older than BatchNorm's counter lack it, and it only matters with momentum=None; nets with a fixed step size have
 # no learned one, which starts from the same value.
@@ -100,8 +102,64 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
         >>> load(nn.Linear(2, 2), {"state_dict": {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)}})
         Report(loaded=2, layout='own', dropped=(), kept=())
     """
-    name = "state dict" if isinstance(source, Mapping) else str(source)
-    state, dropped = _unwrap(source if isinstance(source, Mapping) else read(source), name)
+    held = source if isinstance(source, Mapping) else read(source)
+    return matched(model, held, "state dict" if isinstance(source, Mapping) else str(source)).write()
+
+
+class Adapting(Protocol):
+    """What may be made to fit where a file is not that of the very model."""
+
+    averaged: bool
+
+    def left_out(self, key: str) -> bool:
+        """Whether a tensor of the file that has no place in the model is not missed."""
+        ...
+
+    def fitted(self, key: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """The tensor in the shape that the model wants under this key, or as it is where it cannot be adapted."""
+        ...
+
+    def new(self, fitting: Collection[str]) -> Collection[str]:
+        """Keys of the model that keep its own values, given those for which the file has a tensor that fits."""
+        ...
+
+
+class Matched:
+    """The tensors of a file that have their places in a model; nothing is written yet.
+
+    Attributes:
+        report: what ``write`` will have done.
+        tensors: by the model's keys.
+    """
+
+    def __init__(self, model: nn.Module, report: Report, tensors: dict[str, Tensor], settings: Mapping[str, float]):
+        self.model, self.report, self.tensors, self.settings = model, report, tensors, settings
+
+    def write(self) -> Report:
+        """Writes them, all at once."""
+        # With the model's own values where the file may lack some.
+        self.model.load_state_dict({**self.model.state_dict(), **self.tensors})
+        for path, number in self.settings.items():
+            module, _, name = path.rpartition(".")
+            # Numbers such as an epsilon, in which layouts differ though no tensor shows it.
+            setattr(self.model.get_submodule(module), name, number)
+        return self.report
+
+
+# long: each kind of misfit is told in the one pass over the keys
+def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adapting | None = None) -> Matched:
+    """Finds the place of everything that a file holds, without writing it.
+
+    Args:
+        model: the model.
+        held: a state dict, or a checkpoint dictionary that holds one.
+        name: of the file, for messages.
+        adapting: what may be made to fit; None wants equal keys and shapes.
+
+    Raises:
+        SchemeError: as ``load``.
+    """
+    state, dropped = _unwrap(held, name, adapting is None or adapting.averaged)
     own = model.state_dict()
     # Prefixes go first: published layouts are told by their keys, which a wrapper has changed.
     state, outside = _strip(model, state, own)
@@ -115,11 +173,14 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
     found: dict[str, Tensor] = {}
     placed: set[str] = set()
     unmatched: list[str] = []
-    misshapen: list[str] = []
+    misshapen: dict[str, str] = {}
     unusable: list[str] = []
     for key, value in state.items():
         target = names.get(key, key)
         if target is None:
+            dropped.append(key)
+            continue
+        if adapting and target not in own and adapting.left_out(target):
             dropped.append(key)
             continue
         # Two keys for one place: which of them was meant cannot be told.
@@ -132,21 +193,21 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
             value = value.reshape(shapes[target])
         if problem := _unusable(value, own[target]):
             unusable.append(f"{key} is {problem}")
-        elif value.shape != shapes[target]:
-            misshapen.append(f"{key} is {tuple(value.shape)}, want {tuple(shapes[target])}")
-        else:
+            continue
+        if adapting:
+            value = adapting.fitted(target, value, shapes[target])
+        if value.shape == shapes[target]:
             found[target] = value
-    absent = [k for k in own if k not in placed]
-    missing = [k for k in absent if not OPTIONAL.search(k)]
-    if unmatched or misshapen or unusable or missing:
-        raise SchemeError(_misfits(model, name, unmatched, misshapen, unusable, missing))
-    # The one write, after all that could be refused; with the model's own values where the file may lack some.
-    model.load_state_dict({**own, **found})
-    for path, number in settings.items():
-        module, _, name = path.rpartition(".")
-        # Numbers such as an epsilon, in which layouts differ though no tensor shows it.
-        setattr(model.get_submodule(module), name, number)
-    return Report(len(found), layout, tuple(dropped), tuple(absent))
+        else:
+            misshapen[target] = f"{key} is {tuple(value.shape)}, want {tuple(shapes[target])}"
+    new = set(adapting.new(found.keys())) if adapting else set()
+    found = {key: value for key, value in found.items() if key not in new}
+    wrong = [text for target, text in misshapen.items() if target not in new]
+    absent = [k for k in own if k not in placed or k in new]
+    missing = [k for k in absent if k not in new and not OPTIONAL.search(k)]
+    if unmatched or wrong or unusable or missing:
+        raise SchemeError(_misfits(model, name, unmatched, wrong, unusable, missing, adapting is not None))
+    return Matched(model, Report(len(found), layout, tuple(dropped), tuple(absent)), found, settings)
 
 
 def published_keys(
@@ -273,12 +334,13 @@ def _unusable(value: Tensor, own: Tensor) -> str:
     return ""
 
 
-def _unwrap(held: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], list[str]]:
+def _unwrap(held: Mapping[str, Any], name: str, averaged: bool = True) -> tuple[dict[str, Tensor], list[str]]:
     """The innermost state dict of a training checkpoint, and what weights beside it are left out."""
     beside: list[str] = []
+    order = CONTAINERS if averaged else (RAW, *CONTAINERS[len(AVERAGED) :], *AVERAGED)
     # A Lightning checkpoint around a state dict around a wrapper; deeper nesting is something else.
     for _ in range(3):
-        found = [c for c in CONTAINERS if isinstance(held.get(c), Mapping) and held[c]]
+        found = [c for c in order if isinstance(held.get(c), Mapping) and held[c]]
         if not found:
             break
         if found[0] in AVERAGED:
@@ -312,10 +374,10 @@ def _without_ones(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _some(items: Iterable[str]) -> str:
+def _some(items: Iterable[str], most: int = LISTED) -> str:
     items = list(items)
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def _misfits(
@@ -325,6 +387,7 @@ def _misfits(
     misshapen: list[str],
     unusable: list[str],
     missing: list[str],
+    adapted: bool,
 ) -> str:
     kinds = {
         "without a place": unmatched,
@@ -332,8 +395,12 @@ def _misfits(
         "that cannot be copied": unusable,
         "missing": missing,
     }
-    parts = [f"{len(items)} {what}: {_some(items)}" for what, items in kinds.items() if items]
-    text = f"the {name} does not fit {type(model).__name__}; nothing was loaded. " + "; ".join(parts) + "."
+    listed = 3 if adapted else LISTED
+    parts = [f"{len(items)} {what}: {_some(items, listed)}" for what, items in kinds.items() if items]
+    article = "the " if name == "state dict" else ""
+    text = f"{article}{name} does not fit {type(model).__name__}; nothing was loaded. " + "; ".join(parts) + "."
+    if adapted:
+        return text + "\n  Build the network that the file is of; its head, channels, positions and kernels may differ."
     if (
         not unmatched
         and not missing

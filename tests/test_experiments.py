@@ -39,6 +39,26 @@ CHEAPER = {
         *("--data.size", "64", "--data.scales", "[64]", "--data.num_workers", "0", "--model.head.queries", "10"),
     ],
     "shapes_rtdetr": ["--model.head.queries", "10", "--data.batch_size", "4"],
+    "convnext_base_from_22k": [
+        *("--model.net.functions", "[1, 1, 3, 1]", "--model.net.widths", "[4, 8, 16, 32]"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
+    "rdnet_large_384": [
+        *(
+            "--model.net.growths",
+            "[4, 4]",
+            "--model.net.downsample",
+            "[false, true]",
+            "--model.net.init_channels",
+            "16",
+        ),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
+    "revcol_base_from_22k": [
+        *("--model.net.channels", "[4, 8, 16, 32]", "--model.net.columns", "2"),
+        *("--data.size", "64", "--data.num_workers", "0"),
+    ],
+    "fine_tune_cifar100": ["--model.net.name", "resnet18", "--data.size", "32", "--data.num_workers", "0"],
     "ho_resnet50": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
 }
 
@@ -60,6 +80,10 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         "convnext_tiny": root / "imagenet",
         "rdnet_tiny": root / "imagenet",
         "revcol_tiny": root / "imagenet",
+        "fine_tune_cifar100": root / "cifar100",
+        "convnext_base_from_22k": root / "imagenet",
+        "rdnet_large_384": root / "imagenet",
+        "revcol_base_from_22k": root / "imagenet",
         "wmt_translation": root / "wmt",
         "coco_deformable_revcol_tiny": root / "shapes",
         "shapes_rtdetr": root / "shapes",

@@ -25,6 +25,7 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
   {prog} fit -c quickstart                                               the handwritten digits, nothing to download
   {prog} fit -c cifar10_ho_resnet --data.root FOLDER --model.net.scheme midpoint
   {prog} fit -c FILE.yaml --ckpt_path last                               go on where the last run stopped
+  {prog} fit -c FILE.yaml --weights SOURCE                               start from a file, a tag, hf:OWNER/NAME
   {prog} fit -c FILE.yaml --print_config                                 the resolved configuration
   {prog} fit --help                                                      every option
 

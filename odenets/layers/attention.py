@@ -209,10 +209,27 @@ class PatchTokens(nn.Module):
         # In a trace no size is known; at the size that they are made for the interpolation gives them unchanged.
         if not is_traced(height) and height == width == self.grid:
             return self.positions
-        first = self.positions.shape[1] - self.grid**2
-        grid = self.positions[:, first:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        # Half precision has no kernel of its own on every device, and single precision rounds the weights once.
-        wide = grid if grid.dtype is torch.float64 else grid.float()
-        wide = F.interpolate(wide, (height, width), mode="bicubic", antialias=True, align_corners=False)
-        grid = wide.to(grid.dtype)
-        return torch.cat([self.positions[:, :first], grid.flatten(2).transpose(1, 2)], 1)
+        return interpolated(self.positions, self.grid, height, width)
+
+    def fitted(self, positions: Tensor) -> Tensor:
+        """Positions of another square picture brought to the size of this one's; others are given back as they are.
+
+        Args:
+            positions: (1, t, dim), with as many tokens before those of the picture as here.
+        """
+        tokens = positions.shape[1] - (self.positions.shape[1] - self.grid**2) if positions.dim() == 3 else 0
+        grid = math.isqrt(max(0, tokens))
+        if grid == 0 or grid**2 != tokens:
+            return positions
+        return interpolated(positions, grid, self.grid, self.grid)
+
+
+def interpolated(positions: Tensor, grid: int, height: int, width: int) -> Tensor:
+    """Positions (1, first + grid^2, dim) for height x width patches, bicubic; the first ones are left as they are."""
+    first = positions.shape[1] - grid**2
+    of_picture = positions[:, first:].transpose(1, 2).unflatten(2, (grid, grid))
+    # Half precision has no kernel of its own on every device, and single precision rounds the weights once.
+    wide = of_picture if of_picture.dtype is torch.float64 else of_picture.float()
+    wide = F.interpolate(wide, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    of_picture = wide.to(of_picture.dtype)
+    return torch.cat([positions[:, :first], of_picture.flatten(2).transpose(1, 2)], 1)

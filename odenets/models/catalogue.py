@@ -172,6 +172,19 @@ def published_weights(name: str) -> tuple[Weights, ...]:
     return _registered(name).weights
 
 
+def weights_file(name: str, tag: bool | str = True) -> Path:
+    """The file of published weights, downloaded once into torch.hub's folder and checked by hash.
+
+    Args:
+        name: of the model.
+        tag: of the weights; True takes the default.
+
+    Raises:
+        SchemeError: an unknown name or tag, or a file that cannot be had, or is not the one it should be.
+    """
+    return _download(name, _choose(name, _registered(name), tag))
+
+
 def model_kind(name: str) -> type[Conventions] | None:
     """The class of a registered model; None where a function builds it, or it is no class of ours.
 

@@ -10,6 +10,7 @@ from schemes import SchemeError
 
 from ..backprop.modes import Checkpoint, Store
 from ..stack import Stack
+from .depth import matched_depths
 from .feature_info import FeatureInfo, chosen, place
 
 LAST = (99999,)  # timm's mark of what goes into the group before
@@ -154,6 +155,10 @@ class Conventions(nn.Module):
                 (r"^levels\.(\d+)", None),
             ]
         return {"stem": r"^(?:stem|idle)\.", "blocks": [*blocks, (r"^(?:norm|head_norm)\.", LAST)]}
+
+    def parameter_depths(self) -> dict[str, int]:
+        """How deep each parameter lies, from 0 for the stem to the head; see ``odenets.models.depth``."""
+        return matched_depths(self, self.group_matcher())
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay beside vectors: positions, class tokens, factors of channels."""

@@ -75,6 +75,8 @@ class ConvNeXt(LevelNet):
         torch.Size([2, 10])
     """
 
+    depth_group = 3  # as published: the 27 blocks of a base's third level make nine groups
+
     # long: options, checks and levels of one network
     def __init__(
         self,

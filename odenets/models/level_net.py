@@ -1,11 +1,12 @@
 """What every network of levels shares: stem, levels with a transition before each, norms, pooling, head."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..checkpoints import KeyMap
+from .depth import level_depths
 from .head import HeadNet
 from .levels import made_continuous
 
@@ -19,7 +20,12 @@ class LevelNet(HeadNet):
 
     Args:
         head: as in ``HeadNet``.
+
+    Attributes:
+        depth_group: residual functions of a level that share a depth, where learning rates decay from layer to layer.
     """
+
+    depth_group: ClassVar[int] = 1
 
     def __init__(self, **head: Any):
         super().__init__(**head)
@@ -87,6 +93,9 @@ class LevelNet(HeadNet):
     def init_head(self, head: nn.Linear) -> None:
         """Draws a new head; torch's weights and a bias of zero unless a subclass says otherwise."""
         nn.init.zeros_(head.bias)
+
+    def parameter_depths(self) -> dict[str, int]:
+        return level_depths(self, self.depth_group)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of published keys here; None for an unknown layout."""

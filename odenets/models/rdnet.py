@@ -63,6 +63,8 @@ class RDNet(LevelNet):
         torch.Size([2, 10])
     """
 
+    depth_group = 3  # as published: a level of three mixers
+
     # long: an argument a line, of which there are many; the net itself is made in parts
     def __init__(
         self,

@@ -21,6 +21,7 @@ from ..layers import ChannelScale, ConvNeXtFunction, LayerNorm2d, PatchConv2d, i
 from ..layers.column import Down, LevelFunction, NormedHead, PatchDecoder, PictureDecoder, Up
 from ..stack import Stack
 from .catalogue import register_variants
+from .depth import grid_depths
 from .head import ColumnNet
 from .keys import revcol as keys_of_revcol
 
@@ -113,7 +114,7 @@ class RevCol(ColumnNet):
         _check(channels, blocks, columns)
         if supervision and not self.num_classes:
             raise SchemeError("RevCol: supervision needs a head; give num_classes, or leave supervision out.")
-        self.patch = patch
+        self.patch, self.blocks = patch, blocks
         # Named one by one: the names are keys of checkpoints.
         self.stem = nn.Sequential()
         self.stem.add_module("conv", PatchConv2d(self.in_chans, channels[0], patch))
@@ -183,6 +184,9 @@ class RevCol(ColumnNet):
 
     def init_head(self, head: nn.Module) -> None:
         init_truncated(head)
+
+    def parameter_depths(self) -> dict[str, int]:
+        return grid_depths(self, self.blocks)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""

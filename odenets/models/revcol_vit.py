@@ -14,6 +14,7 @@ from ..layers.attention import AttentionFunction, PatchTokens
 from ..layers.column import LevelFunction
 from ..stack import Stack
 from .catalogue import register_variants
+from .depth import grid_depths
 from .head import ColumnNet
 from .vit import alternating, init_tokens, scale_by_depth
 
@@ -132,7 +133,7 @@ class RevColViT(ColumnNet):
         super().__init__(**head)
         if not blocks or min(blocks) < 1 or columns < 1:
             raise SchemeError(f"RevColViT: blocks {tuple(blocks)}, columns {columns}; want at least one of each.")
-        self.patch = patch
+        self.patch, self.blocks = patch, tuple(blocks)
         features = [
             {"num_chs": dim, "reduction": patch, "module": f"columns.steps.{columns - 1}:{level + 1}", "map": level}
             for level in range(len(blocks))
@@ -162,6 +163,9 @@ class RevColViT(ColumnNet):
     def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
         found = self.maps(x)
         return found[-1].flatten(2).transpose(1, 2), found
+
+    def parameter_depths(self) -> dict[str, int]:
+        return grid_depths(self, self.blocks, 2)
 
     def init_head(self, head: nn.Module) -> None:
         init_tokens(head)

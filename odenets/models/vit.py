@@ -17,6 +17,7 @@ from ..layers.attention import AttentionFunction, PatchTokens, PerceptronFunctio
 from ..layers.drop_path import linear_rates
 from ..stack import Stack
 from .catalogue import register_variants
+from .depth import level_depths
 from .head import HeadNet
 from .keys import vit as keys_of_vit
 from .keys.layout import twin
@@ -129,6 +130,10 @@ class ViT(HeadNet):
 
     def init_head(self, head: nn.Module) -> None:
         init_tokens(head)
+
+    def parameter_depths(self) -> dict[str, int]:
+        # Attention and perceptron of a block together.
+        return level_depths(self, 2)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
         """Names of the public ViT layout's keys here, or of a twin's under another scheme."""

@@ -1,5 +1,6 @@
 """The LightningModule that trains any net on labelled pictures."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -9,33 +10,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..continuous import dimensions
+from ..start import heads
+from .groups import Frozen, set_rates
+from .groups import parameter_groups as parameter_groups
 from .order import IGNORED
-from .schedules import Schedule, WarmupCosine, scheduled
-
-
-def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameters in up to three groups: decayed, not decayed, and learned step sizes with a decay of their own.
-
-    Norms, biases and other vectors get no weight decay. A step size is a parameter named `h` or `step_size`. The first
-    group carries no `weight_decay` entry, so it takes the optimiser's.
-    """
-    weights, vectors, steps = [], [], []
-    dims = dimensions(net)  # a bias that is a function of depth is no matrix
-    for name, p in net.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name.rpartition(".")[2] in ("h", "step_size"):
-            steps.append(p)
-        else:
-            (weights if dims[id(p)] > 1 else vectors).append(p)
-    groups = [
-        {"params": weights},
-        {"params": vectors, "weight_decay": 0.0},
-        {"params": steps, "weight_decay": step_weight_decay},
-    ]
-    return [group for group in groups if group["params"]]
+from .schedules import KEY, Schedule, WarmupCosine, restart, scheduled
 
 
 def evaluations(net: nn.Module) -> int:
@@ -65,6 +46,13 @@ class Classifier(L.LightningModule):
         step_weight_decay: Weight decay of learned step sizes (parameters named `h` or `step_size`).
         channels_last: Keep pictures and weights with the channels as the fastest axis.
         compile: Compile the net in place, so that the names in checkpoints stay the same.
+        layer_decay: Factor of the learning rate from a layer to the one before it, for fine-tuning; 1 is one rate for
+            all. See ``odenets.models.depth`` for what a layer is.
+        frozen: Parts of the net that are not trained: names of modules or parameters with shell wildcards, "!" before a
+            name takes it out again, as in ["*", "!head"]. Norms in them keep their statistics.
+
+    Attributes:
+        lr: A learning rate that takes the place of the optimiser's, as Lightning's LearningRateFinder sets it.
     """
 
     def __init__(
@@ -76,6 +64,8 @@ class Classifier(L.LightningModule):
         step_weight_decay: float = 0.0,
         channels_last: bool = False,
         compile: bool = False,
+        layer_decay: float = 1.0,
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         # From a configuration the parts are stored as class paths and arguments, from which load_from_checkpoint builds
@@ -90,6 +80,27 @@ class Classifier(L.LightningModule):
         self.channels_last = channels_last
         self.compile_net = compile
         self._compiled = False
+        self.layer_decay = layer_decay
+        self.lr: float | None = None
+        self._planned: tuple[Any, float] = None, 0.0  # the schedule, and the number of steps that it is for
+        self.frozen = Frozen(net, frozen)
+        self.frozen.apply(net)
+        parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
+        self.train()
+
+    @property
+    def backbone(self) -> nn.ModuleList:
+        """The net without its head, for Lightning's ``BackboneFinetuning``."""
+        new = {name.partition(".")[0] for name in heads(self.net)}
+        if not new:
+            raise AttributeError(f"{type(self.net).__name__} does not say which part is its head")
+        return nn.ModuleList(part for name, part in self.net.named_children() if name not in new)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As of any module, but that norms in frozen parts stay in evaluation."""
+        super().train(mode)
+        self.frozen.hold(self.net)
+        return self
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
@@ -156,10 +167,30 @@ class Classifier(L.LightningModule):
             self.log("evaluations", float(count), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
-        return scheduled(self.trainer, optimizer, self.schedule)
+        found = scheduled(self.trainer, self.make_optimizer(), self.schedule)
+        self._planned = found["lr_scheduler"]["scheduler"], self.trainer.estimated_stepping_batches
+        return found
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimiser, with the groups of the net and their learning rates."""
+        groups: Any = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
+        return set_rates(self.optimizer(groups), self.lr)
+
+    def on_train_start(self) -> None:
+        # A finder sets the rate, or the size of batches and with it the run's length, when the schedule exists already:
+        # that would undo the one, and end too early or too late for the other.
+        configs, steps = self.trainer.lr_scheduler_configs, self.trainer.estimated_stepping_batches
+        # The trials of a finder begin training too: one of rates by a schedule of its own, one of sizes by this one.
+        ours = bool(configs) and configs[0].scheduler is self._planned[0]
+        if ours and self.trainer.global_step == 0 and (self.lr is not None or steps != self._planned[1]):
+            restart(self.trainer, self.schedule, self.lr)
+            self._planned = configs[0].scheduler, steps
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault(KEY, {})["lr"] = self.lr
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.lr = checkpoint.get(KEY, {}).get("lr")
         # Equal parameter counts make it easy to load the weights of one scheme into another without noticing.
         theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and ours is not None and theirs != ours:

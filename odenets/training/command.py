@@ -1,6 +1,8 @@
 """The command line behind `odenets.cli`: Lightning's, with short errors, one folder per run and safe resuming."""
 
+import argparse
 import errno
+import itertools
 import logging
 import os
 import re
@@ -10,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
@@ -20,7 +22,9 @@ from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,
+    BatchSizeFinder,
     Callback,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -38,6 +42,7 @@ from ..config_files import check_files
 from ..messages import explain, fail
 from ..packaged import with_files
 from ..recipes import written_out
+from ..start import Adapt
 from .callbacks import Agreement, EpochLines, Predictions, RunSummary, Summary, Throughput
 from .files import (
     UNWRITABLE,
@@ -50,10 +55,12 @@ from .files import (
     write_whole,
 )
 from .finite import FiniteLoss
+from .groups import group_rows, table_of_groups
 from .loggers import Metrics
 from .options import check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
+from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
 MONITOR = "val/acc"  # what the best checkpoint is best in, unless the configuration or the module says otherwise
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
@@ -67,8 +74,17 @@ QUIET = (
     r"(?s).*deprecated in v4.*removed in v5.*",
     ".*is not supported by the model summary.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
+    # Which every schedule of ours is: it takes the place of one that is stepped after each batch.
+    ".*SWA is currently only supported every epoch.*",
+    # Frozen norms are: see Classifier.
+    ".*in eval mode at the start of training.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
 )
+
+
+# It saves nothing, so that it does not matter which checkpoint was the best so far.
+QUIET_IN_EVALUATION = (".*The dirpath has changed from.*",)
+FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 class TrainingParser(LightningArgumentParser):
@@ -135,6 +151,14 @@ class Command(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder of this run's files.")
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; None leaves torch's choice.")
+        parser.add_argument(
+            "--weights",
+            type=str | None,
+            default=None,
+            help="Weights to start from: a file, a published tag (resnet50.v1), a Hub repository (hf:OWNER/NAME).",
+        )
+        parser.add_class_arguments(Adapt, "adapt")
+        parser.add_argument("--print_groups", action=PrintGroups, help="Print what the optimiser is given, and exit.")
         parser.add_class_arguments(ModelCheckpoint, "checkpoint", skip={"dirpath", "enable_version_counter"})
         parser.add_class_arguments(LastCheckpoint, "last")
         parser.set_defaults(
@@ -168,15 +192,21 @@ class Command(LightningCLI):
             torch.set_num_threads(options.threads)
         self.run_dir = Path(options.run_dir)
         fit = self.subcommand == "fit"
-        if fit and not options.trainer.fast_dev_run and first_process():
+        if fit and not options.trainer.fast_dev_run and first_process() and not PrintGroups.asked:
             self.lock = FolderLock(self.run_dir)
             self.lock.acquire()
         self.written: dict[str, int] | None = None
+        self.source: Source | None = None
+        self.held: Mapping[str, Any] = {}
         # A job that SLURM has started again goes on, though its command says nothing of a checkpoint.
         given = options.ckpt_path or (requeued(self.run_dir) if fit else None)
+        if not fit and loads_weights(given):
+            given, options.weights = None, given
         options.ckpt_path = find_checkpoint(given, self.run_dir / "checkpoints", self.subcommand)
         if options.ckpt_path is not None:
             self._open_checkpoint(Path(options.ckpt_path))
+        elif options.weights is not None:
+            self.source = read_source(options.weights)
         elif not fit:
             rank_zero_warn(
                 f"{self.subcommand} without --ckpt_path best|last|FILE uses the net as it was built, untrained"
@@ -185,15 +215,26 @@ class Command(LightningCLI):
     def _open_checkpoint(self, path: Path) -> None:
         """Refuses a checkpoint that is not whole, or that was trained otherwise, before the run changes anything."""
         fit = self.subcommand == "fit"
-        held = open_checkpoint(path, resume=fit).held
+        held = self.held = open_checkpoint(path, resume=fit).held
         ours = held.get(KEY, {})
         if not fit:
             self._take_classes(held.get("Images", {}).get("classes"))
         if fit:
             if isinstance(ours.get("config"), dict):
+                self._keep_start(ours["config"], str(path))
                 check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
             # A checkpoint from elsewhere says nothing of the metrics in this folder.
             self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
+
+    def _keep_start(self, before: Mapping[str, Any], name: str) -> None:
+        """A run that goes on began where it began: its configuration keeps saying so, and no weights are read again."""
+        given, first = self.resolved.get("weights"), before.get("weights")
+        if given not in (None, first):
+            raise SchemeError(
+                f"--weights {given} begins a run, and {name} goes on with one that began with {first or 'none'}\n"
+                "  Give one of them: --weights or --ckpt_path"
+            )
+        self.resolved.update({key: before[key] for key in ("weights", "adapt") if key in before})
 
     def _take_classes(self, names: list[str] | None) -> None:
         """The names of the classes that were trained on number those of other data, which may lack some or all."""
@@ -211,6 +252,23 @@ class Command(LightningCLI):
             cause = root_cause(e)
             # The cause and not the chain: parsers wrap an error once for each level of the configuration.
             fail(str(cause), "JSONARGPARSE_DEBUG=true shows where it was raised")
+        net = getattr(self.model, "net", self.model)
+        if self.source is not None:
+            adapt = self.config_init[str(self.subcommand)].adapt
+            start_from(net, self.source, adapt, self.subcommand == "fit")
+        # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
+        elif self.held and self.model.strict_loading:
+            check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
+        found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
+        if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
+            self.datamodule.batch_size = found["batch size"]
+        if PrintGroups.asked:
+            print_groups(self.model)
+
+    def _given_callbacks(self) -> list[Callback]:
+        """The callbacks of the configuration."""
+        given = self.config_init[str(self.subcommand)].trainer.callbacks or []
+        return list(given if isinstance(given, list) else [given])
 
     def before_fit(self) -> None:
         """Closes the earlier part of a resumed run, or sets an earlier run in the same folder aside."""
@@ -229,6 +287,7 @@ class Command(LightningCLI):
         settings = self.config_init[str(self.subcommand)]
         trainer = settings.trainer
         fit = self.subcommand == "fit"
+        going_on = fit and bool(self.held)
         # Other subcommands log beside the training run's files, never over them.
         self.folder = self.run_dir if fit else self.run_dir / str(self.subcommand)
         if trainer.default_root_dir is None:
@@ -245,8 +304,9 @@ class Command(LightningCLI):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, over that of a real run.
         kwargs["enable_checkpointing"] = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
-        given = trainer.callbacks or []
-        callbacks = list(given if isinstance(given, list) else [given])
+        callbacks = self._given_callbacks()
+        if going_on:  # with what they have found, which the checkpoint holds
+            callbacks = [c for c in callbacks if not isinstance(c, FINDERS)]
         shown, kwargs["enable_progress_bar"] = self._output(trainer, callbacks)
         callbacks += shown
         if fit:
@@ -297,6 +357,30 @@ class Command(LightningCLI):
         best.dirpath, best._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
         best.save_last = None  # another callback's: Lightning's writes `last` only where `best` improves
         return best
+
+
+class PrintGroups(argparse.Action):
+    """An option that is no value: prints what the optimiser would be given, and ends the command."""
+
+    asked: ClassVar[bool] = False
+
+    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs.get("help"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        PrintGroups.asked = True
+
+
+def print_groups(model: L.LightningModule) -> NoReturn:
+    """Prints a row for each group of parameters of a module's optimiser, and ends the command."""
+    make = getattr(model, "make_optimizer", None)
+    if make is None:
+        fail(f"--print_groups: {type(model).__name__} has no groups of parameters", "Classifier has: model.layer_decay")
+    print(table_of_groups(group_rows(model.net, make())))  # type: ignore[arg-type]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen:
+        print(f"frozen: {frozen:,} parameters")
+    sys.exit(0)
 
 
 class _Resolved(Exception):
@@ -384,14 +468,32 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(worth_saying)
     words = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
-        for text in QUIET:
+        for text in QUIET if words[:1] == ["fit"] else (*QUIET, *QUIET_IN_EVALUATION):
             warnings.filterwarnings("ignore", text)
+        PrintGroups.asked = False
         try:
-            return _command(Command, words, prog)
+            return _command(Command, with_configuration(words), prog)
         except Exception as e:
             explain_failure(e, words, prog)
         except KeyboardInterrupt:
             fail("interrupted before training began", "Nothing was trained, and nothing is lost", 130)
+
+
+def with_configuration(words: Sequence[str]) -> Sequence[str]:
+    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own."""
+    names = [word.partition("=")[0] for word in words]
+    configured = any(name in ("-c", "--config") or name.startswith(("--model", "--data")) for name in names)
+    given = option(words, "--ckpt_path")
+    if not words or words[0] not in ("validate", "test", "predict") or configured or given is None:
+        return words
+    return [words[0], "--config", configuration(given, option(words, "--run_dir")), *words[1:]]
+
+
+def option(words: Sequence[str], name: str) -> str | None:
+    """The last value of an option on a command line, given as two words or with an equals sign."""
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    found += [value for word, value in itertools.pairwise(words) if word == name]
+    return found[-1] if found else None
 
 
 def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:

@@ -28,6 +28,7 @@ from .sources import DataError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Where a run cannot write, by the error's number; anything else is a fault of the program.
 UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
+OTHER = "is no checkpoint of a training run"
 PART = ".part"  # ends the name of a file that is being written
 
 
@@ -131,6 +132,12 @@ def open_checkpoint(path: Path, resume: bool) -> Found:
     raise CheckpointError(f"{path} {problem}\n  {remedy}")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of a run, or was one before it was damaged; else it may hold weights."""
+    problem, _ = _examine(path, resume=False)
+    return problem is None or (path.suffix == ".ckpt" and not problem.startswith(OTHER))
+
+
 def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, if anything, and what it holds."""
     size, zipped = 0, False
@@ -150,7 +157,7 @@ def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
         why = "cut off" if cut else f"damaged, or no checkpoint ({type(e).__name__})"
         return f"is {why}: {size:,} bytes", {}
     if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict) or "global_step" not in held:
-        return "is no checkpoint of a training run: it holds no state_dict with the step it was saved at", {}
+        return f"{OTHER}: it holds no state_dict with the step it was saved at", {}
     lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in held]
     if resume and lacking:
         return f"holds weights only, without {', '.join(lacking)}, and cannot be resumed", {}

@@ -29,7 +29,7 @@ RULES: dict[str, _Rule] = {
 }
 # What may change from run to run without a word: where things are, how much hardware works, what is printed.
 FREE = re.compile(
-    r"ckpt_path|weights_only|run_dir|threads|(checkpoint|last)\..*|data\.(num_workers|download|cache)"
+    r"ckpt_path|weights(_only)?|adapt\..*|run_dir|threads|(checkpoint|last)\..*|data\.(num_workers|download|cache)"
     r"|trainer\.(accelerator|strategy|devices|num_nodes|logger|enable_\w+|default_root_dir|profiler|log_every_n_steps"
     r"|fast_dev_run|barebones|plugins|max_time|detect_anomaly|benchmark|inference_mode|use_distributed_sampler"
     r"|num_sanity_val_steps|limit_(val|test|predict)_batches|reload_dataloaders_every_n_epochs|model_registry)(\..*)?"

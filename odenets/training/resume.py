@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.progress import _BatchProgress, _Progress
@@ -31,8 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from schemes import SchemeError
 
 from .order import TrainingOrder, batch_seed, run_seed, seed_generators
-
-KEY = "odenets"  # of a checkpoint: what this package adds to Lightning's
+from .schedules import KEY as KEY
 
 
 class Interrupted(Exception):
@@ -207,6 +206,8 @@ class Resume(Callback):
         # No batch follows that would clear them, so they can be put back at once.
         if self._sums and (place.validate or place.batch == trainer.num_training_batches):
             self._restore_sums(trainer)
+        if any(isinstance(c, BaseFinetuning) for c in trainer.callbacks):  # pyright: ignore
+            _thaw(trainer, pl_module)
         for scheduler, groups, state in self._fresh:
             _reschedule(scheduler, groups, state)
         self._loaded = {}
@@ -261,6 +262,17 @@ def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
             }
 
 
+def _thaw(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Trains again what an optimiser holds: Lightning's callback freezes at each start, and thaws in one epoch."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    for part in module.modules():
+        for p in part.parameters(recurse=False):
+            if id(p) in held:
+                p.requires_grad_(True)
+                if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                    part.track_running_stats = True
+
+
 def _data(order: TrainingOrder) -> dict[str, int]:
     """What the place in an epoch depends on."""
     return {
@@ -299,7 +311,8 @@ def _reschedule(scheduler: LRScheduler, groups: list[dict[str, Any]], state: dic
     if not isinstance(scheduler, LambdaLR | OneCycleLR):
         return
     step = scheduler.last_epoch
-    for group, fresh in zip(scheduler.optimizer.param_groups, groups, strict=True):
+    # A callback may have added groups, which have rates of their own.
+    for group, fresh in zip(scheduler.optimizer.param_groups, groups, strict=False):
         group.update(fresh)
     if step == 0:
         return

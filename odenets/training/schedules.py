@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from schemes import SchemeError
 
+KEY = "odenets"  # of a checkpoint: what this package adds to Lightning's
+
 
 def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") -> dict[str, Any]:
     """What ``configure_optimizers`` returns: the optimiser, and the schedule over this run's optimiser steps.
@@ -46,6 +48,33 @@ def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") ->
     total = 1 if math.isinf(steps) else int(steps)
     scheduler = schedule(optimizer, total, total if epoch is None else epoch)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def restart(trainer: L.Trainer, schedule: "Schedule", lr: float | None) -> None:
+    """Makes the schedule of a run anew that has not taken a step, for another learning rate or number of steps.
+
+    Args:
+        trainer: of the run, whose optimiser exists.
+        schedule: as it was configured.
+        lr: the learning rate, whose share each group gets; None keeps the optimiser's.
+    """
+    for config in trainer.lr_scheduler_configs:
+        optimizer = config.scheduler.optimizer
+        for group in optimizer.param_groups:
+            # The peak, under the name of the schedule before.
+            peak = group["max_lr"] if "max_lr" in group else group["initial_lr"]
+            for name in ("initial_lr", "max_lr", "min_lr"):
+                group.pop(name, None)
+            group["lr"] = peak if lr is None else lr * group.get("lr_scale", 1.0)
+        config.scheduler = scheduled(trainer, optimizer, schedule)["lr_scheduler"]["scheduler"]
+
+
+class Factors(LambdaLR):
+    """A ``LambdaLR`` that leaves groups alone which a callback adds later, with rates of their own."""
+
+    def get_lr(self) -> list[Any]:
+        known = super().get_lr()
+        return known + [group["lr"] for group in self.optimizer.param_groups[len(known) :]]
 
 
 class Schedule(ABC):
@@ -84,14 +113,14 @@ class WarmupCosine(Schedule):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
-        return LambdaLR(optimizer, lambda i: self.factor(i, steps, steps_per_epoch))
+        return Factors(optimizer, lambda i: self.factor(i, steps, steps_per_epoch))
 
 
 class Constant(Schedule):
     """The optimiser's own learning rate throughout."""
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
-        return LambdaLR(optimizer, lambda i: 1.0)
+        return Factors(optimizer, lambda i: 1.0)
 
 
 class OneCycle(Schedule):
@@ -141,4 +170,4 @@ class Milestones(Schedule):
         return self.factor ** sum(i >= share * steps for share in self.at)
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
-        return LambdaLR(optimizer, lambda i: self.factor_at(i, steps))
+        return Factors(optimizer, lambda i: self.factor_at(i, steps))

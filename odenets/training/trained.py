@@ -154,11 +154,15 @@ def build_data(trained: Trained, change: Mapping[str, Any] = {}) -> Pictures:
     return data
 
 
+def foreign_class(spec: Any) -> str | None:
+    """A class of another package that a configuration names, which a file shall not have imported."""
+    return next((name for name in _class_paths(spec) if not name.startswith(OURS)), None)
+
+
 def _built(path: Path, what: str, kind: type, spec: Mapping[str, Any]) -> Any:
-    foreign = [name for name in _class_paths(spec) if not name.startswith(OURS)]
-    if foreign:
+    if foreign := foreign_class(spec):
         raise CheckpointError(
-            f"{path}: its {what} is built by {foreign[0]}, and a file does not decide what code is imported\n"
+            f"{path}: its {what} is built by {foreign}, and a file does not decide what code is imported\n"
             "  Give the configuration that it was trained with: -c RUN/config.yaml"
         )
     parser = ArgumentParser(exit_on_error=False)

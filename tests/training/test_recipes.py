@@ -30,6 +30,14 @@ RECIPES = {
     "rdnet_tiny.yaml": LARGE | {"interpolation": "random", "inner": 0.9},
     "ho_resnet50.yaml": {"smallest": 0.08, "flip": 0.5, "interpolation": "bilinear", "inner": 224 / 256},
 }
+# Fine-tuning, as released: the same without mixing, and evaluation that sees the whole of a larger picture.
+FINE = {key: value for key, value in LARGE.items() if key not in ("mixup", "cutmix")}
+RECIPES |= {
+    "convnext_base_from_22k.yaml": FINE | {"interpolation": "bicubic", "inner": 224 / 256},
+    "revcol_base_from_22k.yaml": FINE | {"interpolation": "bicubic", "inner": 1.0},
+    "rdnet_large_384.yaml": FINE | {"interpolation": "random", "inner": 1.0},
+    "fine_tune_cifar100.yaml": {"smallest": 0.08, "flip": 0.5, "interpolation": "bicubic", "inner": 224 / 256},
+}
 CIFAR = {"shift": 4, "flip": 0.5}
 
 

@@ -1,0 +1,156 @@
+"""How deep each parameter of a network lies, for learning rates that decay from the head to the stem.
+
+A network says so itself (``parameter_depths``), or by patterns in the manner of timm (``group_matcher``), so that
+timm's networks have depths too. Three examples:
+
+* a ResNet-20 has 11: the stem, nine steps, the head;
+* a ConvNeXt-B has 14, as three steps share a depth: the stem, 1 + 1 + 9 + 1 groups, the head;
+* a RevCol-T of four columns of ten blocks has 15: block b of column c lies at 1 + b + c.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from schemes import SchemeError
+
+from ..stack import Stack
+
+_STEP = re.compile(r"levels\.(\d+)(?:\.steps\.(\d+))?\.")
+_TRANSITION = re.compile(r"transitions\.(\d+)\.")
+_GRID = re.compile(r"columns\.steps\.(\d+)\.([fg])s\.(\d+)\.(?:blocks\.(\d+)\.)?")
+_STEM = ("stem.", "idle.")
+
+
+def parameter_depths(net: nn.Module) -> dict[str, int]:
+    """The depth of each parameter: 0 is the stem, and the largest number the head.
+
+    Args:
+        net: one of ``odenets.models``, or any that has a method ``group_matcher`` as timm's networks have.
+
+    Raises:
+        SchemeError: it has neither.
+
+    Example:
+        >>> from odenets import create_model
+        >>> found = parameter_depths(create_model("resnet20"))
+        >>> found["stem.conv.weight"], found["levels.2.steps.0.fs.0.conv1.weight"], found["head.weight"]
+        (0, 7, 10)
+    """
+    own = getattr(net, "parameter_depths", None)
+    if callable(own):
+        return own()
+    if callable(matcher := getattr(net, "group_matcher", None)):
+        return matched_depths(net, matcher(coarse=False))
+    raise SchemeError(
+        f"{type(net).__name__} does not say how deep its parameters lie, which a decay from layer to layer needs\n"
+        "  Give it a method group_matcher, as timm's networks have, or leave layer_decay out."
+    )
+
+
+def matched_depths(net: nn.Module, matcher: Mapping[str, Any]) -> dict[str, int]:
+    """Depths by patterns, read as timm reads them: the first that fits gives the place, what fits none comes last.
+
+    Args:
+        net: the network.
+        matcher: of ``group_matcher``: a pattern, or a list of patterns with suffixes, by name and in order.
+    """
+    rules = [
+        (place, re.compile(pattern), suffix)
+        for place, spec in enumerate(matcher.values())
+        for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec)
+    ]
+    last = (float("inf"),)
+    at: dict[str, tuple[float, ...]] = {}
+    into_before = set()
+    for name, _ in net.named_parameters():
+        for place, pattern, suffix in rules:
+            if m := pattern.match(name):
+                numbers = [float(v) for v in m.groups() if v is not None]
+                at[name] = (place, *numbers, *(suffix or ()))
+                if suffix == (99999,):  # timm's mark of what belongs to the group before
+                    into_before.add(at[name])
+                break
+        else:
+            at[name] = last
+    depth, number = {}, -1
+    for place in sorted(set(at.values())):
+        number += place not in into_before or number < 0
+        depth[place] = number
+    return {name: depth[place] for name, place in at.items()}
+
+
+def level_depths(net: nn.Module, group: int) -> dict[str, int]:
+    """Depths in a network of levels: as many whole steps of a level share one as hold ``group`` residual functions.
+
+    A transition belongs to the first steps after it, norms after the last level to the head.
+
+    Args:
+        net: has ``levels``, and may have ``transitions``.
+        group: residual functions, at least one step.
+    """
+    places: dict[tuple[int, int], int] = {}
+    transitions = list(getattr(net, "transitions", ()))
+    depth = 0
+    for level, stack in enumerate(net.levels):  # type: ignore[arg-type]
+        # A RevNet's transition is a step of its own, the first of its level.
+        depth += (first := level < len(transitions) and isinstance(transitions[level], Stack))
+        places[level, -1] = depth if first else depth + 1
+        for steps in _together(stack, group):
+            depth += 1
+            places.update({(level, step): depth for step in steps})
+    found = {}
+    for name, _ in net.named_parameters():
+        if m := _TRANSITION.match(name):
+            found[name] = places[int(m[1]), -1]
+        elif m := _STEP.match(name):
+            found[name] = places[int(m[1]), int(m[2] or 0)]
+        else:
+            found[name] = 0 if name.startswith(_STEM) else depth + 1
+    return found
+
+
+def _together(stack: nn.Module, group: int) -> Iterator[list[int]]:
+    """The steps of a level that share a depth; a level that is no stack, is empty or shares its weights, is one."""
+    if not isinstance(stack, Stack) or any(step.fs is None for step in stack.steps):
+        yield [0]
+        return
+    held, steps = 0, []
+    for number, step in enumerate(stack.steps):
+        count = len(step.fs)  # type: ignore[arg-type]
+        if steps and held + count > group:
+            yield steps
+            held, steps = 0, []
+        held += count
+        steps.append(number)
+    yield steps or [0]
+
+
+def grid_depths(net: nn.Module, blocks: Sequence[int], per_block: int = 1) -> dict[str, int]:
+    """Depths in a grid of columns and levels: 1 + b + c for block b of column c, counted over the levels of a column.
+
+    This is the shortest way through the grid to the block. What joins the levels lies with the first block after it, a
+    column's factors with its first block, all else after the last one.
+
+    Args:
+        net: its ``columns`` are a ``Stack``.
+        blocks: of each level.
+        per_block: modules in the list ``blocks`` that make a block.
+
+    Source:
+        Cai et al. 2023, arXiv 2212.11696: the optimiser of the released code, for fine-tuning.
+    """
+    before = [sum(blocks[:level]) for level in range(len(blocks))]
+    columns = len(net.columns.steps)  # type: ignore[union-attr,arg-type]
+    found = {}
+    for name, _ in net.named_parameters():
+        if m := _GRID.match(name):
+            block = 0 if m[2] == "g" else before[int(m[3])] + int(m[4] or 0) // per_block
+            found[name] = 1 + block + int(m[1])
+        elif name.startswith("idle."):
+            found[name] = 1  # factors of the first column
+        else:
+            found[name] = 0 if name.startswith("stem.") else sum(blocks) + columns
+    return found

@@ -1,0 +1,171 @@
+"""What an optimiser is given: groups of parameters with rates that decay from layer to layer, and what stays frozen."""
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from schemes import SchemeError
+
+from ..continuous import dimensions
+from ..models.depth import parameter_depths
+from ..names import closest
+
+KINDS = ("weights", "vectors", "steps")
+
+
+def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Parameters in up to three groups: decayed, not decayed, and learned step sizes with a decay of their own.
+
+    Norms, biases and other vectors get no weight decay. A step size is a parameter named `h` or `step_size`. A group of
+    weights carries no `weight_decay` entry, so it takes the optimiser's. With a decay from layer to layer there are as
+    many for each depth, from the head to the stem, whose `lr_scale` is layer_decay^(deepest - depth).
+
+    Args:
+        net: the network; frozen parameters are left out.
+        step_weight_decay: of learned step sizes.
+        layer_decay: factor of the learning rate from a depth to the one before; see ``odenets.models.depth``.
+
+    Raises:
+        SchemeError: a decay outside (0, 1], a network that does not say how deep its parameters lie, or one that is
+            frozen altogether.
+
+    Source:
+        Clark et al. 2020, ELECTRA, arXiv 2003.10555; Bao et al. 2021, BEiT, arXiv 2106.08254.
+    """
+    if not 0 < layer_decay <= 1:
+        raise SchemeError(f"layer_decay is {layer_decay}; want more than 0, and 1 at most\n  1 is one rate for all.")
+    depths = parameter_depths(net) if layer_decay < 1 else {}
+    deepest = max(depths.values(), default=0)
+    options = {"vectors": {"weight_decay": 0.0}, "steps": {"weight_decay": step_weight_decay}}
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for name, p, kind in _kinds(net):
+        depth = depths.get(name, 0)
+        key = -depth, KINDS.index(kind)
+        if key not in found:
+            found[key] = {"params": [], **options.get(kind, {})}
+            if depths:
+                found[key] |= {"lr_scale": layer_decay ** (deepest - depth), "depth": depth}
+        found[key]["params"].append(p)
+    if not found:
+        raise SchemeError("all of the network is frozen, and there is nothing to train\n  Leave a part out of frozen.")
+    return [found[key] for key in sorted(found)]
+
+
+def _kinds(net: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """The trained parameters, and how weight decay takes them."""
+    dims = dimensions(net)  # a bias that is a function of depth is no matrix
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            step = name.rpartition(".")[2] in ("h", "step_size")
+            yield name, p, "steps" if step else "weights" if dims[id(p)] > 1 else "vectors"
+
+
+def set_rates(optimizer: Optimizer, lr: float | None = None) -> Optimizer:
+    """Gives each group its share of the learning rate.
+
+    Args:
+        optimizer: just built, all groups at its learning rate.
+        lr: another learning rate; None takes the optimiser's.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = (group["lr"] if lr is None else lr) * group.get("lr_scale", 1.0)
+    return optimizer
+
+
+def group_rows(net: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """A row for each group of an optimiser: depth, rates, how many parameters, and the modules that they are of."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    rows = []
+    for group in optimizer.param_groups:
+        parts = dict.fromkeys(_part(names[id(p)]) for p in group["params"] if id(p) in names)
+        rows.append(
+            {
+                "depth": group.get("depth"),
+                "scale": group.get("lr_scale", 1.0),
+                "lr": float(group["lr"]),
+                "weight_decay": group.get("weight_decay", 0.0),
+                "tensors": len(group["params"]),
+                "parameters": sum(p.numel() for p in group["params"]),
+                "parts": list(parts),
+            }
+        )
+    return rows
+
+
+def table_of_groups(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of ``group_rows`` as text, a line each."""
+    titles = ("depth", "scale", "lr", "weight decay", "tensors", "parameters", "parts")
+    lines = [titles]
+    for row in rows:
+        parts = row["parts"]
+        shown = ", ".join(parts if len(parts) < 4 else [*parts[:2], "...", parts[-1]])
+        depth = "" if row["depth"] is None else str(row["depth"])
+        figures = (f"{row['scale']:.4g}", f"{row['lr']:.4g}", f"{row['weight_decay']:.4g}")
+        lines.append((depth, *figures, str(row["tensors"]), f"{row['parameters']:,}", shown))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles) - 1)]
+    return "\n".join("  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines)
+
+
+def _part(name: str) -> str:
+    """The module of a parameter, as people tell them apart: `levels.0.steps.1`, `columns.steps.2.fs.0.blocks.1`."""
+    words = name.split(".")
+    if words[0] == "levels":
+        return ".".join(words[:4])
+    last = max((i for i, word in enumerate(words) if word.isdigit()), default=0)
+    return ".".join(words[: last + 1])
+
+
+class Frozen:
+    """Which parts of a network stay as they are.
+
+    Args:
+        net: the network.
+        patterns: names of modules or parameters, with shell wildcards; one that begins with `!` takes parts out again.
+
+    Raises:
+        SchemeError: a pattern that no part has; the closest names are given.
+
+    Example:
+        >>> from odenets import create_model
+        >>> net = create_model("resnet20")
+        >>> frozen = Frozen(net, ["*", "!head"])
+        >>> frozen("stem.conv.weight"), frozen("head.bias")
+        (True, False)
+    """
+
+    def __init__(self, net: nn.Module, patterns: Sequence[str]) -> None:
+        self.patterns = tuple(patterns)
+        names = [name for name, _ in net.named_parameters()]
+        for pattern in self.patterns:
+            if not any(_fits(name, pattern.removeprefix("!")) for name in names):
+                parts = [name for name, _ in net.named_modules() if name] + names
+                near = closest(pattern.removeprefix("!"), parts)
+                hint = f"Closest: {', '.join(near)}" if near else f"Its parts: {', '.join(dict(net.named_children()))}"
+                raise SchemeError(f"frozen: {pattern!r} is no part of {type(net).__name__}\n  {hint}")
+
+    def __call__(self, name: str) -> bool:
+        frozen = False
+        for pattern in self.patterns:
+            if _fits(name, pattern.removeprefix("!")):
+                frozen = not pattern.startswith("!")
+        return frozen
+
+    def apply(self, net: nn.Module) -> None:
+        """Takes the frozen parameters out of training."""
+        for name, p in net.named_parameters():
+            if self(name):
+                p.requires_grad_(False)
+
+    def hold(self, net: nn.Module) -> None:
+        """Puts norms with running statistics in frozen parts into evaluation, so that their statistics do not move."""
+        for name, m in net.named_modules():
+            if isinstance(getattr(m, "running_mean", None), Tensor) and self(f"{name}.running_mean"):
+                m.eval()
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern is that of a name, or of a module that holds it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
