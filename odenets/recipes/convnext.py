@@ -126,11 +126,12 @@ LARGER = {
     "large": (0.1, 0.3, "86.6", "87.5"),
     "xlarge": (0.2, 0.4, "87.0", "87.8"),
 }
-FALLS = "the rates of the paper fall by {} from layer to layer of depth; here all are equal."
-NEW = "it starts from new weights unless those after {} are given."
+NEW = "it starts from the weights after {}: --weights FILE; without them from new ones."
+# As published, though the classes are the same.
+NEW_HEAD: Settings = {"adapt": {"new_head": True}}
 
 
-def _tuned(side: int) -> Settings:
+def _tuned(side: int, decay: float) -> Settings:
     return training(
         *(IMAGENET, adamw(5e-5, 1e-8), cosine(0, 0.02)),
         epochs=30,
@@ -140,6 +141,7 @@ def _tuned(side: int) -> Settings:
         pictures=large(size=side, **({"inner": 1.0} if side > 224 else {})),
         smoothing=0.1,
         channels_last=True,
+        layer_decay=decay,
     )
 
 
@@ -164,12 +166,19 @@ def _larger() -> Iterator[Recipe]:
         )
         for side, top1 in zip((224, 384), accuracies, strict=True):
             yield _recipe(
-                *(f"{model}_22k_ft{side}", f"{letter}, {side} pixels, after 22K", model, "table 1", top1, _tuned(side)),
+                *(
+                    f"{model}_22k_ft{side}",
+                    f"{letter}, {side} pixels, after 22K",
+                    model,
+                    "table 1",
+                    top1,
+                    _tuned(side, 0.8),
+                ),
                 {"drop_path_rate": after, "head_init_scale": 0.001},
-                FALLS.format(0.8),
                 "the stochastic depth and the least rate of this stage are not known here; these are ours.",
                 NEW.format("ImageNet-22K"),
                 stage="fine-tune",
+                file="convnext_base_from_22k.yaml" if (name, side) == ("base", 224) else "",
                 needs="weights after ImageNet-22K and GPUs",
                 parameters=PARAMETERS[name],
             )
@@ -180,9 +189,8 @@ def _fine_tuned() -> Iterator[Recipe]:
     for name, rate, top1 in (("base", 0.8, "85.1"), ("large", 0.95, "85.5")):
         model, letter = f"convnext_{name}", LETTERS[name]
         yield _recipe(
-            *(f"{model}_ft384", f"{letter}, 384 pixels", model, "table 1", top1, _tuned(384)),
+            *(f"{model}_ft384", f"{letter}, 384 pixels", model, "table 1", top1, NEW_HEAD | _tuned(384, 0.7)),
             {"drop_path_rate": rate, "head_init_scale": 0.001},
-            FALLS.format(0.7),
             NEW.format("ImageNet-1K"),
             stage="fine-tune",
             needs="weights after ImageNet-1K and GPUs",

@@ -211,7 +211,7 @@ def _published() -> Iterator[Recipe]:
         file = "rdnet_tiny.yaml" if name == "tiny" else ""
         more: dict[str, Any] = {"recompute": True, "drop_path_rate": rate, "parameters": parameters, "file": file}
         yield _recipe(f"rdnet_{name}", size, f"rdnet_{name}", tuple(where), AGAIN, **more)
-    tuned = training(
+    tuned = {"adapt": {"new_head": True}} | training(
         *(IMAGENET, adamw(2e-5, 1e-8), cosine(5, 0.05)),
         epochs=30,
         batch=512,
@@ -220,13 +220,14 @@ def _published() -> Iterator[Recipe]:
         pictures=large("random", 384, inner=1.0),
         smoothing=0.1,
         channels_last=True,
+        layer_decay=0.7,
     )
     yield _recipe(
         *("rdnet_large_ft384", "L, 384 pixels", "rdnet_large", (("table 2", "85.8 % top-1"),), AGAIN),
-        "the rates of the paper fall by 0.7 for every three mixers of depth; here all are equal.",
-        "it starts from new weights unless those after ImageNet-1K at 224 pixels are given.",
+        "it starts from the weights after ImageNet-1K at 224 pixels: --weights FILE; without them from new ones.",
         settings=tuned,
         stage="fine-tune",
+        file="rdnet_large_384.yaml",
         parameters=186_269_632,
         recompute=True,
         drop_path_rate=0.6,

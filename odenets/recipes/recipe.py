@@ -83,7 +83,7 @@ class Recipe:
         data: what it is trained on.
         stage: "train", "pretrain" (on data of other classes than it is judged on) or "fine-tune".
         model: a registered model, or the path of a function or class that builds one.
-        training: the configuration without the network: ``model``, ``data``, ``trainer``.
+        training: the configuration without the network: ``model``, ``data``, ``trainer``, and what else there is.
         options: what the row changes of the network.
         published: (table or figure, figure) wherever the row stands; the figure is empty where it is not known here.
         hardware: of the paper.
@@ -136,6 +136,7 @@ class Recipe:
         return {
             "seed_everything": 0,
             "run_dir": f"runs/{self.name}",
+            **{key: part for key, part in parts.items() if key not in ("model", "data", "trainer")},
             "model": {"class_path": model["class_path"], "init_args": init_args},
             "data": parts["data"],
             "trainer": parts["trainer"],
@@ -175,7 +176,7 @@ class Recipe:
             shown.setdefault(figure, []).append(where)
         figures = [f"{figure} ({', '.join(where)})" for figure, where in shown.items() if figure]
         lines = [
-            f"lightning fit -c recipe:{self.name}{self.data.option}",
+            f"lightning fit -c recipe:{self.name}{self.data.option}{' --weights FILE' * (self.stage == 'fine-tune')}",
             "",
             f"{self.family} {self.size} on {self.data.name}, {self.stage}.",
             f"Source: {self.paper.source}{f', {self.published[0][0]}' if self.published else ''}.",

@@ -158,6 +158,7 @@ def _fine_tuned() -> Iterator[Recipe]:
             smoothing=0.1,
             clip=clip,
             ema=ema,
+            layer_decay=decay,
         )
         before = "ImageNet-22K" if name != "huge" else "168 million pictures that are not public"
         yield Recipe(
@@ -169,11 +170,11 @@ def _fine_tuned() -> Iterator[Recipe]:
             (("ImageNet-22K" if name != "huge" else "foundation models", top1),),
             differs=(
                 RATE.format(f"{lr:g}"),
-                f"the rates of the paper fall by {decay} from layer to layer of depth; here all are equal.",
-                f"it starts from new weights unless those after {before} are given.",
+                f"it starts from the weights after {before}: --weights FILE; without them from new ones.",
             ),
             needs="weights after ImageNet-22K and GPUs" if name != "huge" else "pictures that are not public",
             parameters=PLAIN[name],
+            file="revcol_base_from_22k.yaml" if (name, side) == ("base", 384) else "",
         )
 
 
