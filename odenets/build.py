@@ -67,7 +67,7 @@ def called(f: Any, what: str) -> nn.Module:
             f"  Make one of it: {f.__name__}(...)."
         )
     if not isinstance(f, nn.Module):
-        return FunctionModule(f)
+        return FunctionModule(f)  # type: ignore[arg-type]
     # Looked up and not called for: a scripted module makes its forward when it is asked.
     if inspect.getattr_static(f, "forward", None) is inspect.getattr_static(nn.Module, "forward"):
         raise SchemeError(
@@ -119,7 +119,7 @@ def example_of(given: Any) -> Any:
     """
     if isinstance(given, Tensor) or (isinstance(given, tuple) and given and isinstance(given[0], Tensor)):
         return given
-    sizes = list(given) if isinstance(given, (list, tuple)) else [None]
+    sizes: list[Any] = list(given) if isinstance(given, (list, tuple)) else [None]
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
         raise SchemeError(
             f"Stack: example is {shorten(repr(given), 60)}, want a tensor or the shape of one, such as (8, 3, 32, 32)."

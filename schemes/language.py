@@ -39,7 +39,7 @@ def shorten(text: str, limit: int = 240) -> str:
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """A hint for an unknown name: the closest known ones, or the first few."""
     known = sorted(known)
-    near = names.closest(name, known, limit, 0.5)
+    near = closest_names(name, known, limit, 0.5)
     if near:
         return f"the closest are {', '.join(near)}"
     return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"

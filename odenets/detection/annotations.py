@@ -363,8 +363,8 @@ def _categories(path: Path, entries: Sequence[Any]) -> tuple[list[int], list[str
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path}: a category lacks its id or its name\n  Give each both") from None
     ids, names = [number for number, _ in found], [name for _, name in found]
-    checked: tuple[tuple[str, list[Any]], ...] = (("id", ids), ("name", names))
-    for what, values in checked:
+    columns: dict[str, list[Any]] = {"id": ids, "name": names}
+    for what, values in columns.items():
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise DataError(f"{path}: two categories have the {what} {twice!r}\n  Give each its own")

@@ -253,7 +253,7 @@ class DeformableDETR(DETR):
         config = DeformableDetrConfig(
             backbone_config=backbone,
             num_feature_levels=count,
-            num_labels=self.num_classes,
+            num_labels=self.num_classes,  # type: ignore[call-arg]
             with_box_refine=True,
             auxiliary_loss=True,
             disable_custom_kernels=True,
@@ -361,7 +361,7 @@ class RTDETR(DETR):
             encode_proj_layers=[count - 1],
             decoder_in_channels=[self.width] * count,
             num_feature_levels=count,
-            num_labels=self.num_classes,
+            num_labels=self.num_classes,  # type: ignore[call-arg]
             **self.options,
         )
         detr = RTDetrForObjectDetection(config)

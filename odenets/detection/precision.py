@@ -38,7 +38,7 @@ class Found(NamedTuple):
     def best(self, count: int = MOST) -> "Found":
         """The detections of the highest scores, on the CPU."""
         order = self.scores.argsort(descending=True, stable=True)[:count]
-        return Found(*(None if part is None else part[order].cpu() for part in self))
+        return Found(*(None if part is None else part[order].cpu() for part in self))  # type: ignore[arg-type]
 
 
 def rows(found: Found) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def _counted(held: Mapping[int, tuple[Sequence[Any], Sequence[Any], Sequence[int
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress, and a table
         for coco in sides:
             coco.createIndex()
-        counted = COCOeval(sides[0], sides[1], kind)
+        counted = COCOeval(sides[0], sides[1], kind)  # type: ignore[arg-type]
         counted.evaluate()
         counted.accumulate()
         if not pictures or not labels:  # pycocotools fails on a set without any object

@@ -39,10 +39,11 @@ def parameter_depths(net: nn.Module) -> dict[str, int]:
         >>> found["stem.conv.weight"], found["levels.2.steps.0.fs.0.conv1.weight"], found["head.weight"]
         (0, 7, 10)
     """
-    own = getattr(net, "parameter_depths", None)
+    own: Any = getattr(net, "parameter_depths", None)
     if callable(own):
         return own()
-    if callable(matcher := getattr(net, "group_matcher", None)):
+    matcher: Any = getattr(net, "group_matcher", None)
+    if callable(matcher):
         return matched_depths(net, matcher(coarse=False))
     raise SchemeError(
         f"{type(net).__name__} does not say how deep its parameters lie, which a decay from layer to layer needs\n"

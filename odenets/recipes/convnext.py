@@ -138,7 +138,7 @@ def _tuned(side: int, decay: float) -> Settings:
         batch=512,
         at_once=64 if side == 224 else 32,
         augment=UNMIXED,
-        pictures=large(size=side, **({"inner": 1.0} if side > 224 else {})),
+        pictures=large(size=side, **(dict[str, Any](inner=1.0) if side > 224 else {})),
         smoothing=0.1,
         channels_last=True,
         layer_decay=decay,

@@ -154,7 +154,7 @@ def _fine_tuned() -> Iterator[Recipe]:
             at_once=128 if side == 224 else 32 if side == 384 else 8,
             augment=UNMIXED,
             # Above 224 pixels the released code resizes the whole picture to evaluate it.
-            pictures=large(size=side, **({"inner": 1.0} if side > 224 else {})),
+            pictures=large(size=side, **(dict[str, Any](inner=1.0) if side > 224 else {})),
             smoothing=0.1,
             clip=clip,
             ema=ema,

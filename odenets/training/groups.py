@@ -98,7 +98,7 @@ def group_rows(net: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
 def table_of_groups(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of ``group_rows`` as text, a line each."""
     titles = ("depth", "scale", "lr", "weight decay", "tensors", "parameters", "parts")
-    lines = [titles]
+    lines: list[tuple[str, ...]] = [titles]
     for row in rows:
         parts = row["parts"]
         shown = ", ".join(parts if len(parts) < 4 else [*parts[:2], "...", parts[-1]])
