@@ -1,0 +1,226 @@
+"""Coloured shapes on texture, drawn with their masks and boxes: a data set for segmentation and detection.
+
+Four kinds of shape, turned, of any size, which may hide a part of each other. Colour is a hint of the kind and no
+proof, since the ranges of hues overlap. Each picture is a function of the seed and its number alone::
+
+    python -m odenets.shapes FOLDER --train 2000 --val 200 --size 64
+
+writes ``images/train/000000.png``, the class of each pixel as ``masks/train/000000.png``, and the boxes and masks of
+the shapes as ``annotations/train.json`` in the format of COCO; the same for ``val``.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CLASSES = ("background", "disc", "square", "triangle", "cross")
+MOST = 4  # shapes of a picture
+_HIDDEN = 0.4  # share of a shape that others may hide
+_EMPTY = 1 / 16  # share of pictures without a shape
+
+
+class Shape(NamedTuple):
+    """One shape of a picture.
+
+    Attributes:
+        label: its class, from 1 on; 0 is the background.
+        box: left, top, right, bottom of what is seen of it, in edges of pixels: right - left is its width.
+        mask: bool (h, w), the pixels where it is seen.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    mask: NDArray[np.bool_]
+
+
+class Drawing(NamedTuple):
+    """A picture and what it shows.
+
+    Attributes:
+        picture: uint8 (h, w, 3).
+        mask: uint8 (h, w), the class of each pixel.
+        shapes: from the back to the front; none for some pictures.
+    """
+
+    picture: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    shapes: list[Shape]
+
+
+def draw(index: int, size: int = 64, seed: int = 0) -> Drawing:
+    """Draws a picture.
+
+    Args:
+        index: its number.
+        size: its side in pixels, 16 or more.
+        seed: of all pictures of a set.
+
+    Raises:
+        ValueError: a size that no shape fits in.
+
+    Example:
+        >>> drawing = draw(7, size=32)
+        >>> drawing.picture.shape, drawing.mask.shape, [CLASSES[shape.label] for shape in drawing.shapes]
+        ((32, 32, 3), (32, 32), ['square'])
+    """
+    if size < 16:
+        raise ValueError(f"draw: size={size}; wants 16 pixels or more")
+    random = np.random.default_rng([seed, index])
+    levels = _texture(random, size)
+    seen: list[NDArray[np.bool_]] = []
+    whole: list[int] = []
+    labels: list[int] = []
+    for _ in range(0 if random.random() < _EMPTY else int(random.integers(1, MOST + 1))):
+        label, inside, light = _shape(random, size)
+        left = [mask & ~inside for mask in seen]
+        # One that would hide most of another is left out; the first one never is.
+        if any(mask.sum() < (1 - _HIDDEN) * pixels for mask, pixels in zip(left, whole, strict=True)):
+            continue
+        seen, whole, labels = [*left, inside], [*whole, int(inside.sum())], [*labels, label]
+        levels[inside] = (_color(random, label) * light[..., None])[inside]
+    levels += random.normal(0, 0.03, levels.shape)
+    mask = np.zeros((size, size), dtype=np.uint8)
+    for label, inside in zip(labels, seen, strict=True):
+        mask[inside] = label
+    picture = (levels.clip(0, 1) * 255).round().astype(np.uint8)
+    shapes = [Shape(label, _box(inside), inside) for label, inside in zip(labels, seen, strict=True)]
+    return Drawing(picture, mask, shapes)
+
+
+def _texture(random: np.random.Generator, size: int) -> NDArray[np.float64]:
+    """Smooth noise of three scales around a colour, (size, size, 3)."""
+    levels = np.broadcast_to(random.uniform(0.25, 0.75, 3), (size, size, 3)).copy()
+    for cells, strength in ((3, 0.15), (8, 0.12), (size // 2, 0.06)):
+        grid = random.normal(0, strength, (cells + 1, cells + 1, 3))
+        place = np.linspace(0, cells, size, endpoint=False)
+        low = place.astype(int)
+        share = place - low
+        rows = grid[low] * (1 - share)[:, None, None] + grid[low + 1] * share[:, None, None]
+        levels += rows[:, low] * (1 - share)[:, None] + rows[:, low + 1] * share[:, None]
+    return levels
+
+
+def _shape(random: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool_], NDArray[np.float64]]:
+    """A class, the pixels inside, and the light on each, which falls off across the shape."""
+    label = int(random.integers(1, len(CLASSES)))
+    radius = size * random.uniform(0.12, 0.28)
+    x0, y0 = random.uniform(radius, size - radius, 2)
+    turn = random.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[0:size, 0:size] + 0.5
+    u = ((x - x0) * np.cos(turn) + (y - y0) * np.sin(turn)) / radius
+    v = ((y - y0) * np.cos(turn) - (x - x0) * np.sin(turn)) / radius
+    across, along = np.abs(u), np.abs(v)
+    if label == 1:
+        inside = u**2 + v**2 < 0.8
+    elif label == 2:
+        inside = np.maximum(across, along) < 0.72
+    elif label == 3:
+        # Below three lines at distance 1/2 of the middle, at angles of 120 degrees.
+        inside = np.maximum.reduce([-v, (v + np.sqrt(3) * u) / 2, (v - np.sqrt(3) * u) / 2]) < 0.5
+    else:
+        inside = (np.maximum(across, along) < 0.95) & (np.minimum(across, along) < 0.3)
+    return label, inside, 0.85 + 0.15 * u
+
+
+def _color(random: np.random.Generator, label: int) -> NDArray[np.float64]:
+    """A colour (3,) whose hue is near that of the class; neighbouring classes share a sixth of theirs."""
+    hue = ((label - 1) / 4 + random.uniform(-0.15, 0.15)) % 1
+    value, saturation = random.uniform(0.7, 1.0), random.uniform(0.5, 1.0)
+    # Red is full around 0, green and blue around 1/3 and 2/3 of the circle.
+    away = np.abs((hue - np.array([0, 1 / 3, 2 / 3]) + 0.5) % 1 - 0.5) * 6
+    ramp = np.clip(2 - away, 0, 1)
+    return value * (1 - saturation * (1 - ramp))
+
+
+def _box(inside: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    columns, rows = (np.flatnonzero(inside.any(axis)) for axis in (0, 1))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
+    """COCO's run lengths of a mask (h, w): pixels outside, inside, outside and so on, down the columns.
+
+    Example:
+        >>> run_lengths(np.array([[False, True], [True, True]]))
+        [1, 3]
+    """
+    flat = np.concatenate([[False], mask.flatten(order="F"), [not mask[-1, -1]]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    return [int(edge) for edge in np.diff(edges, prepend=0)]
+
+
+def coco(drawings: Sequence[Drawing], names: Sequence[str]) -> dict[str, Any]:
+    """The annotations of some pictures in the format of COCO; the ids of pictures and shapes count from 1."""
+    images, annotations = [], []
+    for number, (drawing, name) in enumerate(zip(drawings, names, strict=True), 1):
+        height, width = drawing.mask.shape
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        for label, (left, top, right, bottom), mask in drawing.shapes:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": [height, width], "counts": run_lengths(mask)},
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES) if number]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int = 0) -> None:
+    """Writes pictures, masks and annotations, see the head of this module.
+
+    Args:
+        folder: where to; it must be empty, or not there.
+        splits: pictures of each split. They are numbered on from split to split, so that no two are the same.
+        size: side of the pictures.
+        seed: of the pictures.
+
+    Raises:
+        ValueError: the folder holds something.
+    """
+    from PIL import Image
+
+    root = Path(folder)
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"{root} is not empty\n  Give another folder, or empty this one")
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    numbers = itertools.count()
+    for split, count in splits.items():
+        drawings = [draw(next(numbers), size, seed) for _ in range(count)]
+        names = [f"{i:06d}.png" for i in range(count)]
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for drawing, name in zip(drawings, names, strict=True):
+            Image.fromarray(drawing.picture).save(root / "images" / split / name)
+            Image.fromarray(drawing.mask).save(root / "masks" / split / name)
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(coco(drawings, names)))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command, see the head of this module."""
+    parser = argparse.ArgumentParser(prog="python -m odenets.shapes", description="Draws coloured shapes on texture.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=2000, help="pictures to train on")
+    parser.add_argument("--val", type=int, default=200, help="pictures to validate on")
+    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(words)
+    try:
+        write(given.folder, {"train": given.train, "val": given.val}, given.size, given.seed)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
