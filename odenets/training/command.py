@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -54,6 +55,7 @@ from .options import check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
 
+MONITOR = "val/acc"  # what the best checkpoint is best in, unless the configuration or the module says otherwise
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
 QUIET = (
     ".*does not have many workers.*",
@@ -138,7 +140,7 @@ class Command(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/acc",
+                "checkpoint.monitor": MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
@@ -250,8 +252,10 @@ class Command(LightningCLI):
             callbacks = self._around(callbacks, settings, kwargs["enable_checkpointing"])
         elif kwargs["enable_checkpointing"]:
             callbacks += [self._best(settings)]
-        if self.subcommand == "predict" and not has(callbacks, Predictions):
-            callbacks.append(Predictions(self.folder / "predictions.csv"))
+        if self.subcommand == "predict" and not has(callbacks, BasePredictionWriter):
+            # What a module predicts that is no class, it writes itself.
+            writer = getattr(self.model, "prediction_writer", None)
+            callbacks.append(writer(self.folder) if writer else Predictions(self.folder / "predictions.csv"))
         self.save_config_callback = type("SavedConfig", (SavedConfig,), {"resolved": self.resolved})
         return super().instantiate_trainer(**kwargs, callbacks=[Agreement(), *callbacks])
 
@@ -287,6 +291,8 @@ class Command(LightningCLI):
 
     def _best(self, settings: Any) -> ModelCheckpoint:
         best = settings.checkpoint
+        if best.monitor == MONITOR:  # a module that has no such figure says which one counts
+            best.monitor = getattr(self.model, "monitor", MONITOR)
         best.dirpath, best._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
         best.save_last = None  # another callback's: Lightning's writes `last` only where `best` improves
         return best
