@@ -1,5 +1,6 @@
 """Training on pictures with Lightning: the module, the data, augmentation, schedules and callbacks."""
 
+from importlib import import_module
 from typing import Any
 
 from schemes.deprecation import warn_renamed
@@ -26,8 +27,14 @@ from .supervision import SupervisedClassifier as SupervisedClassifier
 from .supervision import SupervisionLoss as SupervisionLoss
 
 
+# Their packages import this one, and need more than classification does.
+_ELSEWHERE = {"Segmenter": "odenets.segmentation"}
+
+
 def __getattr__(name: str) -> Any:
     if name == "Report":  # the name until 0.2; a checkpoint's report is another thing
         warn_renamed("odenets.training.Report", "RunSummary")
         return RunSummary
+    if name in _ELSEWHERE:
+        return getattr(import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
