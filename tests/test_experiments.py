@@ -7,6 +7,7 @@ import pytest
 from training.pictures import write_folder, write_parquet
 from training.texts import write_texts
 
+from odenets import shapes
 from odenets.training.command import run
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
@@ -32,6 +33,12 @@ CHEAPER = {
         *("--model.net.channels", "[4, 8, 16, 32]", "--model.net.blocks", "[1, 1, 1, 1]"),
         *("--data.size", "64", "--data.num_workers", "0"),
     ],
+    "shapes_upernet": ["--data.train", "32", "--data.val", "16", "--data.size", "32"],
+    "ade20k_upernet_revcol_tiny": [
+        *("--model.net.options", "{channels: [4, 8, 16, 32], blocks: [1, 1, 1, 1]}", "--model.net.width", "8"),
+        *("--data.short", "32", "--data.crop", "32", "--data.num_workers", "0", "--model.inference.window", "32"),
+        *("--model.inference.stride", "16", "--trainer.precision", "32", "--data.batch_size", "4"),
+    ],
     "ho_resnet50": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
 }
 
@@ -43,6 +50,7 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         write_parquet(root / name / "train.parquet", 2 * classes, classes, label_key=key)
         write_parquet(root / name / "test.parquet", classes, classes, label_key=key)
     write_folder(root / "imagenet", 3, 4, size=(120, 100))
+    shapes.write(root / "shapes", {"train": 8, "val": 2}, size=32)
     write_texts(root / "wmt" / "train.parquet", 8)
     write_texts(root / "wmt" / "validation.parquet", 4)
     return {
@@ -53,6 +61,7 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         "rdnet_tiny": root / "imagenet",
         "revcol_tiny": root / "imagenet",
         "wmt_translation": root / "wmt",
+        "ade20k_upernet_revcol_tiny": root / "shapes",
     }
 
 
@@ -64,7 +73,8 @@ def test_runs(file, pictures, tmp_path, monkeypatch):
     args += [*CHEAPER.get(file.stem, []), "--trainer.enable_progress_bar", "false"]
     root = pictures.get(file.stem, pictures.get(file.stem.split("_")[0]))
     command = run([*args, *(["--data.root", str(root)] if root else [])])
-    assert command.trainer.global_step == 1 and "val/acc" in command.trainer.callback_metrics
+    figure = getattr(command.model, "monitor", "val/acc")
+    assert command.trainer.global_step == 1 and figure in command.trainer.callback_metrics
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

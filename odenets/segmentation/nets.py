@@ -146,6 +146,7 @@ class UPerNet(_OnMaps):
         width: channels of the head.
         auxiliary: what the auxiliary head weighs in the loss; 0 leaves it out.
         auxiliary_width: its channels.
+        dropout: share of the channels that either head loses before its scores, in training.
         weights: a file with the weights of the model, trained as a classifier.
         weights_classes: how many classes that classifier told apart; None is the model's own number.
 
@@ -167,6 +168,7 @@ class UPerNet(_OnMaps):
         ['auxiliary', 'loss']
     """
 
+    # long: half of it is its parameters, a line each
     def __init__(
         self,
         model: str = "convnext_tiny",
@@ -178,6 +180,7 @@ class UPerNet(_OnMaps):
         width: int = 512,
         auxiliary: float = 0.4,
         auxiliary_width: int = 256,
+        dropout: float = 0.1,
         weights: str | None = None,
         weights_classes: int | None = None,
     ):
@@ -201,8 +204,12 @@ class UPerNet(_OnMaps):
                 loss_ignore_index=IGNORED,
             )
         )
+        self.dropout = dropout
         if self.net.auxiliary_head is not None:
             self.net.auxiliary_head.in_index = third  # 2 whatever there is, in transformers
+        for head in (self.net.decode_head, self.net.auxiliary_head):
+            if head is not None and dropout:  # transformers' heads have none; a hook leaves their keys as they are
+                head.classifier.register_forward_pre_hook(self._drop)
         self._take(self.net.backbone)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
@@ -222,6 +229,9 @@ class UPerNet(_OnMaps):
         if self.net.auxiliary_head is not None:
             losses["auxiliary"] = self.auxiliary * pixel_cross_entropy(self.net.auxiliary_head(maps), y)  # type: ignore[operator]
         return losses
+
+    def _drop(self, classifier: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (F.dropout2d(args[0], self.dropout, self.training),)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Their softmax."""

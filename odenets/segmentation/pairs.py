@@ -4,8 +4,8 @@ In a folder, pictures and masks lie in two folders beside each other, which hold
 
     images/train/a/1.jpg   masks/train/a/1.png          train/images/1.jpg   train/masks/1.png
 
-Both are named as usual (``images``, ``leftImg8bit``; ``masks``, ``annotations``, ``labels``, ``gtFine``) or are given. A
-mask belongs to the picture of the same path, what its file name ends in left out: 1.jpg and 1.png, or, where
+Both are named as usual (``images``, ``leftImg8bit``; ``masks``, ``annotations``, ``labels``, ``gtFine``) or are given.
+A mask belongs to the picture of the same path, what its file name ends in left out: 1.jpg and 1.png, or, where
 ``image_suffix="_leftImg8bit"`` and ``mask_suffix="_gtFine_labelIds"``, 1_leftImg8bit.png and 1_gtFine_labelIds.png.
 """
 
