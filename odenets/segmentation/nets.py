@@ -98,7 +98,7 @@ def _backbone(
 class _OnMaps(SegmentationNet):
     """What networks of a model and a head share: weights of the model, and the sizes of its maps."""
 
-    net: nn.Module
+    net: Any
 
     def _begin(self, config: Any, num_classes: int, weights: str | None, weights_classes: int | None) -> None:
         """Notes what the maps are; reads the model's weights, which may be wrong, before any head is drawn."""
@@ -185,6 +185,9 @@ class UPerNet(_OnMaps):
         weights_classes: int | None = None,
     ):
         super().__init__()
+        if min(width, auxiliary_width) < 1 or auxiliary < 0 or not 0 <= dropout < 1:
+            figures = f"width={width}, auxiliary_width={auxiliary_width}, auxiliary={auxiliary}, dropout={dropout}"
+            raise SchemeError(f"UPerNet: {figures}; want channels, a weight of 0 or more, and a share below 1")
         config = _backbone(model, in_chans, scheme, backprop, options)
         self._begin(config, num_classes, weights, weights_classes)
         from transformers import UperNetConfig, UperNetForSemanticSegmentation
@@ -198,7 +201,7 @@ class UPerNet(_OnMaps):
                 num_labels=num_classes,
                 hidden_size=width,
                 use_auxiliary_head=auxiliary > 0,
-                auxiliary_loss_weight=auxiliary,
+                auxiliary_loss_weight=float(auxiliary),  # transformers wants the very type
                 auxiliary_in_channels=widths[third],
                 auxiliary_channels=auxiliary_width,
                 loss_ignore_index=IGNORED,
@@ -214,20 +217,20 @@ class UPerNet(_OnMaps):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
         size, x = x.shape[-2:], filled_up(x, self.multiple)
-        maps = self.net.backbone(x).feature_maps  # type: ignore[operator]
+        maps = self.net.backbone(x).feature_maps
         if y is not None:
             below, right = (b - a for a, b in zip(size, x.shape[-2:], strict=True))
             y = F.pad(y, (0, right, 0, below), value=IGNORED)
             # A map of one cell for one picture: nothing varies that the norm behind the pooling could divide by.
             if self.training and len(x) == 1:
                 raise SchemeError("UPerNet: a batch of one picture has no statistics\n  Give data.batch_size 2 or more")
-        logits = self.net.decode_head(maps)  # type: ignore[operator]
+        logits = self.net.decode_head(maps)
         if y is None:
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
             return logits[..., : size[0], : size[1]]
         losses = {"loss": pixel_cross_entropy(logits, y)}
         if self.net.auxiliary_head is not None:
-            losses["auxiliary"] = self.auxiliary * pixel_cross_entropy(self.net.auxiliary_head(maps), y)  # type: ignore[operator]
+            losses["auxiliary"] = self.auxiliary * pixel_cross_entropy(self.net.auxiliary_head(maps), y)
         return losses
 
     def _drop(self, classifier: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -302,8 +305,8 @@ class Mask2Former(_OnMaps):
                 f"Mask2Former: the maps of {model} are 1/{', 1/'.join(map(str, reductions))} of the picture; wants "
                 "three or more, each half of the one before\n  UPerNet takes any"
             )
-        if width % 32:
-            raise SchemeError(f"Mask2Former: width={width}; wants a multiple of 32")
+        if width < 1 or width % 32 or width % heads:
+            raise SchemeError(f"Mask2Former: width={width}, heads={heads}; wants a width that 32 and the heads divide")
         self._begin(config, num_classes, weights, weights_classes)
         try:
             import scipy  # noqa: F401

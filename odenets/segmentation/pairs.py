@@ -214,7 +214,9 @@ def open_pictures(root: str) -> Pairs:
     files = [path.name] if path.is_file() else sorted(_pictures(path)) if path.is_dir() else []
     if not files:
         raise DataError(f"data.predict_root: no pictures in {root!r}\n  Give a folder of pictures, or one file")
-    return FolderPairs(path.parent if path.is_file() else path, files, path, [""] * len(files))
+    root = path.parent if path.is_file() else path
+    _stems(files, "", root)  # two of one name would have one file of predictions
+    return FolderPairs(root, files, root, [""] * len(files))
 
 
 def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str, Pairs]:
@@ -240,14 +242,19 @@ def _split(name: str) -> str:
 
 
 def _child(root: Path, given: str | None, usual: Sequence[str]) -> Path | None:
-    """The folder that is given, or has a usual name."""
-    names = usual if given is None else (given,)
-    found = [root / name for name in names if (root / name).is_dir()]
+    """The folder that is given, or has a usual name and holds pictures: ``annotations`` may hold other things."""
+    if given is not None:
+        return root / given if (root / given).is_dir() else None
+    found = [root / name for name in usual if (root / name).is_dir() and _any_picture(root / name)]
     if len(found) > 1:
         raise DataError(
             f"{root} holds {found[0].name} and {found[1].name}\n  Say which: --data.images FOLDER --data.masks FOLDER"
         )
     return found[0] if found else None
+
+
+def _any_picture(root: Path) -> bool:
+    return any(Path(file).suffix.lower() in PICTURES for file in walk(root))
 
 
 def _pictures(root: Path) -> list[str]:

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
+from ..training.layout import PICTURES
+
 
 class PredictedMasks(BasePredictionWriter):
     """Writes two files per picture: ``masks/NAME.png`` and ``drawn/NAME.png``.
@@ -46,7 +48,7 @@ class PredictedMasks(BasePredictionWriter):
             name = data.predicted_name(index)
             if name.endswith(" (unreadable)"):  # what stands in for it is another picture
                 continue
-            place = Path(*(part for part in Path(name).parts if part not in ("..", "/"))).with_suffix(".png")
+            place = placed(name)
             levels = shown(x.float().cpu(), data.mean, data.std, (mask.shape[0], mask.shape[1]))
             self._save(self.folder / "masks" / place, numbered(mask, data.colors))
             self._save(self.folder / "drawn" / place, drawn(levels, mask, data.colors, self.strength))
@@ -60,6 +62,17 @@ class PredictedMasks(BasePredictionWriter):
     def _save(path: Path, picture: Image.Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
+
+
+def placed(name: str) -> Path:
+    """Where the prediction for a picture lies: as the picture does, below the folder of predictions.
+
+    Example:
+        >>> placed("ulm/1.jpg").as_posix(), placed("../v1.0 row 3").as_posix()
+        ('ulm/1.png', 'v1.0 row 3.png')
+    """
+    path = Path(*(part for part in Path(name).parts if part not in ("..", "/")))
+    return path.with_suffix(".png") if path.suffix.lower() in PICTURES else path.with_name(f"{path.name}.png")
 
 
 def shown(x: Tensor, mean: Sequence[float], std: Sequence[float], size: tuple[int, int]) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..training.classifier import evaluations, parameter_groups
+from ..training.classifier import _differences, evaluations, parameter_groups
 from ..training.errors import DataError
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .inference import Inference
@@ -170,6 +171,12 @@ class Segmenter(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
         return scheduled(self.trainer, optimizer, self.schedule)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # As in Classifier: networks of two schemes may have equal parameters.
+        theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
+        if theirs is not None and ours is not None and theirs != ours:
+            rank_zero_warn(f"the checkpoint's net differs from the configured one: {_differences(theirs, ours)}")
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Segmenter":  # type: ignore

@@ -56,7 +56,8 @@ def pair(root: Path, split: str, name: str, mask: np.ndarray, suffix: str = ".pn
 
 def config(folder: Path, data: dict[str, Any], trainer: dict[str, Any], **model: Any) -> Path:
     """A configuration of a small network under UPerNet."""
-    net = {"model": "revcol_tiny", "options": REVCOL, "width": 16, "auxiliary_width": 16, "backprop": "reverse"}
+    two = {"channels": [8, 16], "blocks": [1, 1], "columns": 2, "patch": 2}
+    net = {"model": "revcol_tiny", "options": two, "width": 16, "auxiliary_width": 8, "backprop": "reverse"}
     text = {
         "seed_everything": 0,
         "run_dir": str(folder / "run"),

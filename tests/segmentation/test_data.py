@@ -20,8 +20,8 @@ from .scenes import pair, quadrants, save
 WHOLE = Framing(None, None, (16, 16), (1.0, 1.0), 1.0)
 
 
-def data(root, **options):
-    return SegmentationData(**{"root": str(root), "classes": 5, "crop": 16, "num_workers": 0, **options})
+def data(where, **options):
+    return SegmentationData(**{"root": str(where), "classes": 5, "crop": 16, "num_workers": 0, **options})
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_sizes():
     assert Framing(512, 2048, (1, 1), (1, 1), 1).size(400, 100, 2.0) == (4096, 1024)
     assert Framing(512, 1000, (1, 1), (1, 1), 1).size(400, 100) == (1000, 250)
     assert Framing(None, 100, (1, 1), (1, 1), 1).size(400, 200) == (100, 50)
-    assert Framing(None, 100, (1, 1), (1, 1), 1).size(40, 20) == (100, 50)
+    assert Framing(None, 100, (1, 1), (1, 1), 1).size(40, 20) == (40, 20)  # a limit enlarges nothing
 
 
 def spoil(folder, kind):

@@ -35,7 +35,7 @@ WANT = [[0, 1, 2], [-100, 1, 0]]
         stored(GREY, "RGBA"),
         stored(GREY.astype(np.uint16)),
         stored(GREY.astype(np.int32)),
-        stored(GREY, "P", [200, 7, 7, 0, 0, 9, 1, 2, 3]),  # numbers, whatever colours they have
+        stored(GREY, "P", [200, 7, 7, 0, 0, 9, 1, 2, 3] + [5] * 759),  # numbers, whatever colours they have
     ],
     ids=["L", "RGB", "RGBA", "I;16", "I", "P"],
 )

@@ -29,18 +29,19 @@ def losses_and_gradients(net, x=X, y=Y):
     return parts, {name: p.grad for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("build", [revcol, mask2former])
-def test_reverse_equals_store_in_loss_and_gradients(build):
-    stored = build(backprop="store").double()
-    reversed_ = build(backprop="reverse").double()
+# Mask2Former's positions are in single precision whatever its weights are.
+@pytest.mark.parametrize(("build", "dtype"), [(revcol, torch.float64), (mask2former, torch.float32)])
+def test_reverse_equals_store_in_loss_and_gradients(build, dtype):
+    stored, reversed_ = (build(backprop=mode).to(dtype) for mode in ("store", "reverse"))
     reversed_.load_state_dict(stored.state_dict())
     assert {str(m.backprop) for m in reversed_.modules() if hasattr(m, "backprop")} == {"reverse"}
-    (want, grads), (got, own) = (losses_and_gradients(net, X.double()) for net in (stored, reversed_))
+    (want, grads), (got, own) = (losses_and_gradients(net, X.to(dtype)) for net in (stored, reversed_))
+    close = 1e-10 if dtype == torch.float64 else 1e-4
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=0)
-    for name, grad in grads.items():
-        assert grad is not None and own[name] is not None, name
-        torch.testing.assert_close(own[name], grad, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(got[name], want[name], rtol=close, atol=0)
+    flat, other = (torch.cat([grad.flatten() for grad in every.values()]) for every in (grads, own))
+    assert grads.keys() == dict(stored.named_parameters()).keys()
+    assert (flat - other).norm() < close * flat.norm()
 
 
 def test_the_loss_is_that_of_transformers():
@@ -102,7 +103,7 @@ def test_scores_of_mask2former_are_sums_over_the_queries():
         torch.testing.assert_close(net(X), want)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "model", ["resnet20", "densenet40_k12", "vit_tiny_patch16", "revnet38", "resnet18", "convnext_tiny"]
 )
@@ -128,7 +129,7 @@ def test_weights_of_a_classifier(tmp_path):
 def test_refuses():
     with pytest.raises(SchemeError, match="num_classes=1"):
         revcol(num_classes=1)
-    with pytest.raises(SchemeError, match="multiple of 32"):
+    with pytest.raises(SchemeError, match="that 32 and the heads divide"):
         Mask2Former("revcol_tiny", 5, options=REVCOL, width=40)
     with pytest.raises(SchemeError, match=r"maps of vit_tiny_patch16 are 1/16"):
         Mask2Former("vit_tiny_patch16", 5)
