@@ -258,8 +258,8 @@ def _listed(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], lis
 class DrawnSet(Dataset):
     """Drawn pictures and their masks, in memory."""
 
-    def __init__(self, numbers: Sequence[int], size: int, seed: int) -> None:
-        drawings = [draw(number, size, seed) for number in numbers]
+    def __init__(self, numbers: Sequence[int], size: int, seed: int, texture: float) -> None:
+        drawings = [draw(number, size, seed, texture) for number in numbers]
         self.pictures = torch.stack([torch.from_numpy(d.picture).permute(2, 0, 1) for d in drawings]).contiguous()
         self.masks = torch.stack([torch.from_numpy(d.mask).to(torch.int16) for d in drawings])
 
@@ -284,6 +284,7 @@ class DrawnShapes(Scenes):
         batch_size: pictures per step.
         val_batch_size: pictures per batch of evaluation.
         seed: of the pictures.
+        texture: strength of the background's colours, 0 for grey.
         augment: what training batches go through; default: mirror images and distorted colours.
     """
 
@@ -295,19 +296,24 @@ class DrawnShapes(Scenes):
         batch_size: int = 16,
         val_batch_size: int = 16,
         seed: int = 0,
+        texture: float = 1.0,
         augment: SegmentationAugment | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, 0, IMAGENET_MEAN, IMAGENET_STD, augment)
-        if min(train, val) < 1 or size < 16:
-            raise DataError(f"DrawnShapes: train={train}, val={val}, size={size}; wants pictures, of 16 pixels or more")
-        self.train, self.val, self.size, self.seed = train, val, size, seed
+        if min(train, val) < 1 or size < 16 or texture < 0:
+            figures = f"train={train}, val={val}, size={size}, texture={texture}"
+            raise DataError(
+                f"DrawnShapes: {figures}; wants pictures, of 16 pixels or more, and a strength of 0 or more"
+            )
+        self.train, self.val, self.size, self.seed, self.texture = train, val, size, seed, texture
         self.classes, self.colors = list(CLASSES), colors(len(CLASSES))
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and "train" not in self.sets:
-            self.sets["train"] = DrawnSet(range(self.train), self.size, self.seed)
+            self.sets["train"] = DrawnSet(range(self.train), self.size, self.seed, self.texture)
         if "val" not in self.sets:
-            self.sets["val"] = DrawnSet(range(self.train, self.train + self.val), self.size, self.seed)
+            numbers = range(self.train, self.train + self.val)  # none of those that are trained on
+            self.sets["val"] = DrawnSet(numbers, self.size, self.seed, self.texture)
         self.sets["test"] = self.sets["val"]
 
 
