@@ -247,8 +247,8 @@ class UPerNet(_OnMaps):
 def _draw(head: nn.Module) -> None:
     """Draws a head's convolutions before norms by He's rule, as published heads are, whatever their width.
 
-    The deviation of 0.02 that transformers takes is this rule's for the published 512 channels. In a narrow head it is so
-    small that, with a norm behind it, each step of the optimiser turns the weights by a large angle.
+    The deviation of 0.02 that transformers takes is this rule's for the published 512 channels. In a narrow head it is
+    so small that, with a norm behind it, each step of the optimiser turns the weights by a large angle.
     """
     for m in head.modules():
         if isinstance(getattr(m, "batch_norm", None), nn.BatchNorm2d):
