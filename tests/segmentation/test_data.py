@@ -14,6 +14,7 @@ from odenets.segmentation.masks import Labels
 from odenets.segmentation.pairs import FolderPairs
 from odenets.shapes import draw
 from odenets.training.errors import DataError
+from odenets.training.order import PADDING, Numbered
 
 from .scenes import pair, quadrants, save
 
@@ -204,6 +205,14 @@ def test_what_is_no_good_is_named_counted_and_limited(folder, kind):
     with pytest.raises(DataError, match=r"1 pictures cannot be read: train0.png\n.*data.max_unreadable=0"):
         module.setup("fit")
         samples(module, "train")
+
+
+def test_a_picture_that_is_repeated_for_another_process_is_not_counted(folder):
+    module = data(folder)
+    module.setup("validate")
+    numbered = Numbered(module.sets["val"], 0)
+    assert bool((numbered[1][1] != -100).all()) and bool((numbered[(PADDING, 1)][1] == -100).all())
+    assert bool((module.sets["val"][1][1] != -100).all())  # the data set keeps its own
 
 
 def test_a_split_without_masks_is_for_predictions_alone(folder):
