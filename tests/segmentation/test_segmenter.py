@@ -90,9 +90,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(trained, tmp_path):
             assert torch.equal(got[name][key], value), (name, key)
 
 
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging.*")  # it says that it averages in training alone
 def test_predictions_are_pictures_and_give_the_figures_of_the_validation(trained, tmp_path, monkeypatch, capsys):
     where = ["-c", str(trained / "c.yaml"), "--run_dir", str(trained / "run"), "--ckpt_path", "best"]
-    where += ["--trainer.callbacks", "null"]  # averaging says that it is for training
     run(["predict", *where])
     assert "predictions: 5 pictures" in capsys.readouterr().out
     folder, truth = trained / "run/predict/predictions", trained / "data/masks/val"
