@@ -148,6 +148,7 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     """COCO's run lengths of a mask (h, w): pixels outside, inside, outside and so on, down the columns.
 
     Example:
+        >>> import numpy as np
         >>> run_lengths(np.array([[False, True], [True, True]]))
         [1, 3]
     """

@@ -23,6 +23,7 @@ class SegmentationAugment:
         seed: of a generator of its own; None takes the run's.
 
     Example:
+        >>> import torch
         >>> x, y = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([[[0, 1], [2, 3]]])
         >>> augment = SegmentationAugment(flip=1.0, distort=False)
         >>> augment(x, y, [0.5] * 3, [0.25] * 3)[1]
@@ -96,6 +97,7 @@ def turned_colors(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
         hue: shares of the circle, (n, 1, 1, 1).
 
     Example:
+        >>> import torch
         >>> red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
         >>> turned_colors(red, torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1 / 3)).flatten().tolist()
         [0.0, 1.0, 0.0]

@@ -165,6 +165,7 @@ def filled_by_one(classes: Tensor, most: float) -> bool:
     """Whether one class has this share, or more, of the pixels that have one; also where it is the only one.
 
     Example:
+        >>> import torch
         >>> filled_by_one(torch.tensor([[0, 0, 0, 1, -100]]), 0.75), filled_by_one(torch.tensor([[0, 0, 1]]), 0.75)
         (True, False)
     """

@@ -37,6 +37,7 @@ class Labels:
         DataError: options that contradict each other.
 
     Example:
+        >>> import numpy as np
         >>> labels = Labels(3, reduce=True)
         >>> labels.classes_of(np.array([[0, 1], [3, 255]]))
         array([[-100,    0],

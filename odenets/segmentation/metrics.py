@@ -22,6 +22,7 @@ class Overlap(Metric):
         num_classes: the number of classes.
 
     Example:
+        >>> import torch
         >>> overlap = Overlap(3)
         >>> overlap.update(torch.tensor([[[0, 1], [1, 1]]]), torch.tensor([[[0, 0], [1, -100]]]))
         >>> {name: round(float(figure), 4) for name, figure in overlap.compute().items() if figure.ndim == 0}

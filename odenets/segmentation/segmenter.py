@@ -46,7 +46,7 @@ class Segmenter(L.LightningModule):
         >>> import torch
         >>> from odenets.segmentation import UPerNet
         >>> net = UPerNet("resnet20", num_classes=5, width=16, auxiliary_width=16)
-        >>> module = Segmenter(net, partial(torch.optim.AdamW, lr=1e-3))
+        >>> module = Segmenter(net, partial(torch.optim.AdamW, lr=1e-3)).eval()
         >>> module.predict_step(([torch.zeros(3, 20, 30)], [torch.zeros(40, 60)]), 0)[0].shape
         torch.Size([40, 60])
     """
