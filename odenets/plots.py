@@ -135,7 +135,11 @@ def class_alignment(
     for axes, values, what in zip(panels, (picture, label), ("picture", "label"), strict=True):
         for number, level in enumerate(levels):
             points = sorted((column, v) for (own, column), v in zip(keys, values, strict=True) if own == level)
-            look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+            look: dict[str, Any] = {
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": MARKERS[number % len(MARKERS)],
+                "markersize": 5,
+            }
             axes.plot([c for c, _ in points], [v for _, v in points], label=f"level {level}", **look)
         ticks = [str(c + 1) for c in columns] if grid else list(names)
         axes.set_xticks(columns, ticks, fontsize=8 if grid else 6, rotation=0 if grid else 90)

@@ -53,26 +53,27 @@ class Drawing(NamedTuple):
     shapes: list[Shape]
 
 
-def draw(index: int, size: int = 64, seed: int = 0) -> Drawing:
+def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Drawing:
     """Draws a picture.
 
     Args:
         index: its number.
         size: its side in pixels, 16 or more.
         seed: of all pictures of a set.
+        texture: strength of the background's colours; 0 is grey, which makes shapes easy to tell from it.
 
     Raises:
-        ValueError: a size that no shape fits in.
+        ValueError: a size that no shape fits in, or a negative strength.
 
     Example:
         >>> drawing = draw(7, size=32)
         >>> drawing.picture.shape, drawing.mask.shape, [CLASSES[shape.label] for shape in drawing.shapes]
         ((32, 32, 3), (32, 32), ['square'])
     """
-    if size < 16:
-        raise ValueError(f"draw: size={size}; wants 16 pixels or more")
+    if size < 16 or texture < 0:
+        raise ValueError(f"draw: size={size}, texture={texture}; wants 16 pixels or more, and a strength of 0 or more")
     random = np.random.default_rng([seed, index])
-    levels = _texture(random, size)
+    levels = 0.5 + texture * (_texture(random, size) - 0.5)
     seen: list[NDArray[np.bool_]] = []
     whole: list[int] = []
     labels: list[int] = []
@@ -147,6 +148,7 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     """COCO's run lengths of a mask (h, w): pixels outside, inside, outside and so on, down the columns.
 
     Example:
+        >>> import numpy as np
         >>> run_lengths(np.array([[False, True], [True, True]]))
         [1, 3]
     """

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from . import names
 from .errors import SchemeError
 
 MAX_CHARACTERS = 500

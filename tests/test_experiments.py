@@ -59,6 +59,12 @@ CHEAPER = {
         *("--data.size", "64", "--data.num_workers", "0"),
     ],
     "fine_tune_cifar100": ["--model.net.name", "resnet18", "--data.size", "32", "--data.num_workers", "0"],
+    "shapes_upernet": ["--data.train", "32", "--data.val", "16", "--data.size", "32"],
+    "ade20k_upernet_revcol_tiny": [
+        *("--model.net.options", "{channels: [4, 8, 16, 32], blocks: [1, 1, 1, 1]}", "--model.net.width", "8"),
+        *("--data.short", "32", "--data.crop", "32", "--data.num_workers", "0", "--model.inference.window", "32"),
+        *("--model.inference.stride", "16", "--trainer.precision", "32", "--data.batch_size", "4"),
+    ],
     "ho_resnet50": ["--model.net.widths", "[4, 8, 16, 32]", "--data.size", "64", "--data.num_workers", "0"],
 }
 
@@ -87,6 +93,7 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         "wmt_translation": root / "wmt",
         "coco_deformable_revcol_tiny": root / "shapes",
         "shapes_rtdetr": root / "shapes",
+        "ade20k_upernet_revcol_tiny": root / "shapes",
     }
 
 

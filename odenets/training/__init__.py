@@ -20,6 +20,7 @@ from .refinement import Refinement as Refinement
 from .schedules import Constant as Constant
 from .schedules import Milestones as Milestones
 from .schedules import OneCycle as OneCycle
+from .schedules import Poly as Poly
 from .schedules import Schedule as Schedule
 from .schedules import WarmupCosine as WarmupCosine
 from .sources import DataError as DataError
@@ -27,7 +28,7 @@ from .supervision import SupervisedClassifier as SupervisedClassifier
 from .supervision import SupervisionLoss as SupervisionLoss
 
 # Their packages import this one, and need more than classification does.
-_ELSEWHERE = {"Detector": "odenets.detection"}
+_ELSEWHERE = {"Detector": "odenets.detection", "Segmenter": "odenets.segmentation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -144,6 +144,36 @@ class OneCycle(Schedule):
         return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=self.up, cycle_momentum=self.momentum)
 
 
+class Poly(Schedule):
+    """A power of what is left of the run, after a linear rise: lr(i) = peak * min(1, (i + 1) / w) * (1 - i / n)^power.
+
+    Args:
+        power: 1 falls along a line.
+        warmup_steps: Optimiser steps of the rise; at most half of the run is used.
+
+    Source: Chen et al. 2018, "DeepLab", section 4.1.2; with the rise, what segmentation is trained by since.
+
+    Example:
+        >>> p = Poly(warmup_steps=2)
+        >>> [round(p.factor(i, 5), 2) for i in range(5)]
+        [0.5, 0.8, 0.6, 0.4, 0.2]
+    """
+
+    def __init__(self, power: float = 1.0, warmup_steps: int = 0) -> None:
+        if not (power > 0 and math.isfinite(power) and warmup_steps >= 0):
+            raise SchemeError(f"Poly: power={power}, warmup_steps={warmup_steps}; want a power above 0, and steps")
+        self.power, self.warmup_steps = power, warmup_steps
+
+    def factor(self, i: int, steps: int) -> float:
+        """Share of the peak at optimiser step i of `steps`."""
+        warm = min(self.warmup_steps, steps // 2)
+        rise = min(1.0, (i + 1) / warm) if warm else 1.0
+        return rise * max(0.0, 1 - i / steps) ** self.power
+
+    def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
+        return LambdaLR(optimizer, lambda i: self.factor(i, steps))
+
+
 class Milestones(Schedule):
     """The optimiser's learning rate, times `factor` at each of the milestones: lr(i) = peak * factor^#{m: i >= m * n}.
 

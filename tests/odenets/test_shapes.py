@@ -38,6 +38,15 @@ def test_a_picture_depends_on_its_number_and_the_seed_alone():
     assert not np.array_equal(DRAWINGS[4].picture, DRAWINGS[5].picture)
 
 
+def test_a_weaker_texture_changes_what_is_behind_the_shapes_alone():
+    strong, weak, grey = (draw(1, 32, 3, texture) for texture in (1.0, 0.4, 0.0))
+    assert np.array_equal(strong.mask, grey.mask) and np.array_equal(weak.mask, grey.mask)
+    behind = strong.mask == 0
+    spread = [float(d.picture[behind].std()) for d in (strong, weak, grey)]
+    assert spread[0] > 1.5 * spread[1] > spread[2]
+    assert np.abs(strong.picture[~behind].astype(int) - grey.picture[~behind]).max() <= 1
+
+
 def test_run_lengths_give_the_mask_back():
     for mask in [s.mask for s in DRAWINGS[0].shapes] + [np.ones((2, 3), bool), np.zeros((2, 3), bool)]:
         counts = run_lengths(mask)

@@ -1,0 +1,133 @@
+"""How a network is asked about a whole picture: in one piece or by windows, at several sizes, and mirrored."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from schemes import SchemeError
+
+from .nets import SegmentationNet
+
+
+class Inference:
+    """The views of a picture whose scores are averaged.
+
+    With several views the mean is taken over what the network calls probabilities, at the size that is wanted.
+
+    Args:
+        window: side, or height and width, of windows that slide over the picture, where it is larger; None shows it
+            whole. Where windows overlap, their scores are averaged.
+        stride: by how much they move; None is two thirds of the window.
+        scales: sizes of the picture, relative to that at which it is given.
+        flip: whether each is shown mirrored, too.
+
+    Raises:
+        SchemeError: a window or a scale that is none, or strides that leave gaps.
+
+    Example:
+        >>> import torch
+        >>> from odenets.segmentation import UPerNet
+        >>> net = UPerNet("resnet20", num_classes=5, width=16, auxiliary_width=16).eval()
+        >>> Inference(window=32, scales=(0.5, 1), flip=True)(net, torch.randn(1, 3, 40, 48), (80, 96)).shape
+        torch.Size([1, 5, 80, 96])
+    """
+
+    def __init__(
+        self,
+        window: int | list[int] | None = None,
+        stride: int | list[int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> None:
+        self.window = None if window is None else _pair(window, "window")
+        if stride is None:
+            self.stride = self.window and (-(-self.window[0] * 2 // 3), -(-self.window[1] * 2 // 3))
+        else:
+            self.stride = _pair(stride, "stride")
+        if self.stride and not self.window:
+            raise SchemeError(f"Inference: stride={stride} and no window\n  Give the window, too")
+        if self.window and any(s > w for s, w in zip(self.stride or (), self.window, strict=True)):
+            raise SchemeError(f"Inference: windows of {self.window} that move by {self.stride} leave gaps")
+        if not scales or min(scales) <= 0:
+            raise SchemeError(f"Inference: scales={list(scales)}; wants one or more, above 0")
+        self.scales, self.flip = tuple(scales), flip
+
+    @torch.no_grad()
+    def __call__(self, net: SegmentationNet, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The scores of one view, or the mean probabilities of several: (n, classes, *size).
+
+        Args:
+            net: the network.
+            x: pictures of one size, (n, c, h, w), normalised.
+            size: height and width that are wanted.
+        """
+        views = len(self.scales) * (1 + self.flip)
+        total: Tensor | None = None
+        for view, mirrored in self._views(x):
+            scores = self._windowed(net, view)
+            scores = scores.flip(-1) if mirrored else scores
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            if scores.shape[-2:] != size:
+                scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
+            if views == 1:
+                return scores
+            found = net.probabilities(scores) / views
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return total
+
+    def _views(self, x: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        for scale in self.scales:
+            view = x
+            if scale != 1:
+                resized = [max(1, round(side * scale)) for side in x.shape[-2:]]
+                view = F.interpolate(x, resized, mode="bilinear", align_corners=False, antialias=True)
+            yield view, False
+            if self.flip:
+                yield view.flip(-1), True
+
+    def _windowed(self, net: SegmentationNet, x: Tensor) -> Tensor:
+        """The scores at the size of x, the mean of the windows that cover each pixel."""
+        if self.window is None or all(a <= b for a, b in zip(x.shape[-2:], self.window, strict=True)):
+            return net(x)
+        assert self.stride is not None
+        tops, lefts = (
+            starts(side, window, stride)
+            for side, window, stride in zip(x.shape[-2:], self.window, self.stride, strict=True)
+        )
+        height, width = self.window
+        total, count = None, x.new_zeros(x.shape[-2:], dtype=torch.float32)
+        for top in tops:
+            for left in lefts:
+                place = slice(top, top + height), slice(left, left + width)
+                scores = net(x[(..., *place)])
+                if total is None:
+                    kind = torch.promote_types(scores.dtype, torch.float32)
+                    total = scores.new_zeros((*scores.shape[:2], *x.shape[-2:]), dtype=kind)
+                total[(..., *place)] += scores
+                count[place] += 1
+        assert total is not None
+        return total / count
+
+
+def starts(side: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side: every `stride`, and the last one at the end.
+
+    Example:
+        >>> starts(100, 40, 30), starts(30, 40, 30)
+        ([0, 30, 60], [0])
+        >>> starts(105, 40, 30)
+        [0, 30, 60, 65]
+    """
+    last = max(0, side - window)
+    return [*range(0, last, stride), last]
+
+
+def _pair(given: int | list[int], name: str) -> tuple[int, int]:
+    """Height and width."""
+    pair = (given, given) if isinstance(given, int) else tuple(given)
+    if len(pair) != 2 or min(pair) < 1:
+        raise SchemeError(f"Inference: {name}={given}; wants pixels, or height and width")
+    return pair[0], pair[1]

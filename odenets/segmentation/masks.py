@@ -1,0 +1,173 @@
+"""From a picture that stores classes to class numbers: by its numbers, or by its colours.
+
+A mask is read as it stands: a palette picture (mode P) holds numbers, 16-bit and 32-bit pictures hold theirs, and one
+in RGB holds colours, unless all its pixels are grey. Then values become classes. Three examples:
+
+* ADE20K stores 0 for what has no class, and class c as c + 1: ``Labels(150, reduce=True)``;
+* Cityscapes stores 34 kinds, of which 19 count, class 0 as 7: ``Labels(19, ids=[7, 8, 11, ...])``;
+* VOC's coloured masks: ``Labels(21, palette=[[0, 0, 0], [128, 0, 0], ...], ignore_colors=[[224, 224, 192]])``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..training.decode import Picture, Unreadable
+from ..training.errors import DataError
+from ..training.order import IGNORED
+
+LARGEST = 1 << 15  # classes are kept in 16 bits, with a sign
+
+
+class Labels:
+    """What the values of masks mean.
+
+    Args:
+        count: the number of classes.
+        ignore: values that mean that a pixel does not count; None: 255, unless that is a class.
+        reduce: 0 does not count, and class c is stored as c + 1.
+        ids: the value of each class in order; all others do not count. None: class c is stored as c.
+        palette: the colour of each class in order, for masks in colour.
+        ignore_colors: colours of pixels that do not count.
+
+    Raises:
+        DataError: options that contradict each other.
+
+    Example:
+        >>> import numpy as np
+        >>> labels = Labels(3, reduce=True)
+        >>> labels.classes_of(np.array([[0, 1], [3, 255]]))
+        array([[-100,    0],
+               [   2, -100]], dtype=int16)
+    """
+
+    def __init__(
+        self,
+        count: int,
+        ignore: Sequence[int] | None = None,
+        reduce: bool = False,
+        ids: Sequence[int] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        ignore_colors: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if not 2 <= count <= LARGEST:
+            raise DataError(f"data.classes: {count} classes\n  Give 2 or more, and at most {LARGEST:,}")
+        if reduce and ids is not None:
+            raise DataError("data.reduce_labels and data.ids both say how classes are stored\n  Give one of them")
+        for option, given in (("ids", ids), ("palette", palette)):
+            if given is not None and len(given) != count:
+                raise DataError(f"data.{option} has {len(given)} entries for {count} classes\n  Give one for each")
+        if ids is not None and len(set(ids)) != len(ids):
+            raise DataError("data.ids: two classes have one value\n  Give each class its own")
+        self.count, self.others = count, ids is not None
+        self.ids = list(ids) if ids is not None else list(range(int(reduce), count + int(reduce)))
+        clash = set(self.ids) & set(ignore or ())
+        if clash:
+            raise DataError(f"data.ignore: {min(clash)} is the value of a class\n  Change data.ignore or data.ids")
+        given_up = (0,) * reduce + tuple((255,) if ignore is None else ignore)
+        self.ignore = tuple(value for value in dict.fromkeys(given_up) if value not in self.ids)
+        self.colors = None if palette is None else _keys(palette, "palette")
+        self.ignore_colors = _keys(ignore_colors or [], "ignore_colors")
+        if self.colors is not None and len(np.unique(self.colors)) != count:
+            raise DataError("data.palette: two classes have one colour\n  Give each class its own")
+
+    def read(self, encoded: bytes | str, size: tuple[int, int]) -> NDArray[np.int16]:
+        """The class of each pixel (h, w); -100 where none counts.
+
+        Args:
+            encoded: the stored mask, or where it lies.
+            size: width and height of the picture that it belongs to.
+
+        Raises:
+            Unreadable: it cannot be decoded, has another size than the picture, or holds what is no class.
+        """
+        try:
+            picture = Picture(encoded)
+            image = picture.image
+            image.load()
+        except Unreadable as e:
+            raise Unreadable(f"its mask: {e}") from None
+        except Exception as e:  # truncated and damaged data end in whatever their bytes lead to
+            raise Unreadable(f"its mask: {type(e).__name__}: {e}") from None
+        if image.size != size:
+            raise Unreadable(f"its mask is {image.size[0]}x{image.size[1]}, and the picture {size[0]}x{size[1]}")
+        if self.colors is not None:
+            return self._by_color(np.asarray(image.convert("RGB")))
+        return self.classes_of(_numbers(image))
+
+    def classes_of(self, values: NDArray[Any]) -> NDArray[np.int16]:
+        """The classes of stored values."""
+        there = np.unique(values)
+        known = {**dict.fromkeys(self.ignore, IGNORED), **{value: c for c, value in enumerate(self.ids)}}
+        unknown = [int(value) for value in there if int(value) not in known]
+        if unknown and not self.others:
+            beside = f", beside {_some(self.ignore)}" if self.ignore else ""
+            raise Unreadable(f"its mask holds {_some(unknown)}; classes are {self.ids[0]} to {self.ids[-1]}{beside}")
+        classes = np.array([known.get(int(value), IGNORED) for value in there], dtype=np.int16)
+        return classes[np.searchsorted(there, values)]
+
+    def _by_color(self, levels: NDArray[np.uint8]) -> NDArray[np.int16]:
+        assert self.colors is not None
+        keys = levels.astype(np.int32) @ _PLACES
+        there = np.unique(keys)
+        known = {
+            **dict.fromkeys(self.ignore_colors.tolist(), IGNORED),
+            **{key: c for c, key in enumerate(self.colors.tolist())},
+        }
+        unknown = [key for key in there.tolist() if key not in known]
+        if unknown:
+            colors = [f"({key >> 16}, {key >> 8 & 255}, {key & 255})" for key in unknown]
+            raise Unreadable(f"its mask holds the colour {_some(colors)}, which is in no palette")
+        return np.array([known[key] for key in there.tolist()], dtype=np.int16)[np.searchsorted(there, keys)]
+
+
+_PLACES = np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+
+
+def _keys(colors: Sequence[Sequence[int]], option: str) -> NDArray[np.int32]:
+    """Colours as one number each."""
+    for color in colors:
+        if len(color) != 3 or not all(0 <= level <= 255 for level in color):
+            raise DataError(f"data.{option}: {list(color)} is no colour\n  Give three levels, 0 to 255: [128, 0, 0]")
+    return np.array(colors, dtype=np.int32).reshape(-1, 3) @ _PLACES
+
+
+def _numbers(image: Image.Image) -> NDArray[Any]:
+    """The values that a mask stores, which for a palette picture are no colours."""
+    if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
+        return np.asarray(image)
+    if image.mode in ("LA", "RGB", "RGBA"):
+        levels = np.asarray(image.convert("RGB"))
+        if (levels == levels[..., :1]).all():
+            return levels[..., 0]
+        raise Unreadable("its mask is in colour, and there is no data.palette")
+    raise Unreadable(f"its mask is of mode {image.mode}, which stores no classes")
+
+
+def _some(values: Sequence[Any]) -> str:
+    """`3, 4, 5 and 7 more`."""
+    more = f" and {len(values) - 3} more" if len(values) > 3 else ""
+    return ", ".join(map(str, values[:3])) + more
+
+
+def colors(count: int) -> list[list[int]]:
+    """Colours that can be told apart, one for each class; black for the first.
+
+    The bits of the number, from the lowest, go to the highest bits of red, green and blue in turn, as in the colours
+    that VOC's masks are known by.
+
+    Example:
+        >>> colors(4)
+        [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    """
+    found = []
+    for number in range(count):
+        levels = [0, 0, 0]
+        for place in range(8):
+            for channel in range(3):
+                levels[channel] |= (number >> (3 * place + channel) & 1) << (7 - place)
+        found.append(levels)
+    return found
