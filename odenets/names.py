@@ -1,3 +1,3 @@
 """The closest of known names, for the remedy of an error."""
 
-from schemes.names import closest as closest
+from schemes.spelling import closest as closest

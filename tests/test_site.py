@@ -207,7 +207,6 @@ def resolved(path: str):
     first, *parts = path.split(".")
     found = importlib.import_module(first)
     for name in parts:
-        # The attribute first: `schemes.names` is a function, and a module of that name stands beside it.
         if not hasattr(found, name):
             importlib.import_module(f"{found.__name__}.{name}")
         found = getattr(found, name)

@@ -80,11 +80,11 @@ class DETR(Head):
     stays where it is, under its own names, and keeps its norms.
     """
 
-    def __init__(self, num_classes: int, queries: int, width: int, heads: int, decoder_layers: int) -> None:
+    def __init__(self, num_classes: int | None, queries: int, width: int, heads: int, decoder_layers: int) -> None:
         super().__init__()
         if decoder_layers < 2:
             raise SchemeError(f"head.decoder_layers is {decoder_layers}; wanted 2 or more\n  Give another number")
-        if num_classes < 1 or queries < 1:
+        if (num_classes is not None and num_classes < 1) or queries < 1:
             raise SchemeError(f"{num_classes} classes and {queries} queries; wanted 1 or more of each")
         if width % heads or width % 32:
             raise SchemeError(
@@ -198,7 +198,8 @@ class DeformableDETR(DETR):
     Not its two-stage form, whose first stage transformers gives no loss: it would stay as it was drawn.
 
     Args:
-        num_classes: number of classes.
+        num_classes: number of classes; None is as many as the net was built for, which on a command line follow from
+            the data.
         queries: detections of a picture at most.
         width: of the transformer.
         heads: of its attention.
@@ -219,7 +220,7 @@ class DeformableDETR(DETR):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         queries: int = 300,
         width: int = 256,
         heads: int = 8,
@@ -290,7 +291,8 @@ class RTDETR(DETR):
     Its encoder takes what a picture does not fill for a part of it, so that boxes are shares of the whole batch.
 
     Args:
-        num_classes: number of classes.
+        num_classes: number of classes; None is as many as the net was built for, which on a command line follow from
+            the data.
         queries: detections of a picture at most.
         width: of encoder and decoder.
         heads: of the attention.
@@ -314,7 +316,7 @@ class RTDETR(DETR):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         queries: int = 300,
         width: int = 256,
         heads: int = 8,

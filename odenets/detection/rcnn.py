@@ -42,7 +42,7 @@ class MaskRCNN(Head):
     of the second; in evaluation no loss is known, since training draws the boxes that it compares.
 
     Args:
-        num_classes: number of classes, without the background.
+        num_classes: number of classes, without the background; None is as many as the net was built for.
         masks: whether masks are found; the data must then have some.
         width: of the pyramid.
         hidden: width of the perceptron behind each box.
@@ -59,7 +59,7 @@ class MaskRCNN(Head):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         masks: bool = True,
         width: int = 256,
         hidden: int = 1024,
@@ -67,7 +67,7 @@ class MaskRCNN(Head):
         least: float = 0.05,
     ) -> None:
         super().__init__()
-        if num_classes < 1 or proposals < 1:
+        if (num_classes is not None and num_classes < 1) or proposals < 1:
             raise SchemeError(f"{num_classes} classes and {proposals} proposals; wanted 1 or more of each")
         self.num_classes, self.masks, self.width, self.hidden = num_classes, masks, width, hidden
         self.proposals, self.least = proposals, least

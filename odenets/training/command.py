@@ -173,7 +173,6 @@ class Command(LightningCLI):
         # When both are built: only the data know them.
         for name in ("num_classes", "in_chans"):
             parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.init_args.head.init_args.num_classes", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyper-parameters win over the command line; here the configuration

@@ -83,7 +83,7 @@ def test_names_are_compared_in_one_place():
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"^\s*(?:import|from) difflib", path.read_text("utf-8"), re.M)
     ]
-    assert users == ["schemes/names.py"]
+    assert users == ["schemes/spelling.py"]
 
 
 def test_experiments_are_found_by_name_where_there_is_no_such_file(tmp_path, monkeypatch, capsys):
