@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from .errors import SchemeError
+from .spelling import closest as closest_names
 
 MAX_CHARACTERS = 500
 MAX_NESTING = 8

@@ -86,7 +86,8 @@ def test_both_work_on_any_model(name):
     matrix, rows = alignment(net, [(x, y), (x.flip(0), y.flip(0)), (x[:2], y[:2])], classes=3)
     assert rows == [*places(net), "input", "label"] and len(rows) > 3
     assert matrix.isfinite().all() and (matrix.diagonal() - 1).abs().max() < 1e-6
-    at = places(net)[-2:]
+    # What the next step reads are the streams, where there are several, and not what a reader would be given of them.
+    at = [place.replace(":readout", ":0") for place in places(net)[-2:]]
     heats = layer_cam(net, x, at, target=1)
     assert all(h.shape == (6, 32, 32) and (h >= 0).all() and (h <= 1).all() for h in heats)
     assert any(h.max() > 0 for h in heats)

@@ -167,6 +167,7 @@ WORDS = {
     "evaluate": "--ckpt_path x.ckpt",
     "export": "x.ckpt --output net.onnx",
     "predict": "--ckpt_path x.ckpt picture.png",
+    "recipe": "revcol_tiny",
     "study": "run -c studies/pilot_mini",
     **dict.fromkeys(LIGHTNING, "-c quickstart"),
 }
