@@ -35,7 +35,7 @@ def tool(name: str):
 # --- drawings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["wiring", "memory"])
+@pytest.mark.parametrize("name", ["wiring", "memory_figure"])
 def test_drawings_are_those_that_their_scripts_draw(name):
     stale = [f.name for f, text in tool(name).files().items() if f.read_text(encoding="utf-8") != text]
     assert not stale, f"run: python docs/{name}.py"
@@ -80,7 +80,7 @@ def test_colours_of_drawings_can_be_told_from_their_ground():
         for colour in ("line", "weak"):
             assert contrast(theme[colour], theme["ground"]) >= 4.5, (colour, theme)
         assert contrast(theme["on_box"], theme["box"]) >= 4.5, theme
-        for name, _, colours, _ in tool("memory").ROWS:
+        for name, _, colours, _ in tool("memory_figure").ROWS:
             assert contrast(colours[k], theme["ground"]) >= 4.5, name
 
 
@@ -118,6 +118,7 @@ def formulas() -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_every_formula_is_one_that_katex_takes():
     node = shutil.which("node")
     if node is None:

@@ -365,7 +365,7 @@ class WithErrors(Mode):
 def _count(what: str, value: Any, least: int, most: float = float("inf")) -> None:
     # ``True`` is an int to Python, and no number of steps to anybody.
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        limit = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+        limit = f"at least {least}" + ("" if most == float("inf") else f" and at most {most}")
         raise SchemeError(f"backprop: {what} is {value}, want a whole number, {limit}.")
 
 

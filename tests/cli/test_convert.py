@@ -29,6 +29,7 @@ def published() -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_files_there_and_back(capsys, tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)

@@ -174,6 +174,7 @@ WORDS = {
 NEED_NOTHING = {"show": "rk4", "experiments": "quickstart", "models": "resnet20 --json", "schemes": "rk4 --json"}
 
 
+@pytest.mark.long
 def test_each_command_names_the_extra_that_it_lacks(tmp_path):
     """With nothing but the base installation; and what needs no extra runs."""
     import torch

@@ -96,6 +96,7 @@ def trained(path: Path) -> nn.Module:
     return net
 
 
+@pytest.mark.long
 def test_onnx_from_a_checkpoint(capsys, digits, tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     path = tmp_path / "new" / "net.onnx"

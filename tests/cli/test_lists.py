@@ -132,6 +132,7 @@ def test_costs_are_those_of_the_built_model(capsys):
     assert f"{row['parameters']:,}" in out and "0.041" in out
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_plan():
     found = models.memory("revnet38", 16, 2)
     net = create_model("revnet38", backprop="store").train()

@@ -269,6 +269,7 @@ def configuration(drawn: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # stopped before the first validation
 @pytest.mark.filterwarnings("ignore:.*loading a checkpoint outside the 'fit' stage")  # averaged weights are its weights
 def test_the_command_trains_resumes_measures_and_predicts(drawn, tmp_path):

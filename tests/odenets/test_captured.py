@@ -193,6 +193,7 @@ class Counted(nn.Module):
 COUNTED = ["object", "slots", "numpy", "python", "older numpy", "array", "bytes", "object in a list"]
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("mode", AGAIN)
 @pytest.mark.parametrize("kind", [*COUNTED, "generator in an object"])
 def test_what_a_function_counts_or_draws_is_counted_and_drawn_once(kind, mode):

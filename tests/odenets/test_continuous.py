@@ -203,6 +203,7 @@ def test_the_law_of_convergence(scheme, degree):
 CORNERS = {"of ReLU": (nn.ReLU, 4, (16, 32, 64), 320), "of knots inside of steps": (nn.SiLU, 5, (8, 16, 32), 40)}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("corners", CORNERS)
 @pytest.mark.parametrize("scheme", ["kutta3", "rk4"])
 def test_the_order_stops_at_two_where_the_field_has_corners(scheme, corners):

@@ -128,7 +128,7 @@ def test_every_option_of_every_mode_is_checked_when_it_is_read(name, field):
 
 def test_binary_places_that_no_format_has():
     assert parse_mode("exact(bits=50)").bits == 50
-    assert "1 to 50" in refused(lambda: parse_mode("exact(bits=51)"))
+    assert "at most 50" in refused(lambda: parse_mode("exact(bits=51)"))
     net = Stack([nn.Linear(4, 4) for _ in range(4)], "revnet", backprop="exact(bits=22)")
     assert "1 to 21 in this format" in refused(lambda: net(torch.ones(2, 8)))
     net.double()(torch.ones(2, 8, dtype=torch.float64))

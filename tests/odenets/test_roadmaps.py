@@ -127,6 +127,7 @@ def test_mixers_run_and_train():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("build", [roadmap.convnext, roadmap.rdnet])
 def test_every_step_takes_stochastic_depth_and_gamma(build):
     rows = roadmap.CONVNEXT["resnet50"] if build is roadmap.convnext else roadmap.RDNET

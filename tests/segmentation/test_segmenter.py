@@ -76,6 +76,7 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(trained, tmp_path):
     shutil.copytree(trained / "kept", tmp_path / "run")
     held = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)

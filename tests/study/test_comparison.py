@@ -159,6 +159,7 @@ def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, 
         }
 
 
+@pytest.mark.long
 def test_two_workers_work_at_the_same_time(finished):
     lines = {line["name"]: line for line in read(finished / "runs.sqlite", RUNS)[1]}
     assert len({line["worker"] for line in lines.values()}) == 4, "a process for each run"

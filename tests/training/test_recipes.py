@@ -169,6 +169,7 @@ def test_crop_and_flip_are_those_of_the_recipe(tmp_path, name):
     assert (data.augment.mixup, data.augment.cutmix) == (0, 0)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", [name for name in RECIPES if "erase" in RECIPES[name]])
 def test_erasing_is_that_of_the_recipe(tmp_path, name):
     off = dict.fromkeys(("rand_augment", "rand_augment_std", "mixup", "cutmix"), 0)
