@@ -1,4 +1,4 @@
-"""Draws memory against depth from the table of ``results.md``: ``python docs/memory_figure.py`` (``--check``: only says).
+"""Draws memory against depth from the table of ``results.md``: ``python docs/memory_figure.py`` (``--check`` says).
 
 The figures are those that ``experiments/benchmarks/reversible.py`` printed; this script only reads them from the page.
 """

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -203,7 +203,7 @@ def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequen
         path: the file.
     """
     keys, levels, columns = _by_column(names)
-    count, shown = len(pictures), None
+    count, shown = len(pictures), cast(Any, None)
     figure = _figure(1.4 * (len(columns) + 1), 1.5 * len(levels) * count + 0.4)
     axes: Any = figure.subplots(count * len(levels), len(columns) + 1, squeeze=False)
     for row in axes:

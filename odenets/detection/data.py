@@ -45,8 +45,15 @@ _PACKED = {torch.float32: torch.int32, torch.float64: torch.int64}
 class Shown(Protocol):
     """Pictures that a data set shows, and what is on them."""
 
-    ids: Tensor
-    sizes: Tensor | None
+    @property
+    def ids(self) -> Tensor:
+        """Their numbers in the file."""
+        ...
+
+    @property
+    def sizes(self) -> Tensor | None:
+        """Their heights and widths, where the file says them."""
+        ...
 
     def __len__(self) -> int: ...
     def encoded(self, i: int) -> bytes | str:

@@ -86,7 +86,7 @@ class Detector(L.LightningModule):
         if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < count:
             raise SchemeError(f"model.levels is {levels}; wanted numbers of maps that rise, from 0 to {count - 1}")
         if head.num_classes is None:
-            head.num_classes = int(net.num_classes)
+            head.num_classes = int(net.num_classes)  # type: ignore[arg-type]
         self.rows = net.prune_intermediate_layers(chosen, prune_norm=True)
         info = net.feature_info
         head.build(Maps(info.channels(self.rows), info.reduction(self.rows)))

@@ -48,10 +48,12 @@ class Head(nn.Module, ABC):
     Attributes:
         levels: how many maps it takes, the coarsest ones, unless the detector names them.
         masks: whether it finds masks.
+        num_classes: number of classes; None until the detector sets that of its net.
     """
 
     levels: int = 3
     masks: bool = False
+    num_classes: int | None
 
     @abstractmethod
     def build(self, maps: Maps) -> None:
@@ -267,7 +269,7 @@ class DeformableDETR(DETR):
     def _separate(self, detr: Any) -> None:
         """Gives each layer of the decoder its own outputs, begun as published; transformers ties them when new."""
         kept = [len(detr.class_embed), detr.class_embed[0].in_features]
-        classes = nn.ModuleList(nn.Linear(kept[1], self.num_classes) for _ in range(kept[0]))
+        classes = nn.ModuleList(nn.Linear(kept[1], int(self.num_classes or 0)) for _ in range(kept[0]))
         boxes = nn.ModuleList(type(detr.bbox_embed[0])(kept[1], kept[1], 4, 3) for _ in range(kept[0]))
         for layer in classes:
             nn.init.constant_(layer.bias, math.log(0.01 / 0.99))  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ class MaskRCNN(Head):
     def _stage(self, n: int, reductions: Sequence[int]) -> nn.Module:
         _, detection = vision()
         faster, masked = detection.faster_rcnn, detection.mask_rcnn
-        predictor = faster.FastRCNNPredictor(self.hidden, self.num_classes + 1)
+        predictor = faster.FastRCNNPredictor(self.hidden, int(self.num_classes or 0) + 1)
         if self.agnostic:  # one correction for all classes, as a cascade has it
             predictor.bbox_pred = nn.Linear(self.hidden, 4)
         parts: dict[str, Any] = {}
@@ -98,7 +98,7 @@ class MaskRCNN(Head):
             parts = {
                 "mask_roi_pool": self._pool(14, reductions),
                 "mask_head": masked.MaskRCNNHeads(self.width, [self.width] * 4, 1),
-                "mask_predictor": masked.MaskRCNNPredictor(self.width, self.width, self.num_classes + 1),
+                "mask_predictor": masked.MaskRCNNPredictor(self.width, self.width, int(self.num_classes or 0) + 1),
             }
         scale = (10.0, 10.0, 5.0, 5.0)  # of the corrections; later stages have finer ones
         return detection.roi_heads.RoIHeads(
@@ -163,7 +163,7 @@ class MaskRCNN(Head):
         """Logits (k, classes + 1) and corrections (k, 4 * (classes + 1)) of boxes."""
         logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, proposals, sizes)))
         logits, deltas = logits.float(), deltas.float()
-        return logits, deltas.repeat(1, self.num_classes + 1) if self.agnostic else deltas
+        return logits, deltas.repeat(1, int(self.num_classes or 0) + 1) if self.agnostic else deltas
 
     def _moved(self, stage: Any, deltas: Tensor, proposals: Sequence[Tensor], sizes: Any) -> list[Tensor]:
         """Boxes after the correction that serves all classes, cut at the edges of their pictures."""

@@ -41,10 +41,10 @@ def parameter_depths(net: nn.Module) -> dict[str, int]:
     """
     own: Any = getattr(net, "parameter_depths", None)
     if callable(own):
-        return own()
+        return own()  # type: ignore[return-value]
     matcher: Any = getattr(net, "group_matcher", None)
     if callable(matcher):
-        return matched_depths(net, matcher(coarse=False))
+        return matched_depths(net, matcher(coarse=False))  # type: ignore[arg-type]
     raise SchemeError(
         f"{type(net).__name__} does not say how deep its parameters lie, which a decay from layer to layer needs\n"
         "  Give it a method group_matcher, as timm's networks have, or leave layer_decay out."

@@ -134,6 +134,8 @@ class Segments(Dataset):
         height, width = min(rows, tall), min(columns, wide)
         # Of the picture as it is stored, in pixels of the resized one.
         x, y = picture.width / wide, picture.height / tall
+        top = left = 0
+        part = classes
         for _ in range(_TRIES):
             place = torch.rand(2, generator=generator).tolist()
             top, left = int(place[0] * (tall - height + 1)), int(place[1] * (wide - width + 1))
@@ -406,7 +408,8 @@ class SegmentationData(Scenes):
         super().__init__(batch_size, val_batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
         preset = None if kind is None else PRESETS[kind]
         known = {} if preset is None else preset.options
-        classes = preset.classes if preset is not None and classes is None else classes
+        if preset is not None and classes is None:
+            classes = preset.classes if isinstance(preset.classes, int) else list(preset.classes)
         if classes is None and palette is not None:
             classes = len(palette)
         if classes is None:

@@ -198,7 +198,7 @@ class UPerNet(_OnMaps):
         self.net = UperNetForSemanticSegmentation(
             UperNetConfig(
                 backbone_config=config,
-                num_labels=num_classes,
+                num_labels=num_classes,  # type: ignore[call-arg]
                 hidden_size=width,
                 use_auxiliary_head=auxiliary > 0,
                 auxiliary_loss_weight=float(auxiliary),  # transformers wants the very type

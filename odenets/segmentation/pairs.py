@@ -214,9 +214,9 @@ def open_pictures(root: str) -> Pairs:
     files = [path.name] if path.is_file() else sorted(_pictures(path)) if path.is_dir() else []
     if not files:
         raise DataError(f"data.predict_root: no pictures in {root!r}\n  Give a folder of pictures, or one file")
-    root = path.parent if path.is_file() else path
-    _stems(files, "", root)  # two of one name would have one file of predictions
-    return FolderPairs(root, files, root, [""] * len(files))
+    folder = path.parent if path.is_file() else path
+    _stems(files, "", folder)  # two of one name would have one file of predictions
+    return FolderPairs(folder, files, folder, [""] * len(files))
 
 
 def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str, Pairs]:

@@ -1,5 +1,6 @@
 """Data sets whose layout and labels are known by name."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 CITYSCAPES = (
@@ -16,7 +17,7 @@ class Preset(NamedTuple):
         options: of ``SegmentationData``.
     """
 
-    classes: list[str] | int
+    classes: Sequence[str] | int
     options: dict[str, Any]
 
 

@@ -193,13 +193,14 @@ def _without_label(batch: Any, rows: Any) -> Any:
         return [_without_label(sample, slice(None)) if n in rows else sample for n, sample in enumerate(batch)]
     label: Any = batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
     if isinstance(label, dict) and "ignored" in label:  # a target that says itself whether it counts
-        return (batch[0], {**label, "ignored": torch.tensor(True)}, *batch[2:])
+        label = {**label, "ignored": torch.tensor(True)}
+        return (batch[0], label, *batch[2:])  # pyright: ignore[reportGeneralTypeIssues]
     if not isinstance(label, torch.Tensor):
         return batch
     # The data set's own tensor may be a view of all its labels.
     labels = label.clone()
     labels[... if labels.ndim == 0 else rows] = IGNORED
-    return (batch[0], labels, *batch[2:])
+    return (batch[0], labels, *batch[2:])  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def run_seed(trainer: L.Trainer | None) -> int:
