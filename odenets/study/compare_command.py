@@ -64,6 +64,8 @@ def _own(words: Sequence[str]) -> tuple[list[str], list[str]]:
         name = word.partition("=")[0]
         if take or name in (*FLAGS, *TAKE_VALUE):
             ours.append(word)
+            # The word after an option that takes a value is that value, whatever it looks like; after `--seeds=0..4`
+            # there is none to take.
             take = not take and name in TAKE_VALUE and "=" not in word
         else:
             others.append(word)
@@ -144,6 +146,8 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
         over[key] = values
     check_files([experiment, *overrides])
     threads = None
+    # Several processes that each take all cores slow each other down. Who sets OMP_NUM_THREADS has decided already, and
+    # Ray is told the cores of a run.
     if options.workers > 1 and options.address is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // options.workers)
     return Comparison(experiment, over, seeds(options.seeds), Path(options.dir), overrides, threads), options
@@ -154,6 +158,7 @@ def _terminable() -> Iterator[None]:
     """Has SIGTERM end this process in order, as Ctrl-C does."""
 
     def stop(signum: int, frame: Any) -> None:
+        # An exception, so that what stands in `finally` runs: the workers are told to stop, and waited for.
         raise SystemExit(128 + signum)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -165,7 +170,9 @@ def _terminable() -> Iterator[None]:
 
 def _train(words: Sequence[str]) -> None:
     comparison, options = planned(words)
+    # Before the file is made: a comparison that cannot be trained leaves nothing behind.
     comparison.check()
+    # Seeds and cells may be added later, which is the plan; all other settings must stay.
     with Store(comparison.folder / FILE, comparison.settings, RUNS, growing=("plan",)) as store, _terminable():
         if options.retry:
             print(f"{store.forget_failed()} failed runs are trained again", flush=True)
@@ -177,20 +184,25 @@ def _train(words: Sequence[str]) -> None:
         began, stopped = time.monotonic(), 0
         who = {"workers": options.workers, "address": options.address, "gpus": options.gpus}
         try:
+            # A generator that is merely dropped ends its workers only when it is collected.
             with closing(carry_out(comparison, store, **who)) as progress:
                 for p in progress:
                     stopped += p.outcome is None
+                    # By the runs of this call alone; none of them may have ended yet where a signal stopped one, hence
+                    # the 1.
                     left = (time.monotonic() - began) / max(1, p.done - done) * (p.total - p.done) / 60
                     print(_line(p, left), flush=True)
         except KeyboardInterrupt:
             stopped += 1
         failed = store.failed()
+    # Read from the folder again, so that what is printed here is what `report` prints.
     found = find(comparison.folder)
     print(f"\n# {heading(found)}\n\n{table_of(found)}")
     if failed:
         print(f"{failed} runs failed: --retry trains them again; what they said is in {comparison.folder}/*/*.log")
     print(f"odenets compare report {comparison.folder}")
     if stopped:
+        # 130 is what a shell gives for Ctrl-C: a script can tell it from a failure.
         fail("stopped before all runs had ended; what they have is kept", "The same command goes on", 130)
 
 

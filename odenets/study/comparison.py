@@ -67,6 +67,8 @@ class Comparison:
 
     def cells(self) -> dict[str, dict[str, str]]:
         """Name -> options, the first option varying slowest."""
+        # Names are read by people and name folders: the last part of an option is enough where it is the only such
+        # part.
         tails = [key.rpartition(".")[2] for key in self.over]
         short = {key: tail if tails.count(tail) == 1 else key for key, tail in zip(self.over, tails, strict=True)}
         found = {}
@@ -90,6 +92,7 @@ class Comparison:
 
     def words_of(self, run: Run) -> list[str]:
         """The command line of a run."""
+        # Appended: the experiment's own callbacks stay.
         cost = f"--trainer.callbacks+={Cost.__module__}.{Cost.__name__}"
         own = [f"--seed_everything={run.seed}", f"--run_dir={folder_of(self.folder, run)}", cost]
         if self.threads is not None and self._config.get("threads") is None:
@@ -114,6 +117,7 @@ class Comparison:
             if not self._varies(short_name(name)) and not FREE.fullmatch(short_name(name))
         }
         plan = {cell: {"options": options, "seeds": list(self.seeds)} for cell, options in self.cells().items()}
+        # The file's name alone: at another place it is the same experiment.
         return {"experiment": Path(self.experiment).name, "over": list(self.over), **shared, "plan": plan}
 
     def _varies(self, name: str) -> bool:
@@ -135,6 +139,7 @@ class Comparison:
             except SchemeError as error:
                 first, *rest = str(error).splitlines()
                 raise SchemeError("\n".join([f"{cell}: {first}", *rest])) from None
+            # Two spellings of one value, such as 0.1 and 1e-1, would be trained twice and compared with each other.
             same = [other for other, found in configs.items() if found == config]
             if same:
                 raise SchemeError(f"{same[0]} and {cell} mean the same\n  Leave one of them out.")
@@ -159,6 +164,8 @@ def _build(config: Any) -> Any:
         except SchemeError:
             raise
         except Exception:
+            # It may lack only what a run links to it, such as the number of classes; a SchemeError would come in the
+            # run too.
             return None
 
 
@@ -201,6 +208,7 @@ def carry_out(
     """
     runs, done = comparison.runs(), store.done()
     left = [run for run in runs if run.name not in done]
+    # Paths and words, made here: any worker can be sent them, and none has to resolve the comparison again.
     work = partial(_work, {run.name: str(folder_of(comparison.folder, run)) for run in left}, _lines(comparison, left))
     if address is not None:
         results = by_ray(
@@ -227,6 +235,7 @@ def carry_out(
                 store.add(run, outcome)
                 finished += 1
             elif workers == 0:
+                # The run had this process to itself, so the signal was meant for the command.
                 raise KeyboardInterrupt
             yield Progress(finished, len(runs), run, outcome)
 
@@ -245,8 +254,10 @@ def _failed(error: str) -> Outcome:
 
 def _take_gpu(place: int) -> None:
     """Gives a process one of the GPUs, in turn; several share one where there are fewer."""
+    # Counting does not initialise CUDA, so that it still reads the variable set here.
     count = torch.cuda.device_count()
     if count > 1:
+        # Those that are visible already, by their own names: on a shared machine they need not begin at 0.
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = [name for name in seen.split(",") if name] or [str(n) for n in range(count)]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[place % len(names)]

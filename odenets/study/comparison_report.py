@@ -75,6 +75,7 @@ def _of_folder(folder: Path) -> Found:
     settings, found = read(folder / FILE, RUNS)
     recorded = {line["name"]: line for line in found}
     lines = []
+    # By the plan and not by the lines of the file: a run that has not begun must be seen to be missing.
     for cell, about in settings["plan"].items():
         for seed in about["seeds"]:
             run = Run(f"{cell}, seed {seed}", cell, seed, about["options"])
@@ -82,6 +83,7 @@ def _of_folder(folder: Path) -> Found:
             if line is None:
                 outcome = outcome_of(folder_of(folder, run), "unfinished")
                 line = {**asdict(run), **asdict(outcome), "status": "unfinished" if outcome.epochs else "missing"}
+            # Which machine did the work is no result.
             lines.append({name: value for name, value in line.items() if name != "worker"})
     return Found(settings, lines)
 
@@ -141,6 +143,7 @@ def rows_of(
         pairs = None
         if cell != baseline:
             pairs = paired(figures[baseline], figures[cell], confidence, len(found.cells) - 1)
+        # With those that diverged: they may have got there before, and leaving them out would flatter their cell.
         reached = {line["seed"]: _reached(line, metric, target) for line in found.of(cell, TRAINED, "diverged")}
         rows.append(Row(cell, counts, figures[cell], pairs, reached))
     return rows
@@ -165,6 +168,7 @@ def usual_target(found: Found, metric: str, baseline: str | None = None) -> floa
     reached = [[epoch[metric] for epoch in line["epochs"] if metric in epoch] for line in ended]
     if not reached or not all(reached):
         return None
+    # The billionth takes up the rounding of a product: a multiple of 0.05 is its own target.
     if metric.endswith("loss"):
         return round(math.ceil(max(map(min, reached)) * 20 - 1e-9) / 20, 2)
     return round(math.floor(min(map(max, reached)) * 20 + 1e-9) / 20, 2)
@@ -227,6 +231,7 @@ def _epochs(reached: Mapping[int, int | None]) -> str:
     """The median number of epochs, a run that never got there counted as the slowest, and how many got there."""
     if not reached:
         return "–"
+    # The higher of the two in the middle: their mean would be infinite as soon as one of them never got there.
     middle = medians.median_high([float("inf") if n is None else n for n in reached.values()])
     there = sum(n is not None for n in reached.values())
     text = "never" if middle == float("inf") else f"{middle:g}"
@@ -277,6 +282,7 @@ def print_report(
         SchemeError: no such folder or file, or no such cell.
     """
     found = find(path)
+    # The slash tells what was measured from "epoch" and "evaluations".
     logged = sorted({name for line in found.lines for epoch in line["epochs"] for name in epoch if "/" in name})
     if logged and metric not in logged:
         raise SchemeError(f"no run has logged {metric!r}\n  Logged are {', '.join(logged)}.")

@@ -58,6 +58,7 @@ def run(
     candidates = study.candidates(study.data().num_classes)
     done = store.done()
     left = [c for c in candidates if c.number not in done]
+    # Before any worker is asked for: a study that is done needs neither Ray nor a GPU to say so.
     if not left:
         return
     work = partial(trainer, study)
@@ -78,6 +79,7 @@ def run(
         )
     finished = len(candidates) - len(left)
     for candidate, result in results:
+        # Recorded before it is yielded: who stops at the report of a network loses nothing of it.
         store.add(candidate, result)
         finished += 1
         yield Progress(finished, len(candidates), candidate, result)

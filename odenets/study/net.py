@@ -43,6 +43,7 @@ class RandomFunction(nn.Sequential):
         act, norm = _ACTIVATIONS[candidate.activation], _NORMS[candidate.norm]
         widths, kernels = (in_channels, candidate.middle, candidate.middle, candidate.width), (1, candidate.kernel, 1)
         layers: list[nn.Module] = []
+        # Not strict: the pairs of neighbours end with the shorter list.
         for i, (before, after, k) in enumerate(zip(widths, widths[1:], kernels, strict=False)):
             conv = nn.Conv2d(before, after, k, padding=k // 2, bias=False)
             if candidate.order == "pre":
@@ -91,6 +92,7 @@ class RandomNet(LevelNet):
         act, norm = _ACTIVATIONS[c.activation], _NORMS[c.norm]
         pre, post = c.order == "pre", c.order == "post"
         self.stem = nn.Sequential(nn.Conv2d(3, c.width, 3, 2, 1, bias=False))
+        # Pre-activated functions begin with the norm that the stem would have.
         if not pre:
             self.stem.extend([norm(c.width), act()])
         rates = iter(linear_rates(c.strength if c.augment == "drop_path" else 0.0, c.depth))

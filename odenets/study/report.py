@@ -70,6 +70,7 @@ def compare(
         rows = [("all", [pair(lambda line, k=k: tuple(line[name] for name in within) == k) for k in kinds])]
     found = []
     for name, strata in rows:
+        # A variance takes two networks; one thin stratum leaves the whole row without an interval, so it is left out.
         if min(min(map(len, s)) for s in strata) < 2:
             continue
         a, b = (list(itertools.chain(*(s[i] for s in strata))) for i in (0, 1))
@@ -106,6 +107,7 @@ def ranks(lines: Sequence[Line], depth: int) -> list[RankRow]:
         chosen = [
             line["ranks"] for line in lines if line["scheme"] == scheme and line["depth"] == depth and line["ranks"]
         ]
+        # Only of one depth: step n of a deeper network is another place, and a mean over both would say nothing.
         for step, values in enumerate(zip(*chosen, strict=True)):
             found.append(RankRow(scheme, step, len(chosen), *(mean([v[i] for v in values]) for i in range(3))))
     return found
@@ -126,6 +128,7 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
     settings, lines = read(store)
     trained = [line for line in lines if line["status"] == "trained"]
     first, *rest = settings["schemes"]
+    # Asked before any table is made, since a report may be printed while the study has hardly begun.
     if not any(compare(trained, first, second, "accuracy") for second in rest):
         raise SchemeError(f"{store} holds too few networks to compare: want two of every scheme and block order.")
     text = [f"# space {settings['space']}, seed {settings['seed']}: {len(lines)} networks\n"]
@@ -210,6 +213,7 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
     intervals = {}
     for second in schemes[1:]:
         for row in _rows(lines, first, second, "accuracy", ("order", "norm")):
+            # Of two schemes the axis says which is taken from which; of more, each interval has to say whose it is.
             name = row.name if len(schemes) == 2 else f"{NAMES.get(second, second)}: {row.name}"
             intervals[name] = row.difference
     paths = [plots.design_spaces(accuracies, intervals, out / "accuracy.png")]

@@ -97,6 +97,7 @@ class Cost(Callback):
         self._since = now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # From here on: what passed between two processes of a resumed run was no training.
         self._since = None
         self._count()
 
@@ -107,6 +108,7 @@ class Cost(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._count()
+        # In double precision: of a number `log` makes single, which above 2^24 no longer counts one by one.
         for name, value in (("samples", self.samples), ("wall_s", self.wall), ("cpu_s", self.cpu)):
             pl_module.log(f"cost/{name}", torch.tensor(float(value), dtype=torch.float64), sync_dist=True)
 
@@ -127,6 +129,7 @@ def epochs_of(folder: Path) -> list[dict[str, float]]:
         figures = {k: float(f"{float(v):.7g}") for k, v in row.items() if v and LOGGED.fullmatch(k or "")}
         figures = {k: v for k, v in figures.items() if math.isfinite(v)}
         if figures and row.get("epoch"):
+            # The figures of training and of validation stand in rows of their own.
             found.setdefault(int(row["epoch"]), {}).update(figures)
     return [{"epoch": epoch, **found[epoch]} for epoch in sorted(found)]
 
@@ -152,6 +155,7 @@ def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
             assert command is not None
             parameters = sum(p.numel() for p in getattr(command.model, "net", command.model).parameters())
         except SystemExit as stop:
+            # The command ends as it does for a user, by SystemExit; here that is an outcome, and the process goes on.
             if stop.code in STOPPED:
                 return None
             status = "diverged" if _not_finite(stop) else "failed"
@@ -181,6 +185,7 @@ def _wait_for(folder: Path) -> None:
 def outcome_of(folder: Path, status: str, parameters: int | None = None, error: str = "") -> Outcome:
     """A run's outcome, with the figures that its folder holds."""
     epochs = epochs_of(folder)
+    # The latest of each figure, since not every epoch logs all of them.
     last: dict[str, float] = {k: v for epoch in epochs for k, v in epoch.items()}
     return Outcome(
         status,
@@ -196,6 +201,7 @@ def outcome_of(folder: Path, status: str, parameters: int | None = None, error: 
 def _not_finite(error: BaseException | None) -> bool:
     """Whether a loss that is no number is among the causes of an error."""
     while error is not None and not isinstance(error, NotFinite):
+        # Where the command did not say `from`, the fault is the context of what it became.
         error = error.__cause__ or error.__context__
     return error is not None
 
@@ -204,8 +210,11 @@ def _not_finite(error: BaseException | None) -> bool:
 def _output_to(path: Path) -> Iterator[None]:
     """Sends what the process and its children print to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # What is buffered belongs to where it was going.
     sys.stdout.flush()
     sys.stderr.flush()
+    # The descriptors, since child processes and libraries in C write past `sys.stdout`; and the streams below, which
+    # under pytest or in a notebook do not end in these descriptors.
     kept = [os.dup(1), os.dup(2)]
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     streams = sys.stdout, sys.stderr

@@ -190,11 +190,13 @@ def count(
     return weights + 2 * norms + (last + 1) * classes, weights * pixels + last * classes
 
 
+# Kinds that differ in their augmentation alone have the same shapes, and counting them out takes a while.
 @lru_cache(maxsize=256)
 def shapes(
     space: Space, scheme: str, order: Order, size: int, classes: int
 ) -> tuple[tuple[int, int, int, int, int, int], ...]:
     """All (depth, middle, width, kernel, params, macs) of a space inside its budget."""
+    # Of any width: how many stages a step has does not depend on it.
     stages = scheme_of(scheme, 1).stages
     found = []
     for depth, middle, width, kernel in itertools.product(space.depths, space.middles, space.widths, space.kernels):

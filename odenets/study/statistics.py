@@ -73,6 +73,7 @@ def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confid
     if total == 0:
         return Difference(centre, centre, centre)
     freedom = total**2 / sum(v**2 / n for v, n in parts)
+    # The mean over strata has the sum of their variances, divided by the square of their number.
     half = _student((1 + confidence) / 2, freedom) * total**0.5 / len(means)
     return Difference(centre, centre - half, centre + half)
 
@@ -141,12 +142,14 @@ def paired(
         return Difference(centre, centre - half, centre + half)
 
     visible = (_student((1 + confidence) / 2, n - 1) + _student(0.8, n - 1)) * error
+    # Bonferroni: the chance of an error is shared out, and not the confidence.
     shared = 1 - (1 - confidence) / max(1, comparisons)
     return Paired(n, centre, spread(differences), interval(confidence), interval(shared), visible)
 
 
 def _student(level: float, freedom: float) -> float:
     try:
+        # Imported where it is needed: a report over one seed has no intervals, and does without scipy.
         from scipy.stats import t
     except ImportError:
         raise MissingExtra(f"intervals need scipy: {install('study')}", name="scipy") from None

@@ -89,6 +89,7 @@ class Table(Generic[Task, Outcome]):
     def declared(self) -> str:
         """The columns as SQL."""
         hints = self._hints()
+        # No type for what may be None or is JSON: SQLite then keeps the value as it comes.
         kinds = {name: _TYPES.get(hints[name], "") for name in self.columns}
         return ", ".join(f'"{n}" {k}{" PRIMARY KEY" if n == self.key else ""}' for n, k in kinds.items())
 
@@ -138,6 +139,7 @@ class Store(Generic[Task, Outcome]):
                 self._make()
             self._begin()
         except BaseException:
+            # `__exit__` is not called where `__enter__` raises, and the lock would stay with this process.
             if hasattr(self, "connection"):
                 self.connection.close()
             self.lock.release()
@@ -157,6 +159,8 @@ class Store(Generic[Task, Outcome]):
 
     def _begin(self) -> None:
         check_file(self.path)
+        # Without an isolation level no transaction is open between two statements. The timeout is short, as `patient`
+        # waits.
         self.connection = sqlite3.connect(self.path, timeout=1, isolation_level=None)
         # Both through JSON, which makes lists of tuples.
         old, new = settings_of(self.connection, self.path, self.table), json.loads(json.dumps(self.settings))
@@ -230,6 +234,7 @@ def patient(act: Callable[[], Value], path: Path) -> Value:
         try:
             return act()
         except sqlite3.OperationalError as error:
+            # Extended codes, such as SQLITE_BUSY_SNAPSHOT, have the plain one in their low byte.
             if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise
             if not said and time.monotonic() - began > 5:
@@ -276,6 +281,7 @@ def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, An
     try:
         return json.loads(patient(find, path)[0])
     except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+        # A SchemeError is a ValueError too, and says what is wrong already.
         if isinstance(error, SchemeError):
             raise
         raise SchemeError(f"{path} is no file of a study: {error}.") from None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+# First: it names the extra that is missing, where the imports below would only name a module.
 from ..training import needed as needed
 
 # isort: split
@@ -32,6 +33,7 @@ class StudyParser(ArgumentParser):
     command_line: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # An error inside a subcommand carries the subcommand's parser, whose options a misspelt one is near to.
         names = [action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions]
         first, second = explain(message, self.command_line, names)
         fail(first, HELP if second == TIP else second)
@@ -63,6 +65,7 @@ def parser() -> ArgumentParser:
 def run(args: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
     try:
+        # On the class: whichever of the subcommands' parsers fails has to know the whole command line.
         StudyParser.command_line = args = with_files(args)
         check_files(args)
         options = parser().parse_args(list(args))
@@ -95,6 +98,7 @@ def _show(study: Study) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's report of every single training."""
+    # Lightning's two halves log under names of their own.
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -159,9 +159,11 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
     start = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - start
+    # Lightning may end a fit at Ctrl-C without raising it, and a half-trained network must not be recorded.
     if trainer.interrupted:
         raise KeyboardInterrupt
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # By the losses: an accuracy is a number even where the loss is none, and would enter the means.
     finite = all(math.isfinite(figures[name]) for name in ("val/loss", "train/loss"))
     x = data.on_after_batch_transfer(_batch(data, "val", study.rank_pictures or 1), 0)[0].to(module.device)
     net.to(module.device).eval()
@@ -170,6 +172,7 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
         with torch.no_grad():
             ranks = [(r.width, r.numerical, round(r.effective, 4)) for r in rank_profile(net.trajectory(x))]
     return Result(
+        # The kept bytes come last: they take a pass in training mode, which moves the norms' statistics.
         TRAINED if finite else "diverged",
         figures["val/acc"] if finite else None,
         figures["val/loss"] if finite else None,
@@ -187,6 +190,7 @@ def _trainer(study: Study) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs,
         devices=1,
+        # Not "auto": a study that asks for no GPU gives the same result on a machine that has one.
         accelerator="gpu" if study.gpus else "cpu",
         precision=study.precision,
         # Once, at the end: a study compares networks as they are trained out.
@@ -227,6 +231,7 @@ def kept_bytes(net: nn.Module, x: Tensor, y: Tensor) -> int:
         x: pictures (n, c, h, w), uint8 or floats.
         y: labels (n,).
     """
+    # By storages and not by tensors: views of one storage keep it once.
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept: dict[int, int] = {}
     held = []  # a storage that is freed meanwhile could come back under the same address

@@ -50,10 +50,12 @@ def _commas(text: str) -> Iterator[int]:
     while place < len(text):
         letter = text[place]
         if quote:
+            # As in YAML, a backslash escapes in double quotes alone.
             if quote == '"' and letter == "\\":
                 place += 1
             elif letter == quote:
                 quote = ""
+        # At the beginning the slice is text[-1:0], which is empty: no letter stands before.
         elif letter in "'\"" and not re.match(r"\w", text[place - 1 : place]):
             quote = letter
         elif letter in PAIRS:
@@ -102,6 +104,7 @@ def seeds(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:\.\.(\d{1,9}))?\s*", part)
+        # A range is written out below: 0..999999999 would fill the memory before anything could refuse it.
         if match is None or int(match[2] or match[1]) - int(match[1]) not in range(100_000):
             raise SchemeError(
                 f"--seeds {text!r}: {part!r} is no seed and no range\n  Write --seeds 0..4 or --seeds 0,1,7"
@@ -119,6 +122,8 @@ def folder_name(text: str) -> str:
         >>> folder_name("scheme=rk4"), folder_name("step=decay(9/10)")
         ('scheme=rk4', 'step=decay-9-10-eb556f')
     """
+    # No dot in front, which would hide the folder; and cut, since file systems refuse names of more than 255 bytes. Two
+    # long texts are still told apart by their digests.
     plain = re.sub(r"[^\w=.,+-]+", "-", text, flags=re.ASCII).strip("-.")[:80]
     if plain == text:
         return text

@@ -32,6 +32,7 @@ def check_gpus(option: str, wanted: float, found: float) -> None:
 
 def here(tasks: Sequence[Task], work: Callable[[Task], Outcome]) -> Generator[tuple[Task, Outcome], None, None]:
     """One after the other, in this process."""
+    # Lazily: each outcome is recorded before the next task begins.
     return ((task, work(task)) for task in tasks)
 
 
@@ -76,6 +77,7 @@ def by_processes(
     """
     context = multiprocessing.get_context(START)
     if START == "forkserver":
+        # Otherwise each new process would import torch and Lightning for itself, which takes seconds.
         context.set_forkserver_preload(list(preload))
     waiting: deque[tuple[Task, int]] = deque((task, 0) for task in tasks)
     running: dict[Connection, _Running] = {}
@@ -83,24 +85,30 @@ def by_processes(
         while waiting or running:
             while waiting and len(running) < workers:
                 task, deaths = waiting.popleft()
+                # The smallest that is free: places stand for GPUs, and so the work is spread over them.
                 place = min(set(range(workers)) - {r.place for r in running.values()})
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_serve, args=(theirs, work, task, prepare, place))
                 process.start()
+                # The child has its own copy. While this one is open, its death would not end the pipe, and `wait` would
+                # wait for ever.
                 theirs.close()
                 running[ours] = _Running(process, task, deaths, place)
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
                 ended = running.pop(connection)
                 found = _received(connection)
+                # Its exit status is known only when it has been waited for.
                 ended.process.join()
                 if found is None and ended.deaths < RETRIES:
+                    # To the front, where it was: tasks are begun in their order.
                     waiting.appendleft((ended.task, ended.deaths + 1))
                     continue
                 error, outcome = found or (f"its process ended with status {ended.process.exitcode}", None)
                 yield ended.task, failed(error[:LONGEST]) if error else outcome  # type: ignore[misc]
     finally:
         for left in running.values():
+            # All are told before any is waited for, so that they save at the same time.
             left.process.terminate()
         for left in running.values():
             left.process.join()
@@ -131,6 +139,8 @@ def _serve(connection: Connection, work: Any, task: Any, prepare: Callable[[int]
 def _follow_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
+        # A parent that is killed sends no signal to its children: somebody has to wait for its end. Then SIGTERM, and
+        # not an exit, since the work may have a handler by now that saves what it has.
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -189,6 +199,8 @@ def by_ray(
         # A worker that dies is no error of the work: its task is given to another.
         each = ray.remote(max_calls=int(fresh))(_call)  # 0 is no limit
         remote = each.options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
+        # On this machine Ray runs no more at a time than the cores that it was given; on a cluster it would take all
+        # there are.
         limit = workers if address is not None else None
         yield from _hand_out(ray, RayError, remote, tasks, work, failed, workers, limit, threads)
     finally:
