@@ -48,6 +48,7 @@ def alignment_matrix(matrix: Tensor, names: Sequence[str], path: str | Path, tit
     side = max(3.5, 0.22 * len(names) + 2)
     figure = _figure(side + 0.8, side)
     axes = figure.add_subplot()
+    # Unbiased estimates may lie a little outside.
     image = axes.imshow(matrix.clamp(0, 1).cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -74,6 +75,7 @@ def alignment_by_column(
     image: Any = None
     for panel, reference in enumerate(references, 1):
         row = matrix[list(names).index(reference)].clamp(0, 1).cpu()
+        # What stays NaN is no place of the network, and is drawn as nothing.
         values = [[float("nan")] * len(columns) for _ in levels]
         for i, place in enumerate(places):
             values[levels.index(keys[i][0])][columns.index(keys[i][1])] = float(row[list(names).index(place)])
@@ -95,6 +97,7 @@ def _numbers(axes: Any, values: Sequence[Sequence[float]], most: float, digits: 
     """Writes values into the fields of a picture whose colours go from 0 to ``most``; none where there is no number."""
     for a, line in enumerate(values):
         for b, value in enumerate(line):
+            # False for NaN alone.
             if value == value:
                 # Dark fields are the low ones.
                 colour = "white" if value < 0.6 * most else "black"
@@ -106,6 +109,7 @@ def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int],
     """The (level, column) of each place, all levels and all columns; one level where places are none of columns."""
     # `columns.steps.3:1` is column 3, level 1.
     keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
+    # One item in all is no grid: steps of an ordinary stack end in `1:0`, too.
     if all(len(key) == 2 and key[0].isdigit() for key in keys) and len({key[1] for key in keys}) > 1:
         found = [(int(key[1]), int(key[0])) for key in keys]
     else:
@@ -181,6 +185,7 @@ def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "")
                 label=group,
             )
         values = [row[key] for row in points if row.get(key)]
+        # Over a narrow range a logarithmic axis has hardly a tick.
         if max(values) > 3 * min(values):
             axes.set_xscale("log")
         axes.set_xlabel(what)
@@ -206,10 +211,12 @@ def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequen
     count, shown = len(pictures), cast(Any, None)
     figure = _figure(1.4 * (len(columns) + 1), 1.5 * len(levels) * count + 0.4)
     axes: Any = figure.subplots(count * len(levels), len(columns) + 1, squeeze=False)
+    # Of all panels, since the picture itself fills one of its column alone.
     for row in axes:
         for one in row:
             one.axis("off")
     for i in range(count):
+        # Three channels, since a single one would be drawn by a colour map.
         picture = pictures[i].clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
         axes[i * len(levels)][0].imshow(picture)
         for heat, (level, column) in zip(heats, keys, strict=True):
@@ -267,6 +274,7 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
     figure = _figure(width * across + 0.3, height * down + 0.4)
     for place, m in enumerate(maps, 1):
         axes = figure.add_subplot(down, across, place)
+        # From 0: a scale that begins at the smallest mean would make structure of noise.
         image = axes.imshow(m.values.numpy(), vmin=0, cmap="viridis", aspect="auto", interpolation="nearest")
         for which, names in ((axes.xaxis, m.columns), (axes.yaxis, m.rows)):
             # First and last, and as many between as can be read.
@@ -321,6 +329,7 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
     """
     from schemes.stability import imaginary_interval, real_interval, region
 
+    # At least 4, so that a small region does not fill the figure and look like a large one.
     left = max([4.0, *(1.15 * real_interval(t) for t in tableaux.values())])
     up = max([4.0, *(1.15 * imaginary_interval(t) for t in tableaux.values())])
     figure = _figure(5, 4)
@@ -329,6 +338,7 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
         grid = region(tableau, (-left, 0.3 * left), (-up, up), 241)
         colour, line = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
         axes.contour(grid.re, grid.im, grid.size, levels=[1.0], colors=[colour], linestyles=[line])
+        # A contour has no entry in a legend; a line of no points stands in for it.
         axes.plot([], [], color=colour, linestyle=line, label=name)
     for line in (axes.axhline, axes.axvline):
         line(0, color="gray", linewidth=0.6)
@@ -396,6 +406,7 @@ def design_spaces(
     left.set_ylabel("share of networks up to it")
     left.grid(alpha=0.3)
     left.legend(fontsize=8)
+    # The axis goes upwards, and the first row belongs at the top.
     rows = list(differences.items())[::-1]
     for y, (_, (mean, low, high)) in enumerate(rows):
         right.plot([100 * low, 100 * high], [y, y], color="black", linewidth=1.5)
@@ -435,6 +446,7 @@ def lines(
     if log_x:
         axes.set_xscale("log", base=2)
     elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
+        # Counts, of steps or columns: no tick at 2.5.
         from matplotlib.ticker import MaxNLocator
 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -472,6 +484,7 @@ def bands(
                 at.setdefault(place, []).append(value)
         places = sorted(at)
         means = [sum(at[p]) / len(at[p]) for p in places]
+        # Of a single run 0 / 1, and not 0 / 0.
         spreads = [
             (sum((v - m) ** 2 for v in at[p]) / max(1, len(at[p]) - 1)) ** 0.5
             for p, m in zip(places, means, strict=True)
@@ -526,6 +539,7 @@ def work_precision(points: Sequence[Any], path: str | Path, title: str = "") -> 
     left, right = figure.subplots(1, 2)
     groups: dict[str, list[Any]] = {}
     for point in points:
+        # All tolerances of a solver are points of one line, which is named without them.
         groups.setdefault(point.scheme.partition(", rtol")[0].replace("adaptive(", "adaptive "), []).append(point)
     for name, group in groups.items():
         xs = [p.evaluations for p in group]

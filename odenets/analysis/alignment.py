@@ -99,6 +99,7 @@ class Alignment:
             if not math.isfinite(size):
                 raise SchemeError(f"Alignment: {name} holds values that are not finite.\n  Try model.float().")
         for i, size in enumerate(sizes):
+            # A batch of zeros has no unit to give.
             if size and i not in self.units:
                 self.units[i] = size
         kernels = [_kernel(x, self.units.get(i, 1.0)) for i, x in enumerate(rows)]
@@ -209,4 +210,5 @@ def _one_hot(y: Tensor, classes: int | None) -> Tensor:
             f"alignment: label {int(wrong[0])} is no class of 0 to {upto}.\n"
             "  Leave out pictures without a label: labelled = y >= 0; x[labelled], y[labelled]."
         )
+    # Of the classes in this batch alone: the column of another is zero, and adds nothing to the products.
     return (y[:, None] == y.unique()).double()

@@ -36,6 +36,7 @@ class ClassAlignment(NamedTuple):
         Raises:
             SchemeError: no class has an alignment.
         """
+        # A maximum hands on NaN, which a class without pictures has in every place.
         most = self.label.nan_to_num(-1).amax(0)
         if float(most.max()) < 0:
             raise SchemeError("class_alignment: no class has enough pictures.\n  Give more: --batches 16.")
@@ -89,6 +90,7 @@ def class_alignment(
     def close(k: int, features: Features) -> None:
         x = torch.stack(waiting[k])
         waiting[k] = []
+        # Run again by themselves: keeping pictures and not features takes the memory of a few pictures a class.
         model(x.to(device))
         pictures[k].update({**dict(features.items()), "input": x})
 
@@ -99,6 +101,7 @@ def class_alignment(
             y = _classes_of(y, classes)
             # A copy: a network may write into its input.
             model(x.to(device, copy=True))
+            # Before any group is closed, whose pass through the network takes the place of these features.
             label.update([value for _, value in features.items()], y)
             counts += torch.bincount(y, minlength=classes)
             for picture, k in zip(x, y.tolist(), strict=True):
@@ -108,8 +111,10 @@ def class_alignment(
             if progress is not None:
                 progress(done)
         for k in range(classes):
+            # The unbiased estimate exists from four samples on.
             if len(waiting[k]) >= 4:
                 close(k, features)
+    # Each place against "input", which is the last row and the last column.
     rows = [a.compute()[:-1, -1] if a.batches else torch.full((len(names),), torch.nan).double() for a in pictures]
     return ClassAlignment(names, label.compute(), torch.stack(rows, 1), counts)
 
@@ -142,6 +147,8 @@ class _WithLabel:
             if not bool(x.isfinite().all()):
                 raise SchemeError("class_alignment: features hold values that are not finite.\n  Try model.float().")
             most = float(x.abs().amax())
+            # The first unit stays, since the sums of all batches must be measured alike; a batch of zeros has none to
+            # give.
             unit = self.units.setdefault(i, most) if most else self.units.get(i, 1.0)
             k = _kernel(x, unit)
             self.cross[i] += n * unbiased_hsic(k, of_labels)
@@ -149,6 +156,7 @@ class _WithLabel:
             self.size[i] += n * k.square().sum() / (n * (n - 3))
 
     def compute(self) -> Tensor:
+        # So little is what rounding leaves of features that are the same for all samples.
         own = torch.where(self.own > 1e-12 * self.size, self.own, torch.nan).sqrt()
         labels = torch.where(self.labels > 0, self.labels, torch.nan).sqrt()
         return self.cross / (own[:, None] * labels)

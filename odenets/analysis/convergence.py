@@ -59,6 +59,7 @@ class Convergence(NamedTuple):
             within: the accuracy that may be lost, as a share.
         """
         best = max(p.accuracy for p in self.points)
+        # The 1e-12 takes up rounding: accuracies are shares of one count, and their difference may be a little off.
         return min((p for p in self.points if p.accuracy >= best - within - 1e-12), key=lambda p: p.evaluations)
 
     def __str__(self) -> str:
@@ -107,9 +108,11 @@ def convergence(
     """
     if not continuous_stacks(net):
         rebuilt(net)  # says what is missing
+    # As a float 0.1 is no tenth; as a fraction of small numbers it is, and numbers of steps come out whole.
     training, shares = net.training, [Fraction(scale).limit_denominator(4096) for scale in scales]
     net.eval()
     try:
+        # Four times as fine as the finest, so that the reference's own error is small beside those that are measured.
         fine = rebuilt(net, reference, scale=4 * max(shares))
         want, labels = _logits(fine, batches)
         points = []
@@ -118,6 +121,8 @@ def convergence(
                 try:
                     run = rebuilt(net, scheme, scale=share)
                 except SchemeError as error:
+                    # A multiple that gives no whole number of steps is left out; any other refusal is the caller's to
+                    # see.
                     if "want a whole number" not in str(error):
                         raise
                     continue
@@ -126,6 +131,7 @@ def convergence(
             raise SchemeError(f"convergence: none of the multiples {[*map(str, scales)]} is a whole number of steps.")
         for tolerance in tolerances:
             scheme = f"adaptive(dopri5, rtol={tolerance:g}, atol={tolerance / 10:g})"
+            # One step over the whole span, which the solver divides as it needs.
             points.append(_point(rebuilt(net, scheme, depth=1), scheme, batches, want, labels, adaptive=True))
     finally:
         net.train(training)
@@ -158,6 +164,8 @@ def _logits(
     device = next(net.parameters()).device
     found, labels = [], []
     for x, y in batches():
+        # Widened before they are subtracted: a norm over many samples in single precision would add an error of its
+        # own.
         found.append(net(x.to(device)).double().cpu())
         labels.append(y.cpu())
         if after is not None:

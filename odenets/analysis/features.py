@@ -86,6 +86,7 @@ class Features:
         self._places = {name: self._parse(name) for name in self.names}
 
     def _parse(self, name: str) -> Place:
+        # The whole name first: keys of a ModuleDict may hold these signs themselves.
         if name in self._modules:
             return Place(name, None, None)
         head, colon, item = name.rpartition(":") if ":" in name else (name, "", "")
@@ -197,6 +198,7 @@ class Features:
 
 def _in_backward() -> bool:
     """Whether autograd runs: what checkpoints and inverses run again there is no new pass."""
+    # Private, but torch offers no other way to ask.
     return torch._C._current_graph_task_id() != -1
 
 
@@ -220,6 +222,7 @@ def _item(name: str, place: Place, output: Any, module: nn.Module) -> Tensor:
 def _copied(output: Tensor) -> Found:
     if not (torch.is_grad_enabled() and output.requires_grad):
         return Found(output.detach().clone())
+    # Asked for now: a module that writes into the tensor later gives it another node.
     return Found(output.clone(), output, output._version, get_gradient_edge(output))
 
 

@@ -58,10 +58,14 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int 
         flat = flat[_spread(len(flat), rows).to(flat.device)]
     if not flat.isfinite().all():
         raise SchemeError("feature_rank: features hold values that are not finite.\n  Try model.float().")
+    # In single precision the rounding of the large singular values fills up the small ones, and the rank comes out
+    # full.
     values = torch.linalg.svdvals(flat.double())
+    # No channels, or nothing but zeros: the shares would be 0 / 0.
     if not values.numel() or not values[0] > 0:
         return Rank(width, 0, 0.0)
     shares = values / values.sum()
+    # entr is 0 at 0, where p log p is NaN.
     return Rank(width, int((values > tolerance * values[0]).sum()), float(torch.special.entr(shares).sum().exp()))
 
 

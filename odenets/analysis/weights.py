@@ -72,6 +72,7 @@ def _of_stack(model: nn.Module, name: str, stack: Stack) -> WeightMap:
     steps = [step for step in stack.steps if isinstance(step, Step)]
     scales = [[g for g in step.gs or () if isinstance(g, ChannelScale)] for step in steps]
     if isinstance(stack.scheme, Dense):
+        # A step that appends channels has one function.
         readers = [(f"{name}.steps.{n}", _functions(stack, step)[0]) for n, step in enumerate(steps)]
         return _of_sources(model, name, readers, stack.scheme.growth)
     if any(scales):
