@@ -48,9 +48,11 @@ def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[
         args: The command line, for the full name of the key at fault and the files that it names.
         options: The parser's own option names.
     """
+    # By patterns, as parsers hand over nothing but text, and argparse and jsonargparse word the same fault differently.
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
     if found := re.search(r"Option '([^']+)' is not accepted", text):
+        # The option is one of a class that the command line names, so the class's own are those to look among.
         return _unknown(found[1], args, _accepted(args))
     if found := re.search(r"(?:does not accept option '|unrecognized arguments: -*)([^'\s=]+)", text):
         return _unknown(found[1], args, options)
@@ -74,18 +76,22 @@ def _bad_value(key: str, lines: list[str], text: str, args: Sequence[str]) -> tu
         path = Path(found[1])
         near = [str(p) for p in sorted(path.parent.glob("*.yaml")) or sorted(Path("experiments").glob("*.yaml"))]
         return f"{key}: there is no file {str(path)!r}", _closest(str(path), near)
+    # jsonargparse ends its message with the value.
     given = re.search(r"(?:Got value|Given value|import path string): (.+)$", lines[-1])
     value = given[1] if given else "?"
     if "import path" in text or "has no attribute" in text or "Import of" in text or "No module named" in text:
         names = [*_class_paths(args), "odenets.models.HOResNet", "odenets.models.ResNet"]
         remedy = _closest(value, names) if given else TIP
         return f"{key}: {value if given else lines[-1]!r} cannot be imported; wanted the path of a class", remedy
+    # A union fails once for each member, and several of them may have wanted the same.
     wanted = list(dict.fromkeys(re.findall(r"Expected an? (.+?)(?=\. Got value|$)", "\n".join(lines), re.M)))
     choices = [c for w in wanted for c in re.findall(r"'([^']+)'|\b(\d+)\b", w) if w.startswith("typing.Literal")]
     flat = list(dict.fromkeys(a or b for a, b in choices))
     kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", w) for w in wanted if not w.startswith("typing.Literal")]
+    # null would be accepted too, but whoever gave a wrong value did not mean to give none.
     kinds = [kind for kind in kinds if kind != "NoneType"]
     listed = " or ".join([*(["one of " + ", ".join(flat)] if flat else []), *kinds]) or " ".join(lines[1:])
+    # Cut, as a value may be a whole mapping and a union has many members: two lines are to stay two.
     return f"{key}: got {value[:200]!r}, wanted {listed[:600]}", _closest(value, flat)
 
 
@@ -110,6 +116,7 @@ def _full_key(key: str, args: Sequence[str]) -> str:
 def _class_paths(args: Sequence[str]) -> Iterator[str]:
     """Import paths of classes that the command line or its configuration files name."""
     files = [Path(arg) for arg in args if arg.endswith((".yaml", ".yml")) and Path(arg).is_file()]
+    # Read for hints alone: a file in another encoding must not fail here.
     texts = [*args, *(file.read_text(errors="ignore") for file in files)]
     for text in texts:
         yield from re.findall(r"\b[A-Za-z_]\w*(?:\.\w+)+\.[A-Z]\w*", text)

@@ -19,6 +19,7 @@ def folder() -> Path | None:
     """Where the experiments lie, or None for a package that somebody has put together without them."""
     here = Path(__file__).parent
     for place in (here / "experiments", here.parent / "experiments"):
+        # By a file in it: beside an installed package lie the folders of others, and one may be called experiments.
         if (place / "quickstart.yaml").is_file():
             return place
     return None
@@ -56,6 +57,7 @@ def file_or_experiment(given: str) -> str:
     Raises:
         SchemeError: there is neither; the closest are named.
     """
+    # What lies there under that very name comes first, so that nobody's own file is passed over.
     path = Path(given)
     if path.is_file():
         return given
@@ -75,6 +77,7 @@ def with_files(words: Sequence[str]) -> list[str]:
     Raises:
         SchemeError: a name that is neither a file nor an experiment.
     """
+    # Before any parser, as jsonargparse opens what stands behind --config by itself.
     found = list(words)
     for i, word in enumerate(words):
         if i and words[i - 1] in CONFIG and _may_be_name(word):
@@ -87,4 +90,5 @@ def with_files(words: Sequence[str]) -> list[str]:
 
 def _may_be_name(text: str) -> bool:
     """Whether a word may be meant as a file's name: configurations may also be written out, as YAML or JSON."""
+    # A NUL or a name that is too long is an error to the system, and not a file that is not there.
     return bool(text) and not any(c in text for c in "{}[]:\n\0") and len(text) < 4096

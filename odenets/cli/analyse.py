@@ -29,6 +29,7 @@ def run(args: Sequence[str]) -> None:
     found = w.Parser(prog="odenets analyse FILE... cost", description=COST)
     found.add_argument("files", nargs="+", metavar="FILE", help="files of results, then the word cost")
     found.add_argument("--out", default="cost.png", metavar="FILE", help="the figure: .png, .svg or .pdf (cost.png)")
+    # The word `cost` stands behind the files, so that the parser takes it for one of them.
     options = found.parse(args)
     try:
         print(draw([name for name in options.files if name != "cost"], options.out))
@@ -52,6 +53,7 @@ def draw(files: Sequence[str], out: str) -> Path:
         found = read_points(Path(name))
         if not found:
             raise SchemeError(f"{name}: no trained network in it has an error and a cost\n  Give another file.")
+        # Groups of several files may have one name, such as a scheme's.
         points += [{**p, "group": f"{Path(name).stem}: {p['group']}"} for p in found] if len(files) > 1 else found
     return plots.cost(points, out, f"{len(points)} networks")
 
@@ -71,6 +73,7 @@ def read_points(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_study(path: Path) -> list[dict[str, Any]]:
+    # Here and not above: the file of a study needs an extra, which CSV does without.
     from ..study.store import TRAINED, read
 
     _, lines = read(path)
@@ -89,6 +92,7 @@ def _of_comparison(path: Path) -> list[dict[str, Any]]:
     for line in find(path).lines:
         last = (line.get("epochs") or [{}])[-1].get("val/acc")
         if line["status"] == TRAINED and last is not None and line.get("parameters"):
+            # A comparison does not count multiply-adds.
             found.append({"group": line["cell"], "error": 1 - last, "parameters": line["parameters"], "macs": None})
     return found
 
@@ -97,6 +101,7 @@ def _of_table(path: Path) -> list[dict[str, Any]]:
     found = []
     try:
         with path.open(encoding="utf-8", newline="") as file:
+            # From 2, as the header is line 1.
             for number, row in enumerate(csv.DictReader(file), 2):
                 found.append(_point(row, number))
     except (OSError, UnicodeDecodeError, csv.Error) as e:

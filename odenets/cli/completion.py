@@ -126,6 +126,7 @@ def _copy(target: argparse.ArgumentParser, source: Iterable[Any]) -> None:
             for name, sub in action.choices.items():
                 _copy(inner.add_parser(name, add_help=False, help=sub.description or ""), sub._actions)
             continue
+        # jsonargparse adds --KEY.help to each class, which would double the list.
         names = [name for name in action.option_strings if name not in taken and not name.endswith(".help")]
         if action.option_strings and not names:
             continue
@@ -160,5 +161,6 @@ def _choices(action: Any) -> list[str] | None:
 
 
 def _takes_file(action: Any) -> bool:
+    # A metavar may name several things, as FILE|FOLDER does.
     said = {*re.findall(r"[A-Z]+", str(action.metavar)), action.dest.upper()}
     return bool(said & FILES)

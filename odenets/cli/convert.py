@@ -58,6 +58,7 @@ def _run(options: Any) -> None:
     held = checkpoints.read(options.weights)
     given = {"in_chans": options.in_chans, "scheme": options.scheme}
     classes = options.num_classes
+    # Built twice where need be: which tensors of a file are its head, only a model's names can tell.
     net = create_model(options.model, num_classes=classes, **given)
     if classes is None and (found := _classes(net, held)) is not None:
         net = create_model(options.model, num_classes=found, **given)

@@ -91,6 +91,7 @@ def repair_torchvision() -> None:
     except RuntimeError as e:
         import torch
 
+        # The failed import has left submodules behind, which the next one would take for whole.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")
@@ -110,6 +111,7 @@ def _configured(words: Sequence[str]) -> bool:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; returns None, since a script's return value becomes its exit status."""
     words = sys.argv[1:] if args is None else args
+    # One command under two names; help and errors speak of the one that was typed.
     prog = "odenets" if sys.argv[0].endswith(("odenets", "__main__.py")) else "lightning"
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(prog=prog), end="")

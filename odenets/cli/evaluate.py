@@ -97,6 +97,7 @@ def _options(args: Sequence[str]) -> Any:
     if form_of(found) == "csv" and len(tables) > 1:
         raise SchemeError(f"CSV holds one table, not those of {' and '.join(tables)}\n  Give --json, or one of them.")
     if found.diagram is not None:
+        # The diagram is drawn from the bins, so it asks for them.
         found.calibration = found.calibration or 15
         if not found.diagram.lower().endswith((".png", ".svg", ".pdf")):
             raise SchemeError(f"--diagram {found.diagram}\n  Want a name that ends in .png, .svg or .pdf.")
@@ -138,10 +139,12 @@ def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, An
     calibration = None if options.calibration is None else Calibration(options.calibration)
     others = _others(trained, pictures) if options.subset else None
     work = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    # One pass serves all of these; sizes, corruptions and attacks change the pictures, and take passes of their own.
     for numbers, x, labels in pictures.batches(**work):
         probabilities = trained.probabilities(x)
         if others is not None:
             probabilities = probabilities * ~others
+            # Where all of the probability lay with the other classes nothing is left, and 0 / 0 would be NaN.
             probabilities /= probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         counts.add(probabilities, labels)
         if real is not None:
@@ -177,10 +180,12 @@ def _others(trained: Trained, pictures: Labelled) -> torch.Tensor:
 
 def _progress(what: str, count: int) -> Callable[[int], None] | None:
     """Says on a terminal how far the slow parts are."""
+    # In a log file a line that is written over and over is one of endless length.
     if not sys.stderr.isatty():
         return None
 
     def say(done: int) -> None:
+        # chr(10), since before Python 3.12 an expression in an f-string can hold no backslash.
         sys.stderr.write(f"\r{what}: {done:,} of {count:,} pictures{chr(10) if done >= count else ''}")
         sys.stderr.flush()
 

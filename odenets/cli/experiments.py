@@ -35,6 +35,7 @@ def run(args: Sequence[str]) -> None:
     try:
         file = packaged.find(options.name) if options.name else None
         if file is not None and not options.json:
+            # Written and not printed, which would add a line: the copy is to be the file itself.
             sys.stdout.write(file.read_text(encoding="utf-8"))
             return
         names = [options.name] if file else w.matching(options.name or "*", known, "experiment")
@@ -62,4 +63,5 @@ def about(file: Path) -> str:
         head.append(line.removeprefix("#").strip())
     paragraphs = "\n".join(head).split("\n\n")
     text = " ".join(paragraphs[1 if len(paragraphs) > 1 else 0].split())
+    # "et al." ends no sentence.
     return re.split(r"(?<=\.)(?<!al\.)\s+(?=[A-Z])", text)[0]

@@ -37,6 +37,7 @@ def run(args: Sequence[str]) -> None:
     try:
         _run(options.checkpoint, options.output, options.format, options)
     except ImportError as e:
+        # What is said of a missing extra reads "who needs what: how it is installed".
         cause, _, remedy = str(e).partition(": ")
         fail(cause, remedy)
     except (SchemeError, DataError) as e:

@@ -49,6 +49,7 @@ def run(args: Sequence[str]) -> None:
     options = parser().parse(args)
     try:
         known = list_models()
+        # A whole name means itself alone, though resnet50 is a part of ho_resnet50 too.
         chosen = [options.pattern] if options.pattern in known else w.matching(options.pattern, known, "model")
         costs = options.costs or options.memory or len(chosen) == 1
         rows = []
@@ -95,6 +96,7 @@ def cost(name: str, size: int, scheme: str | None = None) -> dict[str, Any]:
         SchemeError: it does not run at that size.
     """
     with torch.device("meta"):
+        # In evaluation mode: BatchNorm in training refuses a single value per channel, which one picture may come to.
         net = _build(name, scheme).eval()
         x = torch.empty(1, _channels(name), size, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -102,6 +104,7 @@ def cost(name: str, size: int, scheme: str | None = None) -> dict[str, Any]:
     return {
         "size": size,
         "parameters": sum(p.numel() for p in net.parameters()),
+        # torch counts a multiply-add as two operations.
         "macs": counter.get_total_flops() // 2,
         "evaluations": sum(stack.evaluations for stack in outermost(net).values()),
     }
@@ -144,6 +147,7 @@ def _called(net: nn.Module, x: torch.Tensor, name: str, size: int) -> None:
     try:
         net(x)
     except (RuntimeError, ValueError) as e:
+        # A SchemeError is a ValueError too, and says better what does not fit.
         if isinstance(e, SchemeError):
             raise
         cause = str(e).splitlines()[0][:150]

@@ -39,6 +39,7 @@ def open_network(options: Any) -> Trained:
     """The network of --ckpt_path on --device."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # A device that is not there shows at the first tensor, and not when it is named.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise SchemeError(f"--device {device}: {str(e).splitlines()[0][:150]}\n  Give another: --device cpu") from None

@@ -32,10 +32,12 @@ def run_predict(args: Sequence[str]) -> list[Prediction]:
     """`odenets predict`; the pictures that could not be read."""
     options = parser().parse(args)
     form = form_of(options)
+    # Before the network is opened, which takes longer than to say that a path is not there.
     source, notes = pictures_at(options.paths)
     trained = open_network(options)
     for note in notes:
         sys.stderr.write(f"{note}\n")
+    # All of them before the first is written: a file of answers is whole, or is not there.
     found = list(predict(trained, source, options.top, options.batch_size, options.num_workers))
     most = min(options.top, len(trained.classes))
     if form == "json":
@@ -65,4 +67,5 @@ def _columns(most: int) -> list[str]:
 
 def _row(p: Prediction) -> dict[str, Any]:
     cells = [cell for name, value in _pairs(p) for cell in (name, f"{value:.6f}")]
+    # Not strict: a picture that could not be read has no cells.
     return {**dict(zip(_columns(len(p.classes) or 1)[:-1], [p.name, *cells], strict=False)), "error": p.error}

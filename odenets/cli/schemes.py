@@ -68,6 +68,7 @@ def source(scheme: Scheme) -> str:
     tableau = scheme.tableau
     if tableau is not None and tableau.cite:
         return tableau.cite
+    # Under python -OO there is no documentation to read.
     lines = (inspect.getdoc(type(scheme)) or "").splitlines()
     at = next((i for i, line in enumerate(lines) if line.startswith("Source:")), None)
     if at is None:

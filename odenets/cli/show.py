@@ -44,12 +44,14 @@ def run(args: Sequence[str]) -> None:
     options = parser().parse(args)
     try:
         scheme = schemes.get(options.scheme)
+        # Drawn first: where that fails, nothing has been printed yet.
         if options.plot is not None:
             _plot(scheme, options.plot)
         if options.json:
             w.write(w.as_json(described(scheme)), None)
         else:
             _print(scheme)
+        # With --json the output is JSON and nothing else.
         if options.plot is not None and not options.json:
             print(f"plot: {options.plot}")
     except BrokenPipeError:
@@ -74,6 +76,7 @@ def _plot(scheme: Scheme, path: Path) -> None:
 def described(scheme: Scheme) -> dict[str, Any]:
     """All that is known of a scheme, as plain values; numbers of the array are exact, as texts."""
     found = {**known_of(str(scheme)), "streams": scheme.streams, "span": scheme.span, "gain": scheme.gain}
+    # Of step 1, which stands for all later ones: the first step may be another method.
     found["amplification"] = _training(scheme, 1).amplification if scheme.reversible_in_training else None
     tableau = scheme.tableau
     if tableau is not None:
@@ -165,6 +168,7 @@ def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         real, imaginary = (f"{limits[axis]:.4g}" for axis in ("real", "imaginary"))
         across = f"[-{imaginary} i, {imaginary} i]" if limits["imaginary"] else "0 alone"
         yield "stability", f"[-{real}, 0] on the real axis, {across} on the imaginary one"
+        # Longer ones fill lines and are no help to anybody; JSON has them.
         if len(limits.get("polynomial", ())) in range(1, 10):
             yield "R(z)", _polynomial(limits["polynomial"])
     if found["mixing"] is not None:

@@ -23,6 +23,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that ends in two lines where argparse prints its usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # No abbreviations: a later option would make one ambiguous, and break the scripts that use it.
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.given: Sequence[str] = ()
 
@@ -76,6 +77,7 @@ def as_json(value: Any) -> str:
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """CSV with a header; what a row lacks is empty."""
     text = io.StringIO()
+    # csv's own line end is \r\n, whose first half other tools take for a part of the last column.
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -107,6 +109,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numb
         rows: cells, one per column; None is empty.
         numbers: the columns that are set flush right.
     """
+    # Here: most commands print no table, and are not to wait for this import.
     from rich.console import Console
     from rich.table import Table
 
@@ -190,6 +193,7 @@ def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
         Failed: none, with exit status 1; the closest are named.
     """
     names = list(names)
+    # Folded by hand, since fnmatch folds capitals on Windows alone.
     folded = pattern.casefold()
     wild = folded if any(c in folded for c in "*?[") else f"*{folded}*"
     found = [name for name in names if fnmatch.fnmatchcase(name.casefold(), wild)]
