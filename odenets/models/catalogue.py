@@ -307,6 +307,7 @@ def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[st
 def _check_options(name: str, entry: Registered, given: Mapping[str, Any]) -> None:
     """Refuses options that the model does not have, where its signature says which it has."""
     parameters = inspect.signature(entry.kind or entry.build).parameters
+    # A function that takes any keyword may hand it on to anything; its own call will refuse what is wrong.
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     wrong = [key for key in given if key not in parameters]
@@ -343,6 +344,7 @@ def _choose(name: str, entry: Registered, pretrained: bool | str) -> Weights:
 
 def _download(name: str, weights: Weights) -> Path:
     """The file of published weights in torch.hub's folder, downloaded where it is not there yet, and checked."""
+    # torchvision keeps the same files under the same names there, so none is fetched twice.
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     by_hand = f"fetch it by hand and use odenets.checkpoints.load(create_model({name!r}), path)"
     if not path.exists():

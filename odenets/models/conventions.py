@@ -90,6 +90,7 @@ class Conventions(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise SchemeError(f"output_fmt is {output_fmt!r}, want 'NCHW' or 'NLC'.")
         rows = chosen(indices, len(self.feature_info))
+        # Where the last map is wanted nothing can be left out, and a whole pass gives the features with it.
         if stop_early and max(rows) < len(self.feature_info) - 1:
             last = place(self.feature_info[max(rows)])
             maps = self.maps(x, last)
@@ -113,6 +114,7 @@ class Conventions(nn.Module):
         """
         rows = chosen(indices, len(self.feature_info))
         shorter = max(rows) < len(self.feature_info) - 1
+        # The head, and the norms below, are as wide as the map that they were made for.
         if prune_head or shorter:
             self.reset_classifier(0)
         self.cut_levels(place(self.feature_info[max(rows)]))

@@ -110,6 +110,7 @@ class ConvNeXt(LevelNet):
         with warned_once():
             for level, (scheme_, depth, width) in enumerate(zip(found, depths, widths, strict=True)):
                 check_streams(scheme_, depth, width, "ConvNeXt")
+                # A step size that decays goes on from level to level.
                 options = {"step": step, "step_offset": before, "backprop": backprop}
                 of_level = partial(make, rates=rates[level], recompute=again[level])
                 self.transitions.append(patch_transition(widths[level - 1], width, 2) if level else nn.Identity())

@@ -24,6 +24,7 @@ def schemes_with_growth(scheme: str | Scheme | Sequence[str | Scheme], growths: 
     each = [scheme] * len(growths) if isinstance(scheme, (str, Scheme)) else list(scheme)
     if len(each) != len(growths):
         raise SchemeError(f"{len(each)} schemes for {len(growths)} levels; give one scheme for all, or one per level.")
+    # Unjoined, so that functions which recompute need not keep the joined copy.
     return [Dense(g, join=False) if s == "dense" else schemes.get(s) for s, g in zip(each, growths, strict=True)]
 
 
@@ -43,6 +44,7 @@ def grown_width(scheme: Scheme, width: int, count: int, growth: int) -> int:
         >>> [grown_width(s, 64, 6, 32) for s in schemes_with_growth(["dense", "euler"], [32, 32])]
         [256, 256]
     """
+    # A scheme such as dense(8) brings a growth of its own, which counts in place of the level's.
     return width + count * (scheme.growth if isinstance(scheme, Dense) else growth)
 
 

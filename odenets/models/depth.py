@@ -63,6 +63,7 @@ def matched_depths(net: nn.Module, matcher: Mapping[str, Any]) -> dict[str, int]
         for place, spec in enumerate(matcher.values())
         for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec)
     ]
+    # Behind all places, so that a head which no pattern names is the deepest.
     last = (float("inf"),)
     at: dict[str, tuple[float, ...]] = {}
     into_before = set()
@@ -78,6 +79,7 @@ def matched_depths(net: nn.Module, matcher: Mapping[str, Any]) -> dict[str, int]
             at[name] = last
     depth, number = {}, -1
     for place in sorted(set(at.values())):
+        # The first of all has no group before it to go into, whatever its mark.
         number += place not in into_before or number < 0
         depth[place] = number
     return {name: depth[place] for name, place in at.items()}
@@ -95,6 +97,7 @@ def level_depths(net: nn.Module, group: int) -> dict[str, int]:
     places: dict[tuple[int, int], int] = {}
     transitions = list(getattr(net, "transitions", ()))
     depth = 0
+    # Step -1 of a level is the transition before it.
     for level, stack in enumerate(net.levels):  # type: ignore[arg-type]
         # A RevNet's transition is a step of its own, the first of its level.
         depth += (first := level < len(transitions) and isinstance(transitions[level], Stack))
@@ -121,6 +124,7 @@ def _together(stack: nn.Module, group: int) -> Iterator[list[int]]:
     held, steps = 0, []
     for number, step in enumerate(stack.steps):
         count = len(step.fs)  # type: ignore[arg-type]
+        # A step that holds more functions than a group stays whole, in a group of its own.
         if steps and held + count > group:
             yield steps
             held, steps = 0, []

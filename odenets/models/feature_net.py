@@ -47,6 +47,7 @@ class FeatureNet(nn.Module):
         chosen = list(range(count)) if out_indices is None else [i + count if i < 0 else i for i in out_indices]
         if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
             raise SchemeError(f"out_indices is {out_indices}, want rising numbers from 0 to {count - 1}.")
+        # A file of the whole model holds keys of what is cut off below; remembered, they can be told from strangers.
         before = set(model.state_dict())
         self.feature_info = FeatureInfo(info[i] for i in chosen)
         self.wanted = [place(row) for row in self.feature_info]
@@ -74,5 +75,6 @@ class FeatureNet(nn.Module):
         for key in keys:
             target = known.names.get(key, key)
             names[key] = None if target is None or target in self.left_out else f"net.{target}"
+        # A setting of the head's norm has nothing left to set.
         settings = {k: v for k, v in known.settings.items() if not k.startswith("head")}
         return KeyMap(known.layout, names, settings)

@@ -117,6 +117,7 @@ class HeadNet(Conventions, ABC):
         """
         self.feature_info = FeatureInfo(features)
         self.num_features = self.head_hidden_size = features[-1]["num_chs"]
+        # Put, drawn, scaled: `init` draws the head's weights too, and would undo a scale that came before it.
         self._put_head(self.num_classes, self.global_pool)
         if init is not None:
             init(self)
@@ -136,6 +137,7 @@ class HeadNet(Conventions, ABC):
         height, width = x.shape[-2:]
         reduction = self.reduction
         if self.pad:
+            # In a trace the padding is always recorded, even of nothing: a branch would hold for one size alone.
             below, right = -height % reduction, -width % reduction
             return F.pad(x, (0, right, 0, below)) if is_traced(x) or below or right else x
         if is_traced(x):

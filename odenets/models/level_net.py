@@ -29,6 +29,8 @@ class LevelNet(HeadNet):
 
     def __init__(self, **head: Any):
         super().__init__(**head)
+        # Set in the order of the pass, before there are layers: a name keeps the place at which it was first set, and
+        # the order of parameters, on which the states of optimisers depend, is then the same in all subclasses.
         self.stem: nn.Module = nn.Identity()
         self.transitions = nn.ModuleList()
         self.levels = nn.ModuleList()
@@ -57,6 +59,7 @@ class LevelNet(HeadNet):
         info = [{"num_chs": c, "reduction": r, "module": f"levels.{i}"} for i, (c, r) in enumerate(rows)]
         # One map per resolution, the last: RDNet has several levels of one resolution.
         self.finish(list({row["reduction"]: row for row in info}.values()), init)
+        # After the weights are drawn, since every knot begins as a copy of them.
         for level, stack in enumerate(self.levels):
             self.levels[level] = made_continuous(stack, continuous, degree)
 

@@ -51,6 +51,7 @@ def recomputing(recompute: bool | int, levels: int) -> list[bool]:
         >>> recomputing(True, 3), recomputing(1, 3)
         ([True, True, True], [True, False, False])
     """
+    # First, as True is the number 1 as well, and means all levels.
     if isinstance(recompute, bool):
         return [recompute] * levels
     if not isinstance(recompute, int) or not 0 <= recompute <= levels:
@@ -251,6 +252,7 @@ def shared_level(make: Callable[[Slot], nn.Module], scheme: Scheme, depth: int, 
     else:
         kinds = {None}
         shared = PerSlot([make(slot) for slot in slots])
+    # The second step shows it where widths change from step to step, as under dense.
     later = scheme.at(1).slots(1, scheme.at(0).widths(0, streams))
     if len(kinds) > 1 or [(s.in_channels, s.out_channels) for s in slots[: len(later)]] != [
         (s.in_channels, s.out_channels) for s in later[: len(slots)]
@@ -304,6 +306,7 @@ def check_continuous(continuous: int | None, step: float | str, **unfit: bool) -
 def warned_once(stacklevel: int = 5) -> Iterator[None]:
     """Repeats each different warning that was raised inside once, as of the caller: not once per level."""
     with warnings.catch_warnings(record=True) as caught:
+        # No filter is to drop what is repeated below, where the caller's own filters decide.
         warnings.simplefilter("always")
         yield
     for text, category in dict.fromkeys((str(w.message), w.category) for w in caught):

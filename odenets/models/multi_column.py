@@ -49,6 +49,7 @@ class FusedColumn(nn.Module):
 
     def keep_last(self) -> None:
         """Keeps what makes the last level; in the last column of a classifier the rest would lie idle."""
+        # A first column goes down level by level, and needs all of them for the last.
         if not self.first:
             self.links, self.blocks = self.links[-1:], self.blocks[-1:]
 
@@ -59,6 +60,7 @@ class FusedColumn(nn.Module):
             if self.first:
                 x = links[0](found[-1]) if level else maps[0]
             else:
+                # Not by sum(), which begins with 0 + x: a copy of a whole map.
                 x, *others = (link(y) for link, y in zip(links, maps, strict=True))
                 for y in others:
                     x = x + y

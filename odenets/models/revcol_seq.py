@@ -89,6 +89,8 @@ class RevColTranslator(nn.Module):
 
     def decode(self, target: Tensor, memory: Tensor, padded: Tensor) -> Tensor:
         """Logits (n, t, target_words); ``padded`` (n, s) marks words of the source that are not there."""
+        # True is what must not be read: torch's decoder masks say what is hidden, those of our attention what may be
+        # seen.
         later = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).triu(1)
         x = self._embedded(self.target, target)
         return self.head(self.decoder(x, memory, tgt_mask=later, memory_key_padding_mask=padded))
@@ -100,6 +102,7 @@ class RevColTranslator(nn.Module):
         words = torch.full((len(source), 1), START, device=source.device)
         done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
         for _ in range((limit or self.length) - 1):
+            # A sentence that has ended goes on as padding, until the longest of the batch has.
             word = self.decode(words, memory, padded)[:, -1].argmax(-1).masked_fill(done, PAD)
             words = torch.cat([words, word[:, None]], 1)
             done = done | (word == END)

@@ -76,6 +76,7 @@ def columns_of_tokens(
             fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
     # The first column makes the levels and has nothing to scale.
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
+    # A growth of 1, since all levels are of one width here.
     return Stack(fs, RevColCoupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
 
@@ -141,6 +142,7 @@ class RevColViT(ColumnNet):
         self.stem = PatchTokens(dim, patch, size, self.in_chans, class_token=False, norm=True)
         self.columns = columns_of_tokens(columns, dim, heads, blocks, drop_path=self.drop_path_rate, backprop=backprop)
         self.finish(features, init_tokens)
+        # After `finish`, which draws the weights anew.
         if depth_init:
             for column in self.columns.steps:
                 scale_by_depth([f for level in column.fs or () for f in level.blocks])  # type: ignore[attr-defined]
@@ -154,6 +156,7 @@ class RevColViT(ColumnNet):
         x = self.picture(x)
         state: State = self.columns.final_state(self.stem(x))
         rows = x.shape[2] // self.patch
+        # Stream 0 is the stem's output, which no column changes.
         return [tokens.transpose(1, 2).unflatten(2, (rows, -1)) for tokens in state[1:]]
 
     def pool(self, x: Tensor) -> Tensor:

@@ -99,11 +99,14 @@ class ViT(HeadNet):
             make = _alternating(heads, ratio, linear_rates(self.drop_path_rate, depth))
             stack = Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop)
         else:
+            # One block stands for all depths, so it has the mean of the rates that would grow from 0.
             make = _whole_block(heads, ratio, self.drop_path_rate / 2)
             stack = shared_level(make, found, steps, width=dim, backprop=backprop)
+        # A list of one level, so that keys and depths are those of the other networks.
         self.levels = nn.Sequential(stack)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.finish([{"num_chs": dim, "reduction": patch, "module": "levels.0"}], init_tokens)
+        # After `finish`, which draws the weights.
         if depth_init:
             scale_by_depth([f for part in stack.steps for f in part.fs or ()])
         self.levels[0] = made_continuous(stack, continuous, degree)

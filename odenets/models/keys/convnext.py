@@ -44,6 +44,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
             r"head\.fc\.(weight|bias)": r"head.\1",
         }
         return renamed("timm", rules, keys, own)
+    # torchvision numbers stages and downsampling in one list, by odd and by even numbers.
     if "features.1.0.layer_scale" in keys:
         rules = {
             r"features\.0\.([01])\.(weight|bias)": lambda m: f"stem.{_STEM[m[1]]}.{m[2]}",

@@ -58,6 +58,7 @@ def _name(key: str, last: int | None, single: bool) -> str | None:
         return f"{head}.{('norm', 'fc')[int(m[2])]}.{m[3]}"
     if m := _DECODER.fullmatch(key):
         decoder = f"supervision.decoders.{m[1]}"
+        # The decoder of many classes has its norm in the same list as its convolution, and nothing else.
         if m[2] == "projback":
             return f"{decoder}.{'norm' if single and m[3] == '0' else 'pixels'}.{m[4]}"
         if m[2] == "proj_layers":

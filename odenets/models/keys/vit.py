@@ -23,6 +23,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
         "pos_embed": "stem.positions",
         r"patch_embed\.(.+)": r"stem.\1",
         r"blocks\.(\d+)\.(norm1|attn|norm2|mlp)\.(.+)": part,
+        # What is left, the last norm and the head, is called the same here.
         r"(.+)": r"\1",
     }
     return renamed("public ViT", rules, keys, own)
