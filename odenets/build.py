@@ -38,6 +38,7 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
     if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
         call = called(block, "block")
         return [call], call
+    # Both can be gone through, in an order that means nothing, or over names.
     if isinstance(block, (Set, Mapping)):
         raise SchemeError(f"Stack: block is a {type(block).__name__}, want a sequence, in the order of the stages.")
     try:
@@ -61,6 +62,7 @@ def called(f: Any, what: str) -> nn.Module:
     """
     if not callable(f):
         raise SchemeError(f"Stack: {what} is a {type(f).__name__}, want a module or a callable.")
+    # A class can be called too, and would give a module where a tensor is wanted.
     if isinstance(f, type):
         raise SchemeError(
             f"Stack: {what} is the class {f.__name__}, want a module or a callable.\n"
@@ -102,6 +104,7 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
         try:
             found.append(float(rule(n)))
         except OverflowError:
+            # A power of floats raises where a product would give infinity.
             found.append(float("inf"))
         if not math.isfinite(found[-1]):
             raise SchemeError(
@@ -119,6 +122,7 @@ def example_of(given: Any) -> Any:
     """
     if isinstance(given, Tensor) or (isinstance(given, tuple) and given and isinstance(given[0], Tensor)):
         return given
+    # What is neither list nor tuple is refused below, as [None] is.
     sizes: list[Any] = list(given) if isinstance(given, (list, tuple)) else [None]
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
         raise SchemeError(
@@ -164,6 +168,7 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
                     "Stack: step='span/depth' asks for the span of a shared ContinuousWeights; for another function "
                     "write the length of time itself, step='1/depth'."
                 )
+            # Should the fields differ in their spans, the check below refuses all but the first.
             length = fields[0].span
         rule = rule.of(length, units)
     for field in fields:
@@ -173,6 +178,7 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
                 "the scheme adaptive(dopri5)."
             )
         end = sum(rule(n) * scheme.at(n).span for n in range(depth))
+        # A sum of floats: to rounding.
         if abs(end - field.span) > 1e-6 * field.span:
             raise SchemeError(
                 f"Stack: {depth} steps of {scheme} end at t = {end:g}, and the weights are functions on "
@@ -183,6 +189,7 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
 
 def streams_of(given: Any, scheme: Scheme) -> State:
     """Streams that are given as a tuple, in place of an input that the scheme makes them of."""
+    # Of the first step, which is the one that is handed them.
     count = scheme.at(0).streams
     if count == 1:
         raise SchemeError(f"Stack: the input is a {type(given).__name__}, want a tensor; {scheme} has one stream.")
@@ -208,6 +215,7 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
     if not isinstance(given, (list, tuple, nn.ModuleList)):
         raise SchemeError(f"Stack: shortcut is a {type(given).__name__}, want a module, or a list of modules.")
     given = list(given)
+    # A list of lists is one for each step; a plain one is for the first, where stride and width change.
     if given and all(isinstance(g, (list, tuple, nn.ModuleList)) for g in given):
         if len(given) != depth:
             raise SchemeError(f"Stack: shortcuts for {len(given)} steps, want {depth}, one list per step.")
@@ -240,6 +248,7 @@ def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
 def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
     """The number of steps: that of so many residual functions, or the one given for a shared function (None)."""
     if functions is None:
+        # One period unless told otherwise, so that each part of a mix comes in.
         return _depth(len(scheme.plan) if depth is None else depth)
     if depth is not None:
         _depth(depth)
@@ -287,6 +296,7 @@ def check_draws(state: Any, draws: Draws | None) -> None:
             "  Build it as it was: Stack(..., seed=...)."
         )
     try:
+        # A generator made for this: where the state does not fit, no stack's own has been moved.
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError):
         raise SchemeError(
@@ -348,6 +358,8 @@ def warn(scheme: Scheme, rule: StepSize, functions: Sequence[nn.Module], shared:
     """Warns of what would run and mean something else than was meant."""
     for f in functions:
         warn_of_own_skip(f)
+    # The stages of a shared function are values of one field: large weights and stages for the error alone are then as
+    # the method means them.
     if not shared:
         warn_of_mixing(scheme)
         warn_of_unused(scheme, rule)
@@ -357,6 +369,7 @@ def warn_of_mixing(scheme: Scheme) -> None:
     """Warns of a scheme whose mixing figure is over the limit."""
     mixing = scheme.mixing
     if mixing is not None and mixing > MIXING_LIMIT:
+        # Level 4 is the line that builds the stack, past this function, `warn` and the constructor.
         warnings.warn(
             f"{scheme} sums residual functions with weights of up to {mixing:,.0f} in all (max_i sum_j |a_ij|): with "
             "separate weights its stage inputs keep little of the stream, in half precision nothing.",

@@ -43,6 +43,7 @@ def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) ->
         >>> to_own(nn.Linear(1, 1), {"module.weight": torch.ones(1, 1), "module.bias": torch.ones(1)}).tensors.keys()
         dict_keys(['weight', 'bias'])
     """
+    # Before the file is loaded, which sets them: what differs afterwards is what its layout implies.
     numbers = _numbers(model)
     report = checkpoints.load(model, source)
     changed = {path: value for path, value in _numbers(model).items() if numbers.get(path) != value}
@@ -106,6 +107,7 @@ def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -
 
 def _shape(own: Tensor, like: Tensor, head: bool) -> torch.Size | None:
     """The shape to write: that of the layout, whose matrices may be 1x1 convolutions; None where they do not fit."""
+    # A matrix and a 1x1 convolution differ in axes of length 1 alone, and hold their numbers in the same order.
     sizes = [[n for n in t.shape if n != 1] for t in (own, like)]
     if sizes[0] == sizes[1]:
         return like.shape

@@ -29,6 +29,7 @@ from .models.catalogue import list_models, published_weights, weights_file
 from .names import closest
 
 HUB = re.compile(r"hf(?:[-_]hub)?:(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[^@]+))?")
+# In the order in which a repository's files are preferred: safetensors come first, as they hold no code.
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 # Layers that give logits, where a model does not say how its own is called.
 CLASSIFIERS = ("head", "fc", "classifier", "linear")
@@ -167,6 +168,8 @@ class _Rules:
         if path == self.first and value.shape[1] != shape[1]:
             text = f"{path} from {value.shape[1]} channels to {shape[1]}"
             value = self._noted(key, with_channels(value, shape[1]), text)
+        # With another padding the middle of the kernel would meet another pixel, and zeros around it would move the
+        # map.
         if self.adapt.pad_kernels and value.shape != shape and _padded_by_half(part):
             sides = ["x".join(map(str, s[2:])) for s in (value.shape, shape)]
             value = self._noted(key, with_kernel(value, shape[2], shape[3]), f"kernels from {sides[0]} to {sides[1]}")
@@ -185,6 +188,7 @@ class _Rules:
             # Whole, or not at all: a weight of one task with the bias of another would be neither.
             if (self.adapt.new_head and prefix in self.heads[:1]) or not all(key in fitting for key in keys):
                 self.kept.update(keys)
+        # What stays new was not adapted after all.
         self.adapted = {key: text for key, text in self.adapted.items() if key not in self.kept}
         return self.kept
 
@@ -193,6 +197,7 @@ def heads(model: nn.Module) -> list[str]:
     """The parts of a network that may be new: the layer that gives logits, then its norm, and heads in the middle."""
     modules = dict(model.named_modules())
     given = getattr(model, "classifier", None)
+    # Under that name torchvision's networks have the layer itself, and not its name.
     name = given if isinstance(given, str) else next((n for n in CLASSIFIERS if n in modules), None)
     found = [] if name is None else [name]
     found += [n for n in ("head.norm", "head_norm") if n in modules]
@@ -217,6 +222,7 @@ def with_channels(weight: Tensor, channels: int) -> Tensor:
         [0.75, 1.5, 2.25, 0.75]
     """
     old = weight.shape[1]
+    # Half precision would round the sum over the channels.
     wide = weight if weight.dtype is torch.float64 else weight.float()
     if channels == 1:
         wide = wide.sum(1, keepdim=True)
@@ -283,6 +289,7 @@ def find(source: str | PathLike[str]) -> Path:
           Give a file, a published tag such as resnet50.v1, or a Hub repository: hf:OWNER/NAME
     """
     path, text = Path(source), str(source)
+    # A file that is there wins over a tag or a repository: no request is made that was not meant.
     if path.is_file():
         return path
     if m := HUB.fullmatch(text):
@@ -309,6 +316,7 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None) ->
         raise ImportError('huggingface_hub fetches this: pip install "odenets[train]"') from None
     try:
         try:
+            # The usual name is tried before the files are listed, which would be one more request.
             return Path(hf_hub_download(repo, file or "model.safetensors", revision=revision))
         except LocalEntryNotFoundError:
             raise  # the Hub was not reached: it is another kind of a missing entry

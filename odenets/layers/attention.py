@@ -58,6 +58,7 @@ class AttentionFunction(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        # As a logarithm, so that the factor stays positive; it begins at 10, as published.
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10))) if cosine else None
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path) if drop_path else None

@@ -102,6 +102,7 @@ class DenseTransition(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor) -> Tensor:
+        # In place: the norm's backward pass needs its argument and not its result.
         x = F.relu(self.norm(x), inplace=True)
         if self.training and torch.is_grad_enabled() and not self.drop_rate:
             return self.conv(F.avg_pool2d(x, 2))

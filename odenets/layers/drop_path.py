@@ -38,7 +38,9 @@ class DropPath(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         keep = 1.0 - self.p
+        # Of x's own dtype: a mask in single precision would make a result of single precision from a half one.
         mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        # At p = 1 the mask is zero everywhere, and 0 / 0 would be NaN.
         return x * (mask.div_(keep) if keep else mask)
 
     def extra_repr(self) -> str:
@@ -56,4 +58,5 @@ def linear_rates(rate: float, count: int) -> list[float]:
         >>> linear_rates(0.2, 3)
         [0.0, 0.1, 0.2]
     """
+    # A function that is alone is the first, with a rate of 0.
     return [rate * i / max(count - 1, 1) for i in range(count)]

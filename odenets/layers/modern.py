@@ -86,6 +86,7 @@ class ModernFunction(nn.Module):
             # The activation in the middle of the pointwise convolutions, or one after each but the last.
             has_act = i == 1 if one_act else i < 2
             groups, own = (after if depthwise else 1, stride) if spatial else (1, 1)
+            # BatchNorm would take a bias off again, channel by channel; LayerNorm, over the channels, does not.
             bias = not has_norm or norm == "layer"
             self.layers.add_module(name, nn.Conv2d(before, after, size, own, size // 2, groups=groups, bias=bias))
             if has_norm:

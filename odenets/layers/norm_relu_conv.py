@@ -21,8 +21,10 @@ class _NormReluConv(torch.autograd.Function):
         y, mean, rstd = torch.native_batch_norm(
             x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum or 0.0, norm.eps
         )
+        # The maps as they were given, which are kept as the streams anyway; x would be a copy of them all.
         ctx.save_for_backward(weight, bias, kernel, mean, rstd, *xs)
         ctx.eps, ctx.padding = norm.eps, conv.padding[0]
+        # In place: y is made here, and made again in the backward pass.
         out = conv(y.relu_())
         ctx.dtype = out.dtype  # under autocast that of the product, which may differ from the map's
         return out
@@ -36,8 +38,10 @@ class _NormReluConv(torch.autograd.Function):
         # With given statistics the norm is one pass over the map; the variance is the one that has this rstd.
         var = rstd.square().reciprocal_().sub_(ctx.eps)
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps).relu_()
+        # The maps begin behind the five arguments before them.
         need_x = any(ctx.needs_input_grad[5:])
         grad_y, grad_kernel = _convolve_backward(grad, y.to(ctx.dtype), kernel.to(ctx.dtype), ctx.padding)
+        # The ReLU's result will do as its argument: it is 0 wherever that was not positive.
         grad_y = torch.ops.aten.threshold_backward(grad_y.to(y.dtype), y, 0)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, weight, None, None, mean, rstd, True, ctx.eps, [need_x, True, True]
@@ -79,6 +83,7 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         True
     """
     if (
+        # Exactly this class: another may take its statistics in another way.
         type(norm) is nn.BatchNorm2d
         and isinstance(conv, nn.Conv2d)
         and norm.training
@@ -87,6 +92,7 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     ):
+        # The kernel moves the running statistics and not the counter, which is the work of the norm's own forward.
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         return _NormReluConv.apply(norm.weight, norm.bias, conv.weight, norm, conv, *xs)  # type: ignore

@@ -65,6 +65,7 @@ class BasicFunction(nn.Module):
         self.norm1 = _norm(norm, in_channels if pre else out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.norm2 = _norm(norm, out_channels)
+        # One for all places, as it has no parameters; the name is ResNet's, whatever it is.
         self.relu = _act(act)
         self.drop_path = DropPath(drop_path) if drop_path else None
         self.pre = pre
