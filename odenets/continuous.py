@@ -183,7 +183,7 @@ class ContinuousWeights(nn.Module):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views carry a graph, which can be neither copied nor pickled; they are made again.
+        # Views have a graph, which deepcopy refuses; they are made again.
         return {**self.__dict__, "_split": {}}
 
     def _checked(self, t: float) -> float:

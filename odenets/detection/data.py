@@ -396,7 +396,7 @@ class DetectionData(Pictures):
         return Detections(shown, self.resize, name == "train", self.max_unreadable)
 
     def _loader(self, name: str) -> DataLoader:
-        # Jittered pictures are cut from one square, so all their batches have its size.
+        # Jittered pictures fit one square, so that all of their batches have its size.
         square = self.resize.size if self.resize.jitter is not None else 0
         return loader(
             self,
