@@ -30,6 +30,7 @@ class Sink:
 
     def add(self, name: str, value: Tensor) -> None:
         """Takes one value."""
+        # A function that a backward pass runs again has given its values before.
         if not self._open:
             return
         self.names.append(name)
@@ -60,6 +61,7 @@ class Sink:
         """
         found: dict[str, Tensor] = {}
         for name, value in zip(self.names, self.values, strict=True):
+            # Not from 0 on, whose dtype and device would have to be known.
             found[name] = found[name] + value if name in found else value
         if isinstance(wanted, bool):
             return found
@@ -176,6 +178,7 @@ def step_measured(scheme: Scheme, fs: Sequence, state: State, h: StepSize, gs: S
     for part, part_fs, part_h, part_gs in scheme.decompose(fs, h, gs):
         for update in measured(part, part_fs, part_h, len(state), part_gs, sink):
             state = apply_update(update, state, part_gs)
+        # A permutation of equal streams has the determinant 1 or -1, and adds nothing.
         state = rotated(state, part.rotate)  # type: ignore[attr-defined]
     return state
 

@@ -279,6 +279,7 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise SchemeError(f"{path} cannot be read: {error}. Is the file whole?") from None
     try:
+        # Beside tensors only these types are made: no code of the file is run.
         with torch.serialization.safe_globals(_harmless()), _Bounded(path) as file:
             held = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -357,6 +358,7 @@ def _strip(
     model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state without the prefixes that wrappers add, and the keys outside of the wrapped net."""
+    # A compiled part of the model has the word in its own keys, and needs it.
     if not any(COMPILED in key for key in own):
         state = {key.replace(COMPILED, ""): value for key, value in state.items()}
     dropped: list[str] = []
@@ -365,6 +367,7 @@ def _strip(
         prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
         if prefix is None:
             break
+        # Such as the buffers of a loss, which stand beside the net in a Lightning module.
         dropped += [key for key in state if not key.startswith(prefix)]
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state, dropped

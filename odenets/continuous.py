@@ -93,6 +93,7 @@ class ContinuousWeights(nn.Module):
         self.space = _space(knots, degree, self.span)
         for places in places_of(block):
             p = places[0].value
+            # Basis functions add up to 1, so that equal coefficients are a constant.
             held = nn.Parameter(p.detach().expand(self.space.count, *p.shape).clone(), p.requires_grad)
             for place in places:
                 setattr(place.module, place.name, held)
@@ -171,6 +172,7 @@ class ContinuousWeights(nn.Module):
 
         Their gradients are then summed one by one, and put together once: not in the size of all for each evaluation.
         """
+        # An optimiser's step, a freeze and a move to a device each make the views stale.
         key = (c._version, c.requires_grad, c.data_ptr())
         held = self._split.get(n)
         if held is not None and held[0] is c and held[1] == key:
@@ -181,6 +183,7 @@ class ContinuousWeights(nn.Module):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
+        # Views have a graph, which deepcopy refuses; they are made again.
         return {**self.__dict__, "_split": {}}
 
     def _checked(self, t: float) -> float:
@@ -206,6 +209,7 @@ class ContinuousWeights(nn.Module):
         weights, row = self._at(t)
         places = self._places()
         if torch.compiler.is_compiling():
+            # A compiler does not follow writes into the modules' dictionaries.
             named = {place.key: w for same, w in zip(places, weights, strict=True) for place in same}
             return functional_call(self.block, named, args, kwargs)
         with kept_out(row, places, weights), standing(places, weights):
@@ -225,6 +229,7 @@ class ContinuousWeights(nn.Module):
         """
         found = copy.deepcopy(self.block)
         with torch.no_grad():
+            # At a knot a weight is a view of the coefficients.
             weights = [w.clone() for w in self._at(t)[0]]
         for same, w in zip(places_of(found), weights, strict=True):
             held = nn.Parameter(w, same[0].value.requires_grad)
@@ -252,7 +257,9 @@ class ContinuousWeights(nn.Module):
         with torch.no_grad():
             for places in self._places():
                 p = places[0].now()
+                # Through `data`, so that an optimiser goes on with the same parameter in another shape.
                 p.data = mapped(matrix, p.data)
+                # It has the old shape.
                 p.grad = None
         self.space = space
         return matrix
@@ -406,9 +413,11 @@ class ContinuousWeights(nn.Module):
                 error_msgs.append(f"{prefix}{KNOTS}: {error}")
             else:
                 if space != self.space:  # a field that was refined while it trained
+                    # For the shape alone: the values come out of the state dict in a moment.
                     zeros = torch.zeros(space.count, self.space.count, dtype=torch.float64)
                     self.change(space, zeros)
                 self.span = span
+        # torch would report the knots as unexpected, since they are no buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -472,6 +481,7 @@ def read_knots(given: Tensor, count: int) -> tuple[float, SplineSpace]:
         SchemeError: it is none.
     """
     knots = [float(k) for k in given.double().cpu()] if given.dim() == 1 else []
+    # A knot vector has one knot per coefficient, and degree + 1 more.
     degree = len(knots) - count - 1
     if not 0 <= degree <= 3 or not knots or knots[0] != 0 or not knots[-1] > 0:
         raise SchemeError(f"{len(knots)} knots are no knot vector of {count} coefficients.")

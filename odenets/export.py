@@ -79,19 +79,23 @@ def export(
     kind = _format(path, format)
     if kind == "onnx":
         _require_onnx()
+    # A network in half precision, or on another device, takes no other pictures.
     like = next(net.parameters())
+    # Of its own: an export in the middle of a run must not move the run's random numbers.
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=generator).to(like) for n in (TRACED, *CHECKED)]
     with _in_evaluation(net):
         dims: dict[int, Any] = {0: torch.export.Dim("n", min=1)}
         if dynamic_size:
             dims |= _sizes(net, shape)
+            # One side alone, so that a graph that takes height and width for equal is found out.
             taller = torch.randn(1, shape[0], shape[1] + _reduction(net), shape[2], generator=generator)
             batches.append(taller.to(like))
         wanted = [net(x) for x in batches]
         program = _traced(net, batches[0], dims)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since a rename is all or nothing only within one file system.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             part = Path(folder) / f"net.{kind}"
             text = json.dumps(dict(notes or {}), ensure_ascii=False)
@@ -130,6 +134,7 @@ def _require_onnx() -> None:
 @contextmanager
 def _in_evaluation(net: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; afterwards every part is as it was."""
+    # Part by part: some may be frozen in evaluation while the rest trains.
     before = {part: part.training for part in net.modules()}
     try:
         with torch.no_grad():
@@ -150,6 +155,7 @@ def _sizes(net: nn.Module, shape: tuple[int, int, int]) -> dict[int, Any]:
         if side % step:
             raise SchemeError(f"export: pictures of {shape[1]} x {shape[2]}, and sizes vary in multiples of {step}.")
     dims = (torch.export.Dim(name, min=1) for name in ("h", "w"))
+    # A multiple of a free number is how torch.export is told that a side divides evenly.
     return {axis: step * dim if step > 1 else dim for axis, dim in zip((2, 3), dims, strict=True)}
 
 
@@ -165,6 +171,7 @@ def _traced(net: nn.Module, x: Tensor, dims: Mapping[int, Any]) -> torch.export.
 def _pt2(program: Any, path: Path, notes: str) -> Callable[[Tensor], Tensor]:
     """Writes the file, and gives what runs it."""
     torch.export.save(program, path, extra_files={NOTES: notes})
+    # From the file, so that what is checked is what was written.
     return torch.export.load(path).module()
 
 
@@ -178,10 +185,12 @@ def _onnx(program: Any, path: Path, notes: str) -> Callable[[Tensor], Tensor]:
         names: dict[str, Any] = {"input_names": ["pictures"], "output_names": ["logits"]}
         done = torch.onnx.export(program.run_decompositions(), (), dynamo=True, verbose=False, **names)
     assert done is not None
+    # One file that can be moved; the exporter would put large weights into a second one.
     done.save(path, external_data=False)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {"odenets": notes})
     onnx.save(model, path)
+    # Always on the CPU: the check needs no other device, and others round otherwise.
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(["logits"], {"pictures": x.cpu().numpy()})[0])
 
@@ -217,6 +226,7 @@ def _difference(net: nn.Module, kind: str, got: list[Tensor], wanted: list[Tenso
     scale = max(1.0, *(float(y.abs().max()) for y in wanted))
     worst = max(float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in zip(got, wanted, strict=True))
     difference = worst / scale
+    # This way round, so that NaN is refused too.
     if not difference <= tolerance:
         raise SchemeError(
             f"{type(net).__name__} as {kind}: its outputs differ by {difference:.2g} from the network's, more than "

@@ -100,12 +100,14 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         own = model_options(self.name)
         self.options = dict(self.options or {})
         if kwargs.get("num_labels") is None:
+            # transformers makes names for so many labels at once, for which None is no number.
             kwargs.pop("num_labels", None)
             if self.id2label is None:
                 kwargs["num_labels"] = own.get("num_classes", 1000)
         if self.image_size is None:
             self.image_size = own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
         if self.channels_of_maps is None:
+            # On the meta device no weight is drawn. The widths are saved, so that this happens once.
             with torch.device("meta"), _no_mixing():
                 self.channels_of_maps = self.build(0).feature_info.channels()
         count = len(self.channels_of_maps or ())
@@ -159,6 +161,7 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         if not places:
             return
         if not self._new:  # once for all modules that miss something
+            # transformers may have set the meta device, on which no number can be drawn.
             with _no_mixing(), torch.device("cpu"):
                 self._new.update(self.config.build(self.net.num_classes).named_parameters())  # type: ignore[union-attr]
         with torch.no_grad():
@@ -169,6 +172,7 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         try:
             return super()._initialize_missing_keys(*args, **kwargs)
         finally:
+            # The spare network is as large as the model, and of no use after this.
             self._new.clear()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
@@ -194,6 +198,7 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         folder, config = Path(save_directory), self.config
         if not (folder / "preprocessor_config.json").exists():
             OdenetsImageProcessor.of(config).save_pretrained(folder)  # type: ignore[arg-type]
+        # A Trainer saves many times, and a card that someone edited must stay.
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(
                 CARD.format(
@@ -221,6 +226,8 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
         (torch.Size([2, 10]), torch.Size([]))
     """
 
+    # As forward takes any keyword, the Trainer would believe that the loss divides by its count of items, and would not
+    # average over accumulated batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: OdenetsConfig):
@@ -284,10 +291,13 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
 
     def __init__(self, config: OdenetsConfig):
         super().__init__(config, 0)
+        # transformers counts the stem as stage 0.
         rows = [index - 1 for index in config.out_indices or ()]
         if min(rows) < 0:
             raise SchemeError(f"{config.name}: the stem gives no map; want of {', '.join(config.stage_names[1:])}.")
+        # One width per stage name; that of the stem, which has no map, is never asked for.
         self.num_features = [config.channels_of_maps[0], *config.channels_of_maps]  # type: ignore[index, misc]
+        # Levels after the last wanted map would be computed for nothing, and get no gradient.
         self.rows = self.net.prune_intermediate_layers(rows, prune_norm=True)
         self.post_init()
 
@@ -351,6 +361,7 @@ def _backbone_of(name: Any, *args: Any, **kwargs: Any) -> Any:
     if (folder / "config.json").is_file():
         config = PreTrainedConfig.get_config_dict(folder)[0]
         if config.get("model_type") == OdenetsConfig.model_type:
+            # Meant for AutoBackbone, which takes it out as well: it is no option of a model.
             kwargs.pop("use_timm_backbone", None)
             return OdenetsBackbone.from_pretrained(name, *args, **kwargs)
     return _from_hub(name, *args, **kwargs)

@@ -57,6 +57,7 @@ def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """sum_k weights[k] rows[k], of two or more."""
     if len(rows) == 2:
         return torch.lerp(rows[0], rows[1], weights[1])  # weights of a partition of unity
+    # Summed in place: one tensor of the weights' size, and not one per term.
     found = rows[0] * weights[0]
     for r, w in zip(rows[1:], weights[1:], strict=True):
         found.add_(r, alpha=w)
@@ -71,6 +72,7 @@ class Interpolation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: tuple[float, ...], *rows: Tensor) -> tuple[Tensor, ...]:
+        # Numbers alone are kept: the sum is linear, and its gradients need no coefficients.
         ctx.weights = weights
         n = len(weights)
         return tuple(_sum(rows[k : k + n], weights) for k in range(0, len(rows), n))
@@ -100,6 +102,7 @@ def standing(places: Sequence[Sequence[Place]], weights: Sequence[Tensor]) -> It
                 holder[place.name] = w
         yield
     finally:
+        # Also after an error: the block would go on with the weights of one time.
         for holder, name, value in before:
             holder[name] = value
 
@@ -115,6 +118,7 @@ def kept_out(
         return nullcontext()
     made: dict[int, Tensor] = {}
     for same, w in zip(places, weights, strict=True):
+        # Empty tensors share the address 0, and would be taken for each other.
         if w.requires_grad and w.numel():
             made[w.untyped_storage().data_ptr()] = same[0].now()
 
@@ -153,4 +157,5 @@ def _unpack(held: Any) -> Tensor:
             "  Change them, or step the optimiser, after the last backward pass."
         )
     with torch.no_grad():
+        # Layers keep a weight transposed or reshaped: the same view of what was made again.
         return blend(held.source, held.row).as_strided(*held.view)

@@ -55,6 +55,7 @@ def rebuilt(
         >>> [stack.depth for stack in continuous_stacks(fine).values()], fine(x).shape
         ([8, 8, 8], torch.Size([1, 10]))
     """
+    # deepcopy's memo: what stands in it counts as copied, so that the weights are shared.
     held = {id(t): t for t in (*model.parameters(), *model.buffers())}
     found = copy.deepcopy(model, held)
     stacks = continuous_stacks(found)
@@ -66,6 +67,7 @@ def rebuilt(
     depths = _depths(stacks, scale, depth)
     for (name, stack), steps in zip(stacks.items(), depths, strict=True):
         new = stack.rebuilt(scheme, steps, backprop=backprop)
+        # The model is a stack itself, and has no parent to put the new one into.
         if not name:
             return new
         parent, _, last = name.rpartition(".")
@@ -79,6 +81,7 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
         if len(given) != len(stacks):
             raise SchemeError(f"rebuilt: {len(given)} depths for {len(stacks)} continuous stacks, want one each.")
         return given
+    # So that 1/3, given as a float, is a third again.
     share = Fraction(scale).limit_denominator(4096)
     found = []
     for name, stack in stacks.items():
@@ -135,6 +138,7 @@ def separated(stack: Stack) -> Stack:
 
 def _alone(f: Any, t: float) -> nn.Module:
     found = f.module_at(t) if hasattr(f, "module_at") else copy.deepcopy(f)
+    # A block that takes a time of its own keeps the one at which it stands.
     return _AtTime(found, t, f._inner.first) if hasattr(f, "_inner") and f._inner.time else found
 
 
@@ -213,6 +217,7 @@ class Regularised(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The block's value, and its auxiliary values."""
+        # A time that comes first moves x to the second place.
         place = 1 if self.takes.first else 0
         if not self.jacobian:
             y = self.block(*args, **kwargs)
@@ -220,6 +225,7 @@ class Regularised(nn.Module):
         wanted = torch.is_grad_enabled()
         with torch.enable_grad():
             x = args[place]
+            # The Jacobian needs a graph that begins at x, also where x is an input or nothing is recorded outside.
             x = x if wanted and x.requires_grad else x.detach().requires_grad_()
             y = self.block(*args[:place], x, *args[place + 1 :], **kwargs)
             signs = torch.empty_like(y).bernoulli_(0.5).mul_(2).sub_(1)
@@ -227,4 +233,5 @@ class Regularised(nn.Module):
         found = {"jacobian": g.square().mean()}
         if self.kinetic:
             found["kinetic"] = y.square().mean()
+        # The graph that was made for the Jacobian must not leak into a pass without gradients.
         return (y, found) if wanted else (y.detach(), {k: v.detach() for k, v in found.items()})

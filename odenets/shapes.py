@@ -72,6 +72,7 @@ def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Dra
     """
     if size < 16 or texture < 0:
         raise ValueError(f"draw: size={size}, texture={texture}; wants 16 pixels or more, and a strength of 0 or more")
+    # By both, so that a picture is the same in a set of any size, and whichever others are drawn.
     random = np.random.default_rng([seed, index])
     levels = 0.5 + texture * (_texture(random, size) - 0.5)
     seen: list[NDArray[np.bool_]] = []
@@ -98,6 +99,7 @@ def _texture(random: np.random.Generator, size: int) -> NDArray[np.float64]:
     """Smooth noise of three scales around a colour, (size, size, 3)."""
     levels = np.broadcast_to(random.uniform(0.25, 0.75, 3), (size, size, 3)).copy()
     for cells, strength in ((3, 0.15), (8, 0.12), (size // 2, 0.06)):
+        # One point more than cells, so that the last cell has a corner on either side.
         grid = random.normal(0, strength, (cells + 1, cells + 1, 3))
         place = np.linspace(0, cells, size, endpoint=False)
         low = place.astype(int)
@@ -152,6 +154,7 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
         >>> run_lengths(np.array([[False, True], [True, True]]))
         [1, 3]
     """
+    # Outside before the first pixel, as COCO's first run is; after the last one a change, which ends the last run.
     flat = np.concatenate([[False], mask.flatten(order="F"), [not mask[-1, -1]]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     return [int(edge) for edge in np.diff(edges, prepend=0)]
@@ -197,6 +200,7 @@ def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int 
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root} is not empty\n  Give another folder, or empty this one")
     (root / "annotations").mkdir(parents=True, exist_ok=True)
+    # One count for all splits: none of the pictures to validate on is one to train on.
     numbers = itertools.count()
     for split, count in splits.items():
         drawings = [draw(next(numbers), size, seed) for _ in range(count)]

@@ -84,6 +84,7 @@ def _maps(model: Any, out_indices: Sequence[int] | int | None = None) -> Feature
 
 def _entry(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        # timm's word for our `size`.
         if "img_size" in kwargs and "size" in model_options(name):
             size = kwargs.pop("img_size")
             kwargs["size"] = size if isinstance(size, int) else size[0]
@@ -94,6 +95,7 @@ def _entry(name: str) -> Callable[..., nn.Module]:
             **kwargs,
         )
 
+    # register_model takes the model's name from the function.
     build.__name__ = build.__qualname__ = PREFIX + name
     build.__doc__ = f"odenets' {name}."
     return build
@@ -108,6 +110,7 @@ def _configs() -> dict[str, Any]:
     return found
 
 
+# register_model looks for this name in the module of the function, so it comes before the loop.
 default_cfgs = generate_default_cfgs(_configs())
 
 for _name in list_models():

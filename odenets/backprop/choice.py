@@ -95,6 +95,7 @@ class Chosen(NamedTuple):
             if not isinstance(final, bool) or isinstance(size, bool) or size < 0:
                 raise TypeError
         except (LookupError, TypeError, ValueError) as error:
+            # It is a ValueError too, and says more exactly which mode cannot be read.
             if isinstance(error, SchemeError):
                 raise
             raise SchemeError(
@@ -168,6 +169,7 @@ class Measured:
     def bound(self) -> float:
         """The relative error that states made again keep to; none where the measurement was not finite."""
         if not self.survey.finite:
+            # Errors that are not finite say nothing of the inverse; the next pass measures again.
             return float("inf")
         # In the precision of the streams, in which the states are made again.
         return float(self.limits.bound or BOUNDS.get(self.survey.start[0].dtype, 1e-5))

@@ -243,8 +243,10 @@ def _content(c: Any) -> Any:
     if isinstance(c, nn.Module):
         return {k: v for k, v in vars(c).items() if k not in _EVERY_MODULE}
     if isinstance(c, itertools.count):
+        # A counter shows where it stands in its text alone.
         return repr(c)
     if isinstance(c, Iterator):
+        # What is left of it tells whether it has moved, and is asked without moving it.
         return operator.length_hint(c, -1)
     if _is_array(c):
         return c.copy()
@@ -287,12 +289,14 @@ def _refill(c: Any, content: Any) -> None:
             c[...] = content
     elif not isinstance(c, (dict, set, deque)) and not hasattr(c, "__dict__"):  # a class with slots
         for name, value in content.items():
+            # A frozen dataclass refuses any other way.
             object.__setattr__(c, name, value)
     else:
         _refill_collection(c if isinstance(c, (dict, set, deque)) else vars(c), content)
 
 
 def _refill_collection(target: Any, content: Any) -> None:
+    # Refilled and not replaced: whoever else holds the collection must see it, too.
     target.clear()
     if isinstance(target, dict):
         for k, v in content.items():  # outputs of transformers refuse update()

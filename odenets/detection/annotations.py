@@ -110,6 +110,7 @@ class Annotations:
     def __init__(self, path: Path, pictures: Path, masks: bool = False, max_faults: int = 10) -> None:
         self.path, self.root, self.with_masks = path, pictures, masks
         held = _read(path)
+        # Now, and not when a worker meets the first mask in the middle of an epoch.
         if masks:
             coco_tools()
         faults = Faults(path, max_faults)
@@ -137,6 +138,7 @@ class Annotations:
                 self.missing.add(number)
                 continue
             kept[number] = len(names)
+            # numpy keeps a letter of a text in four bytes, and one of bytes in one.
             names.append(name.encode())
             sizes.append((height, width))
         if not names:
@@ -161,6 +163,7 @@ class Annotations:
             where = f" ({self.name(kept[picture])})" if isinstance(picture, int) and picture in kept else ""
             if why:
                 faults.add(f"annotation {entry.get('id')}{where}: {why[0]}")
+                # What is only noted counts towards the limit like what is left out.
                 if why[1]:
                     continue
             box = [float(value) for value in entry["bbox"]]
@@ -176,6 +179,7 @@ class Annotations:
                 )
             )
             if self.with_masks:
+                # As text: lists of coordinates would be millions of Python objects.
                 segments.append(json.dumps(entry["segmentation"]).encode())
         self._arrange(rows, segments)
 
@@ -183,6 +187,7 @@ class Annotations:
         """Puts what was read into arrays, in the order of the pictures."""
         order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # stable: of one picture as the file has them
         at = np.array([rows[i][0] for i in order], dtype=np.int64)
+        # A picture without objects has its start where its end is, and needs no case of its own.
         edges = np.searchsorted(at, np.arange(len(self.ids) + 1))
         self.starts, self.ends = edges[:-1], edges[1:]
         self.labels = np.array([rows[i][1] for i in order], dtype=np.int64)
@@ -233,6 +238,7 @@ class Annotations:
         """What picture i shows."""
         rows = slice(int(self.starts[i]), int(self.ends[i]))
         arrays = (self.boxes[rows], self.labels[rows], self.crowd[rows], self.areas[rows])
+        # Copies: a target that is written to must not change what the next epoch reads.
         boxes, labels, crowd, area = (torch.from_numpy(array.copy()) for array in arrays)
         masks = self._masks(i, rows) if self.with_masks else None
         return Objects(boxes, labels, crowd, area, masks)
@@ -247,8 +253,10 @@ class Annotations:
 
     def with_boxes(self) -> "Annotations":
         """The pictures alone that show something beside crowds; the arrays of objects are shared."""
+        # A running count of objects, so that no loop goes over the pictures.
         single = np.concatenate([[0], np.cumsum(~self.crowd)])
         kept = np.flatnonzero(single[self.ends] > single[self.starts])
+        # Past the constructor, which would read the file again.
         part = object.__new__(Annotations)
         part.__dict__.update(self.__dict__)
         part.ids, part.files, part.sizes = self.ids[kept], self.files[kept], self.sizes[kept]
@@ -266,7 +274,9 @@ def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     if isinstance(segmentation, Mapping):
         given = segmentation["counts"]
         counts = np.asarray(unpacked(given) if isinstance(given, str) else given, dtype=np.int64)
+        # The first run is background, if only of length 0.
         values = np.arange(len(counts)) % 2 == 1
+        # COCO's runs go down the columns, not along the rows.
         return np.repeat(values, counts).reshape(width, height).T
     tools = coco_tools().mask
     code = tools.merge(tools.frPyObjects(segmentation, height, width))
@@ -293,6 +303,7 @@ def unpacked(text: str) -> list[int]:
     value = shift = 0
     for letter in text:
         code = ord(letter) - 48
+        # No picture has runs of more letters; a damaged text could make the number grow without end.
         if not 0 <= code < 64 or shift > 35:
             raise ValueError(text)
         value |= (code & 31) << shift
@@ -321,6 +332,7 @@ def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
         whole = isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts)
         return "" if whole and sum(counts) == height * width else "the run lengths of its mask do not add up"
     polygons = segmentation if isinstance(segmentation, list) else []
+    # Three corners or more: pycocotools takes four numbers for a box.
     good = all(
         isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(_number(value) for value in p) for p in polygons
     )
@@ -332,6 +344,7 @@ def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
 
 
 def _number(value: Any) -> bool:
+    # Python reads NaN and Infinity from JSON, and counts true among the ints.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -112,6 +112,7 @@ class Detections(Dataset):
     def __init__(self, shown: Shown, resize: Resize, train: bool, max_unreadable: int) -> None:
         self.shown, self.resize, self.train = shown, resize, train
         self.tally = Tally(shown, max_unreadable)  # type: ignore[arg-type]
+        # Read here, in the main process: each worker has another one.
         self.seed = torch.initial_seed()
 
     def __len__(self) -> int:
@@ -130,6 +131,7 @@ class Detections(Dataset):
         picture = Picture(self.shown.encoded(i))
         if self.shown.sizes is not None:
             height, width = self.shown.sizes[i].tolist()
+            # `size` is the upright one; some files are annotated as their pixels are stored, before EXIF turns them.
             if picture.size != (width, height) and picture.image.size == (width, height):
                 picture.turn = None
             elif picture.size != (width, height):
@@ -204,6 +206,7 @@ class Collate:
         """Joins samples."""
         most = (max(self.least, *(x.shape[axis] for x, _ in samples)) for axis in (1, 2))
         height, width = (-(-side // self.multiple) * self.multiple for side in most)
+        # Black for now; it becomes 0 again when the batch has been normalised.
         batch = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
         targets = []
         for row, (x, target) in enumerate(samples):
@@ -308,6 +311,7 @@ class DetectionData(Pictures):
             "test": (test_annotations, test_pictures),
         }
         self.places = {name: self._place(name, *paths) for name, paths in given.items()}
+        # Two splits may lie in one file, which is then read once.
         self.opened: dict[Path, Annotations] = {}
         self.unlabelled = None if predict_root is None else Unannotated(pictures_at([predict_root])[0])
         # The smaller file first: it names the classes, and that of the training set may take a minute.
@@ -355,6 +359,7 @@ class DetectionData(Pictures):
 
     def _open(self, name: str) -> Annotations:
         place = self.places[name]
+        # COCO's test pictures are published without boxes.
         if place is None and name == "test":
             place = self.places["val"]
         if place is None:
@@ -391,6 +396,7 @@ class DetectionData(Pictures):
         return Detections(shown, self.resize, name == "train", self.max_unreadable)
 
     def _loader(self, name: str) -> DataLoader:
+        # Jittered pictures fit one square, so that all of their batches have its size.
         square = self.resize.size if self.resize.jitter is not None else 0
         return loader(
             self,
@@ -418,7 +424,9 @@ class DetectionData(Pictures):
         x = normalize(x, self.mean, self.std)
         for row, target in enumerate(targets):
             height, width = target["size"].tolist()
+            # Normalised black is far from 0, and would be an edge that boxes could be fitted to.
             x[row, :, height:], x[row, :, :, width:] = 0, 0
+        # Lightning converts floats when it moves a batch, and pictures were whole numbers then.
         precision = getattr(self.trainer, "precision_plugin", None)
         x = x if precision is None else precision.convert_input(x)
         return x, [{name: _unpacked(name, value) for name, value in target.items()} for target in targets]
@@ -456,5 +464,6 @@ def _pictures_of(root: Path, path: Path) -> Path:
     word = re.sub(r"^instances_|\.json$", "", path.name)
     choices = [root / "images" / word, root / word, path.parent, root / "images", root]
     if path.name != "_annotations.coco.json":
+        # Only exports of that name lie beside their pictures; other files lie among annotations.
         choices[2:3] = []
     return next(folder for folder in choices if folder.is_dir())

@@ -85,8 +85,10 @@ class Detector(L.LightningModule):
         chosen = levels if levels is not None else list(range(max(0, count - head.levels), count))
         if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < count:
             raise SchemeError(f"model.levels is {levels}; wanted numbers of maps that rise, from 0 to {count - 1}")
+        # Before the head is built, whose last layers have as many outputs.
         if head.num_classes is None:
             head.num_classes = int(net.num_classes)  # type: ignore[arg-type]
+        # What lies beyond the last map would get no gradient, which DistributedDataParallel refuses.
         self.rows = net.prune_intermediate_layers(chosen, prune_norm=True)
         info = net.feature_info
         head.build(Maps(info.channels(self.rows), info.reduction(self.rows)))
@@ -103,6 +105,7 @@ class Detector(L.LightningModule):
 
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
+        # Here and not once, as any later call of train() would set their statistics moving again.
         if self.freeze_norms:
             for m in self.net.modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -137,6 +140,7 @@ class Detector(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, targets = batch
         losses = self(x, targets, self._boxes(targets)).losses
+        # Summed in single precision: in half a large term would swallow the small ones.
         loss = torch.stack([term.float() for term in losses.values()]).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         parts = {f"train/{name}": term for name, term in losses.items() if name != "loss"}
@@ -178,6 +182,7 @@ class Detector(L.LightningModule):
         self.precision.reset()
         sums = torch.tensor(self._sums, device=self.device, dtype=torch.float32)
         loss, boxes = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        # A head that knows no loss in evaluation has summed none, and 0 would look like a perfect one.
         if loss:
             self.log(f"{stage}/loss", loss / max(1.0, boxes), prog_bar=True, sync_dist=False)
 
@@ -190,6 +195,7 @@ class Detector(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Found]:
         """Detections of each picture, in pixels of its file."""
         x, targets = batch
+        # Sizes alone: with boxes the head would work out a loss as well.
         asked = [{"size": target["size"], "stored": target["stored"]} for target in targets]
         found = self(x, asked).found
         return [
@@ -221,6 +227,7 @@ class Detector(L.LightningModule):
         groups: Any = [*net, *parameter_groups(self.head, self.step_weight_decay)]
         optimizer = self.optimizer(groups)
         for group in optimizer.param_groups:
+            # Only now, as the optimiser fills in the rate, which no group names.
             group["lr"] *= group.get("lr_scale", 1.0)
         return optimizer
 

@@ -41,6 +41,7 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
         (256, 256)
     """
     factor = max(1, -(-256 // min(image.size)))
+    # Without smoothing: the pixels of a small picture stay what they are.
     shown = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     kept = (found.scores >= least).nonzero()[:, 0].tolist()
     if found.masks is not None and kept:
@@ -53,8 +54,10 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
     for k in reversed(kept):  # the surest on top
         label, score = int(found.labels[k]), float(found.scores[k])
         left, top, right, bottom = (found.boxes[k].clamp(min=0) * factor).tolist()
+        # A line along the picture's own edge would be drawn outside of it.
         right, bottom = (min(edge, side - 1) for edge, side in zip((right, bottom), shown.size, strict=True))
         ink = color(label)
+        # Pillow refuses corners that are the wrong way round, as those of an empty box may be.
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=ink, width=2)
         text = f"{names[label]} {score:.2f}"
         room = pen.textbbox((left, top), text)

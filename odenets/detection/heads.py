@@ -135,13 +135,16 @@ class DETR(Head):
         inside = (rows[None, :, None] < sizes[:, 1, None, None]) & (columns[None, None] < sizes[:, 0, None, None])
         labels = None
         if targets is not None and all("boxes" in target for target in targets):
+            # In single precision at least: bfloat16 tells edges of a large picture apart to a few pixels only.
             wide = torch.promote_types(x.dtype, torch.float32)
             labels = [_shares(target, edge, wide) for target, edge in zip(targets, edges, strict=True)]
         stand_in = self.detr.model.backbone.model
+        # transformers calls its backbone with the pictures alone: the maps reach it through this attribute.
         stand_in.held = tuple(maps)
         try:
             out = self.detr(pixel_values=x, pixel_mask=inside.long(), labels=labels)
         finally:
+            # Else the maps, and their graph with them, would live until the next batch.
             stand_in.held = ()
         losses = {}
         if labels is not None:
@@ -159,6 +162,7 @@ class DETR(Head):
             boxes: (n, queries, 4), middle, width and height as shares.
             edges: (n, 2), what they are shares of.
         """
+        # Over queries and classes together, as sigmoids do not compete: one query may give two classes.
         scores = logits.float().sigmoid().flatten(1)
         best, places = scores.topk(min(MOST, scores.shape[1]))
         middle, extent = boxes.float().chunk(2, -1)
@@ -259,6 +263,7 @@ class DeformableDETR(DETR):
             num_labels=self.num_classes,  # type: ignore[call-arg]
             with_box_refine=True,
             auxiliary_loss=True,
+            # The custom kernel is for CUDA alone, and is built or brought when first used; plain torch gives the same.
             disable_custom_kernels=True,
             **self.options,
         )
@@ -272,15 +277,20 @@ class DeformableDETR(DETR):
         classes = nn.ModuleList(nn.Linear(kept[1], int(self.num_classes or 0)) for _ in range(kept[0]))
         boxes = nn.ModuleList(type(detr.bbox_embed[0])(kept[1], kept[1], 4, 3) for _ in range(kept[0]))
         for layer in classes:
+            # Each class begins at a probability of 0.01: nearly all queries show none, and their loss would drown the
+            # rest.
             nn.init.constant_(layer.bias, math.log(0.01 / 0.99))  # type: ignore[arg-type]
         for n, layer in enumerate(boxes):
             last = layer.layers[-1]  # type: ignore[union-attr, index]
+            # No correction at first: every layer begins with the box of the one before.
             nn.init.zeros_(last.weight)  # type: ignore[arg-type, union-attr]
             nn.init.zeros_(last.bias)  # type: ignore[arg-type, union-attr]
             if n == 0:  # the first box of a query is small; later ones are corrections
                 nn.init.constant_(last.bias[2:], -2.0)  # type: ignore[index, union-attr]
         detr.class_embed, detr.bbox_embed = classes, boxes
+        # The decoder refines boxes by the very layers that give them: one list under two names.
         detr.model.decoder.bbox_embed = boxes
+        # By these names transformers ties weights, and would join the layers again.
         detr._tied_weights_keys = {}
 
     def edges(self, x: Tensor, sizes: Tensor) -> Tensor:
@@ -362,6 +372,7 @@ class RTDETR(DETR):
             backbone_config=backbone,
             encoder_in_channels=list(maps.channels),
             feat_strides=list(maps.reductions),
+            # Attention within the coarsest map alone, as published: finer ones have too many places.
             encode_proj_layers=[count - 1],
             decoder_in_channels=[self.width] * count,
             num_feature_levels=count,
@@ -380,11 +391,13 @@ class RTDETR(DETR):
 
     def forward(self, x: Tensor, maps: Sequence[Tensor], targets: Sequence[Target] | None, boxes: float) -> Output:
         places = sum(math.prod(m.shape[2:]) for m in maps)
+        # The queries are the best places of the maps; where there are fewer, topk fails without saying why.
         if places < self.queries:
             raise SchemeError(
                 f"RTDETR: {self.queries} queries, and maps of {x.shape[2]}x{x.shape[3]} pixels have {places} places\n"
                 f"  Give head.queries of up to {places}, larger pictures or finer maps"
             )
+        # The encoder joins maps after doubling their sides, which fits only where no side was rounded.
         coarsest = self.reductions[-1]
         if x.shape[2] % coarsest or x.shape[3] % coarsest:
             raise SchemeError(

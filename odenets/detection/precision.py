@@ -37,6 +37,7 @@ class Found(NamedTuple):
 
     def best(self, count: int = MOST) -> "Found":
         """The detections of the highest scores, on the CPU."""
+        # Stable, so that equal scores stay in the same order on every device.
         order = self.scores.argsort(descending=True, stable=True)[:count]
         return Found(*(None if part is None else part[order].cpu() for part in self))  # type: ignore[arg-type]
 
@@ -104,6 +105,7 @@ class AveragePrecision:
             row["iscrowd"] = int(row["iscrowd"])
             if self.masks:
                 row["segmentation"] = packed(truth["truth_masks"][k].cpu())
+        # By id: a picture that two processes have seen, to make their numbers equal, counts once.
         self.held[picture] = there, rows(found.best()), truth["stored"].tolist()
 
     def reset(self) -> None:
@@ -117,6 +119,7 @@ class AveragePrecision:
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts: list[Any] = [None] * torch.distributed.get_world_size()
+            # Detections and not figures: the precision of parts does not average to that of the whole.
             torch.distributed.all_gather_object(parts, self.held)
             held = {picture: entry for part in parts for picture, entry in part.items()}
         else:
@@ -136,6 +139,7 @@ def _counted(held: Mapping[int, tuple[Sequence[Any], Sequence[Any], Sequence[int
     from pycocotools.cocoeval import COCOeval
 
     sides: list[Any] = []
+    # pycocotools breaks ties between equal scores by this order, which must not depend on the processes.
     pictures = sorted(held)
     labels = sorted({row["label"] for there, found, _ in held.values() for row in (*there, *found)})
     for side in (0, 1):
@@ -143,6 +147,7 @@ def _counted(held: Mapping[int, tuple[Sequence[Any], Sequence[Any], Sequence[int
         for picture in pictures:
             there, found, _ = held[picture]
             for row in (there, found)[side]:
+                # Ids from 1, since pycocotools takes a match with id 0 for none.
                 entry = {**row, "image_id": picture, "category_id": row["label"], "id": len(annotations) + 1}
                 if side == 1:  # as pycocotools prepares results: by the box, or by the mask alone
                     mask = row.get("segmentation") if kind == "segm" else None

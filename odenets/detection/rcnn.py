@@ -74,6 +74,7 @@ class MaskRCNN(Head):
 
     def build(self, maps: Maps) -> None:
         torchvision, detection = vision()
+        # A coarser map for the largest anchors; boxes are never cut out of it, so that it has no name below.
         pool = torchvision.ops.feature_pyramid_network.LastLevelMaxPool()
         self.pyramid = torchvision.ops.FeaturePyramidNetwork(list(maps.channels), self.width, pool)
         self.names = [str(n) for n in range(len(maps.channels))]
@@ -82,8 +83,11 @@ class MaskRCNN(Head):
         rpn = detection.rpn
         anchors = rpn.AnchorGenerator(tuple((8 * step,) for step in steps), ((0.5, 1.0, 2.0),) * len(steps))
         first = rpn.RPNHead(self.width, anchors.num_anchors_per_location()[0])
+        # `most` is per level, before overlapping proposals are dropped; `kept` is per picture, after that.
         most = {"training": 2 * self.proposals, "testing": self.proposals}
         kept = dict.fromkeys(("training", "testing"), self.proposals)
+        # In order: overlap of an object, of background, samples, objects' share of them, and the overlap from which one
+        # of two proposals is dropped. All are torchvision's own.
         self.rpn = rpn.RegionProposalNetwork(anchors, first, 0.7, 0.3, 256, 0.5, most, kept, 0.7)
         self.stages = nn.ModuleList(self._stage(n, maps.reductions) for n in range(len(self.overlaps)))
 
@@ -107,6 +111,7 @@ class MaskRCNN(Head):
             predictor,
             self.overlaps[n],
             self.overlaps[n],
+            # Boxes of a picture that a stage is trained on, and the share of objects among them.
             512,
             0.25,
             tuple(value * (n + 1) for value in scale),
@@ -162,12 +167,16 @@ class MaskRCNN(Head):
     def _corrections(self, stage: Any, features: Any, proposals: Any, sizes: Any) -> tuple[Tensor, Tensor]:
         """Logits (k, classes + 1) and corrections (k, 4 * (classes + 1)) of boxes."""
         logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, proposals, sizes)))
+        # Under autocast they are halves, too coarse for boxes of hundreds of pixels.
         logits, deltas = logits.float(), deltas.float()
+        # torchvision picks the correction of each class; this way all find the same one.
         return logits, deltas.repeat(1, int(self.num_classes or 0) + 1) if self.agnostic else deltas
 
     def _moved(self, stage: Any, deltas: Tensor, proposals: Sequence[Tensor], sizes: Any) -> list[Tensor]:
         """Boxes after the correction that serves all classes, cut at the edges of their pictures."""
         torchvision, _ = vision()
+        # All classes have the same correction, so the first will do. Detached: a stage's proposals are no way back into
+        # the stage before.
         moved = stage.box_coder.decode(deltas.detach(), list(proposals))[:, 0]
         parts = moved.split([len(part) for part in proposals])
         cut = torchvision.ops.clip_boxes_to_image
@@ -183,6 +192,7 @@ class MaskRCNN(Head):
         classes, boxes = heads.fastrcnn_loss(logits, deltas, labels, wanted)
         terms = {"class": classes, "box": boxes}
         if self.masks:
+            # Masks are learned on boxes with an object alone; background has none to compare with.
             positive = [(label > 0).nonzero()[:, 0] for label in labels]
             asked = [part[at] for part, at in zip(proposals, positive, strict=True)]
             theirs = [part[at] for part, at in zip(matched, positive, strict=True)]
@@ -204,6 +214,7 @@ class MaskRCNN(Head):
             scores.append(logits.softmax(1))
             if stage is not last:
                 proposals = self._moved(stage, deltas, proposals, sizes)
+        # torchvision takes a softmax of it, which gives back probabilities from their logarithms.
         mean = torch.stack(scores).mean(0).log()
         boxes, sure, labels = last.postprocess_detections(mean, deltas, proposals, sizes)
         masks: Sequence[Tensor | None] = [None] * len(boxes)
@@ -227,6 +238,7 @@ class MaskRCNN(Head):
         for n, (share, box, size) in enumerate(zip(shares, boxes, sizes, strict=True)):
             known = targets is not None and "stored" in targets[n]
             stored = tuple(targets[n]["stored"].tolist()) if known else size  # type: ignore[index]
+            # Pasted at the size of the file at once: a mask that is resized later has a blurred edge.
             scale = box.new_tensor([stored[1] / size[1], stored[0] / size[0]] * 2)
             pasted = detection.roi_heads.paste_masks_in_image(share, box * scale, stored)
             found.append(pasted[:, 0] >= 0.5)

@@ -37,6 +37,7 @@ class MapsConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.channels = list(self.channels or [])
+        # transformers counts what comes before as a stage, too, whose map nobody asks for.
         self.stage_names = ["stem", *(f"stage{n + 1}" for n in range(len(self.channels)))]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=self.stage_names[1:]
@@ -57,6 +58,7 @@ class HeldMaps(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: MapsConfig):
         super().__init__(config)
+        # One width per stage name, that of the stem included.
         self.num_features = [0, *(config.channels or [])]
         self.held: tuple[Tensor, ...] = ()
         self.post_init()
@@ -73,5 +75,6 @@ class HeldMaps(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
         return BackboneOutput(feature_maps=self.held)  # type: ignore[arg-type]
 
 
+# A detector looks its backbone up by the kind of its configuration.
 AutoConfig.register("odenets_maps", MapsConfig)
 AutoBackbone.register(MapsConfig, HeldMaps)

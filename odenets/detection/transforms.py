@@ -65,8 +65,10 @@ class Placement(NamedTuple):
         """Masks (k, h, w) of the picture in the window: pixels that are inside by half or more."""
         found = torch.zeros(len(masks), self.height, self.width, dtype=torch.bool)
         for k, mask in enumerate(masks):
+            # Through the picture's own filter, so that mask and pixels move by the same fraction.
             levels = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
             seen = self.picture(levels)
+            # A copy that can be written to: torch warns of memory that cannot.
             flat = torch.frombuffer(bytearray(seen.tobytes()), dtype=torch.uint8)
             found[k] = flat.view(self.height, self.width) >= 128
         return found
@@ -126,6 +128,7 @@ class Resize(NamedTuple):
         low, high = self.jitter
         wide, high_ = resized = fit(width, height, self.size * (low + (high - low) * scale))
         w, h = min(wide, self.size), min(high_, self.size)
+        # One more than the room that is left, so that the last place is as likely as the others.
         return Placement(resized, int(x * (wide - w + 1)), int(y * (high_ - h + 1)), w, h, mirrored)
 
     def fixed(self, width: int, height: int) -> Placement:

@@ -74,6 +74,7 @@ class Attack(NamedTuple):
         # No leaf is handed on: a network may write into its input. No parameter's gradient is touched.
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
+            # A sum: in a mean each picture's gradient would depend on how many others there are.
             loss = F.cross_entropy(logits(leaf.clone()).float(), labels, reduction="sum")
             [grad] = torch.autograd.grad(loss, leaf)
         if not bool(grad.isfinite().all()):
@@ -85,6 +86,7 @@ class Attack(NamedTuple):
             return x.clone()
         drawn = []
         for seed in seeds:
+            # On the CPU, and one for each picture: a start depends on neither device nor batch.
             g = torch.Generator().manual_seed(seed_of(seed, "attack"))
             if self.norm == "linf":
                 drawn.append(2 * torch.rand(x.shape[1:], generator=g) - 1)

@@ -102,6 +102,7 @@ def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None 
     relative: dict[str, float | None] = {}
     for name in means:
         if name not in left_out:
+            # None where there is no ratio, and not infinity, which JSON does not have.
             base, lost = baseline.mean(name), baseline.mean(name) - baseline.clean
             ce[name] = means[name] / base if base > 0 else None
             relative[name] = (means[name] - found.clean) / lost if lost > 0 else None

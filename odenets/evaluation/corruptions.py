@@ -72,6 +72,7 @@ def _defocus_blur(x: Tensor, s: Setting) -> Tensor:
 
 def _glass_blur(x: Tensor, s: Setting) -> Tensor:
     sigma, reach, times = s.c[0], int(s.c[1]), int(s.c[2])
+    # The published code casts to 8 bits here, which drops fractions.
     levels = (f.gaussian(x, sigma) * 255).floor()
     for _ in range(times):
         levels = _shuffled(levels, reach, s.draws)
@@ -98,6 +99,7 @@ def _shuffled(x: Tensor, reach: int, draws: Draws) -> Tensor:
     # Places 0 ... size - 1 are pixels after the loop, those from size on pixels before it.
     source = torch.arange(2 * size).expand(n, -1).clone()
     source[:, :size] += size
+    # A pixel whose turn came before has its new value already; all others have the old one.
     taken = (turn[there] >= 0) & (turn[there] < turn[here])
     source.scatter_(1, here, torch.where(taken, there, there + size))
     while True:
@@ -130,6 +132,7 @@ def _zoom_blur(x: Tensor, s: Setting) -> Tensor:
 def _snow(x: Tensor, s: Setting) -> Tensor:
     mean, std, zoom, least, radius, sigma, keep = s.c
     flakes = f.clipped_zoom(s.draws.normal(mean, std, (1, *x.shape[2:])), zoom)
+    # To 8 bits and back, as the published code hands the flakes to ImageMagick as a picture.
     flakes = (torch.where(flakes < least, 0, flakes).clamp(0, 1) * 255).floor() / 255
     angles = s.draws.uniform(-135, -45)
     flakes = ((f.motion(flakes, int(radius), sigma, angles) * 255).round() / 255).to(x)
@@ -155,6 +158,7 @@ def _frost(x: Tensor, s: Setting) -> Tensor:
 
 def _photograph(s: Setting, i: int, height: int, width: int) -> Tensor:
     """A random cut of a random photograph, in [0, 1]."""
+    # By the picture's own generator, so that its cut does not depend on the batch.
     own = Draws(())
     own.generators = [s.draws.generators[i]]
     # Six were published; the index is drawn from the first five.
@@ -202,6 +206,7 @@ def _elastic_transform(x: Tensor, s: Setting) -> Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(m).double() for m in (height, width)), indexing="ij")
     grid = torch.stack([columns, rows, torch.ones_like(rows)], -1)  # (h, w, 3)
     old = grid @ back[:, None]
+    # First the affine map, where OpenCV mirrors about the last pixel; then the waves, where SciPy repeats it.
     x = f.sample(x, old[..., 1].to(x), old[..., 0].to(x), f.mirror)
     across, down = (
         f.gaussian(s.draws.uniform(-1, 1, (height, width)), sigma, f.reflect, 3.0) * amplitude for _ in range(2)
@@ -402,6 +407,8 @@ def corrupt(
     draws = Draws([seed_of(seed, name, strength, int(i)) for i in places])
     scale, shrink = min(height, width) / SIDES[protocol], 0.2 if protocol == "cifar" else 1.0
     setting = Setting(CONSTANTS[name][protocol][strength - 1], draws, scale, shrink, frost)
+    # In double precision, as NumPy made the published pictures: fractions are dropped, and a hair too little costs a
+    # level.
     return _cut(KINDS[name](x.double() / 255, setting))
 
 

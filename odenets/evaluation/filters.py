@@ -41,6 +41,7 @@ def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Ten
         >>> gaussian_matrix(3, 1.0, nearest, 4.0).sum(1).round(decimals=9).tolist()
         [1.0, 1.0, 1.0]
     """
+    # SciPy's own limit; at 0 the weights would be 0/0.
     if sigma <= 1e-15:
         return torch.eye(size, dtype=torch.float64)
     reach = int(truncate * sigma + 0.5)
@@ -48,12 +49,14 @@ def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Ten
     weights = torch.exp(-0.5 * (k.double() / sigma) ** 2)
     weights = (weights / weights.sum()).expand(size, -1)
     places = fold(torch.arange(size)[:, None] + k, size)
+    # Added, as at the edge several weights fold onto one pixel.
     return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, places, weights)
 
 
 def gaussian(x: Tensor, sigma: float, fold: Fold = nearest, truncate: float = 4.0) -> Tensor:
     """Gaussian blur of the last two dimensions."""
     down, across = (gaussian_matrix(n, sigma, fold, truncate).to(x) for n in x.shape[-2:])
+    # Two products of matrices: edges need no padding, and a filter as wide as the picture costs no more.
     return down @ x @ across.T
 
 
@@ -62,6 +65,7 @@ def disk(radius: float, alias_blur: float) -> Tensor:
 
     Pixels (i, j) with i^2 + j^2 <= radius^2, filtered by a Gaussian of 3 x 3 pixels, 5 x 5 for a radius above 8.
     """
+    # As published: small disks lie on a grid of 17 pixels, larger ones on one that just holds them.
     half = 8 if radius <= 8 else int(radius)
     i = torch.arange(-half, half + 1, dtype=torch.float64)
     inside = (i[:, None] ** 2 + i**2 <= radius**2).double()
@@ -125,6 +129,7 @@ def clipped_zoom(x: Tensor, factor: float) -> Tensor:
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     x = x[..., top : top + inner[0], left : left + inner[1]]
     x = F.interpolate(x, [round(n * factor) for n in inner], mode="bilinear", align_corners=True)
+    # The cut was rounded up, so that what it was enlarged to may be a little too large.
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
 
@@ -139,6 +144,7 @@ def box_matrix(given: int, wanted: int) -> Tensor:
         low, high = max(0, int(centre - support + 0.5)), min(given, int(centre + support + 0.5))
         for j in range(low, high):
             at = (j - centre + 0.5) / max(scale, 1.0)
+            # Half open, as Pillow has it: a pixel on the border of two boxes counts in one of them.
             found[i, j] = float(-0.5 < at <= 0.5)
     return found / found.sum(1, keepdim=True)
 

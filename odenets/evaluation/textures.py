@@ -18,6 +18,7 @@ class Draws:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        # On the CPU, where a seed gives the same numbers whatever device the pictures are on.
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def uniform(self, low: float, high: float, shape: Sequence[int] = ()) -> Tensor:
@@ -62,6 +63,7 @@ def plasma(draws: Draws, size: int, decay: float) -> Tensor:
     while step >= 2:
         half = step // 2
 
+        # Bound as a default: the amplitude is another one in the next round.
         def drawn(total: Tensor, a: float = amplitude) -> Tensor:
             return total / 4 + a * draws.uniform(-a, a, total.shape[1:])
 

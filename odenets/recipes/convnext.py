@@ -136,6 +136,7 @@ def _tuned(side: int, decay: float) -> Settings:
         *(IMAGENET, adamw(5e-5, 1e-8), cosine(0, 0.02)),
         epochs=30,
         batch=512,
+        # Pictures of 384 pixels a side have three times the pixels of those of 224.
         at_once=64 if side == 224 else 32,
         augment=UNMIXED,
         pictures=large(size=side, **(dict[str, Any](inner=1.0) if side > 224 else {})),
@@ -174,6 +175,7 @@ def _larger() -> Iterator[Recipe]:
                     top1,
                     _tuned(side, 0.8),
                 ),
+                # A new head begins near zero, so that its gradients do not disturb the trained layers at first.
                 {"drop_path_rate": after, "head_init_scale": 0.001},
                 "the stochastic depth and the least rate of this stage are not known here; these are ours.",
                 NEW.format("ImageNet-22K"),

@@ -83,6 +83,7 @@ def _small() -> Iterator[Recipe]:
             # As the paper says and its counts of parameters confirm; the released code has twice the growth.
             if "_bc" not in model:
                 options["init_channels"] = 16
+            # Published with dropout exactly where pictures are not augmented.
             if not augmented:
                 options["drop_rate"] = 0.2
             yield Recipe(
@@ -99,6 +100,7 @@ def _small() -> Iterator[Recipe]:
                 options,
                 (("table 2" if (model, size, parameters, errors) in NETS else "repository", f"{error} % error"),),
                 differs=(AGAIN, NESTEROV, *((EPOCHS,) if data is SVHN else ())),
+                # They are counted with ten classes; a head of a hundred has more.
                 parameters=parameters if data.classes == 10 else None,
                 file="cifar10_densenet_bc100.yaml"
                 if (prefix, model) == ("cifar10", "densenet_bc100_k12") and augmented

@@ -245,6 +245,7 @@ def _roadmap() -> Iterator[Recipe]:
         "f": "a stem of patches",
         "g": "strided transitions",
     }
+    # The last step is RDNet-T, which has a recipe of its own.
     for row in roadmap.RDNET[:-1]:
         yield _recipe(
             f"rdnet_roadmap_{row.name}",
@@ -264,6 +265,7 @@ def _grown(counts: Sequence[tuple[int, int]], most: int) -> dict[str, Any]:
         for done in range(0, count, most):
             growths.append(growth)
             functions.append(min(most, count - done))
+            # The stem has brought pictures to the first resolution already, and within one a transition keeps the size.
             halves.append(place > 0 and not done)
     return {"growths": growths, "functions": functions, "downsample": halves}
 

@@ -130,6 +130,7 @@ class Recipe:
             >>> recipes.find("revcol_small").settings["model"]["init_args"]["net"]["init_args"]["columns"]
             8
         """
+        # A copy all the way down: rows share their training, and whoever asks may change what it gets.
         parts = copy.deepcopy(_plain(self.training))
         model = parts["model"]
         init_args = {"net": copy.deepcopy(self.net), **model["init_args"]}
@@ -150,6 +151,7 @@ class Recipe:
             >>> sum(p.numel() for p in recipes.find("cifar10_densenet40_k12").build().parameters())
             1019722
         """
+        # Without jsonargparse, which need not be installed to build a network.
         module, _, name = self.net["class_path"].rpartition(".")
         kind = getattr(importlib.import_module(module), name)
         return kind(**{**self.net["init_args"], "num_classes": self.data.classes})

@@ -75,6 +75,7 @@ def training(
     given: Settings = {"optimizer": optimizer, "schedule": schedule}
     given |= {"label_smoothing": smoothing} if smoothing else {}
     given |= {"channels_last": True} if channels_last else {}
+    # The data's own options come last: they win.
     shown: Settings = {"batch_size": at_once or batch, **(pictures or {}), **data.settings}
     if augment:
         shown["augment"] = {"class_path": "odenets.training.Augment", "init_args": dict(augment)}

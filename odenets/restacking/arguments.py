@@ -47,6 +47,7 @@ def split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """
     if args:
         return args[0], Arguments(args[1:], kwargs)
+    # Some models hand the hidden state over by name; it is the one that the block's first parameter has.
     name = next(iter(inspect.signature(block.forward).parameters), None)
     if name is None or name not in kwargs:
         raise SchemeError(f"restack: {type(block).__name__} is called without its first argument, the hidden state.")
@@ -72,8 +73,10 @@ def _same(a: Arguments, b: Arguments) -> bool:
 
 def is_cache(value: Any) -> bool:
     """Whether it is a cache of keys and values in the manner of transformers, which its blocks extend."""
+    # A traced value answers to any name, and would pass for a cache.
     if isinstance(value, (Tensor, nn.Module)) or is_traced(value):
         return False
+    # By what it can do, since transformers has many classes of caches, and need not be installed.
     return callable(getattr(value, "get_seq_length", None))
 
 
@@ -106,9 +109,11 @@ def contents(value: Any) -> list[tuple[Any, int]]:
     while queue and len(found) < _LARGEST:
         v = queue.pop()
         if isinstance(v, Tensor):
+            # Tensors of inference mode count no versions.
             found.append((v, -1 if v.is_inference() else v._version))
             continue
         found.append((v, 0))
+        # A module may write to its own buffers as it runs, which is no write to an argument.
         if id(v) in seen or isinstance(v, (type, nn.Module)):
             continue
         seen.add(id(v))

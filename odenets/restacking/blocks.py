@@ -30,6 +30,7 @@ class Form:
         if not isinstance(output, (tuple, list)):
             self.beside = None
             return output
+        # None is what models put where an output is switched off, and nothing is lost with it.
         more = [i for i, v in enumerate(output) if i and v is not None]
         if more or not output:
             what = f"more than its hidden state (item {more[0]})" if more else "an empty tuple"
@@ -64,6 +65,7 @@ class BlockFunction(nn.Module):
     def forward(self, x: Tensor, context: Any) -> Tensor:
         """The change of a hidden state; ``context`` is what ``arguments.common`` gives."""
         given = Arguments() if context is None else context
+        # Blocks that are handed different things find theirs by number.
         if not isinstance(given, Arguments):
             given = given[self.place]
         return self.form.take(self.block, given.call(self.block, x)) - x

@@ -103,6 +103,7 @@ class Restacking:
             raise SchemeError(f"restack, {self.path!r}: {error}") from None
         if self.stack.rule.learned:
             raise SchemeError("restack: step='learned' would add parameters to the model's; want a number or a decay.")
+        # Only what the stack has added: blocks are in training or not as the model says.
         below = {id(m) for block in inside for m in block.modules()}
         self.own = [m for m in self.stack.modules() if id(m) not in below]
         self.first = first
@@ -135,6 +136,7 @@ class Restacking:
                 f"restack: whether the first block of {self.path!r} changes the shape shows at a first call, which "
                 "comes before a trace.\n  Call the model once, or say it: restack(..., outside=1)."
             )
+        # A trial must leave nothing behind, such as statistics or random numbers that were drawn.
         with torch.no_grad(), nothing_changed([block], always=True):
             y = self.form.take(block, given.call(block, x))
         self.outside = int(y.shape != x.shape)
@@ -152,6 +154,7 @@ class Restacking:
         if is_traced(x):
             y = self._record(x, context)
         else:
+            # A block that runs again would write to its argument a second time.
             watched = contents(context) if context is not None and self._runs_again() else None
             y = self._output(x, context)
             if watched is not None and changed(watched, contents(context)):
@@ -170,6 +173,7 @@ class Restacking:
             if collected is None:
                 return self.stack(x, context=context)
             states = self.stack.trajectory(x, context=context)
+            # A model may have put its input into the list itself.
             collected += states if collected else [x, *states]
         return states[-1]
 
@@ -284,6 +288,7 @@ class Restacked(StackHolder):
         return self._restacking.stack
 
     def __iter__(self) -> Iterator[Any]:
+        # A replica would run the stack of the original, whose blocks are on another device.
         if getattr(self, "_is_replica", False):
             raise SchemeError("restack: DataParallel copies a model for each device; use DistributedDataParallel.")
         restacking = self._restacking
@@ -298,6 +303,7 @@ class Restacked(StackHolder):
         blocks = blocks_of(self)  # type: ignore[arg-type]
         if range(len(blocks))[key] == range(len(blocks)):
             return self
+        # Then the blocks are steps of the model as it was, and some of them may run without the others.
         if self._restacking.faithful:
             return self._base(blocks[key]) if issubclass(self._base, nn.ModuleList) else self._base(*blocks[key])
         closed = Closed(self._restacking.path, str(self._restacking.stack.scheme))

@@ -119,6 +119,7 @@ class Run:
         self.given.append(given)
         if self.at < self.count:
             return self.pending
+        # The pass lets go of everything: views of it may outlive it, and would hold the input and the masks.
         x, collected, self.x, self.given = self.x, self.given, None, []
         return self.stack.finish(self, x, collected)
 
@@ -167,6 +168,7 @@ class View:
     __slots__ = ("__block", "__place", "__run")
 
     def __init__(self, block: nn.Module, place: int, run: Run | Closed):
+        # Past our own __setattr__, which would set them on the block.
         set_ = object.__setattr__
         set_(self, "_View__block", block)
         set_(self, "_View__place", place)

@@ -83,7 +83,10 @@ def restack(
         name: Restacking(name, container, scheme, backprop, step, seed, outside) for name, container in found.items()
     }
     for name, container in found.items():
+        # What was restacked before loses its hooks first, or they would ask for a stack that is gone.
         unrestack(model, name)
+        # Past Module.__setattr__, and by a change of class: the container stays the object, with the children and keys,
+        # that the model and its optimiser know.
         container.__dict__["_restacking"] = made[name]
         container.__class__ = restacked(type(container))
         owner, _, _ = name.rpartition(".")
@@ -130,6 +133,7 @@ def unrestack(model: M, path: str | Sequence[str] | None = None) -> M:
             continue
         restacking = vars(container).pop("_restacking")
         container.__class__ = container._base  # type: ignore[assignment]
+        # The owner is not known here, and a pattern may have given it several hooks.
         for m in model.modules():
             for hooks in (m._forward_pre_hooks, m._forward_hooks):
                 for key in [k for k, hook in hooks.items() if getattr(hook, "restacking", None) is restacking]:
@@ -177,6 +181,7 @@ def _containers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     every: dict[str, Any] = {
         name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)
     }
+    # As shell wildcards, but that a star ends at a dot: "stages.*.blocks" is one level.
     form = re.compile(re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", r"[^.]"))
     found = {name: m for name, m in every.items() if form.fullmatch(name)}
     if found:
@@ -186,6 +191,7 @@ def _containers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     if pattern in named:
         what = f"{pattern!r} is a {type(named[pattern]).__name__}, want a ModuleList or Sequential of blocks"
     lists = [f"{name!r} ({len(m)} {type(m[0]).__name__})" for name, m in _of_equals(every) if name]
+    # The names alone, as class names and counts would take part in what is close.
     names = [text.split("'")[1] for text in lists]
     close = closest(pattern, names, cutoff=0.0)
     ranked = sorted(lists, key=lambda text: (text.split("'")[1] not in close, lists.index(text)))

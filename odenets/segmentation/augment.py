@@ -77,6 +77,7 @@ def photometric_distortion(x: Tensor, *, generator: Generator | None = None) -> 
 
     def drawn(low: float, high: float, nothing: float) -> Tensor:
         """A figure for each picture, which is `nothing` for half of them."""
+        # Both are drawn for every picture: what another one drew must not move its numbers.
         use, figure = torch.rand(2, len(x), device=x.device, generator=generator)
         return torch.where(use < 0.5, low + (high - low) * figure, nothing)[:, None, None, None].to(x.dtype)
 

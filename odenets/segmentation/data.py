@@ -86,6 +86,7 @@ class Segments(Dataset):
     ) -> None:
         """labels: None reads no masks. fill: the colour beside pictures that are smaller than the crop."""
         self.pairs, self.indices, self.labels, self.framing, self.train = pairs, indices, labels, framing, train
+        # The seed is read in the main process: each worker has another one.
         self.fill, self.tally, self.seed = torch.tensor(fill, dtype=torch.uint8), tally, torch.initial_seed()
 
     def __len__(self) -> int:
@@ -143,9 +144,11 @@ class Segments(Dataset):
             down = ((torch.arange(height) + top + 0.5) * y).long().clamp(max=picture.height - 1)
             across = ((torch.arange(width) + left + 0.5) * x).long().clamp(max=picture.width - 1)
             part = classes[down][:, across]
+            # After the last try the box stands, whatever fills it.
             if not filled_by_one(part, self.framing.most):
                 break
         box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
+        # The mean colour, which normalisation takes to 0, as the network's own padding has it.
         levels = self.fill.expand(rows, columns, 3).clone()
         levels[:height, :width] = _levels(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
         mask = torch.full((rows, columns), IGNORED, dtype=torch.int16)
@@ -215,6 +218,7 @@ class Scenes(Pictures):
         precision = getattr(self.trainer, "precision_plugin", None)
         convert = (lambda t: t) if precision is None else precision.convert_input
         if self.trainer is not None and self.trainer.training:
+            # In half precision the hues of dark pixels would be noise.
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             generator = batch_generator(self.trainer, x.device, self.augment.seed)
             x, y = self.augment(x, y, self.mean, self.std, generator)
@@ -223,6 +227,7 @@ class Scenes(Pictures):
 
     def _loader(self, name: str) -> DataLoader:
         data, train = self.sets[name], name == "train"
+        # What is in memory already a worker would only copy.
         workers = 0 if isinstance(data, DrawnSet) else self.num_workers
         return loader(
             self,
@@ -255,6 +260,7 @@ def _stacked(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _listed(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    # Each has its own size in evaluation, so nothing can be stacked.
     return [x for x, _ in samples], [y for _, y in samples]
 
 
@@ -491,6 +497,7 @@ class SegmentationData(Scenes):
             if count < 2:
                 raise DataError(f"{self.where}: {count} picture is not enough to hold one out")
             rest, held = hold_out(count, self.holdout, self.split_seed)
+            # Said once, and not at each stage of a run.
             if not self.sets:
                 rank_zero_info(
                     f"{self.where} has no validation split: {len(held):,} of {count:,} training pictures are held out "
@@ -510,6 +517,7 @@ class SegmentationData(Scenes):
         indices = torch.arange(len(pairs)) if indices is None else indices
         tally = Tally(pairs, self.max_unreadable)  # type: ignore[arg-type]
         if masked:
+            # Known from names alone: no file is opened for it.
             lacking = set(pairs.lacking()) & set(indices.tolist())
             if len(lacking) == len(indices):
                 raise DataError(

@@ -68,9 +68,11 @@ class Inference:
         for view, mirrored in self._views(x):
             scores = self._windowed(net, view)
             scores = scores.flip(-1) if mirrored else scores
+            # Resized and summed in single precision, since half would round once per view.
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             if scores.shape[-2:] != size:
                 scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
+            # The best score has the best probability, so that one view needs no softmax.
             if views == 1:
                 return scores
             found = net.probabilities(scores) / views
@@ -83,6 +85,7 @@ class Inference:
             view = x
             if scale != 1:
                 resized = [max(1, round(side * scale)) for side in x.shape[-2:]]
+                # With the filter that Pillow has, too, when pictures are decoded: without it fine texture aliases.
                 view = F.interpolate(x, resized, mode="bilinear", align_corners=False, antialias=True)
             yield view, False
             if self.flip:
@@ -103,12 +106,14 @@ class Inference:
             for left in lefts:
                 place = slice(top, top + height), slice(left, left + width)
                 scores = net(x[(..., *place)])
+                # Only now are the number of classes and their precision known.
                 if total is None:
                     kind = torch.promote_types(scores.dtype, torch.float32)
                     total = scores.new_zeros((*scores.shape[:2], *x.shape[-2:]), dtype=kind)
                 total[(..., *place)] += scores
                 count[place] += 1
         assert total is not None
+        # Nowhere 0, as strides that leave gaps are refused.
         return total / count
 
 
@@ -121,6 +126,7 @@ def starts(side: int, window: int, stride: int) -> list[int]:
         >>> starts(105, 40, 30)
         [0, 30, 60, 65]
     """
+    # The last window is moved back to the end of the picture, so that none has to be filled up.
     last = max(0, side - window)
     return [*range(0, last, stride), last]
 

@@ -67,6 +67,7 @@ class Labels:
         clash = set(self.ids) & set(ignore or ())
         if clash:
             raise DataError(f"data.ignore: {min(clash)} is the value of a class\n  Change data.ignore or data.ids")
+        # 255 is what most data sets write where no class is, unless it is a class itself.
         given_up = (0,) * reduce + tuple((255,) if ignore is None else ignore)
         self.ignore = tuple(value for value in dict.fromkeys(given_up) if value not in self.ids)
         self.colors = None if palette is None else _keys(palette, "palette")
@@ -87,6 +88,7 @@ class Labels:
         try:
             picture = Picture(encoded)
             image = picture.image
+            # Pillow decodes when pixels are asked for, and its errors are to be caught here.
             image.load()
         except Unreadable as e:
             raise Unreadable(f"its mask: {e}") from None
@@ -100,6 +102,7 @@ class Labels:
 
     def classes_of(self, values: NDArray[Any]) -> NDArray[np.int16]:
         """The classes of stored values."""
+        # Few values and many pixels: a table of values, so that no loop goes over pixels.
         there = np.unique(values)
         known = {**dict.fromkeys(self.ignore, IGNORED), **{value: c for c, value in enumerate(self.ids)}}
         unknown = [int(value) for value in there if int(value) not in known]
@@ -111,6 +114,7 @@ class Labels:
 
     def _by_color(self, levels: NDArray[np.uint8]) -> NDArray[np.int16]:
         assert self.colors is not None
+        # One number per colour, to compare by; in 8 bits the product would overflow.
         keys = levels.astype(np.int32) @ _PLACES
         there = np.unique(keys)
         known = {
@@ -137,10 +141,12 @@ def _keys(colors: Sequence[Sequence[int]], option: str) -> NDArray[np.int32]:
 
 def _numbers(image: Image.Image) -> NDArray[Any]:
     """The values that a mask stores, which for a palette picture are no colours."""
+    # As an array a palette picture gives its numbers; converted it would give colours.
     if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
         return np.asarray(image)
     if image.mode in ("LA", "RGB", "RGBA"):
         levels = np.asarray(image.convert("RGB"))
+        # Many tools save numbers as RGB, each one three times.
         if (levels == levels[..., :1]).all():
             return levels[..., 0]
         raise Unreadable("its mask is in colour, and there is no data.palette")

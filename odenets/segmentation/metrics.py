@@ -30,6 +30,7 @@ class Overlap(Metric):
     """
 
     is_differentiable = False
+    # Counts only add up, so that torchmetrics need not update twice for the figure of a batch.
     full_state_update = False
     counts: Tensor
 
@@ -47,12 +48,14 @@ class Overlap(Metric):
         """
         if not bool((y != IGNORED).any()):
             return
+        # Validation would look for the unique values of each picture, and wait for the device.
         self.counts += multiclass_confusion_matrix(
             predicted.long().flatten(), y.long().flatten(), self.num_classes, ignore_index=IGNORED, validate_args=False
         )
 
     def compute(self) -> dict[str, Tensor]:
         """mIoU, mAcc, aAcc, and the IoU of each class, NaN where it is left out."""
+        # The pixels of a data set are more than single precision can count one by one.
         counts = self.counts.double()
         hits, labelled, said = counts.diagonal(), counts.sum(1), counts.sum(0)
         each = hits / (labelled + said - hits)

@@ -110,6 +110,7 @@ class _OnMaps(SegmentationNet):
         if config.scheme is not None:
             options["scheme"] = config.scheme
         if weights is not None:
+            # A whole classifier first, so that weights are renamed and checked as anywhere else, those of its head too.
             whole = create_model(config.name, num_classes=weights_classes, **options)
             load(whole, weights)
             self._weights = whole.state_dict()
@@ -121,6 +122,7 @@ class _OnMaps(SegmentationNet):
         if self._weights:
             own = backbone.net.state_dict()
             backbone.net.load_state_dict({key: self._weights[key] for key in own})
+        # They are in the network now, and would be held twice.
         del self._weights
 
     @property
@@ -223,6 +225,7 @@ class UPerNet(_OnMaps):
         maps = self.net.backbone(x).feature_maps
         if y is not None:
             below, right = (b - a for a, b in zip(size, x.shape[-2:], strict=True))
+            # What is filled up has no class, and no part in the loss.
             y = F.pad(y, (0, right, 0, below), value=IGNORED)
             # A map of one cell for one picture: nothing varies that the norm behind the pooling could divide by.
             if self.training and len(x) == 1:

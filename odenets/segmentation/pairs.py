@@ -116,6 +116,7 @@ class TablePairs(Pairs):
         self.table = table.select_columns(kept)
         for key in kept:
             try:
+                # Undecoded, so that a damaged file is met where it can be named and counted.
                 self.table = self.table.cast_column(key, datasets.Image(decode=False))
             except Exception as e:
                 raise DataError(
@@ -127,6 +128,7 @@ class TablePairs(Pairs):
         return len(self.table)
 
     def picture(self, i: int) -> bytes | str:
+        # Empty bytes are no picture, which is noticed, and counted, where pictures are decoded.
         return self._stored(self.table[i][self.image_key]) or b""
 
     def mask(self, i: int) -> bytes | str | None:
@@ -155,6 +157,7 @@ class JoinedPairs(Pairs):
         return int(self.ends[-1])
 
     def _at(self, i: int) -> tuple[Pairs, int]:
+        # From the right, as the end of a part is the first row of the next.
         number = int(np.searchsorted(self.ends, i, side="right"))
         return self.parts[number], i - int(self.ends[number - 1] if number else 0)
 
@@ -225,6 +228,7 @@ def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str,
     if images is not None:
         masks = _child(root, named.masks, MASKS)
         below = [p.name for p in sorted(images.iterdir()) if p.is_dir() and _split(p.name) in SPLITS]
+        # No splits: all of it is to train on, and a share is held out.
         if not below:
             return {"train": _matched(images, masks, named, note)}
         return {_split(name): _matched(images / name, masks and masks / name, named, note) for name in below}

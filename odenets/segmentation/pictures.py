@@ -71,7 +71,9 @@ def placed(name: str) -> Path:
         >>> placed("ulm/1.jpg").as_posix(), placed("../v1.0 row 3").as_posix()
         ('ulm/1.png', 'v1.0 row 3.png')
     """
+    # A picture may lie outside of the folder of data; predictions stay below their own.
     path = Path(*(part for part in Path(name).parts if part not in ("..", "/")))
+    # Only a known suffix is replaced: the dot in "v1.0 row 3" begins none.
     return path.with_suffix(".png") if path.suffix.lower() in PICTURES else path.with_name(f"{path.name}.png")
 
 
@@ -86,6 +88,7 @@ def shown(x: Tensor, mean: Sequence[float], std: Sequence[float], size: tuple[in
 
 def numbered(mask: Tensor, colors: Sequence[Sequence[int]]) -> Image.Image:
     """A mask (h, w) as a picture that holds its numbers; up to 256 classes as a palette."""
+    # No palette has more colours, and 16 bits hold the number of any class.
     if len(colors) > 256:
         return Image.fromarray(mask.numpy().astype(np.uint16))
     picture = Image.fromarray(mask.numpy().astype(np.uint8))

@@ -77,6 +77,7 @@ class Segmenter(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # This hook runs for each stage, and a second compilation would throw the first away.
         if self.compile_net and not self._compiled:
             self.net.compile()
             self._compiled = True

@@ -30,6 +30,7 @@ ENDINGS = (".png", ".svg", ".pdf")
 class AnalyseParser(ArgumentParser):
     """A parser whose errors are two lines."""
 
+    # On the class, since jsonargparse builds further parsers of this kind for the parts.
     command_line: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -78,6 +79,7 @@ def _alignment(job: Job) -> Path:
     data = _data(job)
     batches = islice(_batches(data), job.options.batches)
     matrix, names = alignment(job.net, batches, job.places(places(job.net)), classes=data.num_classes)
+    # The last two names are the input and the label, which belong to no column.
     if len(names) > 2 and all(":" in name and name.startswith("columns.") for name in names[:-2]):
         return plots.alignment_by_column(matrix, names, job.out)
     return plots.alignment_matrix(matrix, names, job.out, type(job.net).__name__)
@@ -104,6 +106,7 @@ def _layercam(job: Job) -> Path:
     names = job.places(_of_each(places(job.net)))
     heats = layer_cam(job.net, x, names)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    # Back in [0, 1], to be looked at.
     return plots.heat_maps_by_column(x * std + mean, heats, names, job.out)
 
 
@@ -157,6 +160,7 @@ def _data(job: Job) -> Pictures:
     if job.options.root is not None:
         if "root" not in given:
             raise DataError(f"--root: {settings['class_path']} has no folder\n  Leave --root out.")
+        # Not both: only one of them can be meant.
         given |= {"root": job.options.root, "hub": None}
     parser = AnalyseParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")
@@ -172,6 +176,7 @@ def _data(job: Job) -> Pictures:
 def _batches(data: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised validation pictures and their labels."""
     for batch in data.val_dataloader():
+        # Lightning would call it after moving the batch: only there are pictures normalised.
         yield data.on_after_batch_transfer(batch, 0)
 
 

@@ -157,6 +157,7 @@ def random_erasing(
     top = (_rand(x, n, generator=generator) * (h - height + 1)).floor()
     left = (_rand(x, n, generator=generator) * (w - width + 1)).floor()
     chosen = (_rand(x, n, generator=generator) < p) & fits.any(0)
+    # For all pictures: which are chosen is known on the device, and the host does not wait for it.
     noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
     return torch.where(chosen[:, None, None, None] & _boxes(x, top, left, height, width), noise, x)
 
@@ -199,6 +200,7 @@ def cutmix(
     y = soft_labels(y, num_classes)
     if alpha == 0:
         return x, y
+    # The box has the picture's proportions, so that a root of the share is the factor of either side.
     side = (1 - _beta(alpha, generator)) ** 0.5
     n, _, h, w = x.shape
     height, width = round(h * side), round(w * side)
@@ -285,6 +287,7 @@ class Augment:
         if self.rand_augment:
             x = rand_augment(x, self.rand_augment, self.rand_augment_std, fill=mean, generator=generator)
         x = color_jitter(x, *(self.color_jitter,) * 3, generator=generator)
+        # After normalisation, where noise of deviation 1 is as strong as a picture.
         x = random_erasing(normalize(x, mean, std), self.erase, generator=generator)
         if not self.mixup and not self.cutmix:
             return x, y

@@ -45,6 +45,7 @@ class Throughput(Callback):
         # Validation runs before this hook: the clock stopped with the last batch.
         if self._images > 0:
             rate = self._images / max(self._stop - self._start, 1e-9)
+            # Times the processes, since what is synchronised is averaged over them.
             pl_module.log("train/images_per_s", rate * trainer.world_size, sync_dist=True)
 
 
@@ -81,6 +82,7 @@ class StepSchedule(Callback):
 
     def apply(self, net: nn.Module, h: float) -> None:
         """Set h in every part of the net that has `set_step`."""
+        # By the method and not by the class, so that a net of one's own may have it.
         stacks = [part for part in net.modules() if callable(getattr(part, "set_step", None))]
         if not stacks:
             raise SchemeError("StepSchedule: the net has no Stack whose step size could be set\n  Drop the callback.")
@@ -92,6 +94,7 @@ class StepSchedule(Callback):
         if trainer.max_epochs and trainer.max_epochs > 0:
             u = trainer.current_epoch / max(1, trainer.max_epochs - 1)
         else:
+            # Without a number of epochs only the steps say how long a run is.
             u = trainer.global_step / trainer.estimated_stepping_batches
         self.apply(pl_module, self.at(min(u, 1.0)))
 

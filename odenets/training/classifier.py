@@ -86,6 +86,7 @@ class Classifier(L.LightningModule):
         self.frozen = Frozen(net, frozen)
         self.frozen.apply(net)
         parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
+        # Norms in frozen parts are in evaluation from the start, also where nobody calls train().
         self.train()
 
     @property
@@ -105,6 +106,7 @@ class Classifier(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # This hook runs for each stage, and a second compilation would throw the first away.
         if self.compile_net and not self._compiled:
             self.net.compile()
             self._compiled = True
@@ -138,6 +140,7 @@ class Classifier(L.LightningModule):
         x, y = batch
         logits = self(x)
         counted = y != IGNORED
+        # Only several processes have pictures that do not count; one alone need not wait for the device.
         count = int(counted.sum()) if self.trainer.world_size > 1 else len(x)
         best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         figures = {f"{stage}/loss": cross_entropy(logits, y, reduction="none"), f"{stage}/acc": best[:, 0]}

@@ -109,6 +109,7 @@ def _refined_as(net: nn.Module, states: dict[str, Any], config: dict[str, Any]) 
             refinement = Refinement(**callback.get("init_args", {}))
             state = states.get(refinement.state_key, {"done": 0})
             for number in range(state["done"]):
+                # The knots came with the weights; steps and schemes are no tensors, and are gone through again.
                 refinement._rebuild(net, number)
 
 

@@ -124,6 +124,7 @@ class Decoded(Dataset):
         self.smallest, self.inner, self.interpolation = smallest if train else 0.0, inner, interpolation
         self.tally = tally or Tally(source, 0)
         self.labels = source.labels[indices]
+        # Read here, in the main process: each worker has another one.
         self.seed = torch.initial_seed()
 
     def __len__(self) -> int:
@@ -620,6 +621,7 @@ class Images(Pictures):
         """Refuses a checkpoint that was trained on other classes: its numbers would mean something else."""
         theirs = state_dict.get("classes")
         if theirs is None or not self.classes or theirs == self.classes:
+            # Pictures without labels are named as the checkpoint has it.
             self.classes = self.classes or theirs or []
             return
         # Padded on both sides, so that the first difference is found where one list is the beginning of the other.

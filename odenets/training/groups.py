@@ -43,6 +43,7 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for name, p, kind in _kinds(net):
         depth = depths.get(name, 0)
+        # Sorted in the end, since checkpoints tell groups by their number: it must be the same in every run.
         key = -depth, KINDS.index(kind)
         if key not in found:
             found[key] = {"params": [], **options.get(kind, {})}
@@ -150,6 +151,7 @@ class Frozen:
         frozen = False
         for pattern in self.patterns:
             if _fits(name, pattern.removeprefix("!")):
+                # The last pattern that fits decides, as in a .gitignore.
                 frozen = not pattern.startswith("!")
         return frozen
 
@@ -162,6 +164,7 @@ class Frozen:
     def hold(self, net: nn.Module) -> None:
         """Puts norms with running statistics in frozen parts into evaluation, so that their statistics do not move."""
         for name, m in net.named_modules():
+            # By a name below the norm's, which patterns of the norm and of any module around it fit.
             if isinstance(getattr(m, "running_mean", None), Tensor) and self(f"{name}.running_mean"):
                 m.eval()
 

@@ -66,9 +66,11 @@ def judge(
     trained: Trained, source: Source, batch_size: int = 64, num_workers: int = 0
 ) -> Iterator[tuple[int, Tensor | None, str]]:
     """The number of each picture with its probabilities (classes,), or with None and why it cannot be read."""
+    # As a list, since a picture that cannot be read cannot be stacked.
     loader = DataLoader(Viewed(source, trained.view), batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
         pictures = [levels for _, levels, _ in batch if levels is not None]
+        # Only pictures that were read go through the network, and their rows are handed out in the same order.
         rows = iter(trained.probabilities(torch.stack(pictures)) if pictures else ())
         for i, levels, why in batch:
             yield i, None if levels is None else next(rows), why
@@ -131,10 +133,13 @@ class Figures:
     def add(self, probabilities: Tensor, labels: Tensor) -> None:
         """Counts some pictures: probabilities (n, classes), labels (n,)."""
         best = probabilities.topk(min(5, probabilities.shape[1])).indices
+        # Label and prediction as one number, so that one call counts all pairs.
         pairs = labels * len(self.classes) + best[:, 0]
         self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
         self.among_five += int((best == labels[:, None]).sum())
+        # In double precision: there may be a million pictures to sum over.
         own = probabilities.double()[torch.arange(len(labels)), labels]
+        # One probability of 0 would make the loss of the whole set infinite.
         self.log_likelihood += float(own.clamp_min(torch.finfo(torch.float32).tiny).log().sum())
 
     def share(self, right: int, count: int) -> dict[str, Any]:
@@ -145,6 +150,7 @@ class Figures:
         """All figures as plain values: of all pictures, then of each class that occurs or is predicted."""
         count, right = int(self.confusion.sum()), int(self.confusion.diagonal().sum())
         found: dict[str, Any] = {"pictures": count, "confidence": self.confidence, "accuracy": self.share(right, count)}
+        # Of five classes or fewer all are among the best five.
         if len(self.classes) > 5:
             found["top5"] = self.share(self.among_five, count)
         found["loss"] = -self.log_likelihood / count if count else None

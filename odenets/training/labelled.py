@@ -93,6 +93,7 @@ class Labelled:
             self._set, self.labels = Viewed(self._source, view), self._source.labels
         count = len(self.labels)
         wanted = count if limit is None else min(limit, count)
+        # Evenly spread and not the first ones, which in a folder are all of one class.
         self.indices = [i * count // wanted for i in range(wanted)]
 
     def __len__(self) -> int:
@@ -204,6 +205,7 @@ def read_classes(path: str | Path, count: int) -> list[str]:
             names = [name[:9] for name in names]
     if len(names) != count:
         raise DataError(f"--classes {path} has {len(names):,} names, and the network {count:,} outputs\n  Name each")
+    # Only where there are any: counting each name takes the square of their number.
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < count else []
     if twice:
         raise DataError(f"--classes {path} has {twice[0]!r} more than once\n  Give each output a name of its own")
@@ -227,6 +229,7 @@ def read_real(path: str | Path) -> list[list[int]]:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise DataError(f"--real {path} cannot be read: {e}\n  Give real.json as it is published") from None
+    # By `type`, since isinstance takes true for an int.
     good = isinstance(held, list) and all(
         isinstance(row, list) and all(type(k) is int and 0 <= k < 1000 for k in row) for row in held
     )

@@ -34,6 +34,7 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    # So parquet stores texts that repeat; the numbers of its dictionary are no labels.
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)  # type: ignore[attr-defined]
     kind = column.type
@@ -46,6 +47,7 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
         known = getattr(feature, "names", None)
         names, numbers = None if known is None else list(known), column
     else:
+        # Only for the message: a column may be long, and may begin with nulls.
         rows = [i for i, value in enumerate(column.slice(0, 10_000)) if value.is_valid]
         shown = f", {column[rows[0]].as_py()!r} in row {rows[0]}" if rows else ""
         raise DataError(f"{where} holds {kind}{shown[:80]}\n  {_REMEDY}")
@@ -97,11 +99,13 @@ def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: 
                     f"{where}: split {name!r} has pictures of {unknown[0]!r}, none of the {len(union)} classes\n"
                     "  Name all classes in data.classes, or none"
                 )
+            # The last entry is that of NONE, which as an index is -1.
             table = torch.tensor([*(place.get(own_name, NONE) for own_name in own), NONE])
             split.labels, split.names = table[split.labels], union
     else:
         seen = torch.cat([split.labels.unique() for split in labelled.values()] or [torch.tensor([NONE])]).unique()
         count = int(seen.max()) + 1
+        # The network would get as many outputs, for what are most likely ids of something else.
         if count > max(1000, 100 * len(seen)):
             raise DataError(
                 f"{where}: the largest label is {count - 1:,}, and only {len(seen):,} different ones occur\n"
@@ -118,6 +122,7 @@ def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: 
 
 
 def _union(lists: list[list[str]]) -> list[str]:
+    # Names that were in alphabetical order stay so together; the order of a ClassLabel means something.
     if all(names == sorted(names) for names in lists):
         return sorted({name for names in lists for name in names})
     return list(dict.fromkeys(name for names in lists for name in names))

@@ -29,6 +29,7 @@ class Metrics(CSVLogger):
     """``metrics.csv`` in a run's folder."""
 
     def __init__(self, folder: str | Path) -> None:
+        # Without a name and a version the file lies in the run's folder itself.
         super().__init__(folder, name="", version="")
         self.part = 0
 
@@ -57,6 +58,7 @@ class _Writer(ExperimentWriter):
         self.rows = 0
 
     def save(self) -> None:
+        # Counted first: saving empties the list.
         self.rows += len(self.metrics)
         super().save()
 

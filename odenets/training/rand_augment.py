@@ -138,6 +138,7 @@ def _sharpness(x: Tensor, s: Tensor) -> Tensor:
     """Away from the mean of 3x3 pixels, the middle one weighing 5/13; the border stays."""
     if min(x.shape[2:]) < 3:
         return x
+    # Nine pixels add up to more than 8 bits hold.
     wide = x.short()
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     inner = wide[..., 1:-1, 1:-1]
@@ -169,6 +170,7 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
     outside = torch.tensor([round(255 * level) for level in levels], dtype=torch.uint8, device=x.device).view(
         1, -1, 1, 1
     )
+    # Pictures that drew the same stand side by side, so that each operation runs once in a round.
     order = kinds.argsort(1)
     # How many pictures drew each kind in each round: the one figure that the host must wait for.
     counts = (kinds[..., None] == torch.arange(len(OPERATIONS), device=x.device)).sum(1).tolist()
@@ -281,6 +283,7 @@ def rand_augment(
     if not x.is_floating_point():
         return operate(x, kinds, strengths, fill)
     out = operate((x * 255).round_().clamp_(0, 255).to(torch.uint8), kinds, strengths, fill)
+    # A picture that nothing was done to keeps its levels, also those between the 256.
     return torch.where(skipped.all(0).view(-1, 1, 1, 1), x, out.to(x.dtype) / 255)
 
 
@@ -314,6 +317,7 @@ def color_jitter(
     if not any(spans):
         return x
     full = 1.0 if x.is_floating_point() else 255.0
+    # All three, whichever are on, so that one that is turned off does not move the others' draws.
     draws = 2 * torch.rand((3, len(x), 1, 1, 1), device=x.device, generator=generator) - 1
     out = x if x.is_floating_point() else x.float()
     for name, span, draw in zip(("brightness", "contrast", "saturation"), spans, draws, strict=True):

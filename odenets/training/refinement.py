@@ -97,6 +97,7 @@ class Refinement(Callback):
         scheme = (self.schemes[number] or None) if self.schemes is not None else None
         for name, stack in continuous_stacks(net).items():
             parent, _, last = name.rpartition(".")
+            # The new stack has the very parameters of the old one, so that the optimiser goes on with them.
             setattr(net.get_submodule(parent), last, stack.rebuilt(scheme, stack.depth * self.depth))
 
     def on_train_batch_end(
@@ -120,6 +121,7 @@ class Refinement(Callback):
                 f"Refinement: the checkpoint was refined {state['done']} times, and at has {len(self.at)} epochs\n"
                 "  Give the epochs that it was trained with."
             )
+        # Only what is missing: the net at hand may have been refined already.
         for number in range(self.done, state["done"]):
             self._rebuild(pl_module, number)
         self.done, self.spent = state["done"], state["spent"]

@@ -58,6 +58,7 @@ def corruption_figures(
     height, width = trained.view.height, trained.view.width
     kind = "photographs" if frost else "texture"
     about = {"strengths": tuple(strengths), "frost": kind, "protocol": protocol_of(height, width)}
+    # With errors of 0, so that a baseline that does not fit is refused before hours are spent.
     corruption_error(CorruptionErrors(0.0, dict.fromkeys(names, 0.0), **about), baseline)
     wrong = {(name, strength): 0 for name in names for strength in strengths}
     clean = count = 0
@@ -91,6 +92,7 @@ def read_baseline(text: str) -> CorruptionErrors:
         return ALEXNET
     try:
         held = json.loads(Path(text).read_text(encoding="utf-8"))
+        # The file of an evaluation, or the part of it that is wanted.
         held = held.get("corruptions", held)
         errors = {str(k): [float(e) for e in v] for k, v in held["errors"].items()}
         strengths = tuple(int(s) for s in held["strengths"])
@@ -162,6 +164,7 @@ def attack_figures(
         x = (x / 255 if x.dtype == torch.uint8 else x).to(device)
         labels, count = labels.to(device), count + len(labels)
         for k, attack in enumerate(attacks):
+            # A seed for each picture, and no two alike for two seeds of a run.
             moved = attack(trained.logits, x, labels, [seed * 2**32 + i for i in numbers])
             with torch.no_grad():
                 right[k] += int((trained.logits(moved).argmax(1) == labels).sum())

@@ -62,6 +62,7 @@ class TarSource(Source):
 
     def encoded(self, i: int) -> bytes:
         number, offset, length = self.places[i].tolist()
+        # Opened each time: forked workers would share the position of a file that was open before.
         with open(self.root / self.files[number], "rb") as file:
             file.seek(offset)
             return file.read(length)
@@ -122,6 +123,7 @@ def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | No
     import pyarrow as pa
 
     texts = [None if label is None else str(label) for label in labels]
+    # Not isdigit, which is true of a raised 2, and int cannot read that.
     if all(text is None or text.removeprefix("-").isdecimal() for text in texts):
         return read_column(pa.array([None if text is None else int(text) for text in texts]), None, where)
     kinds = {type(label) for label in labels if label is not None}

@@ -60,6 +60,7 @@ class SupervisionLoss(nn.Module):
     ):
         super().__init__()
         self.pictures, self.labels, self.label_smoothing = pictures, labels, label_smoothing
+        # Buffers, so that they move along; they are settings, and no part of a checkpoint.
         self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1), persistent=False)
 
@@ -75,6 +76,7 @@ class SupervisionLoss(nn.Module):
         if isinstance(pictures, (int, float)):
             pictures = [pictures * (heads - k) / before for k in range(1, heads)]
         if isinstance(labels, (int, float)):
+            # Rounded, so that the published 0.525 is that number and not its neighbour.
             labels = [*(round(labels * k / heads, 12) for k in range(1, heads)), 1.0]
         if len(pictures) != before or len(labels) != heads:
             raise SchemeError(

@@ -104,6 +104,7 @@ def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") 
     view, classes = View(**picture["picture"]), [str(name) for name in picture["classes"]]
     weights = {k.removeprefix("net."): v for k, v in held["state_dict"].items() if k.startswith("net.")}
     checkpoints.load(net, weights)
+    # Lightning keeps a callback's state under the name of its class.
     moved = held.get("callbacks", {}).get(StepSchedule.__qualname__)
     if moved is not None:
         StepSchedule().apply(net, moved["h"])
@@ -140,6 +141,7 @@ def build_data(trained: Trained, change: Mapping[str, Any] = {}) -> Pictures:
     if not trained.data:
         raise CheckpointError(f"{trained.path} does not say what it was trained on\n  Name a folder of pictures")
     spec = {**trained.data, "init_args": {**trained.data.get("init_args", {}), **change}}
+    # Whoever judges a checkpoint has not asked for a download.
     if "download" in spec["init_args"]:
         spec["init_args"]["download"] = False
     try:
@@ -170,6 +172,7 @@ def _built(path: Path, what: str, kind: type, spec: Mapping[str, Any]) -> Any:
     try:
         return parser.instantiate_classes(parser.parse_object({what: dict(spec)}))[what]
     except (ArgumentError, TypeError, ValueError) as e:
+        # jsonargparse wraps errors in its own; the first of ours says what is to be done.
         cause: BaseException | None = e
         while cause is not None and not isinstance(cause, SchemeError | DataError):
             cause = cause.__cause__ or cause.__context__

@@ -71,6 +71,7 @@ class Grammar(L.LightningDataModule):
         random = torch.Generator().manual_seed(self.seed)
         held = self.sentences // 10 + 1
         found: dict[tuple[int, ...], list[int]] = {}
+        # By their words, since short sentences come up again: none that is trained on may validate.
         while len(found) < self.sentences + held:
             s, t = sentence(random)
             if len(s) + 2 <= self.length and len(t) + 2 <= self.length:
@@ -139,6 +140,7 @@ class Translator(L.LightningModule):
         loss, words = self._loss((source, target), 0.0)
         want = target[:, 1:]
         found = self.net.translate(source, want.shape[1] + 1)  # type: ignore[operator]
+        # The net stops when all its sentences have ended, which may be before the right ones do.
         found = F.pad(found, (0, want.shape[1] - found.shape[1]), value=PAD)
         right = (found == want).all(1).float().mean()
         figures = {"val/loss": loss, "val/acc": words, "val/sentences": right}

@@ -120,8 +120,10 @@ def _for_evaluation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a configuration evaluation needs, without anything that would run foreign code or ask the network."""
     kept = {key: config[key] for key in ("seed_everything", "threads", "model", "data") if key in config}
     model, data = (dict(kept[part].get("init_args") or {}) for part in ("model", "data"))
+    # Evaluation takes no steps, and a schedule of one's own would have its code imported.
     model.pop("schedule", None)
     if "optimizer" in model:
+        # Before the check: an optimiser of another package, which is not used, is no reason to refuse.
         model["optimizer"] = None
     kept |= {part: {**kept[part], "init_args": options} for part, options in (("model", model), ("data", data))}
     if foreign := foreign_class(kept):
