@@ -44,8 +44,8 @@ def test_a_box_stays_around_its_mask(drawing, seed, jitter):
     beyond = torch.cat([boxes[:, :2] - around[:, :2], around[:, 2:] - boxes[:, 2:]], 1)
     assert (beyond[there] <= slack).all(), "the mask lies inside the box"
     if not placed.cuts:
-        # A corner that is narrower than half a pixel goes with the pixels that it covers by less than half.
-        assert there.all() and beyond.min() >= -slack - 1, "and touches its sides"
+        # A part that is narrower than half a pixel of a smaller picture is lost: a tip, or what shows behind a shape.
+        assert scale < 1 or (there.all() and beyond.min() >= -slack), "and touches its sides"
     found = _inside(objects, placed, (64, 64))
     if placed.cuts:
         assert torch.equal(found["boxes"], bounds(found["masks"]))
