@@ -16,8 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from .extras import require
+
+require("train", "odenets.shapes")
+
+import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
 MOST = 4  # shapes of a picture

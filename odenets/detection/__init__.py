@@ -1,5 +1,9 @@
 """Detection on any network: heads, data in COCO's format, average precision, predictions as pictures and results."""
 
+# First, so that a missing extra is named before anything is imported that it brings.
+from ..training import needed as needed
+
+# isort: split
 from .annotations import Annotations as Annotations
 from .data import DetectionData as DetectionData
 from .detector import Detector as Detector

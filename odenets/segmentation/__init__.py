@@ -1,5 +1,9 @@
 """Segmentation: networks that give each pixel a class, their data, training, evaluation and pictures."""
 
+# First, so that a missing extra is named before anything is imported that it brings.
+from ..training import needed as needed
+
+# isort: split
 from .augment import SegmentationAugment as SegmentationAugment
 from .data import DrawnShapes as DrawnShapes
 from .data import Scenes as Scenes

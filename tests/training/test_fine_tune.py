@@ -206,8 +206,11 @@ CALLBACKS = {
 }
 
 
+ANNEALED = pytest.mark.xfail(reason="Lightning saves nothing of the schedule by which SWA anneals", strict=True)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=ANNEALED) if n == "swa" else n for n in CALLBACKS])
 def test_lightnings_callbacks_run_and_a_resumed_run_ends_as_one_that_was_not(name, tmp_path):
     keep = {"class_path": f"{__name__}.Keep", "init_args": {"folder": "run", "epoch": 2}}
     given = ["--trainer.callbacks", json.dumps([CALLBACKS[name], keep]), "--trainer.max_epochs", "3"]
