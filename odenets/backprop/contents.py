@@ -22,21 +22,14 @@ from torch import Tensor, nn
 
 from schemes.errors import SchemeError
 
-from .given import attributes_of
-
 _LARGEST = 4096  # elements of containers that are looked at
 _BYTES = 2**22  # of arrays
 _HOPS = 3  # plain objects and callables within each other: who refers to a whole program is not followed through it
 _EVERY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 # Objects of these libraries look after their own state, or are the engine's.
 _LIBRARIES = ("torch", "odenets", "schemes", "lightning", "pytorch_lightning", "logging", "threading", "_thread")
-_CONSTANT = (
-    "transformers",
-    "timm",
-    "torchvision",
-    "peft",
-    "accelerate",
-)  # whose attributes of modules are configurations
+# Whose objects among the attributes of modules are configurations.
+_CONSTANT = ("transformers", "timm", "torchvision", "peft", "accelerate")
 _PLAIN = (str, bytes, int, float, complex, type(None), type, Tensor)
 
 
@@ -250,8 +243,6 @@ def _content(c: Any) -> Any:
         return operator.length_hint(c, -1)
     if _is_array(c):
         return c.copy()
-    if is_dataclass(c) and not hasattr(c, "__dict__"):
-        return attributes_of(c)
     return _attributes(c)
 
 

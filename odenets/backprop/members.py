@@ -181,6 +181,7 @@ class Members:
         norms: BatchNorm layers with running statistics.
         leaves_behind: whether their forward pass may leave something behind that could be differentiated.
         draws: whether their forward pass draws from the generators of Python or NumPy, in training or not, if known.
+        may_capture: whether a function may read tensors beside its parameters, which torch's own modules do not.
     """
 
     def __init__(self, roots: Iterable[nn.Module | None]):
@@ -220,6 +221,7 @@ class Members:
         self._moving += [
             m.__dict__ for m in self.modules if isinstance(m, FunctionModule) and holds(m.function, attribute=True)
         ]
+        self.may_capture = bool(self._own) or any(isinstance(m, FunctionModule) for m in self.modules)
         self._ids = {id(m) for m in self.modules}
         self._looks_after: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._everything: Held | None = None
@@ -265,11 +267,6 @@ class Members:
             roots = [r for r in self.roots if r is not None]
             self._looks_after[module] = any(m is r for m in module.modules() for r in roots)
         return self._looks_after[module]
-
-    @property
-    def may_capture(self) -> bool:
-        """Whether a function may read tensors that it does not hold as parameters: torch's own modules do not."""
-        return bool(self._own) or any(isinstance(m, FunctionModule) for m in self.modules)
 
     def forget(self) -> None:
         """Lets go of what was held once and is no longer."""

@@ -200,17 +200,18 @@ class _Node(torch.autograd.Function):
         ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
         # None must stay None: streams that no loss reached are told from those whose gradient is zero.
         ctx.set_materialize_grads(False)
-        guard = Guard(record.where) if needed(record.members, record.flags.names) else None
+        watched = needed(record.members, record.flags.names)
+        unseen = record.alone and record.members.may_capture
+        guard = Guard(record.where) if watched or unseen else None
+        around = None if guard is None else guard.apply
+        if guard is not None and unseen:
+            around = partial(guard.alone, refuse=partial(refuse_captured, record, tape.mode))
         # Off inside of an autograd function, which sets it back itself; a residual function may use it within.
         torch._C._set_fwd_grad_enabled(True)
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
         with tape.monitor.lock, autocast_as(record.autocast):
-            if record.alone and record.members.may_capture:
-                around = partial(Guard(record.where).alone, refuse=partial(refuse_captured, record, tape.mode))
-            else:
-                around = None if guard is None else guard.apply
             state = run_step(record, tensors[:streams], tape.wrap, around)
-            if guard is not None:
+            if watched:
                 learn(record.members, record.left_in_context())
         ctx.streams = len(state)
         if record.sink is not None:

@@ -141,10 +141,7 @@ class Detections(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Target]:
         epoch, position = request if isinstance(request, tuple) else (None, request)
-        for step in range(len(self)):
-            at = (position + step) % len(self)
-            if at in self.tally:
-                continue
+        for at, _ in self.tally.places(position, range(len(self))):
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, position))
             try:
                 image = self.picture(at)

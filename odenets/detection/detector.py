@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import OptimizerCallable
@@ -15,7 +14,9 @@ from torch.optim import Optimizer
 from schemes import SchemeError
 
 from ..models.conventions import Conventions
-from ..training.classifier import evaluations, parameter_groups
+from ..training.classifier import parameter_groups
+from ..training.groups import set_rates
+from ..training.module import NetModule
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .data import Target
 from .drawing import in_file
@@ -26,7 +27,7 @@ from .writer import DetectionFiles
 Batch = tuple[Tensor, list[Target]]
 
 
-class Detector(L.LightningModule):
+class Detector(NetModule):
     """Trains a network and a head to detect objects, and measures average precision.
 
     Logs train/loss with its parts, val/AP, val/AP50, val/AP75, those of small, medium and large objects, val/AR1,
@@ -99,10 +100,6 @@ class Detector(L.LightningModule):
         self.precision = AveragePrecision(head.masks)
         self._sums = [0.0, 0.0]  # of losses, and boxes
 
-    def setup(self, stage: str) -> None:
-        if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
         # Here and not once, as any later call of train() would set their statistics moving again.
@@ -120,8 +117,7 @@ class Detector(L.LightningModule):
             targets: of each picture; None where nothing is known.
             boxes: by which losses are divided.
         """
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.laid_out(x)
         maps: Any = self.net.forward_intermediates(x, self.rows, intermediates_only=True)
         return self.head(x, maps, targets, boxes)
 
@@ -211,11 +207,6 @@ class Detector(L.LightningModule):
         """
         return DetectionFiles(folder)
 
-    def on_train_epoch_end(self) -> None:
-        count = evaluations(self.net)
-        if count:
-            self.log("evaluations", float(count), sync_dist=True)
-
     def configure_optimizers(self) -> Any:
         return scheduled(self.trainer, self.make_optimizer(), self.schedule)
 
@@ -225,14 +216,4 @@ class Detector(L.LightningModule):
         for group in net:
             group["lr_scale"] = self.net_lr * group.get("lr_scale", 1.0)
         groups: Any = [*net, *parameter_groups(self.head, self.step_weight_decay)]
-        optimizer = self.optimizer(groups)
-        for group in optimizer.param_groups:
-            # Only now, as the optimiser fills in the rate, which no group names.
-            group["lr"] *= group.get("lr_scale", 1.0)
-        return optimizer
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Detector":  # type: ignore
-        """The model of a checkpoint; one that was built in Python needs its parts: `net=`, `head=`, `optimizer=`."""
-        kwargs.setdefault("weights_only", True)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return set_rates(self.optimizer(groups))

@@ -94,11 +94,7 @@ class Segments(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         epoch, position = request if isinstance(request, tuple) else (None, request)
-        for step in range(len(self)):
-            at = (position + step) % len(self)
-            index = int(self.indices[at])
-            if index in self.tally:
-                continue
+        for at, index in self.tally.places(position, self.indices):
             # By the place that was asked for: the picture that stands in for another is cut otherwise.
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, position))
             try:
@@ -107,7 +103,7 @@ class Segments(Dataset):
             except Unreadable as e:
                 self.tally.add(index, e, "the next picture takes its place" if self.train else "it is not counted")
                 continue
-            return x, y if self.train or step == 0 else torch.full_like(y, IGNORED)
+            return x, y if self.train or at == position % len(self) else torch.full_like(y, IGNORED)
         raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
 
     def _read(self, index: int) -> tuple[Image.Image, Tensor]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,8 +11,9 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..training.classifier import _differences, evaluations, parameter_groups
+from ..training.classifier import _differences, parameter_groups
 from ..training.errors import DataError
+from ..training.module import NetModule
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .inference import Inference
 from .metrics import Overlap
@@ -21,7 +21,7 @@ from .nets import SegmentationNet
 from .pictures import PredictedMasks
 
 
-class Segmenter(L.LightningModule):
+class Segmenter(NetModule):
     """Training of a network that gives each pixel a class.
 
     Logs train/loss, its parts where it has several, val/mIoU, val/mAcc, val/aAcc and the same of the test, which count
@@ -71,27 +71,16 @@ class Segmenter(L.LightningModule):
         self.net, self.optimizer = net, optimizer
         self.schedule, self.inference = schedule or WarmupCosine(), inference or Inference()
         self.step_weight_decay, self.per_class, self.channels_last = step_weight_decay, per_class, channels_last
-        self.compile_net, self._compiled = compile, False
+        self.compile_net = compile
         self.overlap = Overlap(net.num_classes)
-
-    def setup(self, stage: str) -> None:
-        if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        # This hook runs for each stage, and a second compilation would throw the first away.
-        if self.compile_net and not self._compiled:
-            self.net.compile()
-            self._compiled = True
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def forward(self, x: Tensor) -> Tensor:
         """The scores (n, classes, h, w)."""
-        return self.net(self._laid_out(x))
+        return self.net(self.laid_out(x))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        parts: dict[str, Tensor] = self.net(self._laid_out(x), y)
+        parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
         loss = torch.stack(list(parts.values())).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         figures = {"loss": loss, **({name: part for name, part in parts.items() if name != "loss"})}
@@ -113,7 +102,7 @@ class Segmenter(L.LightningModule):
             kind = x[first].shape, y[first].shape
             last = next((i for i in range(first, len(x)) if (x[i].shape, y[i].shape) != kind), len(x))
             pictures = torch.stack([*x[first:last]]) if isinstance(x, Sequence) else x[first:last]
-            scores = self.inference(self.net, self._laid_out(pictures), (y[first].shape[-2], y[first].shape[-1]))
+            scores = self.inference(self.net, self.laid_out(pictures), (y[first].shape[-2], y[first].shape[-1]))
             found += scores.argmax(1)
         return found
 
@@ -164,11 +153,6 @@ class Segmenter(L.LightningModule):
         """What writes the predictions of ``lightning predict``."""
         return PredictedMasks(folder / "predictions")
 
-    def on_train_epoch_end(self) -> None:
-        count = evaluations(self.net)  # after the forwards: a net of continuous depth knows it only then
-        if count:
-            self.log("evaluations", float(count), sync_dist=True)
-
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
         return scheduled(self.trainer, optimizer, self.schedule)
@@ -178,9 +162,3 @@ class Segmenter(L.LightningModule):
         theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and ours is not None and theirs != ours:
             rank_zero_warn(f"the checkpoint's net differs from the configured one: {_differences(theirs, ours)}")
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Segmenter":  # type: ignore
-        """The model of a checkpoint; one that was built in Python needs its parts: ``net=...``, ``optimizer=...``."""
-        kwargs.setdefault("weights_only", True)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
@@ -15,14 +14,10 @@ from torch.optim import Optimizer
 from ..start import heads
 from .groups import Frozen, set_rates
 from .groups import parameter_groups as parameter_groups
+from .module import NetModule
+from .module import evaluations as evaluations
 from .order import IGNORED
 from .schedules import KEY, Schedule, WarmupCosine, restart, scheduled
-
-
-def evaluations(net: nn.Module) -> int:
-    """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
-    own = getattr(net, "evaluations", None)
-    return own if own is not None else sum(evaluations(part) for part in net.children())
 
 
 def cross_entropy(logits: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -31,7 +26,7 @@ def cross_entropy(logits: Tensor, y: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(logits, y if y.ndim == 1 else y.to(logits.dtype), **options)
 
 
-class Classifier(L.LightningModule):
+class Classifier(NetModule):
     """Cross-entropy training of `net`, with the optimiser and its schedule as parts.
 
     Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, from 100 classes on also val/acc5 and test/acc5,
@@ -79,7 +74,6 @@ class Classifier(L.LightningModule):
         self.step_weight_decay = step_weight_decay
         self.channels_last = channels_last
         self.compile_net = compile
-        self._compiled = False
         self.layer_decay = layer_decay
         self.lr: float | None = None
         self._planned: tuple[Any, float] = None, 0.0  # the schedule, and the number of steps that it is for
@@ -103,18 +97,8 @@ class Classifier(L.LightningModule):
         self.frozen.hold(self.net)
         return self
 
-    def setup(self, stage: str) -> None:
-        if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        # This hook runs for each stage, and a second compilation would throw the first away.
-        if self.compile_net and not self._compiled:
-            self.net.compile()
-            self._compiled = True
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.net(x)
+        return self.net(self.laid_out(x))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -163,12 +147,6 @@ class Classifier(L.LightningModule):
         x = batch if isinstance(batch, Tensor) else batch[0]
         return self(x).float().softmax(1)
 
-    def on_train_epoch_end(self) -> None:
-        # Read after the forwards: a continuous-depth net only knows its count once it has run.
-        count = evaluations(self.net)
-        if count:
-            self.log("evaluations", float(count), sync_dist=True)
-
     def configure_optimizers(self) -> Any:
         found = scheduled(self.trainer, self.make_optimizer(), self.schedule)
         self._planned = found["lr_scheduler"]["scheduler"], self.trainer.estimated_stepping_batches
@@ -202,7 +180,6 @@ class Classifier(L.LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":  # type: ignore
         """The model of a checkpoint; one that was built in Python needs its parts: `net=...`, `optimizer=...`."""
-        kwargs.setdefault("weights_only", True)
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except TypeError as e:

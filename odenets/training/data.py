@@ -10,7 +10,7 @@ for a pair from one that is seeded by the data set's `seed`, the epoch and the i
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,19 @@ class Tally:
 
     def __contains__(self, i: int) -> bool:
         return bool(self.seen[i])
+
+    def places(self, position: int, indices: Sequence[int] | Tensor) -> Iterator[tuple[int, int]]:
+        """The places from one on, round the end, each with its picture, without those that are known to be unreadable.
+
+        Args:
+            position: the place that was asked for.
+            indices: the picture at each place.
+        """
+        for step in range(len(indices)):
+            at = (position + step) % len(indices)
+            index = int(indices[at])
+            if index not in self:
+                yield at, index
 
     def add(self, i: int, why: Unreadable, then: str) -> None:
         """Counts picture i, once, and says so."""
@@ -146,11 +159,7 @@ class Decoded(Dataset):
     def _decode(self, request: Request, out: Tensor) -> Tensor:
         """Writes the picture to `out` (size, size, 3); its label."""
         epoch, position = request if isinstance(request, tuple) else (None, request)
-        for step in range(len(self)):
-            at = (position + step) % len(self)
-            index = int(self.indices[at])
-            if index in self.tally:
-                continue
+        for at, index in self.tally.places(position, self.indices):
             # By the place that was asked for, and not by the picture: the one that stands in for another gets a box of
             # its own.
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))

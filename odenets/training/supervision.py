@@ -136,8 +136,7 @@ class SupervisedClassifier(Classifier):
         if getattr(self.net, "supervision", True) is None:
             return super().training_step(batch, batch_idx)
         x, y = batch
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.laid_out(x)
         out = self.net.forward_supervised(x)  # type: ignore[operator]
         loss = self.supervision_loss(out, x, y)
         self.log_training(loss, out.logits[-1], y)

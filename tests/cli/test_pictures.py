@@ -12,27 +12,12 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, log_loss, precision_score, recall_score, top_k_accuracy_score
 from training.pictures import picture
 
+from cli.lines import answer, fails
 from odenets.cli import main
 from odenets.training import Classifier, Digits
 from odenets.training.judge import Figures, evaluate, pictures_at, predict, wilson
 from odenets.training.trained import open_trained
 from schemes import SchemeError
-
-
-def answer(capsys, *args: str, status: int = 0) -> tuple[str, str]:
-    if status:
-        with pytest.raises(SystemExit) as e:
-            main(list(args))
-        assert e.value.code == status
-    else:
-        main(list(args))
-    return capsys.readouterr()
-
-
-def fails(capsys, *args: str) -> str:
-    lines = answer(capsys, *args, status=2)[1].splitlines()
-    assert len(lines) == 2 and lines[0].startswith("error: "), lines
-    return " ".join(lines)
 
 
 def test_predict_is_the_network_on_what_evaluation_shows(capsys, photos, folder):

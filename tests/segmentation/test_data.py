@@ -13,6 +13,7 @@ from odenets.segmentation.data import Framing, Segments, filled_by_one
 from odenets.segmentation.masks import Labels
 from odenets.segmentation.pairs import FolderPairs
 from odenets.shapes import draw
+from odenets.training.data import Tally
 from odenets.training.errors import DataError
 from odenets.training.order import PADDING, Numbered
 
@@ -108,7 +109,7 @@ def test_what_is_cut_shows_the_same_in_picture_and_mask(tmp_path):
     fill = [201, 202, 203]
     pairs = FolderPairs(tmp_path / "images/train", ["a.png"], tmp_path / "masks/train", ["a.png"])
     labels = Labels(5)
-    cut = Segments(pairs, torch.arange(1), labels, framing, True, fill, tally=())
+    cut = Segments(pairs, torch.arange(1), labels, framing, True, fill, Tally(pairs, 0))
     smaller = 0
     for epoch in range(30):
         x, y = cut[(epoch, 0)]

@@ -1,0 +1,52 @@
+"""What the modules share that train one network, whatever it is for."""
+
+from typing import Any, Self
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+
+def evaluations(net: nn.Module) -> int:
+    """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
+    own = getattr(net, "evaluations", None)
+    return own if own is not None else sum(evaluations(part) for part in net.children())
+
+
+class NetModule(L.LightningModule):
+    """Training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
+
+    Attributes:
+        net: The network.
+        channels_last: Whether pictures and weights have the channels as the fastest axis.
+        compile_net: Whether the net is compiled in place.
+    """
+
+    net: Any
+    channels_last: bool = False
+    compile_net: bool = False
+    _compiled: bool = False
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # This hook runs for each stage, and a second compilation would throw the first away.
+        if self.compile_net and not self._compiled:
+            self.net.compile()
+            self._compiled = True
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Pictures (n, c, h, w) in the net's memory layout."""
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def on_train_epoch_end(self) -> None:
+        # Read after the forwards: a continuous-depth net only knows its count once it has run.
+        count = evaluations(self.net)
+        if count:
+            self.log("evaluations", float(count), sync_dist=True)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """The module of a checkpoint; one that was built in Python needs its parts: `net=...`, `optimizer=...`."""
+        kwargs.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
