@@ -75,6 +75,7 @@ def test_each_case_is_measured_once_whatever_ends_it(scripts, tmp_path):
     assert names == ["case", "ms"] and ["a", "1.5"] in rows and ["d (failed: ValueError: no)", "–"] in rows
 
 
+@pytest.mark.long
 def test_no_case_is_begun_that_will_not_fit(scripts, tmp_path):
     measure, tables = scripts["measure"], scripts["tables"]
     slow = [measure.Case("t", str(n), lambda: time.sleep(0.2) or {}) for n in range(9)]

@@ -123,6 +123,7 @@ def is_picture(path):
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.long
 def test_figures_are_pictures(tmp_path):
     net, x = revcol(), torch.rand(8, 3, 16, 16)
     matrix, rows = alignment(net, [(x, torch.arange(8) % 3)], classes=3)

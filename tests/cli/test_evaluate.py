@@ -51,6 +51,7 @@ def test_errors_under_corruptions_are_those_of_the_corrupted_pictures(capsys, di
     assert other["errors"] == found["errors"]
 
 
+@pytest.mark.long
 def test_a_baseline_is_a_file_that_evaluate_wrote(capsys, digits, tmp_path):
     words = ["evaluate", str(digits), *"--corruptions snow,frost --strengths 2 --limit 60".split()]
     file = tmp_path / "base.json"
@@ -112,6 +113,7 @@ def test_accuracy_under_attack_is_that_of_the_attacked_pictures(capsys, digits):
         assert 0 < row["farthest"] <= 0.1 + 1e-6
 
 
+@pytest.mark.long
 def test_sizes_show_the_same_share_of_larger_pictures(capsys, photos, whole, digits):
     out, _ = answer(capsys, "evaluate", str(photos), str(whole), "--sizes", "16,24,40", "--json")
     found = json.loads(out)

@@ -114,6 +114,7 @@ def test_onnx_from_a_checkpoint(capsys, digits, tmp_path):
     assert notes["classes"] == list("0123456789") and notes["picture"]["mean"] == [0.3]
 
 
+@pytest.mark.long
 def test_pt2_of_any_size_from_a_checkpoint_with_its_notes(capsys, digits, tmp_path):
     path = tmp_path / "net.pt2"
     main(["export", str(digits), "--output", str(path), "--format", "pt2", "--dynamic_size", "--json"])

@@ -57,7 +57,7 @@ def batch(drawn):
     return found
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @every_head
 def test_trains_until_its_loss_has_halved(head, batch):
     found = detector(head)

@@ -26,7 +26,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.cases(2)
+@pytest.mark.long
 @FEW
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_functions(name: str, backend: str) -> None:
@@ -63,6 +63,7 @@ def test_compiled_stack(name: str, backend: str) -> None:
     assert distance({**{k: p.grad for k, p in store.named_parameters()}, "input": x.grad}, got) <= 1e-10
 
 
+@pytest.mark.long
 def test_graph_breaks_are_two_at_most() -> None:
     reverse = build("revnet", 3)
     reverse(batch())

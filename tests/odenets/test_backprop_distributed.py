@@ -227,7 +227,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.cases(9)
+@pytest.mark.long
 @pytest.mark.parametrize("row", ROWS)
 def test_row(row: str, results: list[dict[str, Any]]) -> None:
     for found in results:

@@ -365,6 +365,7 @@ def test_a_field_compiles_to_one_graph_for_all_times():
     assert not torch.allclose(other(0.3, x), field(0.3, x))
 
 
+@pytest.mark.long
 def test_a_whole_stack_compiles_without_a_break():
     stack, x = net("midpoint", 2), batch(3, 6)
     want = gradients(stack, x)

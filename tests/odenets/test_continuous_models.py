@@ -111,6 +111,7 @@ def test_the_law_of_convergence_holds_for_logits(scheme, order):
     ]
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_convergence_reads_off_what_it_says():
     net = scattered(small("ho_resnet26", scheme="euler")).eval()

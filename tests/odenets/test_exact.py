@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_stored_run_bit_by_bit(scheme):
     assert exact.monitor.drift == 0.0
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("scheme", ["revnet", "momentum(0.5)", "bdia"])
 def test_depth_128_with_convolutions(scheme, amp):

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def imports(module, path):
     return found[True] | found[False], found[True]
 
 
-EVERY = {module: imports(module, path) for module, path in FILES.items()}
+@cache
+def every():
+    """Read when the first rule asks, not while tests are collected."""
+    return {module: imports(module, path) for module, path in FILES.items()}
 
 
 def within(name, *packages):
@@ -48,15 +52,15 @@ def within(name, *packages):
 
 
 def users(package, loading=False):
-    return {module for module, found in EVERY.items() if any(within(name, package) for name in found[loading])}
+    return {module for module, found in every().items() if any(within(name, package) for name in found[loading])}
 
 
 def test_the_walk_sees_imports():
     """Otherwise every rule below would hold of nothing."""
-    assert "schemes.scheme" in EVERY["schemes.runge_kutta"][1]
-    assert "schemes.registry" in EVERY["odenets.stack"][1]
-    assert "torchdiffeq" in EVERY["schemes.adaptive"][0] - EVERY["schemes.adaptive"][1]
-    assert "schemes.tableau.Tableau" in EVERY["schemes.testing.strategies"][1]
+    assert "schemes.scheme" in every()["schemes.runge_kutta"][1]
+    assert "schemes.registry" in every()["odenets.stack"][1]
+    assert "torchdiffeq" in every()["schemes.adaptive"][0] - every()["schemes.adaptive"][1]
+    assert "schemes.tableau.Tableau" in every()["schemes.testing.strategies"][1]
     assert "schemes" in FILES and "odenets.stack" in FILES
 
 
@@ -68,7 +72,7 @@ def test_schemes_need_torch_and_the_standard_library_alone():
     allowed = {"torch", "schemes", "torchdiffeq", "hypothesis", *sys.stdlib_module_names}
     for module in FILES:
         if within(module, "schemes"):
-            assert {name.split(".")[0] for name in EVERY[module][0]} <= allowed, module
+            assert {name.split(".")[0] for name in every()[module][0]} <= allowed, module
 
 
 def test_mathematics_needs_no_torch():
@@ -78,7 +82,7 @@ def test_mathematics_needs_no_torch():
 
 def test_data_does_not_know_who_interprets_it():
     for module in ("tableau", "tableaux", "exact_numbers", "families", "order", "stability"):
-        for name in EVERY[f"schemes.{module}"][0]:
+        for name in every()[f"schemes.{module}"][0]:
             assert not within(name, "schemes.scheme", "schemes.registry", "schemes.runge_kutta"), (module, name)
 
 
@@ -106,22 +110,22 @@ def test_models_know_no_lightning():
         assert all(within(m, *allowed) for m in users(library)), library
     for module in FILES:
         if not within(module, *allowed):
-            for name in EVERY[module][0]:
+            for name in every()[module][0]:
                 assert not within(name, *allowed), f"{module} imports {name}"
 
 
 def test_the_stack_knows_no_models():
     for module in (m for m in FILES if within(m, "odenets.stack", "odenets.checks", "odenets.backprop")):
-        for name in EVERY[module][0]:
+        for name in every()[module][0]:
             assert not within(name, "odenets.models", "odenets.checkpoints", "odenets.analysis"), (module, name)
 
 
 def edges(module):
     """The modules of ours that a module imports, in whatever function and under whatever condition."""
     found = set()
-    for name in EVERY[module][0]:
+    for name in every()[module][0]:
         # `from package import module` reads the module; what the package itself re-exports is not asked for.
-        if any(other != name and within(other, name) for other in EVERY[module][0] if other in FILES):
+        if any(other != name and within(other, name) for other in every()[module][0] if other in FILES):
             continue
         while name and name not in FILES:
             name = name.rpartition(".")[0]
@@ -196,6 +200,7 @@ EXTRAS = (
 )
 
 
+@pytest.mark.long
 def test_the_import_leaves_the_compiler_alone():
     has = "'torch._dynamo' in sys.modules"
     code = f"import sys, torch; had = {has}; import odenets; print(had, {has})"

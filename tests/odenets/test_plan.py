@@ -69,7 +69,7 @@ def wide_input() -> Tensor:
 # The mode is a stored run
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["revnet", "momentum(0.9)", "leapfrog", "revcol", "dense(2)", "reversible_heun"])
 @settings(max_examples=12)
 @given(plan=plans(MODES))
@@ -83,6 +83,7 @@ def test_a_plan_is_the_stored_run(name: str, plan: Plan):
     assert torch.equal(planned[3], stored[3])
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(plan=plans(MODES[:4]))
 def test_a_plan_that_keeps_states_is_equal_to_the_last_bit(plan: Plan):
@@ -226,6 +227,7 @@ def test_the_fastest_plan_is_that_of_trying_all(seed: int):
             assert chain.outcomes(found[0])[1] <= memory
 
 
+@pytest.mark.long
 def test_many_steps_are_planned_in_time():
     cost = {way: Cost(1.0, t, 60, 30, 0) for way, t in (("store", 2.0), ("checkpoint", 3.0), ("reverse", 3.2))}
     steps = [Profile({k: 10}, {k + 1: 10}, {k: 10, 5000 + k: 50}, cost, 1e-7, 1.1) for k in range(300)]
@@ -516,7 +518,7 @@ def test_whole_models_keep_to_their_memory(memory: str | None):
     assert distance(gradients(model, x), gradients(net(), x)) < 1e-4
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["revcol_tiny", "ho_resnet26"])
 def test_models_of_the_library_are_predicted(name: str):
     torch.manual_seed(0)

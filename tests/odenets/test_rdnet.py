@@ -34,7 +34,7 @@ def test_every_name_stands_in_the_table_of_sizes():
     assert set(SIZES) == set(rdnet.RDNETS) == set(list_models("rdnet*"))
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
     count, cost, tensors, channels = SIZES[name]
@@ -46,6 +46,7 @@ def test_sizes_are_the_published_ones(name):
     assert [row["reduction"] for row in model.feature_info] == [4, 8, 16, 32]
 
 
+@pytest.mark.long
 def test_384_pixels_cost_what_was_published():
     assert gmacs(meta("rdnet_large"), 384) == pytest.approx(101.8945, abs=5e-5)
 

@@ -549,6 +549,7 @@ def test_torch_export_runs_in_every_mode(scheme, backprop):
     torch.testing.assert_close(program.module()(batch(7)), net(batch(7)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loaded", [[], ["transformers.utils.output_capturing"]], ids=["alone", "with transformers"])
 def test_a_compiler_follows_blocks_that_store(loaded):
     for module in loaded:

@@ -269,6 +269,7 @@ def test_a_restacked_model_is_exported(name):
     torch.testing.assert_close(program.module()(**given).logits, net(**given).logits, rtol=0, atol=1e-10)
 
 
+@pytest.mark.long
 def test_the_trainer_trains_a_restacked_model(tmp_path):
     pytest.importorskip("accelerate", reason='needs accelerate: pip install "odenets[hf]"')
     given = inputs("vit", 8)

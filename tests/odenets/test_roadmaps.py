@@ -65,6 +65,7 @@ def test_steps_from_densenet_have_the_published_sizes(step):
     assert cost == pytest.approx(row.gflops, abs=0.06)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("base", "name"), [("resnet50", "convnext_tiny"), ("resnet200", "convnext_base")])
 def test_the_last_step_is_convnext_but_for_gamma(base, name):
     net, whole = on_meta(roadmap.convnext, "separate", base), meta(name)
@@ -127,7 +128,7 @@ def test_mixers_run_and_train():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("build", [roadmap.convnext, roadmap.rdnet])
 def test_every_step_takes_stochastic_depth_and_gamma(build):
     rows = roadmap.CONVNEXT["resnet50"] if build is roadmap.convnext else roadmap.RDNET

@@ -133,21 +133,25 @@ def test_every_walk_is_the_same_walk(scheme, mode, rule, timed, post_step, train
         same(got, want, 1e-4 if adaptive else 1e-12 if name == "forward_with_errors" else 0.0, name)
 
 
-@given(scheme=st.sampled_from(FIXED + REVERSIBLE), rule=st.sampled_from(RULES), timed=st.booleans())
-def test_every_mode_gives_what_store_gives(scheme, rule, timed):
+@given(
+    scheme=st.sampled_from(FIXED + REVERSIBLE),
+    rule=st.sampled_from(RULES),
+    timed=st.booleans(),
+    mode=st.sampled_from([m for m in MODES if m != "store"]),
+)
+def test_every_mode_gives_what_store_gives(scheme, rule, timed, mode):
     """Outputs, gradients, buffers and generators; exact arithmetic within what its grid rounds."""
     found = {}
-    for mode in MODES:
-        net = stack(scheme, mode, rule, timed, False)
+    for each in ("store", mode):
+        net = stack(scheme, each, rule, timed, False)
         if net is None:
-            continue
+            return
         net.saved = {k: v.clone() for k, v in net.state_dict().items()}
         x = torch.randn(4, WIDTH, dtype=F64, generator=torch.Generator().manual_seed(1))
-        found[mode] = run(WALKS["forward"], net, x.to(next(net.parameters()).dtype))
-    tolerance = {"store": 0.0, "exact": 3e-2, "reverse": 1e-9}  # a checkpoint sums gradients of h in another order
-    for mode, got in found.items():
-        got = [g if g is None else g.to(w.dtype) for g, w in zip(got, found["store"], strict=True)]
-        same(got, found["store"], tolerance.get(mode, 1e-12), mode)
+        found[each] = run(WALKS["forward"], net, x.to(next(net.parameters()).dtype))
+    tolerance = {"exact": 3e-2, "reverse": 1e-9}.get(mode, 1e-12)  # a checkpoint sums gradients of h in another order
+    got = [g if g is None else g.to(w.dtype) for g, w in zip(found[mode], found["store"], strict=True)]
+    same(got, found["store"], tolerance, mode)
 
 
 def test_without_gradients_exact_arithmetic_is_plain():

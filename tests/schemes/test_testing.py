@@ -247,7 +247,7 @@ def test_arguments_of_expressions():
         find(testing.scheme_expressions(max_depth=9), lambda _: True)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["hypothesis", "schemes.testing"])
 def test_the_entry_point_works_whichever_is_imported_first(first, tmp_path):
     """Hypothesis calls ``register`` in the middle of its own import, and we may be what imports it."""

@@ -47,6 +47,7 @@ def test_the_name_of_the_module():
     assert odenets.training.Segmenter is Segmenter
 
 
+@pytest.mark.long
 def test_the_loss_halves_on_drawn_shapes(tmp_path):
     trainer = {"max_epochs": 16, "check_val_every_n_epoch": 16, "callbacks": [{"class_path": f"{__name__}.Losses"}]}
     file = config(tmp_path, SHAPES, trainer, schedule={"class_path": "odenets.training.Constant"})

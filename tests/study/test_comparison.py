@@ -167,6 +167,7 @@ def test_two_workers_work_at_the_same_time(finished):
     assert all(f"epoch 1/{EPOCHS}" in text for text in log)
 
 
+@pytest.mark.long
 def test_a_half_finished_folder_is_reported(killed, capsys):
     main(["compare", "report", str(killed)])
     out = capsys.readouterr().out
@@ -182,6 +183,7 @@ def test_a_half_finished_folder_is_reported(killed, capsys):
     shutil.rmtree(killed / "report")
 
 
+@pytest.mark.long
 def test_the_exported_file_says_what_the_folder_says(finished, tmp_path, capsys):
     main(["compare", "report", str(finished), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -195,6 +197,7 @@ def test_the_exported_file_says_what_the_folder_says(finished, tmp_path, capsys)
     assert str(finished) not in text and os.uname().nodename not in text, "no path and no name of this machine"
 
 
+@pytest.mark.long
 def test_nothing_is_trained_twice_and_seeds_and_values_can_be_added(experiment, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, experiment.parent / "more")
     shutil.copytree(folder / "scheme=midpoint" / "seed-1", tmp_path / "kept")
@@ -274,6 +277,7 @@ def commands() -> list[str]:
     return sorted({line for text in texts for line in re.findall(r"^odenets compare experiments/.*$", text, re.M)})
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("command", commands())
 def test_commands_on_the_pages_name_files_and_options_that_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)

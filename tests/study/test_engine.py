@@ -56,6 +56,7 @@ def test_a_study_can_be_extended(study, tmp_path):
     assert read(path)[1][:12] == before
 
 
+@pytest.mark.long
 def test_lines_hold_the_network_and_the_result(study, tmp_path):
     path = tmp_path / "s.sqlite"
     own = dataclasses.replace(study, per_kind=1, rank_pictures=4)

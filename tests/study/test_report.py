@@ -148,6 +148,7 @@ def test_the_sample_is_shown(pictures, capsys):
     assert lines[1].split()[1] == "euler" and lines[2].split()[1] == "dense"
 
 
+@pytest.mark.long
 def test_a_study_runs_from_the_command_line(pictures, tmp_path, capsys):
     file = tmp_path / "s.sqlite"
     args = ["study", "run", "--study.root", str(pictures), "--study.size", "32", "--study.per_kind", "1"]

@@ -21,6 +21,7 @@ def measured(result):
     return dataclasses.replace(result, seconds=None, worker="")
 
 
+@pytest.mark.long
 def test_the_same_network_gives_the_same_line_whatever_was_trained_before(study):
     first, second = study.candidates(4)[:2]
     alone = measured(train(study, second))
@@ -68,6 +69,7 @@ def test_augmentations_change_the_result(study, augment):
     assert train(study, strong).loss != train(study, c).loss
 
 
+@pytest.mark.long
 def test_optimisers_and_schedules_train(study):
     for options in ({"optimizer": "adamw"}, {"schedule": "cosine"}, {"classes": 3}, {"rank_pictures": 0}):
         own = dataclasses.replace(study, **options)

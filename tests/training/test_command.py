@@ -111,6 +111,7 @@ def test_data_decides_classes_and_channels():
     assert not Path("runs").exists()
 
 
+@pytest.mark.long
 def test_the_saved_configuration_repeats_the_run():
     first = fit("--trainer.max_epochs", "1")
     Path("runs/quickstart/config.yaml").rename("again.yaml")
@@ -120,6 +121,7 @@ def test_the_saved_configuration_repeats_the_run():
         assert torch.equal(a, b)
 
 
+@pytest.mark.long
 def test_last_resumes_to_the_same_weights_as_an_uninterrupted_run():
     constant = ["--model.schedule", "odenets.training.Constant"]
     straight = fit("--trainer.max_epochs", "3", "--run_dir", "runs/straight", *constant)
@@ -163,11 +165,13 @@ def test_validate_test_and_predict(capsys):
     run(["test", *SMALL])
 
 
+@pytest.mark.long
 def test_untrained_evaluation_warns():
     with pytest.warns(UserWarning, match="untrained"):
         run(["test", *SMALL])
 
 
+@pytest.mark.long
 def test_checkpoint_rebuilds_its_net():
     command = fit("--trainer.max_epochs", "1", "--model.net.scheme", "midpoint")
     path = "runs/quickstart/checkpoints/last.ckpt"
@@ -178,6 +182,7 @@ def test_checkpoint_rebuilds_its_net():
         assert torch.equal(a, b)
 
 
+@pytest.mark.long
 def test_loading_into_another_scheme_warns():
     fit("--trainer.max_epochs", "1")
     with pytest.warns(UserWarning, match=r"differs from the configured one: step=1.0 against 0.5"):
@@ -207,6 +212,7 @@ def test_a_wrong_option_of_a_named_model_ends_in_two_lines(capsys):
     assert "ho_resnet26" in lines[0]
 
 
+@pytest.mark.long
 def test_no_checkpoints_no_logger():
     fit("--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false", "--trainer.logger", "false")
     assert [p.name for p in Path("runs/quickstart").iterdir()] == ["config.yaml"] and len(list(Path().iterdir())) == 1

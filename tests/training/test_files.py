@@ -291,6 +291,7 @@ def test_a_job_that_slurm_put_back_goes_on(tmp_path, monkeypatch):
     assert find_checkpoint(requeued(tmp_path), tmp_path, "fit") == str(tmp_path / "hpc_ckpt_10.ckpt")
 
 
+@pytest.mark.long
 def test_the_saved_configuration_of_a_resumed_run_starts_a_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kills.write_config(tmp_path, **QUICK)
@@ -312,6 +313,7 @@ def test_output_off_a_terminal_is_a_line_per_epoch(tmp_path, monkeypatch, capfd)
         assert text not in out + err
 
 
+@pytest.mark.long
 def test_more_loggers_add_to_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "mine"}}

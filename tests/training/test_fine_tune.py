@@ -168,6 +168,7 @@ def test_evaluation_takes_weights_and_says_what_does_not_fit(trained, capsys, tm
     assert "-c FILE.yaml" in fails(capsys, "test", "--ckpt_path", "nowhere.ckpt")[1]
 
 
+@pytest.mark.long
 def test_a_file_does_not_decide_what_code_is_imported(trained, capsys, tmp_path):
     held = weights(str(trained))
     for place, key in (("model", "net"), ("data", "augment")):

@@ -211,6 +211,7 @@ def test_a_subset_is_a_folder_and_splits_are_joined(tmp_path):
     assert whole.names == {"train": "train+test", "val": None, "test": None}  # test is no measure any more
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata.csv open
 def test_readme_and_metadata_are_followed(tmp_path):
     for name in ("one", "two"):

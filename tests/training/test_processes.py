@@ -139,6 +139,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
     assert rows[0] == rows[1] and [row.split(",")[0] for row in rows[0][1:]] == [str(i) for i in range(17)]
 
 
+@pytest.mark.long
 def test_two_processes_on_the_command_line(tmp_path):
     kills.write_config(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=2, callbacks=[])
     assert kills.wait(kills.start(tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp_fork")) == 0

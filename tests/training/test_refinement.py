@@ -165,6 +165,7 @@ def test_weight_decay_sees_the_blocks_own_dimensions():
     assert [p.shape for p in decayed["params"]] == [(5, 4, 4)] and len(free["params"]) == 3
 
 
+@pytest.mark.long
 def test_a_checkpoint_runs_under_other_schemes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

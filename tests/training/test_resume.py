@@ -75,6 +75,7 @@ def test_every_checkpoint_of_a_run_leads_to_its_end(whole, tmp_path, place):
     assert kills.differing(kills.state(whole), kills.state(resumed(whole, tmp_path, place))) == []
 
 
+@pytest.mark.long
 def test_best_resumes_with_the_next_epoch(whole, tmp_path):
     shutil.copy(whole / "c.yaml", tmp_path)
     shutil.copytree(whole / "copies" / "1-0-0", tmp_path / "run")
@@ -249,6 +250,7 @@ def test_what_changed_in_the_file_alone_is_refused_with_both_values(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, "nothing was changed"
 
 
+@pytest.mark.long
 def test_what_the_command_line_gives_is_used_from_the_first_step_on(whole, tmp_path):
     options = ["--model.optimizer.lr", "0.002", "--trainer.max_epochs", "3"]
     folder = resumed(whole, tmp_path, "1-0-0", *options)
@@ -264,7 +266,7 @@ def test_what_the_command_line_gives_is_used_from_the_first_step_on(whole, tmp_p
     assert found == pytest.approx(list(dict.fromkeys(want)))
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("epochs", [4, 1])
 def test_one_cycle_of_another_length(tmp_path, monkeypatch, capsys, epochs):
     monkeypatch.chdir(tmp_path)
@@ -281,6 +283,7 @@ def test_one_cycle_of_another_length(tmp_path, monkeypatch, capsys, epochs):
         assert scheduler.get_last_lr() == straight.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_another_batch_size_goes_on_with_the_next_epoch_and_says_so(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -38,6 +38,7 @@ def test_the_loss_is_the_written_out_sum():
     torch.testing.assert_close(SupervisionLoss(mean=mean, std=std)(out, x, soft), want)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_the_losses_fall(backprop, tmp_path):
     torch.manual_seed(0)
