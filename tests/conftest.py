@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 # The first call of a torch operator can take longer than hypothesis' default deadline of 200 ms.
 settings.register_profile("dev", max_examples=20, deadline=None)
-settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 

@@ -60,6 +60,7 @@ def registries(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("path", [p for p in TEXTS if snippets(p, "python", "pycon")], ids=name)
 def test_snippets_run_and_print_what_they_say(path):
     scope: dict = {"__name__": "__snippets__"}
@@ -142,7 +143,9 @@ def tables() -> ModuleType:
 # Those of models run each of them on the meta device, and that of choices trains a network per scheme.
 WITH_TABLES = [
     pytest.param(
-        p, marks=[pytest.mark.long] if p.parent.name == "models" or p.stem == "choose_a_scheme" else [], id=name(p)
+        p,
+        marks=[pytest.mark.long] if p.parent.name == "models" or p.stem in ("models", "choose_a_scheme") else [],
+        id=name(p),
     )
     for p in TEXTS
     if "<!-- table: " in p.read_text("utf-8")
@@ -243,6 +246,7 @@ NAMED = re.compile(r"(?:lightning|odenets) \w+ -c (\S+)")
 RUNS = sorted({c for c in commands() if (m := NAMED.match(c)) and packaged.find(m[1])})
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("command", RUNS)
 def test_commands_name_files_and_options_that_exist(command):
     """Parsed by the command line itself, without building or training anything."""

@@ -97,7 +97,7 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_runs(file, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -99,6 +99,7 @@ def test_modes_agree(name, mode):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6 if mode == "exact" else 1e-8)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("scheme", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
 def test_the_law_of_convergence_holds_for_logits(scheme, order):
     """A network of several levels, smooth, its knots where steps begin."""

@@ -164,6 +164,7 @@ def test_maps_and_feature_info_agree(name):
     assert net.num_features == net.feature_info[-1]["num_chs"]
 
 
+@pytest.mark.cases(6)
 def test_weights_go_out_and_in(name):
     net, x = shared(name), pictures(name)
     with torch.no_grad():

@@ -125,7 +125,7 @@ def seeded(net):
     return once(net)
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(4)
 @ALL
 @pytest.mark.parametrize("kind", KEPT)
 def test_what_functions_keep_is_read_as_it_was(kind, scheme):

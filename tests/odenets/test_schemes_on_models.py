@@ -93,6 +93,7 @@ def test_a_scheme_trains_or_is_refused_with_remedies_that_train(make, scheme):
         trains(net)
 
 
+@pytest.mark.long
 def test_what_is_refused():
     """By family: so that a refusal of all would not pass for right."""
     refused = {make.__name__: set() for make in (ho_resnet, convnext, vit)}

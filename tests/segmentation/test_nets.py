@@ -30,6 +30,7 @@ def losses_and_gradients(net, x=X, y=Y):
 
 
 # Mask2Former's positions are in single precision whatever its weights are.
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("build", "dtype"), [(revcol, torch.float64), (mask2former, torch.float32)])
 def test_reverse_equals_store_in_loss_and_gradients(build, dtype):
     stored, reversed_ = (build(backprop=mode).to(dtype) for mode in ("store", "reverse"))

@@ -135,6 +135,7 @@ def test_last_resumes_to_the_same_weights_as_an_uninterrupted_run():
     assert torch.load("runs/quickstart/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
+@pytest.mark.long
 def test_an_earlier_run_is_set_aside_not_overwritten():
     fit("--trainer.max_epochs", "1", "--model.net.scheme", "euler")
     fit("--trainer.max_epochs", "1")
@@ -226,6 +227,7 @@ def test_the_printed_configuration_is_complete(capsys):
     assert config["trainer"]["max_epochs"] and config["checkpoint"]["monitor"] == "val/acc"
 
 
+@pytest.mark.long
 def test_help_and_version_need_nothing_heavy():
     code = """
 import sys

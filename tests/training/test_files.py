@@ -193,7 +193,7 @@ def test_usual_files_pass(tmp_path):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("options", "name"),
     [
