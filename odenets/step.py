@@ -154,7 +154,8 @@ class Step(nn.Module):
         fs = self._plain_functions(shared)
         if not self.plain:
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
-        if self.auxiliary is not False:
+        # Where they are asked for, functions that have returned none so far may begin to.
+        if self.auxiliary is not False or sink is not None:
             fs = tuple(Split(f, sink, self, i) for i, f in enumerate(fs))
         return fs, () if self.gs is None else tuple(self.gs)
 

@@ -154,7 +154,12 @@ class Adaptive(Scheme):
             return f(y, since)
 
         gradient = "adjoint" if self.adjoint else "store"
-        ys, run = solved(func, x, times, self.pair, control, gradient=gradient, check=self._check)
+        try:
+            ys, run = solved(func, x, times, self.pair, control, gradient=gradient, check=self._check)
+        except RuntimeError as error:
+            if "data-dependent control flow" not in str(error):
+                raise
+            raise SchemeError(f"{self}: torch.func.vmap: {NO_GRAPH}") from error
         # Without the start, which is the step's input.
         values = list(ys.unbind()[1:])
         if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():

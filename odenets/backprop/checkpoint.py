@@ -1,19 +1,53 @@
 """Checkpointed steps: torch's checkpoint, run again under what the call read."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from schemes.errors import SchemeError
+from schemes.ode.reads import AROUND
 from schemes.scheme import State
 
 from ..auxiliary import Sink
-from .limits import in_our_words
+from .guard import Guard, leftovers
+from .limits import in_our_words, raise_in_our_words
 from .members import Flags, Members, swapped
 from .surroundings import Read, Surroundings
+
+
+class _Saved(saved_tensors_hooks):
+    """Inside, what autograd saves is checked for later writes, which torch's checkpoint keeps without a look.
+
+    Args:
+        where: name of the steps, for messages.
+        keep: what the checkpoint does with a saved tensor.
+        unpack: how it gives it back.
+    """
+
+    def __init__(self, where: str, keep: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
+        self.where, self.keep, self.seen = where, keep, list[tuple[Tensor, int]]()
+        super().__init__(self._pack, unpack)
+
+    def _pack(self, x: Tensor) -> Any:
+        if not x.is_inference():
+            self.seen.append((x, x._version))
+        return self.keep(x)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        seen, self.seen = self.seen, []
+        for x, version in seen:
+            if x._version != version:
+                raise RuntimeError(
+                    f"Stack: a residual function of {self.where} has changed in place a tensor of shape "
+                    f"{tuple(x.shape)} that autograd had saved for the backward pass.\n"
+                    "  Use operations that are not in place."
+                )
 
 
 class Rerun:
@@ -50,11 +84,75 @@ class Rerun:
             if self.sink is not None:
                 # A function that differentiates within itself is run again while the sink still takes values.
                 stack.enter_context(self.sink.closed())
+            if (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:  # type: ignore[attr-defined]
+                stack.enter_context(_Saved(self.where, *hooks))
             # A stack of contexts, since a recomputation may set off another of the same steps (a graph of gradients).
             self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
         self.entered.pop().__exit__(*error)
+        raise_in_our_words(error[1])
+
+
+class Solve(Rerun):
+    """What the adjoint equation of a solve is solved under, backwards in time; as ``schemes.ode.reads.AROUND``."""
+
+    def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
+        super().__init__(modules, state, given, where)
+        self.known = {id(x) for x in leftovers(self.members)}
+        self.left: list[tuple[dict[str, Any], str]] = []
+
+    def evaluated(self) -> None:
+        """Looks at what the field has left behind, after an evaluation with a graph.
+
+        Raises:
+            SchemeError: a tensor in a list or dictionary that could be differentiated.
+        """
+        new = {id(x) for x in leftovers(self.members)} - self.known
+        self.left = [(vars(m), k) for m in self.members.modules for k, v in vars(m).items() if id(v) in new]
+        if len(self.left) < len(new):
+            raise SchemeError(
+                "Stack: a residual function leaves a tensor with a graph behind in a list or dictionary, and an "
+                "adjoint keeps no gradient of it.\n  Detach it there, or use adjoint=false."
+            )
+
+    def over(self) -> None:
+        """The solve is over.
+
+        Raises:
+            SchemeError: the field has drawn random numbers.
+        """
+        guard = Guard(self.where, "an adjoint keeps no graph of it.\n  Use adjoint=false, or detach it")
+        for attributes, name in self.left:
+            # To be read, and logged; whoever differentiates it is told.
+            if isinstance(x := attributes.get(name), Tensor) and x.grad_fn is None:
+                with torch.enable_grad():
+                    (attributes[name],) = guard.behind((x,))
+        super().over()
+        before = self.before
+        if isinstance(before, Surroundings) and before.end is not None and before.drew(before.end):
+            raise SchemeError(
+                "Stack: a residual function draws random numbers, and an adjoint, which calls it at other times than "
+                "the solve did, cannot draw the same.\n  Draw before, and give it as context; or use adjoint=false."
+            )
+
+
+@contextmanager
+def as_called(modules: Sequence[nn.Module], state: State, given: Any, where: str, sink: Sink | None) -> Iterator[None]:
+    """Inside, solves note what their adjoint equations are to be solved under; arguments as in ``checkpointed``.
+
+    Raises:
+        SchemeError: a residual function draws, or returns auxiliary values, of which an adjoint has no gradient.
+    """
+    solve = Solve(modules, state, given, where)
+    token = AROUND.set(solve)
+    try:
+        yield
+    finally:
+        AROUND.reset(token)
+    if sink is not None and sink.values:
+        raise SchemeError("Stack: an adjoint has no gradient of auxiliary values; use adjoint=false.")
+    solve.over()
 
 
 @in_our_words

@@ -97,6 +97,11 @@ class Grid:
         """The state after an elementary update on the grid; notes what it did not keep."""
         d = update.dst
         scale, shift, *byproducts = update.terms(state)
+        if shift.is_complex():
+            raise SchemeError(
+                "exact arithmetic needs real streams, and a residual function returned a complex tensor.\n"
+                "  Use backprop='checkpoint', or 'reverse' with a complex input."
+            )
         if update.appends:
             # Nothing is overwritten, so nothing can be lost.
             spills.append(None)

@@ -5,7 +5,7 @@ gradient would be missing without a word. So an update runs with a graph, whose 
 update is over, and its streams enter through a delayed error: whoever differentiates a leftover gets that error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,14 +28,24 @@ class _Box:
         self.tensor: Tensor | None = tensor
 
 
-class Guard:
-    """Applies updates such that nothing they leave behind can be differentiated without an error."""
+_WHY = (
+    "backprop='reverse' and 'exact' keep no graph of it.\n"
+    "  Return it as an auxiliary value, stack(x, aux=True), or use backprop='checkpoint' or 'store'"
+)
 
-    def __init__(self, where: str):
+
+class Guard:
+    """Applies updates such that nothing they leave behind can be differentiated without an error.
+
+    Args:
+        where: the step, for messages.
+        why: what keeps no graph, and the remedy.
+    """
+
+    def __init__(self, where: str, why: str = _WHY):
         self.message = (
             f"Stack: {where}: a side product of a residual function, an attribute or what a hook collected, is "
-            "differentiated, and backprop='reverse' and 'exact' keep no graph of it.\n"
-            "  Return it as an auxiliary value, stack(x, aux=True), or use backprop='checkpoint' or 'store'."
+            f"differentiated, and {why}."
         )
         self.boxes: list[_Box] = []
 
@@ -75,7 +85,9 @@ class Guard:
         # One error a stream, as several in one call come back in another form than one.
         error = torch._C._functions.DelayedError  # type: ignore[attr-defined]
         return tuple(
-            error(self.message, 1)(x.detach().requires_grad_()) if x.is_floating_point() or x.is_complex() else x
+            error(self.message, 1)(x.detach().requires_grad_()).as_subclass(type(x))
+            if x.is_floating_point() or x.is_complex()
+            else x
             for x in state
         )
 
@@ -101,9 +113,13 @@ def needed(members: Members, held: Held) -> bool:
 
 def left_behind(members: Members) -> bool:
     """Whether an attribute holds a tensor with a graph, by itself or in a list or dictionary."""
-    # A leftover that has a graph now is one that a loss may differentiate later.
+    return any(True for _ in leftovers(members))
+
+
+def leftovers(members: Members) -> Iterator[Tensor]:
+    """The tensors with a graph that attributes hold: a loss may differentiate them later."""
     held = pytree.tree_leaves([vars(m) for m in members.modules])
-    return any(isinstance(v, Tensor) and v.grad_fn is not None for v in held)
+    return (v for v in held if isinstance(v, Tensor) and v.grad_fn is not None)
 
 
 def learn(members: Members, elsewhere: bool = False) -> None:

@@ -21,6 +21,15 @@ _MEANINGS = {
         "  Give it use_reentrant=False, or use backprop='store'."
     ),
 }
+# The same of what is said where a backward pass runs functions again.
+_AGAIN = {
+    "calling random operations inside of vmap": (
+        "a batch of gradients (is_grads_batched=True, vectorize=True) runs the residual functions again inside of "
+        "torch's vmap, where they cannot draw random numbers.\n"
+        "  Ask for the gradients one by one, call model.eval(), or use backprop='store'."
+    ),
+    **_MEANINGS,
+}
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
@@ -35,16 +44,25 @@ def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            meaning = meaning_of(error)
-            if meaning is None:
-                raise
-            # With its cause, whose traceback shows the line in the residual function.
-            raise SchemeError(f"Stack: {meaning}") from error
+            _raise(error, _MEANINGS)
+            raise
 
     return told
 
 
-def meaning_of(error: Any) -> str | None:
-    """What an error of torch means for a residual function, where it is a known limit."""
+def raise_in_our_words(error: BaseException | None) -> None:
+    """Says in our words what has ended the second run of a function, where it is a known limit.
+
+    Raises:
+        SchemeError: it is one.
+    """
+    if isinstance(error, RuntimeError):
+        _raise(error, _AGAIN)
+
+
+def _raise(error: RuntimeError, meanings: dict[str, str]) -> None:
     text = str(error)
-    return next((meaning for mark, meaning in _MEANINGS.items() if mark in text), None)
+    meaning = next((meaning for mark, meaning in meanings.items() if mark in text), None)
+    if meaning is not None and not isinstance(error, SchemeError):
+        # With its cause, whose traceback shows the line in the residual function.
+        raise SchemeError(f"Stack: {meaning}") from error

@@ -1,25 +1,27 @@
 """What the modules of a step hold, and what of it a call read: so that a second run reads the same."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from operator import is_
 from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..step import FunctionModule
 from .contents import holds, is_generator
 from .given import tensors_in
 
 # Hooks are part of what a module computes; those of all modules stand in tables of torch.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _GLOBAL_HOOKS = [
     v for name in (*_HOOKS, *_HOOK_OPTIONS) if (v := getattr(torch_modules, "_global" + name, None)) is not None
@@ -59,7 +61,16 @@ def _is_own(hook: Any) -> bool:
 
 @contextmanager
 def hooks_set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a user's forward hooks do not run: a measurement is no pass that anybody wants to be told of."""
+    """Inside, a user's hooks do not run: a measurement is no pass that anybody wants to be told of.
+
+    Nor do dispatch modes see its operations, such as a counter's, or those of a selective checkpoint around the stack,
+    which takes them for part of what it is to run again.
+    """
+    with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+        yield from _hooks_set_aside(modules)
+
+
+def _hooks_set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
     own_tables = (m.__dict__[n] for m in modules for n in (*_HOOKS, *_HOOK_OPTIONS))
     tables = [(d, dict(d)) for d in (*own_tables, *_GLOBAL_HOOKS)]
     own = {k for d, hooks in tables for k, hook in hooks.items() if callable(hook) and _is_own(hook)}

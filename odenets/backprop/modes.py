@@ -22,7 +22,7 @@ from .grid import DEFAULT_BITS, most_bits
 from .offload import offloaded
 from .replay import stream_precision
 from .sizes import UNITS
-from .walk import Pass, needs_graph
+from .walk import AGAIN, Pass, needs_graph
 
 
 class Mode(ABC):
@@ -33,12 +33,14 @@ class Mode(ABC):
         alone: whether it cannot be part of a plan.
         inverts: whether the steps may be run backwards under this mode.
         by_inverse: whether states are made again by the scheme's inverse, which needs streams in single precision.
+        rounds: whether its sums are others than those of a run that keeps all.
     """
 
     keeps_all: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     inverts: ClassVar[bool] = True
     by_inverse: bool = False
+    rounds: bool = False
 
     @abstractmethod
     def run(self, given: Pass, state: State) -> State:
@@ -63,6 +65,12 @@ class Mode(ABC):
         # Only what differs from the defaults: a mode that is written and read again is the same mode.
         found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}  # type: ignore[arg-type]
         return {k: str(v).lower() if isinstance(v, bool) else v for k, v in found.items()}
+
+    @property
+    def needed(self) -> bool:
+        """Whether this pass may be differentiated; or its sums at least be those of one that will be."""
+        # Inside of a reversed step, which runs without a graph first, and must make the same numbers the second time.
+        return needs_graph() or (self.rounds and AGAIN.inside)
 
     @property
     def name(self) -> str:
@@ -155,7 +163,7 @@ class _ByInverse(Mode):
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
         state = stream_precision(state)  # with gradients and without: the output has one type
-        if not needs_graph() or not all(s.scheme.invertible or s.training for s in given.steps):
+        if not self.needed or not all(s.scheme.invertible or s.training for s in given.steps):
             return given.keep(state)  # bdia at inference is Euler's scheme, which has no inverse
         return self._by_inverse(given, state)
 
@@ -209,6 +217,7 @@ class Exact(_ByInverse):
     """
 
     inverts = False
+    rounds = True
 
     bits: int | None = None
     store: bool = False
@@ -271,6 +280,11 @@ class Plan(Mode):
         return any(mode.by_inverse for _, mode in self.segments)
 
     @property
+    def rounds(self) -> bool:  # type: ignore[override]
+        """Whether any of its modes does."""
+        return any(mode.rounds for _, mode in self.segments)
+
+    @property
     def inverts(self) -> bool:  # type: ignore[override]
         """Whether all of its modes do."""
         return all(mode.inverts for _, mode in self.segments)
@@ -294,7 +308,7 @@ class Plan(Mode):
         """The state after the last step."""
         if self.by_inverse:
             state = stream_precision(state)  # in all segments: the output does not tell how it was come by
-        if not needs_graph():
+        if not self.needed:
             return given.keep(state)
         for mode, part in self.parts(given):
             state = mode.run(part, state)

@@ -196,7 +196,8 @@ class Monitor:
             if self.drift <= DRIFT_LIMIT:
                 continue
             if not self.warned:
-                self.warned = True
+                # A batch that is not finite must not use up the one warning.
+                self.warned = math.isfinite(self.drift)
                 warnings.warn(
                     f"Stack: states made again by the inverse are {self.drift:.1e} off (relative), so gradients are "
                     "too; run Stack.diagnose(x) to see where, and keep more states: backprop='reverse(every=k)'.",

@@ -87,7 +87,8 @@ def _start(given: Pass, state: State, mode: str) -> State:
             f"Stack: parametrize.cached() keeps weights without their graph in backprop='{mode}', which runs each step "
             "twice.\n  Leave the context away around the stack, or use backprop='store'."
         )
-    return stream_precision(state)
+    # An inference tensor could not be made a leaf, from which a step is differentiated when it is run again.
+    return stream_precision(tuple(x.clone() if x.is_inference() else x for x in state))
 
 
 def _walk(given: Pass, state: State, tape: Tape) -> State:

@@ -25,7 +25,7 @@ from ..step import Step
 from .given import tensors_in, with_tensors
 from .grid import Grid, Spilled
 from .guard import Guard, learn, needed
-from .limits import in_our_words
+from .limits import raise_in_our_words
 from .members import Held, Members, Slot, swapped
 from .monitor import PendingScalar, distance
 from .replay import (
@@ -43,7 +43,7 @@ from .replay import (
     updates_of,
 )
 from .surroundings import Surroundings
-from .walk import Pass
+from .walk import AGAIN, Pass
 
 _ENGINE: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 
@@ -65,7 +65,9 @@ class Tape:
         self.records: list[StepRecord] = []
         self.left: list[tuple[int, int]] = []  # the places and versions of the streams that the last node gave
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
-        self.versions: list[int] = []
+        self.versions: dict[int, list[int]] = {}  # of what is kept: somebody else may hold it, and write to it
+        self.first: State = ()  # the first state with its graph
+        self.complex = False  # whether the first streams are
         self.position: int | None = None
         self.state: State = ()
         self.drift: Tensor | None = None
@@ -76,11 +78,14 @@ class Tape:
         # Nodes are numbered by the tape and not by the stack: a plan may begin one in the middle.
         n, added = len(self.records), step.scheme.streams_added
         self._same_streams(state)
+        if n == 0:
+            self.complex = all(x.is_complex() for x in state)
         # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
-            # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.
-            self.kept[n] = tuple(x.detach() for x in state)
+            self._keep(n, state)
+            # The graph before the first step leads to no node of this tape.
+            self.first = self.first if n else state
         members, held = self._members(step, shared)
         record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted, held)
         self.records.append(record)
@@ -122,10 +127,26 @@ class Tape:
     def close(self, state: State) -> None:
         """Keeps the last state, from which the backward pass starts."""
         self._same_streams(state)
+        if any(x.is_complex() for x in state) and not self.complex:
+            raise SchemeError(
+                f"Stack: a residual function makes real streams complex, which backprop='{self.mode}' cannot undo.\n"
+                "  Give a complex input, x.to(torch.complex64), or use backprop='store' or 'checkpoint'."
+            )
         # The output itself, not a copy: it costs nothing, and a write to it is seen by its version.
-        final = tuple(x.detach() for x in state)
-        self.kept[len(self.records)] = final
-        self.versions = [x._version for x in final]
+        self._keep(len(self.records), state)
+
+    def _keep(self, n: int, state: State) -> None:
+        # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.
+        self.kept[n] = kept = tuple(x.detach() for x in state)
+        self.versions[n] = [x._version for x in kept]
+
+    def _unchanged(self, n: int) -> bool:
+        return [x._version for x in self.kept[n]] == self.versions[n]
+
+    def sources(self) -> list[Tensor]:
+        """What the gradients of this pass depend on: the first state, parameters, time and context."""
+        given = [x for record in self.records for x in (*record.parameters, *tensors_in((record.t, record.context)))]
+        return [x for x in {id(x): x for x in (*self.first, *given)}.values() if x.requires_grad]
 
     def over(self, state: State) -> Tensor:
         """Whether any stream left the grid's range in this pass."""
@@ -147,9 +168,11 @@ class Tape:
         # The nearest from above: each step between costs an evaluation of its functions.
         start = min(places)
         last = len(self.records)
-        if start == last and [x._version for x in self.kept[last]] != self.versions:
-            raise RuntimeError("Stack: its output was changed in place; reverse backprop starts from it. Clone it.")
-        state = self.state if start == self.position else self.kept[start]
+        given = self.kept.get(start)
+        if given is not None and (start != self.position or self.state is given) and not self._unchanged(start):
+            what = "output" if start == last else f"state before step {self.records[start].step.index}"
+            raise RuntimeError(f"Stack: its {what} was changed in place; {self.mode} backprop starts from it. Clone it.")
+        state = self.state if start == self.position else given  # type: ignore[assignment]
         while start > n:
             start -= 1
             # Undone for the state alone; its own node will undo it again if a gradient arrives there.
@@ -169,7 +192,8 @@ class Tape:
     def move(self, n: int, state: State) -> None:
         """Sets the tape to the state before step n, and compares with what was kept there."""
         kept = self.kept.get(n)
-        if kept is not None:
+        # A state that was written to since tells nothing of drift; the one made again is as it was.
+        if kept is not None and self._unchanged(n):
             drift = distance(state, kept)
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
             # The kept state goes on in its place, so that errors begin anew here.
@@ -209,10 +233,14 @@ class _Node(torch.autograd.Function):
         # Off inside of an autograd function, which sets it back itself; a residual function may use it within.
         torch._C._set_fwd_grad_enabled(True)
         # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
-        with tape.monitor.lock, autocast_as(record.autocast):
-            state = run_step(record, tensors[:streams], tape.wrap, around)
-            if watched:
-                learn(record.members, record.left_in_context())
+        outer, AGAIN.inside = AGAIN.inside, True
+        try:
+            with tape.monitor.lock, autocast_as(record.autocast):
+                state = run_step(record, tensors[:streams], tape.wrap, around)
+                if watched:
+                    learn(record.members, record.left_in_context())
+        finally:
+            AGAIN.inside = outer
         ctx.streams = len(state)
         if record.sink is not None:
             names = record.sink.names
@@ -226,20 +254,26 @@ class _Node(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
         # The lock, since another thread's forward pass would see the leaves that stand for parameters here.
         with torch.no_grad(), ctx.tape.monitor.lock:
-            found = _Node.once(ctx, grads)
+            try:
+                found = _Node.once(ctx, grads)
+            except RuntimeError as error:
+                raise_in_our_words(error)
+                raise
         if not twice:
             return found
         # Always, not only where the incoming gradients need one: the graph through the states would be missing.
         leaves = [None if g is None else g.detach().requires_grad_() for g in found]
+        # With a way to all that they depend on, or who asks for one of them alone would be given none, without a word.
+        ways = ctx.tape.sources()
         scheme = ctx.tape.records[ctx.n].step.scheme
         message = (
             f"Stack: backprop='{ctx.tape.mode}' cannot be differentiated twice ({scheme}); "
             "use backprop='store' or 'checkpoint' for gradients of gradients."
         )
-        return tuple(torch._C._functions.DelayedError(message, len(leaves))(*leaves))  # type: ignore[attr-defined]
+        error = torch._C._functions.DelayedError(message, len(leaves) + len(ways))  # type: ignore[attr-defined]
+        return tuple(error(*leaves, *ways)[: len(leaves)])
 
     @staticmethod
-    @in_our_words
     def once(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """The gradients of one step's inputs."""
         tape, n, extras = ctx.tape, ctx.n, ctx.extras
@@ -255,6 +289,7 @@ class _Node(torch.autograd.Function):
         tape.move(n, tuple(streams))
         if n == 0 and not _keep_graph():
             tape.kept.clear()
+            tape.first = ()
         return (*none, *found, *extra)
 
 

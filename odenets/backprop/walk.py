@@ -1,6 +1,8 @@
 """The one walk through the steps of a stack: time moves on, projections are applied, each state is shown."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from schemes.scheme import State
 
 from ..auxiliary import Sink
 from ..step import Runner, Step, Wrap
+from .checkpoint import as_called
 from .monitor import Monitor
 
 Observer = Callable[[int, State], None]
@@ -81,7 +84,13 @@ class Pass(NamedTuple):
         return self.walk(state, self.runner or (None if plain else self._evaluate))
 
     def _evaluate(self, step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
-        return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink)
+        around = nullcontext()
+        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if getattr(step.scheme, "adjoint", False) and torch.is_grad_enabled() and not plain:
+            modules = [step, *(() if shared is None else (shared,))]
+            around = as_called(modules, state, (context, t), f"step {step.index}", self.sink)
+        with around:
+            return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink)
 
     def parts(self, every: int | Sequence[int]) -> "Iterator[Pass]":
         """Passes through ``every`` steps each, or so many as it lists, one after the other, without the observer."""
@@ -98,6 +107,15 @@ class Pass(NamedTuple):
             yield part
             for step, h in zip(steps, own or repeat(None)):  # noqa: B905
                 time = step.end(time, h)
+
+
+class _Again(threading.local):
+    """Whether this thread runs a step without a graph that will be run again with one."""
+
+    inside = False
+
+
+AGAIN = _Again()
 
 
 def needs_graph() -> bool:

@@ -6,6 +6,7 @@ tolerances only (Chen et al. 2018, Neural ordinary differential equations).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..errors import SchemeError
 from .control import Control
 from .field import Field
 from .joint import solve
-from .reads import Autocast, Reads, once, vjp
+from .reads import AROUND, Autocast, Reads, once, refuse_transforms, vjp
 from .run import NOT_FINITE
 from .trees import rms
 
@@ -31,10 +32,11 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        refuse_transforms("adjoint", grad)
         ys, *_ = ctx.saved_tensors  # reading them refuses what was changed in place
         with torch.no_grad():
             gradients = ctx.back(ys.detach(), grad)
-        return None, None, *once("adjoint", gradients)
+        return None, None, *once("adjoint", ys, gradients)
 
 
 class Backward:
@@ -61,10 +63,10 @@ class Backward:
     ):
         self.func, self.reads, self.times = func, reads, times
         self.method, self.control, self.norm = method, control, norm
-        self.precision = Autocast()
+        self.precision, self.around = Autocast(), AROUND.get() or nullcontext()
 
     def __call__(self, ys: Tensor, grad: Tensor) -> list[Tensor | None]:
-        with self.precision.again(ys.device.type):
+        with self.around, self.precision.again(ys.device.type), self.reads.unhooked():
             return self._solve(ys, grad)
 
     def _solve(self, ys: Tensor, grad: Tensor) -> list[Tensor | None]:

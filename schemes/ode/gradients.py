@@ -13,7 +13,7 @@ from .adjoint import Backward, adjoint
 from .control import Control
 from .field import Field, clock
 from .pairs import Attempt, Pair
-from .reads import Reads
+from .reads import AROUND, Reads, refuse_transforms
 from .run import Run
 
 GRADIENTS = ("store", "checkpoint", "reverse", "adjoint")
@@ -66,7 +66,11 @@ def solved(
     """
     f = Field(func, y0)
     if gradient == "adjoint" and torch.is_grad_enabled():
+        refuse_transforms("adjoint")
+        y0 = y0.clone() if y0.is_inference() else y0  # which could be no leaf
         reads = Reads(func, clock(times[0], y0), y0, known)
+        if (around := AROUND.get()) is not None:
+            around.evaluated()
         # Else there is nothing to differentiate, and a plain solve will do.
         if y0.requires_grad or len(reads):
             found: list[Run] = []

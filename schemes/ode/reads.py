@@ -5,8 +5,9 @@ graph of one evaluation knows them: its leaves, and the edges to what was comput
 the graph tells no tensor; a second evaluation, in which every torch function shows its arguments, does.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
+
+
+# Set by who looks after the modules behind a field. Its ``evaluated()`` is called after an evaluation with a graph, and
+# the backward pass of an adjoint equation runs inside of it.
+AROUND: ContextVar[Any] = ContextVar("around", default=None)
 
 
 class Autocast:
@@ -162,6 +168,18 @@ class Reads:
     def __len__(self) -> int:
         return len(self.tensors)
 
+    @contextmanager
+    def unhooked(self) -> Iterator[None]:
+        """Inside, hooks on what is read do not run: they are due once, for the gradient of the whole solve."""
+        hooks = [(x, x._backward_hooks) for x in self.tensors if x._backward_hooks]
+        try:
+            for x, _ in hooks:
+                x._backward_hooks = None
+            yield
+        finally:
+            for x, own in hooks:
+                x._backward_hooks = own
+
 
 def vjp(k: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """grad^H dk/dinputs, None where k does not read an input."""
@@ -179,15 +197,31 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
         raise SchemeError(
-            f"odeint: gradient={ctx.way!r} has no second derivatives; take gradient='store' or 'checkpoint'."
+            f"odeint: gradient={ctx.way!r} has no second derivatives; take gradient='store' or 'checkpoint' "
+            "(adjoint=false)."
         )
 
 
-def once(way: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; where a graph of them is asked for, behind a node that refuses to be differentiated again."""
+def once(way: str, ys: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients; where a graph of them is asked for, behind a node that refuses to be differentiated again.
+
+    Args:
+        way: its name.
+        ys: the values of the solve, whose graph leads to all that the gradients depend on.
+        grads: the gradients.
+    """
     if not torch.is_grad_enabled():
         return list(grads)
-    # Without an input that needs a gradient the node would not be recorded.
-    handle = torch.zeros((), requires_grad=True)
-    marked = iter(_Once.apply(way, handle, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
+    # Hung on the values: who asks for one gradient of gradients alone would otherwise be given none, without a word.
+    marked = iter(_Once.apply(way, ys, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
     return [None if g is None else next(marked) for g in grads]
+
+
+def refuse_transforms(way: str, grad: Tensor | None = None) -> None:
+    """Raises a SchemeError inside of torch.func, or where ``grad`` is one of the batches that torch makes by it."""
+    batched = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)  # type: ignore[attr-defined]
+    if batched or torch._C._are_functorch_transforms_active():
+        raise SchemeError(
+            f"odeint: gradient={way!r} passes neither torch.func nor batches of gradients (is_grads_batched=True, "
+            "vectorize=True).\n  Ask for the gradients one by one, or take gradient='store' (adjoint=false)."
+        )

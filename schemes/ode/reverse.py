@@ -15,7 +15,7 @@ from ..errors import SchemeError
 from .control import Control
 from .field import Field, clock
 from .marching import Marched, along, march
-from .reads import Autocast, Reads, once
+from .reads import Autocast, Reads, once, refuse_transforms
 from .rules import Rule, State, Tape
 from .run import Run
 from .trees import rms
@@ -38,10 +38,11 @@ class _Reverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        refuse_transforms("reverse", grad)
         (ys, *saved), n = ctx.saved_tensors, ctx.streams
         # The first n are the last streams; then n for each place where they started anew.
         kept = {step: tuple(saved[n * (i + 1) : n * (i + 2)]) for step, i in ctx.kept.items()}
-        return None, None, *once("reverse", ctx.back(ctx.steps, ys.detach(), tuple(saved[:n]), kept, grad))
+        return None, None, *once("reverse", ys, ctx.back(ctx.steps, ys.detach(), tuple(saved[:n]), kept, grad))
 
 
 class Backward:
@@ -54,7 +55,7 @@ class Backward:
     def __call__(
         self, steps: list[tuple[float, float]], ys: Tensor, state: State, kept: dict[int, State], grad: Tensor
     ) -> list[Tensor | None]:
-        with torch.no_grad(), self.precision.again(grad.device.type):
+        with torch.no_grad(), self.precision.again(grad.device.type), self.reads.unhooked():
             tape = Tape(self.func, self.reads)
             s: State = tuple(state)
             # The loss sees the first stream alone.

@@ -1,0 +1,241 @@
+"""What a second run, a measurement or a graph of gradients must not do in silence."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from stacks import F64, data, quiet
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from odenets import SchemeError, Stack
+
+MODES = ["checkpoint", "reverse", "reverse(every=1)", "exact", "auto(memory=1GB)", "2*store + 2*reverse"]
+REVERSED = ["reverse", "reverse(every=1)", "reverse(drift=false)", "exact", "2*store + 2*reverse"]
+
+
+def net_of(make, mode, scheme="leapfrog"):
+    torch.manual_seed(0)
+    return quiet([make() for _ in range(4)], scheme, backprop=mode).double()
+
+
+def layer():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+
+def grads(net, x):
+    return [x.grad, *(p.grad for p in net.parameters())]
+
+
+# Gradients of gradients: the stored ones, or a refusal, whoever asks and for what.
+def of_the_input(net, x):
+    (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), x, allow_unused=True)
+
+
+def of_the_weights(net, x):
+    (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), [*net.parameters()], allow_unused=True)
+
+
+def of_weights_by_weights(net, x):
+    weights = [*net.parameters()]
+    found = torch.autograd.grad(net(x.detach()).sum(), weights, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in found), weights, allow_unused=True)
+
+
+def by_products(net, x):
+    return torch.autograd.functional.hvp(lambda x: net(x).square().sum(), x.detach(), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "reverse(drift=false)"])
+@pytest.mark.parametrize("way", [of_the_weights, of_weights_by_weights, of_the_input, by_products])
+def test_gradients_of_gradients_are_given_or_refused(way, mode):
+    want = way(net_of(layer, "store"), data(3, 4).requires_grad_())
+    net = net_of(layer, mode)
+    if mode == "reverse(drift=false)" and way in (of_the_input, by_products):
+        return  # no state is kept that would lead to the input; torch says that it is not used, or gives none
+    if mode in REVERSED:
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            way(net, data(3, 4).requires_grad_())
+        return
+    torch.testing.assert_close(way(net, data(3, 4).requires_grad_()), want)
+
+
+# Who holds a state may write to it.
+@pytest.mark.parametrize("mode", REVERSED)
+@pytest.mark.parametrize("scheme", ["leapfrog", "alf", "momentum"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_write_to_a_middle_state_changes_no_gradient(place, scheme, mode):
+    found = []
+    for write in (False, True):
+        net, x = net_of(layer, mode, scheme), data(3, 4).requires_grad_()
+        outputs = net.trajectory(x)
+        if write:
+            with torch.no_grad():
+                outputs[place].mul_(2)
+        try:
+            outputs[-1].sum().backward()
+        except RuntimeError as error:
+            assert "changed in place" in str(error) or "modified by an inplace" in str(error)
+            return
+        found.append(grads(net, x))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("mode", REVERSED)
+def test_an_input_that_is_used_again_is_no_drift(mode):
+    """A loader that fills one tensor anew for each batch."""
+    net, x = net_of(layer, mode, "revnet"), data(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            y = net(x)
+            x.mul_(3)
+            y.sum().backward()
+
+
+class WritesWhatWasSaved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x).tanh()
+        y.mul_(2)
+        return y.sin()
+
+
+@pytest.mark.parametrize("mode", ["store", "offload", *MODES, "checkpoint(4)"])
+def test_a_write_to_what_autograd_has_saved_is_an_error(mode):
+    net = net_of(WritesWhatWasSaved, mode)
+    with pytest.raises(RuntimeError, match="in place|inplace"):
+        net(data(3, 4)).sum().backward()
+
+
+# Hooks and modes are of passes, not of measurements.
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("mode", ["store", *MODES])
+@pytest.mark.parametrize("removed", [False, True])
+def test_backward_hooks_run_once_a_pass_as_at_the_call(removed, mode):
+    found = []
+    for m in ("store", mode):
+        net, calls, x = net_of(layer, m), [], data(3, 4).requires_grad_()
+
+        def double(module, given, out, calls=calls):
+            calls.append(module)
+            return tuple(None if g is None else 2 * g for g in given)
+
+        handles = [step.fs[0][0].register_full_backward_hook(double) for step in net.steps]
+        y = net(x)
+        for handle in handles if removed else ():
+            handle.remove()
+        y.sum().backward()
+        assert len(calls) == 4
+        found.append(grads(net, x))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9 if mode == "exact" else 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_selective_checkpoint_around_the_stack(mode):
+    context = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    found = []
+    for m in ("store", mode):
+        net, x = net_of(lambda: nn.Sequential(layer(), nn.Dropout(0.4)), m), data(3, 4).requires_grad_()
+        torch.manual_seed(1)
+        checkpoint(net, x, use_reentrant=False, context_fn=context).square().sum().backward()
+        found.append(grads(net, x))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-7 if mode == "exact" else 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", *REVERSED])
+def test_batches_of_gradients_where_functions_draw(mode):
+    net = net_of(lambda: nn.Sequential(layer(), nn.Dropout(0.4)), mode)
+    with pytest.raises(SchemeError, match=r"batch of gradients .*\n.*model.eval"):
+        torch.autograd.functional.jacobian(net, data(3, 4), vectorize=True)
+    want = torch.autograd.functional.jacobian(net.eval(), data(3, 4))
+    torch.testing.assert_close(torch.autograd.functional.jacobian(net, data(3, 4), vectorize=True), want)
+
+
+# Types.
+@pytest.mark.parametrize("mode", ["reverse", "reverse(every=1)", "exact"])
+def test_real_streams_that_become_complex_are_refused(mode):
+    class Turned(nn.Module):
+        def forward(self, x):
+            return torch.complex(x, x) if not x.is_complex() else 0.1 * x
+
+    net = net_of(Turned, mode)
+    with pytest.raises(SchemeError, match="complex"):
+        net(data(3, 4).requires_grad_()).abs().sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["reverse", "reverse(every=1)", "exact"])
+def test_an_inference_tensor_is_an_input_like_another(mode):
+    found = []
+    for again in (False, True):
+        with torch.inference_mode(again):
+            x = data(3, 4)
+        net = net_of(layer, mode)
+        net(x).sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_functions_are_given_subclasses_in_every_pass():
+    class Marked(torch.Tensor):
+        pass
+
+    class Strict(nn.Module):
+        def forward(self, x):
+            assert isinstance(x, Marked)
+            return 0.1 * x.sin()
+
+    net = net_of(Strict, "reverse")
+    for _ in range(3):
+        net(data(3, 4).as_subclass(Marked).requires_grad_()).sum().backward()
+
+
+# Arithmetic that differs with and without a graph.
+@pytest.mark.parametrize("inner", ["exact", "exact + exact"])
+@pytest.mark.parametrize("outer", ["reverse(every=0)", "exact"])
+def test_exact_stacks_inside_of_reversed_ones_round_both_times(inner, outer):
+    def make():
+        return nn.Sequential(Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop=inner), nn.Tanh())
+
+    net = net_of(make, outer, "revnet")
+    for _ in range(4):
+        net(data(3, 8)).sum().backward()
+    assert net.monitor.drift == 0.0 or net.monitor.drift < 1e-14
+
+
+def test_a_batch_of_nan_leaves_the_one_warning_for_later():
+    net = net_of(layer, "reverse(every=0)")
+    with warnings.catch_warnings(record=True):
+        for x in (torch.full((3, 4), torch.nan, dtype=F64), data(3, 4)):
+            net(x).sum().backward()
+            net(data(3, 4))
+    assert not net.monitor.warned
+
+
+@pytest.mark.parametrize("mode", ["store", *MODES])
+def test_functions_that_begin_to_return_auxiliary_values(mode):
+    class Begins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.on = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            y = torch.tanh(self.linear(x))
+            return (y, {"energy": y.square().mean()}) if self.on else y
+
+    net = net_of(Begins, mode)
+    net(data(3, 4)).sum().backward()
+    for step in net.steps:
+        step.fs[0].on = True
+    net.zero_grad()
+    _, values = net(data(3, 4), aux=True)
+    values["energy"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
