@@ -6,6 +6,7 @@ update is over, and its streams enter through a delayed error: whoever different
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ class Guard:
     def apply(self, run: Callable[[State], State], state: State) -> State:
         """What ``run``, an update, makes of the state, without a graph."""
         with torch.enable_grad():
-            state = self.behind(state)
-        return self._apply(run, state)
+            behind = self.behind(state)
+        return self._apply(run, behind, state)
 
     def alone(self, run: Callable[[State], State], state: State, refuse: Callable[[Sequence[Tensor]], None]) -> State:
         """As ``apply`` where neither a stream nor a parameter needs a gradient: no backward pass will come here.
@@ -63,10 +64,14 @@ class Guard:
             state: the streams.
             refuse: is given the streams after it, to raise where a captured tensor has made them need a gradient.
         """
-        return self._apply(run, tuple(x.detach() for x in state), refuse)
+        return self._apply(run, tuple(x.detach() for x in state), state, refuse)
 
     def _apply(
-        self, run: Callable[[State], State], state: State, look: Callable[[Sequence[Tensor]], None] | None = None
+        self,
+        run: Callable[[State], State],
+        state: State,
+        given: State,
+        look: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> State:
         # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
         # The boxes are all that the graph holds of its saved tensors, so emptying them frees the memory at once.
@@ -77,8 +82,10 @@ class Guard:
         for box in self.boxes:
             box.tensor = None
         self.boxes.clear()
-        # The streams go on without the graph; only what a function put aside still holds it.
-        return tuple(x.detach() for x in new)
+        # The streams go on without the graph; only what a function put aside still holds it. Those that are handed on
+        # are the very tensors that came in: a write to one must be counted in all states that it belongs to.
+        came = {_place(x): x for x in given if x.numel()}
+        return tuple(same if (same := came.get(_place(x))) is not None else x.detach() for x in new)
 
     def behind(self, state: State) -> State:
         """The streams, behind an error that is raised where a gradient arrives."""
@@ -99,6 +106,11 @@ class Guard:
         if box.tensor is None:
             raise SchemeError(self.message)
         return box.tensor
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are one: a view of another shape, or a conjugate, is another tensor."""
+    return x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_conj(), x.is_neg()
 
 
 def needed(members: Members, held: Held) -> bool:

@@ -171,7 +171,9 @@ class Tape:
         given = self.kept.get(start)
         if given is not None and (start != self.position or self.state is given) and not self._unchanged(start):
             what = "output" if start == last else f"state before step {self.records[start].step.index}"
-            raise RuntimeError(f"Stack: its {what} was changed in place; {self.mode} backprop starts from it. Clone it.")
+            raise RuntimeError(
+                f"Stack: its {what} was changed in place; {self.mode} backprop starts from it. Clone it."
+            )
         state = self.state if start == self.position else given  # type: ignore[assignment]
         while start > n:
             start -= 1
