@@ -80,12 +80,12 @@ class Tape:
         self._same_streams(state)
         if n == 0:
             self.complex = all(x.is_complex() for x in state)
+            # The graph before the first step leads to no node of this tape. Where no state is kept, leaves cost nothing.
+            self.first = state if self.keep_first else tuple(x for x in state if x.is_leaf)
         # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self._keep(n, state)
-            # The graph before the first step leads to no node of this tape.
-            self.first = self.first if n else state
         members, held = self._members(step, shared)
         record = StepRecord(step, state, shared, t, context, members, self.grid, self.sink, self.inverted, held)
         self.records.append(record)

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
 
-
 # Set by who looks after the modules behind a field. Its ``evaluated()`` is called after an evaluation with a graph, and
 # the backward pass of an adjoint equation runs inside of it.
 AROUND: ContextVar[Any] = ContextVar("around", default=None)
