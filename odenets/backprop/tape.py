@@ -80,7 +80,7 @@ class Tape:
         self._same_streams(state)
         if n == 0:
             self.complex = all(x.is_complex() for x in state)
-            # The graph before the first step leads to no node of this tape. Where no state is kept, leaves cost nothing.
+            # The graph before the first step leads to no node of this tape. Leaves cost nothing where no state is kept.
             self.first = state if self.keep_first else tuple(x for x in state if x.is_leaf)
         # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
