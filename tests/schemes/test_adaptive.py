@@ -358,7 +358,7 @@ def test_an_adjoint_that_stops_being_finite_backwards():
 
     field = Field()
     y = Stack(field, "adaptive(dopri5, adjoint=true)")(torch.ones(2, 4, dtype=F64, requires_grad=True))
-    field.broken = True
+    Field.broken = True  # of the class, as attributes of the module are read as at the call
     with pytest.raises(SchemeError, match=r"adjoint equation.*after t=0\.[45]\d*.*; no shorter step helps\.\n  Look"):
         y.sum().backward()
 
