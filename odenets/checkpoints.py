@@ -59,7 +59,11 @@ class Renames(Protocol):
     """A model that knows published layouts of its weights."""
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """The names of these keys here, or None for an unknown layout; keys without an entry are refused."""
+        """The names of these keys here, or None for an unknown layout; keys without an entry are refused.
+
+        Args:
+            keys: all keys of a file.
+        """
         ...
 
 
@@ -112,20 +116,38 @@ class Adapting(Protocol):
     averaged: bool
 
     def left_out(self, key: str) -> bool:
-        """Whether a tensor of the file that has no place in the model is not missed."""
+        """Whether a tensor of the file that has no place in the model is not missed.
+
+        Args:
+            key: the file's name of the tensor.
+        """
         ...
 
     def fitted(self, key: str, value: Tensor, shape: torch.Size) -> Tensor:
-        """The tensor in the shape that the model wants under this key, or as it is where it cannot be adapted."""
+        """The tensor in the shape that the model wants under this key, or as it is where it cannot be adapted.
+
+        Args:
+            key: the model's name of the tensor.
+            value: the tensor as the file holds it.
+            shape: the shape that the model wants.
+        """
         ...
 
     def new(self, fitting: Collection[str]) -> Collection[str]:
-        """Keys of the model that keep its own values, given those for which the file has a tensor that fits."""
+        """Keys of the model that keep its own values, given those for which the file has a tensor that fits.
+
+        Args:
+            fitting: the model's keys for which the file has a tensor that fits.
+        """
         ...
 
 
 class Matched:
     """The tensors of a file that have their places in a model; nothing is written yet.
+
+    Args:
+        model: the network that is written to.
+        settings: numbers that a layout implies and no tensor holds, such as an epsilon.
 
     Attributes:
         report: what ``write`` will have done.
@@ -244,7 +266,12 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
-    """Writes tensors as safetensors; see ``save``."""
+    """Writes tensors as safetensors; see ``save``.
+
+    Args:
+        tensors: by name.
+        path: the file.
+    """
     try:
         from safetensors.torch import save_file
     except ImportError:

@@ -118,7 +118,11 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def build(self, num_classes: int) -> Any:
-        """The model."""
+        """The model.
+
+        Args:
+            num_classes: outputs of the head; 0: no head.
+        """
         given = {"scheme": self.scheme, "backprop": self.backprop}
         given = {k: v for k, v in given.items() if v is not None}
         net = create_model(
@@ -138,7 +142,12 @@ def _no_mixing() -> Iterator[None]:
 
 
 class OdenetsPreTrainedModel(PreTrainedModel):
-    """What the backbone and the classifier share: one network, ``net``, whose keys are those of the library."""
+    """What the backbone and the classifier share: one network, ``net``, whose keys are those of the library.
+
+    Args:
+        config: what the model is built from.
+        num_classes: outputs of the head; 0: no head.
+    """
 
     config_class = OdenetsConfig
     base_model_prefix = "net"
@@ -215,6 +224,9 @@ class OdenetsPreTrainedModel(PreTrainedModel):
 class OdenetsForImageClassification(OdenetsPreTrainedModel):
     """A network with its head.
 
+    Args:
+        config: what the model is built from; ``num_labels`` is the number of its classes.
+
     Shapes:
         pixel_values: (n, c, h, w); labels: (n,); logits: (n, num_labels).
 
@@ -271,6 +283,9 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
     """A network that gives maps: ``stage1`` is the finest. "stem" is the name of what comes before, and has no map.
 
     Detectors and segmenters of transformers take it by ``backbone_config=OdenetsConfig(...)``.
+
+    Args:
+        config: what the model is built from.
 
     Shapes:
         pixel_values: (n, c, h, w); feature_maps: (n, channels[i], h / reduction, w / reduction) each.
@@ -342,7 +357,11 @@ class OdenetsImageProcessor(PilBackend):
 
     @classmethod
     def of(cls, config: OdenetsConfig) -> "OdenetsImageProcessor":
-        """The processor of a model's pictures."""
+        """The processor of a model's pictures.
+
+        Args:
+            config: of the model.
+        """
         side = int(config.image_size or 224)
         return cls(
             size={"shortest_edge": round(side / config.crop_pct)},

@@ -19,6 +19,9 @@ from .step import in_each_slot
 def continuous_stacks(model: nn.Module) -> dict[str, Stack]:
     """The stacks of a model whose weights are functions of depth, by name.
 
+    Args:
+        model: any module.
+
     Example:
         >>> from odenets import create_model
         >>> [*continuous_stacks(create_model("ho_resnet26", scheme="euler", continuous=4))]

@@ -153,6 +153,9 @@ def _box(inside: NDArray[np.bool_]) -> tuple[float, float, float, float]:
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     """COCO's run lengths of a mask (h, w): pixels outside, inside, outside and so on, down the columns.
 
+    Args:
+        mask: (h, w), true inside.
+
     Example:
         >>> import numpy as np
         >>> run_lengths(np.array([[False, True], [True, True]]))
@@ -165,7 +168,12 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def coco(drawings: Sequence[Drawing], names: Sequence[str]) -> dict[str, Any]:
-    """The annotations of some pictures in the format of COCO; the ids of pictures and shapes count from 1."""
+    """The annotations of some pictures in the format of COCO; the ids of pictures and shapes count from 1.
+
+    Args:
+        drawings: the pictures with their shapes.
+        names: file names of the pictures.
+    """
     images, annotations = [], []
     for number, (drawing, name) in enumerate(zip(drawings, names, strict=True), 1):
         height, width = drawing.mask.shape
@@ -218,7 +226,11 @@ def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int 
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The command, see the head of this module."""
+    """The command, see the head of this module.
+
+    Args:
+        words: the command line; None: that of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m odenets.shapes", description="Draws coloured shapes on texture.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=2000, help="pictures to train on")

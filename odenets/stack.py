@@ -691,6 +691,9 @@ adopt(Stack, {"visit": "visit_states"})
 def keeping_all(module: nn.Module) -> Iterator[None]:
     """Inside, all stacks of a module keep their tensors: a recomputed state has no graph to what its step makes of it.
 
+    Args:
+        module: the module whose stacks are meant, itself included.
+
     Example:
         >>> from torch import nn
         >>> net = Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop="reverse")

@@ -114,7 +114,12 @@ def start(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], ada
 
 
 class Prepared:
-    """Weights that fit a network, before they are written."""
+    """Weights that fit a network, before they are written.
+
+    Args:
+        matched: the tensors, and where each goes.
+        started: what will be reported.
+    """
 
     def __init__(self, matched: checkpoints.Matched, started: Started) -> None:
         self._matched, self.started = matched, started
@@ -126,7 +131,14 @@ class Prepared:
 
 
 def prepared(model: nn.Module, held: Mapping[str, Any], name: str, adapt: Adapt | None = None) -> Prepared:
-    """As ``start``, of what a file holds, without writing anything."""
+    """As ``start``, of what a file holds, without writing anything.
+
+    Args:
+        model: the network.
+        held: what the file holds, as it was read.
+        name: of the file, for messages.
+        adapt: what may be made to fit; None: the defaults.
+    """
     rules = _Rules(model, adapt or Adapt())
     matched = checkpoints.matched(model, held, name, rules)
     report = matched.report
@@ -194,7 +206,11 @@ class _Rules:
 
 
 def heads(model: nn.Module) -> list[str]:
-    """The parts of a network that may be new: the layer that gives logits, then its norm, and heads in the middle."""
+    """The parts of a network that may be new: the layer that gives logits, then its norm, and heads in the middle.
+
+    Args:
+        model: the network.
+    """
     modules = dict(model.named_modules())
     given = getattr(model, "classifier", None)
     # Under that name torchvision's networks have the layer itself, and not its name.
@@ -232,7 +248,13 @@ def with_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def with_kernel(weight: Tensor, height: int, width: int) -> Tensor:
-    """A kernel (out, in, h, w) in the middle of a larger one of zeros; as it is where it has no middle there."""
+    """A kernel (out, in, h, w) in the middle of a larger one of zeros; as it is where it has no middle there.
+
+    Args:
+        weight: (out, in, h', w').
+        height: the height that is wanted.
+        width: the width that is wanted.
+    """
     (tall, odd), (wide, odd_too) = divmod(height - weight.shape[2], 2), divmod(width - weight.shape[3], 2)
     if odd or odd_too or tall < 0 or wide < 0:
         return weight
@@ -247,6 +269,10 @@ def _padded_by_half(conv: nn.Conv2d) -> bool:
 
 def summed(keys: Iterable[str], most: int = 4) -> list[str]:
     """Keys, those of a part together where there are many of them.
+
+    Args:
+        keys: names with dots.
+        most: of how many at most each is named.
 
     Example:
         >>> summed(["a.b", *(f"decoders.{i}.w" for i in range(9))])
@@ -264,6 +290,9 @@ def summed(keys: Iterable[str], most: int = 4) -> list[str]:
 def is_remote(source: str) -> bool:
     """Whether a source is written as a published tag or a Hub repository, and not as a file.
 
+    Args:
+        source: as it was typed.
+
     Example:
         >>> is_remote("resnet50.v1"), is_remote("hf:owner/name"), is_remote("resnet50.pth")
         (True, True, False)
@@ -277,6 +306,9 @@ def find(source: str | PathLike[str]) -> Path:
 
     The network is asked only for ``NAME.TAG`` or ``NAME`` of a model with published weights that are not there yet, and
     for ``hf:OWNER/NAME``, ``hf:OWNER/NAME@REVISION`` or ``hf:OWNER/NAME/FILE``.
+
+    Args:
+        source: a path, a tag, or a repository.
 
     Raises:
         SchemeError: neither, or what cannot be had.

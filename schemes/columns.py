@@ -45,6 +45,11 @@ class FirstColumn(_Column):
     """The first column: it makes the levels one from the other, x_l = h F_l(x_{l-1}), x_{-1} being the stem.
 
     There is no column before it, so nothing comes from above and nothing is scaled; its inverse drops the levels.
+
+    Args:
+        levels: how many it makes.
+        growth: as in ``RevColCoupling``.
+        huge: as in ``RevColCoupling``.
     """
 
     def __init__(self, levels: int, growth: int, huge: bool):

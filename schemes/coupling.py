@@ -82,12 +82,23 @@ class Update(_Update):
 
 
 def shortcut_of(update: Update, gs: Sequence[Function]) -> Any:
-    """The shortcut that takes the place of the scale, or None."""
+    """The shortcut that takes the place of the scale, or None.
+
+    Args:
+        update: the update.
+        gs: the step's shortcuts.
+    """
     return gs[update.shortcut] if gs and update.shortcut is not None else None
 
 
 def apply_update(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
-    """The state after an elementary update."""
+    """The state after an elementary update.
+
+    Args:
+        update: the update.
+        state: the streams.
+        gs: the step's shortcuts.
+    """
     d = update.dst
     # Before anything is written: the terms read the state as it stands before this update.
     scale, shift, *byproducts = update.terms(state)
@@ -109,7 +120,13 @@ def apply_update(update: Update, state: State, gs: Sequence[Function] = ()) -> S
 
 
 def invert_update(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
-    """The state before an elementary update; a stream that it appended is dropped, a by-product is left."""
+    """The state before an elementary update; a stream that it appended is dropped, a by-product is left.
+
+    Args:
+        update: the update.
+        state: the streams after it.
+        gs: the step's shortcuts.
+    """
     d = update.dst
     if update.appends:
         return state[:d]
@@ -125,12 +142,22 @@ def invert_update(update: Update, state: State, gs: Sequence[Function] = ()) -> 
 
 
 def rotated(state: State, by: int) -> State:
-    """The streams, rotated: the first ``by`` go to the end."""
+    """The streams, rotated: the first ``by`` go to the end.
+
+    Args:
+        state: the streams.
+        by: how many go to the end.
+    """
     return state[by:] + state[:by] if by else state
 
 
 def scaled(h: StepSize, x: Tensor) -> Tensor:
-    """h x, without the product where h is the number 1."""
+    """h x, without the product where h is the number 1.
+
+    Args:
+        h: a step size.
+        x: a tensor.
+    """
     return x if isinstance(h, float) and h == 1.0 else x * h
 
 

@@ -20,6 +20,9 @@ Numbers: TypeAlias = Sequence[Number]
 def ees25(x: NumberLike = "1/10") -> Tableau:
     """Order 2 and antisymmetric order 5 in three stages, for any x but 1 and +-1/2.
 
+    Args:
+        x: the free parameter of the family.
+
     Example:
         >>> print(ees25("1/4"))
         0   |
@@ -89,6 +92,10 @@ def _damping(name: str, damping: NumberLike) -> Fraction:
 def rkc1(s: int, damping: NumberLike = "1/20") -> Tableau:
     """First-order Chebyshev method: R(z) = T_s(w0 + w1 z) / T_s(w0); stable to about (2 - 4/3 damping) s^2.
 
+    Args:
+        s: how many stages.
+        damping: by how much R(z) stays below 1 in between.
+
     Example:
         >>> rkc1(1).b, rkc1(5).stages
         ((Fraction(1, 1),), 5)
@@ -112,6 +119,10 @@ def rkc1(s: int, damping: NumberLike = "1/20") -> Tableau:
 @sampled("rkc2(5)", "rkc2(2)", "rkc2(s=5, damping=1/10)")
 def rkc2(s: int, damping: NumberLike = "2/13") -> Tableau:
     """Second-order Chebyshev method; stable to about 2/3 (s^2 - 1) (1 - 2/15 damping).
+
+    Args:
+        s: how many stages.
+        damping: by how much R(z) stays below 1 in between.
 
     Example:
         >>> rkc2(2).order
@@ -139,7 +150,11 @@ def rkc2(s: int, damping: NumberLike = "2/13") -> Tableau:
 
 @sampled("rkl1(5)", "rkl1(1)", "rkl1(2)", "rkl1(3)")
 def rkl1(s: int) -> Tableau:
-    """First-order Legendre method, R(z) = P_s(1 + 2 z / (s^2 + s)); stable to s^2 + s."""
+    """First-order Legendre method, R(z) = P_s(1 + 2 z / (s^2 + s)); stable to s^2 + s.
+
+    Args:
+        s: how many stages.
+    """
     s = _stages("rkl1", s, 1)
     # P_s'(1) = (s^2 + s) / 2, so that R'(0) = 1; there is no damping.
     w1 = Fraction(2, s * s + s)
@@ -157,7 +172,11 @@ def rkl1(s: int) -> Tableau:
 
 @sampled("rkl2(5)", "rkl2(2)")
 def rkl2(s: int) -> Tableau:
-    """Second-order Legendre method; stable to (s^2 + s - 2) / 2 at least."""
+    """Second-order Legendre method; stable to (s^2 + s - 2) / 2 at least.
+
+    Args:
+        s: how many stages.
+    """
     s = _stages("rkl2", s, 2)
     w1 = Fraction(4, s * s + s - 2)
     b = [Fraction(1, 3)] * 2 + [Fraction(j * j + j - 2, 2 * j * (j + 1)) for j in range(2, s + 1)]

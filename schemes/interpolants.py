@@ -22,13 +22,21 @@ ZERO = Fraction(0)
 
 
 def first_same_as_last(tableau: Tableau) -> bool:
-    """Whether the last stage is the slope at the end of the step, so that the next step need not evaluate it again."""
+    """Whether the last stage is the slope at the end of the step, so that the next step need not evaluate it again.
+
+    Args:
+        tableau: the method.
+    """
     # By its coefficients, exactly: a stage that only nearly stands at the end must be evaluated again.
     return tableau.stages > 1 and (*tableau.a[-1], ZERO) == tableau.b
 
 
 def with_end(tableau: Tableau) -> tuple[tuple[Number, ...], ...]:
-    """The rows of A, and after them the row of the slope at the end of the step where no stage is that."""
+    """The rows of A, and after them the row of the slope at the end of the step where no stage is that.
+
+    Args:
+        tableau: the method.
+    """
     return tableau.a if first_same_as_last(tableau) else (*tableau.a, tableau.b)
 
 
@@ -66,7 +74,11 @@ class Interpolant:
         return max(len(p) for p in self.weights)
 
     def order(self, limit: int = 9) -> int:
-        """The largest p, up to ``limit``, such that all order conditions up to p hold for every theta."""
+        """The largest p, up to ``limit``, such that all order conditions up to p hold for every theta.
+
+        Args:
+            limit: conditions of higher order are not looked at.
+        """
         powers = range(1, max(self.degree, limit) + 1)
         columns = {m: [p[m - 1] if m <= len(p) else ZERO for p in self.weights] for m in powers}
         # A condition on polynomials is one on each power of theta: the weights of a power are a method of their own.
@@ -108,7 +120,11 @@ def _product(*factors: Sequence[NumberLike]) -> list[Number]:
 
 
 def dopri5(tableau: Tableau) -> Interpolant:
-    """The quartic of the pair of Dormand and Prince that Shampine chose, of order 4, by the method's own stages."""
+    """The quartic of the pair of Dormand and Prince that Shampine chose, of order 4, by the method's own stages.
+
+    Args:
+        tableau: the pair.
+    """
     weights = [
         ["1", "-8048581381/2820520608", "8663915743/2820520608", "-12715105075/11282082432"],
         [],
@@ -122,7 +138,11 @@ def dopri5(tableau: Tableau) -> Interpolant:
 
 
 def tsit5(tableau: Tableau) -> Interpolant:
-    """The quartic that was published with the pair of Tsitouras, of order 4, by the method's own stages."""
+    """The quartic that was published with the pair of Tsitouras, of order 4, by the method's own stages.
+
+    Args:
+        tableau: the pair.
+    """
     theta, square = [0, 1], [0, 0, 1]
     weights = [
         _product(
@@ -143,7 +163,11 @@ def tsit5(tableau: Tableau) -> Interpolant:
 
 # long: a published table, line by line
 def dopri8(tableau: Tableau) -> Interpolant:
-    """A polynomial of degree 6 for the pair 8(7), of order 5, by its thirteen stages and the slope at the end."""
+    """A polynomial of degree 6 for the pair 8(7), of order 5, by its thirteen stages and the slope at the end.
+
+    Args:
+        tableau: the pair.
+    """
     weights = [
         [
             "1",

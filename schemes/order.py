@@ -266,6 +266,10 @@ def antisymmetric_order(tableau: Tableau, limit: int = 10) -> int:
     A method of even order p reaches p + 1, as the leading errors of h and -h cancel; "effectively symmetric" ones are
     built to reach more (Shmelev et al. 2025, arXiv 2507.21006). Only implicit methods can be symmetric altogether.
 
+    Args:
+        tableau: the method.
+        limit: higher orders are not looked at.
+
     Example:
         >>> from schemes import tableaux
         >>> antisymmetric_order(tableaux.euler), antisymmetric_order(tableaux.rk4)

@@ -171,6 +171,9 @@ def pruned(scheme: Scheme) -> RungeKutta:
 
     ``pruned(dopri5)`` has 6 stages, ``pruned(verner89)`` the 14 of verner8: every residual function reaches the output.
 
+    Args:
+        scheme: a Runge-Kutta method.
+
     Raises:
         SchemeError: not a Runge-Kutta method.
 

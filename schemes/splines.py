@@ -28,7 +28,12 @@ SAME = 1e-9
 
 
 class Row(NamedTuple):
-    """The basis functions that do not vanish at one place: numbers ``first``, ``first + 1``, ..., and their values."""
+    """The basis functions that do not vanish at one place: numbers ``first``, ``first + 1``, ..., and their values.
+
+    Args:
+        first: the number of the first of them.
+        values: of each.
+    """
 
     first: int
     values: tuple[float, ...]
@@ -76,7 +81,12 @@ class SplineSpace:
 
     @classmethod
     def uniform(cls, intervals: int, degree: int) -> "SplineSpace":
-        """The space with so many intervals of one length, as smooth as its degree allows."""
+        """The space with so many intervals of one length, as smooth as its degree allows.
+
+        Args:
+            intervals: how many.
+            degree: of the polynomials.
+        """
         if isinstance(intervals, bool) or not isinstance(intervals, int) or intervals < 1:
             raise SchemeError(f"splines: {intervals!r} intervals, want a whole number, at least 1.")
         return cls(degree, tuple(k / intervals for k in range(1, intervals)))
@@ -104,16 +114,28 @@ class SplineSpace:
         return n if all(abs(u - k / n) < SAME for k, u in enumerate(self.breaks)) else None
 
     def times(self, u: float) -> int:
-        """How often a knot stands."""
+        """How often a knot stands.
+
+        Args:
+            u: the knot.
+        """
         return sum(abs(v - u) < SAME for v in self.inner)
 
     def row(self, u: float) -> Row:
-        """The basis functions at u; right-continuous, and at 1 from the left."""
+        """The basis functions at u; right-continuous, and at 1 from the left.
+
+        Args:
+            u: a place in [0, 1].
+        """
         i, u = _interval(self, u)
         return Row(i - self.degree, tuple(_values(self.knots, self.degree, i, u)))
 
     def rows(self, us: Sequence[float]) -> Tensor:
-        """The basis functions at several places: (places, count), float64."""
+        """The basis functions at several places: (places, count), float64.
+
+        Args:
+            us: places in [0, 1].
+        """
         found = torch.zeros(len(us), self.count, dtype=torch.float64)
         for n, u in enumerate(us):
             first, values = self.row(float(u))
@@ -121,7 +143,11 @@ class SplineSpace:
         return found
 
     def basis(self, u: Tensor) -> Tensor:
-        """The basis functions at a place that is a tensor, (count,); differentiable, the same operations for each."""
+        """The basis functions at a place that is a tensor, (count,); differentiable, the same operations for each.
+
+        Args:
+            u: a place in [0, 1].
+        """
         knots = torch.tensor(self.knots, dtype=u.dtype, device=u.device)
         ends = torch.tensor(self.knots[self.degree + 1 : self.count], dtype=u.dtype, device=u.device)
         # The number of the interval, as a comparison: an index would have to be read by the host.
@@ -138,6 +164,9 @@ class SplineSpace:
     def refined(self, intervals: int) -> "SplineSpace":
         """The smallest space that holds this one and has these uniform intervals; knots keep how often they stand.
 
+        Args:
+            intervals: how many, of one length.
+
         Raises:
             SchemeError: an old knot is none of the new ones; the nearest numbers that hold it are named.
         """
@@ -153,6 +182,9 @@ class SplineSpace:
     def elevated(self, degree: int) -> "SplineSpace":
         """The space of a higher degree that holds this one: each knot stands once more per degree.
 
+        Args:
+            degree: at least this one's.
+
         Raises:
             SchemeError: a lower degree; ``projection`` gives the best spline there.
         """
@@ -164,7 +196,11 @@ class SplineSpace:
         return SplineSpace(degree, tuple(u for v in dict.fromkeys(self.inner) for u in [v] * (self.times(v) + more)))
 
     def holds(self, other: "SplineSpace") -> bool:
-        """Whether every spline of the other space lies in this one."""
+        """Whether every spline of the other space lies in this one.
+
+        Args:
+            other: a space over the same interval.
+        """
         more = self.degree - other.degree
         return more >= 0 and all(self.times(u) >= other.times(u) + more for u in other.inner)
 
@@ -268,7 +304,11 @@ def _quadrature(a: SplineSpace, b: SplineSpace) -> tuple[list[float], Tensor]:
 
 
 def gram(space: SplineSpace) -> Tensor:
-    """The integrals of products of basis functions: integral of |s|^2 = c^T G c; (count, count), float64."""
+    """The integrals of products of basis functions: integral of |s|^2 = c^T G c; (count, count), float64.
+
+    Args:
+        space: the space.
+    """
     places, weights = _quadrature(space, space)
     rows = space.rows(places)
     return rows.T @ (weights[:, None] * rows)
@@ -276,6 +316,10 @@ def gram(space: SplineSpace) -> Tensor:
 
 def projection(source: SplineSpace, target: SplineSpace) -> Tensor:
     r"""The map of coefficients to the nearest spline of another space: the least integral of |s - s'|^2 over [0, 1].
+
+    Args:
+        source: the space of the given spline.
+        target: the space of the nearest one.
 
     Returns:
         (target.count, source.count), float64; where the target holds the source, the map of ``transfer``.
@@ -291,7 +335,12 @@ def projection(source: SplineSpace, target: SplineSpace) -> Tensor:
 
 
 def distance(a: SplineSpace, b: SplineSpace) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of both spaces, and quadrature weights, at places that integrate |a - b|^2 exactly."""
+    """Rows of both spaces, and quadrature weights, at places that integrate |a - b|^2 exactly.
+
+    Args:
+        a: a space.
+        b: another.
+    """
     places, weights = _quadrature(a, b)
     return a.rows(places), b.rows(places), weights
 
@@ -301,6 +350,10 @@ def fit(space: SplineSpace, us: Sequence[float]) -> Tensor:
 
     Least squares at the places; what these leave free (a spline of more coefficients than there are places) is decided
     by the smallest sum of squared differences of neighbouring coefficients, so that a constant stays one.
+
+    Args:
+        space: the space.
+        us: places in [0, 1].
 
     Returns:
         (count, places), float64.

@@ -22,6 +22,9 @@ _PRECISION = 60  # digits; a Chebyshev method of 64 stages loses some 45 of them
 def polynomial(tableau: Tableau) -> tuple[Number, ...]:
     """Coefficients of R(z), constant term first, exact.
 
+    Args:
+        tableau: the method.
+
     Example:
         >>> from schemes import tableaux
         >>> [str(x) for x in polynomial(tableaux.rk4)]
@@ -64,7 +67,13 @@ def _horner(coefficients: list[float], z: Any) -> Any:
 
 
 class Region(NamedTuple):
-    """|R| on a grid: ``size[i][j]`` belongs to ``re[j] + 1j * im[i]``, as contour plots want it."""
+    """|R| on a grid: ``size[i][j]`` belongs to ``re[j] + 1j * im[i]``, as contour plots want it.
+
+    Args:
+        re: real parts, one per column.
+        im: imaginary parts, one per row.
+        size: |R| at each.
+    """
 
     re: list[float]
     im: list[float]

@@ -44,7 +44,11 @@ class StepSize(ABC):
 
 
 class Fixed(StepSize):
-    """The same step size everywhere; 1 is the residual network."""
+    """The same step size everywhere; 1 is the residual network.
+
+    Args:
+        h: the step size.
+    """
 
     def __init__(self, h: Any = 1.0):
         self.h = _finite("the step size", h)
@@ -75,7 +79,11 @@ class Decay(StepSize):
 
 
 class Learned(StepSize):
-    """One parameter per step, ``steps.{n}.h``, that starts at h0 and is trained (under its own weight decay)."""
+    """One parameter per step, ``steps.{n}.h``, that starts at h0 and is trained (under its own weight decay).
+
+    Args:
+        h0: where each starts.
+    """
 
     learned = True
 
@@ -114,7 +122,13 @@ class FromError(StepSize):
         return self.h0
 
     def following(self, h: float | Tensor, error: Tensor, order: int) -> Tensor:
-        """The next step size after a step of size h with that error estimate; ``order`` is the lower of the pair."""
+        """The next step size after a step of size h with that error estimate; ``order`` is the lower of the pair.
+
+        Args:
+            h: the size of the step that was taken.
+            error: its error estimate.
+            order: the lower order of the pair.
+        """
         # Detached: else training could lower its loss by moving the steps instead of the functions.
         rms = error.detach().float().square().mean().sqrt()
         factor = self.safety * (self.tol / rms.clamp_min(torch.finfo(rms.dtype).tiny)) ** (1 / (order + 1))
@@ -136,7 +150,12 @@ class PerDepth(StepSize):
         self.length, self.h = None if length is None else _positive("the step size: the length", length), h
 
     def of(self, length: float, units: int) -> "PerDepth":
-        """The rule for steps that move time on by ``units`` step sizes in all."""
+        """The rule for steps that move time on by ``units`` step sizes in all.
+
+        Args:
+            length: the span of the stack's field; a length that the rule itself names comes first.
+            units: the sum of the steps' spans.
+        """
         return PerDepth(self.length, length / units)
 
     def __call__(self, n: int) -> float:
@@ -150,6 +169,9 @@ class PerDepth(StepSize):
 
 def step_size(rule: "float | str | StepSize") -> StepSize:
     """Reads a rule: a number, "learned", "decay(0.9)", "error(1e-3)", "span/depth", or a StepSize.
+
+    Args:
+        rule: the rule.
 
     Raises:
         SchemeError: anything else.

@@ -173,6 +173,9 @@ class Features:
 
         It is that of what the module returned, also where a later module writes into it.
 
+        Args:
+            name: the name of a place.
+
         Raises:
             SchemeError: the module did not run.
 
@@ -230,6 +233,9 @@ def _copied(output: Tensor) -> Found:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, a network is in evaluation mode; after it, every module is as it was, frozen norms too.
 
+    Args:
+        model: the network.
+
     Example:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
@@ -259,6 +265,9 @@ def places(model: nn.Module) -> list[str]:
 
     Every level of every column and the readout of every step of its stacks, which is its one stream (``:0``) or made of
     several (``:readout``); or, in a network without stacks, the modules that ``feature_info`` names.
+
+    Args:
+        model: the network.
 
     Example:
         >>> from odenets.models import RevCol

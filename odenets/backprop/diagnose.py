@@ -32,7 +32,11 @@ class StepReport(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What ``Stack.diagnose`` returns: a report for each step; printed, a table that names the guilty one."""
+    """What ``Stack.diagnose`` returns: a report for each step; printed, a table that names the guilty one.
+
+    Args:
+        steps: a report for each step, in order.
+    """
 
     steps: list[StepReport]
 

@@ -317,7 +317,11 @@ class Plan(Mode):
         return state
 
     def parts(self, given: Pass) -> Iterator[tuple[Mode, Pass]]:
-        """The modes, and the passes through their steps."""
+        """The modes, and the passes through their steps.
+
+        Args:
+            given: the pass through all steps.
+        """
         # By the step's number in the stack and not by its place in the pass: an inverted pass begins at the last
         # segment.
         ends = [*accumulate(count for count, _ in self.segments)]
@@ -406,6 +410,9 @@ FAMILIES: dict[str, type[Mode]] = {"checkpoint": Checkpoint, "reverse": Reverse,
 
 def parse_mode(given: "str | Mode | None") -> Mode:
     """Reads a mode; None stands for "store".
+
+    Args:
+        given: the text of a mode, a mode, or None.
 
     Raises:
         SchemeError: anything else.

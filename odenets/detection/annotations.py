@@ -59,14 +59,23 @@ class Objects(NamedTuple):
 
 
 class Faults:
-    """Entries that are wrong, named and counted; ends the run with the list beyond `limit`."""
+    """Entries that are wrong, named and counted; ends the run with the list beyond `limit`.
+
+    Args:
+        path: the file that holds the entries.
+        limit: how many may be wrong.
+    """
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit = path, limit
         self.found: list[str] = []
 
     def add(self, what: str) -> None:
-        """Notes one."""
+        """Notes one.
+
+        Args:
+            what: the entry, and what is wrong with it.
+        """
         self.found.append(what)
 
     def settle(self) -> None:
@@ -227,15 +236,27 @@ class Annotations:
         return len(self.ids)
 
     def name(self, i: int) -> str:
-        """The file of picture i."""
+        """The file of picture i.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return self.files[i].decode()
 
     def encoded(self, i: int) -> str:
-        """Where the file of picture i lies."""
+        """Where the file of picture i lies.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return str(self.root / self.name(i))
 
     def objects(self, i: int) -> Objects:
-        """What picture i shows."""
+        """What picture i shows.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         rows = slice(int(self.starts[i]), int(self.ends[i]))
         arrays = (self.boxes[rows], self.labels[rows], self.crowd[rows], self.areas[rows])
         # Copies: a target that is written to must not change what the next epoch reads.
@@ -267,6 +288,11 @@ class Annotations:
 def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """The pixels (h, w) of a mask as COCO stores it: polygons, run lengths, or packed run lengths.
 
+    Args:
+        segmentation: a list of polygons, or a mapping with ``size`` and ``counts``.
+        height: of the picture.
+        width: of the picture.
+
     Example:
         >>> decoded({"size": [2, 2], "counts": [1, 3]}, 2, 2).tolist()
         [[False, True], [True, True]]
@@ -291,6 +317,9 @@ def unpacked(text: str) -> list[int]:
 
     A letter holds five bits, and whether more follow; from the fourth on a length is written as its difference to the
     last but one.
+
+    Args:
+        text: the packed run lengths.
 
     Raises:
         ValueError: a text that is no such thing.

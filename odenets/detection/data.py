@@ -57,20 +57,36 @@ class Shown(Protocol):
 
     def __len__(self) -> int: ...
     def encoded(self, i: int) -> bytes | str:
-        """The file of picture i, or what it holds."""
+        """The file of picture i, or what it holds.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         ...
 
     def name(self, i: int) -> str:
-        """What picture i is called."""
+        """What picture i is called.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         ...
 
     def objects(self, i: int) -> Objects:
-        """What is on picture i."""
+        """What is on picture i.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         ...
 
 
 class Unannotated:
-    """Pictures of which nothing is known; their ids count from 1."""
+    """Pictures of which nothing is known; their ids count from 1.
+
+    Args:
+        source: the pictures.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source, self.sizes = source, None
@@ -80,15 +96,27 @@ class Unannotated:
         return len(self.source)
 
     def encoded(self, i: int) -> bytes | str:
-        """The file of picture i, or what it holds."""
+        """The file of picture i, or what it holds.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return self.source.encoded(i)
 
     def name(self, i: int) -> str:
-        """Its file."""
+        """Its file.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return self.source.name(i)
 
     def objects(self, i: int) -> Objects:
-        """Nothing."""
+        """Nothing.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         whole = torch.zeros(0, dtype=torch.long)
         return Objects(torch.zeros(0, 4, dtype=torch.float64), whole, whole.bool(), whole.double(), None)
 
@@ -119,11 +147,18 @@ class Detections(Dataset):
         return len(self.shown)
 
     def name(self, i: int) -> str:
-        """The file of picture i; it says so where another one took its place."""
+        """The file of picture i; it says so where another one took its place.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return self.shown.name(i) + (" (unreadable)" if i in self.tally else "")
 
     def picture(self, i: int) -> Image.Image:
         """Picture i as its annotations mean it: upright, unless they have the size of the file as it is stored.
+
+        Args:
+            i: the number of the picture, from 0.
 
         Raises:
             Unreadable: it is no picture, or of another size than its annotations say.
@@ -194,7 +229,12 @@ def _inside(objects: Objects, placed: Placement, size: tuple[int, int]) -> Targe
 
 
 class Collate:
-    """Samples as a batch: pictures filled up to one size, a multiple of ``multiple`` and at least ``least``."""
+    """Samples as a batch: pictures filled up to one size, a multiple of ``multiple`` and at least ``least``.
+
+    Args:
+        multiple: of which both sides are made a multiple.
+        least: the shortest side.
+    """
 
     def __init__(self, multiple: int, least: int = 0) -> None:
         self.multiple, self.least = multiple, least
@@ -411,7 +451,11 @@ class DetectionData(Pictures):
         return "predict"
 
     def predicted_picture(self, i: int) -> Image.Image:
-        """Picture i of those that ``predict`` runs over, as its boxes mean it."""
+        """Picture i of those that ``predict`` runs over, as its boxes mean it.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return self.sets["predict"].picture(i)  # type: ignore[attr-defined]
 
     def on_after_batch_transfer(  # type: ignore[override]

@@ -123,7 +123,11 @@ class Detector(NetModule):
 
     @torch.no_grad()
     def detect(self, x: Tensor) -> list[Found]:
-        """What is in normalised pictures (n, 3, h, w), in their pixels; the module is in evaluation."""
+        """What is in normalised pictures (n, 3, h, w), in their pixels; the module is in evaluation.
+
+        Args:
+            x: the pictures.
+        """
         return self(x).found
 
     def _boxes(self, targets: Sequence[Target]) -> float:

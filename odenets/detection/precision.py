@@ -36,7 +36,11 @@ class Found(NamedTuple):
     masks: Tensor | None = None
 
     def best(self, count: int = MOST) -> "Found":
-        """The detections of the highest scores, on the CPU."""
+        """The detections of the highest scores, on the CPU.
+
+        Args:
+            count: how many are kept at most.
+        """
         # Stable, so that equal scores stay in the same order on every device.
         order = self.scores.argsort(descending=True, stable=True)[:count]
         return Found(*(None if part is None else part[order].cpu() for part in self))  # type: ignore[arg-type]

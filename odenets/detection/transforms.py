@@ -37,7 +37,11 @@ class Placement(NamedTuple):
     flip: bool
 
     def picture(self, image: Image.Image) -> Image.Image:
-        """The window of the resized picture."""
+        """The window of the resized picture.
+
+        Args:
+            image: the picture as it was read.
+        """
         x, y = image.width / self.resized[0], image.height / self.resized[1]
         box = (self.left * x, self.top * y, (self.left + self.width) * x, (self.top + self.height) * y)
         # Rounding may leave the edge a hair beyond the picture, which Pillow refuses.
@@ -62,7 +66,11 @@ class Placement(NamedTuple):
         return torch.minimum(found.clamp(min=0), edges)
 
     def masks(self, masks: Tensor) -> Tensor:
-        """Masks (k, h, w) of the picture in the window: pixels that are inside by half or more."""
+        """Masks (k, h, w) of the picture in the window: pixels that are inside by half or more.
+
+        Args:
+            masks: (k, h, w), in the size of the picture as it was read.
+        """
         found = torch.zeros(len(masks), self.height, self.width, dtype=torch.bool)
         for k, mask in enumerate(masks):
             # Through the picture's own filter, so that mask and pixels move by the same fraction.
@@ -82,6 +90,11 @@ class Placement(NamedTuple):
 def fit(width: int, height: int, side: float) -> tuple[int, int]:
     """The size with the longer side of so many pixels, in the same proportion.
 
+    Args:
+        width: of the picture.
+        height: of the picture.
+        side: the longer side that is wanted.
+
     Example:
         >>> fit(640, 480, 320)
         (320, 240)
@@ -92,6 +105,12 @@ def fit(width: int, height: int, side: float) -> tuple[int, int]:
 
 def shorter(width: int, height: int, side: int, longest: int) -> tuple[int, int]:
     """The size with the shorter side of so many pixels, or less where the longer one would exceed `longest`.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        side: the shorter side that is wanted.
+        longest: what the longer side may not exceed.
 
     Example:
         >>> shorter(640, 480, 800, 1333), shorter(1000, 200, 800, 1333)
@@ -119,7 +138,13 @@ class Resize(NamedTuple):
     flip: float
 
     def draw(self, width: int, height: int, generator: Generator | None) -> Placement:
-        """A placement for training; it takes four numbers of the generator, whatever they decide."""
+        """A placement for training; it takes four numbers of the generator, whatever they decide.
+
+        Args:
+            width: of the picture.
+            height: of the picture.
+            generator: what is drawn from; None is torch's own.
+        """
         scale, x, y, flip = torch.rand(4, generator=generator).tolist()
         mirrored = flip < self.flip
         if self.jitter is None:
@@ -132,7 +157,12 @@ class Resize(NamedTuple):
         return Placement(resized, int(x * (wide - w + 1)), int(y * (high_ - h + 1)), w, h, mirrored)
 
     def fixed(self, width: int, height: int) -> Placement:
-        """The placement in evaluation: the whole picture."""
+        """The placement in evaluation: the whole picture.
+
+        Args:
+            width: of the picture.
+            height: of the picture.
+        """
         if self.jitter is None:
             resized = shorter(width, height, self.size, self.longest)
         else:
@@ -142,6 +172,9 @@ class Resize(NamedTuple):
 
 def bounds(masks: Tensor) -> Tensor:
     """The boxes (k, 4), left, top, right, bottom in edges of pixels, around masks (k, h, w); zeros where one is empty.
+
+    Args:
+        masks: (k, h, w), true inside.
 
     Example:
         >>> import torch

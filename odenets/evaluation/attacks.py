@@ -183,6 +183,9 @@ pgd.words = {"norm": NORMS}  # type: ignore[attr-defined]
 def read_attack(text: str) -> Attack:
     """An attack as one types it: ``fgsm(eps=4/255)``, ``pgd(8/255, steps=20, norm=linf)``; parsed, never evaluated.
 
+    Args:
+        text: the name, with its settings in parentheses.
+
     Raises:
         SchemeError: It says anything else.
 

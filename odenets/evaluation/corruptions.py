@@ -342,7 +342,12 @@ CONSTANTS: dict[str, dict[Protocol, Any]] = {
 
 
 def protocol_of(height: int, width: int) -> Protocol:
-    """Whose constants pictures of a size are corrupted by: CIFAR-C's up to 96 pixels, ImageNet-C's above."""
+    """Whose constants pictures of a size are corrupted by: CIFAR-C's up to 96 pixels, ImageNet-C's above.
+
+    Args:
+        height: of the pictures.
+        width: of the pictures.
+    """
     return "cifar" if min(height, width) <= SMALL else "imagenet"
 
 

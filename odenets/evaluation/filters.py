@@ -13,18 +13,33 @@ from torch import Tensor
 
 
 def nearest(i: Tensor, size: int) -> Tensor:
-    """The place inside of 0 ... size - 1 that stands for place i: the edge goes on."""
+    """The place inside of 0 ... size - 1 that stands for place i: the edge goes on.
+
+    Args:
+        i: places, beyond the edges too.
+        size: pixels of the line.
+    """
     return i.clamp(0, size - 1)
 
 
 def reflect(i: Tensor, size: int) -> Tensor:
-    """The same, mirrored at the edge of the last pixel, which so stands twice."""
+    """The same, mirrored at the edge of the last pixel, which so stands twice.
+
+    Args:
+        i: places, beyond the edges too.
+        size: pixels of the line.
+    """
     i = i.remainder(2 * size)
     return torch.minimum(i, 2 * size - 1 - i)
 
 
 def mirror(i: Tensor, size: int) -> Tensor:
-    """The same, mirrored at the centre of the last pixel."""
+    """The same, mirrored at the centre of the last pixel.
+
+    Args:
+        i: places, beyond the edges too.
+        size: pixels of the line.
+    """
     i = i.remainder(max(1, 2 * size - 2))
     return torch.minimum(i, 2 * size - 2 - i)
 
@@ -36,6 +51,12 @@ def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Ten
     """The Gaussian filter of a line of ``size`` pixels as a matrix (size, size), in double precision.
 
     Row i holds exp(-k^2 / 2 sigma^2) / Z at fold(i + k), |k| up to round(truncate sigma); the unit matrix for sigma 0.
+
+    Args:
+        size: pixels of the line.
+        sigma: standard deviation in pixels.
+        fold: which pixel stands for one beyond the edge.
+        truncate: the filter ends at so many standard deviations.
 
     Example:
         >>> gaussian_matrix(3, 1.0, nearest, 4.0).sum(1).round(decimals=9).tolist()
@@ -54,7 +75,14 @@ def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Ten
 
 
 def gaussian(x: Tensor, sigma: float, fold: Fold = nearest, truncate: float = 4.0) -> Tensor:
-    """Gaussian blur of the last two dimensions."""
+    """Gaussian blur of the last two dimensions.
+
+    Args:
+        x: (..., h, w).
+        sigma: standard deviation in pixels.
+        fold: which pixel stands for one beyond the edge.
+        truncate: the filter ends at so many standard deviations.
+    """
     down, across = (gaussian_matrix(n, sigma, fold, truncate).to(x) for n in x.shape[-2:])
     # Two products of matrices: edges need no padding, and a filter as wide as the picture costs no more.
     return down @ x @ across.T
@@ -64,6 +92,10 @@ def disk(radius: float, alias_blur: float) -> Tensor:
     """The kernel of a lens out of focus: a disk on whole pixels, blurred a little; its sum is 1.
 
     Pixels (i, j) with i^2 + j^2 <= radius^2, filtered by a Gaussian of 3 x 3 pixels, 5 x 5 for a radius above 8.
+
+    Args:
+        radius: in pixels.
+        alias_blur: standard deviation of the Gaussian, in pixels.
     """
     # As published: small disks lie on a grid of 17 pixels, larger ones on one that just holds them.
     half = 8 if radius <= 8 else int(radius)
@@ -80,7 +112,12 @@ def disk(radius: float, alias_blur: float) -> Tensor:
 
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """Each channel with one odd kernel, mirrored at the edges; rows and columns of zeros around it are left out."""
+    """Each channel with one odd kernel, mirrored at the edges; rows and columns of zeros around it are left out.
+
+    Args:
+        x: (n, c, h, w).
+        kernel: (2 r + 1, 2 s + 1).
+    """
     half = len(kernel) // 2
     used = (kernel != 0).any(1).nonzero()[:, 0] - half
     reach = int(used.abs().max())
@@ -123,7 +160,12 @@ def motion(x: Tensor, radius: int, sigma: float, angles: Tensor) -> Tensor:
 
 
 def clipped_zoom(x: Tensor, factor: float) -> Tensor:
-    """The middle of a picture, enlarged (bilinear, corners on corners) to the picture's own size."""
+    """The middle of a picture, enlarged (bilinear, corners on corners) to the picture's own size.
+
+    Args:
+        x: (n, c, h, w).
+        factor: at least 1.
+    """
     height, width = x.shape[-2:]
     inner = [math.ceil(n / factor) for n in (height, width)]
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
@@ -135,7 +177,12 @@ def clipped_zoom(x: Tensor, factor: float) -> Tensor:
 
 
 def box_matrix(given: int, wanted: int) -> Tensor:
-    """Pillow's BOX filter of a line as a matrix (wanted, given): the mean of the whole pixels of each box."""
+    """Pillow's BOX filter of a line as a matrix (wanted, given): the mean of the whole pixels of each box.
+
+    Args:
+        given: pixels of the line.
+        wanted: pixels of the result.
+    """
     scale = given / wanted
     support = 0.5 * max(scale, 1.0)
     found = torch.zeros(wanted, given, dtype=torch.float64)
@@ -150,13 +197,25 @@ def box_matrix(given: int, wanted: int) -> Tensor:
 
 
 def box_resize(levels: Tensor, size: Sequence[int]) -> Tensor:
-    """Resizes whole levels (n, c, h, w) by Pillow's BOX filter: across, then down, rounded after each."""
+    """Resizes whole levels (n, c, h, w) by Pillow's BOX filter: across, then down, rounded after each.
+
+    Args:
+        levels: (n, c, h, w), whole numbers from 0 to 255.
+        size: height and width of the result.
+    """
     down, across = box_matrix(levels.shape[-2], size[0]).to(levels), box_matrix(levels.shape[-1], size[1]).to(levels)
     return (down @ (levels @ across.T + 0.5).floor() + 0.5).floor()
 
 
 def sample(x: Tensor, rows: Tensor, columns: Tensor, fold: Fold) -> Tensor:
-    """Bilinear values of pictures (n, c, h, w) at places (n, h', w') in pixels."""
+    """Bilinear values of pictures (n, c, h, w) at places (n, h', w') in pixels.
+
+    Args:
+        x: (n, c, h, w).
+        rows: (n, h', w'), from the centre of the first pixel.
+        columns: the same.
+        fold: which pixel stands for one beyond the edge.
+    """
     height, width = x.shape[-2:]
     top, left = rows.floor(), columns.floor()
     down, across = (rows - top)[:, None], (columns - left)[:, None]

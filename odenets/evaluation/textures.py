@@ -22,21 +22,43 @@ class Draws:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def uniform(self, low: float, high: float, shape: Sequence[int] = ()) -> Tensor:
-        """(n, *shape), in double precision, from [low, high)."""
+        """(n, *shape), in double precision, from [low, high).
+
+        Args:
+            low: the lower end.
+            high: the upper end.
+            shape: of what is drawn for each picture.
+        """
         drawn = [torch.rand(tuple(shape), generator=g, dtype=torch.float64) for g in self.generators]
         return low + (high - low) * torch.stack(drawn)
 
     def normal(self, mean: float, std: float, shape: Sequence[int]) -> Tensor:
-        """(n, *shape), in double precision."""
+        """(n, *shape), in double precision.
+
+        Args:
+            mean: of the distribution.
+            std: its standard deviation.
+            shape: of what is drawn for each picture.
+        """
         drawn = [torch.randn(tuple(shape), generator=g, dtype=torch.float64) for g in self.generators]
         return mean + std * torch.stack(drawn)
 
     def integers(self, low: int, high: int, shape: Sequence[int] = ()) -> Tensor:
-        """(n, *shape), whole numbers from low to high - 1."""
+        """(n, *shape), whole numbers from low to high - 1.
+
+        Args:
+            low: the smallest.
+            high: the one after the largest.
+            shape: of what is drawn for each picture.
+        """
         return torch.stack([torch.randint(low, high, tuple(shape), generator=g) for g in self.generators])
 
     def poisson(self, rates: Tensor) -> Tensor:
-        """Counts of the rates (n, ...)."""
+        """Counts of the rates (n, ...).
+
+        Args:
+            rates: (n, ...), the expected counts.
+        """
         pairs = zip(rates.cpu(), self.generators, strict=True)
         return torch.stack([torch.poisson(rate, generator=g) for rate, g in pairs])
 
@@ -79,7 +101,14 @@ def plasma(draws: Draws, size: int, decay: float) -> Tensor:
 
 
 def clouds(draws: Draws, height: int, width: int, decay: float) -> Tensor:
-    """A corner (n, height, width) of plasma fractals of the next power of 2."""
+    """A corner (n, height, width) of plasma fractals of the next power of 2.
+
+    Args:
+        draws: the random numbers, one generator per picture.
+        height: of the corner.
+        width: of the corner.
+        decay: by which the roughness falls from one scale to the next.
+    """
     return plasma(draws, 1 << (max(height, width, 2) - 1).bit_length(), decay)[:, :height, :width]
 
 
@@ -87,6 +116,11 @@ def frosting(draws: Draws, height: int, width: int) -> Tensor:
     """What stands in for frost: bright ridges of a plasma fractal on patches of another, (n, 3, height, width).
 
     ridge = (1 - |2 p - 1|)^3, light = 0.25 + 0.45 ridge + 0.3 q, tinted 0.9, 0.97, 1; from 0 to 1.
+
+    Args:
+        draws: the random numbers, one generator per picture.
+        height: of the pictures.
+        width: of the pictures.
     """
     ridge = (1 - (2 * clouds(draws, height, width, 1.45) - 1).abs()) ** 3
     light = 0.25 + 0.45 * ridge + 0.3 * clouds(draws, height, width, 2.5)

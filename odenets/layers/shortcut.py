@@ -115,7 +115,11 @@ class SpaceToDepth(nn.Module):
         return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """What ``forward`` made y of."""
+        """What ``forward`` made y of.
+
+        Args:
+            y: (n, factor^2 c, h / factor, w / factor).
+        """
         from einops import rearrange  # its import takes a third of this package's, for this layer alone
 
         return rearrange(y, "n (a b c) h w -> n c (h a) (w b)", a=self.factor, b=self.factor)

@@ -165,6 +165,9 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 def published_weights(name: str) -> tuple[Weights, ...]:
     """The published weights of a registered model, the default first; empty where none are known.
 
+    Args:
+        name: of the model.
+
     Example:
         >>> [w.tag for w in published_weights("resnet50")]
         ['v2', 'v1']

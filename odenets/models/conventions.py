@@ -43,15 +43,29 @@ class Conventions(nn.Module):
         raise NotImplementedError
 
     def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``forward_features`` and ``maps`` give, of one pass; with ``norm`` the last map is normalised."""
+        """What ``forward_features`` and ``maps`` give, of one pass; with ``norm`` the last map is normalised.
+
+        Args:
+            x: (n, c, h, w).
+            norm: whether the last map goes through the norm before the head.
+        """
         found = self.maps(x)
         return found[-1], found
 
     def cut_levels(self, last: int) -> None:
-        """Takes out what comes after map number ``last``."""
+        """Takes out what comes after map number ``last``.
+
+        Args:
+            last: the number of the last map that stays, from 0.
+        """
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new head in."""
+        """Puts a new head in.
+
+        Args:
+            num_classes: its outputs; 0: no head.
+            global_pool: the pooling from now on; None leaves it.
+        """
         raise NotImplementedError
 
     def forward_intermediates(
@@ -128,6 +142,9 @@ class Conventions(nn.Module):
         """Lets the stacks that store keep one state a step and run the step again (or store, where it is off).
 
         Stacks under any other mode, such as "reverse", stay as they are. For plans by measurement: ``odenets.plan``.
+
+        Args:
+            enable: whether it is on.
 
         Example:
             >>> from odenets import create_model

@@ -16,19 +16,36 @@ class FeatureInfo(list[dict[str, Any]]):
     """
 
     def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The widths of the maps: of all, of some, or of one."""
+        """The widths of the maps: of all, of some, or of one.
+
+        Args:
+            idx: numbers of maps, or one; None: all.
+        """
         return self.get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of the picture per pixel of each map."""
+        """Pixels of the picture per pixel of each map.
+
+        Args:
+            idx: numbers of maps, or one; None: all.
+        """
         return self.get("reduction", idx)
 
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The modules that give the maps."""
+        """The modules that give the maps.
+
+        Args:
+            idx: numbers of maps, or one; None: all.
+        """
         return self.get("module", idx)
 
     def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        """One entry of all rows (None), of some, or of one."""
+        """One entry of all rows (None), of some, or of one.
+
+        Args:
+            key: such as ``"num_chs"``.
+            idx: numbers of maps, or one; None: all.
+        """
         if isinstance(idx, int):
             return self[idx][key]
         return [self[i][key] for i in (range(len(self)) if idx is None else idx)]

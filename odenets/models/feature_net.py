@@ -65,7 +65,11 @@ class FeatureNet(nn.Module):
         return [maps[i] for i in self.wanted]
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """The model's own map; what was taken out is dropped."""
+        """The model's own map; what was taken out is dropped.
+
+        Args:
+            keys: all keys of a file.
+        """
         known: KeyMap | None = self.net.key_map(keys) if isinstance(self.net, Renames) else None
         if known is None:
             if not self.left_out & set(keys) and not any(f"net.{key}" in self.state_dict() for key in keys):

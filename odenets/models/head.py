@@ -131,6 +131,9 @@ class HeadNet(Conventions, ABC):
     def picture(self, x: Tensor) -> Tensor:
         """The picture as the stem takes it: padded where the network pads, else checked.
 
+        Args:
+            x: (n, c, h, w).
+
         Raises:
             SchemeError: sides that the network cannot take.
         """
@@ -164,19 +167,31 @@ class HeadNet(Conventions, ABC):
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
-        """What is pooled: a map (n, num_features, h', w'), or tokens (n, t, num_features)."""
+        """What is pooled: a map (n, num_features, h', w'), or tokens (n, t, num_features).
+
+        Args:
+            x: (n, c, h, w).
+        """
 
     @abstractmethod
     def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]: ...
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pools what ``forward_features`` gives: (n, num_features)."""
+        """Pools what ``forward_features`` gives: (n, num_features).
+
+        Args:
+            x: what ``forward_features`` gave.
+        """
         return x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools, drops out and classifies what ``forward_features`` gives; ``pre_logits`` stops before the head.
 
         Without pooling it comes back as it is.
+
+        Args:
+            x: what ``forward_features`` gave.
+            pre_logits: whether to stop before the head.
         """
         if not self.global_pool:
             return x
@@ -221,7 +236,11 @@ class HeadNet(Conventions, ABC):
                         m.bias.mul_(self.head_init_scale)
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """A linear layer with new weights."""
+        """A linear layer with new weights.
+
+        Args:
+            num_classes: its outputs.
+        """
         # A new head goes to where the network is, in its precision.
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -229,7 +248,11 @@ class HeadNet(Conventions, ABC):
         return head
 
     def init_head(self, head: Any) -> None:
-        """Draws a new head's weights; torch's own unless a subclass says otherwise."""
+        """Draws a new head's weights; torch's own unless a subclass says otherwise.
+
+        Args:
+            head: the layer.
+        """
 
 
 class ColumnNet(HeadNet):

@@ -101,5 +101,9 @@ class LevelNet(HeadNet):
         return level_depths(self, self.depth_group)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here; None for an unknown layout."""
+        """Names of published keys here; None for an unknown layout.
+
+        Args:
+            keys: all keys of a file.
+        """
         return None

@@ -145,6 +145,9 @@ class RevCol(ColumnNet):
     def forward_supervised(self, x: Tensor) -> Supervised:
         """Logits of every head, the final one last, and the pictures that the decoders make.
 
+        Args:
+            x: (n, c, h, w).
+
         Raises:
             SchemeError: the network has no supervision.
         """
@@ -189,7 +192,11 @@ class RevCol(ColumnNet):
         return grid_depths(self, self.blocks)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of the published keys here; a supervised checkpoint's last head may be this network's only one."""
+        """Names of the published keys here; a supervised checkpoint's last head may be this network's only one.
+
+        Args:
+            keys: all keys of a file.
+        """
         return keys_of_revcol.published(self.state_dict().keys(), keys)
 
 

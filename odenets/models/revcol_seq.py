@@ -84,11 +84,21 @@ class RevColTranslator(nn.Module):
         return self.decode(target, self.encode(source), source == PAD)
 
     def encode(self, source: Tensor) -> Tensor:
-        """The memory (n, s, dim): padded words are read by none."""
+        """The memory (n, s, dim): padded words are read by none.
+
+        Args:
+            source: (n, s), words of the source, padded.
+        """
         return self.columns(self._embedded(self.source, source), context=source != PAD)
 
     def decode(self, target: Tensor, memory: Tensor, padded: Tensor) -> Tensor:
-        """Logits (n, t, target_words); ``padded`` (n, s) marks words of the source that are not there."""
+        """Logits (n, t, target_words); ``padded`` (n, s) marks words of the source that are not there.
+
+        Args:
+            target: (n, t), the words so far, the start first.
+            memory: (n, s, dim), as ``encode`` gives it.
+            padded: (n, s), true where there is no word.
+        """
         # True is what must not be read: torch's decoder masks say what is hidden, those of our attention what may be
         # seen.
         later = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).triu(1)
@@ -97,7 +107,12 @@ class RevColTranslator(nn.Module):
 
     @torch.no_grad()
     def translate(self, source: Tensor, limit: int | None = None) -> Tensor:
-        """The likeliest next word again and again, until every sentence ends: (n, t), padded, without the start."""
+        """The likeliest next word again and again, until every sentence ends: (n, t), padded, without the start.
+
+        Args:
+            source: (n, s), words of the source, padded.
+            limit: words of a translation at most, the start included; None: as many as there are positions.
+        """
         memory, padded = self.encode(source), source == PAD
         words = torch.full((len(source), 1), START, device=source.device)
         done = torch.zeros(len(source), dtype=torch.bool, device=source.device)

@@ -27,6 +27,16 @@ from .rdnet import RDNet
 class Design:
     """One step between ResNet and ConvNeXt; see ``ModernFunction`` for the switches of the residual function.
 
+    Args:
+        depthwise: whether the spatial convolution is depthwise.
+        inverted: whether the middle of the residual function is its widest part.
+        dw_first: whether the depthwise convolution comes first.
+        kernel: size of the spatial convolution.
+        act: the activation.
+        one_act: whether there is a single activation.
+        one_norm: whether there is a single norm.
+        norm: which norm.
+
     Attributes:
         functions: residual functions per level.
         width: width of the stem.

@@ -139,7 +139,11 @@ class ViT(HeadNet):
         return level_depths(self, 2)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of the public ViT layout's keys here, or of a twin's under another scheme."""
+        """Names of the public ViT layout's keys here, or of a twin's under another scheme.
+
+        Args:
+            keys: all keys of a file.
+        """
         own = self.state_dict().keys()
         return keys_of_vit.published(own, keys) or twin(own, keys)
 

@@ -150,7 +150,11 @@ class Segmenter(NetModule):
         return [mask.to("cpu", kind) for mask in self.predicted(*batch)]
 
     def prediction_writer(self, folder: Path) -> Callback:
-        """What writes the predictions of ``lightning predict``."""
+        """What writes the predictions of ``lightning predict``.
+
+        Args:
+            folder: where they go.
+        """
         return PredictedMasks(folder / "predictions")
 
     def configure_optimizers(self) -> Any:

@@ -86,12 +86,20 @@ class Comparison:
         ]
 
     def words(self, options: Mapping[str, str] | None = None) -> list[str]:
-        """The command line of all runs, or of those of a cell."""
+        """The command line of all runs, or of those of a cell.
+
+        Args:
+            options: of the cell; None: those that all runs share.
+        """
         words = ["fit", "-c", str(Path(self.experiment).absolute()), *self.overrides]
         return words + [f"--{key}={value}" for key, value in (options or {}).items()]
 
     def words_of(self, run: Run) -> list[str]:
-        """The command line of a run."""
+        """The command line of a run.
+
+        Args:
+            run: the run.
+        """
         # Appended: the experiment's own callbacks stay.
         cost = f"--trainer.callbacks+={Cost.__module__}.{Cost.__name__}"
         own = [f"--seed_everything={run.seed}", f"--run_dir={folder_of(self.folder, run)}", cost]
@@ -147,7 +155,12 @@ class Comparison:
 
 
 def folder_of(folder: Path, run: Run) -> Path:
-    """The folder of a run."""
+    """The folder of a run.
+
+    Args:
+        folder: of the comparison.
+        run: the run.
+    """
     return Path(folder) / folder_name(run.cell) / f"seed-{run.seed}"
 
 

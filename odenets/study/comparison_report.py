@@ -43,7 +43,12 @@ class Found(NamedTuple):
         return list(self.settings["plan"])
 
     def of(self, cell: str, *statuses: str) -> list[Line]:
-        """The runs of a cell, or those with one of some statuses."""
+        """The runs of a cell, or those with one of some statuses.
+
+        Args:
+            cell: the name of the cell.
+            *statuses: such as ``failed``; none: all runs.
+        """
         return [line for line in self.lines if line["cell"] == cell and (not statuses or line["status"] in statuses)]
 
 
@@ -89,7 +94,12 @@ def _of_folder(folder: Path) -> Found:
 
 
 def export(found: Found, path: Path) -> None:
-    """Writes all that is known as JSON, a line for each run, so that versions of the file differ where runs do."""
+    """Writes all that is known as JSON, a line for each run, so that versions of the file differ where runs do.
+
+    Args:
+        found: the runs of a comparison.
+        path: the JSON file.
+    """
     runs = ",\n".join(json.dumps(line) for line in found.lines)
     text = f'{{"settings": {json.dumps(found.settings, indent=1)},\n"runs": [\n{runs}\n]}}\n'
     write_whole(path, text.encode())
@@ -114,7 +124,13 @@ class Row(NamedTuple):
 
 
 def better(metric: str, value: float, target: float) -> bool:
-    """Whether a value is as good as a target: as high, or as low where the metric is a loss."""
+    """Whether a value is as good as a target: as high, or as low where the metric is a loss.
+
+    Args:
+        metric: its name; a loss is better where it is lower.
+        value: what a run reached.
+        target: what is asked for.
+    """
     return value <= target if metric.endswith("loss") else value >= target
 
 
@@ -163,6 +179,11 @@ def usual_target(found: Found, metric: str, baseline: str | None = None) -> floa
     """A target in steps of 0.05 that every trained run of the baseline reached, as far as it can be; None without one.
 
     It is decided by the baseline alone, so that it favours none of the others.
+
+    Args:
+        found: the runs of a comparison.
+        metric: which figure is compared.
+        baseline: the cell that decides; None: the first.
     """
     ended = found.of(baseline or found.cells[0], TRAINED)
     reached = [[epoch[metric] for epoch in line["epochs"] if metric in epoch] for line in ended]
@@ -175,7 +196,14 @@ def usual_target(found: Found, metric: str, baseline: str | None = None) -> floa
 
 
 def table_of(found: Found, metric: str = "val/acc", baseline: str | None = None, target: float | None = None) -> str:
-    """The report's table, with 95 % intervals, and below it the runs that did not end well."""
+    """The report's table, with 95 % intervals, and below it the runs that did not end well.
+
+    Args:
+        found: the runs of a comparison.
+        metric: which figure is compared.
+        baseline: the cell to compare with; None: the first.
+        target: for the epochs until it is reached; None: the usual one.
+    """
     target = usual_target(found, metric, baseline) if target is None else target
     base, others = baseline or found.cells[0], len(found.cells) - 1
     share = metric.endswith(("acc", "acc5"))
@@ -246,13 +274,21 @@ def _ends(found: Found) -> str:
 
 
 def hours(found: Found) -> tuple[float, float]:
-    """Hours of processor time and of the clock that all runs took, those that have not ended included."""
+    """Hours of processor time and of the clock that all runs took, those that have not ended included.
+
+    Args:
+        found: the runs of a comparison.
+    """
     cpu, wall = (sum(line[name] or 0.0 for line in found.lines) for name in ("cpu_s", "wall_s"))
     return cpu / 3600, wall / 3600
 
 
 def heading(found: Found) -> str:
-    """One line: the experiment, how many cells and runs, how many of them have ended, and the time that they took."""
+    """One line: the experiment, how many cells and runs, how many of them have ended, and the time that they took.
+
+    Args:
+        found: the runs of a comparison.
+    """
     ended = sum(line["status"] in ("trained", "diverged", "failed") for line in found.lines)
     cpu, wall = hours(found)
     return (

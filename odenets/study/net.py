@@ -112,7 +112,11 @@ class RandomNet(LevelNet):
         self.finish_levels([last], [2])
 
     def trajectory(self, x: Tensor) -> list[Tensor]:
-        """The stem's result, and the stream (joined, where streams are appended) after every step."""
+        """The stem's result, and the stream (joined, where streams are appended) after every step.
+
+        Args:
+            x: (n, c, h, w).
+        """
         x = self.stem(x)
         stack = self.levels[0]
         assert isinstance(stack, Stack)

@@ -101,7 +101,12 @@ class RankRow(NamedTuple):
 
 
 def ranks(lines: Sequence[Line], depth: int) -> list[RankRow]:
-    """Mean ranks after every step, over the networks of one depth, for every scheme."""
+    """Mean ranks after every step, over the networks of one depth, for every scheme.
+
+    Args:
+        lines: of the study's networks.
+        depth: of the networks that are counted.
+    """
     found = []
     for scheme in dict.fromkeys(line["scheme"] for line in lines):
         chosen = [
@@ -187,7 +192,11 @@ def _ranks(lines: Sequence[Line]) -> str:
 
 
 def common_depth(lines: Sequence[Line]) -> int:
-    """The largest depth that a tenth of every scheme's networks have; where there is none, the smallest depth."""
+    """The largest depth that a tenth of every scheme's networks have; where there is none, the smallest depth.
+
+    Args:
+        lines: of the study's networks.
+    """
     schemes = {line["scheme"] for line in lines}
 
     def shared(depth: int) -> bool:

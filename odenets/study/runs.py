@@ -122,7 +122,11 @@ class Cost(Callback):
 
 
 def epochs_of(folder: Path) -> list[dict[str, float]]:
-    """The finite figures that a run has logged, a mapping for each epoch; learning rates are left out."""
+    """The finite figures that a run has logged, a mapping for each epoch; learning rates are left out.
+
+    Args:
+        folder: of the run.
+    """
     found: dict[int, dict[str, float]] = {}
     for row in logged_rows(folder):
         # Seven digits are more than anything that is logged has.
@@ -183,7 +187,14 @@ def _wait_for(folder: Path) -> None:
 
 
 def outcome_of(folder: Path, status: str, parameters: int | None = None, error: str = "") -> Outcome:
-    """A run's outcome, with the figures that its folder holds."""
+    """A run's outcome, with the figures that its folder holds.
+
+    Args:
+        folder: of the run.
+        status: ``trained``, ``failed`` or ``diverged``.
+        parameters: of the net, if known.
+        error: what was said.
+    """
     epochs = epochs_of(folder)
     # The latest of each figure, since not every epoch logs all of them.
     last: dict[str, float] = {k: v for epoch in epochs for k, v in epoch.items()}

@@ -138,6 +138,10 @@ SPACES: dict[str, Space] = {
 def scheme_of(name: str, width: int) -> Scheme:
     """The scheme of a study's word, for functions that return so many channels.
 
+    Args:
+        name: "dense", or a scheme.
+        width: channels that a function returns.
+
     Raises:
         SchemeError: not "dense", and no fixed-step scheme of one stream.
     """

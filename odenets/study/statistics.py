@@ -23,18 +23,30 @@ class Difference(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
+    """The arithmetic mean.
+
+    Args:
+        values: at least one.
+    """
     return sum(values) / len(values)
 
 
 def variance(values: Sequence[float]) -> float:
-    """The sample variance, with n - 1 in its denominator."""
+    """The sample variance, with n - 1 in its denominator.
+
+    Args:
+        values: at least two.
+    """
     m = mean(values)
     return sum((v - m) ** 2 for v in values) / (len(values) - 1)
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation of a sample."""
+    """The standard deviation of a sample.
+
+    Args:
+        values: at least two.
+    """
     return variance(values) ** 0.5
 
 
@@ -169,5 +181,11 @@ def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def interval_text(d: Difference, factor: float, digits: int) -> str:
-    """A difference and its interval: "+1.48 [+0.54, +2.43]"."""
+    """A difference and its interval: "+1.48 [+0.54, +2.43]".
+
+    Args:
+        d: the difference.
+        factor: by which the figures are multiplied, such as 100.
+        digits: behind the point.
+    """
     return f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"

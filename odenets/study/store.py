@@ -199,6 +199,10 @@ class Store(Generic[Task, Outcome]):
     def add(self, task: Task, outcome: Outcome) -> None:
         """Records one network.
 
+        Args:
+            task: what was to be trained.
+            outcome: what came of it.
+
         Raises:
             sqlite3.IntegrityError: it is recorded already.
         """
@@ -244,7 +248,12 @@ def patient(act: Callable[[], Value], path: Path) -> Value:
 
 
 def joined(old: Any, new: Any) -> Any:
-    """Lists with what the second has and the first lacks at the end, mappings key by key; else the second."""
+    """Lists with what the second has and the first lacks at the end, mappings key by key; else the second.
+
+    Args:
+        old: what was read.
+        new: what comes on top.
+    """
     if isinstance(old, list) and isinstance(new, list):
         return [*old, *(value for value in new if value not in old)]
     if isinstance(old, dict) and isinstance(new, dict):
@@ -254,6 +263,9 @@ def joined(old: Any, new: Any) -> Any:
 
 def check_file(path: Path) -> None:
     """Refuses an empty file: SQLite takes it for a new database, and a study would begin again in silence.
+
+    Args:
+        path: of the database.
 
     Raises:
         SchemeError: a file of no bytes.
@@ -267,6 +279,11 @@ def check_file(path: Path) -> None:
 
 def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, Any]) -> dict[str, Any]:
     """The settings in a database, which has to hold a table.
+
+    Args:
+        connection: the open database.
+        path: its file, for messages.
+        table: the one that it has to hold.
 
     Raises:
         SchemeError: a database of something else, or none.
@@ -289,6 +306,10 @@ def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, An
 
 def read(path: str | Path, table: Table[Any, Any] = NETWORKS) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A study's settings and its lines in the order of their keys; also of one that is still running.
+
+    Args:
+        path: of the database.
+        table: which of its tables.
 
     Raises:
         SchemeError: no such file, or no study.

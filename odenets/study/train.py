@@ -100,7 +100,11 @@ class Study:
         return SPACES[self.space]
 
     def candidates(self, classes: int) -> list[Candidate]:
-        """The study's networks, for pictures of so many classes."""
+        """The study's networks, for pictures of so many classes.
+
+        Args:
+            classes: of the pictures.
+        """
         return sample(
             self.ranges, self.schemes, self.per_kind, seed=self.seed, size=self.size, classes=self.classes or classes
         )
@@ -131,6 +135,10 @@ def train(study: Study, candidate: Candidate) -> Result:
 
     The same study and candidate give the same result on the same kind of machine, whatever was trained before. The
     random state of the process is left as it was.
+
+    Args:
+        study: the settings that all networks share.
+        candidate: the network.
     """
     worker = f"{platform.node()}:{os.getpid()}"
     threads = torch.get_num_threads()

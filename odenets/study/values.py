@@ -75,6 +75,9 @@ def _commas(text: str) -> Iterator[int]:
 def assignment(text: str) -> tuple[str, list[str]]:
     """The option and its values in ``key=v1,v2``.
 
+    Args:
+        text: as it was typed.
+
     Raises:
         SchemeError: no such pair.
 
@@ -93,6 +96,9 @@ def assignment(text: str) -> tuple[str, list[str]]:
 
 def seeds(text: str) -> list[int]:
     """Seeds, in the order in which they are written: single ones, and ranges with both ends.
+
+    Args:
+        text: such as ``0..4`` or ``0,1,7``.
 
     Raises:
         SchemeError: what is no such list, or a seed twice.
@@ -117,6 +123,9 @@ def seeds(text: str) -> list[int]:
 
 def folder_name(text: str) -> str:
     """A name for a folder: the text itself where it is one that needs no quotes, else its letters and a digest of it.
+
+    Args:
+        text: what the folder stands for.
 
     Example:
         >>> folder_name("scheme=rk4"), folder_name("step=decay(9/10)")

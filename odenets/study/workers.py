@@ -25,13 +25,24 @@ START = "forkserver"
 
 
 def check_gpus(option: str, wanted: float, found: float) -> None:
-    """Refuses to wait for GPUs that a machine does not have."""
+    """Refuses to wait for GPUs that a machine does not have.
+
+    Args:
+        option: the one that asked for them.
+        wanted: how many each worker gets.
+        found: how many there are.
+    """
     if wanted > found:
         raise SchemeError(f"{option} is {wanted:g}, and this machine has {found:g} GPUs; 0 trains on the CPU.")
 
 
 def here(tasks: Sequence[Task], work: Callable[[Task], Outcome]) -> Generator[tuple[Task, Outcome], None, None]:
-    """One after the other, in this process."""
+    """One after the other, in this process.
+
+    Args:
+        tasks: what is to be done.
+        work: does one of them.
+    """
     # Lazily: each outcome is recorded before the next task begins.
     return ((task, work(task)) for task in tasks)
 

@@ -39,6 +39,11 @@ def _beta(alpha: float, generator: Generator | None) -> float:
 def random_crop(x: Tensor, padding: int, *, generator: Generator | None = None) -> Tensor:
     """Shift each picture by up to `padding` pixels, with zeros moved in: (n, c, h, w) -> (n, c, h, w).
 
+    Args:
+        x: (n, c, h, w).
+        padding: the largest shift, in pixels.
+        generator: what is drawn from; None is torch's own.
+
     >>> import torch
     >>> random_crop(torch.ones(2, 3, 8, 8), 0).sum().item()
     384.0
@@ -54,7 +59,13 @@ def random_crop(x: Tensor, padding: int, *, generator: Generator | None = None) 
 
 
 def random_flip(x: Tensor, p: float = 0.5, *, generator: Generator | None = None) -> Tensor:
-    """Mirror each picture left to right with probability p: (n, c, h, w) -> (n, c, h, w)."""
+    """Mirror each picture left to right with probability p: (n, c, h, w) -> (n, c, h, w).
+
+    Args:
+        x: (n, c, h, w).
+        p: the probability.
+        generator: what is drawn from; None is torch's own.
+    """
     if p == 0:
         return x
     mirror = _rand(x, len(x), 1, 1, 1, generator=generator) < p
@@ -75,6 +86,13 @@ def random_resized_crop(
     both are drawn again where it would stick out, up to ten times, and then it is the largest middle box with an aspect
     in `ratio`. uint8 comes back as uint8. Shrinking by more than two aliases: `Images` crops pictures when they are
     decoded instead.
+
+    Args:
+        x: (n, c, h, w).
+        size: side of the result.
+        scale: least and largest share of the area.
+        ratio: least and largest aspect.
+        generator: what is drawn from; None is torch's own.
 
     Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; the drawing as torchvision and timm do it.
     """
@@ -100,6 +118,11 @@ def random_resized_crop(
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x / 255 - mean) / std for uint8, (x - mean) / std for floats in [0, 1]; one figure per channel.
+
+    Args:
+        x: (n, c, h, w), uint8 or floats in [0, 1].
+        mean: one figure per channel.
+        std: one figure per channel.
 
     >>> import torch
     >>> normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.25]).item()
@@ -163,7 +186,12 @@ def random_erasing(
 
 
 def soft_labels(y: Tensor, num_classes: int) -> Tensor:
-    """Class numbers (n,) as rows of weights (n, num_classes); rows of weights stay as they are."""
+    """Class numbers (n,) as rows of weights (n, num_classes); rows of weights stay as they are.
+
+    Args:
+        y: (n,), or (n, num_classes).
+        num_classes: columns of the result.
+    """
     return F.one_hot(y, num_classes).float() if y.ndim == 1 else y
 
 
@@ -172,7 +200,14 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Blend each picture and its label with another of the batch, by lam ~ Beta(alpha, alpha); alpha = 0 is off.
 
-    x: floats (n, c, h, w); y: (n,) or (n, num_classes). Returns both, labels as rows of weights that sum to 1.
+    Returns both, labels as rows of weights that sum to 1.
+
+    Args:
+        x: floats (n, c, h, w).
+        y: (n,), or (n, num_classes).
+        alpha: of the Beta distribution.
+        num_classes: columns of the labels.
+        generator: what is drawn from; None is torch's own.
 
     Source: Zhang et al. 2018, "mixup: beyond empirical risk minimization", equation 1.
     """
@@ -193,7 +228,14 @@ def cutmix(
     The box covers a share 1 - lam, lam ~ Beta(alpha, alpha), cut at the border; the label uses the area that remains.
     Its place is drawn per picture, its size per batch; alpha = 0 pastes nothing.
 
-    x: (n, c, h, w); y: (n,) or (n, num_classes). Returns both, labels as rows of weights that sum to 1.
+    Returns both, labels as rows of weights that sum to 1.
+
+    Args:
+        x: floats (n, c, h, w).
+        y: (n,), or (n, num_classes).
+        alpha: of the Beta distribution.
+        num_classes: columns of the labels.
+        generator: what is drawn from; None is torch's own.
 
     Source: Yun et al. 2019, "CutMix", equations 1 and 2.
     """

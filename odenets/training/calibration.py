@@ -36,7 +36,12 @@ class Calibration:
         self._counts, self._right, self._sure = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
 
     def add(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Counts some pictures: probabilities (n, classes), labels (n,)."""
+        """Counts some pictures: probabilities (n, classes), labels (n,).
+
+        Args:
+            probabilities: (n, classes).
+            labels: (n,).
+        """
         sure, best = probabilities.double().max(1)
         right = best == labels
         # torchmetrics gives a confidence of 1 a bin of its own.

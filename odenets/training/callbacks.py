@@ -73,7 +73,11 @@ class StepSchedule(Callback):
         self.h = start
 
     def at(self, u: float) -> float:
-        """h at share u of the run."""
+        """h at share u of the run.
+
+        Args:
+            u: from 0 to 1.
+        """
         if self.shape == "geometric":
             return self.start * (self.stop / self.start) ** u
         if self.shape == "cosine":
@@ -81,7 +85,12 @@ class StepSchedule(Callback):
         return self.start + u * (self.stop - self.start)
 
     def apply(self, net: nn.Module, h: float) -> None:
-        """Set h in every part of the net that has `set_step`."""
+        """Set h in every part of the net that has `set_step`.
+
+        Args:
+            net: any module.
+            h: the step size.
+        """
         # By the method and not by the class, so that a net of one's own may have it.
         stacks = [part for part in net.modules() if callable(getattr(part, "set_step", None))]
         if not stacks:
@@ -191,7 +200,11 @@ class Agreement(Callback):
 
 
 def relative(path: Path) -> Path:
-    """The path from the folder that the command runs in, where it lies below that."""
+    """The path from the folder that the command runs in, where it lies below that.
+
+    Args:
+        path: the path.
+    """
     try:
         return path.resolve().relative_to(Path.cwd())
     except ValueError:
@@ -202,6 +215,9 @@ class Predictions(BasePredictionWriter):
     """Writes one row per picture to a CSV file: its file or row, and its five most likely classes with probabilities.
 
     Rows stand in the order of the pictures, whichever process predicted them.
+
+    Args:
+        path: the CSV file.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -212,6 +212,13 @@ class Pictures(L.LightningDataModule):
 
     A subclass sets `num_classes` and `in_chans`, and in `setup` the datasets `self.sets["train" | "val" | "test"]`. One
     that also sets `classes` and `view`, how evaluation shows a picture, has checkpoints that predict without it.
+
+    Args:
+        batch_size: samples of one process in a batch.
+        num_workers: processes that load; None: the cores, at most 8.
+        mean: one figure per channel, of pictures in [0, 1].
+        std: one figure per channel.
+        augment: of the batch in training; None: nothing.
     """
 
     num_classes: int
@@ -280,7 +287,11 @@ class Pictures(L.LightningDataModule):
         return "predict" if "predict" in self.sets else "test"
 
     def predicted_name(self, i: int) -> str:
-        """File, or file and row, of picture i of those that `predict` runs over."""
+        """File, or file and row, of picture i of those that `predict` runs over.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         name = getattr(self.sets[self._predicted], "name", str)
         return name(i)
 

@@ -53,6 +53,9 @@ class Unreadable(Exception):
 class Picture:
     """An encoded picture that is opened and not yet decoded.
 
+    Args:
+        encoded: the bytes of the file, or its path.
+
     Attributes:
         size: Width and height, upright.
 
@@ -117,6 +120,12 @@ class Picture:
 
         A JPEG whose box is at least four times as large as `size` is decoded at a half, a quarter or an eighth, such
         that at least twice the size remains.
+
+        Args:
+            box: left, top, right and bottom, in pixels.
+            size: side of the result.
+            interpolation: ``bilinear`` or ``bicubic``.
+            out: what is written to; None: a new tensor.
         """
         box = self._stored(box)
         shrink = self._shrink(min(box[2] - box[0], box[3] - box[1]) / (2 * size))
@@ -131,7 +140,13 @@ class Picture:
         return levels if out is None or out is levels else out.copy_(levels)
 
     def middle(self, size: int, inner: float, interpolation: str) -> Tensor:
-        """The shorter side resized to size / `inner`, and the square in the middle of it: uint8 (size, size, 3)."""
+        """The shorter side resized to size / `inner`, and the square in the middle of it: uint8 (size, size, 3).
+
+        Args:
+            size: side of the result.
+            inner: the share of the shorter side that is shown.
+            interpolation: ``bilinear`` or ``bicubic``.
+        """
         width, height = self.size
         if width == height == size and inner == 1:
             return _levels(self.rgb())
@@ -257,7 +272,14 @@ def _levels(picture: Image.Image) -> Tensor:
 
 
 def resize(levels: Tensor, size: tuple[int, int], interpolation: str, out: Tensor | None = None) -> Tensor:
-    """uint8 (h, w, 3) -> (*size, 3), with a filter as wide as a pixel of the coarser grid; PIL's but for rounding."""
+    """uint8 (h, w, 3) -> (*size, 3), with a filter as wide as a pixel of the coarser grid; PIL's but for rounding.
+
+    Args:
+        levels: (h, w, 3), uint8.
+        size: height and width of the result.
+        interpolation: ``bilinear`` or ``bicubic``.
+        out: what is written to; None: a new tensor.
+    """
     if tuple(levels.shape[:2]) == size:
         return levels
     x = levels.permute(2, 0, 1)[None]
@@ -270,7 +292,12 @@ def resize(levels: Tensor, size: tuple[int, int], interpolation: str, out: Tenso
 
 
 def drawn(interpolation: str, generator: Generator | None) -> str:
-    """The interpolation itself; of `random` one of the two that there are."""
+    """The interpolation itself; of `random` one of the two that there are.
+
+    Args:
+        interpolation: ``bilinear``, ``bicubic`` or ``random``.
+        generator: what is drawn from; None is torch's own.
+    """
     if interpolation != "random":
         return interpolation
     return "bilinear" if float(torch.rand((), generator=generator)) < 0.5 else "bicubic"
@@ -287,6 +314,13 @@ def random_box(
 
     Its share of the area is drawn from [`smallest`, 1] and its aspect (width / height) log-uniformly from `ratio`, both
     again where the box would stick out, up to ten times; then it is the largest middle box with an aspect in `ratio`.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        smallest: share of the area.
+        ratio: least and largest aspect.
+        generator: what is drawn from; None is torch's own.
 
     Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; the drawing as torchvision and timm do it.
     """
@@ -307,7 +341,13 @@ def random_box(
 
 
 def middle_box(width: int, height: int, inner: float) -> tuple[float, float, float, float]:
-    """The centred square whose side is `inner` times the shorter side: what `Picture.middle` shows, to a rounding."""
+    """The centred square whose side is `inner` times the shorter side: what `Picture.middle` shows, to a rounding.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        inner: side of the square as a share of the shorter side.
+    """
     side = inner * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side

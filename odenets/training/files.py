@@ -37,7 +37,12 @@ class CheckpointError(SchemeError):
 
 
 def write_whole(path: Path, data: Any) -> None:
-    """Writes bytes, or what ``torch.save`` takes, beside `path`, and then renames it: whole, or not there."""
+    """Writes bytes, or what ``torch.save`` takes, beside `path`, and then renames it: whole, or not there.
+
+    Args:
+        path: the file.
+        data: its contents.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, as a rename is atomic within one file system only; hidden, so that no pattern finds it.
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-{os.getpid()}-", suffix=PART)
@@ -133,7 +138,11 @@ def open_checkpoint(path: Path, resume: bool) -> Found:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint of a run, or was one before it was damaged; else it may hold weights."""
+    """Whether a file is a checkpoint of a run, or was one before it was damaged; else it may hold weights.
+
+    Args:
+        path: the file.
+    """
     problem, _ = _examine(path, resume=False)
     return problem is None or (path.suffix == ".ckpt" and not problem.startswith(OTHER))
 
@@ -262,7 +271,12 @@ class FolderLock:
 
 
 def unwritable(folder: Path, e: OSError) -> DataError:
-    """The two lines for a folder that cannot be written."""
+    """The two lines for a folder that cannot be written.
+
+    Args:
+        folder: the folder.
+        e: what the system said.
+    """
     if e.errno in FULL:
         return DataError(f"run_dir: no room to write to {folder} ({e.strerror})\n  Make room, or give --run_dir FOLDER")
     return DataError(
@@ -279,7 +293,11 @@ def first_process() -> bool:
 
 
 def free_name(path: Path) -> Path:
-    """`runs/x` -> `runs/x-1`, `metrics.csv` -> `metrics-1.csv`: the first number that is free."""
+    """`runs/x` -> `runs/x-1`, `metrics.csv` -> `metrics-1.csv`: the first number that is free.
+
+    Args:
+        path: a file or a folder.
+    """
     number = 1
     while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
@@ -287,7 +305,11 @@ def free_name(path: Path) -> Path:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The metrics that were written before the run was last resumed, `metrics-1.csv` first."""
+    """The metrics that were written before the run was last resumed, `metrics-1.csv` first.
+
+    Args:
+        folder: of the run.
+    """
     numbered = [(int(m[1]), p) for p in folder.glob("metrics-*.csv") if (m := re.fullmatch(r"metrics-(\d+)", p.stem))]
     return [path for _, path in sorted(numbered)]
 

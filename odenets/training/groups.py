@@ -77,7 +77,12 @@ def set_rates(optimizer: Optimizer, lr: float | None = None) -> Optimizer:
 
 
 def group_rows(net: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """A row for each group of an optimiser: depth, rates, how many parameters, and the modules that they are of."""
+    """A row for each group of an optimiser: depth, rates, how many parameters, and the modules that they are of.
+
+    Args:
+        net: the network.
+        optimizer: of its parameters.
+    """
     names = {id(p): name for name, p in net.named_parameters()}
     rows = []
     for group in optimizer.param_groups:
@@ -97,7 +102,11 @@ def group_rows(net: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def table_of_groups(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of ``group_rows`` as text, a line each."""
+    """The rows of ``group_rows`` as text, a line each.
+
+    Args:
+        rows: as ``group_rows`` gives them.
+    """
     titles = ("depth", "scale", "lr", "weight decay", "tensors", "parameters", "parts")
     lines: list[tuple[str, ...]] = [titles]
     for row in rows:
@@ -156,13 +165,21 @@ class Frozen:
         return frozen
 
     def apply(self, net: nn.Module) -> None:
-        """Takes the frozen parameters out of training."""
+        """Takes the frozen parameters out of training.
+
+        Args:
+            net: the network.
+        """
         for name, p in net.named_parameters():
             if self(name):
                 p.requires_grad_(False)
 
     def hold(self, net: nn.Module) -> None:
-        """Puts norms with running statistics in frozen parts into evaluation, so that their statistics do not move."""
+        """Puts norms with running statistics in frozen parts into evaluation, so that their statistics do not move.
+
+        Args:
+            net: the network.
+        """
         for name, m in net.named_modules():
             # By a name below the norm's, which patterns of the norm and of any module around it fit.
             if isinstance(getattr(m, "running_mean", None), Tensor) and self(f"{name}.running_mean"):

@@ -65,7 +65,14 @@ def pictures_at(paths: Sequence[str | Path]) -> tuple[Source, list[str]]:
 def judge(
     trained: Trained, source: Source, batch_size: int = 64, num_workers: int = 0
 ) -> Iterator[tuple[int, Tensor | None, str]]:
-    """The number of each picture with its probabilities (classes,), or with None and why it cannot be read."""
+    """The number of each picture with its probabilities (classes,), or with None and why it cannot be read.
+
+    Args:
+        trained: the network, with its classes and its view of pictures.
+        source: the pictures.
+        batch_size: of the passes.
+        num_workers: processes that load; 0: none.
+    """
     # As a list, since a picture that cannot be read cannot be stacked.
     loader = DataLoader(Viewed(source, trained.view), batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
@@ -101,6 +108,11 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
 
     (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), p = right / n
 
+    Args:
+        right: how many were right.
+        count: of how many.
+        confidence: of the interval, below 1.
+
     Source: Wilson 1927, "Probable inference", J. Am. Stat. Assoc. 22.
 
     Example:
@@ -131,7 +143,12 @@ class Figures:
         self.log_likelihood = 0.0
 
     def add(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Counts some pictures: probabilities (n, classes), labels (n,)."""
+        """Counts some pictures: probabilities (n, classes), labels (n,).
+
+        Args:
+            probabilities: (n, classes).
+            labels: (n,).
+        """
         best = probabilities.topk(min(5, probabilities.shape[1])).indices
         # Label and prediction as one number, so that one call counts all pairs.
         pairs = labels * len(self.classes) + best[:, 0]
@@ -143,7 +160,12 @@ class Figures:
         self.log_likelihood += float(own.clamp_min(torch.finfo(torch.float32).tiny).log().sum())
 
     def share(self, right: int, count: int) -> dict[str, Any]:
-        """A share with its interval; None for a share of nothing."""
+        """A share with its interval; None for a share of nothing.
+
+        Args:
+            right: how many were right.
+            count: of how many.
+        """
         return {"value": right / count if count else None, "interval": list(wilson(right, count, self.confidence))}
 
     def summary(self) -> dict[str, Any]:
@@ -162,6 +184,9 @@ class Figures:
 
     def checked(self, where: str) -> dict[str, Any]:
         """The summary, of at least one picture.
+
+        Args:
+            where: what was evaluated, for the message.
 
         Raises:
             DataError: There was none.
@@ -219,6 +244,10 @@ class RealFigures:
     def add(self, probabilities: Tensor, names: Sequence[str]) -> None:
         """Counts some pictures: probabilities (n, classes), and the names of their files.
 
+        Args:
+            probabilities: (n, classes).
+            names: of the files, one per picture.
+
         Raises:
             DataError: A picture that is none of ImageNet's validation pictures.
         """
@@ -270,5 +299,9 @@ def evaluate(
 
 
 def unread_of(pictures: Labelled) -> list[Prediction]:
-    """Pictures that could not be read, in order."""
+    """Pictures that could not be read, in order.
+
+    Args:
+        pictures: after they were read.
+    """
     return [Prediction(name, [], [], why) for _, (name, why) in sorted(pictures.unread.items())]

@@ -22,7 +22,12 @@ Batch = tuple[list[int], Tensor, Tensor]
 
 
 class Below(Source):
-    """A source whose names say where it lies."""
+    """A source whose names say where it lies.
+
+    Args:
+        root: the folder that names begin at.
+        source: the pictures.
+    """
 
     def __init__(self, root: Path, source: Source) -> None:
         self.root, self.source = root, source
@@ -37,7 +42,12 @@ class Below(Source):
 
 
 class Viewed(Dataset):
-    """Pictures as a network sees them: (i, uint8 (c, h, w), ""), or (i, None, why it cannot be read)."""
+    """Pictures as a network sees them: (i, uint8 (c, h, w), ""), or (i, None, why it cannot be read).
+
+    Args:
+        source: the pictures.
+        view: how the network sees them.
+    """
 
     def __init__(self, source: Source, view: View) -> None:
         self.source, self.view = source, view
@@ -100,11 +110,20 @@ class Labelled:
         return len(self.indices)
 
     def name(self, i: int) -> str:
-        """File, or file and row, of picture i."""
+        """File, or file and row, of picture i.
+
+        Args:
+            i: the number of the picture, from 0.
+        """
         return self._source.name(i) if self._source is not None else self._set.name(i)
 
     def batches(self, batch_size: int = 64, num_workers: int = 0) -> Iterator[Batch]:
-        """Numbers of pictures, the pictures (n, c, h, w), uint8 or floats in [0, 1], and their labels (n,)."""
+        """Numbers of pictures, the pictures (n, c, h, w), uint8 or floats in [0, 1], and their labels (n,).
+
+        Args:
+            batch_size: of the batches.
+            num_workers: processes that load; 0: none.
+        """
         if self._source is None:
             for start in range(0, len(self.indices), batch_size):
                 chosen = self.indices[start : start + batch_size]
@@ -122,7 +141,11 @@ class Labelled:
 
 
 def levels_of(x: Tensor) -> Tensor:
-    """Whole levels, uint8, of pictures in either form."""
+    """Whole levels, uint8, of pictures in either form.
+
+    Args:
+        x: uint8, or floats in [0, 1].
+    """
     return x if x.dtype == torch.uint8 else (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -240,6 +263,9 @@ def read_real(path: str | Path) -> list[list[int]]:
 
 def real_number(name: str) -> int | None:
     """The number of an ImageNet validation picture, from 1; None: it is none.
+
+    Args:
+        name: of the file.
 
     Example:
         >>> real_number("val/n01440764/ILSVRC2012_val_00000293.JPEG"), real_number("a.png")

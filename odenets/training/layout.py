@@ -72,7 +72,11 @@ def splits_named(name: str) -> list[str]:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Files below `root` as relative POSIX paths; hidden ones and `__special__` folders are left out."""
+    """Files below `root` as relative POSIX paths; hidden ones and `__special__` folders are left out.
+
+    Args:
+        root: the folder.
+    """
     stack, seen = [""], set()
     while stack:
         folder = stack.pop()
@@ -94,6 +98,9 @@ def walk(root: Path) -> Iterator[str]:
 
 def find(root: Path) -> Layout | None:
     """The layout of a folder, or of one file; None where nothing below is a picture, a parquet file or a tar shard.
+
+    Args:
+        root: the folder, or the file.
 
     Raises:
         DataError: It can be read in two ways, or a shard is missing; the files are named.
@@ -252,6 +259,9 @@ def _label(layout: Layout, above: Mapping[str, int]) -> None:
 
 def check_shards(paths: Iterable[str]) -> None:
     """Refuses a set of `name-00000-of-00005` files that is not whole.
+
+    Args:
+        paths: of the files.
 
     Raises:
         DataError: It names what is missing.

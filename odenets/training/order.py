@@ -28,7 +28,11 @@ IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it ou
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds what a module, an augmentation or a data set may draw from: torch, Python and NumPy."""
+    """Seeds what a module, an augmentation or a data set may draw from: torch, Python and NumPy.
+
+    Args:
+        seed: any whole number from 0 on.
+    """
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -37,7 +41,11 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Seeds the generators of the CPU for as long as the context lasts, and leaves them as they were."""
+    """Seeds the generators of the CPU for as long as the context lasts, and leaves them as they were.
+
+    Args:
+        seed: any whole number from 0 on.
+    """
     numpy = sys.modules.get("numpy")
     states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     # The CPU's alone: ``torch.manual_seed`` would seed every device, and nothing puts those back.
@@ -99,7 +107,11 @@ class TrainingOrder(DistributedSampler):
         self.epoch = epoch
 
     def permutation(self, epoch: int) -> list[int]:
-        """The indices of an epoch, of all processes together."""
+        """The indices of an epoch, of all processes together.
+
+        Args:
+            epoch: from 0.
+        """
         if not self.shuffle:
             indices = list(range(len(self.dataset)))  # type: ignore[arg-type]
         else:
@@ -112,7 +124,12 @@ class TrainingOrder(DistributedSampler):
         return (indices * -(-self.total_size // max(1, len(indices))))[: self.total_size]
 
     def batch(self, epoch: int, number: int) -> list[int]:
-        """The samples of this process in a batch."""
+        """The samples of this process in a batch.
+
+        Args:
+            epoch: from 0.
+            number: of the batch in its epoch, from 0.
+        """
         own = self.permutation(epoch)[self.rank :: self.num_replicas]
         return own[number * self.batch_size : (number + 1) * self.batch_size]
 
@@ -128,6 +145,11 @@ class EvaluationOrder(DistributedSampler):
 
     Every process has equally many, since evaluation may exchange buffers at each batch. What is repeated for that comes
     as a pair (``PADDING``, index): its label becomes ``IGNORED``, and no figure counts it.
+
+    Args:
+        data: the samples; only their number is asked for.
+        replicas: how many processes share them.
+        rank: which of them this is.
 
     Example:
         >>> [list(EvaluationOrder(range(5), replicas=2, rank=r)) for r in (0, 1)]
@@ -204,7 +226,11 @@ def _without_label(batch: Any, rows: Any) -> Any:
 
 
 def run_seed(trainer: L.Trainer | None) -> int:
-    """The seed of this run: what torch's generator was seeded with when the run first asked."""
+    """The seed of this run: what torch's generator was seeded with when the run first asked.
+
+    Args:
+        trainer: the one that trains; None: there is none.
+    """
     if trainer is None:
         return torch.initial_seed()
     # Kept with the trainer, since every batch seeds the generator anew.
@@ -228,14 +254,24 @@ def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None =
 
 
 def batch_seed(trainer: L.Trainer, seed: int, stream: str = "augment") -> int:
-    """The seed of the training batch that is being prepared; of a `stream` of its own for each user."""
+    """The seed of the training batch that is being prepared; of a `stream` of its own for each user.
+
+    Args:
+        trainer: the one that trains.
+        seed: of the run.
+        stream: who draws.
+    """
     # Batches that were asked for, and not those that are done: the next one is prepared while this one is trained on.
     number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return seed_of(seed, stream, trainer.current_epoch, number, trainer.global_rank)
 
 
 def processes(module: L.LightningDataModule) -> tuple[int, int]:
-    """The number of processes that train together, and which of them this is."""
+    """The number of processes that train together, and which of them this is.
+
+    Args:
+        module: the data module.
+    """
     return getattr(module.trainer, "world_size", 1), getattr(module.trainer, "global_rank", 0)
 
 
@@ -247,7 +283,11 @@ class ResumableLoader(DataLoader):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Nothing to do.
+
+        Args:
+            state: what ``state_dict`` gave.
+        """
 
 
 def loader(module: L.LightningDataModule, data: Any, batch_size: int, *, train: bool, **options: Any) -> DataLoader:

@@ -31,6 +31,9 @@ WAYS = (
 def to_words(text: str) -> Tensor:
     """The words of a text, between start and end.
 
+    Args:
+        text: any text.
+
     >>> to_words("ab").tolist()
     [1, 100, 101, 2]
     """
@@ -40,6 +43,9 @@ def to_words(text: str) -> Tensor:
 
 def to_text(words: Iterable[int]) -> str:
     """The text of words up to the first end; what is no UTF-8 is marked.
+
+    Args:
+        words: numbers of words.
 
     >>> to_text(to_words("größer").tolist())
     'größer'
@@ -77,7 +83,11 @@ class Pairs(Dataset):
 
 
 def padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch (n, s), (n, t): sentences as long as the longest of them, the rest padded."""
+    """A batch (n, s), (n, t): sentences as long as the longest of them, the rest padded.
+
+    Args:
+        pairs: source and target of each sample.
+    """
     source, target = (pad_sequence(list(s), batch_first=True, padding_value=PAD) for s in zip(*pairs, strict=True))
     return source, target
 

@@ -191,7 +191,13 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
 
 
 def strengths_of(magnitude: Tensor, sign: Tensor, increasing: bool = True) -> Tensor:
-    """Strength of each of `OPERATIONS` at magnitudes in [0, 10] and signs -1 or 1, both (...): floats (..., 15)."""
+    """Strength of each of `OPERATIONS` at magnitudes in [0, 10] and signs -1 or 1, both (...): floats (..., 15).
+
+    Args:
+        magnitude: from 0 to 10.
+        sign: -1 or 1.
+        increasing: whether every operation grows with the magnitude.
+    """
     bits = (magnitude * 4 / 10).floor()
     threshold = (magnitude * 256 / 10).floor()
     if increasing:

@@ -101,7 +101,12 @@ def _set(progress: _Progress | _BatchProgress, current: int, total: int | None =
 
 
 def go_to(trainer: L.Trainer, place: Place) -> None:
-    """Makes a fit loop that was restored, and has not begun yet, go on at a place."""
+    """Makes a fit loop that was restored, and has not begun yet, go on at a place.
+
+    Args:
+        trainer: the one whose loop is meant.
+        place: epoch and batch.
+    """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     inside = place.batch > 0
     _set(fit.epoch_progress, place.epoch, begun=int(inside))
@@ -124,7 +129,11 @@ def go_to(trainer: L.Trainer, place: Place) -> None:
 
 
 def order_of(trainer: L.Trainer) -> TrainingOrder | None:
-    """The order of the training samples, where the data module has one of ours."""
+    """The order of the training samples, where the data module has one of ours.
+
+    Args:
+        trainer: the one that trains.
+    """
     order = getattr(trainer.train_dataloader, "sampler", None)
     return order if isinstance(order, TrainingOrder) else None
 

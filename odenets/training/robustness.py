@@ -85,6 +85,9 @@ def _wrong(trained: Trained, x: Tensor, labels: Tensor) -> int:
 def read_baseline(text: str) -> CorruptionErrors:
     """Errors of a baseline: ``alexnet``, whose are published, or a file of `odenets evaluate --corruptions --json`.
 
+    Args:
+        text: the name, or the path of the file.
+
     Raises:
         DataError: There is no such file, or it holds no errors under corruptions.
     """

@@ -103,7 +103,13 @@ class WarmupCosine(Schedule):
         self.warmup, self.final = warmup, final
 
     def factor(self, i: int, steps: int, steps_per_epoch: int) -> float:
-        """Share of the peak at optimiser step i of `steps`."""
+        """Share of the peak at optimiser step i of `steps`.
+
+        Args:
+            i: the step, from 0.
+            steps: of the whole run.
+            steps_per_epoch: of one epoch.
+        """
         # A short run would else end before it has reached its learning rate.
         warm = min(round(self.warmup * steps_per_epoch), steps // 2)
         if i < warm:
@@ -165,7 +171,12 @@ class Poly(Schedule):
         self.power, self.warmup_steps = power, warmup_steps
 
     def factor(self, i: int, steps: int) -> float:
-        """Share of the peak at optimiser step i of `steps`."""
+        """Share of the peak at optimiser step i of `steps`.
+
+        Args:
+            i: the step, from 0.
+            steps: of the whole run.
+        """
         warm = min(self.warmup_steps, steps // 2)
         rise = min(1.0, (i + 1) / warm) if warm else 1.0
         return rise * max(0.0, 1 - i / steps) ** self.power
@@ -196,7 +207,12 @@ class Milestones(Schedule):
         self.at, self.factor = tuple(at), factor
 
     def factor_at(self, i: int, steps: int) -> float:
-        """Share of the peak at optimiser step i of `steps`."""
+        """Share of the peak at optimiser step i of `steps`.
+
+        Args:
+            i: the step, from 0.
+            steps: of the whole run.
+        """
         return self.factor ** sum(i >= share * steps for share in self.at)
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:

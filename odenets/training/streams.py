@@ -31,6 +31,13 @@ class TarSource(Source):
 
     The label is a number or a name in the member with suffix `cls`, `label` or `index`, or `"label"` in that with
     suffix `json`; `label_key` names another suffix. All headers are read once; the members' places are kept.
+
+    Args:
+        root: the folder that names begin at.
+        files: their paths below it.
+        image_key: suffix of the pictures; None: any that is one.
+        label_key: suffix of the labels; None: the usual ones.
+        where: what they are called in messages.
     """
 
     def __init__(
@@ -133,7 +140,14 @@ def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | No
 
 
 class ParquetSource(Source):
-    """Pictures in parquet files that are read a row group at a time, here or, as `hf://` paths, on the hub."""
+    """Pictures in parquet files that are read a row group at a time, here or, as `hf://` paths, on the hub.
+
+    Args:
+        files: their paths.
+        image_key: the column of pictures; None: it is found.
+        label_key: the column of labels; None: it is found.
+        where: what they are called in messages.
+    """
 
     def __init__(self, files: Sequence[str], image_key: str | None, label_key: str | None, where: str) -> None:
         import datasets
@@ -241,6 +255,13 @@ def parquet_files(
 ) -> Callable[..., Splits] | None:
     """Opens the splits of parquet files in a folder, or on the hub; None where a folder holds something else.
 
+    Args:
+        root: a folder; None: there is none.
+        hub: ``OWNER/NAME`` of a dataset; None: there is none.
+        download: whether the hub may be asked.
+        subset: a configuration of the dataset; None: the default.
+        ways: how data are given, for messages.
+
     Raises:
         DataError: There is nothing there, or the hub may not be asked.
     """
@@ -273,7 +294,13 @@ def parquet_files(
 
 
 def hub_files(hub: str, subset: str | None, ways: str) -> dict[str, list[str]]:
-    """Paths of a hub dataset's files by split."""
+    """Paths of a hub dataset's files by split.
+
+    Args:
+        hub: ``OWNER/NAME`` of the dataset.
+        subset: one of its configurations; None: the default.
+        ways: how data are given, for messages.
+    """
     import datasets
 
     try:

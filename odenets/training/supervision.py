@@ -67,6 +67,9 @@ class SupervisionLoss(nn.Module):
     def weights(self, heads: int) -> tuple[list[float], list[float]]:
         """The weights of the decoders and of the heads, for a network of so many heads.
 
+        Args:
+            heads: how many the network has.
+
         Example:
             >>> SupervisionLoss().weights(4)
             ([3.0, 2.0, 1.0], [0.175, 0.35, 0.525, 1.0])

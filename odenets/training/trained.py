@@ -115,6 +115,10 @@ def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") 
 def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:
     """The untrained network of a checkpoint, from the class and the arguments that it holds.
 
+    Args:
+        path: of the checkpoint, for messages.
+        held: what it holds.
+
     Raises:
         CheckpointError: It holds none, or one of another package.
     """
@@ -157,7 +161,11 @@ def build_data(trained: Trained, change: Mapping[str, Any] = {}) -> Pictures:
 
 
 def foreign_class(spec: Any) -> str | None:
-    """A class of another package that a configuration names, which a file shall not have imported."""
+    """A class of another package that a configuration names, which a file shall not have imported.
+
+    Args:
+        spec: a part of a configuration.
+    """
     return next((name for name in _class_paths(spec) if not name.startswith(OURS)), None)
 
 

@@ -28,6 +28,10 @@ def sentence(random: torch.Generator, depth: int = 2) -> tuple[list[int], list[i
 
     Adjectives stand before the source's nouns and after the target's; an object is marked; a verb takes another form
     after a noun of the second kind, however far away; relative clauses nest.
+
+    Args:
+        random: what is drawn from.
+        depth: how deep relative clauses nest.
     """
 
     def pick(count: int) -> int:

@@ -53,7 +53,11 @@ class View(NamedTuple):
         return (levels if self.channels == 3 else grey(levels)).permute(2, 0, 1)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Pictures (n, channels, h, w) on the scale that the network was trained on."""
+        """Pictures (n, channels, h, w) on the scale that the network was trained on.
+
+        Args:
+            x: uint8 pictures.
+        """
         return normalize(x, self.mean, self.std)
 
     def state(self) -> dict[str, Any]:
@@ -63,6 +67,9 @@ class View(NamedTuple):
 
 def grey(levels: Tensor) -> Tensor:
     """uint8 (h, w, 3) -> (h, w, 1): 0.299 R + 0.587 G + 0.114 B in integers, as PIL's mode L has it.
+
+    Args:
+        levels: (h, w, 3), red, green and blue.
 
     >>> import torch
     >>> grey(torch.tensor([[[255, 255, 255], [255, 0, 0]]], dtype=torch.uint8)).flatten().tolist()
