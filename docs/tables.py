@@ -41,6 +41,10 @@ from odenets.recipes.table import FILES
 from odenets.study.space import ORDERS, SPACES, shapes
 from schemes import MixingWarning
 
+# The networks of a table that is measured are those of the script that measured them.
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments/benchmarks"))
+import choices as bench
+
 PAGES = Path(__file__).parent / "pages"
 RESULTS = PAGES.parents[1] / "experiments/results"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
@@ -126,30 +130,16 @@ def other_schemes() -> str:
 
 def _states(scheme: str, backprop: str) -> str:
     """Peak of a training pass of twelve functions, in states of the network: measured by the plan of the stack."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 16, 16, 16)
-
-    def function(slot: schemes.Slot) -> nn.Module:
-        return nn.Sequential(
-            nn.GroupNorm(1, slot.in_channels[0]),
-            nn.SiLU(),
-            nn.Conv2d(slot.in_channels[0], slot.out_channels, 3, padding=1),
-        )
-
-    net = Stack.from_factory(function, scheme, 12 // schemes.get(scheme).stages, channels=16, backprop=backprop)
-    return f"{net.plan(x).measured / (x.numel() * 4):.0f}"
+    x = torch.randn(2, bench.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0))
+    return f"{bench.network(scheme, backprop).plan(x).measured / (x.numel() * 4):.0f}"
 
 
 def choices() -> str:
     """Schemes that fill twelve residual functions: what each costs and keeps, and how it mixes."""
-    named = [e for e in schemes.catalogue() if 12 % e.stages == 0 and (e.mixing is None or e.mixing <= 30)]
-    others = ["alf", "momentum(9/10)", "revnet", "reversible(rk4)"]
+    times = json.loads((RESULTS / "choices.json").read_text(encoding="utf-8"))["times"]
     rows = []
-    for text in [e.name for e in sorted(named, key=lambda e: (e.order or 0, e.stages, e.name))] + others:
-        scheme = schemes.get(text)
-        if text == "ab2" or (scheme.tableau is not None and scheme.tableau.b_hat is not None and text != "heun2"):
-            continue
-        least = "reverse" if scheme.invertible else "checkpoint"
+    for text in bench.chosen():
+        scheme, least = schemes.get(text), bench.least(text)
         sums = "–"
         if (t := scheme.tableau) is not None:
             sums = figure(sum(x != 0 for row in (*t.a, t.b) for x in row) / t.stages)
@@ -158,14 +148,17 @@ def choices() -> str:
             [
                 f"[`{text}`]({page})",
                 str(scheme.order or "–"),
-                str(12 // scheme.stages),
+                str(bench.FUNCTIONS // scheme.stages),
                 sums,
                 "–" if scheme.tableau is None else figure(scheme.mixing),
                 _states(text, "store"),
                 f"{_states(text, least)} ({least})",
+                figure(times[text]["store"]),
+                figure(times[text][least]),
             ]
         )
-    return table("Scheme | Order# | Steps# | Sums per function# | Mixing# | Stored# | Least#", rows)
+    head = "Scheme | Order# | Steps# | Sums per function# | Mixing# | Stored# | Least# | Time# | Time, least#"
+    return table(head, rows)
 
 
 class Passed(TorchFunctionMode):

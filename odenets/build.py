@@ -245,6 +245,18 @@ def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
     return (below, below + period) if below else (period,)
 
 
+def fitting_mix(scheme: Scheme, n: int) -> str | None:
+    """A mix that uses up n residual functions, by whole steps of a scheme first; None where there is none to suggest.
+
+    A mix itself has none, nor has a scheme of several streams, which do not become one in between.
+    """
+    if n < 1 or len(scheme.plan) > 1 or scheme.streams > 1:
+        return None
+    whole, rest = divmod(n, scheme.stages)
+    parts = (whole, scheme), (rest // 2, "midpoint"), (rest % 2, "euler")
+    return " + ".join(str(part) if times == 1 else f"{times}*{part}" for times, part in parts if times)
+
+
 def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
     """The number of steps: that of so many residual functions, or the one given for a shared function (None)."""
     if functions is None:
@@ -254,9 +266,11 @@ def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
         _depth(depth)
     fits = fitting_counts(scheme, functions)
     if fits != (functions,):
+        mix = fitting_mix(scheme, functions)
+        advice = f" Or write a mix such as '{mix}'." if mix else ""
         raise SchemeError(
             f"Stack: {functions} residual functions for {scheme}, which uses {scheme.stages} at a time; "
-            f"the nearest that fit: {' or '.join(map(str, fits))}. Or write a mix such as '3*rk4 + midpoint'."
+            f"the nearest that fit: {' or '.join(map(str, fits))}.{advice}"
         )
     made = functions // scheme.stages * len(scheme.plan)
     if depth is not None and depth != made:

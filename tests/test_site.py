@@ -271,7 +271,9 @@ def undescribed(value) -> list[str]:
         maker = next((b for b in value.__mro__ if {"__init__", "__new__"} & vars(b).keys()), object)
         if not maker.__module__.startswith((*OURS, __name__)):
             return []
-        held = held.union(*(described(base) for base in value.__mro__ if base.__module__.startswith(OURS)))
+        for base in value.__mro__[1:-1]:
+            foreign = not base.__module__.startswith((*OURS, __name__))
+            held |= set(inspect.signature(base.__init__).parameters) if foreign else described(base)
     arguments = [
         p.name for p in inspect.signature(value).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]

@@ -38,7 +38,7 @@ what there is
   odenets models [PATTERN] [--costs]                                     the models; what they cost
 
 with a trained network
-  odenets predict --ckpt_path FILE PICTURE|FOLDER...                     the classes of any pictures; no -c needed
+  odenets predict FILE PICTURE|FOLDER...                                 the classes of any pictures; no -c needed
   odenets evaluate FILE [FOLDER] [--corruptions] [--attack "pgd(8/255)"] accuracy with intervals, of all and by class;
                                                                          under corruptions and attacks
   odenets export FILE --output net.onnx|net.pt2                          the network as a file that runs elsewhere

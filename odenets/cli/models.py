@@ -25,9 +25,11 @@ shown with its costs, several of them by --costs; --memory runs them, which take
   GMACs        10^9 multiply-adds of convolutions and matrix products, for one picture of the size
   Evaluations  calls of residual functions in a pass
   Stored       memory of a training step above parameters and their gradients, where every tensor is kept
-  Reverse      the same where states are made again by the inverse; – where the scheme has none
+  Checkpoint   the same where the state before each step is kept
+  Reverse      the same where states are made again by the inverse; – where there is none, and for one model, why
 
 Exit status: 0; 1 where nothing matches; 2 where the command cannot be read, or a model cannot run at that size."""
+MODES = {"stored": "store", "checkpoint": "checkpoint", "reverse": "reverse"}  # columns, and how each trains
 SMALL, LARGE = 32, 224  # sides of pictures: of ten classes or a hundred, and of ImageNet's thousand
 
 
@@ -36,7 +38,7 @@ def parser() -> w.Parser:
     found = w.Parser(prog="odenets models", description=TEXT)
     found.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="with shell wildcards, or a part")
     found.add_argument("--costs", action="store_true", help="parameters, multiply-adds, evaluations")
-    found.add_argument("--memory", action="store_true", help="what a training step takes, stored and in reverse")
+    found.add_argument("--memory", action="store_true", help="what a training step takes, mode by mode")
     found.add_argument("--size", type=w.positive, help=f"side of the pictures ({SMALL}, or {LARGE} from 1000 classes)")
     found.add_argument("--batch_size", type=w.positive, default=2, help="pictures of a training step (2)")
     found.add_argument("--scheme", help="a scheme in place of each model's own")
@@ -111,7 +113,9 @@ def cost(name: str, size: int, scheme: str | None = None) -> dict[str, Any]:
 
 
 def memory(name: str, size: int, batch: int, scheme: str | None = None) -> dict[str, Any]:
-    """Bytes that a training step takes, as measured: stored, and by the inverse.
+    """Bytes that a training step takes, as measured: stored, with a state per step, and by the inverse.
+
+    A mode that the model cannot train in is None, and the reason stands under ``without``.
 
     Args:
         name: the model.
@@ -121,16 +125,18 @@ def memory(name: str, size: int, batch: int, scheme: str | None = None) -> dict[
     """
     x = torch.rand(batch, _channels(name), size, size)
     found: dict[str, Any] = {}
-    for mode, title in (("store", "stored"), ("reverse", "reverse")):
+    without: dict[str, str] = {}
+    for title, mode in MODES.items():
         try:
             net = _build(name, scheme, backprop=mode).train()
-        except SchemeError:
+        except SchemeError as e:
             if mode == "store":
                 raise
-            found[title] = None  # the scheme has no inverse, or the model no such option
+            # The scheme has no inverse, or the model no such option.
+            found[title], without[title] = None, str(e).splitlines()[0]
             continue
         found[title] = plan(net, x).measured
-    return {"batch_size": batch, **found}
+    return {"batch_size": batch, **found, "without": without}
 
 
 def _build(name: str, scheme: str | None, **options: Any) -> nn.Module:
@@ -162,9 +168,12 @@ def _write(rows: list[dict[str, Any]], options: Any) -> None:
     if "macs" in rows[0]:
         columns += ["Size", "Parameters", "GMACs", "Evaluations"]
     if "stored" in rows[0]:
-        columns += ["Stored", "Reverse"]
+        columns += [title.capitalize() for title in MODES]
     title = f"a training step of {options.batch_size} pictures" if "stored" in rows[0] else ""
     w.show(title, columns, [_cells(row, columns) for row in rows], set(columns) - {"Model", "Class", "Weights"})
+    if len(rows) == 1:
+        for title, why in rows[0].get("without", {}).items():
+            w.write(f"{title.capitalize()}: {why}\n", None)
 
 
 def _cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
@@ -179,5 +188,5 @@ def _cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
         shown |= {"Parameters": f"{row['parameters']:,}", "GMACs": f"{row['macs'] / 1e9:.3f}"}
         shown["Evaluations"] = str(row["evaluations"])
     if "stored" in row:
-        shown |= {key: "–" if row[key.lower()] is None else show(row[key.lower()]) for key in ("Stored", "Reverse")}
+        shown |= {t.capitalize(): "–" if row[t] is None else show(row[t]) for t in MODES}
     return [shown[column] for column in columns]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from schemes import SchemeError
+
 from ..training.judge import Prediction, pictures_at, predict
 from . import words as w
 from .network import common_parser, form_of, open_network, run_over
@@ -22,15 +24,16 @@ def run(args: Sequence[str]) -> None:
 
 def parser() -> w.Parser:
     """The options of `odenets predict`, over pictures."""
-    found = common_parser("odenets predict", PREDICT)
-    found.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, folders of them, parquet, tar")
+    found = common_parser("odenets predict", PREDICT, required=False)
+    what = "checkpoint (or --ckpt_path); pictures, folders of them, parquet, tar"
+    found.add_argument("paths", nargs="*", metavar="CKPT FILE|FOLDER", help=what)
     found.add_argument("--top", type=w.positive, default=5, help="classes per picture (5)")
     return found
 
 
 def run_predict(args: Sequence[str]) -> list[Prediction]:
     """`odenets predict`; the pictures that could not be read."""
-    options = parser().parse(args)
+    options = _options(args)
     form = form_of(options)
     # Before the network is opened, which takes longer than to say that a path is not there.
     source, notes = pictures_at(options.paths)
@@ -48,6 +51,18 @@ def run_predict(args: Sequence[str]) -> list[Prediction]:
         lines = [[p.name, *(f"{c} {100 * v:.1f} %" for c, v in islice(_pairs(p), most))] for p in found if not p.error]
         w.show("", ["picture", *(f"{n}." for n in range(1, most + 1))], lines)
     return [p for p in found if p.error]
+
+
+def _options(args: Sequence[str]) -> Any:
+    """The options, with `ckpt_path` out of what stands without a name, as `odenets evaluate` reads them."""
+    found = parser().parse(args)
+    if found.ckpt_path is None and found.paths:
+        found.ckpt_path = found.paths.pop(0)
+    if not found.paths:
+        lacking = "pictures" if found.ckpt_path else "checkpoint"
+        usage = "odenets predict CKPT FILE|FOLDER..., or --ckpt_path CKPT FILE|FOLDER..."
+        raise SchemeError(f"no {lacking} given\n  {usage}")
+    return found
 
 
 def _pairs(p: Prediction) -> list[tuple[str, float]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import schemes
 from schemes import Scheme, SchemeError, Slot
 
-from ..build import fitting_counts
+from ..build import fitting_counts, fitting_mix
 from ..continuous import ContinuousWeights
 from ..layers import ConvNeXtFunction, LayerNorm2d, PatchConv2d, linear_rates
 from ..stack import Stack
@@ -84,9 +84,8 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         return whole * len(plan)
     counts = " or ".join(map(str, fitting_counts(scheme, functions)))
     text = f"level {level} has {functions} residual functions, and {scheme} takes {period} a step: use {counts}"
-    if whole and len(plan) == 1:
-        last = {1: "euler", 2: "midpoint"}.get(rest, f"{rest}*euler")
-        text += f", or a mix that fits, such as '{whole}*{scheme} + {last}'"
+    if mix := fitting_mix(scheme, functions):
+        text += f", or a mix that fits, such as '{mix}'"
     raise SchemeError(text + ".")
 
 

@@ -250,7 +250,7 @@ class Command(LightningCLI):
                 raise
             cause = root_cause(e)
             # The cause and not the chain: parsers wrap an error once for each level of the configuration.
-            fail(str(cause), "JSONARGPARSE_DEBUG=true shows where it was raised")
+            fail(str(cause), "odenets schemes and odenets models list what there is; JSONARGPARSE_DEBUG=true traces it")
         net = getattr(self.model, "net", self.model)
         if self.source is not None:
             adapt = self.config_init[str(self.subcommand)].adapt

@@ -233,7 +233,8 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
             entered, state = state, part.step(fs, state, gs=gs if n == 0 else ())
             for i, (f, slot) in enumerate(zip(fs, slots, strict=True)):
                 where = f"{part}, step {n}, residual function {i}"
-                _require((slot.step, slot.index) == (n, i), f"{where}: its slot says {slot.step}, {slot.index}")
+                wrong = f"{where}: its slot is Slot({slot.step}, {slot.index}, ...), want Slot({n}, {i}, ...)"
+                _require((slot.step, slot.index) == (n, i), wrong)
                 for _, xs in f.seen:  # type: ignore[attr-defined]
                     given = tuple(x.shape[1] for x in xs)
                     _require(given == slot.in_channels, f"{where}: given {given}, its slot says {slot.in_channels}")

@@ -221,7 +221,10 @@ def check_declared(
         AssertionError: something is not as declared; the message says what it is.
     """
     parts = parts_of(scheme, len(fs)) if parts is None else parts
-    scheme.init(fs[0], x, h)
+    made = tuple(s.shape[1] for s in scheme.init(fs[0], x, h))
+    want = scheme.stream_widths(x.shape[1])
+    # Before the functions are run, whose slots follow from these widths.
+    assert made == want, f"{scheme}: init makes streams of widths {made}, stream_widths says {want}"
     for own in fs:  # what init evaluates is not the step's
         for f in own:
             # So that the run below counts up to what a step alone has called.

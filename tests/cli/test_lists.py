@@ -137,8 +137,11 @@ def test_memory_is_that_of_a_plan():
     found = models.memory("revnet38", 16, 2)
     net = create_model("revnet38", backprop="store").train()
     assert found["stored"] == pytest.approx(odenets.plan(net, torch.rand(2, 3, 16, 16)).measured, rel=0.02)
-    assert found["reverse"] < found["stored"]
-    assert models.memory("resnet20", 16, 2)["reverse"] is None
+    assert found["reverse"] < found["stored"] and found["checkpoint"] < found["stored"]
+    assert found["without"] == {}
+    other = models.memory("resnet20", 16, 2)
+    assert other["reverse"] is None and other["checkpoint"] < other["stored"]
+    assert "no inverse" in other["without"]["reverse"]
 
 
 @pytest.mark.parametrize("args", [["schemes", "rk4"], ["models", "resnet20"], ["experiments", "cifar10"]])

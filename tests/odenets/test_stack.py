@@ -1,6 +1,7 @@
 """Stack: structure, keys, what it refuses, and life as a module: copies, transforms, compilation, precision."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -90,6 +91,18 @@ def test_repr(scheme):
 def test_counts_that_do_not_fit(n, scheme, depth, message):
     with pytest.raises(SchemeError, match=message):
         Stack([nn.Linear(2, 2)] * n, scheme, depth)
+
+
+@pytest.mark.parametrize("scheme", ["rk4", "kutta3", "midpoint", "verner8", "revnet", "3*rk4 + midpoint"])
+def test_a_mix_that_is_suggested_uses_up_the_functions(scheme):
+    for n in (1, 3, 7, 15):
+        fs = [nn.Linear(2, 2)] * n
+        try:
+            Stack(fs, scheme)
+        except SchemeError as e:
+            mix = re.search(r"a mix such as '(.+)'\.", str(e))
+            assert (mix is None) == (scheme in ("revnet", "3*rk4 + midpoint")), e
+            assert mix is None or Stack(fs, mix[1]).evaluations == n
 
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5, True, "2"])
