@@ -10,13 +10,15 @@ from pathlib import Path
 
 from wiring import PICTURES, THEMES, Canvas, written
 
+from odenets.palette import MODES
+
 TABLE = PICTURES.parent / "results.md"
 DEPTHS = (8, 16, 32, 64)
 # Rows of the table, what they are called in the picture, a colour on either ground, and a dash.
 ROWS = (
-    ("stored", "stored, as PyTorch does", ("#c44601", "#f2a15f"), ""),
-    ("torch checkpoint, each block", "torch checkpoint, each block", ("#5b6770", "#a9b2ba"), "6 4"),
-    ("**reverse**", 'backprop="reverse"', ("#0072b2", "#56b4e9"), ""),
+    ("stored", "stored, as PyTorch does", MODES["store"], ""),
+    ("torch checkpoint, each block", "torch checkpoint, each block", MODES["checkpoint"], "6 4"),
+    ("**reverse**", 'backprop="reverse"', MODES["reverse"], ""),
 )
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 300, 52, 34, 18, 44
 

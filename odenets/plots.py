@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from .palette import COLOURS, MARKERS, looks
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -13,11 +15,6 @@ if TYPE_CHECKING:
 
     from .analysis.rank import Rank
     from .analysis.weights import WeightMap
-
-
-# Okabe and Ito 2008, Color Universal Design: told apart by colour-blind readers too; yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*X"
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -170,11 +167,12 @@ def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "")
     panels = [spec for key, spec in found.items() if any(row.get(key) for row in points)]
     figure = _figure(0.6 + 3.7 * max(1, len(panels)), 4.0)
     groups = list(dict.fromkeys(str(row["group"]) for row in points))
+    drawn = looks(groups)
     for place, (key, unit, what) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place)
-        for number, group in enumerate(groups):
+        for group in groups:
             rows = [row for row in points if str(row["group"]) == group and row.get(key)]
-            look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            look: dict[str, Any] = {"color": drawn[group].colour, "marker": drawn[group].marker}
             axes.plot(
                 [row[key] / unit for row in rows],
                 [100 * row["error"] for row in rows],
@@ -334,9 +332,10 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
     up = max([4.0, *(1.15 * imaginary_interval(t) for t in tableaux.values())])
     figure = _figure(5, 4)
     axes = figure.add_subplot()
-    for i, (name, tableau) in enumerate(tableaux.items()):
+    drawn = looks(list(tableaux))
+    for name, tableau in tableaux.items():
         grid = region(tableau, (-left, 0.3 * left), (-up, up), 241)
-        colour, line = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
+        colour, line = drawn[name].colour, drawn[name].dash
         axes.contour(grid.re, grid.im, grid.size, levels=[1.0], colors=[colour], linestyles=[line])
         # A contour has no entry in a legend; a line of no points stands in for it.
         axes.plot([], [], color=colour, linestyle=line, label=name)
@@ -398,10 +397,12 @@ def design_spaces(
     """
     figure = _figure(8, 3.4)
     left, right = figure.subplots(1, 2)
+    drawn = looks(list(values))
     for name, group in values.items():
         ordered = sorted(100 * v for v in group)
+        line: dict[str, Any] = {"color": drawn[name].colour, "linestyle": drawn[name].dash}
         # The empirical distribution itself: smoothing would invent networks that nobody trained.
-        left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name)
+        left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name, **line)
     left.set_xlabel("validation accuracy, per cent")
     left.set_ylabel("share of networks up to it")
     left.grid(alpha=0.3)
@@ -439,8 +440,10 @@ def lines(
     """
     figure = _figure(5, 3.4)
     axes = figure.add_subplot()
+    drawn = looks(list(series))
     for name, (xs, ys) in series.items():
-        axes.plot(list(xs), list(ys), marker="o", label=name)
+        colour, marker, dash = drawn[name]
+        axes.plot(list(xs), list(ys), color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if log_x:
@@ -477,7 +480,8 @@ def bands(
     """
     figure = _figure(6, 4)
     axes = figure.add_subplot()
-    for number, (name, runs) in enumerate(curves.items()):
+    drawn = looks(list(curves))
+    for name, runs in curves.items():
         at: dict[float, list[float]] = {}
         for run in runs:
             for place, value in run:
@@ -489,8 +493,8 @@ def bands(
             (sum((v - m) ** 2 for v in at[p]) / max(1, len(at[p]) - 1)) ** 0.5
             for p, m in zip(places, means, strict=True)
         ]
-        colour = f"C{number % 10}"
-        axes.plot(places, means, color=colour, linewidth=1.3, label=f"{name} ({len(runs)})")
+        colour, _, dash = drawn[name]
+        axes.plot(places, means, color=colour, linestyle=dash, linewidth=1.3, label=f"{name} ({len(runs)})")
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         for place, value in (ends or {}).get(name, ()):
@@ -541,10 +545,13 @@ def work_precision(points: Sequence[Any], path: str | Path, title: str = "") -> 
     for point in points:
         # All tolerances of a solver are points of one line, which is named without them.
         groups.setdefault(point.scheme.partition(", rtol")[0].replace("adaptive(", "adaptive "), []).append(point)
+    drawn = looks(list(groups))
     for name, group in groups.items():
         xs = [p.evaluations for p in group]
-        left.plot(xs, [100 * p.accuracy for p in group], marker="o", markersize=4, label=name)
-        right.plot(xs, [p.distance for p in group], marker="o", markersize=4, label=name)
+        colour, marker, dash = drawn[name]
+        line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4, "label": name}
+        left.plot(xs, [100 * p.accuracy for p in group], **line)
+        right.plot(xs, [p.distance for p in group], **line)
     for axes, what in ((left, "accuracy, per cent"), (right, "relative distance of the logits")):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("evaluations")

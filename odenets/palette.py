@@ -1,0 +1,92 @@
+"""One look for each scheme, model and mode in all figures: a colour, a sign, and a dash where colours are used up."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Okabe and Ito 2008, Color Universal Design: told apart by colour-blind readers too; yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*X"
+DASHES = ("-", "--", ":", "-.")
+
+# What names have in figures, in this order: colours first, then the same colours dashed. Appending changes no look.
+SCHEMES = (
+    *("euler", "midpoint", "rk4", "heun2", "dense", "revnet", "verner8"),
+    *("leapfrog", "ssprk33", "kutta3", "dopri5", "kutta_nystrom5", "tsit5", "bdia"),
+    *("adaptive", "heun3", "rk38", "bosh3", "revcol", "reversible", "dopri8"),
+)
+MODELS = ("resnet", "revnet", "ho_resnet", "convnext", "densenet", "revcol", "vit", "rdnet", "irevnet", "revcol_vit")
+# Of drawings in a light and a dark version, whose words have the colour of their line: 4.5 to 1 against the ground.
+MODES = {"store": ("#c44601", "#f2a15f"), "checkpoint": ("#5b6770", "#a9b2ba"), "reverse": ("#0072b2", "#56b4e9")}
+# What a study calls the schemes that it compares.
+ALIASES = {"add": "euler", "concat": "dense"}
+
+
+class Look(NamedTuple):
+    """How a name is drawn.
+
+    Attributes:
+        colour: as ``#rrggbb``.
+        marker: matplotlib's letter.
+        dash: matplotlib's line style.
+    """
+
+    colour: str
+    marker: str
+    dash: str
+
+
+def look(place: int) -> Look:
+    """The look of a place: 28 differ in colour or dash, and signs repeat after 56.
+
+    Args:
+        place: from 0.
+    """
+    return Look(
+        COLOURS[place % len(COLOURS)],
+        MARKERS[place % len(MARKERS)],
+        DASHES[place // len(COLOURS) % len(DASHES)],
+    )
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """The look of each name of a figure: its own where it has one, else the first that nobody in the figure has.
+
+    A name is a scheme or a model, or says one: ``rk4``, ``scheme=rk4, step=1.0``, ``ho_resnet26``. Where two of them
+    say the same, the first has it. ``rk4: width`` and ``rk4: rank`` are two quantities of one name: its colour, and a
+    dash for each.
+
+    Args:
+        names: in the order of the legend.
+
+    Example:
+        >>> looks(["rk4", "mine"])["rk4"] == looks(["scheme=euler", "scheme=rk4"])["scheme=rk4"]
+        True
+    """
+    if any(": " in name for name in names):
+        split = {name: name.partition(": ")[::2] for name in names}
+        base = looks(list(dict.fromkeys(subject for subject, _ in split.values())))
+        order = list(dict.fromkeys(quantity for _, quantity in split.values()))
+        return {n: base[s]._replace(dash=DASHES[order.index(q) % len(DASHES)]) for n, (s, q) in split.items()}
+    found: dict[str, Look] = {}
+    for name in names:
+        place = _place(name)
+        if place is not None and look(place) not in found.values():
+            found[name] = look(place)
+    free = (look(n) for n in range(len(COLOURS) * len(DASHES)))
+    left = [x for x in free if x not in found.values()]
+    for i, name in enumerate(name for name in names if name not in found):
+        found[name] = left[i % len(left)] if left else look(i)
+    return {name: found[name] for name in names}
+
+
+def _place(name: str) -> int | None:
+    said = re.search(r"scheme=(\w+)", name) or re.match(r"\w+", name)
+    if said is None:
+        return None
+    word = (said[1] if said.lastindex else said[0]).lower()
+    word = ALIASES.get(word, word)
+    if word in SCHEMES:
+        return SCHEMES.index(word)
+    model = next((m for m in sorted(MODELS, key=len, reverse=True) if word.startswith(m)), None)
+    return None if model is None else MODELS.index(model)
