@@ -328,6 +328,20 @@ def test_whatever_the_reference_shows_describes_its_arguments():
     assert not {name: left for name, value in plain.items() if (left := undescribed(value))}
 
 
+# --- measured tables -------------------------------------------------------------------------------------------------
+
+
+def test_measured_times_are_of_the_schemes_of_the_page():
+    """One figure for each scheme and mode that the table shows, in the time of euler."""
+    bench, tables = tool("tables").bench, tool("tables")
+    times = json.loads((tables.RESULTS / "choices.json").read_text(encoding="utf-8"))["times"]
+    assert list(times) == bench.chosen()
+    assert all(set(modes) == {"store", bench.least(name)} for name, modes in times.items())
+    assert times["euler"]["store"] == 1 and all(0.3 < x < 5 for modes in times.values() for x in modes.values())
+    # What runs functions again takes longer than what stores.
+    assert all(modes[bench.least(name)] > modes["store"] for name, modes in times.items())
+
+
 # --- README, notebooks ------------------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,7 @@ def test_counts_that_do_not_fit(n, scheme, depth, message):
         Stack([nn.Linear(2, 2)] * n, scheme, depth)
 
 
-@pytest.mark.parametrize("scheme", ["rk4", "kutta3", "midpoint", "verner8", "revnet", "3*rk4 + midpoint"])
+@pytest.mark.parametrize("scheme", ["rk4", "kutta3", "midpoint", "kutta_nystrom5", "revnet", "3*rk4 + midpoint"])
 def test_a_mix_that_is_suggested_uses_up_the_functions(scheme):
     for n in (1, 3, 7, 15):
         fs = [nn.Linear(2, 2)] * n
