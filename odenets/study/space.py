@@ -277,9 +277,11 @@ def sample(
             total, draws = _kind(space, scheme, order, augment, strengths, seed, size, classes)
             if total < per_kind:
                 name = ", ".join(filter(None, (scheme, order, augment)))
+                # Without a network at all the budget is not one of such pictures: multiply-adds grow with their size.
+                remedy = f"take {total:,} or fewer" if total else "take pictures of another size, or another space"
                 raise SchemeError(
                     f"the space has {total:,} networks of {name} inside its budget (pictures of {size}, {classes} "
-                    f"classes); per_kind is {per_kind:,}: take {total:,} or fewer."
+                    f"classes); per_kind is {per_kind:,}: {remedy}."
                 )
             kinds.append(draws)
     # In turns, so that a study that is stopped early has as many of each kind.
