@@ -469,7 +469,8 @@ def bands(
 ) -> Path:
     """Mean curves of groups of runs, with a band of one standard deviation.
 
-    At each place the mean is over the runs of the group that have got there.
+    At each place the mean is over the runs of the group that have got there. Where all end within a tenth of the range,
+    an inset shows the last quarter.
 
     Args:
         curves: name of a group -> for each of its runs (x, y).
@@ -480,6 +481,34 @@ def bands(
     """
     figure = _figure(6, 4)
     axes = figure.add_subplot()
+    _draw_bands(axes, curves, ends or {})
+    points = [point for runs in curves.values() for run in runs for point in run]
+    left, right = min((p for p, _ in points), default=0.0), max((p for p, _ in points), default=0.0)
+    left = right - (right - left) / 4
+    late = [value for place, value in points if place >= left]
+    values = [value for _, value in points]
+    high, low = max(late, default=0.0), min(late, default=0.0)
+    # Where all have come to nearly the same, the last quarter would be one thick line.
+    if len(curves) > 1 and 0 < high - low < 0.1 * (max(values) - min(values)):
+        part = axes.inset_axes((0.36, 0.42, 0.6, 0.34))
+        _draw_bands(part, curves, {})
+        part.set_xlim(left, right)
+        part.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        part.tick_params(labelsize=7)
+        part.grid(alpha=0.3)
+        axes.indicate_inset_zoom(part, edgecolor="gray")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
+    return _write(figure, path)
+
+
+def _draw_bands(
+    axes: Any,
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    ends: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
     drawn = looks(list(curves))
     for name, runs in curves.items():
         at: dict[float, list[float]] = {}
@@ -497,13 +526,8 @@ def bands(
         axes.plot(places, means, color=colour, linestyle=dash, linewidth=1.3, label=f"{name} ({len(runs)})")
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-        for place, value in (ends or {}).get(name, ()):
+        for place, value in ends.get(name, ()):
             axes.plot([place], [value], "x", color=colour, markersize=8)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return _write(figure, path)
 
 
 def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: str) -> Path:
