@@ -84,7 +84,8 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         return whole * len(plan)
     counts = " or ".join(map(str, fitting_counts(scheme, functions)))
     text = f"level {level} has {functions} residual functions, and {scheme} takes {period} a step: use {counts}"
-    if mix := fitting_mix(scheme, functions):
+    # Below one step a mix would hold nothing of the scheme that was asked for.
+    if whole and (mix := fitting_mix(scheme, functions)):
         text += f", or a mix that fits, such as '{mix}'"
     raise SchemeError(text + ".")
 
