@@ -136,7 +136,7 @@ PAPER = Paper(
         Row("figure 2", "all", needs="the nets of tables 10 and 11, trained"),
         Row("figures 3 and 4", "all", needs="nothing: they show no figures"),
     ),
-    "Tables 10 and 11 are the roadmaps of odenets.models.roadmap. Where the paper leaves something open (the least rate, "
+    "Tables 10 and 11 are the roadmaps of odenets.models.roadmap. Where the paper leaves something open (least rate, "
     "GPUs), recipes follow the authors' repository.",
 )
 # Nodes of 8 GPUs, and pictures of each, as the authors' commands have them.

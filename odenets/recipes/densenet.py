@@ -54,12 +54,12 @@ PAPER = Paper(
             "repository", "DenseNet-cosine-264, growth 48", "20.4 % error", needs="more epochs' recipe, not known here"
         ),
     ),
-    "Recipes of table 3 have the errors of one crop, by which networks are judged here. Table 2 also has networks of other "
-    "papers, which are not listed.",
+    "Recipes of table 3 have the errors of one crop, by which networks are judged here. Table 2 also has networks of "
+    "other papers, which are not listed.",
 )
 HELD_OUT = (
-    "the paper holds out 6,000 training pictures and takes the epoch that is best on them; here all are trained on, and "
-    "the last epoch counts."
+    "the paper holds out 6,000 training pictures and takes the epoch that is best on them; here all are trained on, "
+    "and the last epoch counts."
 )
 SPARED = "weight decay spares norms and biases here; the released code's takes all parameters."
 LIGHT = "the paper's recipe, that of its ResNets, also adds noise along the principal components of the colours."

@@ -14,8 +14,8 @@ PAPER = Paper(
     note="The table's rows that are baselines here.",
 )
 COSINE = (
-    "a warm-up, half a cosine and Nesterov's momentum in place of the two steps of the rate and plain momentum; 164 epochs "
-    "are about its 64,000 steps."
+    "a warm-up, half a cosine and Nesterov's momentum in place of the two steps of the rate and plain momentum; 164 "
+    "epochs are about its 64,000 steps."
 )
 # layers, parameters, error
 NETS = (
