@@ -39,7 +39,7 @@ class Found(NamedTuple):
         given: the tensor itself, where it has a gradient; later modules may write into it.
         version: of that tensor when it was given.
         edge: where its gradient arrives, whatever is written into it later.
-        parts: of a readout where gradients are recorded, the streams that it is made of: the network goes on with these.
+        parts: of a readout where gradients are recorded, the streams it is made of, with which the network goes on.
     """
 
     value: Tensor
