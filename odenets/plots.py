@@ -102,6 +102,15 @@ def _numbers(axes: Any, values: Sequence[Sequence[float]], most: float, digits: 
                 axes.text(b, a, shown, ha="center", va="center", fontsize=6, color=colour)
 
 
+def _title(name: str, most: int = 18) -> str:
+    """The name of a place above a small panel: in two lines, cut at the dot nearest to its middle, where it is long."""
+    dots = [i for i, letter in enumerate(name) if letter == "."]
+    if len(name) <= most or not dots:
+        return name
+    cut = min(dots, key=lambda i: abs(i - len(name) / 2))
+    return f"{name[: cut + 1]}\n{name[cut + 1 :]}"
+
+
 def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
     """The (level, column) of each place, all levels and all columns; one level where places are none of columns."""
     # `columns.steps.3:1` is column 3, level 1.
@@ -224,8 +233,8 @@ def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequen
             if len(levels) > 1:
                 one.set_title(f"column {column + 1}, level {level}", fontsize=7)
             else:
-                one.set_title(names[columns.index(column)], fontsize=7)
-    bar = figure.colorbar(shown, ax=axes, shrink=0.3, aspect=30)
+                one.set_title(_title(names[columns.index(column)]), fontsize=7)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.3 if len(axes) > 2 else 0.8, aspect=30)
     bar.set_label("LayerCAM", fontsize=8)
     return _write(figure, path)
 
@@ -250,7 +259,7 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
                 axes[i][j].imshow(heat[i].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
             axes[i][j].axis("off")
             if i == 0:
-                axes[i][j].set_title("picture" if heat is None else names[j - 1], fontsize=7)
+                axes[i][j].set_title("picture" if heat is None else _title(names[j - 1]), fontsize=7)
     return _write(figure, path)
 
 

@@ -39,12 +39,14 @@ class Found(NamedTuple):
         given: the tensor itself, where it has a gradient; later modules may write into it.
         version: of that tensor when it was given.
         edge: where its gradient arrives, whatever is written into it later.
+        parts: of a readout where gradients are recorded, the streams it is made of, with which the network goes on.
     """
 
     value: Tensor
     given: Tensor | None = None
     version: int = 0
     edge: GradientEdge | None = None
+    parts: "tuple[Found, ...]" = ()
 
 
 class Features:
@@ -109,7 +111,8 @@ class Features:
         self.clear()
         # The network's own forward pass begins anew, before any module runs.
         self._handles.append(self.model.register_forward_pre_hook(self._begin))
-        for name, place in self._places.items():
+        # Readouts last: they hand the streams on as new tensors, which no other place shall see.
+        for name, place in sorted(self._places.items(), key=lambda pair: pair[1].item == READOUT):
             self._handles.append(self._modules[place.path].register_forward_hook(self._hook(name, place)))
         return self
 
@@ -123,9 +126,9 @@ class Features:
         self._calls.clear()
 
     def _hook(self, name: str, place: Place) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def keep(module: nn.Module, args: Any, output: Any) -> Any:
             if _in_backward():
-                return
+                return None
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             if place.call is None and call:
@@ -135,7 +138,15 @@ class Features:
                     f"  Choose a call: {place.path}@0{item}, {place.path}@1{item}, ..."
                 )
             if place.call in (None, call):
-                self._found[name] = _copied(_item(name, place, output, module))
+                found = _copied(_item(name, place, output, module))
+                if place.item == READOUT and torch.is_grad_enabled():
+                    # As new tensors: a stream that the step hands on as it is has been read before, and only what
+                    # comes after the step counts.
+                    output = tuple(stream.view_as(stream) for stream in output)
+                    self._found[name] = found._replace(parts=tuple(_copied(stream) for stream in output))
+                    return output
+                self._found[name] = found
+            return None
 
         return keep
 
@@ -162,7 +173,7 @@ class Features:
         Raises:
             SchemeError: the module did not run.
         """
-        value, given, version, _ = self._of(name)
+        value, given, version, *_ = self._of(name)
         # A write by ``.data`` leaves the version as it was.
         if given is not None and given._version == version and torch.equal(given.detach(), value.detach()):
             return given
@@ -189,6 +200,28 @@ class Features:
             True
         """
         return self._of(name).edge
+
+    def parts(self, name: str) -> list[tuple[Tensor, GradientEdge | None]]:
+        """The streams that a readout is made of, each with where its gradient arrives; of another place itself alone.
+
+        A network goes on with a step's streams and not with what a reader makes of them, so that the readout of a step
+        of several streams has no gradient. Streams are kept where gradients are recorded, and their gradients are those
+        by what comes after the step.
+
+        Raises:
+            SchemeError: the module did not run.
+
+        Example:
+            >>> import torch
+            >>> from odenets.models import DenseNet
+            >>> net = DenseNet([2], growth=4, stem="conv3", num_classes=3).eval()
+            >>> with Features(net, ["levels.0.steps.1:readout"]) as features:
+            ...     _ = net(torch.randn(1, 3, 8, 8))
+            >>> [value.shape[1] for value, _ in features.parts("levels.0.steps.1:readout")]
+            [8, 4, 4]
+        """
+        found = self._of(name)
+        return [(part.value, part.edge) for part in found.parts] or [(self[name], found.edge)]
 
     def items(self) -> list[tuple[str, Tensor]]:
         """Names and tensors, in the order in which the places were given.

@@ -20,7 +20,9 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         model: any network that classifies pictures; runs in evaluation mode, and is left as it was.
         x: (n, c, h, w).
         names: places, see ``Features``; maps (n, c', h', w') or tokens (n, t, c'), where one token beyond a grid of
-            patches is taken to be a class token in front.
+            patches is taken to be a class token in front. ``name:readout`` is the map of all of a step's streams: the
+            sum runs over the channels of each, as the network goes on with them and not with their readout. Of streams
+            that are joined (DenseNet, RevNet) that is the map of what they are joined to.
         target: the class whose score is looked at, for all pictures or one each; the best one where left out.
 
     Returns:
@@ -54,19 +56,23 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
                 "layer_cam: the network gives no scores (n, classes).\n  Give one that classifies, with its head."
             )
         score = logits.gather(1, _chosen(target, logits)[:, None]).sum()
-        maps = [features[name].detach() for name in names]
-        edges = [features.edge(name) for name in names]
-    grads = _gradients(score, edges)
+        places = [features.parts(name) for name in names]
+    grads = iter(_gradients(score, [edge for parts in places for _, edge in parts]))
     found = []
-    for name, a, g in zip(names, maps, grads, strict=True):
-        if g is None and name.endswith(f":{READOUT}"):
-            raise SchemeError(
-                f"layer_cam: {name} is made of several streams, and the network reads these.\n"
-                f"  Choose one of them, {name.removesuffix(READOUT)}0, or the stack that the step is in."
-            )
-        if g is None:
+    for name, parts in zip(names, places, strict=True):
+        values = [(value.detach(), next(grads)) for value, _ in parts]
+        # A stream that nothing reads any more adds nothing.
+        used = [(a, g) for a, g in values if g is not None]
+        if not used:
             raise SchemeError(f"layer_cam: the score does not depend on {name}; choose a place before the head.")
-        heat = _heat(_as_map(a, name, x), _as_map(g, name, x))
+        if len({a.shape[2:] if a.dim() == 4 else a.shape[1:2] for a, _ in used}) > 1:
+            sizes = ", ".join(str(tuple(a.shape)) for a, _ in used)
+            raise SchemeError(
+                f"layer_cam: the streams of {name} are of several sizes: {sizes}.\n"
+                f"  Choose one of them, {name.removesuffix(READOUT)}0."
+            )
+        a, g = (torch.cat([_as_map(pair[i], name, x) for pair in used], 1) for i in (0, 1))
+        heat = _heat(a, g)
         if not heat.isfinite().all():
             raise SchemeError(f"layer_cam: {name} or its gradient is not finite.\n  Try model.float() and x.float().")
         heat = F.interpolate(heat[:, None], x.shape[-2:], mode="bilinear", align_corners=False)

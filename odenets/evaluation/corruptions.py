@@ -112,7 +112,7 @@ def _shuffled(x: Tensor, reach: int, draws: Draws) -> Tensor:
 
 
 def _motion_blur(x: Tensor, s: Setting) -> Tensor:
-    # ImageMagick rounds to whole levels.
+    # ImageMagick rounds to whole levels; some builds of it drop fractions.
     return _rounded(f.motion(x, int(s.c[0]), s.c[1], s.draws.uniform(-45, 45)))
 
 
@@ -171,7 +171,10 @@ def _photograph(s: Setting, i: int, height: int, width: int) -> Tensor:
         )
     levels = picture.double()[None]
     if s.shrink != 1:
-        levels = torch.nn.functional.interpolate(levels, (high, wide), mode="bilinear", align_corners=False).round()
+        # OpenCV steps by 1 / shrink, also where this is not the ratio of the sizes, which are rounded.
+        rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / s.shrink - 0.5 for n in (high, wide))
+        grid = torch.meshgrid(rows, columns, indexing="ij")
+        levels = f.sample(levels, grid[0][None], grid[1][None], f.nearest).round()
     top, left = int(own.integers(0, high - height)), int(own.integers(0, wide - width))
     return levels[0, :, top : top + height, left : left + width] / 255
 

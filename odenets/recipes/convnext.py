@@ -1,14 +1,24 @@
 """ConvNeXt: T to XL and isotropic, on ImageNet-1K and 22K, fine-tuned, and every step from ResNet-50 and ResNet-200."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..models import roadmap
 from .data import IMAGENET, IMAGENET22K
 from .recipe import Paper, Recipe, Row
-from .training import MODERN, UNMIXED, Settings, adamw, cosine, large, training
+from .training import MODERN, SQUEEZED, UNMIXED, Settings, adamw, cosine, large, training
 
-_UNKNOWN = "its figures, which are not known here"
+_EVALUATE = "odenets evaluate CKPT --corruptions --baseline alexnet --frost FOLDER"
+_OTHERS = "networks that are not here"
+_SPEED = "python experiments/benchmarks/models.py"
+_COCO = {"needs": "a detector with masks like the paper's, trained on COCO"}
+_ADE20K = {"needs": "a segmenter, trained on ADE20K"}
+
+
+def _rows(shown: str, lines: Mapping[str, str], **more: str) -> tuple[Row, ...]:
+    return tuple(Row(shown, what, published, **more) for what, published in lines.items())
+
+
 PAPER = Paper(
     "A ConvNet for the 2020s",
     "Liu et al. 2022",
@@ -16,42 +26,121 @@ PAPER = Paper(
     {
         "table 1": "ImageNet-1K: trained on it, or on ImageNet-22K and fine-tuned",
         "table 2": "isotropic nets",
-        "table 3": "COCO",
-        "table 4": "ADE20K",
+        "table 3": "COCO: Mask R-CNN and Cascade, 3x",
+        "table 4": "ADE20K: UperNet, several scales",
         "table 5": "hyper-parameters of training",
         "table 6": "hyper-parameters of fine-tuning",
+        "table 7": "ADE20K: one scale",
+        "table 8": "accuracy on changed pictures",
         "table 9": "architectures",
         "table 10": "from ResNet-50 to ConvNeXt-T, step by step, three seeds",
         "table 11": "from ResNet-200 to ConvNeXt-B",
-        "throughput": "pictures per second on an A100",
-        "robustness": "accuracy on changed pictures",
+        "table 12": "pictures per second on an A100",
         "figure 1": "accuracy against multiply-adds",
         "figure 2": "the figures of tables 10 and 11, drawn",
         "figures 3 and 4": "blocks: drawings",
     },
     (
-        Row("table 3", "all", needs=f"a detector, COCO, and {_UNKNOWN}"),
-        Row("table 4", "all", needs=f"a segmenter, ADE20K, and {_UNKNOWN}"),
+        *_rows(
+            "table 1",
+            {
+                "RegNetY-16G": "82.9 % top-1",
+                "EfficientNet-B7, 600 pixels": "84.3 % top-1",
+                "EfficientNetV2-L, 480 pixels; after 22K": "85.7; 86.8 % top-1",
+                "EfficientNetV2-XL, 480 pixels, after 22K": "87.3 % top-1",
+                "DeiT-S / DeiT-B": "79.8 / 81.8 % top-1",
+                "Swin-T / S / B": "81.3 / 83.0 / 83.5 % top-1",
+                "Swin-B, 384 pixels": "84.5 % top-1",
+                "Swin-B / L, after 22K; 384 pixels": "85.2 / 86.3; 86.4 / 87.3 % top-1",
+                "R-101x3 / R-152x4, after 22K": "84.4 / 85.4 % top-1",
+                "ViT-B / L, 384 pixels, after 22K": "85.4 / 86.8 % top-1",
+            },
+            needs=_OTHERS,
+        ),
+        *_rows("table 2", {"ViT-S / B / L": "79.8 / 81.8 / 82.6 % top-1"}, needs="the training of other papers"),
+        *_rows(
+            "table 3",
+            {
+                "ConvNeXt-T, Mask R-CNN, box / mask AP": "46.2 / 41.7",
+                "ConvNeXt-T, Cascade": "50.4 / 43.7",
+                "ConvNeXt-S, Cascade": "51.9 / 45.0",
+                "ConvNeXt-B, Cascade": "52.7 / 45.6",
+                "ConvNeXt-B, 22K, Cascade": "54.0 / 46.9",
+                "ConvNeXt-L, 22K, Cascade": "54.8 / 47.6",
+                "ConvNeXt-XL, 22K, Cascade": "55.2 / 47.7",
+            },
+            **_COCO,
+        ),
+        *_rows(
+            "table 4",
+            {
+                "ConvNeXt-T, mIoU": "46.7",
+                "ConvNeXt-S": "49.6",
+                "ConvNeXt-B": "49.9",
+                "ConvNeXt-B, 22K, 640 pixels": "53.1",
+                "ConvNeXt-L, 22K, 640 pixels": "53.7",
+                "ConvNeXt-XL, 22K, 640 pixels": "54.0",
+            },
+            **_ADE20K,
+        ),
         Row("table 5", "all", command="odenets recipe convnext_tiny"),
         Row("table 6", "all", command="odenets recipe convnext_tiny_22k_ft384"),
-        Row("robustness", "all", needs=f"trained nets, the sets of changed pictures, and {_UNKNOWN}"),
+        *_rows(
+            "table 7",
+            {
+                "ConvNeXt-T, mIoU": "46.0",
+                "ConvNeXt-S": "48.7",
+                "ConvNeXt-B": "49.1",
+                "ConvNeXt-B, 22K, 640 pixels": "52.6",
+                "ConvNeXt-L, 22K, 640 pixels": "53.2",
+                "ConvNeXt-XL, 22K, 640 pixels": "53.6",
+            },
+            **_ADE20K,
+        ),
+        *_rows(
+            "table 8",
+            {
+                "ConvNeXt-T: mCE on C / top-1 on A / R / Sketch": "53.2 / 24.2 / 47.2 / 33.8 %",
+                "ConvNeXt-B": "46.8 / 36.7 / 51.3 / 38.2 %",
+                "ConvNeXt-B, 22K, 384 pixels": "43.1 / 62.3 / 64.9 / 51.6 %",
+                "ConvNeXt-L, 22K, 384 pixels": "40.2 / 65.5 / 66.7 / 52.8 %",
+                "ConvNeXt-XL, 22K, 384 pixels": "38.8 / 69.3 / 68.2 / 55.0 %",
+            },
+            command=_EVALUATE,
+            needs="the nets of table 1, trained, and the sets of pictures",
+        ),
+        *_rows(
+            "table 8",
+            {
+                "ResNet-50": "76.7 / 0.0 / 36.1 / 24.1 %",
+                "Swin-T / B": "62.0 / 21.6 / 41.3 / 29.1; 54.4 / 35.8 / 46.6 / 32.4 %",
+                "RVT-S / B": "49.4 / 25.7 / 47.7 / 34.7; 46.8 / 28.5 / 48.7 / 36.0 %",
+            },
+            needs="the training of other papers",
+        ),
         Row("table 9", "all: the page [ConvNeXt](models/convnext.md)", command="odenets recipe convnext_tiny"),
-        Row(
-            "throughput",
-            "ConvNeXt-T / S / B / L / XL, pictures per second",
-            "1943.5 / 1275.3 / 969.0 / 611.5 / 424.4",
-            command="python experiments/benchmarks/models.py",
+        Row("table 10", "Swin-T, 4.50 GFLOPs", "81.30 % top-1", needs="a network that is not here"),
+        Row("table 11", "Swin-B, 15.43 GFLOPs", "83.50 % top-1", needs="a network that is not here"),
+        *_rows(
+            "table 12",
+            {
+                "ConvNeXt-T / S / B / L / XL, pictures per second": "1943.5 / 1275.3 / 969.0 / 611.5 / 424.4",
+                "ConvNeXt-B / L / XL, 384 pixels": "336.6 / 211.4 / 147.4",
+            },
+            command=_SPEED,
             needs="an A100",
         ),
-        Row("table 10", "Swin-T, 4.50 GFLOPs", "81.30 % top-1", needs="a network that is not here"),
+        Row("table 12", "Swin-T / S / B / L", "1325.6 / 857.3 / 662.8 / 435.9", needs=_OTHERS),
+        Row("table 12", "Swin-B / L, 384 pixels", "242.5 / 157.9", needs=_OTHERS),
         Row("figure 1", "all", needs="the nets of table 1, trained"),
         Row("figure 2", "all", needs="the nets of tables 10 and 11, trained"),
         Row("figures 3 and 4", "all", needs="nothing: they show no figures"),
     ),
-    "The tables that are named by what they show have numbers that are not known here. Tables 10 and 11 are the "
-    "roadmaps of odenets.models.roadmap.",
+    "Tables 10 and 11 are the roadmaps of odenets.models.roadmap. Where the paper leaves something open (least rate, "
+    "GPUs), recipes follow the authors' repository.",
 )
-SMALLER = "the paper's GPUs and how its 4,096 pictures per step are shared among them are not known here."
+# Nodes of 8 GPUs, and pictures of each, as the authors' commands have them.
+CLUSTER = "{} nodes of 8 GPUs, {} pictures on each (released command)"
 RATES = {"tiny": 0.1, "small": 0.4, "base": 0.5, "large": 0.5}
 LETTERS = {"tiny": "T", "small": "S", "base": "B", "large": "L", "xlarge": "XL"}
 PARAMETERS = {
@@ -64,9 +153,9 @@ PARAMETERS = {
 SCRATCH = {"tiny": "82.1", "small": "83.1", "base": "83.8", "large": "84.3"}
 
 
-def _settings(ema: float = 0.9999) -> Settings:
+def _settings(ema: float = 0.9999, warmup: int = 20) -> Settings:
     return training(
-        *(IMAGENET, adamw(4e-3), cosine(20, 2.5e-4)),
+        *(IMAGENET, adamw(4e-3), cosine(warmup, 2.5e-4)),
         epochs=300,
         batch=4096,
         at_once=128,
@@ -92,11 +181,12 @@ def _recipe(
     parameters: int | None = None,
     family: str = "ConvNeXt",
     file: str = "",
+    hardware: str = "not known here",
 ) -> Recipe:
     data = IMAGENET22K if stage == "pretrain" else IMAGENET
     figures = ((where, f"{top1} % top-1" if top1 else ""),)
     start = (name, PAPER, family, size, data, stage, model, settings, options, figures)
-    return Recipe(*start, differs=differs, needs=needs, parameters=parameters, file=file)
+    return Recipe(*start, hardware=hardware, differs=differs, needs=needs, parameters=parameters, file=file)
 
 
 def _scratch() -> Iterator[Recipe]:
@@ -104,23 +194,26 @@ def _scratch() -> Iterator[Recipe]:
         yield _recipe(
             *(f"convnext_{name}", LETTERS[name], f"convnext_{name}", "table 1", top1, _settings()),
             {"drop_path_rate": RATES[name]},
-            SMALLER,
+            hardware=CLUSTER.format(*((8, 64) if name == "large" else (4, 128))),
             parameters=PARAMETERS[name],
             file="convnext_tiny.yaml" if name == "tiny" else "",
         )
-    sizes = {"small": ("S", "79.7"), "base": ("B", "82.0"), "large": ("L", "82.6")}
-    own = "the stochastic depth of the isotropic nets is not known here; it is that of ConvNeXt of the letter."
-    for name, (letter, top1) in sizes.items():
+    # Without gamma in S and B, as the registered models have it.
+    sizes = {"small": ("S", 0.1, "79.7"), "base": ("B", 0.2, "82.0"), "large": ("L", 0.5, "82.6")}
+    for name, (letter, rate, top1) in sizes.items():
         model = f"convnext_isotropic_{name}"
-        other = "the authors' repository prints 78.7 for this net."
-        more = (own, other) if name == "small" else (own,)
-        options = {"drop_path_rate": RATES[name]}
-        yield _recipe(model, f"isotropic {letter}", model, "table 2", top1, _settings(), options, SMALLER, *more)
+        other = ("the authors' repository prints 78.7 for this net.",) if name == "small" else ()
+        yield _recipe(
+            *(model, f"isotropic {letter}", model, "table 2", top1, _settings(warmup=50)),
+            {"drop_path_rate": rate},
+            *other,
+            hardware=CLUSTER.format(*((8, 64) if name == "large" else (4, 128))),
+        )
 
 
 # ImageNet-22K: stochastic depth there and after it, accuracy at 224 and at 384 pixels.
 LARGER = {
-    "tiny": (0.0, 0.1, "82.9", "84.1"),
+    "tiny": (0.0, 0.0, "82.9", "84.1"),
     "small": (0.0, 0.1, "84.6", "85.8"),
     "base": (0.1, 0.2, "85.8", "86.8"),
     "large": (0.1, 0.3, "86.6", "87.5"),
@@ -131,7 +224,7 @@ NEW = "it starts from the weights after {}: --weights FILE; without them from ne
 NEW_HEAD: Settings = {"adapt": {"new_head": True}}
 
 
-def _tuned(side: int, decay: float) -> Settings:
+def _tuned(side: int, decay: float, ema: float = 0.0) -> Settings:
     return training(
         *(IMAGENET, adamw(5e-5, 1e-8), cosine(0, 0.02)),
         epochs=30,
@@ -142,6 +235,7 @@ def _tuned(side: int, decay: float) -> Settings:
         pictures=large(size=side, **(dict[str, Any](inner=1.0) if side > 224 else {})),
         smoothing=0.1,
         channels_last=True,
+        ema=ema,
         layer_decay=decay,
     )
 
@@ -149,7 +243,7 @@ def _tuned(side: int, decay: float) -> Settings:
 def _larger() -> Iterator[Recipe]:
     """On ImageNet-22K, and after it."""
     pretraining = training(
-        *(IMAGENET22K, adamw(4e-3), cosine(5)),
+        *(IMAGENET22K, adamw(4e-3), cosine(5, 2.5e-4)),
         epochs=90,
         batch=4096,
         at_once=128,
@@ -161,7 +255,8 @@ def _larger() -> Iterator[Recipe]:
     for name, (rate, after, *accuracies) in LARGER.items():
         model, letter = f"convnext_{name}", LETTERS[name]
         yield _recipe(
-            *(f"{model}_22k", letter, model, "table 1", "", pretraining, {"drop_path_rate": rate}, SMALLER),
+            *(f"{model}_22k", letter, model, "table 1", "", pretraining, {"drop_path_rate": rate}),
+            hardware=CLUSTER.format(16, 32),
             stage="pretrain",
             needs="ImageNet-22K and many GPUs",
         )
@@ -173,12 +268,12 @@ def _larger() -> Iterator[Recipe]:
                     model,
                     "table 1",
                     top1,
-                    _tuned(side, 0.8),
+                    _tuned(side, 0.8, 0.9999 if name == "xlarge" else 0.0),
                 ),
                 # A new head begins near zero, so that its gradients do not disturb the trained layers at first.
                 {"drop_path_rate": after, "head_init_scale": 0.001},
-                "the stochastic depth and the least rate of this stage are not known here; these are ours.",
                 NEW.format("ImageNet-22K"),
+                *((SQUEEZED,) if side > 224 else ()),
                 stage="fine-tune",
                 file="convnext_base_from_22k.yaml" if (name, side) == ("base", 224) else "",
                 needs="weights after ImageNet-22K and GPUs",
@@ -193,8 +288,10 @@ def _fine_tuned() -> Iterator[Recipe]:
         yield _recipe(
             *(f"{model}_ft384", f"{letter}, 384 pixels", model, "table 1", top1, NEW_HEAD | _tuned(384, 0.7)),
             {"drop_path_rate": rate, "head_init_scale": 0.001},
-            NEW.format("ImageNet-1K"),
+            NEW.format("ImageNet-1K" + (", averaged (EMA), as the paper says of L" if name == "large" else "")),
+            SQUEEZED,
             stage="fine-tune",
+            hardware=CLUSTER.format(2, 32),
             needs="weights after ImageNet-1K and GPUs",
             parameters=PARAMETERS[name],
         )
@@ -215,8 +312,7 @@ def _roadmaps() -> Iterator[Recipe]:
                 ),
                 *(where, f"{row.top1:.2f}", _settings(ema=0.0)),
                 {"step": row.name, "base": base, "drop_path_rate": rate, "layer_scale": 1e-6},
-                SMALLER,
-                f"the stochastic depth of the steps is not known here; it is that of {end}.",
+                f"the paper says that all steps are trained like {end}; so they have its stochastic depth.",
                 family=f"ResNet-{layers} to {end}",
             )
         first = rows[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 from .data import IMAGENET, IMAGENET22K
 from .recipe import Paper, Recipe, Row
-from .training import MODERN, UNMIXED, Settings, adamw, cosine, large, training
+from .training import MODERN, SQUEEZED, UNMIXED, Settings, adamw, cosine, large, training
 
 PAPER = Paper(
     "Reversible Column Networks",
@@ -153,7 +153,6 @@ def _fine_tuned() -> Iterator[Recipe]:
             batch=1024,
             at_once=128 if side == 224 else 32 if side == 384 else 8,
             augment=UNMIXED,
-            # Above 224 pixels the released code resizes the whole picture to evaluate it.
             pictures=large(size=side, **(dict[str, Any](inner=1.0) if side > 224 else {})),
             smoothing=0.1,
             clip=clip,
@@ -171,6 +170,7 @@ def _fine_tuned() -> Iterator[Recipe]:
             differs=(
                 RATE.format(f"{lr:g}"),
                 f"it starts from the weights after {before}: --weights FILE; without them from new ones.",
+                *((SQUEEZED,) if side > 224 else ()),
             ),
             needs="weights after ImageNet-22K and GPUs" if name != "huge" else "pictures that are not public",
             parameters=PLAIN[name],

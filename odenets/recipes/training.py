@@ -8,6 +8,11 @@ Settings = dict[str, Any]
 # As most published recipes of this decade have it; 9 and 0.5 are what they write as rand-m9-mstd0.5-inc1.
 MODERN = {"flip": 0.5, "rand_augment": 9, "rand_augment_std": 0.5, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
 UNMIXED = {key: value for key, value in MODERN.items() if key not in ("mixup", "cutmix")}
+# Where a released code evaluates larger pictures so.
+SQUEEZED = (
+    "above 224 pixels the released code squeezes the whole picture into a square to evaluate it; here the square in "
+    "its middle is seen."
+)
 SHIFTED = {"crop": 4, "flip": 0.5}  # of pictures of 32 pixels a side
 
 

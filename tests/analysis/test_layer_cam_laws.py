@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from odenets import Stack
 from odenets.analysis import layer_cam
+from odenets.models import DenseNet, RevNet
 from schemes import SchemeError
 
 
@@ -119,3 +121,84 @@ def test_what_has_no_gradient_or_is_not_finite_is_refused():
     for place in ("conv", "act"):
         with pytest.raises(SchemeError, match=f"does not depend on {place}"):
             layer_cam(Cut(), x, [place], 0)
+
+
+class Streams(nn.Module):
+    """A stack under a scheme of several streams, and a head that sees pictures as maps."""
+
+    def __init__(self, stack, width):
+        super().__init__()
+        self.stack, self.head = stack, nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.stack(x).square().mean((2, 3)))
+
+
+def conv(width, out):
+    return nn.Sequential(nn.Conv2d(width, out, 3, padding=1), nn.Tanh())
+
+
+def joined(z, rest):
+    """All that is left of a dense stack, of the joined streams."""
+    for f in rest:
+        z = torch.cat([z, f(z)], 1)
+    return z
+
+
+def coupled(z, rest):
+    """All that is left of an additive coupling: y1 = x1 + f(x2), y2 = x2 + g(y1)."""
+    a, b = z.chunk(2, 1)
+    for f, g in zip(rest[::2], rest[1::2], strict=True):
+        a = a + f(b)
+        b = b + g(a)
+    return torch.cat([a, b], 1)
+
+
+def by_hand(score, z):
+    """LayerCAM of a map z of which a score is a function."""
+    z = z.detach().requires_grad_()
+    [g] = torch.autograd.grad(score(z).sum(), z)
+    heat = (g.relu() * z).sum(1).relu().detach()
+    return heat / heat.flatten(1).amax(1)[:, None, None]
+
+
+@pytest.mark.parametrize("kind", ["dense", "revnet"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_the_map_of_a_readout_is_that_of_the_joined_streams(kind, step):
+    """Of what comes after the step alone: the input of joined streams was read by each function before it, too."""
+    torch.manual_seed(step)
+    if kind == "dense":
+        fs, rest, width, per_step = [conv(w, 2) for w in (3, 5, 7)], joined, 9, 1
+        net = Streams(Stack(fs, "dense(2)"), width).double()
+    else:
+        fs, rest, width, per_step = [conv(2, 2) for _ in range(6)], coupled, 4, 2
+        net = Streams(Stack(fs, "revnet"), width).double()
+    x = torch.randn(2, 3 if kind == "dense" else 4, 6, 6, dtype=torch.float64)
+    fs, done = list(fs), per_step * (step + 1)
+    want = by_hand(lambda z: net.head(rest(z, fs[done:]).square().mean((2, 3)))[:, 1], rest(x, fs[:done]))
+    # With a place of the same step, which is to see its own gradient, whatever the order.
+    places = [f"stack.steps.{step}:0", f"stack.steps.{step}:readout"]
+    first, heat = layer_cam(net, x, places, 1)
+    torch.testing.assert_close(heat, want)
+    assert torch.equal(first, layer_cam(net, x, places[:1], 1)[0])
+    assert torch.equal(first, layer_cam(net, x, places[::-1], 1)[1])
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: DenseNet([2, 3], growth=4, stem="conv3", num_classes=3),
+        lambda: RevNet([2, 2], [4, 4, 8], num_classes=3),
+    ],
+)
+@pytest.mark.parametrize("backprop", ["store", "checkpoint"])
+def test_the_map_after_the_last_step_is_that_of_the_stack(net, backprop):
+    net = net()
+    for module in net.modules():
+        if isinstance(module, Stack):
+            module.backprop = backprop
+    name, stack = next((n, m) for n, m in net.named_modules() if isinstance(m, Stack))
+    x = torch.randn(2, 3, 16, 16)
+    whole, last = layer_cam(net, x, [name, f"{name}.steps.{len(stack.steps) - 1}:readout"], 0)
+    torch.testing.assert_close(last, whole)
+    assert float(whole.max()) > 0

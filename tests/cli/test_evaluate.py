@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from training.pictures import picture
 
-from odenets.evaluation import CorruptionErrors, corrupt, corruption_error, read_attack
+from odenets.evaluation import ALEXNET, KINDS, CorruptionErrors, corrupt, corruption_error, read_attack
 from odenets.training.calibration import Calibration
 from odenets.training.judge import RealFigures
 from odenets.training.labelled import Labelled, levels_of, read_classes, read_real, real_number
@@ -87,6 +87,28 @@ def test_corruption_errors_by_hand():
     assert found["ce"]["fog"] is None and found["mce"] is None and found["relative_mce"] is None
     with pytest.raises(SchemeError, match="alike"):
         corruption_error(mine, base._replace(strengths=(1, 3)))
+
+
+def test_a_baseline_serves_for_some_of_its_strengths():
+    """Its mean over all of them would be another figure."""
+    base = CorruptionErrors(0.2, {"fog": [0.3, 0.5, 0.9], "snow": [0.4, 0.4, 0.4]}, (1, 2, 5))
+    mine = CorruptionErrors(0.1, {"fog": [0.45, 0.3]}, (5, 1))
+    found = corruption_error(mine, base)
+    assert found["mce"] == pytest.approx(0.75 / 1.2)
+    assert found["relative_mce"] == pytest.approx((0.35 + 0.2) / (0.7 + 0.1))
+    with pytest.raises(SchemeError, match="alike"):
+        corruption_error(mine._replace(strengths=(5, 3)), base)
+    with pytest.raises(SchemeError, match="alike"):  # a mean over three strengths says nothing of two
+        corruption_error(mine, base._replace(errors={"fog": 0.5}))
+
+
+def test_alexnet_has_its_published_means():
+    """In per cent, over the five strengths and in the order of the table in the paper (arXiv 1903.12261)."""
+    published = [89, 89, 92, 82, 83, 79, 80, 87, 83, 82, 56, 85, 65, 72, 61]
+    assert [round(100 * ALEXNET.mean(name)) for name in KINDS] == published
+    assert corruption_error(ALEXNET, ALEXNET)["relative_mce"] == 1.0
+    for row in ALEXNET.errors.values():
+        assert len(row) == 5 and all(ALEXNET.clean < error < 1 for error in row)
 
 
 def test_photographs_of_frost_are_taken_from_a_folder(capsys, digits, tmp_path):

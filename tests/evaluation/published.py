@@ -248,13 +248,10 @@ def jpeg_compression(x, c, d):
 
 
 def frost_photograph(x, c, d, photographs, shrink):
-    """With photographs: a cut of one of the first five, scaled as OpenCV's bilinear resize does without smoothing."""
+    """With photographs: a cut of one of the first five, scaled by OpenCV's bilinear resize in steps of 1 / shrink."""
     picture = photographs[int(d.integers(0, 5))]
     high, wide = (round(n * shrink) for n in picture.shape[:2])
-    at = [
-        np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
-        for m, n in ((high, picture.shape[0]), (wide, picture.shape[1]))
-    ]
+    at = [(np.arange(m) + 0.5) / shrink - 0.5 for m in (high, wide)]
     grid = np.stack(np.meshgrid(*at, indexing="ij"))
     scaled = [ndimage.map_coordinates(picture[..., i].astype(float), grid, order=1, mode="nearest") for i in range(3)]
     top, left = int(d.integers(0, high - x.shape[0])), int(d.integers(0, wide - x.shape[1]))
