@@ -479,9 +479,12 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
 
 
 def with_configuration(words: Sequence[str]) -> Sequence[str]:
-    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own."""
-    names = [word.partition("=")[0] for word in words]
-    configured = any(name in ("-c", "--config") or name.startswith(("--model", "--data")) for name in names)
+    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own.
+
+    Options such as `--data.batch_size` change what that says, and so does another class for the network or the data.
+    """
+    names = {word.partition("=")[0] for word in words}
+    configured = bool(names & {"-c", "--config"}) or names >= {"--model", "--data"}
     given = option(words, "--ckpt_path")
     if not words or words[0] not in ("validate", "test", "predict") or configured or given is None:
         return words

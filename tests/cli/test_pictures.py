@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def test_a_folder_of_unknown_classes_is_refused(capsys, digits, folder):
     ("args", "said"),
     [
         (["predict", "x.png"], "--ckpt_path"),
-        (["predict", "--ckpt_path", "{ckpt}"], "FILE|FOLDER"),
+        (["predict", "--ckpt_path", "{ckpt}", "--top", "3"], "FILE|FOLDER"),
+        (["predict", "--ckpt_path", "nowhere.ckpt"], "-c FILE.yaml"),
         (["predict", "--ckpt_path", "{ckpt}", "nowhere"], "no such file or folder"),
         (["predict", "--ckpt_path", "{ckpt}", "{ckpt}"], "no picture in it"),
         (["predict", "--ckpt_path", "nowhere.ckpt", "{folder}"], "best.ckpt"),
@@ -175,6 +177,23 @@ def test_a_folder_of_unknown_classes_is_refused(capsys, digits, folder):
 )
 def test_wrong_commands_end_in_two_lines(capsys, digits, folder, args, said):
     assert said in fails(capsys, *(arg.format(ckpt=digits, folder=folder) for arg in args))
+
+
+@pytest.mark.parametrize(
+    "words", [["--ckpt_path", "{}"], ["--ckpt_path={}"], ["--ckpt_path", "last", "--run_dir", "RUN"]]
+)
+def test_without_pictures_the_runs_own_are_predicted(digits, tmp_path, words):
+    """By Lightning's predict, and with the options of a run."""
+    run = shutil.copytree(digits.parents[1], tmp_path / "run")
+    path = str(run / "checkpoints" / "last.ckpt")
+    args = [word.format(path) if word != "RUN" else str(run) for word in words]
+    main(
+        ["predict", *args]
+        if len(words) < 3
+        else ["predict", *args, "--data.batch_size", "7", "--trainer.limit_predict_batches", "2"]
+    )
+    lines = (run / "predict" / "predictions.csv").read_text().splitlines()
+    assert lines[0].startswith("index,name,class,probability") and len(lines) - 1 == (360 if len(words) < 3 else 14)
 
 
 def changed(path, target, change):
