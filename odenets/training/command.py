@@ -155,7 +155,7 @@ class Command(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="Weights to start from: a file, a published tag (resnet50.v1), a Hub repository (hf:OWNER/NAME).",
+            help="Weights to start from: a file or folder, a tag (resnet50.v1), a repository (hf:OWNER/NAME).",
         )
         parser.add_class_arguments(Adapt, "adapt")
         parser.add_argument("--print_groups", action=PrintGroups, help="Print what the optimiser is given, and exit.")

@@ -183,7 +183,7 @@ def test_wrong_commands_end_in_two_lines(capsys, digits, folder, args, said):
     "words", [["--ckpt_path", "{}"], ["--ckpt_path={}"], ["--ckpt_path", "last", "--run_dir", "RUN"]]
 )
 def test_without_pictures_the_runs_own_are_predicted(digits, tmp_path, words):
-    """By Lightning's predict, and with the options of a run."""
+    """By Lightning's predict, with the options of a run."""
     run = shutil.copytree(digits.parents[1], tmp_path / "run")
     path = str(run / "checkpoints" / "last.ckpt")
     args = [word.format(path) if word != "RUN" else str(run) for word in words]
@@ -192,8 +192,8 @@ def test_without_pictures_the_runs_own_are_predicted(digits, tmp_path, words):
         if len(words) < 3
         else ["predict", *args, "--data.batch_size", "7", "--trainer.limit_predict_batches", "2"]
     )
-    lines = (run / "predict" / "predictions.csv").read_text().splitlines()
-    assert lines[0].startswith("index,name,class,probability") and len(lines) - 1 == (360 if len(words) < 3 else 14)
+    title, *rows = (run / "predict" / "predictions.csv").read_text().splitlines()
+    assert title.startswith("index,name,class,probability") and len(rows) == (360 if len(words) < 3 else 14)
 
 
 def changed(path, target, change):
