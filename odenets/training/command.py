@@ -60,6 +60,7 @@ from .loggers import Metrics
 from .options import check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
+from .trained import move_steps
 from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
 MONITOR = "val/acc"  # what the best checkpoint is best in, unless the configuration or the module says otherwise
@@ -83,7 +84,10 @@ QUIET = (
 
 
 # It saves nothing, so that it does not matter which checkpoint was the best so far.
-QUIET_IN_EVALUATION = (".*The dirpath has changed from.*",)
+QUIET_IN_EVALUATION = (
+    ".*The dirpath has changed from.*",
+    r".*Please add the following callbacks: \['StepSchedule'\].*",  # what it would do is done; see move_steps
+)
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
@@ -258,6 +262,9 @@ class Command(LightningCLI):
         # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
+        if self.subcommand != "fit":
+            # The callback that would do it may be in no configuration; the weights are of these steps all the same.
+            move_steps(net, self.held)
         found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
         if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
             self.datamodule.batch_size = found["batch size"]
