@@ -306,8 +306,8 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
 
     def __init__(self, config: OdenetsConfig):
         super().__init__(config, 0)
-        # transformers counts the stem as stage 0.
-        rows = [index - 1 for index in config.out_indices or ()]
+        # transformers counts the stem as stage 0, and numbers below 0 from the end.
+        rows = [config.stage_names.index(name) - 1 for name in config.out_features or ()]
         if min(rows) < 0:
             raise SchemeError(f"{config.name}: the stem gives no map; want of {', '.join(config.stage_names[1:])}.")
         # One width per stage name; that of the stem, which has no map, is never asked for.

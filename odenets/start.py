@@ -29,6 +29,7 @@ from .models.catalogue import list_models, published_weights, weights_file
 from .names import closest
 
 HUB = re.compile(r"hf(?:[-_]hub)?:(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[^@]+))?")
+WEIGHTS = "model.safetensors"  # as transformers and timm name them
 # In the order in which a repository's files are preferred: safetensors come first, as they hold no code.
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 # Layers that give logits, where a model does not say how its own is called.
@@ -90,16 +91,16 @@ def start(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], ada
 
     Args:
         model: the network, with the head, channels, size and kernels that it is to have.
-        source: a file, a published tag such as ``resnet50.v1``, a Hub repository such as ``hf:OWNER/NAME``, or what a
-            file holds.
+        source: a file, or a folder that holds one; a published tag such as ``resnet50.v1``; a Hub repository such as
+            ``hf:OWNER/NAME``; or what a file holds.
         adapt: what may be made to fit.
 
     Returns:
         What was loaded, adapted and left out.
 
     Raises:
-        SchemeError: no such source; or tensors without a place, missing ones, or other shapes that no rule brings
-            together. The network is then as it was.
+        SchemeError: no such source; or tensors without a place, missing ones, other shapes that no rule brings
+            together, or numbers that are not finite. The network is then as it was.
 
     Example:
         >>> from odenets import create_model
@@ -141,6 +142,13 @@ def prepared(model: nn.Module, held: Mapping[str, Any], name: str, adapt: Adapt 
     """
     rules = _Rules(model, adapt or Adapt())
     matched = checkpoints.matched(model, held, name, rules)
+    # A run that starts from them would end at its first step, and an evaluation would be of no network.
+    if lost := [key for key, value in matched.tensors.items() if not bool(value.isfinite().all())]:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise SchemeError(
+            f"{name} holds numbers that are not finite, in {lost[0]}{more}; nothing was loaded\n"
+            "  Its training diverged: take an earlier checkpoint."
+        )
     report = matched.report
     adapted = [f"{text} ({n})" if n > 1 else text for text, n in Counter(rules.adapted.values()).items()]
     # Counters of norms that old files lack are no news.
@@ -329,6 +337,10 @@ def find(source: str | PathLike[str]) -> Path:
     if is_remote(text):
         name, _, tag = text.partition(".")
         return weights_file(name, tag or True)
+    # After the tags, as a folder of results may well have the name of its network.
+    if text and path.is_dir():
+        files = [file.name for file in path.iterdir() if file.is_file()]
+        return path / (WEIGHTS if WEIGHTS in files else _only_weights(text, files))
     remedy = "Give a file, a published tag such as resnet50.v1, or a Hub repository: hf:OWNER/NAME"
     tags = [f"{m}.{w.tag}" for m in list_models(pretrained=True) for w in published_weights(m)]
     if text.startswith(("hf:", "hf-hub:", "hf_hub:")):
@@ -349,7 +361,7 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None) ->
     try:
         try:
             # The usual name is tried before the files are listed, which would be one more request.
-            return Path(hf_hub_download(repo, file or "model.safetensors", revision=revision))
+            return Path(hf_hub_download(repo, file or WEIGHTS, revision=revision))
         except LocalEntryNotFoundError:
             raise  # the Hub was not reached: it is another kind of a missing entry
         except EntryNotFoundError:
@@ -363,7 +375,7 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None) ->
 
 
 def _only_weights(source: str, files: Iterable[str]) -> str:
-    """The one file of weights of a repository, by the first suffix that there is."""
+    """The one file of weights of a repository or folder, by the first suffix that there is."""
     for suffix in SUFFIXES:
         found = sorted(name for name in files if name.endswith(suffix))
         if len(found) == 1:

@@ -1,11 +1,9 @@
 """The container of a model's blocks, once it runs them as a stack: the same module, children and state-dict keys."""
 
 import functools
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,6 +31,7 @@ from .arguments import (
     without_caches,
 )
 from .blocks import BlockFunction, Form
+from .collected import collecting
 from .passes import Call, Closed, Run, View
 
 
@@ -169,12 +168,11 @@ class Restacking:
 
     def _output(self, x: Any, context: Any) -> Any:
         """The output of the stack; hidden states that transformers collects are those after its steps."""
-        with _hidden_states() as collected:
-            if collected is None:
+        with collecting(self.path, self.blocks[self.first :]) as collection:
+            if collection is None:
                 return self.stack(x, context=context)
             states = self.stack.trajectory(x, context=context)
-            # A model may have put its input into the list itself.
-            collected += states if collected else [x, *states]
+        collection.take(x, states, str(self.stack.scheme))
         return states[-1]
 
     def _record(self, x: Any, context: Any) -> Any:
@@ -241,32 +239,6 @@ def _made(block: nn.Module) -> tuple[Any, ...]:
     shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
     strides = tuple((name, stride) for name, m in block.named_modules() if (stride := getattr(m, "stride", None)))
     return type(block), shapes, strides
-
-
-class _Sieve(list[Any]):
-    """A list that takes nothing in."""
-
-    def append(self, value: Any) -> None:
-        """Leaves it."""
-
-
-@contextmanager
-def _hidden_states() -> Iterator[list[Any] | None]:
-    """The list in which transformers collects hidden states in this pass, or None; inside, its hooks collect none."""
-    # Its hooks on the blocks would collect the values of stages, which are no states of the network.
-    module = sys.modules.get("transformers.utils.output_capturing")
-    active = None if module is None else module._active_collector
-    # A compiler follows no context variable; transformers keeps a plain one for it.
-    collector = active and (active.global_var if torch.compiler.is_compiling() else active.get())
-    collected = collector.get("hidden_states") if collector else None
-    if collected is None:
-        yield None
-        return
-    collector["hidden_states"] = _Sieve()  # type: ignore[index]
-    try:
-        yield collected
-    finally:
-        collector["hidden_states"] = collected  # type: ignore[index]
 
 
 class Restacked(StackHolder):

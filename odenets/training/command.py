@@ -60,6 +60,7 @@ from .loggers import Metrics
 from .options import check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
+from .trained import move_steps
 from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
 MONITOR = "val/acc"  # what the best checkpoint is best in, unless the configuration or the module says otherwise
@@ -83,7 +84,10 @@ QUIET = (
 
 
 # It saves nothing, so that it does not matter which checkpoint was the best so far.
-QUIET_IN_EVALUATION = (".*The dirpath has changed from.*",)
+QUIET_IN_EVALUATION = (
+    ".*The dirpath has changed from.*",
+    r".*Please add the following callbacks: \['StepSchedule'\].*",  # what it would do is done; see move_steps
+)
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
@@ -155,7 +159,7 @@ class Command(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="Weights to start from: a file, a published tag (resnet50.v1), a Hub repository (hf:OWNER/NAME).",
+            help="Weights to start from: a file or folder, a tag (resnet50.v1), a repository (hf:OWNER/NAME).",
         )
         parser.add_class_arguments(Adapt, "adapt")
         parser.add_argument("--print_groups", action=PrintGroups, help="Print what the optimiser is given, and exit.")
@@ -258,6 +262,9 @@ class Command(LightningCLI):
         # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
+        if self.subcommand != "fit":
+            # The callback that would do it may be in no configuration; the weights are of these steps all the same.
+            move_steps(net, self.held)
         found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
         if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
             self.datamodule.batch_size = found["batch size"]
@@ -479,9 +486,12 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
 
 
 def with_configuration(words: Sequence[str]) -> Sequence[str]:
-    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own."""
-    names = [word.partition("=")[0] for word in words]
-    configured = any(name in ("-c", "--config") or name.startswith(("--model", "--data")) for name in names)
+    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own.
+
+    Options such as `--data.batch_size` change what that says, and so does another class for the network or the data.
+    """
+    names = {word.partition("=")[0] for word in words}
+    configured = bool(names & {"-c", "--config"}) or names >= {"--model", "--data"}
     given = option(words, "--ckpt_path")
     if not words or words[0] not in ("validate", "test", "predict") or configured or given is None:
         return words

@@ -77,6 +77,21 @@ class Factors(LambdaLR):
         return known + [group["lr"] for group in self.optimizer.param_groups[len(known) :]]
 
 
+class Cycle(OneCycleLR):
+    """A ``OneCycleLR`` that leaves such groups alone, which have no peak."""
+
+    def get_lr(self) -> list[Any]:
+        groups = self.optimizer.param_groups
+        later = groups[len(self.base_lrs) :]
+        # Torch asks each group of the optimiser for its peak, and moves its momentum at once.
+        del groups[len(self.base_lrs) :]
+        try:
+            known = super().get_lr()
+        finally:
+            groups += later
+        return known + [group["lr"] for group in later]
+
+
 class Schedule(ABC):
     """How the learning rate moves over a run."""
 
@@ -147,7 +162,7 @@ class OneCycle(Schedule):
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
         peaks = [group["lr"] for group in optimizer.param_groups]
         # One step more than are taken: torch refuses to be stepped once after the last.
-        return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=self.up, cycle_momentum=self.momentum)
+        return Cycle(optimizer, peaks, total_steps=steps + 1, pct_start=self.up, cycle_momentum=self.momentum)
 
 
 class Poly(Schedule):
@@ -182,7 +197,7 @@ class Poly(Schedule):
         return rise * max(0.0, 1 - i / steps) ** self.power
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
-        return LambdaLR(optimizer, lambda i: self.factor(i, steps))
+        return Factors(optimizer, lambda i: self.factor(i, steps))
 
 
 class Milestones(Schedule):

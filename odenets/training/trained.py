@@ -104,12 +104,17 @@ def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") 
     view, classes = View(**picture["picture"]), [str(name) for name in picture["classes"]]
     weights = {k.removeprefix("net."): v for k, v in held["state_dict"].items() if k.startswith("net.")}
     checkpoints.load(net, weights)
+    move_steps(net, held)
+    config = held.get(KEY, {}).get("config") or {}
+    return Trained(path, net.eval().to(device), classes, view, config.get("data"), found.step)
+
+
+def move_steps(net: nn.Module, held: Mapping[str, Any]) -> None:
+    """Gives a network the step size that `StepSchedule` had moved it to when a checkpoint was written, if it had."""
     # Lightning keeps a callback's state under the name of its class.
     moved = held.get("callbacks", {}).get(StepSchedule.__qualname__)
     if moved is not None:
         StepSchedule().apply(net, moved["h"])
-    config = held.get(KEY, {}).get("config") or {}
-    return Trained(path, net.eval().to(device), classes, view, config.get("data"), found.step)
 
 
 def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:

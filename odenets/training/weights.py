@@ -1,8 +1,8 @@
 """`--weights` and `--ckpt_path`: what a command starts from, told apart, read, and refused before anything is changed.
 
-Three things a source may be: a checkpoint of a run, which knows its configuration and goes on exactly; a file of
-weights, a published tag or a Hub repository, of which the network takes what fits; or nothing of the kind, which is two
-lines.
+Three things a source may be: a checkpoint of a run, which knows its configuration and goes on exactly; a file or folder
+of weights, a published tag or a Hub repository, of which the network takes what fits; or nothing of the kind, which is
+two lines.
 """
 
 from collections.abc import Mapping
@@ -142,4 +142,4 @@ def loads_weights(given: str | None) -> bool:
     """Whether a `--ckpt_path` of evaluation means weights, and no checkpoint of a run."""
     if given is None or given in ("best", "last"):
         return False
-    return not is_checkpoint(Path(given)) if Path(given).is_file() else is_remote(given)
+    return not is_checkpoint(Path(given)) if Path(given).is_file() else Path(given).is_dir() or is_remote(given)

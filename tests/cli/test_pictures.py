@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def test_a_folder_of_unknown_classes_is_refused(capsys, digits, folder):
     ("args", "said"),
     [
         (["predict", "x.png"], "--ckpt_path"),
-        (["predict", "--ckpt_path", "{ckpt}"], "FILE|FOLDER"),
+        (["predict", "--ckpt_path", "{ckpt}", "--top", "3"], "FILE|FOLDER"),
+        (["predict", "--ckpt_path", "nowhere.ckpt"], "-c FILE.yaml"),
         (["predict", "--ckpt_path", "{ckpt}", "nowhere"], "no such file or folder"),
         (["predict", "--ckpt_path", "{ckpt}", "{ckpt}"], "no picture in it"),
         (["predict", "--ckpt_path", "nowhere.ckpt", "{folder}"], "best.ckpt"),
@@ -175,6 +177,33 @@ def test_a_folder_of_unknown_classes_is_refused(capsys, digits, folder):
 )
 def test_wrong_commands_end_in_two_lines(capsys, digits, folder, args, said):
     assert said in fails(capsys, *(arg.format(ckpt=digits, folder=folder) for arg in args))
+
+
+@pytest.mark.parametrize(
+    "words", [["--ckpt_path", "{}"], ["--ckpt_path={}"], ["--ckpt_path", "last", "--run_dir", "RUN"]]
+)
+def test_without_pictures_the_runs_own_are_predicted(digits, tmp_path, words):
+    """By Lightning's predict, with the options of a run."""
+    run = shutil.copytree(digits.parents[1], tmp_path / "run")
+    path = str(run / "checkpoints" / "last.ckpt")
+    args = [word.format(path) if word != "RUN" else str(run) for word in words]
+    main(
+        ["predict", *args]
+        if len(words) < 3
+        else ["predict", *args, "--data.batch_size", "7", "--trainer.limit_predict_batches", "2"]
+    )
+    title, *rows = (run / "predict" / "predictions.csv").read_text().splitlines()
+    data = Digits(test_share=0.2)
+    data.setup("test")
+    count = len(data.sets["test"]) if len(words) < 3 else 14  # type: ignore[arg-type]
+    assert title.startswith("index,name,class,probability") and len(rows) == count
+    x, _ = data.sets["test"].__getitems__(list(range(7)))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        # With the step size that a callback has moved, though no configuration names the callback here.
+        wanted = open_trained(digits).net((x - 0.3) / 0.375).softmax(1)
+    found = [row.split(",")[2:4] for row in rows[:7]]
+    assert [int(name) for name, _ in found] == wanted.argmax(1).tolist()
+    assert [float(value) for _, value in found] == pytest.approx(wanted.amax(1).tolist(), abs=1e-5)
 
 
 def changed(path, target, change):

@@ -97,6 +97,12 @@ def test_a_backbone_reads_what_a_classifier_wrote(name, tmp_path):
         hf.OdenetsBackbone(config(name, out_features=["stem"]))
 
 
+def test_stages_are_numbered_from_the_end_too():
+    for numbers, maps in (([-1], [2]), ([1, -1], [0, 2]), ([-3, -2], [0, 1])):
+        net = hf.OdenetsBackbone(config("resnet20", out_indices=numbers)).eval()
+        assert list(net.rows) == maps and len(net(torch.randn(1, 3, 16, 16)).feature_maps) == len(maps)
+
+
 def test_other_backbones_are_asked_for_as_before(tmp_path, monkeypatch):
     """A folder of another model, and a name: what transformers would have done with them is done."""
     asked = []

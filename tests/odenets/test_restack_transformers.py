@@ -176,6 +176,44 @@ def test_hidden_states_are_those_after_the_steps(name):
     torch.testing.assert_close(got[1], states[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("chosen", [[0, -1], [2]])
+def test_hidden_states_are_chosen_by_number_as_the_model_does(name, chosen):
+    given = inputs(name) | NO_CACHE[name] | {"output_hidden_states": chosen}
+    with torch.no_grad():
+        want = build(name)(**given).hidden_states
+        got = restacked(name, "bdia", "exact")(**given).hidden_states
+        assert [s is None for s in got] == [s is None for s in want] and 0 < sum(s is None for s in want) < 5
+        torch.testing.assert_close(*([s for s in h if s is not None] for h in (got, want)), rtol=0, atol=1e-10)
+        with pytest.raises(SchemeError, match=r"4 blocks of '.*' make 2 under midpoint\.\n  Ask for all of them"):
+            restacked(name, "midpoint")(**given)
+
+
+@pytest.mark.parametrize(("scheme", "backprop"), [("euler", "store"), ("bdia", "exact")])
+def test_hidden_states_of_stages_are_not_the_blocks(scheme, backprop):
+    """ConvNeXt collects the outputs of the stages around its blocks, which a stack inside of them leaves alone."""
+    torch.manual_seed(0)
+    config = transformers.ConvNextConfig(hidden_sizes=[4, 4, 6, 6], depths=[2, 2, 3, 2], num_labels=3)
+    net, x = transformers.ConvNextForImageClassification(config).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        want = net(x, output_hidden_states=True).hidden_states
+        got = restack(net, "convnext.encoder.stages.*.layers", scheme, backprop)(x, output_hidden_states=True)
+    assert len(want) == 5
+    torch.testing.assert_close(got.hidden_states, want, rtol=0, atol=1e-5)
+
+
+def test_hidden_states_from_inside_of_blocks_are_refused():
+    """No model says so today; a hook of transformers on a module in a block stands for one."""
+    net, given = restacked("vit", "bdia"), inputs("vit") | {"output_hidden_states": True}
+    net(**given)
+    blocks = net.get_submodule("vit.layers")
+    for block in blocks._modules.values():
+        hooks = block._forward_hooks
+        block.mlp._forward_hooks.update({key: hooks.pop(key) for key in list(hooks)})
+    with pytest.raises(SchemeError, match="collects hidden states inside of the blocks"):
+        net(**given)
+
+
 def test_hidden_states_have_gradients_in_every_mode():
     found = []
     for backprop in ("store", "exact"):

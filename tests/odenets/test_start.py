@@ -2,10 +2,14 @@
 
 import copy
 import itertools
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from test_checkpoints import Published, fill
 from test_every_model import build, families, pictures, shared
 from torch import nn
@@ -295,6 +299,42 @@ def test_files_are_read_and_their_names_are_said(tmp_path):
         net = create_model("resnet20")
         assert start.start(net, path).lines() == [f"{path}: 116 of 116 tensors (layout: own)"]
         assert equal(state(net), state(source))
+
+
+def test_a_folder_is_the_file_of_weights_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").write_text("{}")
+    with pytest.raises(SchemeError, match=r"saved has no file of weights\n  Wanted is one that ends in"):
+        find("saved")
+    source = fill(create_model("resnet20"))
+    for name in ("b.pth", "a.safetensors", "model.safetensors"):  # each comes before those that were there
+        held = {f"net.{key}": value for key, value in state(source).items()}
+        torch.save(held, f"saved/{name}") if name == "b.pth" else save_file(held, f"saved/{name}")
+        assert find("saved") == Path("saved") / name
+    net = create_model("resnet20")
+    start.start(net, "saved")
+    assert equal(state(net), state(source))
+    shutil.copy("saved/a.safetensors", "saved/c.safetensors")
+    os.remove("saved/model.safetensors")
+    with pytest.raises(SchemeError, match=r"several files of weights\n  Give one of them: saved/a.safetensors, ..."):
+        find("saved")
+    # A published tag is meant whatever folder has its name.
+    (tmp_path / "resnet50").mkdir()
+    monkeypatch.setattr(start, "weights_file", lambda name, tag: Path(name + ".pth"))
+    assert find("resnet50") == Path("resnet50.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_where_they_would_be_loaded(value):
+    held, net = state(create_model("resnet20")), create_model("resnet20", num_classes=3)
+    before = state(net)
+    held["head.bias"][0] = value  # which a new head leaves out
+    start.start(copy.deepcopy(net), held)
+    held["stem.norm.weight"][2] = held["levels.0.steps.0.fs.0.norm1.bias"][0] = value
+    with pytest.raises(SchemeError, match=r"not finite, in stem.norm.weight and 1 more; nothing .*\n  .*an earlier"):
+        start.start(net, held)
+    assert equal(state(net), before)
 
 
 def test_copies_of_a_network_start_alike():

@@ -203,6 +203,7 @@ CALLBACKS = {
     "ema": callback("EMAWeightAveraging", decay=0.5),
     "early": callback("EarlyStopping", monitor="val/acc", mode="max", patience=9),
     "thaw": callback("BackboneFinetuning", unfreeze_backbone_at_epoch=1, train_bn=False),
+    "cycle": callback("BackboneFinetuning", unfreeze_backbone_at_epoch=1, train_bn=False),
     "swa": callback("StochasticWeightAveraging", swa_lrs=0.01, swa_epoch_start=1, device=None),
 }
 
@@ -215,6 +216,7 @@ ANNEALED = pytest.mark.xfail(reason="Lightning saves nothing of the schedule by 
 def test_lightnings_callbacks_run_and_a_resumed_run_ends_as_one_that_was_not(name, tmp_path):
     keep = {"class_path": f"{__name__}.Keep", "init_args": {"folder": "run", "epoch": 2}}
     given = ["--trainer.callbacks", json.dumps([CALLBACKS[name], keep]), "--trainer.max_epochs", "3"]
+    given += ["--model.schedule", "odenets.training.OneCycle"] if name == "cycle" else []
     given += ["--trainer.limit_train_batches", "7"] if name == "rate" else []  # a search is no longer than the run
     whole = fit("--run_dir", "run", *given)
     held = weights("run")
@@ -231,7 +233,7 @@ def test_lightnings_callbacks_run_and_a_resumed_run_ends_as_one_that_was_not(nam
         assert held["lr_schedulers"][0]["base_lrs"] == [rate] * 2
     if name == "batch":
         assert whole.datamodule.batch_size == resumed.datamodule.batch_size == 32
-    if name == "thaw":
+    if name in ("thaw", "cycle"):
         assert all(p.requires_grad for p in resumed.model.parameters())
 
 

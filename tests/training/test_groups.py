@@ -10,7 +10,7 @@ from odenets import create_model
 from odenets.models.depth import parameter_depths
 from odenets.training import Classifier, SupervisedClassifier
 from odenets.training.groups import Frozen, group_rows, parameter_groups, table_of_groups
-from odenets.training.schedules import OneCycle, WarmupCosine
+from odenets.training.schedules import OneCycle, Schedule, WarmupCosine
 from schemes import SchemeError
 
 SMALL = {"resnet20": {}, "convnext_tiny": {"functions": (1, 1, 5, 1), "widths": (4, 8, 8, 8), "kernel": 3}}
@@ -64,6 +64,35 @@ def test_schedules_move_every_group_by_its_share(schedule):
             assert group["lr"] == pytest.approx(lr * group["lr_scale"])
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("kind", Schedule.__subclasses__())
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), adamw])
+def test_schedules_leave_groups_alone_that_a_callback_adds(kind, optimizer):
+    """As `BackboneFinetuning` adds one: the others move as they would without it, and so does one that goes on."""
+    found = []
+    for add in (False, True):
+        made = optimizer([nn.Parameter(torch.ones(2))])
+        scheduler, seen = kind()(made, 8, 2), []
+        for i in range(8):
+            if add and i == 3:
+                made.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.7})
+                own = dict(made.param_groups[1])
+                # A resumed run makes its schedule before the callback adds its groups.
+                again = kind()(optimizer([nn.Parameter(torch.ones(2))]), 8, 2)
+                again.optimizer.add_param_group(dict(own))
+                again.load_state_dict(scheduler.state_dict())
+            seen.append({k: v for k, v in made.param_groups[0].items() if k != "params"})
+            made.step()
+            scheduler.step()
+            if add and i >= 3:
+                again.optimizer.step()
+                again.step()
+        found.append(seen)
+    assert found[0] == found[1]
+    for group in (made.param_groups[1], again.optimizer.param_groups[1]):
+        assert group == own
+    assert again.get_last_lr() == scheduler.get_last_lr()
 
 
 @pytest.mark.parametrize("decay", [0.0, -1.0, 1.5, float("nan")])
