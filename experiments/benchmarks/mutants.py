@@ -63,7 +63,7 @@ OPERATORS = {
 
 # (file, what stands there, what is put there): faults that tests did not see in earlier runs.
 NAMED = [
-    ("odenets/training/data.py", "(0.229, 0.224, 0.225)", "(0.229, 0.229, 0.225)"),
+    ("odenets/models/catalogue.py", "(0.485, 0.456, 0.406)", "(0.485, 0.456, 0.46)"),
     ("odenets/models/catalogue.py", "(0.229, 0.224, 0.225)", "(0.229, 0.224, 0.22)"),
     ("odenets/training/augment.py", "zero, height, top", "zero, width, top"),
     ("odenets/training/augment.py", "(rows < (top + height)[:, None])", "(rows <= (top + height)[:, None])"),
