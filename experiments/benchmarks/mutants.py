@@ -313,7 +313,7 @@ class Calls:
     """Which tests call which functions, and how long they take.
 
     Attributes:
-        seconds: of each test.
+        seconds: processor time of each test.
         tests: of each function, "file:line of its def", the tests that call it, by their numbers in `seconds`.
     """
 
@@ -371,7 +371,6 @@ class Watch:
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:
             self.note("failed", report.nodeid)
-        self.note("took", f"{report.duration} {report.nodeid}")
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
@@ -441,12 +440,14 @@ def first_failed(lines: list[list[str]]) -> str:
 
 
 class CallsWatch(Watch):
-    """Watches which marked functions a test calls."""
+    """Watches which marked functions a test calls, and how much processor time it takes."""
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         vars(builtins)["_called"].clear()
+        self.began = sum(os.times()[:4])
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.note("took", f"{sum(os.times()[:4]) - self.began} {nodeid}")
         self.note("called", "\t".join([nodeid, *vars(builtins)["_called"]]))
 
 

@@ -185,6 +185,6 @@ def test_the_published_statistics_of_imagenet():
 def test_the_statistics_of_the_digits_are_those_of_their_pictures():
     data = Digits()
     data.setup("fit")
-    levels = data.sets["train"].pictures.double() / 255
+    levels = data.sets["train"].pictures.double()  # in [0, 1]
     assert data.mean == pytest.approx([float(levels.mean())], abs=0.01)
     assert data.std == pytest.approx([float(levels.std())], abs=0.01)

@@ -327,6 +327,7 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals
 def test_what_an_optimiser_counts_in_its_groups_goes_on_and_what_is_configured_anew_is_used(tmp_path):
     def fit(epochs, decay, path=None):
         optimizer = partial(Counting, lr=0.1, decay=decay)
