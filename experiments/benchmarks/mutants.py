@@ -328,13 +328,18 @@ class Calls:
             numbers = sorted({n for place, ns in self.tests.items() if place.split(":")[0] == fault.file for n in ns})
         names, scores = list(self.seconds), relevance(fault, source, texts)
         found = [names[n] for n in numbers] or [name for name in names if scores[name.split("::")[0]] > 1]
-        # Many cases of one law after one case of each.
+        # Cases that are called as something in the changed line, or as the table around it, then three of each law.
+        lines = source.splitlines()
+        top = next((n for n in ast.parse(source).body if n.lineno <= fault.line <= (n.end_lineno or 0)), None)
+        text = f"{fault.before} {lines[top.lineno - 1] if top is not None else ''}"
+        words = {word for word in re.findall(r"\w{4,}", text) if re.search(r"[0-9_]", word)}
         nth, cases = {}, Counter[str]()
         for test in found:
             law = test.split("[")[0]
             nth[test] = cases[law]
             cases[law] += 1
-        found.sort(key=lambda t: (nth[t] >= 3, -scores[t.split("::")[0]], nth[t], self.seconds[t]))
+        called = {t: bool(words & set(re.findall(r"\w+", t.partition("[")[2]))) for t in found}
+        found.sort(key=lambda t: (not called[t], nth[t] >= 3, -scores[t.split("::")[0]], nth[t], self.seconds[t]))
         kept, total = [], 0.0
         for test in found:
             total += self.seconds[test] + 0.02
