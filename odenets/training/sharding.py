@@ -55,7 +55,8 @@ def shard_module(module: L.LightningModule, net: nn.Module) -> None:
     Raises:
         SchemeError: tensor parallelism, checkpoints in parts, or parameters outside of the net.
     """
-    strategy = module._trainer.strategy if module._trainer is not None else None  # unlike `trainer`, None without one
+    # Unlike `trainer`, None without one.
+    strategy: Any = None if module._trainer is None else module._trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         return
     if strategy.device_mesh["tensor_parallel"].size() != 1:
