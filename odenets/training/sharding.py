@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
@@ -86,7 +85,7 @@ def divided(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
-def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
+def whole_state(module: nn.Module) -> dict[str, Any]:
     """The state dict of a module on every process, put together where it is divided; then all processes call this."""
     if not divided(module):
         return module.state_dict()
