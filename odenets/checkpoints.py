@@ -357,9 +357,21 @@ def _unusable(value: Tensor, own: Tensor) -> str:
         return "on the meta device, without numbers"
     if own.is_meta:
         return "wanted on the meta device; give the model memory first: to_empty"
+    kind = str(own.dtype).removeprefix("torch.")
     if not torch.can_cast(value.dtype, own.dtype):
-        return f"{str(value.dtype).removeprefix('torch.')}, want {str(own.dtype).removeprefix('torch.')}"
+        return f"{str(value.dtype).removeprefix('torch.')}, want {kind}"
+    if own.is_floating_point() and _largest(value.dtype) > _largest(own.dtype):
+        # As doubles: not every format can be asked whether it is finite.
+        if bool((~value.to(own.dtype).double().isfinite() & value.double().isfinite()).any()):
+            return f"beyond the range of {kind}"
     return ""
+
+
+def _largest(kind: torch.dtype) -> float:
+    """The largest number of a real format."""
+    if kind == torch.bool:
+        return 1.0
+    return torch.finfo(kind).max if kind.is_floating_point else float(torch.iinfo(kind).max)
 
 
 def _unwrap(held: Mapping[str, Any], name: str, averaged: bool = True) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,5 +1,6 @@
 """Configuration files as they are meant: what a YAML parser would accept in silence, or choke on, is two lines here."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from schemes import SchemeError
 MOST_NODES = 100_000  # of a file with its aliases written out; a large experiment has some hundreds
 DEEPEST = 100  # levels
 LARGEST = 10 << 20  # bytes
+# What YAML 1.1 reads in base 8 or 60: 010 is 8, and 1:30 is 90.
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+OTHER_BASES = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
 
 def check_files(words: Sequence[str]) -> None:
@@ -18,8 +22,8 @@ def check_files(words: Sequence[str]) -> None:
         words: the command line.
 
     Raises:
-        SchemeError: a file that is no UTF-8, has a tab as indentation, a key twice in one mapping, or aliases that
-            would fill the memory.
+        SchemeError: a file that is no UTF-8, has a tab as indentation, a key twice in one mapping, numbers in bases 8
+            or 60, or aliases that would fill the memory.
     """
     # Any word may name a file: options of a subcommand take configurations of their own.
     values = [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
@@ -85,6 +89,12 @@ def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int
         return sizes[id(node)]
     if len(above) > DEEPEST:
         raise SchemeError(f"{path} is nested too deeply\n  A configuration has some ten levels.")
+    if node.tag in NUMBERS and node.style is None and OTHER_BASES.fullmatch(node.value):
+        base = 60 if ":" in node.value else 8
+        raise SchemeError(
+            f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} in base {base}\n"
+            "  Write the number in base 10, or a text in quotes."
+        )
     below = node.value if isinstance(node.value, list) else []
     if below and isinstance(below[0], tuple):
         _check_keys(below, path)

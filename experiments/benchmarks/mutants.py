@@ -1,6 +1,7 @@
 """Plants single-line faults in a copy of the package, one at a time, and says which of them the tests see.
 
-    python experiments/benchmarks/mutants.py                       # 120 faults; hours on one core
+    python experiments/benchmarks/mutants.py                       # 120 faults; under an hour on one core
+    python experiments/benchmarks/mutants.py --again --seconds 300 # more tests for those that survived
     python experiments/benchmarks/mutants.py --only odenets/training --count 30
     python experiments/benchmarks/mutants.py --list                # what would be planted
 
@@ -9,19 +10,26 @@ opposite (argmin for argmax), a statement that is dropped. Places are drawn over
 for one seed; `NAMED` adds faults that tests once missed. Messages, docstrings, annotations and printed forms are left
 out.
 
-A fault is tried on the test files that have most to do with it: those that name what the changed function is called,
-what its module is called, or import from it. It is caught by the first test that fails, or that runs out of time;
-otherwise it has survived, and wants a test or an explanation. Each fault is written to --out as it is tried, and one
-that is there is not tried again, so that a run can be stopped and started.
+All quick tests run once, in a copy of the tree whose functions note that they are called (--calls keeps what they
+noted). A fault is then tried on the tests that call the changed function, those first whose file has most to do with
+it, as many as take --seconds. They run in a process that was forked after torch, Lightning and the like had been
+imported, until one fails or that much processor time is spent: how busy the machine is makes no difference. Caught is a
+fault whose test fails with it and passes without it, or comes to no end with it; all others have survived, and want a
+test or an explanation. Each fault is written to --out as it is tried, and one that is there is not tried again, so that
+a run can be stopped and started.
 """
 
 import argparse
 import ast
+import builtins
+import importlib
 import json
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +38,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("schemes", "odenets")
@@ -53,7 +63,7 @@ OPERATORS = {
 
 # (file, what stands there, what is put there): faults that tests did not see in earlier runs.
 NAMED = [
-    ("odenets/training/data.py", "(0.229, 0.224, 0.225)", "(0.229, 0.229, 0.225)"),
+    ("odenets/models/catalogue.py", "(0.485, 0.456, 0.406)", "(0.485, 0.456, 0.46)"),
     ("odenets/models/catalogue.py", "(0.229, 0.224, 0.225)", "(0.229, 0.224, 0.22)"),
     ("odenets/training/augment.py", "zero, height, top", "zero, width, top"),
     ("odenets/training/augment.py", "(rows < (top + height)[:, None])", "(rows <= (top + height)[:, None])"),
@@ -252,96 +262,346 @@ def drawn(count: int, seed: int, only: str) -> list[Fault]:
     return found
 
 
-def test_files_for(fault: Fault, texts: dict[str, str]) -> list[str]:
-    """Test files, those first that have most to do with a fault."""
+def relevance(fault: Fault, source: str, texts: dict[str, str]) -> Counter[str]:
+    """How much test files have to do with a fault in a source, by the words in them."""
     stem, module = Path(fault.file).stem, fault.file[:-3].replace("/", ".")
-    source = (ROOT / fault.file).read_text()
     public = {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     scores: Counter[str] = Counter()
     for name, text in texts.items():
         words = Counter(re.findall(r"\w+", text))
         scores[name] += 6 * (stem in Path(name).stem) + 4 * (module in text)
         scores[name] += 5 * min(3, words[fault.within]) + sum(min(2, words[word]) for word in public)
-        scores[name] += (
-            Path(name).parts[1] == fault.file.split("/")[-2] or Path(name).parts[1] == fault.file.split("/")[0]
+        scores[name] += 2 * (Path(name).parts[1] == fault.file.split("/")[-2])
+        scores[name] += Path(name).parts[1] == fault.file.split("/")[0]
+    return scores
+
+
+def functions(source: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file, outer ones first."""
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return sorted(nodes, key=lambda node: node.lineno)
+
+
+def marked(file: str, source: str) -> str:
+    """The source in which each function notes that it was called."""
+    lines = source.splitlines()
+    for node in reversed(functions(source)):
+        first = next(
+            (n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))), None
         )
-    return [name for name, score in scores.most_common() if score > 0]
+        if first is not None and first.lineno > node.lineno:
+            first_line = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", []))])
+            lines.insert(first_line - 1, " " * first.col_offset + f"_called.add({f'{file}:{node.lineno}'!r})")
+    return "\n".join(lines) + "\n"
 
 
-def tried(fault: Fault, copy: Path, files: list[str], most: int, seconds: float) -> str:
-    """The test that saw a fault, "time" where one never came to an end, or "" where none did."""
-    target, began = copy / fault.file, time.monotonic()
-    raw = target.read_bytes()
-    target.write_bytes(raw[: fault.start] + fault.put.encode() + raw[fault.end :])
-    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        "--tb=no",
-    ]
+# Beside the marked sources: what is called in processes that tests start is written down when they end.
+NOTING = """
+import atexit, builtins, os
+builtins._called = set()
+def note():
+    folder, test = os.environ.get("MUTANTS_CALLED"), os.environ.get("PYTEST_CURRENT_TEST", "")
+    if folder and test:
+        with open(f"{folder}/{os.getpid()}", "a") as file:
+            file.write("\\n".join([test.rsplit(" ", 1)[0], *builtins._called]))
+atexit.register(note)
+"""
+
+
+@dataclass
+class Calls:
+    """Which tests call which functions, and how long they take.
+
+    Attributes:
+        seconds: processor time of each test.
+        tests: of each function, "file:line of its def", the tests that call it, by their numbers in `seconds`.
+    """
+
+    seconds: dict[str, float]
+    tests: dict[str, list[int]]
+
+    def of(self, fault: Fault, source: str, texts: dict[str, str], seconds: float) -> list[str]:
+        """The tests for a fault that fit into the time: those of the files first that have most to do with it."""
+        around = [n for n in functions(source) if n.body[0].lineno <= fault.line <= n.end_lineno]
+        numbers = self.tests.get(f"{fault.file}:{around[-1].lineno}", []) if around else []
+        if not numbers:  # a table
+            numbers = sorted({n for place, ns in self.tests.items() if place.split(":")[0] == fault.file for n in ns})
+        names, scores = list(self.seconds), relevance(fault, source, texts)
+        found = [names[n] for n in numbers] or [name for name in names if scores[name.split("::")[0]] > 1]
+        # Cases that are called as something in the changed line, or as the table around it, then three of each law.
+        lines = source.splitlines()
+        top = next((n for n in ast.parse(source).body if n.lineno <= fault.line <= (n.end_lineno or 0)), None)
+        text = f"{fault.before} {lines[top.lineno - 1] if top is not None else ''}"
+        words = {word for word in re.findall(r"\w{4,}", text) if re.search(r"[0-9_]", word)}
+        nth, cases = {}, Counter[str]()
+        for test in found:
+            law = test.split("[")[0]
+            nth[test] = cases[law]
+            cases[law] += 1
+        called = {t: bool(words & set(re.findall(r"\w+", t.partition("[")[2]))) for t in found}
+        found.sort(key=lambda t: (not called[t], nth[t] >= 3, -scores[t.split("::")[0]], nth[t], self.seconds[t]))
+        kept, total = [], 0.0
+        for test in found:
+            total += self.seconds[test] + 0.02
+            if total <= seconds or not kept:
+                kept.append(test)
+        return kept
+
+
+class Watch:
+    """A plugin of pytest that writes down which test runs and which failed, and ends the session when time is up.
+
+    Args:
+        log: file that it writes to.
+        tests: which tests run, in this order; all where there are none.
+        seconds: processor time after which no test begins.
+    """
+
+    def __init__(self, log: Path, tests: list[str], seconds: float):
+        self.log, self.seconds = log, seconds
+        self.rank = {test: n for n, test in enumerate(tests) if "::" in test}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        if self.rank:
+            items[:] = sorted((i for i in items if i.nodeid in self.rank), key=lambda item: self.rank[item.nodeid])
+
+    def note(self, what: str, test: str) -> None:
+        with self.log.open("a") as file:
+            file.write(f"{what} {test}\n")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.note("began", nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.note("failed", report.nodeid)
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.note("failed", report.nodeid)
+
+    def pytest_runtest_protocol(self, item) -> None:
+        if sum(os.times()[:4]) > self.seconds:
+            item.session.shouldstop = "time"
+
+    def pytest_sessionfinish(self) -> None:
+        self.note("ended", "")
+
+
+def run_tests(
+    copy: Path, tests: list[str], seconds: float, *options: str, plugin: type[Watch] = Watch
+) -> list[list[str]]:
+    """Runs tests in the copy, in a forked process.
+
+    Returns:
+        What the plugin wrote, a pair of words a line.
+
+    Raises:
+        TimeoutError: The process stood still.
+    """
+    log, out = copy.parent / "log", copy.parent / "out"
+    log.write_text("")
+    if not (child := os.fork()):
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            for number in (1, 2):
+                os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 120,) * 2)
+            os.chdir(copy)
+            sys.path[0] = str(copy)
+            os.environ |= {"PYTHONPATH": str(copy), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+            os.environ.pop("HYPOTHESIS_NO_PLUGINS", None)
+            plugins = ["-p", "xdist.plugin", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider"]
+            files = list(dict.fromkeys(test.split("::")[0] for test in tests))
+            words = ["-q", "-n", "0", "--tb=short", *plugins, *options, *files]
+            code = int(pytest.main(words, [plugin(log, tests, seconds)]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    late = time.monotonic() + 20 * (seconds + 120)
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > late:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError
+        time.sleep(0.1)
     try:
-        for file in files[:most]:
-            left = seconds - (time.monotonic() - began)
-            if left <= 0:
-                return ""
-            try:
-                run = subprocess.run(
-                    [*command, file], cwd=copy, env=environment, capture_output=True, text=True, timeout=max(60.0, left)
-                )
-            except subprocess.TimeoutExpired:
-                return "time" if left >= 60 else ""
-            if run.returncode not in (0, 5):
-                failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
-                return failed[1] if failed else f"{file} (does not run)"
+        os.killpg(child, signal.SIGKILL)  # what the tests left running
+    except ProcessLookupError:
+        pass
+    return [line.split(" ", 1) for line in log.read_text().splitlines()]
+
+
+def first_failed(lines: list[list[str]]) -> str:
+    """The first test that failed, or that still ran when its process had ended; "" where there is none."""
+    failed = [test for what, test in lines if what == "failed"]
+    if failed:
+        return failed[0]
+    if lines and lines[-1][0] == "ended":
         return ""
+    return lines[-1][1] if lines else "tests"
+
+
+class CallsWatch(Watch):
+    """Watches which marked functions a test calls, and how much processor time it takes."""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        vars(builtins)["_called"].clear()
+        self.began = sum(os.times()[:4])
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.note("took", f"{sum(os.times()[:4]) - self.began} {nodeid}")
+        self.note("called", "\t".join([nodeid, *vars(builtins)["_called"]]))
+
+
+def calls(copy: Path) -> Calls:
+    """Runs all quick tests once, in a copy whose functions are marked, and puts the copy back."""
+    whole = {p: p.read_text() for package in PACKAGES for p in sorted((copy / package).rglob("*.py"))}
+    seconds, tests, called = Counter[str](), dict[str, set[str]](), copy.parent / "called"
+    called.mkdir()
+    os.environ["MUTANTS_CALLED"] = str(called)
+    try:
+        for path, source in whole.items():
+            path.write_text(marked(str(path.relative_to(copy)), source))
+        (copy / "sitecustomize.py").write_text(NOTING)
+        vars(builtins)["_called"] = set()
+        lines = run_tests(copy, [], 7200, plugin=CallsWatch)
     finally:
-        target.write_bytes(raw)
+        for path, source in whole.items():
+            path.write_text(source)
+        (copy / "sitecustomize.py").unlink()
+        del os.environ["MUTANTS_CALLED"]
+    for what, text in lines:
+        if what == "took":
+            first, test = text.split(" ", 1)
+            seconds[test] += float(first)
+    notes = [text.split("\t") for what, text in lines if what == "called"]
+    for test, *places in [*notes, *(file.read_text().splitlines() for file in called.iterdir())]:
+        for place in places:
+            tests.setdefault(place, set()).add(test)
+    number = {test: n for n, test in enumerate(seconds)}
+    return Calls(dict(seconds), {place: sorted(number[t] for t in ts & number.keys()) for place, ts in tests.items()})
 
 
-def main() -> None:
+class Trial:
+    """Tries faults in a copy of the tree.
+
+    Args:
+        copy: root of the copy.
+        seconds: processor time that a fault is tried for, until the test that then runs has ended.
+    """
+
+    def __init__(self, copy: Path, seconds: float):
+        self.copy, self.seconds = copy, seconds
+        self.pass_whole, self.fail_whole = set[str](), set[str]()
+
+    def sound(self, test: str) -> bool:
+        """Whether a test passes without a fault."""
+        if test not in self.pass_whole | self.fail_whole:
+            only = [] if "::" in test else ["--collect-only"]
+            failed = first_failed(run_tests(self.copy, [test], self.seconds, *only))
+            (self.fail_whole if failed else self.pass_whole).add(test)
+        return test in self.pass_whole
+
+    def caught_by(self, fault: Fault, tests: list[str]) -> str:
+        """The test that sees a fault, or "" where none does."""
+        target = self.copy / fault.file
+        raw = target.read_bytes()
+        while tests := [t for t in tests if not {t, t.split("::")[0]} & self.fail_whole]:
+            target.write_bytes(raw[: fault.start] + fault.put.encode() + raw[fault.end :])
+            try:
+                test = first_failed(run_tests(self.copy, tests, self.seconds, "-x"))
+            except TimeoutError:
+                print(f"stood still: {fault.file}:{fault.line}", flush=True)
+                return ""
+            finally:
+                target.write_bytes(raw)
+            if not test or self.sound(test):
+                return test
+            print(f"fails without a fault: {test}", flush=True)
+        return ""
+
+
+def import_others() -> None:
+    """Imports what tests import besides the two packages, once for all the processes that are forked."""
+    os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # ours would import the packages
+    names = ("torch", "lightning.pytorch", "jsonargparse", "datasets", "PIL.Image", "torchmetrics", "safetensors.torch")
+    names += ("sklearn.datasets", "matplotlib.pyplot", "scipy.stats", "transformers", "torchdiffeq", "tensorboard")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            print(f"not imported: {name}", flush=True)
+    importlib.import_module("torch").set_num_threads(1)
+
+
+def copied(scratch: Path) -> Path:
+    """A copy of the tree's files, as far as git lists them."""
+    copy = scratch / "copy"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+def table(done: list[dict]) -> str:
+    """Caught and survived, by folder."""
+    counts: dict[str, Counter[bool]] = {}
+    for row in done:
+        counts.setdefault(str(Path(row["file"]).parent), Counter())[bool(row["caught"])] += 1
+    lines = ["| Folder | planted | caught | survived |", "|---|--:|--:|--:|"]
+    for folder, count in [*sorted(counts.items()), ("all", sum(counts.values(), Counter[bool]()))]:
+        lines.append(f"| {folder} | {count.total()} | {count[True]} | {count[False]} |")
+    return "\n".join(lines)
+
+
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path begins so")
-    parser.add_argument("--files", type=int, default=10, help="test files that a fault is tried on, at most")
-    parser.add_argument("--seconds", type=float, default=240, help="time that a fault is tried for, at most")
-    parser.add_argument("--out", type=Path, default=Path("mutants.json"))
+    parser.add_argument("--seconds", type=float, default=30, help="processor time that a fault is tried for")
+    parser.add_argument("--out", type=Path, default=Path("mutants.json"), help="what was seen, fault by fault")
+    parser.add_argument("--calls", type=Path, default=Path("calls.json"), help="which tests call which functions")
+    parser.add_argument("--again", action="store_true", help="tries those of --out that survived once more")
     parser.add_argument("--list", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = read_options()
     faults = drawn(options.count, options.seed, options.only)
     if options.list:
         for fault in faults:
             print(f"{fault.file}:{fault.line}\n-{fault.before}\n+{fault.after}")
         return
     done = json.loads(options.out.read_text()) if options.out.exists() else []
-    known = {(row["file"], row["start"], row["put"]) for row in done}
-    tests = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "tests").rglob("test_*.py"))}
+    if options.again:
+        done = [row for row in done if row["caught"]]
+    known = {(row["file"], row["before"], row["after"]) for row in done}
+    texts = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "tests").rglob("test_*.py"))}
+    os.environ["OMP_NUM_THREADS"], os.environ["PYTHONDONTWRITEBYTECODE"] = "1", "1"
+    import_others()
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch, "copy")
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, listed.split("\0")):
-            if (ROOT / name).exists():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, copy / name)
+        copy = copied(Path(scratch))
+        if not options.calls.exists():
+            options.calls.write_text(json.dumps(asdict(calls(copy))))
+        called, trial = Calls(**json.loads(options.calls.read_text())), Trial(copy, options.seconds)
         for fault in faults:
-            if (fault.file, fault.start, fault.put) in known:
+            if (fault.file, fault.before, fault.after) in known:
                 continue
-            caught = tried(fault, copy, test_files_for(fault, tests), options.files, options.seconds)
+            source = (copy / fault.file).read_text()
+            caught = trial.caught_by(fault, called.of(fault, source, texts, options.seconds))
             done.append({**asdict(fault), "caught": caught})
             options.out.write_text(json.dumps(done, indent=1))
             print(f"{'caught  ' if caught else 'SURVIVED'} {fault.file}:{fault.line}  {caught}", flush=True)
             if not caught:
                 print(f"    -{fault.before.strip()}\n    +{fault.after.strip()}", flush=True)
-    caught = sum(bool(row["caught"]) for row in done)
-    print(f"{caught} of {len(done)} caught, {len(done) - caught} survived")
+    print(table(done))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..models.catalogue import IMAGENET_MEAN as IMAGENET_MEAN
+from ..models.catalogue import IMAGENET_STD as IMAGENET_STD
 from .augment import Augment, normalize
 from .decode import Interpolation, Picture, Unreadable, drawn
 from .decode import middle_box as middle_box
@@ -30,7 +32,6 @@ from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
 from .splits import open_splits
 from .view import View
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 96  # pixels a side; up to here pictures are kept in memory, and training cuts no random box unless told
 Request = int | tuple[int, int]  # an index, or (epoch, index)
 

@@ -39,6 +39,10 @@ _UPRIGHT = {
 }
 
 
+# Where a picture's orientation is told: as EXIF, or in XMP, which Pillow reads where EXIF says nothing.
+_TOLD_IN = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
+
 @cache
 def _formats() -> list[str]:
     # All plugins: before this Pillow knows the commonest formats alone, and the list would lack the others.
@@ -99,7 +103,7 @@ class Picture:
         if self.image.format == "TIFF":
             self._load()  # which turns it, and takes the tag away, in versions of Pillow that do so
         # Parsing EXIF costs as much as opening: only where there is some.
-        if self.image.format not in ("TIFF", "PNG") and not self.image.info.keys() & {"exif", "Raw profile type exif"}:
+        if self.image.format not in ("TIFF", "PNG") and not self.image.info.keys() & _TOLD_IN:
             return None
         try:
             return self.image.getexif().get(274)

@@ -13,6 +13,7 @@ from schemes import SchemeError
 from .files import write_whole
 from .order import batch_seed, run_seed, seed_generators
 from .resume import order_of
+from .sharding import divided, whole_state
 
 REMEDY = "Lower the learning rate or clip: --trainer.gradient_clip_val 1"
 
@@ -58,8 +59,13 @@ class FiniteLoss(Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if bool(loss.detach().isfinite().all()):
+        finite, sharded = bool(loss.detach().isfinite().all()), divided(pl_module)
+        # Weights that are divided are put together by all processes, so that none may go on alone.
+        if trainer.strategy.reduce_boolean_decision(finite) if sharded else finite:
             return
+        state = whole_state(pl_module)
+        if finite:
+            raise NotFinite(f"the loss of another process is not finite at step {trainer.global_step}\n  {REMEDY}")
         step, lr = trainer.global_step, _learning_rates(trainer)
         loop = trainer.fit_loop.epoch_loop
         epoch, number = trainer.current_epoch, loop.batch_progress.current.ready - 1
@@ -72,7 +78,7 @@ class FiniteLoss(Callback):
         remedy = REMEDY
         if self.folder is not None:
             path = self.folder / f"not_finite{f'-{trainer.global_rank}' if trainer.global_rank else ''}.pt"
-            held = {"batch": self._batch, "state_dict": pl_module.state_dict(), "step": step, "lr": lr}
+            held = {"batch": self._batch, "state_dict": state, "step": step, "lr": lr}
             held |= {"epoch": epoch, "batch_number": number, "samples": samples}
             held["training"] = [name for name, module in pl_module.named_modules() if module.training]
             held["seed"] = batch_seed(trainer, run_seed(trainer), "net")

@@ -9,7 +9,7 @@ from torch import Tensor
 from .errors import DataError
 
 NONE = -1  # of a picture without a label, as on the hub
-_REMEDY = "A label is one name or one whole number from 0 on; another column: --data.label_key COLUMN"
+REMEDY = "A label is one name or one whole number from 0 on; another column: --data.label_key COLUMN"
 
 
 class Labelled(Protocol):
@@ -50,11 +50,11 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
         # Only for the message: a column may be long, and may begin with nulls.
         rows = [i for i, value in enumerate(column.slice(0, 10_000)) if value.is_valid]
         shown = f", {column[rows[0]].as_py()!r} in row {rows[0]}" if rows else ""
-        raise DataError(f"{where} holds {kind}{shown[:80]}\n  {_REMEDY}")
+        raise DataError(f"{where} holds {kind}{shown[:80]}\n  {REMEDY}")
     try:
         numbers = pc.fill_null(pc.cast(numbers, pa.int64()), NONE)
     except pa.ArrowInvalid as e:
-        raise DataError(f"{where}: {str(e).splitlines()[0]}\n  {_REMEDY}") from None
+        raise DataError(f"{where}: {str(e).splitlines()[0]}\n  {REMEDY}") from None
     labels = torch.from_numpy(
         numbers.to_numpy(zero_copy_only=False).copy() if isinstance(numbers, pa.Array) else numbers.to_numpy().copy()
     )
@@ -64,7 +64,7 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
     if len(wrong):
         row = int(wrong[0])
         most = "" if names is None else f"; there are {len(names)} classes"
-        raise DataError(f"{where} holds {int(labels[row])} in row {row}{most}\n  {_REMEDY}")
+        raise DataError(f"{where} holds {int(labels[row])} in row {row}{most}\n  {REMEDY}")
     return labels, names
 
 
@@ -85,7 +85,7 @@ def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: 
     named = [name for name, split in labelled.items() if split.names is not None]
     if named and len(named) < len(labelled):
         other = next(name for name in labelled if name not in named)
-        raise DataError(f"{where}: split {named[0]!r} has names as labels, {other!r} numbers\n  {_REMEDY}")
+        raise DataError(f"{where}: split {named[0]!r} has names as labels, {other!r} numbers\n  {REMEDY}")
     if named:
         union = list(classes) if classes is not None else _union([labelled[name].names or [] for name in named])
         place = {name: number for number, name in enumerate(union)}

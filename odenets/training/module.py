@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from .sharding import shard_module
+
 
 def evaluations(net: nn.Module) -> int:
     """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
@@ -26,6 +28,9 @@ class NetModule(L.LightningModule):
     channels_last: bool = False
     compile_net: bool = False
     _compiled: bool = False
+
+    def configure_model(self) -> None:
+        shard_module(self, self.net)
 
     def setup(self, stage: str) -> None:
         if self.channels_last:

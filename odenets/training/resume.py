@@ -173,7 +173,10 @@ class Resume(Callback):
         sums = (self._ended or _sums(trainer)) if place.batch else {}
         # Gathered on all processes, as each has seen other samples: the sums of one would make a mean of half the data.
         checkpoint.setdefault(KEY, {}).update(
-            place=tuple(place), sums=_gathered(trainer, sums), data=None if order is None else _data(order)
+            place=tuple(place),
+            sums=_gathered(trainer, sums),
+            data=None if order is None else _data(order),
+            groups=[groups for _, groups, _ in self._fresh],
         )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -217,8 +220,9 @@ class Resume(Callback):
             self._restore_sums(trainer)
         if any(isinstance(c, BaseFinetuning) for c in trainer.callbacks):  # pyright: ignore
             _thaw(trainer, pl_module)
-        for scheduler, groups, state in self._fresh:
-            _reschedule(scheduler, groups, state)
+        before_groups = self._loaded.get("groups") or []
+        for n, (scheduler, groups, state) in enumerate(self._fresh):
+            _reschedule(scheduler, groups, state, before_groups[n] if n < len(before_groups) else [])
         self._loaded = {}
 
     def on_train_batch_end(
@@ -314,15 +318,30 @@ def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
     return found
 
 
-def _reschedule(scheduler: LRScheduler, groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Moves a schedule as it was configured to the step that a checkpoint has."""
+# What a schedule moves: it follows from the configuration and the step, whatever a checkpoint holds.
+_SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas"}
+
+
+def _reschedule(
+    scheduler: LRScheduler, groups: list[dict[str, Any]], state: dict[str, Any], before: list[dict[str, Any]]
+) -> None:
+    """Moves a schedule as it was configured to the step that a checkpoint has.
+
+    Args:
+        scheduler: as the checkpoint has it.
+        groups: the optimiser's groups, without their parameters, as they are configured now.
+        state: of the schedule, as it is configured now.
+        before: the groups as they were configured for the run that wrote the checkpoint; [] where it does not say.
+    """
     # Of these the rate follows from the step alone; others (by plateaus) remember more, and are left as they were.
     if not isinstance(scheduler, LambdaLR | OneCycleLR):
         return
     step = scheduler.last_epoch
     # A callback may have added groups, which have rates of their own.
-    for group, fresh in zip(scheduler.optimizer.param_groups, groups, strict=False):
-        group.update(fresh)
+    for n, (group, fresh) in enumerate(zip(scheduler.optimizer.param_groups, groups, strict=False)):
+        old = before[n] if n < len(before) else {}
+        # An optimiser may count in its groups: only what the configuration has changed takes the place of that.
+        group.update({k: v for k, v in fresh.items() if k in _SCHEDULED or k not in old or old[k] != v})
     if step == 0:
         return
     if isinstance(scheduler, OneCycleLR) and step >= state["total_steps"]:

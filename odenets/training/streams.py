@@ -19,7 +19,7 @@ import torch
 
 from . import layout as layouts
 from .errors import DataError
-from .labels import NONE, read_column
+from .labels import NONE, REMEDY, read_column
 from .sources import Source, Splits, folder, image_column, label_column, open_files
 
 LABEL_SUFFIXES = ("cls", "label", "index", "json")
@@ -131,12 +131,17 @@ def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | No
 
     texts = [None if label is None else str(label) for label in labels]
     # Not isdigit, which is true of a raised 2, and int cannot read that.
-    if all(text is None or text.removeprefix("-").isdecimal() for text in texts):
-        return read_column(pa.array([None if text is None else int(text) for text in texts]), None, where)
-    kinds = {type(label) for label in labels if label is not None}
-    if not kinds <= {str}:
-        return read_column(pa.array(labels), None, where)
-    return read_column(pa.array(texts), None, where)
+    numbers = all(text is None or text.removeprefix("-").isdecimal() for text in texts)
+    plain = numbers or {type(label) for label in labels if label is not None} <= {str}
+    try:
+        if numbers:
+            column = pa.array([None if text is None else int(text) for text in texts], pa.int64())
+        else:
+            column = pa.array(texts if plain else labels)
+    # Numbers of more than 64 bits, and JSON that is of one kind here and of another there.
+    except (pa.ArrowException, OverflowError, ValueError) as e:
+        raise DataError(f"{where}: {str(e).splitlines()[0][:120]}\n  {REMEDY}") from None
+    return read_column(column, None, where)
 
 
 class ParquetSource(Source):

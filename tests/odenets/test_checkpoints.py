@@ -371,8 +371,9 @@ def two_layers():
         (lambda t: t.to("meta"), "on the meta device"),
         (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantised"),
         (lambda t: t + 1j, "complex64, want float32"),
+        (lambda t: t.double() * 1e39, "beyond the range of float32"),
     ],
-    ids=["coo", "csr", "meta", "quantised", "complex"],
+    ids=["coo", "csr", "meta", "quantised", "complex", "large"],
 )
 @pytest.mark.filterwarnings("ignore:.*(Sparse CSR|quantize_per_tensor|torch.ao.quantization|deprecated).*")
 def test_tensors_that_cannot_be_copied_are_refused_by_name_and_nothing_changes(make, words):

@@ -200,3 +200,17 @@ def test_learned_scales_and_columns(name):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
     nets[0](x)
     assert nets[0].monitor.drift == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_to_the_grid_up_to_half_of_the_limit_and_the_limit_is_outside(dtype):
+    grid = Grid(None, dtype)
+    shares = torch.tensor([-0.499, -0.4, -0.26, -1e-3, 0.0, 1e-3, 0.26, 0.4, 0.499], dtype=torch.float64)
+    for part in (0.25, 0.5, 0.75):  # so large a number has two places below the unit left
+        x = (shares * grid.limit).to(dtype).floor() + part * grid.unit
+        units = grid.round(x).double() / grid.unit
+        assert torch.equal(units, units.round()) and ((units - x.double() / grid.unit).abs() <= 0.5).all()
+    below = torch.nextafter(torch.tensor(grid.limit, dtype=dtype), torch.zeros((), dtype=dtype))
+    assert [bool(grid.over(v)) for v in (below, -below, below * 0 + grid.limit, below * 0 - grid.limit)] == [
+        *(False, False, True, True)
+    ]

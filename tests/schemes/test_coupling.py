@@ -301,3 +301,10 @@ def test_an_input_too_narrow_to_split_is_refused():
         scheme.init((), normal(1, 3))
     with pytest.raises(schemes.SchemeError, match="along dim=1"):
         scheme.init((), normal(5))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_function_of_an_additive_coupling_is_at_the_mean_time_of_what_it_is_given(n):
+    """Of the n - 1 other streams those before it have moved from time 0 to 1, and those after it have not."""
+    times = [[1.0 if j < i else 0.0 for j in range(n) if j != i] for i in range(n)]
+    assert schemes.get(f"additive({n})").nodes == pytest.approx([sum(t) / len(t) for t in times])

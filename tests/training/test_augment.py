@@ -90,6 +90,16 @@ def test_erasing_changes_one_box_and_no_argument(x, seed):
         assert 0 < changed.sum() == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)
 
 
+def test_boxes_are_as_high_and_wide_as_they_are_drawn():
+    top, left, height, width = (torch.tensor(v) for v in ((0.0, 2.0, 5.0), (1.0, 0.0, 3.0), (3.0, 1.0, 2.0), (2, 4, 1)))
+    masks = A._boxes(torch.zeros(3, 1, 7, 5), top, left, height, width)[:, 0]
+    for n, mask in enumerate(masks):
+        want = torch.zeros(7, 5, dtype=torch.bool)
+        t, ll, h, w = (int(v[n]) for v in (top, left, height, width))
+        want[t : t + h, ll : ll + w] = True
+        assert torch.equal(mask, want)
+
+
 alphas, names = st.sampled_from([0.2, 1.0, 3.0]), st.sampled_from(["mixup", "cutmix"])
 
 

@@ -115,6 +115,37 @@ def test_accuracy_is_the_mean_over_pictures_not_batches(tmp_path):
     assert figures["val/acc"] == pytest.approx(4 / 10)
 
 
+def logged(model: Classifier) -> dict[str, torch.Tensor]:
+    """What a step logs from here on."""
+    found: dict[str, torch.Tensor] = {}
+    model.log = lambda name, value, **kwargs: found.update({name: value})
+    return found
+
+
+def test_the_loss_is_smoothed_and_hits_are_those_of_the_heaviest_label():
+    model = Classifier(Net(), sgd, label_smoothing=0.3)
+    figures, x, y = logged(model), torch.rand(6, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1, 2])
+    logits = model(x)
+    log_p = logits.log_softmax(1)
+    want = -(0.7 * log_p[torch.arange(6), y] + 0.3 * log_p.mean(1)).mean()
+    torch.testing.assert_close(model.training_step((x, y), 0), want)
+    for heaviest, hits in ((logits.argmax(1), 1.0), ((logits.argmax(1) + 1) % 3, 0.0)):
+        rows = torch.full((6, 3), 0.2)
+        rows[torch.arange(6), heaviest] = 0.6
+        model.training_step((x, rows), 0)
+        assert float(figures["train/acc"]) == hits
+
+
+def test_a_label_among_the_first_five_counts(tmp_path):
+    class Falling(Net):
+        def forward(self, x):
+            return torch.arange(120.0, 0, -1).expand(len(x), 120) + 0 * super().forward(x)
+
+    run = trainer(tmp_path)  # labels 0 to 23, of which 0 to 4 are among the first five
+    figures = run.validate(Classifier(Falling(120), sgd), Random(120), verbose=False)[0]
+    assert figures["val/acc"] == pytest.approx(1 / 24) and figures["val/acc5"] == pytest.approx(5 / 24)
+
+
 def test_soft_labels_train(tmp_path):
     model = Classifier(Net(), sgd)
     model.log = lambda *args, **kwargs: None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odenets.training import Augment, DataError, Digits, Images
-from odenets.training.data import Cached, Decoded, hold_out, middle_box, random_box
+from odenets.training.data import IMAGENET_MEAN, IMAGENET_STD, Cached, Decoded, hold_out, middle_box, random_box
 
 from .pictures import picture, write_folder, write_parquet
 
@@ -168,3 +168,23 @@ def test_real_folders(data_root):
     assert next(iter(data.val_dataloader()))[0].shape == (8, 3, 64, 64)
     assert Images(str(data_root / "cifar100")).num_classes == 100
     assert Images(str(data_root / "tiny_imagenet")).num_classes == 200
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.51, 1.0])
+def test_more_than_half_of_the_digits_is_no_test_split(share):
+    Digits(test_share=0.5)
+    with pytest.raises(ValueError, match="test_share"):
+        Digits(test_share=share)
+
+
+def test_the_published_statistics_of_imagenet():
+    """What torchvision and timm subtract and divide by."""
+    assert IMAGENET_MEAN == (0.485, 0.456, 0.406) and IMAGENET_STD == (0.229, 0.224, 0.225)
+
+
+def test_the_statistics_of_the_digits_are_those_of_their_pictures():
+    data = Digits()
+    data.setup("fit")
+    levels = data.sets["train"].pictures.double()  # in [0, 1]
+    assert data.mean == pytest.approx([float(levels.mean())], abs=0.01)
+    assert data.std == pytest.approx([float(levels.std())], abs=0.01)

@@ -113,6 +113,15 @@ def test_pictures_are_upright(kind, orientation):
         assert (levels(Picture(data).cut((1, 2, 58, 59), size, "bilinear")) - levels(whole)).abs().float().mean() < 4
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_an_orientation_that_xmp_alone_tells_is_followed(kind):
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = stored(natural(90, 60), kind, xmp=packet)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright.size == (60, 90)
+    assert torch.equal(levels(Picture(data).rgb()), levels(upright))
+
+
 @pytest.mark.parametrize("scale", [2, 4, 8])
 def test_a_jpeg_decoded_at_a_part_of_its_size_shows_the_same(scale):
     size = 56

@@ -168,6 +168,8 @@ def _little_memory():
         (b"[" * 3000, ["nested too deeply"]),
         (b"{a: " * 300 + b"1" + b"}" * 300, ["nested too deeply"]),
         (b"a: [1\nb: 2", ["parsing", "line 2"]),
+        (b"a: 1\nbatch: 010\n", ["line 2", "010 in base 8"]),
+        (b"{a: [7, 1:30]}", ["1:30 in base 60"]),
     ],
     ids=lambda v: v[:12].decode("latin-1").replace("\n", " ") if isinstance(v, bytes) else "",
 )
@@ -186,6 +188,8 @@ def test_usual_files_pass(tmp_path):
     for path in Path(__file__).parents[2].glob("experiments/**/*.yaml"):
         check_file(path)
     (tmp_path / "c.yaml").write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}\nz: [*x, *x]\n")
+    (tmp_path / "d.yaml").write_text("a: '1:30'\nb: 0\nc: 0x10\nd: [0.07, 1e-3, 00:01:30, \"010\"]\n")
+    check_file(tmp_path / "d.yaml")
     check_file(tmp_path / "c.yaml")
     check_files(["fit", "-c", "there is none.yaml", "--data.root", str(tmp_path), "--x=a\0b.yaml"])
 

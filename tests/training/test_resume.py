@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from odenets.training import Classifier, Constant
 from odenets.training.command import resuming_line, run
 from odenets.training.files import CheckpointError, open_checkpoint, write_whole
 from odenets.training.options import changes
+from odenets.training.resume import Resume
 from schemes import SchemeError
 
 from .runs import kills, two_lines
+from .test_classifier import Net, Random, trainer
 
 QUICK = {"max_epochs": 2, "limit_train_batches": 5, "limit_val_batches": 2}
 
@@ -306,3 +310,33 @@ def test_refuses_a_step_of_no_checkpoint():
 
     with pytest.raises(SchemeError, match="every_n_train_steps=0"):
         LastCheckpoint(0)
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as optimisers do that find their own learning rate."""
+
+    def __init__(self, params, lr, decay=0.0):
+        super().__init__(params, lr=lr)
+        self.defaults.update(count=0, decay=decay)
+        for group in self.param_groups:
+            group.update(count=0, decay=decay)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+        return super().step(closure)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals
+def test_what_an_optimiser_counts_in_its_groups_goes_on_and_what_is_configured_anew_is_used(tmp_path):
+    def fit(epochs, decay, path=None):
+        optimizer = partial(Counting, lr=0.1, decay=decay)
+        fitted = trainer(tmp_path, max_epochs=epochs, callbacks=[Resume()], limit_val_batches=0)
+        fitted.fit(Classifier(Net(), optimizer, Constant()), Random(), ckpt_path=path)
+        fitted.save_checkpoint(tmp_path / "x.ckpt")
+        return fitted.optimizers[0].param_groups, fitted.global_step
+
+    groups, steps = fit(1, 0.5)
+    assert [group["count"] for group in groups] == [steps] * len(groups)
+    groups, steps = fit(2, 0.25, tmp_path / "x.ckpt")
+    assert [(group["count"], group["decay"]) for group in groups] == [(steps, 0.25)] * len(groups)

@@ -130,6 +130,25 @@ def test_labels_of_tar_shards(tmp_path):
         Images(str(tmp_path / "named")).setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "labels"),
+    [
+        ("cls", ["1", "9" * 30]),
+        ("cls", ["1", "9" * 5000]),
+        ("json", [3, "cat"]),
+        ("json", [[1], 2]),
+        ("json", [{"a": 1}, None]),
+        ("json", [0.5, 1]),
+    ],
+)
+def test_labels_of_tar_shards_that_are_none_are_two_lines(tmp_path, suffix, labels):
+    write = json.dumps if suffix == "json" else str
+    held = lambda label: write({"label": label}) if suffix == "json" else label  # noqa: E731
+    write_tar(tmp_path / "train.tar", samples(0, 2, suffix, lambda i: held(labels[i])))
+    with pytest.raises(DataError, match=r"label.*\n  A label is one name or one whole number"):
+        open_splits(tmp_path)
+
+
 def test_torn_and_empty_shards_are_named(tmp_path, shards):
     torn = shards["tar"] / "train-002.tar"
     torn.write_bytes(torn.read_bytes()[:700])

@@ -38,6 +38,15 @@ def test_the_loss_is_the_written_out_sum():
     torch.testing.assert_close(SupervisionLoss(mean=mean, std=std)(out, x, soft), want)
 
 
+def test_every_head_is_smoothed():
+    x, y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 2, 1, 1])
+    out = Supervised(tuple(torch.randn(4, 3) for _ in range(2)), ())
+    log_p = [logits.log_softmax(1) for logits in out.logits]
+    a, b = (-(0.7 * p[torch.arange(4), y] + 0.3 * p.mean(1)).mean() for p in log_p)
+    loss = SupervisionLoss(pictures=[0.0], labels=[0.5, 1.0], label_smoothing=0.3)
+    torch.testing.assert_close(loss(Supervised(out.logits, (torch.zeros(4, 3, 8, 8),)), x, y), 0.5 * a + b)
+
+
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_the_losses_fall(backprop, tmp_path):

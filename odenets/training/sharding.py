@@ -1,0 +1,94 @@
+"""Weights that are divided over processes (FSDP2), a step of a stack at a time, so that every backprop mode works.
+
+Lightning's ``ModelParallelStrategy`` asks a module to divide itself. What is gathered for a forward pass, and again for
+the backward pass, is one step: the unit that a stack runs, runs again, or undoes. The rest of the net (stem,
+transitions, head) is gathered as a whole.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from schemes import SchemeError
+
+from ..stack import Stack
+
+
+def stacks(net: nn.Module) -> Iterator[Stack]:
+    """The outermost stacks of a net."""
+    if isinstance(net, Stack):
+        yield net
+        return
+    for part in net.children():
+        yield from stacks(part)
+
+
+def shard(net: nn.Module, mesh: Any) -> None:
+    """Divides the parameters of a net over the processes of a mesh.
+
+    Args:
+        net: the network; as it is on each process, so must its values be.
+        mesh: of one dimension.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(net, FSDPModule):  # a second stage of the same run
+        return
+    steps = [step for stack in stacks(net) for step in stack.steps]
+    used = Counter(id(p) for step in steps for p in set(step.parameters()))
+    for step in steps:
+        own = list(step.parameters())
+        # What several steps share belongs to none of them.
+        if own and all(used[id(p)] == 1 for p in own):
+            fully_shard(step, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def shard_module(module: L.LightningModule, net: nn.Module) -> None:
+    """Divides the net of a module that ``ModelParallelStrategy`` trains; any other strategy leaves it whole.
+
+    Raises:
+        SchemeError: tensor parallelism, checkpoints in parts, or parameters outside of the net.
+    """
+    # Unlike `trainer`, None without one.
+    strategy: Any = None if module._trainer is None else module._trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if strategy.device_mesh["tensor_parallel"].size() != 1:
+        raise SchemeError(
+            "ModelParallelStrategy: a net is divided over processes that see different samples, and no layer is cut\n"
+            "  Give data_parallel_size the number of processes, and tensor_parallel_size 1"
+        )
+    if strategy._save_distributed_checkpoint:
+        raise SchemeError(
+            "ModelParallelStrategy: checkpoints in parts, one of each process, cannot be replaced as a whole\n"
+            "  Give it save_distributed_checkpoint: false"
+        )
+    inside = {id(p) for p in net.parameters()}
+    outside = [name for name, p in module.named_parameters() if id(p) not in inside]
+    if outside:
+        raise SchemeError(
+            f"ModelParallelStrategy: {outside[0]} is no part of the net, and its gradients would stay on each process\n"
+            "  Train it with the strategy ddp"
+        )
+    shard(net, strategy.device_mesh["data_parallel"])
+
+
+def divided(module: nn.Module) -> bool:
+    """Whether the parameters of a module are divided over processes."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """The state dict of a module on every process, put together where it is divided; then all processes call this."""
+    if not divided(module):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
