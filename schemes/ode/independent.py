@@ -343,7 +343,8 @@ class Solve:
     ) -> Tensor:
         """Which steps are kept, by their errors; sets the sizes of the next: `control.Control.factor` and `shrink`."""
         control, own, active = self.control, front.own, front.active
-        front.ratio = ratio = norms(control, error / control.scale(torch.maximum(front.size, size))).double()
+        allowed = control.scale(torch.maximum(front.size, size), None if len(own) == len(log.status) else own)
+        front.ratio = ratio = norms(control, error / allowed).double()
         least = torch.minimum(h.abs(), front.h) <= control.min_step  # it cannot shrink
         good = ((ratio <= 1) | (least & torch.isfinite(ratio))) & active
         bad = active & ~good
@@ -385,7 +386,7 @@ class Solve:
     def _look(self, f: RowField, watch: Signs, front: Front, log: Log, tried: Tried) -> None:
         """Looks for events; a row that one ends stops there instead of at the end of the step."""
         at = self._extended(f, front, tried)
-        for place, row, theta in watch.step(at, front.t, tried.h, tried.good):
+        for place, row, theta in watch.step(at, front.t, tried.h, tried.t, tried.good):
             sample = int(front.own[row])
             log.events.append(place)
             log.samples.append(sample)
