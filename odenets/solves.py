@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -67,11 +68,13 @@ def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
     times = [float(x) for x in at]
     end = math.fsum(sizes)
     sign = -1.0 if end < 0 else 1.0
-    if not all((b - a) * sign > 0 for a, b in zip(times, times[1:], strict=False)):
+    if not all((b - a) * sign > 0 for a, b in pairwise(times)):
         raise SchemeError("Stack: the times of trajectory(at=...) must be in order, each once, as the steps go.")
     slack = 1e-9 * abs(end)
     for x in times:
         # Written so that NaN is refused too.
         if not -slack <= x * sign <= abs(end) + slack:
-            raise SchemeError(f"Stack: there is no value at {x:g}; the steps go from 0 to {end:g} (times since the start).")
+            raise SchemeError(
+                f"Stack: there is no value at {x:g}; the steps go from 0 to {end:g}, counted from the start."
+            )
     return times

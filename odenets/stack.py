@@ -708,8 +708,8 @@ class Stack(nn.Module):
     def solves(self) -> tuple[Solve, ...]:
         """How the adaptive solves of the last forward pass went, one after another; of other schemes none.
 
-        There is one for the whole depth, or with separate functions one for each; of ``backend=torchdiffeq`` none. Where
-        a solve could not go on, which is an error, the last one says why.
+        There is one for the whole depth, or with separate functions one for each; of ``backend=torchdiffeq`` none.
+        Where a solve could not go on, which is an error, the last one says why.
         """
         return self._solves
 

@@ -100,9 +100,7 @@ def _each(d: Tensor, n: int) -> Tensor:
     return d if d.ndim else d.expand(n)
 
 
-def _with_graph(
-    problem: Problem, solve: Solve, batch: Batch, y: Tensor
-) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+def _with_graph(problem: Problem, solve: Solve, batch: Batch, y: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
     """The values, the states at events that ended samples, and the last states.
 
     From a second pass where there is a gradient, or a tangent of forward mode.

@@ -119,7 +119,9 @@ class Packing:
         if self.alone or len(leaves) != len(self.sizes):
             raise SchemeError(f"odeint: {name} has {len(leaves)} parts, y0 {len(self.sizes)}; want as many.")
         if found is None and not isinstance(value, (tuple, list)):
-            raise SchemeError(f"odeint: {name} is {_written(value)}, want the structure of y0, or a tuple in its order.")
+            raise SchemeError(
+                f"odeint: {name} is {_written(value)}, want the structure of y0 or a tuple in its order."
+            )
         # Tolerances are real, whatever the state.
         real = torch.empty((), dtype=self.dtype).real.dtype
         parts = []
