@@ -114,6 +114,7 @@ class Stack(nn.Module):
 
     block: nn.Module | None
     steps: Sequence[Step]  # in truth an nn.ModuleList
+    _solves: tuple[Solve, ...]
 
     def __init__(
         self,
@@ -156,8 +157,7 @@ class Stack(nn.Module):
         self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
         # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
-        self._calls = 0  # evaluations that an adaptive solver made in the last pass
-        self._solves: tuple[Solve, ...] = ()
+        self._calls, self._solves = 0, ()  # of an adaptive solver in the last pass: evaluations, how its solves went
         self.backprop = mode
         if start is not None:
             # Without gradients, and everything put back: an example decides shapes and nothing else.

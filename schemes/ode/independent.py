@@ -306,7 +306,11 @@ class Solve:
         if control.first_step is not None:
             h = torch.full_like(t, abs(control.first_step))
         else:
-            h = first_steps(f, t, y, k, self.times[:, -1] - t, self.pair.order, control)
+            span = self.times[:, -1] - t
+            h = first_steps(f, t, y, k, span, self.pair.order, control)
+            # Far from zero, times next to each other are further apart than a cautious step.
+            ulp = torch.nextafter(t.abs(), torch.full_like(t, math.inf)) - t.abs()
+            h = torch.minimum(torch.maximum(h, 4 * ulp), span.abs())
         h = h.clamp(control.min_step, control.max_step)  # sizes are positive here
         return Front(t, y, k, h, self._stops(), log.status == RUNNING)
 

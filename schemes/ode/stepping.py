@@ -26,14 +26,7 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
             f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {problem.scheme} with "
             "fixed ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
         )
-    if grid is not None and given.max_steps is not None:
-        # Known before the first step, and so said before it.
-        count = sum(len(part) - 1 for part in grid)
-        if count > given.max_steps:
-            raise SchemeError(
-                f"odeint: the grid has {count} steps, more than the {given.max_steps} of max_steps; "
-                "take longer steps, or raise max_steps."
-            )
+    _count(grid, given)
     if problem.gradient == "reverse":
         return _reversed(problem, y, times, grid if onto else None)
     moving = None
@@ -60,6 +53,16 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
     )
     problem.raise_if_failed(run)
     return torch.stack(run.ys), run
+
+
+def _count(grid: Grid, given: reading.FixedOptions) -> None:
+    """Refuses more steps than are allowed before the first one is taken; an endless solve counts on the way."""
+    count = sum(len(part) - 1 for part in grid or ())
+    if given.max_steps is not None and count > given.max_steps:
+        raise SchemeError(
+            f"odeint: the grid has {count} steps, more than the {given.max_steps} of max_steps; "
+            "take longer steps, or raise max_steps."
+        )
 
 
 def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> Grid:

@@ -119,9 +119,7 @@ class Packing:
         if self.alone or len(leaves) != len(self.sizes):
             raise SchemeError(f"odeint: {name} has {len(leaves)} parts, y0 {len(self.sizes)}; want as many.")
         if found is None and not isinstance(value, (tuple, list)):
-            raise SchemeError(
-                f"odeint: {name} is {_written(value)}, want the structure of y0 or a tuple in its order."
-            )
+            raise SchemeError(f"odeint: {name} is {_written(value)}, want the structure of y0 or a tuple in its order.")
         # Tolerances are real, whatever the state.
         real = torch.empty((), dtype=self.dtype).real.dtype
         parts = []
@@ -138,8 +136,8 @@ class Packing:
         if given is not None:
             if self.samples and not self.alone:
                 # The norm is one of a single sample, which to ``unpack`` is a batch of one.
-                return lambda flat: given(pytree.tree_map(lambda x: x[0], self.unpack(flat[None])))
-            return lambda flat: given(self.unpack(flat))
+                return lambda flat: _number(given(pytree.tree_map(lambda x: x[0], self.unpack(flat[None]))))
+            return lambda flat: _number(given(self.unpack(flat)))
         if self.alone or len(self.sizes) == 1:
             return None
         return lambda flat: torch.stack([rms(part) for part in flat.split(self.sizes, -1) if part.shape[-1]]).amax()
@@ -149,6 +147,18 @@ def rms(x: Tensor) -> Tensor:
     """The root mean square of all entries."""
     # One kernel instead of four, at every step.
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
+
+
+def _number(norm: Any) -> Tensor:
+    """What the user's norm returned, as a tensor without dimensions."""
+    if not isinstance(norm, Tensor):
+        norm = torch.as_tensor(norm)
+    if norm.numel() != 1 or norm.is_complex():
+        raise SchemeError(
+            f"odeint: norm returned a {norm.dtype} of shape {tuple(norm.shape)}, want one real number, such as "
+            "x.abs().max()."
+        )
+    return norm.reshape(())
 
 
 def _fitting(name: str, value: Tensor, shape: torch.Size) -> Tensor:

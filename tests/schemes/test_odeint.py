@@ -417,6 +417,13 @@ def test_a_norm_of_trees_sees_the_tree():
     assert set(shapes) == {((3, 2), (2,))} and free.accepted < bound.accepted / 2
 
 
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_times_far_from_zero_are_stepped_through(batch):
+    """There neighbouring numbers are further apart than the first step would be."""
+    y = odeint(lambda t, y: torch.ones_like(y), START, times(1e15, 1e15 + 1), batch=batch)
+    torch.testing.assert_close(y[1], START + 1)
+
+
 def test_controllers_differ_and_all_of_them_solve():
     counts = set()
     for p, i, d in ((0.0, 1.0, 0.0), (0.2, 0.65, 0.0), (0.4, 0.3, 0.0), (0.2, 0.4, 0.1)):
@@ -486,6 +493,8 @@ def test_what_stops_a_solve_is_said_with_time_and_sample(batch):
         ({"options": {"min_step": 2.0, "max_step": 1.0}}, "want 0 <= min_step <= max_step"),
         ({"options": {"step_t": [0.5], "jump_t": [0.5]}}, "repeat a time"),
         ({"options": {"outputs": "all"}}, "want 'step' or 'interpolate'"),
+        ({"options": {"norm": lambda x: x.abs()}}, r"norm returned a torch.float64 of shape \(3, 2\), want one real"),
+        ({"options": {"norm": lambda x: x.abs()}, "batch": "independent"}, r"norm returned .* shape \(2,\), want one"),
         ({"options": {"context": START}}, "belongs to batch='independent'"),
         ({"options": {"grid": times(0, 0.5)}, "method": "rk4"}, "the grid goes from 0 to 0.5, want from 0 to 1"),
         ({"options": {"interp": "odd", "step_size": 0.1}, "method": "rk4"}, "want 'linear', 'cubic' or None"),
@@ -501,6 +510,7 @@ def test_what_stops_a_solve_is_said_with_time_and_sample(batch):
         ({"options": {"grid": times(0, 0.7, 0.3, 1)}, "method": "rk4"}, "grid must be strictly monotone"),
         ({"options": {"grid": []}, "method": "rk4"}, "grid has 0 times"),
         ({"options": {"grid": times(0, 1).requires_grad_()}, "method": "rk4"}, "grid requires a gradient"),
+        ({"y0": START[:0], "event_fn": lambda t, y: y[:, 0], "batch": "independent"}, "no entries"),
         ({"y0": START[:0], "event_fn": lambda t, y: y.sum()}, "no entries, and so no event would end the solve"),
         ({"method": "rk4", "batch": "independent"}, "wants an embedded pair"),
         ({"batch": "independent", "gradient": "adjoint"}, "takes gradient='store' or 'checkpoint'"),

@@ -210,7 +210,8 @@ def test_tolerance_proportionality_on_detest(method, references):
     orbits = max(e for p, errors in ends.items() if p[0] == "D" for e in errors)
     print(
         f"| {method} | {tols[-1]:.0e} | {max(map(rms, steps.values())):.1f} "
-        f"| {float(steps[worst].max()):.1f} ({worst[0]}, {worst[1]:.0e}) | {min(slopes.values()):.2f} to {max(slopes.values()):.2f} | {most:.0f} | {orbits:.0f} |"
+        f"| {float(steps[worst].max()):.1f} ({worst[0]}, {worst[1]:.0e}) "
+        f"| {min(slopes.values()):.2f} to {max(slopes.values()):.2f} | {most:.0f} | {orbits:.0f} |"
     )
     assert max(map(rms, steps.values())) < 10
     assert all(float(e.max()) < bound(method, tol) for (_, tol), e in steps.items())

@@ -131,6 +131,17 @@ def test_an_event_at_the_end(batch):
     assert float(found.events[0].t) == 1.0 and len(found.events) == 1
 
 
+@pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", {"steps": 9}), ("reversible(tsit5)", {})])
+def test_the_continuous_solution_ends_at_the_event(method, options):
+    event = Event(lambda t, y: y[0])
+    found = integrate(
+        circling, times(1.0, 0.0), times(0, 3), method=method, options=options, events=[event], dense=True
+    )
+    assert found.status == "event" and abs(float(found(found.reached)[0])) < 1e-6
+    with pytest.raises(SchemeError, match=r"t=1\.58 lies outside of the solve, from 0 to 1\.57"):
+        found(1.58)
+
+
 def test_a_grazing_event_is_named():
     """(t - 1)^3 crosses zero with slope zero, and so does the top of a throw that just reaches a bar."""
     event = Event(lambda t, y: (t - 1) ** 3)
