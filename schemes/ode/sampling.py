@@ -110,12 +110,20 @@ def _with_graph(problem: Problem, solve: Solve, batch: Batch, y: Tensor) -> tupl
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (y.requires_grad or solve.rows.reads)):
         ys, states, last = retrace(solve, batch, y, problem.gradient == "checkpoint")
     if torch.is_grad_enabled() and problem.times.requires_grad and not problem.endless:
-        f, n = solve.rows.at(None), len(y)
-        ys = torch.stack([moved(f, solve.times[:, i], x, _each(shift(problem, i), n)) for i, x in enumerate(ys)])
+        ys = torch.stack([_moved(problem, solve, batch, i, x, y) for i, x in enumerate(ys)])
         # Whoever has come to the end ends with the time that was asked for.
         whole = wide(batch.status == FINISHED, y).bool()
         last = torch.where(whole, ys[-1], last)
     return ys, states, last
+
+
+def _moved(problem: Problem, solve: Solve, batch: Batch, i: int, x: Tensor, y: Tensor) -> Tensor:
+    """The values x at time i, with a gradient of that time."""
+    # Of a sample that did not come so far there is no value; its start stands in, as the gradients of what the field
+    # reads would not survive NaN.
+    there = wide((batch.places[i] >= 0) | (i == 0), y).bool()
+    found = moved(solve.rows.at(None), solve.times[:, i], torch.where(there, x, y), _each(shift(problem, i), len(y)))
+    return torch.where(there, found, x)
 
 
 def _events(

@@ -289,7 +289,7 @@ def test_the_keys_of_a_dict_have_no_order():
 @pytest.mark.parametrize("y0", [(1.0, 0.0), (0.0, 0.0)])
 def test_without_an_absolute_tolerance_zero_may_stay_zero(y0, batch):
     """0 / 0 of error and allowance is no error; and a start at zero finds a first step."""
-    f = lambda t, y: torch.stack((torch.cos(t) + 0 * y[..., 0], 0 * y[..., 1]), -1)  # noqa: E731
+    f = lambda t, y: torch.stack((torch.cos(t).squeeze() + 0 * y[..., 0], 0 * y[..., 1]), -1)  # noqa: E731
     found = integrate(f, times(*y0)[None], times(0, 1), atol=0.0, batch=batch, rtol=1e-6)
     torch.testing.assert_close(found.y[-1, 0], times(y0[0] + math.sin(1), 0.0), rtol=1e-5, atol=0)
     assert int(found.accepted) < 60

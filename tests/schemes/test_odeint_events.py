@@ -213,6 +213,11 @@ def test_values_before_the_event_of_a_sample_are_there_and_later_ones_are_not():
     assert found.status == ["event", "event"] and [x.sample for x in found.events] == [0, 1]
     torch.testing.assert_close(found.y[1], torch.stack((y0[:, 0] - G * 0.08, y0[:, 1] - G * 0.4), 1))
     assert bool(found.y[2, 0].isnan().all()) and float(found.y[2, 1, 0]) == pytest.approx(9 - G / 2)
+    rate, t = times(1.0).requires_grad_(), times(0, 0.4, 1.0, 3.0).requires_grad_()
+    found = integrate(lambda t, y: rate * falling(t, y), y0, t, events=[e], batch="independent")
+    loss = found.y[1].sum() + found.y[2, 1].sum()
+    got, slopes = torch.autograd.grad(loss, [rate, t])
+    assert bool(got.isfinite()) and slopes[1:3].ne(0).all() and slopes[3] == 0
     with pytest.raises(SchemeError, match=r"one value per sample"):
         integrate(falling, y0, times(0, 1.0), events=[Event(lambda t, y: y.sum())], batch="independent")
 
