@@ -88,4 +88,4 @@ def first_steps(f: RowField, t: Tensor, y: Tensor, k: Tensor, span: Tensor, orde
     h1 = torch.where(top <= 1e-15, torch.clamp(h * 1e-3, min=1e-6), (0.01 / top) ** (1 / (order + 1)))
     found = torch.minimum(torch.minimum(100 * h, h1), span.abs())
     # A trial step that overflowed says nothing but that it was too long.
-    return torch.where(torch.isfinite(found), found, h * 1e-3)
+    return torch.where(torch.isfinite(d2), found, h * 1e-3)

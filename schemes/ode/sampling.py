@@ -10,7 +10,7 @@ from . import options as reading
 from .answers import trivial
 from .events import Found, Place
 from .field import moved
-from .independent import FINISHED, NAMES, Batch, Solve
+from .independent import FINISHED, NAMES, NOT_FINITE, Batch, Solve
 from .moving import shift
 from .pairs import Pair
 from .problem import Problem
@@ -30,16 +30,18 @@ def solve_samples(problem: Problem) -> Solution:
         sign = torch.sign(times[:, 1:] - times[:, :1])
         # Each sample in its own direction, until its own event.
         times = torch.cat((times[:, :1], times[:, :1] + sign * torch.inf), 1)
-    solve, y = _solve(problem, times), problem.y0
+    solve = _solve(problem, times)
+    # A function may read what has a gradient at late times alone, and is asked at every one.
+    solve.rows.looking = torch.is_grad_enabled()
+    batch = solve.run(problem.y0.detach())
+    solve.rows.looking = False
+    _raise_if_failed(problem, batch)
+    bad = (batch.status == NOT_FINITE) & (batch.accepted == 0)
+    y = _standing_in(bad, problem.y0)
     if torch.is_grad_enabled() and problem.times.requires_grad:
         d = _each(shift(problem, 0), n)
         y = moved(solve.rows.at(None), times[:, 0] + d, y, -d)
-    # A function may read what has a gradient at late times alone, and is asked at every one.
-    solve.rows.looking = torch.is_grad_enabled()
-    batch = solve.run(y.detach())
-    solve.rows.looking = False
-    _raise_if_failed(problem, batch)
-    ys, states, last = _with_graph(problem, solve, batch, y)
+    ys, states, last = _with_graph(problem, solve, batch, y, ~bad)
     found, ends = _events(problem, solve, batch, states, y)
     if ends:
         rows = torch.tensor(list(ends), device=last.device)
@@ -100,7 +102,9 @@ def _each(d: Tensor, n: int) -> Tensor:
     return d if d.ndim else d.expand(n)
 
 
-def _with_graph(problem: Problem, solve: Solve, batch: Batch, y: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+def _with_graph(
+    problem: Problem, solve: Solve, batch: Batch, y: Tensor, fine: Tensor
+) -> tuple[Tensor, dict[int, Tensor], Tensor]:
     """The values, the states at events that ended samples, and the last states.
 
     From a second pass where there is a gradient, or a tangent of forward mode.
@@ -109,21 +113,36 @@ def _with_graph(problem: Problem, solve: Solve, batch: Batch, y: Tensor) -> tupl
     states: dict[int, Tensor] = {}
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (y.requires_grad or solve.rows.reads)):
         ys, states, last = retrace(solve, batch, y, problem.gradient == "checkpoint")
+        if not bool(fine.all()):
+            whole = wide(fine, y).bool()
+            ys, last = torch.where(whole, ys, batch.ys), torch.where(whole, last, batch.y)
     if torch.is_grad_enabled() and problem.times.requires_grad and not problem.endless:
-        ys = torch.stack([_moved(problem, solve, batch, i, x, y) for i, x in enumerate(ys)])
+        # Of a sample that did not come so far there is no value, nor a derivative.
+        there = [fine if i == 0 else batch.places[i] >= 0 for i in range(len(ys))]
+        ys = torch.stack([_moved(problem, solve, i, x, y, there[i]) for i, x in enumerate(ys)])
         # Whoever has come to the end ends with the time that was asked for.
         whole = wide(batch.status == FINISHED, y).bool()
         last = torch.where(whole, ys[-1], last)
     return ys, states, last
 
 
-def _moved(problem: Problem, solve: Solve, batch: Batch, i: int, x: Tensor, y: Tensor) -> Tensor:
-    """The values x at time i, with a gradient of that time."""
-    # Of a sample that did not come so far there is no value; its start stands in, as the gradients of what the field
-    # reads would not survive NaN.
-    there = wide((batch.places[i] >= 0) | (i == 0), y).bool()
-    found = moved(solve.rows.at(None), solve.times[:, i], torch.where(there, x, y), _each(shift(problem, i), len(y)))
-    return torch.where(there, found, x)
+def _standing_in(bad: Tensor, y: Tensor) -> Tensor:
+    """The states at the start, another sample's for those that are broken from there on.
+
+    The function sees all rows, and NaN in one would spoil the gradients of what all of them read.
+    """
+    if not bool(bad.any()) or bool(bad.all()):
+        return y
+    return torch.where(wide(bad, y).bool(), y[int((~bad).nonzero()[0])].detach(), y)
+
+
+def _moved(problem: Problem, solve: Solve, i: int, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
+    """The values x at time i, with a gradient of that time, of the samples that are there; y stands in for others."""
+    mask = wide(there, y).bool()
+    # Where a field reads NaN, the gradients of what it reads are lost.
+    whole = torch.where(mask, x, y)
+    found = moved(solve.rows.at(None), solve.times[:, i], whole, _each(shift(problem, i), len(y)))
+    return torch.where(mask, found, x)
 
 
 def _events(

@@ -53,6 +53,24 @@ def test_samples_do_not_see_each_other():
     torch.testing.assert_close(want, y0 * torch.exp(torch.sin(t[0]) - torch.sin(t))[:, None, None], rtol=1e-6, atol=0)
 
 
+def test_a_broken_sample_spoils_no_gradient():
+    linear = torch.nn.Linear(2, 2, dtype=F64)
+    f = lambda t, y: torch.tanh(linear(y)) / y[:, :1].square()  # noqa: E731
+    y0 = torch.tensor([[1.0, 0.5], [float("nan"), 1.0], [0.0, 1.0], [2.0, 1.0]], dtype=F64)
+    t = torch.tensor([0.0, 0.5], dtype=F64, requires_grad=True)
+    found = integrate(f, y0, t, batch="independent", check=False)
+    assert found.status == ["finished", "not_finite", "not_finite", "finished"]
+    assert found.y[1, [1, 2]].isnan().all()
+    want = odeint(f, y0[[0, 3]], t, batch="independent")
+    inputs = [linear.weight, t]
+    for a, b in zip(
+        torch.autograd.grad(found.y[:, [0, 3]].square().sum(), inputs),
+        torch.autograd.grad(want.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_times_of_its_own_for_every_sample():
     t = torch.stack((T, T * 2, T * 0.5, T + 1)).requires_grad_()
     f = lambda t, y: -y * torch.cos(t)  # noqa: E731
