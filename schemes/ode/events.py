@@ -21,7 +21,8 @@ class Event:
     zero at one of them only.
 
     Args:
-        fn: a function of (t, y) with one or several values.
+        fn: a function of (t, y) with one or several values; under control per sample it sees the whole batch, with t of
+            shape (batch, 1, ...), and returns (batch,) or (batch, values).
         direction: 1 for crossings from below, -1 from above, in the direction of the solve; 0 for both.
         terminal: whether the solve ends there.
         at_start: whether a zero at the start counts; else the solve leaves it first.
