@@ -44,8 +44,8 @@ def odeint(
         options: of adaptive solves: first_step, min_step, max_step, max_steps, safety, smallest, largest, proportional,
             integral, derivative, norm, step_t, jump_t, outputs ("step" or "interpolate"), context (see ``batch``). Of
             fixed steps: one of step_size, steps (per interval), grid, grid_constructor; interp ("linear", "cubic"; None
-            steps onto every time), perturb, max_steps. torchdiffeq's names stand for ours. Of the adjoint: adjoint_rtol,
-            adjoint_atol, adjoint_method, adjoint_options, adjoint_params.
+            steps onto every time), perturb, max_steps. torchdiffeq's names stand for ours. Of the adjoint:
+            adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params.
         gradient: "store" keeps the graph of the accepted steps; "checkpoint" keeps a state per step and makes the rest
             again; "reverse" keeps step sizes alone, by reversible(method), reversible_heun or alf; "adjoint" solves the
             adjoint equation, right to the tolerances.
