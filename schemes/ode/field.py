@@ -49,7 +49,8 @@ class Writes:
                 "return a new one."
             )
         if isinstance(k, Tensor) and not k.is_inference():
-            self.last, self.version = k, k._version
+            # Without its graph, which would live as long as the field; the count of writes is the same.
+            self.last, self.version = k.detach(), k._version
         return k
 
 
