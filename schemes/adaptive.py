@@ -107,6 +107,7 @@ class Adaptive(Scheme):
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         return (self.solve(fs, state, h, gs=gs).values[-1],)
 
+    # long: the cases in which nothing is solved come first, each in a line or two
     def solve(
         self,
         fs: Sequence[Function],
