@@ -4,6 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -413,3 +414,24 @@ def check_companion(scheme: Scheme) -> None:
             raise SchemeError(
                 f"Stack: {part} has no embedded companion to estimate errors; dopri5, tsit5 and verner89 have one."
             )
+
+
+def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> list[int]:
+    """Which ends of steps these times are, as numbers of steps; 0 is the start.
+
+    Raises:
+        SchemeError: a time lies within a step.
+    """
+    ends = [*accumulate(sizes, initial=0.0)]
+    found = []
+    for x in times:
+        n = min(range(len(ends)), key=lambda i: abs(ends[i] - x))
+        if abs(ends[n] - x) > 1e-9 * abs(ends[-1]):
+            # Of the ends in order: the one before and the one behind.
+            near = sorted(sorted(ends, key=lambda e: abs(e - x))[:2])
+            raise SchemeError(
+                f"Stack: {scheme} has values at the ends of its steps, and {x:g} is none; take {near[0]:g} or "
+                f"{near[1]:g}, or an adaptive scheme, which has values at all times."
+            )
+        found.append(n)
+    return found

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from schemes import registry
+from schemes.adaptive import Adaptive
 from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
 from schemes.scheme import Function, Scheme, Slot, State, Takes
@@ -24,6 +26,7 @@ from .backprop.monitor import Monitor
 from .backprop.planning import Planning
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
+from .solves import Solve, Solves, times_within
 from .step import Revision, Step
 from .tracing import is_traced
 
@@ -111,6 +114,7 @@ class Stack(nn.Module):
 
     block: nn.Module | None
     steps: Sequence[Step]  # in truth an nn.ModuleList
+    _solves: tuple[Solve, ...]
 
     def __init__(
         self,
@@ -153,7 +157,7 @@ class Stack(nn.Module):
         self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
         # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
-        self._calls = 0  # evaluations that an adaptive solver made in the last pass
+        self._calls, self._solves = 0, ()  # of an adaptive solver in the last pass: evaluations, how its solves went
         self.backprop = mode
         if start is not None:
             # Without gradients, and everything put back: an example decides shapes and nothing else.
@@ -305,23 +309,36 @@ class Stack(nn.Module):
         return readout(self._walk(x, t, context, None, sink)), sink.sums(names)
 
     def _walk(
-        self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None, sink: Sink | None = None
+        self,
+        x: Tensor,
+        t: Any,
+        context: Any,
+        on_step: Observer | None = None,
+        sink: Sink | None = None,
+        solves: Solves | None = None,
     ) -> State:
-        """The state after the last step; ``on_step`` is shown the state after each."""
+        """The state after the last step; ``on_step`` is shown the state after each, ``solves`` adaptive solves."""
         if self._revision.stale:
             self._read_functions()
         self._check_given(t, context)
         if is_traced(x):  # nothing of it can be checked
             build.check_traced("Stack", self.scheme, self._backprop.keeps_all, self.training)
-            return self._run(x, t, context, on_step, sink)
+            return self._run(x, t, context, on_step, sink, solves)
         seen = (self.training, torch.is_grad_enabled())
         # Under a compiler or a trace the checks would become part of what is recorded.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
-            return self._first_call(x, t, context, on_step, sink)
-        return self._run(x, t, context, on_step, sink)
+            return self._first_call(x, t, context, on_step, sink, solves=solves)
+        return self._run(x, t, context, on_step, sink, solves)
 
     def _first_call(
-        self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, always: bool = False
+        self,
+        x: Tensor,
+        t: Any,
+        context: Any,
+        on_step: Observer | None,
+        sink: Sink | None,
+        always: bool = False,
+        solves: Solves | None = None,
     ) -> State:
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
         if not isinstance(x, (Tensor, tuple, list)):
@@ -332,7 +349,7 @@ class Stack(nn.Module):
             # Whoever returned some keeps being asked; the others are asked again, as this state may be another.
             step.auxiliary = step.auxiliary or None  # told by what the functions return now
         with nothing_changed([self], always, (t, context)):
-            state = self._run(x, t, context, on_step, sink, checks.watch)
+            state = self._run(x, t, context, on_step, sink, solves, checks.watch)
         for step in self.steps:
             step.auxiliary = bool(step.auxiliary)
         self._checked.add((self.training, torch.is_grad_enabled()))
@@ -352,15 +369,31 @@ class Stack(nn.Module):
             )
 
     def _run(
-        self, x: Tensor, t: Any, context: Any, on_step: Observer | None, sink: Sink | None, wrap: Any = None
+        self,
+        x: Tensor,
+        t: Any,
+        context: Any,
+        on_step: Observer | None,
+        sink: Sink | None,
+        solves: Solves | None = None,
+        wrap: Any = None,
     ) -> State:
         given, state = self._pass(x, t, context, on_step)
         # A rule that reads errors wraps the mode, so that no mode has to know of step sizes.
         mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
-        state = mode.run(given._replace(wrap=wrap, sink=sink), state)
-        if given.calls is not None:
-            self._calls = given.calls[0]
-        return state
+        if given.calls is None:
+            return mode.run(given._replace(wrap=wrap, sink=sink), state)
+        if solves is None:
+            solves = Solves()
+        elif solves.at:
+            # Values within a step are given out, which a mode that runs steps again would not know of.
+            mode = Store()
+        try:
+            return mode.run(given._replace(wrap=wrap, sink=sink, solves=solves), state)
+        finally:
+            # Of a solve that could not go on too, whose status says why. A backward pass that runs steps again adds to
+            # the list, and not to what is read here.
+            self._calls, self._solves = given.calls[0], tuple(solves.found)
 
     def _pass(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> tuple[Pass, State]:
         """A pass through the steps, and the streams that it starts from."""
@@ -377,19 +410,60 @@ class Stack(nn.Module):
         calls = [0] if self.scheme.evaluations is None else None
         return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, calls=calls), state
 
-    def trajectory(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> list[Tensor]:
+    def trajectory(
+        self, x: Tensor, *, at: Sequence[float] | None = None, t: float | Tensor = 0.0, context: Any = None
+    ) -> list[Tensor]:
         """The readout after each step, ``depth`` tensors, the last one the output; differentiable.
 
-        A continuous scheme is solved from one whole time to the next.
+        A continuous scheme is solved from one whole time to the next; with ``at`` it is solved as in the forward pass,
+        and gives its values at these times.
 
         Args:
             x: the input, or a tuple of streams.
+            at: times since the start, in order, at which the values are wanted in place of those after each step: any
+                under an adaptive scheme; else the ends of steps, and 0.
             t: time at the start.
             context: what residual functions with that parameter read.
+
+        Raises:
+            SchemeError: times out of order, beyond the steps, or within a step of a scheme that has no values there.
+
+        Example:
+            >>> import torch
+            >>> from odenets import Stack
+            >>> stack = Stack(torch.neg, "adaptive(tsit5, rtol=1e-6)", depth=2)
+            >>> [round(float(y), 4) for y in stack.trajectory(torch.ones(1), at=[0.5, 1.5])]
+            [0.6065, 0.2231]
+            >>> stack.solves[0].status
+            'finished'
         """
+        if at is not None:
+            return self._values_at(x, at, t, context)
         found: list[Tensor] = []
         self._walk(x, t, context, lambda n, state: found.append(self.scheme.readout(state)))
         return found
+
+    def _values_at(self, x: Tensor, at: Sequence[float], t: Any, context: Any) -> list[Tensor]:
+        """The readouts at times since the start."""
+        sizes = [step.scheme.span * float(torch.as_tensor(step.h).detach()) for step in self.steps]
+        if isinstance(self.rule, FromError):
+            raise SchemeError(
+                f"Stack: step='{self.rule}' sets the times of its steps on the way, so trajectory(at=...) knows none; "
+                "leave at= away, or take an adaptive scheme."
+            )
+        times = times_within(at, sizes)
+        if isinstance(self.scheme, Adaptive):
+            ends = [*accumulate(sizes, initial=0.0)]
+            # The very numbers of the ends, from which rounding may keep a time.
+            solves = Solves([next((e for e in ends if abs(e - x) <= 1e-9 * abs(ends[-1])), x) for x in times])
+            self._walk(x, t, context, None, None, solves)
+            return solves.values
+        places = build.ends_at(times, sizes, self.scheme)
+        found: dict[int, Tensor] = {}
+        if 0 in places:
+            found[0] = self.scheme.readout(self._pass(x, t, context)[1])
+        self._walk(x, t, context, lambda n, s: found.update({n + 1: self.scheme.readout(s)} if n + 1 in places else {}))
+        return [found[n] for n in places]
 
     def visit_states(
         self, x: Tensor, visitor: Observer | None = None, *, t: float | Tensor = 0.0, context: Any = None
@@ -629,6 +703,15 @@ class Stack(nn.Module):
             step.h = h * h0 / first
             # No buffer: state dicts of scheduled and plain stacks are the same.
             step.scheduled = torch.tensor(step.h, dtype=torch.float64)
+
+    @property
+    def solves(self) -> tuple[Solve, ...]:
+        """How the adaptive solves of the last forward pass went, one after another; of other schemes none.
+
+        There is one for the whole depth, or with separate functions one for each; of ``backend=torchdiffeq`` none.
+        Where a solve could not go on, which is an error, the last one says why.
+        """
+        return self._solves
 
     @property
     def evaluations(self) -> int:

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from schemes.adaptive import Adaptive
 from schemes.scheme import Function, Scheme, State, bind, signature
 
 from .auxiliary import Sink, Split, step_measured
 from .draws import Draws
+from .solves import Solves
 
 Functions = tuple[Sequence[Function], Sequence[Function]]  # residual functions and shortcuts
 Runner = Callable[["Step", State, nn.Module | None, Any, Any, Any], State]
@@ -221,6 +223,7 @@ class Step(nn.Module):
         wrap: Wrap | None = None,
         calls: list[int] | None = None,
         sink: Sink | None = None,
+        solves: Solves | None = None,
     ) -> State:
         """The step by plain evaluation, its functions wrapped by what a pass collects or checks."""
         h = self.size if h is None else h
@@ -231,6 +234,8 @@ class Step(nn.Module):
         # Only where it is asked for: the general step of couplings costs more than a scheme's own.
         if sink is not None and sink.log_det:
             return step_measured(scheme, fs, state, h, gs, sink)
+        if solves is not None and isinstance(scheme, Adaptive):
+            return solves.step(scheme, fs, state, h, gs)
         return scheme._step(fs, state, h, gs)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """Continuous depth: an adaptive solver in place of a fixed step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from . import tableaux
 from .errors import SchemeError
 from .ode.control import Control
-from .ode.field import clock, time_dtype
+from .ode.field import clock, moved, time_dtype
 from .ode.gradients import solved
 from .ode.pairs import Pair
 from .ode.reads import Reads
@@ -107,6 +107,7 @@ class Adaptive(Scheme):
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         return (self.solve(fs, state, h, gs=gs).values[-1],)
 
+    # long: the cases in which nothing is solved come first, each in a line or two
     def solve(
         self,
         fs: Sequence[Function],
@@ -114,6 +115,7 @@ class Adaptive(Scheme):
         h: StepSize = 1.0,
         at: Sequence[float] | None = None,
         gs: Sequence[Function] = (),
+        on_run: Callable[[Run], None] | None = None,
     ) -> Solved:
         """The solve over a step of size h, with its values at some times within.
 
@@ -123,6 +125,7 @@ class Adaptive(Scheme):
             h: the length of the interval.
             at: times since the start, strictly monotone from the start on, the last one h; None asks for h alone.
             gs: none.
+            on_run: shown the run when it is over, also one that could not go on, before that is raised.
 
         Returns:
             The values, and the run: its status, and the numbers of accepted and rejected steps.
@@ -153,9 +156,16 @@ class Adaptive(Scheme):
         def func(since: Tensor, y: Tensor) -> Tensor:
             return f(y, since)
 
+        def check(run: Run) -> None:
+            if on_run is not None:
+                on_run(run)
+            self._check(run)
+
         gradient = "adjoint" if self.adjoint else "store"
+        # As `odeint`: where the continuous extension is good enough, times that are asked for change no step.
+        land = len(times) > 2 and self.pair.dense[3] < self.pair.order
         try:
-            ys, run = solved(func, x, times, self.pair, control, gradient=gradient, check=self._check)
+            ys, run = solved(func, x, times, self.pair, control, gradient=gradient, land=land, check=check)
         except RuntimeError as error:
             if "data-dependent control flow" not in str(error):
                 raise
@@ -164,8 +174,8 @@ class Adaptive(Scheme):
         values = list(ys.unbind()[1:])
         if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
             # The end of the interval moves along the flow.
-            slope = f(values[-1], clock(end, x))
-            values[-1] = values[-1] + (h - h.detach()) * slope
+            d = (h - h.detach()).to(x.device, x.real.dtype if x.is_complex() else x.dtype)
+            values[-1] = moved(func, clock(end, x), values[-1], d)
         return Solved(values, run)
 
     def _check_input(self, x: Tensor) -> None:

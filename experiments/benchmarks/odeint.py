@@ -1,6 +1,7 @@
 """Solvers of ordinary differential equations at equal error: `schemes.odeint` against torchdiffeq (and torchode).
 
     nice python experiments/benchmarks/odeint.py               # all tables, about 5 minutes, one thread
+    pip install torchode torchtyping "typeguard<3"             # to have torchode beside it
     nice python experiments/benchmarks/odeint.py speed         # time at equal error
     nice python experiments/benchmarks/odeint.py gradients     # memory, time and error of each way to differentiate
     nice python experiments/benchmarks/odeint.py batch         # a step size per sample
@@ -91,7 +92,8 @@ def solvers(f, y0, end, tol):
     if torchdiffeq is not None:
         found["torchdiffeq dopri5"] = lambda: torchdiffeq.odeint(f, y0, t, method="dopri5", rtol=tol, atol=tol)[-1]
     if torchode is not None and y0.ndim == 2:
-        term = torchode.ODETerm(f)
+        # Its times are one per sample, and its states flat.
+        term = torchode.ODETerm(lambda t, y: f(t[:, None], y))
         adjoint = torchode.AutoDiffAdjoint(
             torchode.Dopri5(term=term), torchode.IntegralController(atol=tol, rtol=tol, term=term)
         )

@@ -174,7 +174,8 @@ class Tape:
             raise RuntimeError(
                 f"Stack: its {what} was changed in place; {self.mode} backprop starts from it. Clone it."
             )
-        state = self.state if start == self.position else given  # type: ignore[assignment]
+        state = self.state if start == self.position else given
+        assert state is not None
         while start > n:
             start -= 1
             # Undone for the state alone; its own node will undo it again if a gradient arrives there.

@@ -12,6 +12,7 @@ from torch import nn
 from schemes.scheme import State
 
 from ..auxiliary import Sink
+from ..solves import Solves
 from ..step import Runner, Step, Wrap
 from .checkpoint import as_called
 from .monitor import Monitor
@@ -34,6 +35,7 @@ class Pass(NamedTuple):
         runner: what evaluates a step where its states are kept, in place of the step itself.
         wrap: what each step's functions are wrapped in.
         calls: counts the evaluations of an adaptive solver.
+        solves: takes what each adaptive solve has found.
         sink: takes auxiliary values; None drops them.
         first: number of the first step.
         extras: how many of the last entries of a state are no streams, but ride along.
@@ -52,6 +54,7 @@ class Pass(NamedTuple):
     runner: Runner | None = None
     wrap: Wrap | None = None
     calls: list[int] | None = None
+    solves: Solves | None = None
     sink: Sink | None = None
     first: int = 0
     extras: int = 0
@@ -90,7 +93,7 @@ class Pass(NamedTuple):
             modules = [step, *(() if shared is None else (shared,))]
             around = as_called(modules, state, (context, t), f"step {step.index}", self.sink)
         with around:
-            return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink)
+            return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink, self.solves)
 
     def parts(self, every: int | Sequence[int]) -> "Iterator[Pass]":
         """Passes through ``every`` steps each, or so many as it lists, one after the other, without the observer."""

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from ..stack import named_stacks
 from .sharding import shard_module
 
 
@@ -13,6 +14,22 @@ def evaluations(net: nn.Module) -> int:
     """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
     own = getattr(net, "evaluations", None)
     return own if own is not None else sum(evaluations(part) for part in net.children())
+
+
+def solver_figures(net: nn.Module) -> dict[str, float]:
+    """How the adaptive solves of the last forward pass went: their steps together, and the share that came to the end.
+
+    Empty where there were none.
+    """
+    # Stacks inside of a stack have solves of their own, each counted where it ran.
+    solves = [solve for _, stack in named_stacks(net) for solve in stack.solves]
+    if not solves:
+        return {}
+    return {
+        "solver/accepted": float(sum(s.accepted for s in solves)),
+        "solver/rejected": float(sum(s.rejected for s in solves)),
+        "solver/finished": sum(s.status == "finished" for s in solves) / len(solves),
+    }
 
 
 class NetModule(L.LightningModule):
@@ -49,6 +66,8 @@ class NetModule(L.LightningModule):
         count = evaluations(self.net)
         if count:
             self.log("evaluations", float(count), sync_dist=True)
+        for name, figure in solver_figures(self.net).items():
+            self.log(name, figure, sync_dist=True)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]

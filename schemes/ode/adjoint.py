@@ -7,6 +7,7 @@ tolerances only (Chen et al. 2018, Neural ordinary differential equations).
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Backward:
     def _solve(self, ys: Tensor, grad: Tensor) -> list[Tensor | None]:
         whole = _Augmented(self.func, self.reads, ys[-1], self.norm)
         state = whole.start(grad[-1])
-        control = Control(**{**vars(self.control), "norm": whole.norm})
+        control = replace(self.control, norm=whole.norm)
         for i in range(len(ys) - 1, 0, -1):
             # The value that was given out, not the one that the solve backwards came to: errors do not pile up.
             whole.put(state, ys[i])

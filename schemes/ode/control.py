@@ -59,6 +59,7 @@ class Control:
     derivative: float = 0.0
     step_t: list[float] = field(default_factory=list)
     jump_t: list[float] = field(default_factory=list)
+    exacting: bool = field(init=False, default=False)  # whether nothing is allowed where the state is zero
 
     def __post_init__(self):
         for name in ("rtol", "atol"):
@@ -67,6 +68,7 @@ class Control:
             # Written so that NaN is refused too.
             if not 0 <= low < math.inf:
                 raise SchemeError(f"odeint: {name} is {low:g}, want a number that is not negative.")
+            self.exacting = self.exacting or (name == "atol" and low == 0)
         if all(not isinstance(v, Tensor) and v == 0 for v in (self.rtol, self.atol)):
             raise SchemeError("odeint: rtol and atol are both 0; no step meets that.")
         for name in ("max_step", "safety", "smallest", "largest", "max_steps"):
@@ -84,10 +86,17 @@ class Control:
                 "want smallest < 1 <= largest and safety <= 1."
             )
 
-    def scale(self, size: Tensor) -> Tensor:
-        """atol + rtol size; ``size`` is overwritten."""
+    def scale(self, size: Tensor, rows: Tensor | None = None) -> Tensor:
+        """atol + rtol size; ``size`` is overwritten.
+
+        Args:
+            size: absolute values of a state.
+            rows: the samples that it holds, where some of the batch are left out.
+        """
         # In place: states are large, and no caller needs the sizes afterwards.
-        return size.mul_(self.rtol).add_(self.atol)
+        scale = size.mul_(_of(self.rtol, rows, size)).add_(_of(self.atol, rows, size))
+        # An error of 0 is allowed where nothing else is; 0 / 0 would tell nothing.
+        return scale.clamp_(min=torch.finfo(scale.dtype).tiny) if self.exacting else scale
 
     def measure(self, weighted: Tensor) -> Tensor:
         """The norm of a weighted error, still on the device."""
@@ -116,6 +125,12 @@ class Control:
         if not ratio < math.inf:  # inf or nan
             return self.smallest
         return min(self.safety, max(self.smallest, self.safety * ratio ** (-1 / (order + 1))))
+
+
+def _of(tolerance: float | Tensor, rows: Tensor | None, size: Tensor) -> float | Tensor:
+    """A tolerance of these samples, where it has one for each."""
+    each = rows is not None and isinstance(tolerance, Tensor) and tolerance.ndim == size.ndim
+    return tolerance[rows] if each and len(tolerance) > 1 else tolerance  # type: ignore[index, arg-type]
 
 
 class Pace:
@@ -177,8 +192,8 @@ def first_step(f: Callable[[float, Tensor], Any], t: float, y: Tensor, k: Tensor
     scale = c.scale(y.abs())
     # One transfer for both.
     d0, d1 = torch.stack((c.measure(y / scale), c.measure(k / scale))).tolist()
-    # A start at zero, or at rest, tells no scale of time.
-    h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    # A start at zero, or at rest, tells no scale of time; nor does a slope of which nothing is allowed.
+    h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 or not 0 < d0 / d1 < math.inf else 0.01 * d0 / d1
     h = min(h, abs(span))
     # With a graph where the steps have one: a compiled field is then compiled once.
     slope = f(t + math.copysign(h, span), y + math.copysign(h, span) * k).detach()

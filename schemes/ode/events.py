@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
-from .field import clock
+from .field import clock, moved
 from .run import Run
 
 
@@ -21,7 +21,8 @@ class Event:
     zero at one of them only.
 
     Args:
-        fn: a function of (t, y) with one or several values.
+        fn: a function of (t, y) with one or several values; under control per sample it sees the whole batch, with t of
+            shape (batch, 1, ...), and returns (batch,) or (batch, values).
         direction: 1 for crossings from below, -1 from above, in the direction of the solve; 0 for both.
         terminal: whether the solve ends there.
         at_start: whether a zero at the start counts; else the solve leaves it first.
@@ -201,8 +202,9 @@ def attach(
 ) -> tuple[Tensor, Tensor, bool]:
     """The time and the state of an event with their gradients, and whether it grazes.
 
-    With g(t, y(t)) = 0 a change of y moves the time by -dg / (dg/dt + dg/dy f): one step of Newton's method whose
-    denominator carries no gradient, and whose value is zero. The state moves with it along the flow.
+    With g(t, y(t)) = 0 a change of y moves the time by -dg / (dg/dt + dg/dy f): a step of Newton's method whose
+    denominator carries no gradient, and whose value is zero; the first one is right to first order, a second one from
+    there to second order. The state moves with it along the flow.
 
     Raises:
         SchemeError: a gradient is wanted of an event at which the function has slope zero.
@@ -225,7 +227,8 @@ def attach(
     found = torch.tensor(t, dtype=dtype, device=y.device)
     if not torch.is_grad_enabled():
         return found, y, grazing
-    g = torch.as_tensor(fn(clock(t, y), unpack(y))).reshape(-1)[component]
+    at_event = clock(t, y)
+    g = torch.as_tensor(fn(at_event, unpack(y))).reshape(-1)[component]
     if not g.requires_grad:
         return found, y, grazing
     if grazing:
@@ -233,7 +236,14 @@ def attach(
             f"odeint: at the event at t={t:.6g} the event function has slope zero (it grazes), so its time has no "
             "gradient; solve under torch.no_grad(), or move the event."
         )
-    # Zero in value: the time is that which was located, and only its derivative is new.
-    shift = -(g - g.detach()) / slope
-    k = func(clock(t, y), y)
-    return found + shift.to(dtype), y + shift.to(y.dtype) * k, grazing
+    # Zero in value: the time is that which was located, and only its derivatives are new.
+    shift = newton(g, slope, y)
+    there = moved(func, at_event, y, shift)
+    g = torch.as_tensor(fn(at_event + shift.to(at_event.dtype), unpack(there))).reshape(-1)[component]
+    shift = shift + newton(g, slope, y)
+    return found + shift.to(dtype), moved(func, at_event, y, shift), grazing
+
+
+def newton(g: Tensor, slope: Any, y: Tensor) -> Tensor:
+    """-dg / slope: zero, with the derivatives that a step of Newton's method has; of the real dtype of a state."""
+    return (-(g - g.detach()) / slope).to(y.device, y.real.dtype if y.is_complex() else y.dtype)

@@ -21,6 +21,39 @@ def time_dtype(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
 
 
+# How many calls of a field are looked at for writes in place: several steps of any pair, and no cost after them.
+WATCHED = 32
+
+
+class Writes:
+    """Notices a function that writes to its argument, or to what it has returned before.
+
+    A solver without a graph would go on with the wrong numbers; with one, autograd notices by itself.
+    """
+
+    def __init__(self):
+        self.last: Tensor | None = None
+        self.version = 0
+
+    def call(self, func: Callable[..., Any], y: Tensor, *given: Any) -> Any:
+        """``func(*given)``, where y is the state among what is given."""
+        if y.is_inference() or torch.compiler.is_compiling():  # such tensors count no writes
+            return func(*given)
+        before = y._version
+        k = func(*given)
+        if y._version != before:
+            raise SchemeError("odeint: func changes its argument y in place; write to a copy, y.clone().")
+        if self.last is not None and self.last._version != self.version:
+            raise SchemeError(
+                "odeint: func writes into a tensor that it has returned before, and that the solver still needs; "
+                "return a new one."
+            )
+        if isinstance(k, Tensor) and not k.is_inference():
+            # Without its graph, which would live as long as the field; the count of writes is the same.
+            self.last, self.version = k.detach(), k._version
+        return k
+
+
 class Field:
     """Calls ``func(t, y)`` with t as a tensor, checks what comes back, and counts.
 
@@ -34,6 +67,7 @@ class Field:
         self.func, self.count, self.at = func, [0], at
         self.dtype, self.device = like.dtype, like.device
         self.time_dtype = time_dtype(like)
+        self.writes = Writes()
         self.cpu = like.device.type == "cpu"
 
     def __call__(self, t: float, y: Tensor) -> Tensor:
@@ -45,7 +79,10 @@ class Field:
             time = torch.scalar_tensor(t, dtype=self.time_dtype)
         else:
             time = torch.full((), t, dtype=self.time_dtype, device=self.device)
-        k = self.func(time, y)
+        if self.count[0] <= WATCHED:
+            k = self.writes.call(self.func, y, time, y)
+        else:
+            k = self.func(time, y)
         if not isinstance(k, Tensor) or k.shape != y.shape or k.dtype != self.dtype:
             k = fitted(k, y)
         return k
@@ -65,8 +102,25 @@ class Field:
         aim = float("-inf") if before == forward else float("inf")
         other = Field(self.func, torch.empty((), dtype=self.dtype, device=self.device))
         # One counter for both. The neighbour in the field's own precision: in double the field would round it away.
+        other.writes = self.writes
         other.count, other.at = self.count, {t: float(torch.nextafter(near, torch.full_like(near, aim)))}
         return other
+
+
+def moved(func: Callable[[Any, Tensor], Tensor], t: Tensor, y: Tensor, d: Tensor) -> Tensor:
+    """The state that the flow makes of y between t and t + d, for a d whose value is 0: y, with derivatives by d.
+
+    By the midpoint rule, so that the first and the second derivatives are those of the flow.
+
+    Args:
+        func: the field.
+        t: the time of y, without dimensions; or one per sample.
+        y: the state.
+        d: likewise, of the real dtype of the state.
+    """
+    wide = d.reshape(-1, *(1,) * (y.ndim - 1)) if d.ndim else d
+    half = y + (wide / 2) * func(t, y)
+    return y + wide * func(t + (d / 2).to(t.dtype), half)
 
 
 def fitted(k: Any, y: Tensor) -> Tensor:

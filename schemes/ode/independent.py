@@ -306,7 +306,11 @@ class Solve:
         if control.first_step is not None:
             h = torch.full_like(t, abs(control.first_step))
         else:
-            h = first_steps(f, t, y, k, self.times[:, -1] - t, self.pair.order, control)
+            span = self.times[:, -1] - t
+            h = first_steps(f, t, y, k, span, self.pair.order, control)
+            # Far from zero, times next to each other are further apart than a cautious step.
+            ulp = torch.nextafter(t.abs(), torch.full_like(t, math.inf)) - t.abs()
+            h = torch.minimum(torch.maximum(h, 4 * ulp), span.abs())
         h = h.clamp(control.min_step, control.max_step)  # sizes are positive here
         return Front(t, y, k, h, self._stops(), log.status == RUNNING)
 
@@ -343,7 +347,8 @@ class Solve:
     ) -> Tensor:
         """Which steps are kept, by their errors; sets the sizes of the next: `control.Control.factor` and `shrink`."""
         control, own, active = self.control, front.own, front.active
-        front.ratio = ratio = norms(control, error / control.scale(torch.maximum(front.size, size))).double()
+        allowed = control.scale(torch.maximum(front.size, size), None if len(own) == len(log.status) else own)
+        front.ratio = ratio = norms(control, error / allowed).double()
         least = torch.minimum(h.abs(), front.h) <= control.min_step  # it cannot shrink
         good = ((ratio <= 1) | (least & torch.isfinite(ratio))) & active
         bad = active & ~good
@@ -385,7 +390,7 @@ class Solve:
     def _look(self, f: RowField, watch: Signs, front: Front, log: Log, tried: Tried) -> None:
         """Looks for events; a row that one ends stops there instead of at the end of the step."""
         at = self._extended(f, front, tried)
-        for place, row, theta in watch.step(at, front.t, tried.h, tried.good):
+        for place, row, theta in watch.step(at, front.t, tried.h, tried.t, tried.good):
             sample = int(front.own[row])
             log.events.append(place)
             log.samples.append(sample)

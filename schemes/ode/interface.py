@@ -38,13 +38,14 @@ def odeint(
         t: strictly monotone times, either way; may need a gradient.
         method: any expression of the language of schemes. An embedded pair (bosh3, dopri5, dopri8, fehlberg45, heun2,
             tsit5, verner89) chooses its steps, unless options give them; all others take fixed steps.
-        rtol: relative tolerance, a number, a tensor, or one for each tensor of y0.
+        rtol: relative tolerance, a number, a tensor that broadcasts against y0 (with ``batch="independent"`` also one
+            per sample), or a tree of them in the structure of y0.
         atol: absolute tolerance, likewise.
         options: of adaptive solves: first_step, min_step, max_step, max_steps, safety, smallest, largest, proportional,
             integral, derivative, norm, step_t, jump_t, outputs ("step" or "interpolate"), context (see ``batch``). Of
             fixed steps: one of step_size, steps (per interval), grid, grid_constructor; interp ("linear", "cubic"; None
-            steps onto every time), perturb. torchdiffeq's names stand for ours. Of the adjoint: adjoint_rtol,
-            adjoint_atol, adjoint_method, adjoint_options, adjoint_params.
+            steps onto every time), perturb, max_steps. torchdiffeq's names stand for ours. Of the adjoint:
+            adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params.
         gradient: "store" keeps the graph of the accepted steps; "checkpoint" keeps a state per step and makes the rest
             again; "reverse" keeps step sizes alone, by reversible(method), reversible_heun or alf; "adjoint" solves the
             adjoint equation, right to the tolerances.

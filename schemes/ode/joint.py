@@ -1,5 +1,6 @@
 """One step size for the whole state: the loop that chooses it, steps, and gives values at the times asked for."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, contr
         h = sign * min(abs(control.first_step), abs(end - t))
     else:
         h = first_step(f, t, y.detach(), k.detach(), end - t, order, control)
+        # Far from zero, times next to each other are further apart than a cautious step.
+        h = sign * min(max(abs(h), 4 * math.ulp(t)), abs(end - t))
     return k, Pace(control, order, h, sign)
 
 

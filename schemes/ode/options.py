@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,11 +39,11 @@ class FixedOptions:
 
     step_size: float | None = None
     steps: int | None = None
-    grid: Tensor | None = None
+    grid: Any = None
     constructor: Any = None
     interp: str | None = None
     perturb: bool = False
-    max_steps: int = 100_000
+    max_steps: int | None = None
 
 
 def is_fixed(options: Mapping[str, Any]) -> bool:
@@ -67,6 +68,13 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _whole(name: str, value: Any, more: str = "") -> int:
+    number = _number(name, value)
+    if not 1 <= number < float("inf") or number != int(number):
+        raise SchemeError(f"odeint: {name} is {number:g}, want a whole number{more}, at least 1.")
+    return int(number)
+
+
 def _times(name: str, value: Any) -> list[float]:
     if value is None:
         return []
@@ -88,7 +96,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
                 raise SchemeError(f"odeint: the option {ours} is given twice, as {name!r} too.")
             found[ours] = _number(name, options[name])
     if "max_steps" in found:
-        found["max_steps"] = int(found["max_steps"])
+        found["max_steps"] = _whole("max_steps", found["max_steps"])
     steps, jumps = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
     both = [*steps, *jumps]
     # The same stop twice would ask for a step of length 0.
@@ -127,16 +135,26 @@ def fixed(options: Mapping[str, Any]) -> FixedOptions:
         if not 0 < found.step_size < float("inf"):
             raise SchemeError(f"odeint: step_size is {found.step_size:g}, want a positive number.")
     if options.get("steps") is not None:
-        steps = _number("steps", options["steps"])
-        if steps != int(steps) or steps < 1:
-            raise SchemeError(f"odeint: steps is {steps:g}, want a whole number of steps per interval, at least 1.")
-        found.steps = int(steps)
+        found.steps = _whole("steps", options["steps"], " of steps per interval")
     if options.get("grid") is not None:
-        grid = options["grid"]
-        found.grid = grid if isinstance(grid, Tensor) else torch.as_tensor(grid, dtype=torch.float64)
+        found.grid = options["grid"]
     found.interp = options.get("interp")
     if found.interp not in (None, "linear", "cubic"):
         raise SchemeError(f"odeint: interp is {found.interp!r}, want 'linear', 'cubic' or None.")
     if options.get("max_steps") is not None:
-        found.max_steps = int(_number("max_steps", options["max_steps"]))
+        found.max_steps = _whole("max_steps", options["max_steps"])
     return found
+
+
+def grid_times(points: Any, start: float, end: float) -> list[float]:
+    """A grid from the start to the end of a solve."""
+    row = _times("the grid", points)
+    if len(row) < 2:
+        raise SchemeError(f"odeint: the grid has {len(row)} times, want the start and the end at least.")
+    # Exactly: a grid that ends a little early would give the last value of another time.
+    if row[0] != start or row[-1] != end:
+        raise SchemeError(f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {start:g} to {end:g}.")
+    sign = 1.0 if end > start else -1.0
+    if not all((b - a) * sign > 0 for a, b in pairwise(row)):
+        raise SchemeError("odeint: the grid must be strictly monotone, as t is.")
+    return row

@@ -132,6 +132,8 @@ class Problem:
             raise SchemeError(f"odeint: an event takes two times (start and direction), got {t.shape[-1]}.")
         if not t.numel():
             raise SchemeError("odeint: t is empty, want the time of y0 at least.")
+        if self.endless and not any(shape.numel() for shape in self.packing.shapes):
+            raise SchemeError("odeint: y0 has no entries, and so no event would end the solve; leave event_fn away.")
         steps = t.detach().diff()
         if not (bool((steps > 0).all()) or bool((steps < 0).all())) or not bool(torch.isfinite(t.detach()).all()):
             raise SchemeError("odeint: t must be finite and strictly increasing or decreasing.")

@@ -37,8 +37,8 @@ def _recomputed(pair: Pair, f: RowField) -> Attempt:
     return tried
 
 
-def retrace(solve: Solve, batch: Batch, y: Tensor, recompute: bool) -> tuple[Tensor, dict[int, Tensor]]:
-    """The values along the recorded steps, with a graph, and the states at the events that ended samples.
+def retrace(solve: Solve, batch: Batch, y: Tensor, recompute: bool) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    """The values along the recorded steps, with a graph, the states at the events that ended samples, the last states.
 
     Args:
         solve: the solve.
@@ -68,7 +68,7 @@ def retrace(solve: Solve, batch: Batch, y: Tensor, recompute: bool) -> tuple[Ten
         stopped = j in plan.ends
         y = plan.stop(j, y1, at, states) if stopped and at is not None else y1
         k = solve.start(f, until, y) if end is None or solve.jumps or stopped else end
-    return torch.stack(values), states
+    return torch.stack(values), states, y
 
 
 class _Plan:

@@ -132,7 +132,12 @@ def solved(
         return torch.stack(forward(y0)[0].ys), runs[0]
     reads = Reads(func, clock(times[0], y0), y0, known) if torch.is_grad_enabled() else None
     if reads is None or not (y0.requires_grad or len(reads)):
-        with torch.no_grad():
-            return torch.stack(forward(y0)[0].ys), runs[0]
+        ys = torch.stack(forward(y0)[0].ys)
+        if ys.requires_grad:
+            raise SchemeError(
+                "odeint: func reads a tensor with a gradient (through a closure) that it did not read at the start of "
+                "the solve; read all at every time, or take gradient='store' or 'checkpoint'."
+            )
+        return ys, runs[0]
     ys = _Reverse.apply(Backward(r, func, reads, times), forward, y0, *reads.tensors)
     return ys, runs[0]  # type: ignore[return-value]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
-from .events import Event, Place
-from .field import time_dtype
+from .events import Event, Place, newton
+from .field import moved, time_dtype
+from .rows import RowField
 
 At = Callable[[Tensor], Tensor]  # the state within a step, at one theta per row
 
@@ -27,6 +28,36 @@ class Hit(NamedTuple):
     theta: float
 
 
+class Samples:
+    """The states of a whole batch, of which some rows are looked at: event functions see all of it.
+
+    They may so read data of the samples through a closure, whichever rows are left. The other rows are as at the start.
+
+    Args:
+        unpack: makes the user's state of a packed one.
+        t: the times of all samples.
+        y: their states.
+    """
+
+    def __init__(self, unpack: Callable[[Tensor], Any], t: Tensor, y: Tensor):
+        self.unpack, self.t, self.y = unpack, t, y.detach()
+
+    def put(self, rows: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The times and states of all samples, those of some rows replaced."""
+        return self.t.index_copy(0, rows, t.to(self.t.dtype)), self.y.index_copy(0, rows, y)
+
+    def value(self, event: Event, t: Tensor, y: Tensor) -> Tensor:
+        """The values of an event function, (batch, values)."""
+        time = t.to(time_dtype(y)).reshape(-1, *(1,) * (y.ndim - 1))
+        value = event.fn(time, self.unpack(y))
+        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != len(y):
+            raise SchemeError(
+                "odeint: under batch='independent' an event function returns one value per sample, (batch,) or "
+                f"(batch, values); this one returned {tuple(torch.as_tensor(value).shape)} for {len(y)} samples."
+            )
+        return value.reshape(len(y), -1)
+
+
 class Signs:
     """The signs of event functions, row by row.
 
@@ -40,28 +71,22 @@ class Signs:
     samples = (0.25, 0.5, 0.75, 1.0)
 
     def __init__(self, events: Sequence[Event], unpack: Callable[[Tensor], Any], t: Tensor, y: Tensor):
-        self.events, self.unpack, self.t, self.y = events, unpack, t, y
+        self.events, self.t, self.y = events, t, y
+        self.batch, self.rows = Samples(unpack, t, y), None
         self.values = self._evaluate(t, y)
         self.owners = [(n, c) for n, v in enumerate(self.values) for c in range(v.shape[1])]
         self.signs = torch.cat(self.values, 1).sign()
 
     def _evaluate(self, t: Tensor, y: Tensor) -> list[Tensor]:
-        state = self.unpack(y)
-        time = t.to(time_dtype(y)).reshape(-1, *(1,) * (y.ndim - 1))
-        found = []
-        for event in self.events:
-            value = event.fn(time, state)
-            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != len(y):
-                raise SchemeError(
-                    "odeint: under batch='independent' an event function returns one value per sample, (batch,) or "
-                    f"(batch, values); this one returned {tuple(torch.as_tensor(value).shape)} for {len(y)} samples."
-                )
-            found.append(value.reshape(len(y), -1).double())
-        return found
+        if self.rows is not None:
+            t, y = self.batch.put(self.rows, t, y)
+        values = [self.batch.value(event, t, y).double() for event in self.events]
+        return values if self.rows is None else [v[self.rows] for v in values]
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows alone."""
         self.signs = self.signs[rows]
+        self.rows = rows if self.rows is None else self.rows[rows]
 
     def start(self) -> list[Hit]:
         """The events that a start at zero counts as."""
@@ -73,13 +98,22 @@ class Signs:
                 found.append(Hit(Place(n, c, float(self.t[row]), self.y[row]), row, 0.0))
         return found
 
-    def step(self, at: At, t: Tensor, h: Tensor, good: Tensor) -> list[Hit]:
-        """The events of this step, in the order of time within each row, up to the first that ends it."""
+    def step(self, at: At, t: Tensor, h: Tensor, until: Tensor, good: Tensor) -> list[Hit]:
+        """The events of this step, in the order of time within each row, up to the first that ends it.
+
+        Args:
+            at: the state within the step.
+            t: the times at its start.
+            h: its sizes.
+            until: the times at its end, which are not quite t + h.
+            good: the rows whose step is kept.
+        """
         hits: list[tuple[int, float, int]] = []
         low = torch.zeros_like(t)
         for x in self.samples:
             theta = torch.full_like(t, x)
-            new = torch.cat(self._evaluate(t + theta * h, at(theta)), 1).sign()
+            time = until if x == 1 else t + theta * h
+            new = torch.cat(self._evaluate(time, at(theta)), 1).sign()
             crossed = (self.signs != 0) & (new != self.signs) & good[:, None]
             for row, m in crossed.nonzero().tolist():
                 event = self.events[self.owners[m][0]]
@@ -99,7 +133,8 @@ class Signs:
             n, c = self.owners[m]
             # The extension is one of the whole batch: all rows are evaluated there, and one is wanted.
             y = at(torch.full_like(t, theta))[row]
-            found.append(Hit(Place(n, c, float(t[row] + theta * h[row]), y), row, theta))
+            time = float(until[row] if theta == 1 else t[row] + theta * h[row])
+            found.append(Hit(Place(n, c, time, y), row, theta))
             if self.events[n].terminal:
                 over.add(row)
         return found
@@ -117,3 +152,73 @@ class Signs:
             else:
                 b = x
         return b
+
+
+class Attached(NamedTuple):
+    """Events of several samples with their gradients; an entry of each for every event.
+
+    Attributes:
+        t: the times, in double precision.
+        y: the packed states.
+        grazing: whether the function has slope zero there.
+    """
+
+    t: Tensor
+    y: Tensor
+    grazing: Tensor
+
+
+def attach_rows(
+    event: Event, batch: Samples, field: RowField, samples: list[int], components: list[int], t: Tensor, y: Tensor
+) -> Attached:
+    """The times and states of one event in several samples with their gradients: `events.attach`, all at once.
+
+    Args:
+        event: the event.
+        batch: the states of all samples.
+        field: of all samples.
+        samples: the samples, each once.
+        components: the numbers of their values that are zero.
+        t: the times of the events, in double precision, without a graph.
+        y: the states there.
+
+    Raises:
+        SchemeError: a gradient is wanted of an event at which the function has slope zero.
+    """
+    rows = torch.tensor(samples, device=y.device)
+    which = torch.tensor(components, device=y.device)
+
+    def g(t: Tensor, y: Tensor) -> Tensor:
+        return batch.value(event, *batch.put(rows, t, y))[rows, which]
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return field(*batch.put(rows, t, y))[rows]
+
+    with torch.enable_grad():
+        time, at = t.detach().requires_grad_(), y.detach().requires_grad_()
+        value = g(time, at)
+        # Of their sum, as a sample's value depends on nothing but the sample.
+        parts = torch.autograd.grad(value.sum(), [time, at], allow_unused=True) if value.requires_grad else (None, None)
+    with torch.no_grad():
+        slope = torch.zeros_like(t) if parts[0] is None else parts[0].double()
+        size = slope.abs()
+        if parts[1] is not None:
+            k = f(t, y.detach())
+            slope = slope + (parts[1].conj() * k).real.reshape(len(y), -1).sum(1)
+            size = size + (parts[1].abs() * k.abs()).reshape(len(y), -1).sum(1)
+        grazing = (slope.abs() <= 1e-6 * size) | (size == 0)
+    if not torch.is_grad_enabled():
+        return Attached(t, y, grazing)
+    value = g(t, y)
+    if not value.requires_grad:
+        return Attached(t, y, grazing)
+    if bool(grazing.any()):
+        n = int(grazing.nonzero()[0])
+        raise SchemeError(
+            f"odeint: at the event at t={float(t[n]):.6g} in sample {samples[n]} the event function has slope zero (it "
+            "grazes), so its time has no gradient; solve under torch.no_grad(), or move the event."
+        )
+    shift = newton(value, slope, y)
+    there = moved(f, t, y, shift)
+    shift = shift + newton(g(t + shift.to(t.dtype), there), slope, y)
+    return Attached(t + shift.to(t.dtype), moved(f, t, y, shift), grazing)

@@ -1,6 +1,7 @@
 """The field on the rows of a batch, each at a time of its own, and numbers that differ from row to row."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
 from .control import Control
-from .field import fitted, time_dtype
+from .field import WATCHED, Writes, fitted, time_dtype
 
 RowField = Callable[[Tensor, Tensor], Tensor]  # (times of the rows, states of the rows)
 
@@ -26,6 +27,9 @@ class Rows:
     def __init__(self, func: Callable[..., Tensor], context: Any, batch: int):
         self.func, self.context = func, context
         self.count = self.rows = 0
+        self.writes = Writes()
+        # Whether a solve without a graph looks for what would have one, and whether it has found any.
+        self.looking = self.reads = False
         if context is not None:
             for x in pytree.tree_leaves(context):
                 if isinstance(x, Tensor) and (not x.ndim or x.shape[0] != batch):
@@ -45,7 +49,12 @@ class Rows:
             self.rows += y.shape[0]
             # So that a field may write t * y, whatever the shape of a sample.
             time = t.to(time_dtype(y)).reshape(-1, *(1,) * (y.ndim - 1))
-            k = self.func(time, y) if self.context is None else self.func(time, y, context)
+            given = (time, y) if self.context is None else (time, y, context)
+            with torch.enable_grad() if self.looking else nullcontext():
+                k = self.writes.call(self.func, y, *given) if self.count <= WATCHED else self.func(*given)
+            if self.looking and isinstance(k, Tensor):
+                self.reads = self.reads or k.requires_grad
+                k = k.detach()
             return k if isinstance(k, Tensor) and k.shape == y.shape and k.dtype == y.dtype else fitted(k, y)
 
         return call
@@ -69,7 +78,8 @@ def first_steps(f: RowField, t: Tensor, y: Tensor, k: Tensor, span: Tensor, orde
     """`control.first_step` for every row; sizes without a sign."""
     scale = c.scale(y.abs())
     d0, d1 = norms(c, y / scale).double(), norms(c, k / scale).double()
-    h = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
+    unknown = (d0 < 1e-5) | (d1 < 1e-5) | ~((d0 / d1 > 0) & (d0 / d1 < torch.inf))
+    h = torch.where(unknown, torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
     h = torch.minimum(h, span.abs())
     signed = torch.copysign(h, span)
     slope = f(t + signed, torch.addcmul(y, k, wide(signed, y)))
@@ -78,4 +88,4 @@ def first_steps(f: RowField, t: Tensor, y: Tensor, k: Tensor, span: Tensor, orde
     h1 = torch.where(top <= 1e-15, torch.clamp(h * 1e-3, min=1e-6), (0.01 / top) ** (1 / (order + 1)))
     found = torch.minimum(torch.minimum(100 * h, h1), span.abs())
     # A trial step that overflowed says nothing but that it was too long.
-    return torch.where(torch.isfinite(found), found, h * 1e-3)
+    return torch.where(torch.isfinite(d2), found, h * 1e-3)

@@ -2,18 +2,21 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
 from . import options as reading
 from .answers import trivial
-from .events import Found, Place, attach
-from .independent import NAMES, Batch, Solve
+from .events import Found, Place
+from .field import moved
+from .independent import FINISHED, NAMES, NOT_FINITE, Batch, Solve
 from .moving import shift
 from .pairs import Pair
 from .problem import Problem
 from .retrace import retrace
-from .rows import Rows
+from .row_events import Samples, attach_rows
+from .rows import Rows, wide
 from .run import Run
 from .solution import Solution
 
@@ -27,22 +30,31 @@ def solve_samples(problem: Problem) -> Solution:
         sign = torch.sign(times[:, 1:] - times[:, :1])
         # Each sample in its own direction, until its own event.
         times = torch.cat((times[:, :1], times[:, :1] + sign * torch.inf), 1)
-    solve, y = _solve(problem, times), problem.y0
-    if torch.is_grad_enabled() and problem.times.requires_grad:
-        y = y - shift(problem, 0) * solve.rows.at(None)(times[:, 0], y)
-    batch = solve.run(y.detach())
+    solve = _solve(problem, times)
+    # A function may read what has a gradient at late times alone, and is asked at every one.
+    solve.rows.looking = torch.is_grad_enabled()
+    batch = solve.run(problem.y0.detach())
+    solve.rows.looking = False
     _raise_if_failed(problem, batch)
-    ys, states = _with_graph(problem, solve, batch, y)
-    found = _events(problem, solve.rows, batch, states, y)
+    bad = (batch.status == NOT_FINITE) & (batch.accepted == 0)
+    y = _standing_in(bad, problem.y0)
+    if torch.is_grad_enabled() and problem.times.requires_grad:
+        d = _each(shift(problem, 0), n)
+        y = moved(solve.rows.at(None), times[:, 0] + d, y, -d)
+    ys, states, last = _with_graph(problem, solve, batch, y, ~bad)
+    found, ends = _events(problem, solve, batch, states, y)
+    if ends:
+        rows = torch.tensor(list(ends), device=last.device)
+        last = last.index_copy(0, rows, torch.stack(list(ends.values())))
     if problem.endless:
-        ys = torch.stack((ys[0], _last(problem, batch, found)))
+        ys = torch.stack((ys[0], last))
     unpack = problem.packing.unpack
     return Solution(
         problem.times,
         unpack(ys, (len(ys),)),
         [NAMES[int(s)] for s in batch.status],
         batch.t,
-        unpack(batch.y),
+        unpack(last),
         batch.accepted,
         batch.rejected,
         batch.evaluations,
@@ -85,64 +97,91 @@ def _raise_if_failed(problem: Problem, batch: Batch) -> None:
         problem.raise_if_failed(run, f" ({len(failed)} samples failed)" if len(failed) > 1 else "")
 
 
-def _with_graph(problem: Problem, solve: Solve, batch: Batch, y: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """The values, and the states at events that ended samples; from a second pass where there is a gradient."""
-    ys: Tensor = batch.ys
+def _each(d: Tensor, n: int) -> Tensor:
+    """A number for each of n samples."""
+    return d if d.ndim else d.expand(n)
+
+
+def _with_graph(
+    problem: Problem, solve: Solve, batch: Batch, y: Tensor, fine: Tensor
+) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    """The values, the states at events that ended samples, and the last states.
+
+    From a second pass where there is a gradient, or a tangent of forward mode.
+    """
+    ys, last = batch.ys, batch.y
     states: dict[int, Tensor] = {}
-    if not torch.is_grad_enabled():
-        return ys, states
-    f, times = solve.rows.at(None), solve.times
-    # One evaluation tells whether the field reads anything that needs a gradient; the second pass is not cheap.
-    if y.requires_grad or f(times[:, 0], y).requires_grad:
-        ys, states = retrace(solve, batch, y, problem.gradient == "checkpoint")
-    if problem.times.requires_grad and not problem.endless:
-        ys = torch.stack([x + shift(problem, i) * f(times[:, i], x) for i, x in enumerate(ys)])
-    return ys, states
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (y.requires_grad or solve.rows.reads)):
+        ys, states, last = retrace(solve, batch, y, problem.gradient == "checkpoint")
+        if not bool(fine.all()):
+            whole = wide(fine, y).bool()
+            ys, last = torch.where(whole, ys, batch.ys), torch.where(whole, last, batch.y)
+    if torch.is_grad_enabled() and problem.times.requires_grad and not problem.endless:
+        # Of a sample that did not come so far there is no value, nor a derivative.
+        there = [fine if i == 0 else batch.places[i] >= 0 for i in range(len(ys))]
+        ys = torch.stack([_moved(problem, solve, i, x, y, there[i]) for i, x in enumerate(ys)])
+        # Whoever has come to the end ends with the time that was asked for.
+        whole = wide(batch.status == FINISHED, y).bool()
+        last = torch.where(whole, ys[-1], last)
+    return ys, states, last
 
 
-def _events(problem: Problem, rows: Rows, batch: Batch, states: dict[int, Tensor], y: Tensor) -> list[Found]:
-    """The events of all samples in order of time, those that ended one with their gradient."""
-    found = []
-    for place, sample in zip(batch.events, batch.samples, strict=True):
-        state = place.y
-        if problem.events[place.number].terminal:
+def _standing_in(bad: Tensor, y: Tensor) -> Tensor:
+    """The states at the start, another sample's for those that are broken from there on.
+
+    The function sees all rows, and NaN in one would spoil the gradients of what all of them read.
+    """
+    if not bool(bad.any()) or bool(bad.all()):
+        return y
+    return torch.where(wide(bad, y).bool(), y[int((~bad).nonzero()[0])].detach(), y)
+
+
+def _moved(problem: Problem, solve: Solve, i: int, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
+    """The values x at time i, with a gradient of that time, of the samples that are there; y stands in for others."""
+    mask = wide(there, y).bool()
+    # Where a field reads NaN, the gradients of what it reads are lost.
+    whole = torch.where(mask, x, y)
+    found = moved(solve.rows.at(None), solve.times[:, i], whole, _each(shift(problem, i), len(y)))
+    return torch.where(mask, found, x)
+
+
+def _events(
+    problem: Problem, solve: Solve, batch: Batch, states: dict[int, Tensor], y: Tensor
+) -> tuple[list[Found], dict[int, Tensor]]:
+    """The events of all samples in order of time, and by sample the packed states at those that ended one."""
+    whole = Samples(problem.packing.unpack, solve.times[:, 0], y)
+    found: list[Found] = []
+    ends: dict[int, Tensor] = {}
+    for places, samples in _rounds(batch):
+        event = problem.events[places[0].number]
+        at = []
+        for place, sample in zip(places, samples, strict=True):
             # Where nothing was retraced, a sample may have ended where it began: y itself has the gradient.
-            began = not states and place.t == float(batch.t[sample])
-            state = states.get(sample, y[sample] if began else place.y)
-        found.append(_attached(problem, rows, place, sample, state))
+            began = event.terminal and not states and place.t == float(solve.times[sample, 0])
+            at.append(states.get(sample, y[sample] if began else place.y) if event.terminal else place.y)
+        t = torch.tensor([place.t for place in places], dtype=torch.float64, device=y.device)
+        components = [place.component for place in places]
+        # An event that did not end its sample is found, but its time carries no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and event.terminal):
+            got = attach_rows(event, whole, solve.rows.at(None), samples, components, t, torch.stack(at))
+        states_there = problem.packing.unpack(got.y)
+        for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
+            one = pytree.tree_map(lambda x, i=i: x[i], states_there)
+            when = got.t[i].to(problem.times.dtype)
+            found.append(Found(place.number, place.component, when, one, bool(got.grazing[i]), sample))
+            if event.terminal:
+                ends[sample] = got.y[i]
     sign = 1.0 if bool((problem.times[..., -1] >= problem.times[..., 0]).all()) else -1.0
-    return sorted(found, key=lambda e: (e.sample or 0, sign * float(e.t.detach())))
+    return sorted(found, key=lambda e: (e.sample or 0, sign * float(e.t.detach()))), ends
 
 
-def _attached(problem: Problem, rows: Rows, place: Place, sample: int, state: Tensor) -> Found:
-    """An event of one sample with its gradients; functions of a batch are called on a batch of one."""
-    event, packing = problem.events[place.number], problem.packing
-    call = rows.at(torch.tensor([sample], device=state.device))
-
-    def fn(t: Tensor, y: Tensor) -> Tensor:
-        return event.fn(t.reshape(1, *(1,) * (problem.y0.ndim - 1)), y)[0]
-
-    # An event that did not end its sample is found, but its time carries no gradient.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and event.terminal):
-        t, y, grazing = attach(
-            fn,
-            place.component,
-            lambda t, y: call(t.reshape(1), y[None])[0],
-            lambda y: packing.unpack(y[None]),
-            place.t,
-            state,
-            problem.times.dtype,
-        )
-    one = pytree.tree_map(lambda x: x[0], packing.unpack(y[None]))
-    return Found(place.number, place.component, t, one, grazing, sample)
-
-
-def _last(problem: Problem, batch: Batch, found: list[Found]) -> Tensor:
-    """The states at the events that ended the samples; those reached, where one has met none."""
-    ends = {e.sample: e.y for e in found if problem.events[e.number].terminal}
-    if len(ends) < len(batch.y):
-        return batch.y
-    if problem.packing.alone:
-        return torch.stack([ends[n] for n in range(len(batch.y))])
-    whole = [pytree.tree_map(lambda x: x[None], ends[n]) for n in range(len(batch.y))]
-    return torch.cat([problem.packing.pack(tree) for tree in whole])
+def _rounds(batch: Batch) -> list[tuple[list[Place], list[int]]]:
+    """The events found, in groups of one function in which every sample stands once at most."""
+    groups: dict[tuple[int, int], tuple[list[Place], list[int]]] = {}
+    seen: dict[tuple[int, int], int] = {}
+    for place, sample in zip(batch.events, batch.samples, strict=True):
+        nth = seen[place.number, sample] = seen.get((place.number, sample), -1) + 1
+        places, samples = groups.setdefault((place.number, nth), ([], []))
+        places.append(place)
+        samples.append(sample)
+    return list(groups.values())

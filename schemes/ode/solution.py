@@ -76,8 +76,8 @@ class Solution:
     def _segment(self, t: float) -> Any:
         pieces = self._segments
         sign = 1.0 if pieces[-1].t1 > pieces[0].t0 else -1.0
-        start, end = pieces[0].t0, pieces[-1].t1
-        # Polynomials go on beyond their step, and say nothing there.
+        # The last piece goes on beyond an event that has ended the solve, and says nothing there.
+        start, end = pieces[0].t0, float(self.reached)
         if not start * sign <= t * sign <= end * sign:
             raise SchemeError(f"Solution: t={t:g} lies outside of the solve, from {start:g} to {end:g}.")
         return pieces[min(bisect.bisect_left(pieces, t * sign, key=lambda p: p.t1 * sign), len(pieces) - 1)]

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import SchemeError
 from .answers import answer, attached, solution, trivial
 from .choosing import chosen
 from .events import Place, Watch
@@ -19,6 +21,7 @@ from .stepping import stepped
 
 def solve(problem: Problem) -> Solution:
     """The solution of a problem."""
+    _refuse_transforms(problem)
     if problem.apart:
         return solve_samples(problem)
     numbers: list[float] = problem.times.detach().tolist()
@@ -28,6 +31,25 @@ def solve(problem: Problem) -> Solution:
     if problem.gradient in ("adjoint", "reverse") and problem.events:
         return _located_first(problem, numbers)
     return answer(problem, *_solved(problem, numbers), numbers)
+
+
+def _refuse_transforms(problem: Problem) -> None:
+    """Refuses torch.func where it would fail on the way."""
+    if not torch._C._are_functorch_transforms_active():
+        return
+    if problem.adaptive and any(kind.name == "Vmap" for kind in _transforms()):
+        raise SchemeError(
+            "odeint: under torch.func.vmap no step size can be chosen; take fixed steps (step_size or steps in the "
+            "options), or a batch in y0 with batch='independent' in place of vmap."
+        )
+    if problem.gradient != "store":
+        raise SchemeError(f"odeint: gradient={problem.gradient!r} does not go with torch.func; take gradient='store'.")
+
+
+def _transforms() -> list[Any]:
+    """The kinds of the transforms of torch.func that are active."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return [interpreter.key() for interpreter in stack]
 
 
 def _solved(problem: Problem, numbers: list[float]) -> tuple[Tensor, Run]:

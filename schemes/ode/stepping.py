@@ -26,6 +26,7 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
             f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {problem.scheme} with "
             "fixed ones; take dopri5, or gradient='checkpoint' for the gradient of this very solve."
         )
+    _count(grid, given)
     if problem.gradient == "reverse":
         return _reversed(problem, y, times, grid if onto else None)
     moving = None
@@ -45,13 +46,23 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
         moving=moving,
         size=given.step_size,
         interp=given.interp or (None if onto or grid is None else "cubic"),
-        max_steps=given.max_steps,
+        max_steps=given.max_steps or 100_000,
         dense=problem.dense,
         events=watch,
         callbacks=problem.callbacks(),
     )
     problem.raise_if_failed(run)
     return torch.stack(run.ys), run
+
+
+def _count(grid: Grid, given: reading.FixedOptions) -> None:
+    """Refuses more steps than are allowed before the first one is taken; an endless solve counts on the way."""
+    count = sum(len(part) - 1 for part in grid or ())
+    if given.max_steps is not None and count > given.max_steps:
+        raise SchemeError(
+            f"odeint: the grid has {count} steps, more than the {given.max_steps} of max_steps; "
+            "take longer steps, or raise max_steps."
+        )
 
 
 def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> Grid:
@@ -65,13 +76,7 @@ def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float])
     if points is None and given.constructor is not None:
         points = given.constructor(problem.user, problem.packing.unpack(problem.y0), problem.times.detach())
     if points is not None:
-        row: list[float] = points.detach().reshape(-1).tolist()
-        # Exactly: a grid that ends a little early would give the last value of another time.
-        if row[0] != times[0] or row[-1] != times[-1]:
-            raise SchemeError(
-                f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {times[0]:g} to {times[-1]:g}."
-            )
-        return [row]
+        return [reading.grid_times(points, times[0], times[-1])]
     if given.interp is not None and given.step_size is not None:
         return [_from_the_start(times, given.step_size)]
     return fixed_steps.grids(times, given.step_size, given.steps)

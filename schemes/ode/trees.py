@@ -25,6 +25,7 @@ class Packing:
         self.alone = isinstance(y0, Tensor)
         self.samples = samples
         leaves, self.spec = pytree.tree_flatten(y0)
+        self._like = pytree.tree_unflatten(range(len(leaves)), self.spec)
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise SchemeError(
@@ -58,8 +59,8 @@ class Packing:
         """The tensor that stands for a tree."""
         if self.alone:
             return tree
-        leaves, spec = pytree.tree_flatten(tree)
-        if spec != self.spec:
+        leaves = self._leaves(tree)
+        if leaves is None:
             raise SchemeError(f"odeint: {what} returned {_written(tree)}, want the structure of y0.")
         flat = []
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
@@ -79,6 +80,14 @@ class Packing:
                     ) from None
             flat.append(leaf.reshape(leaf.shape[0], -1) if self.samples else leaf.reshape(-1))
         return torch.cat([leaf.to(self.dtype) for leaf in flat], 1 if self.samples else 0)
+
+    def _leaves(self, tree: Any) -> list[Any] | None:
+        """The leaves of a tree in the order of y0's; None where it has another structure."""
+        leaves, spec = pytree.tree_flatten(tree)
+        if spec != self.spec:
+            # The keys of a dict have an order, which is no part of its structure.
+            leaves, spec = pytree.tree_flatten(_ordered(tree, self._like))
+        return leaves if spec == self.spec else None
 
     def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> Any:
         """The tree that a tensor stands for; ``lead`` are dimensions in front of the state's, such as the times."""
@@ -103,23 +112,32 @@ class Packing:
                 return float(value)
             if not self.alone:
                 raise SchemeError(f"odeint: {name} is one tensor for a y0 of {len(self.sizes)}; want one per tensor.")
-            return value.to(like.device, like.abs().dtype)
-        leaves = pytree.tree_leaves(value)
+            return _fitting(name, value.to(like.device, like.abs().dtype), like.shape)
+        # By the keys of y0 where it has some; else by their number, since torchdiffeq's callers give tuples.
+        found = self._leaves(value)
+        leaves = pytree.tree_leaves(value) if found is None else found
         if self.alone or len(leaves) != len(self.sizes):
             raise SchemeError(f"odeint: {name} has {len(leaves)} parts, y0 {len(self.sizes)}; want as many.")
+        if found is None and not isinstance(value, (tuple, list)):
+            raise SchemeError(f"odeint: {name} is {_written(value)}, want the structure of y0 or a tuple in its order.")
         # Tolerances are real, whatever the state.
         real = torch.empty((), dtype=self.dtype).real.dtype
         parts = []
         for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                raise SchemeError(f"odeint: {name} requires a gradient; a tolerance has none, detach it.")
             part = torch.as_tensor(leaf, dtype=real, device=like.device)
-            rest = shape[1:] if self.samples else shape
-            parts.append(part.expand(rest).reshape(-1) if part.ndim or not size else part.expand(size))
-        return torch.cat(parts)
+            whole = _fitting(name, part, shape).expand(shape)
+            parts.append(whole.reshape(shape[0], size) if self.samples else whole.reshape(-1))
+        return torch.cat(parts, -1)
 
     def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
         """A norm of packed states: the user's own of trees, or for several tensors the largest of their own."""
         if given is not None:
-            return lambda flat: given(self.unpack(flat))
+            if self.samples and not self.alone:
+                # The norm is one of a single sample, which to ``unpack`` is a batch of one.
+                return lambda flat: _number(given(pytree.tree_map(lambda x: x[0], self.unpack(flat[None]))))
+            return lambda flat: _number(given(self.unpack(flat)))
         if self.alone or len(self.sizes) == 1:
             return None
         return lambda flat: torch.stack([rms(part) for part in flat.split(self.sizes, -1) if part.shape[-1]]).amax()
@@ -129,6 +147,38 @@ def rms(x: Tensor) -> Tensor:
     """The root mean square of all entries."""
     # One kernel instead of four, at every step.
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
+
+
+def _number(norm: Any) -> Tensor:
+    """What the user's norm returned, as a tensor without dimensions."""
+    if not isinstance(norm, Tensor):
+        norm = torch.as_tensor(norm)
+    if norm.numel() != 1 or norm.is_complex():
+        raise SchemeError(
+            f"odeint: norm returned a {norm.dtype} of shape {tuple(norm.shape)}, want one real number, such as "
+            "x.abs().max()."
+        )
+    return norm.reshape(())
+
+
+def _fitting(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A tolerance that broadcasts against a state of that shape."""
+    if value.ndim > len(shape) or any(n not in (1, m) for n, m in zip(value.shape[::-1], shape[::-1], strict=False)):
+        raise SchemeError(
+            f"odeint: {name} is of shape {tuple(value.shape)} for a state of {tuple(shape)}; want one that broadcasts."
+        )
+    return value
+
+
+def _ordered(tree: Any, like: Any) -> Any:
+    """A tree whose dicts have their keys in the order of another one's, as far as they have the same."""
+    if type(tree) is not type(like):
+        return tree
+    if isinstance(like, dict) and tree.keys() == like.keys():
+        return type(like)((k, _ordered(tree[k], v)) for k, v in like.items())
+    if type(like) in (tuple, list) and len(tree) == len(like):
+        return type(like)(_ordered(x, v) for x, v in zip(tree, like, strict=True))
+    return tree
 
 
 def _written(tree: Any) -> str:

@@ -266,6 +266,55 @@ def test_trees_of_any_kind_come_back_as_they_were():
     assert torch.equal(same_as_alone, odeint(turning, START, times(0, 1)))
 
 
+def test_the_keys_of_a_dict_have_no_order():
+    """Neither in what func returns, nor in tolerances: each finds its own."""
+    y0 = {"a": START, "b": {"c": START[0], "d": START[1]}}
+
+    def f(t, y):
+        return {"b": {"d": -2 * y["b"]["d"], "c": y["b"]["c"]}, "a": -y["a"]}
+
+    y = odeint(f, y0, times(0, 1))
+    assert list(y) == ["a", "b"] and list(y["b"]) == ["c", "d"]
+    torch.testing.assert_close(y["a"][1], START * math.exp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y["b"]["d"][1], START[1] * math.exp(-2), rtol=1e-6, atol=1e-6)
+    y0, f = {"a": START, "b": START}, lambda t, y: {"b": -y["b"], "a": turning(9 * t, y["a"])}
+    one, other = ({"a": 1e9, "b": 1e-9}, {"b": 1e-9, "a": 1e9}), ({"a": 1e-9, "b": 1e9}, {"b": 1e9, "a": 1e-9})
+    counts = [[integrate(f, y0, times(0, 3), rtol=tol, atol=tol).accepted for tol in pair] for pair in (one, other)]
+    assert counts[0][0] == counts[0][1] < counts[1][0] / 2 and counts[1][0] == counts[1][1]
+    with pytest.raises(SchemeError, match="rtol is a dict with 'a', 'c', want the structure of y0"):
+        odeint(f, y0, times(0, 1), rtol={"a": 1e-3, "c": 1e-3})
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("y0", [(1.0, 0.0), (0.0, 0.0)])
+def test_without_an_absolute_tolerance_zero_may_stay_zero(y0, batch):
+    """0 / 0 of error and allowance is no error; and a start at zero finds a first step."""
+    f = lambda t, y: torch.stack((torch.cos(t).squeeze() + 0 * y[..., 0], 0 * y[..., 1]), -1)  # noqa: E731
+    found = integrate(f, times(*y0)[None], times(0, 1), atol=0.0, batch=batch, rtol=1e-6)
+    torch.testing.assert_close(found.y[-1, 0], times(y0[0] + math.sin(1), 0.0), rtol=1e-5, atol=0)
+    assert int(found.accepted) < 60
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_fields_that_write_in_place_are_refused(batch, graph):
+    kept = torch.empty_like(START)
+
+    def argument(t, y):
+        return y.neg_()
+
+    def result(t, y):
+        return torch.neg(y.detach(), out=kept)
+
+    with torch.set_grad_enabled(graph):
+        with pytest.raises(SchemeError, match=r"changes its argument y in place; write to a copy"):
+            odeint(argument, START.clone(), times(0, 1), batch=batch)
+        with pytest.raises(SchemeError, match=r"has returned before.*return a new one"):
+            odeint(result, START, times(0, 1), batch=batch)
+        same = odeint(lambda t, y: y, START, times(0, 1), batch=batch)  # what is only handed on is in order
+    torch.testing.assert_close(same[1], START * math.e, rtol=1e-6, atol=1e-6)
+
+
 def test_slopes_are_broadcast_and_checked():
     y = odeint(lambda t, y: torch.cos(t), START, times(0, 2))
     torch.testing.assert_close(y[1], START + math.sin(2), rtol=1e-6, atol=1e-6)
@@ -368,6 +417,13 @@ def test_a_norm_of_trees_sees_the_tree():
     assert set(shapes) == {((3, 2), (2,))} and free.accepted < bound.accepted / 2
 
 
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_times_far_from_zero_are_stepped_through(batch):
+    """There neighbouring numbers are further apart than the first step would be."""
+    y = odeint(lambda t, y: torch.ones_like(y), START, times(1e15, 1e15 + 1), batch=batch)
+    torch.testing.assert_close(y[1], START + 1)
+
+
 def test_controllers_differ_and_all_of_them_solve():
     counts = set()
     for p, i, d in ((0.0, 1.0, 0.0), (0.2, 0.65, 0.0), (0.4, 0.3, 0.0), (0.2, 0.4, 0.1)):
@@ -437,6 +493,8 @@ def test_what_stops_a_solve_is_said_with_time_and_sample(batch):
         ({"options": {"min_step": 2.0, "max_step": 1.0}}, "want 0 <= min_step <= max_step"),
         ({"options": {"step_t": [0.5], "jump_t": [0.5]}}, "repeat a time"),
         ({"options": {"outputs": "all"}}, "want 'step' or 'interpolate'"),
+        ({"options": {"norm": lambda x: x.abs()}}, r"norm returned a torch.float64 of shape \(3, 2\), want one real"),
+        ({"options": {"norm": lambda x: x.abs()}, "batch": "independent"}, r"norm returned .* shape \(2,\), want one"),
         ({"options": {"context": START}}, "belongs to batch='independent'"),
         ({"options": {"grid": times(0, 0.5)}, "method": "rk4"}, "the grid goes from 0 to 0.5, want from 0 to 1"),
         ({"options": {"interp": "odd", "step_size": 0.1}, "method": "rk4"}, "want 'linear', 'cubic' or None"),
@@ -444,6 +502,16 @@ def test_what_stops_a_solve_is_said_with_time_and_sample(batch):
         ({"rtol": 0.0, "atol": 0.0}, "both 0"),
         ({"rtol": torch.tensor(1e-3, requires_grad=True)}, "rtol requires a gradient"),
         ({"rtol": (1e-3, 1e-3)}, "rtol has 2 parts, y0 1"),
+        ({"rtol": torch.ones(5)}, r"rtol is of shape \(5,\) for a state of \(3, 2\)"),
+        ({"atol": torch.ones(3, 1), "y0": (START,)}, "atol is one tensor for a y0 of 1"),
+        ({"options": {"max_steps": 2.5}}, "max_steps is 2.5, want a whole number"),
+        ({"options": {"max_steps": 0}}, "max_steps is 0, want a whole number"),
+        ({"options": {"step_size": 0.1, "max_steps": 3}}, "the grid has 10 steps, more than the 3 of max_steps"),
+        ({"options": {"grid": times(0, 0.7, 0.3, 1)}, "method": "rk4"}, "grid must be strictly monotone"),
+        ({"options": {"grid": []}, "method": "rk4"}, "grid has 0 times"),
+        ({"options": {"grid": times(0, 1).requires_grad_()}, "method": "rk4"}, "grid requires a gradient"),
+        ({"y0": START[:0], "event_fn": lambda t, y: y[:, 0], "batch": "independent"}, "no entries"),
+        ({"y0": START[:0], "event_fn": lambda t, y: y.sum()}, "no entries, and so no event would end the solve"),
         ({"method": "rk4", "batch": "independent"}, "wants an embedded pair"),
         ({"batch": "independent", "gradient": "adjoint"}, "takes gradient='store' or 'checkpoint'"),
         ({"method": "rk4", "gradient": "adjoint"}, "wants an embedded pair"),

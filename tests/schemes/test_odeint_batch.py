@@ -53,6 +53,24 @@ def test_samples_do_not_see_each_other():
     torch.testing.assert_close(want, y0 * torch.exp(torch.sin(t[0]) - torch.sin(t))[:, None, None], rtol=1e-6, atol=0)
 
 
+def test_a_broken_sample_spoils_no_gradient():
+    linear = torch.nn.Linear(2, 2, dtype=F64)
+    f = lambda t, y: torch.tanh(linear(y)) / y[:, :1].square()  # noqa: E731
+    y0 = torch.tensor([[1.0, 0.5], [float("nan"), 1.0], [0.0, 1.0], [2.0, 1.0]], dtype=F64)
+    t = torch.tensor([0.0, 0.5], dtype=F64, requires_grad=True)
+    found = integrate(f, y0, t, batch="independent", check=False)
+    assert found.status == ["finished", "not_finite", "not_finite", "finished"]
+    assert found.y[1, [1, 2]].isnan().all()
+    want = odeint(f, y0[[0, 3]], t, batch="independent")
+    inputs = [linear.weight, t]
+    for a, b in zip(
+        torch.autograd.grad(found.y[:, [0, 3]].square().sum(), inputs),
+        torch.autograd.grad(want.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_times_of_its_own_for_every_sample():
     t = torch.stack((T, T * 2, T * 0.5, T + 1)).requires_grad_()
     f = lambda t, y: -y * torch.cos(t)  # noqa: E731
@@ -161,3 +179,73 @@ def test_easy_samples_are_cheaper():
     apart = integrate(f, y0, t, batch="independent", options={"context": mu}, rtol=1e-5, atol=1e-5)
     joint = integrate(oscillators(mu), y0, t, rtol=1e-5, atol=1e-5)
     assert apart.rows / 20 < 0.6 * joint.evaluations
+
+
+def test_tolerances_of_their_own_for_every_sample():
+    """As many steps as the sample takes alone with its tolerance; with a context, and in trees, too."""
+    tol = torch.tensor([[1e-2], [1e-5], [1e-8], [1e-3]], dtype=F64)
+    alone = [
+        integrate(oscillators(MU[n : n + 1]), Y0[n : n + 1], T, rtol=float(x), atol=float(x)).accepted
+        for n, x in enumerate(tol)
+    ]
+    ways = [
+        integrate(oscillators(MU), Y0, T, rtol=tol, atol=tol, batch="independent"),
+        integrate(
+            lambda t, y, mu: oscillators(mu)(t, y),
+            Y0,
+            T,
+            rtol=tol,
+            atol=tol,
+            batch="independent",
+            options={"context": MU},
+        ),
+        integrate(lambda t, y: (oscillators(MU)(t, y[0]),), (Y0,), T, rtol=(tol,), atol=[tol], batch="independent"),
+    ]
+    for found in ways:
+        assert found.accepted.tolist() == alone
+
+
+def test_a_norm_of_a_tree_is_one_of_a_sample():
+    shapes = set()
+
+    def norm(y):
+        shapes.add(tuple(tuple(x.shape) for x in y))
+        return y[0].abs().max()
+
+    f = lambda t, y: (-y[0], torch.cos(50 * t).reshape(-1))  # noqa: E731
+    y0 = (Y0, torch.zeros(4, dtype=F64))
+    found = integrate(f, y0, T, batch="independent", options={"norm": norm}, rtol=1e-5, atol=1e-5)
+    assert shapes == {((2,), ())}
+    assert (found.accepted < integrate(f, y0, T, batch="independent", rtol=1e-5, atol=1e-5).accepted / 2).all()
+
+
+def test_what_is_read_at_late_times_alone_has_its_gradient():
+    p = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def f(t, y):
+        return p * y if float(t.max()) > 0.5 else 0 * y
+
+    y = odeint(f, torch.ones(1, 1, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64), batch="independent", rtol=1e-6)
+    assert y.requires_grad and float(torch.autograd.grad(y[-1].sum(), p)[0]) == pytest.approx(
+        0.5 * float(y[-1].detach()), rel=1e-2
+    )
+    with pytest.raises(SchemeError, match="did not read at the start of the solve"):
+        odeint(f, torch.ones(1, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64), gradient="reverse", rtol=1e-4)
+
+
+def test_the_last_states_have_the_gradients_of_the_values():
+    y0 = Y0.clone().requires_grad_()
+    found = integrate(oscillators(MU), y0, T, batch="independent", rtol=1e-6, atol=1e-6)
+    assert torch.equal(found.last, found.y[-1])
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), y0)[0] for x in (found.last, found.y[-1])))
+
+
+def test_forward_mode_goes_through_the_second_pass():
+    f = lambda t, y: -y * y  # noqa: E731
+    y0, t = torch.tensor([[1.0], [2.0]], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+    for batch in ("joint", "independent"):
+        solve = lambda y, batch=batch: odeint(f, y, t, batch=batch)[-1]  # noqa: E731
+        _, tangent = torch.func.jvp(solve, (y0,), (torch.ones_like(y0),))
+        torch.testing.assert_close(tangent, 1 / (1 + y0) ** 2, rtol=1e-6, atol=1e-6)
+        (found,) = torch.func.vjp(solve, y0)[1](torch.ones_like(y0))
+        torch.testing.assert_close(found, tangent, rtol=1e-6, atol=1e-6)

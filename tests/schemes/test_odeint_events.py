@@ -131,6 +131,17 @@ def test_an_event_at_the_end(batch):
     assert float(found.events[0].t) == 1.0 and len(found.events) == 1
 
 
+@pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", {"steps": 9}), ("reversible(tsit5)", {})])
+def test_the_continuous_solution_ends_at_the_event(method, options):
+    event = Event(lambda t, y: y[0])
+    found = integrate(
+        circling, times(1.0, 0.0), times(0, 3), method=method, options=options, events=[event], dense=True
+    )
+    assert found.status == "event" and abs(float(found(found.reached)[0])) < 1e-6
+    with pytest.raises(SchemeError, match=r"t=1\.58 lies outside of the solve, from 0 to 1\.57"):
+        found(1.58)
+
+
 def test_a_grazing_event_is_named():
     """(t - 1)^3 crosses zero with slope zero, and so does the top of a throw that just reaches a bar."""
     event = Event(lambda t, y: (t - 1) ** 3)
@@ -202,5 +213,103 @@ def test_values_before_the_event_of_a_sample_are_there_and_later_ones_are_not():
     assert found.status == ["event", "event"] and [x.sample for x in found.events] == [0, 1]
     torch.testing.assert_close(found.y[1], torch.stack((y0[:, 0] - G * 0.08, y0[:, 1] - G * 0.4), 1))
     assert bool(found.y[2, 0].isnan().all()) and float(found.y[2, 1, 0]) == pytest.approx(9 - G / 2)
+    rate, t = times(1.0).requires_grad_(), times(0, 0.4, 1.0, 3.0).requires_grad_()
+    found = integrate(lambda t, y: rate * falling(t, y), y0, t, events=[e], batch="independent")
+    loss = found.y[1].sum() + found.y[2, 1].sum()
+    got, slopes = torch.autograd.grad(loss, [rate, t])
+    assert bool(got.isfinite()) and slopes[1:3].ne(0).all() and slopes[3] == 0
     with pytest.raises(SchemeError, match=r"one value per sample"):
         integrate(falling, y0, times(0, 1.0), events=[Event(lambda t, y: y.sum())], batch="independent")
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_functions_of_samples_may_read_data_of_the_samples(context):
+    """Field and event read one number per sample through closures, or the field through the context."""
+    rate, level = times(1.0, 2.0, 3.0)[:, None].requires_grad_(), times(0.5, 0.25, 0.1).requires_grad_()
+    event = Event(lambda t, y: y[:, 0] - level)
+    f = (lambda t, y, k: -k * y) if context else (lambda t, y: -rate * y)
+    options = {"context": rate} if context else {}
+    t, y = odeint(f, torch.ones(3, 1, dtype=F64), times(0, 1), batch="independent", event_fn=event, options=options)
+    exact = -torch.log(level) / rate[:, 0]
+    torch.testing.assert_close(t, exact, rtol=1e-7, atol=1e-7)
+    weights = times(1.0, -2.0, 0.5)
+    for got, want in zip(
+        torch.autograd.grad((t * weights).sum() + (y[1, :, 0] * weights).sum(), [rate, level]),
+        torch.autograd.grad((exact * weights).sum() + (level * weights).sum(), [rate, level]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+def test_second_derivatives_of_times_and_events(gradient, batch):
+    """Of a throw's end, in closed form."""
+    height, speed = times(2.0)[0].requires_grad_(), times(1.0)[0].requires_grad_()
+    start = times(0.3, 1.0).requires_grad_()
+    y0 = torch.stack((height, speed))[None]
+    t, y = odeint(falling, y0, start, event_fn=Event(lambda t, y: y[:, 0]), gradient=gradient, batch=batch)
+    exact = start[0] + (speed + torch.sqrt(speed**2 + 2 * G * height)) / G
+    inputs = [height, speed, start]
+    for got, want in (((t.sum() ** 2), exact**2), (y[-1, 0, 1], speed - G * (exact - start[0]))):
+        first = [torch.autograd.grad(x, inputs, create_graph=True, allow_unused=True) for x in (got, want)]
+        for a, b in zip(*first, strict=True):
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-7, atol=1e-7)
+        second = []
+        for grads in first:
+            total = sum((g * torch.arange(1, g.numel() + 1, dtype=F64)).sum() for g in grads if g is not None)
+            second.append(torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True))
+        for a, b in zip(*second, strict=True):
+            zero = torch.zeros((), dtype=F64)
+            torch.testing.assert_close(
+                zero if a is None else a, zero.expand_as(a) if b is None else b, rtol=1e-6, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("batch, gradient", [("joint", "checkpoint"), ("independent", "store")])
+def test_second_derivatives_of_an_event_by_differences_of_first_ones(batch, gradient):
+    """Of a field and an event function that read the time, along one direction of all inputs."""
+    event = Event(lambda t, y: y[:, 0] - 0.3 * t.reshape(-1))
+    tight = {"rtol": 1e-10, "atol": 1e-10, "method": "dopri8", "gradient": gradient, "batch": batch}
+    direction = (times(1.0, -2.0)[None], times(0.5)[0])
+
+    def along(size):
+        """The derivative of a loss in that direction, so far along it."""
+        y0, t0 = (
+            (x + size * v).requires_grad_()
+            for x, v in zip((times(1.0, 0.5)[None], times(0.2)[0]), direction, strict=True)
+        )
+        start = torch.stack((t0, t0.detach() + 1))
+        t, y = odeint(lambda t, y: circling(t, y) + torch.cos(t), y0, start, event_fn=event, **tight)
+        first = torch.autograd.grad(t.sum() ** 2 + (y[-1] * times(1.0, 3.0)).sum(), (y0, t0), create_graph=True)
+        total = sum((g * v).sum() for g, v in zip(first, direction, strict=True))
+        return total, (y0, t0)
+
+    value, inputs = along(0.0)
+    second = sum((g * v).sum() for g, v in zip(torch.autograd.grad(value, inputs), direction, strict=True))
+    slope = (along(1e-4)[0] - along(-1e-4)[0]) / 2e-4
+    torch.testing.assert_close(second, slope.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_second_derivatives_of_the_times_of_values(batch):
+    t = times(0.1, 0.7, 1.5).requires_grad_()
+    f = lambda t, y: -y * torch.cos(t)  # noqa: E731
+    y = odeint(f, torch.ones(1, 1, dtype=F64), t, batch=batch, rtol=1e-9, atol=1e-9)[:, 0, 0]
+    exact = torch.exp(torch.sin(t[0]) - torch.sin(t))
+    hessians = []
+    for x in (y, exact):
+        (first,) = torch.autograd.grad((x * times(1.0, 2.0, 3.0)).sum(), t, create_graph=True)
+        hessians.append(torch.stack([torch.autograd.grad(g, t, retain_graph=True)[0] for g in first]))
+    torch.testing.assert_close(*hessians, rtol=1e-7, atol=1e-7)
+
+
+def test_an_event_at_the_end_of_a_sample_whatever_the_rounding():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, 2, dtype=F64, generator=generator).tolist()
+    start, end = next((a, 2 + b) for a, b in draws if a + (2 + b - a) < 2 + b)
+    event = Event(lambda t, y: (t - end).reshape(-1) * torch.ones_like(y[:, 0]))
+    y0, options = times(1.0)[None], {"first_step": end - start}
+    for batch in ("joint", "independent"):
+        found = integrate(lambda t, y: 0 * y, y0, times(start, end), events=[event], batch=batch, options=options)
+        assert float(found.events[0].t) == end

@@ -199,6 +199,17 @@ def test_vmap_and_forward_mode_along_fixed_steps():
     torch.testing.assert_close(jacobian, tangent, rtol=1e-10, atol=1e-10)
 
 
+def test_transforms_that_do_not_go_with_a_solve_are_refused():
+    t, y0 = torch.tensor([0.0, 1.0], dtype=F64), torch.ones(3, dtype=F64)
+    f = lambda t, y: -y  # noqa: E731
+    with pytest.raises(SchemeError, match=r"under torch.func.vmap no step size can be chosen; take fixed steps"):
+        torch.func.vmap(lambda y: odeint(f, y, t))(y0)
+    for gradient in ("checkpoint", "reverse", "adjoint"):
+        with pytest.raises(SchemeError, match=r"does not go with torch.func; take gradient='store'"):
+            torch.func.grad(lambda y, g=gradient: odeint(f, y, t, gradient=g)[-1].sum())(y0)
+    assert torch.func.grad(lambda y: odeint(f, y, t)[-1].sum())(y0) == pytest.approx(math.exp(-1), rel=1e-6)
+
+
 @pytest.mark.parametrize("gradient", ["reverse", "adjoint"])
 def test_what_the_backward_pass_alone_reads_is_refused(gradient):
     late = torch.ones((), dtype=F64, requires_grad=True)

@@ -186,6 +186,21 @@ def test_checkpoint_of_a_python_built_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_figures_of_adaptive_solvers_are_summed_over_stacks():
+    from odenets import Stack
+    from odenets.training.module import solver_figures
+
+    one, two = (Stack(torch.tanh, "adaptive(dopri5)", depth=n) for n in (1, 4))
+    net = nn.Sequential(one, nn.Linear(2, 2), Stack(nn.Linear(2, 2), "rk4"), two)
+    net(torch.ones(1, 2))
+    steps = [stack.solves[0].accepted for stack in (one, two)]
+    assert 0 < steps[0] < steps[1]
+    figures = solver_figures(net)
+    assert figures["solver/accepted"] == sum(steps) and figures["solver/finished"] == 1
+    assert figures["solver/rejected"] == sum(stack.solves[0].rejected for stack in (one, two))
+    assert solver_figures(nn.Sequential(net[1:3])) == {}
+
+
 def test_evaluations_are_summed_over_outermost_stacks():
     from odenets import Stack
 

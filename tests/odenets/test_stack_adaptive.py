@@ -1,0 +1,96 @@
+"""Stacks under adaptive schemes: values at times, and what the solves tell of themselves."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import SchemeError, Stack
+
+F64 = torch.float64
+
+
+def spinning(t, x):
+    """A turn whose speed is 1 + cos t."""
+    return torch.stack((x[:, 1], -x[:, 0]), 1) * (1 + torch.cos(torch.as_tensor(t)))
+
+
+def spun(x, t):
+    a = torch.tensor(t + math.sin(t), dtype=F64)
+    return torch.stack((a.cos() * x[:, 0] + a.sin() * x[:, 1], a.cos() * x[:, 1] - a.sin() * x[:, 0]), 1)
+
+
+X = torch.tensor([[1.0, 0.5], [0.2, -1.0]], dtype=F64)
+AT = [0.0, 0.3, 1.0, 1.7, 2.0]
+SCHEMES = ["adaptive(tsit5, rtol=1e-8, atol=1e-8)", "adaptive(dopri8, rtol=1e-8, atol=1e-8)"]
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint"])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_at_times(scheme, separate, mode):
+    """The exact solution there, in value and gradient, also where every unit of depth has a solve of its own."""
+    x = X.clone().requires_grad_()
+    stack = Stack([spinning] * 2 if separate else spinning, scheme, depth=2, backprop=mode)
+    values = stack.trajectory(x, at=AT)
+    exact = [spun(x, t) for t in AT]
+    assert values[0] is x and len(stack.solves) == 1 + separate
+    for got, want in zip(values, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    losses = [sum((n * y**3).sum() for n, y in enumerate(ys, 1)) for ys in (values, exact)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in losses), rtol=1e-5, atol=1e-5)
+
+
+def test_values_within_change_no_step_where_the_solution_is_continuous():
+    stack = Stack(spinning, SCHEMES[0], depth=2)
+    y = stack(X)
+    before = stack.solves
+    values = stack.trajectory(X, at=[0.1 * n for n in range(1, 21)])
+    assert torch.equal(values[-1], y) and stack.solves == before
+
+
+def test_times_that_run_backwards():
+    stack = Stack(spinning, SCHEMES[0], depth=2, step=-0.5)
+    for got, t in zip(stack.trajectory(X, at=[-0.2, -1.0]), (-0.2, -1.0), strict=True):
+        torch.testing.assert_close(got, spun(X, t), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["rk4", "leapfrog", "ab2"])
+def test_fixed_steps_have_values_at_their_ends(scheme):
+    stack = Stack(nn.Linear(2, 2), scheme, depth=4, step=0.25).double()
+    path = stack.trajectory(X)
+    start, middle, end = stack.trajectory(X, at=[0.0, 0.5, 1.0])
+    assert torch.equal(start, X) and torch.equal(middle, path[1]) and torch.equal(end, path[-1])
+    with pytest.raises(SchemeError, match=r"0\.3 is none; take 0\.25 or 0\.5, or an adaptive scheme"):
+        stack.trajectory(X, at=[0.3])
+    assert stack.solves == ()
+
+
+@pytest.mark.parametrize(
+    "at, message", [([0.5, 0.5], "in order, each once"), ([2.5], "no value at 2.5; the steps go from 0 to 2"),
+                    ([math.nan], "no value at nan"), ([-0.1], "no value at -0.1")]
+)  # fmt: skip
+def test_times_that_do_not_fit_are_refused_before_anything_is_computed(at, message):
+    calls = []
+    stack = Stack(lambda x: calls.append(1) or x, "adaptive(dopri5)", depth=2)
+    with pytest.raises(SchemeError, match=message):
+        stack.trajectory(X, at=at)
+    assert not calls
+    with pytest.raises(SchemeError, match="sets the times of its steps on the way"):
+        Stack([nn.Linear(2, 2)] * 14, "dopri5", step="error(0.1)").trajectory(X.float(), at=[1.0])
+
+
+def test_solves_tell_their_counts_and_why_they_ended():
+    calls = []
+    stack = Stack(lambda x: calls.append(1) or x * x, "adaptive(dopri5, max_steps=40)", depth=2)
+    stack(-torch.ones(3, dtype=F64))
+    calls.clear()
+    stack(-torch.ones(3, dtype=F64))
+    (solve,) = stack.solves
+    assert solve.status == "finished" and solve.evaluations == stack.evaluations == len(calls)
+    assert solve.evaluations == 2 + 6 * (solve.accepted + solve.rejected) and solve.accepted > 1
+    with pytest.raises(SchemeError, match="40 steps were used up"):
+        stack(torch.ones(3, dtype=F64))  # 1 / (1 - t) breaks off at t = 1
+    (solve,) = stack.solves
+    assert solve.status == "max_steps" and solve.accepted + solve.rejected == 40
