@@ -27,6 +27,16 @@ class NetModule(L.LightningModule):
     compile_net: bool = False
     _compiled: bool = False
 
+    @property
+    def body(self) -> nn.Module:
+        """What the weights of a classifier fit: the net, or the part of it that a head was put on."""
+        return getattr(self.net, "body", self.net)
+
+    @property
+    def grouped(self) -> nn.Module:
+        """What the groups of the optimiser are of."""
+        return self.net
+
     def setup(self, stage: str) -> None:
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
