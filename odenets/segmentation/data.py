@@ -492,7 +492,7 @@ class SegmentationData(Scenes):
             count = len(self._pairs(train))
             if count < 2:
                 raise DataError(
-                    f"{self.where}: {count} picture is not enough to hold one out\n  Name a split: --data.val_split NAME"
+                    f"{self.where}: {count} picture cannot be split in two\n  Name a split: --data.val_split NAME"
                 )
             rest, held = hold_out(count, self.holdout, self.split_seed)
             # Said once, and not at each stage of a run.
