@@ -212,12 +212,17 @@ class Annotations:
     ) -> tuple[str, bool] | None:
         """What is wrong with an annotation, and whether it is left out for it."""
         picture, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
-        if not isinstance(picture, int) or picture not in kept:
+        # Python counts true as 1, and every text as true.
+        if isinstance(picture, bool) or not isinstance(picture, int) or picture not in kept:
             return f"no picture has the id {picture}", True
-        if not isinstance(category, int) or category not in place:
+        if isinstance(category, bool) or not isinstance(category, int) or category not in place:
             return f"no category has the id {category}", True
-        if not _number(entry.get("area", 0)):
-            return f"its area is {entry['area']}", True
+        area, crowd = entry.get("area", 0), entry.get("iscrowd", 0)
+        # One below 0 lies in none of the ranges of sizes, and evaluation would pass over the object in silence.
+        if not _number(area) or area < 0:
+            return f"its area is {area}", True
+        if crowd not in (0, 1, None):
+            return f"its iscrowd is {crowd!r}, want 0 or 1", True
         height, width = self.sizes[kept[picture]].tolist()
         if not isinstance(box, list) or len(box) != 4 or not all(_number(value) for value in box):
             return f"its box is {box}", True

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from schemes import SchemeError
 
 from ..models.conventions import Conventions
-from ..training.classifier import parameter_groups
-from ..training.groups import set_rates
+from ..models.depth import depths_around
+from ..training.groups import parameter_groups, set_rates
 from ..training.module import NetModule
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .data import Target
@@ -44,9 +44,11 @@ class Detector(NetModule):
         freeze_norms: whether norms with running statistics keep them, as pretrained nets do in small batches.
         step_weight_decay: weight decay of learned step sizes (parameters named `h` or `step_size`).
         channels_last: keep pictures and weights with the channels as the fastest axis.
+        layer_decay: factor of the learning rate from a layer to the one before it; the head has the whole, and the
+            net's last layer this factor. See ``odenets.models.depth`` for what a layer is.
 
     Raises:
-        SchemeError: a net without maps, or levels that it does not have.
+        SchemeError: a net without maps, levels that it does not have, or a decay outside (0, 1].
 
     Example:
         >>> from functools import partial
@@ -73,6 +75,7 @@ class Detector(NetModule):
         freeze_norms: bool = False,
         step_weight_decay: float = 0.0,
         channels_last: bool = False,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         # As in Classifier: class paths and arguments go into checkpoints, objects do not.
@@ -97,6 +100,8 @@ class Detector(NetModule):
         self.optimizer, self.schedule = optimizer, schedule or WarmupCosine()
         self.net_lr, self.freeze_norms = net_lr, freeze_norms
         self.step_weight_decay, self.channels_last = step_weight_decay, channels_last
+        self.layer_decay = layer_decay
+        self._groups()  # refused here, before any data are read
         self.precision = AveragePrecision(head.masks)
         self._sums = [0.0, 0.0]  # of losses, and boxes
 
@@ -216,8 +221,26 @@ class Detector(NetModule):
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser, with the groups of net and head and their learning rates."""
-        net = parameter_groups(self.net, self.step_weight_decay)
+        groups: Any = self._groups()
+        return set_rates(self.optimizer(groups))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        if self.layer_decay == 1:
+            net = parameter_groups(self.net, self.step_weight_decay)
+            groups = [*net, *parameter_groups(self.head, self.step_weight_decay)]
+        else:
+            groups = parameter_groups(self, self.step_weight_decay, self.layer_decay)
+            # The head is all that lies deepest, so that no group holds parameters of both.
+            deepest = max(group["depth"] for group in groups)
+            net = [group for group in groups if group["depth"] < deepest]
         for group in net:
             group["lr_scale"] = self.net_lr * group.get("lr_scale", 1.0)
-        groups: Any = [*net, *parameter_groups(self.head, self.step_weight_decay)]
-        return set_rates(self.optimizer(groups))
+        return groups
+
+    def parameter_depths(self) -> dict[str, int]:
+        """How deep each parameter lies: those of the net as it says, and all of the head one deeper."""
+        return depths_around(self, self.net)
+
+    @property
+    def grouped(self) -> nn.Module:
+        return self

@@ -51,6 +51,27 @@ def parameter_depths(net: nn.Module) -> dict[str, int]:
     )
 
 
+def depths_around(whole: nn.Module, net: nn.Module) -> dict[str, int]:
+    """Depths in a network that holds another one, which has lost its head: all that is around it is one deeper.
+
+    Args:
+        whole: the network, by whose names the depths are given.
+        net: the part of it that says how deep its parameters lie.
+
+    Example:
+        >>> from odenets import create_model
+        >>> net = create_model("resnet20")
+        >>> _ = net.prune_intermediate_layers(3)
+        >>> found = depths_around(nn.ModuleDict({"net": net, "head": nn.Linear(64, 2)}), net)
+        >>> found["net.stem.conv.weight"], found["net.levels.2.steps.2.fs.0.conv2.weight"], found["head.weight"]
+        (0, 9, 10)
+    """
+    own = parameter_depths(net)
+    by_parameter = {id(p): own[name] for name, p in net.named_parameters()}
+    head = max(own.values(), default=-1) + 1
+    return {name: by_parameter.get(id(p), head) for name, p in whole.named_parameters()}
+
+
 def matched_depths(net: nn.Module, matcher: Mapping[str, Any]) -> dict[str, int]:
     """Depths by patterns, read as timm reads them: the first that fits gives the place, what fits none comes last.
 

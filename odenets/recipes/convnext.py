@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..models import roadmap
+from . import downstream
 from .data import IMAGENET, IMAGENET22K
 from .recipe import Paper, Recipe, Row
 from .training import MODERN, SQUEEZED, UNMIXED, Settings, adamw, cosine, large, training
@@ -11,8 +12,6 @@ from .training import MODERN, SQUEEZED, UNMIXED, Settings, adamw, cosine, large,
 _EVALUATE = "odenets evaluate CKPT --corruptions --baseline alexnet --frost FOLDER"
 _OTHERS = "networks that are not here"
 _SPEED = "python experiments/benchmarks/models.py"
-_COCO = {"needs": "a detector with masks like the paper's, trained on COCO"}
-_ADE20K = {"needs": "a segmenter, trained on ADE20K"}
 
 
 def _rows(shown: str, lines: Mapping[str, str], **more: str) -> tuple[Row, ...]:
@@ -58,45 +57,8 @@ PAPER = Paper(
             needs=_OTHERS,
         ),
         *_rows("table 2", {"ViT-S / B / L": "79.8 / 81.8 / 82.6 % top-1"}, needs="the training of other papers"),
-        *_rows(
-            "table 3",
-            {
-                "ConvNeXt-T, Mask R-CNN, box / mask AP": "46.2 / 41.7",
-                "ConvNeXt-T, Cascade": "50.4 / 43.7",
-                "ConvNeXt-S, Cascade": "51.9 / 45.0",
-                "ConvNeXt-B, Cascade": "52.7 / 45.6",
-                "ConvNeXt-B, 22K, Cascade": "54.0 / 46.9",
-                "ConvNeXt-L, 22K, Cascade": "54.8 / 47.6",
-                "ConvNeXt-XL, 22K, Cascade": "55.2 / 47.7",
-            },
-            **_COCO,
-        ),
-        *_rows(
-            "table 4",
-            {
-                "ConvNeXt-T, mIoU": "46.7",
-                "ConvNeXt-S": "49.6",
-                "ConvNeXt-B": "49.9",
-                "ConvNeXt-B, 22K, 640 pixels": "53.1",
-                "ConvNeXt-L, 22K, 640 pixels": "53.7",
-                "ConvNeXt-XL, 22K, 640 pixels": "54.0",
-            },
-            **_ADE20K,
-        ),
         Row("table 5", "all", command="odenets recipe convnext_tiny"),
         Row("table 6", "all", command="odenets recipe convnext_tiny_22k_ft384"),
-        *_rows(
-            "table 7",
-            {
-                "ConvNeXt-T, mIoU": "46.0",
-                "ConvNeXt-S": "48.7",
-                "ConvNeXt-B": "49.1",
-                "ConvNeXt-B, 22K, 640 pixels": "52.6",
-                "ConvNeXt-L, 22K, 640 pixels": "53.2",
-                "ConvNeXt-XL, 22K, 640 pixels": "53.6",
-            },
-            **_ADE20K,
-        ),
         *_rows(
             "table 8",
             {
@@ -336,4 +298,5 @@ OLD = training(
     channels_last=True,
 )
 
-RECIPES = (*_scratch(), *_larger(), *_fine_tuned(), *_roadmaps())
+_BELOW = downstream.convnext(PAPER, "table 7", "table 4", "table 3")
+RECIPES = (*_scratch(), *_larger(), *_fine_tuned(), *_roadmaps(), *_BELOW)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..models import roadmap
+from . import downstream
 from .data import IMAGENET
 from .recipe import Paper, Recipe, Row
 from .training import MODERN, UNMIXED, Settings, adamw, cosine, large, training
@@ -82,15 +83,6 @@ PAPER = Paper(
             needs="the paper's GPU, a V100",
         ),
         *_rows(
-            "table 5",
-            {
-                "RDNet-T, mIoU of one scale / of several": "47.6 / 48.6",
-                "RDNet-S": "48.7 / 49.8",
-                "RDNet-B": "49.6 / 50.5",
-            },
-            needs="a segmenter, and ADE20K",
-        ),
-        *_rows(
             "table 8 (b)",
             {
                 "more activations": "81.9 % top-1",
@@ -142,14 +134,6 @@ PAPER = Paper(
             "tables J to L",
             {"ImageNet, C / D / E": "54.9 to 55.1 / 54.7 to 55.1 / 55.8 to 56.7 % top-1"},
             needs="ImageNet and thousands of GPU hours",
-        ),
-        *_rows(
-            "COCO",
-            {
-                "RDNet-T, Mask R-CNN, box / mask AP": "47.5 / 42.4",
-                "RDNet-T, S, B, Cascade, box AP": "51.6, 52.3, 52.9",
-            },
-            needs="a detector, and COCO",
         ),
         *_rows(
             "CLIP",
@@ -316,4 +300,4 @@ def _ablations() -> Iterator[Recipe]:
         yield ablation(name, f"T, stochastic depth {rate:g}", "", top1, drop_path_rate=rate)
 
 
-RECIPES = (*_published(), *_roadmap(), *_ablations())
+RECIPES = (*_published(), *_roadmap(), *_ablations(), *downstream.rdnet(PAPER, "table 5", "COCO"))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from . import downstream
 from .data import IMAGENET, IMAGENET22K
 from .recipe import Paper, Recipe, Row
 from .training import MODERN, SQUEEZED, UNMIXED, Settings, adamw, cosine, large, training
@@ -27,19 +28,6 @@ PAPER = Paper(
         "appendix E": "alignment of each level with the label and the picture",
     },
     (
-        Row("COCO", "RevCol-T, box / mask AP", "50.8 / 44.0", needs="a detector, and COCO"),
-        Row("COCO", "RevCol-S", "52.6 / 45.5", needs="a detector, and COCO"),
-        Row("COCO", "RevCol-B", "53.0 / 45.9", needs="a detector, and COCO"),
-        Row("COCO", "RevCol-B, 22K", "55.0 / 47.5", needs="a detector, and COCO"),
-        Row("COCO", "RevCol-L, 22K", "55.9 / 48.4", needs="a detector, and COCO"),
-        Row("ADE20K", "RevCol-T, mIoU of one scale / of several", "47.4 / 47.6", needs="a segmenter, and ADE20K"),
-        Row("ADE20K", "RevCol-S", "47.9 / 49.0", needs="a segmenter, and ADE20K"),
-        Row("ADE20K", "RevCol-B", "49.0 / 50.1", needs="a segmenter, and ADE20K"),
-        Row("ADE20K", "RevCol-B, 22K, 640 pixels", "52.7 / 53.3", needs="a segmenter, and ADE20K"),
-        Row("ADE20K", "RevCol-L, 22K", "53.4 / 53.7", needs="a segmenter, and ADE20K"),
-        Row("ADE20K", "RevCol-H", "57.8 / 58.0", needs="a segmenter, ADE20K, and pictures that are not public"),
-        Row("foundation models", "RevCol-H with DINO, box AP", "63.8", needs="pictures that are not public"),
-        Row("foundation models", "RevCol-H with Mask2Former, mIoU", "61.0", needs="pictures that are not public"),
         Row(
             "memory",
             "peak memory against columns: the page [RevCol](models/revcol.md) has ours",
@@ -247,4 +235,5 @@ def _transformers() -> Iterator[Recipe]:
     yield recipe("revcol_vit_base_depth_init", "B, scaled by depth", "revcol_vit_base", scaled, depth_init=True)
 
 
-RECIPES = (*_published(), *_pretrained(), *_fine_tuned(), *_ablations(), *_transformers())
+_BELOW = downstream.revcol(PAPER, "ADE20K", "COCO", "foundation models")
+RECIPES = (*_published(), *_pretrained(), *_fine_tuned(), *_ablations(), *_transformers(), *_BELOW)

@@ -491,7 +491,9 @@ class SegmentationData(Scenes):
             assert train is not None
             count = len(self._pairs(train))
             if count < 2:
-                raise DataError(f"{self.where}: {count} picture is not enough to hold one out")
+                raise DataError(
+                    f"{self.where}: {count} picture cannot be split in two\n  Name a split: --data.val_split NAME"
+                )
             rest, held = hold_out(count, self.holdout, self.split_seed)
             # Said once, and not at each stage of a run.
             if not self.sets:

@@ -21,6 +21,7 @@ from schemes import SchemeError
 
 from ..checkpoints import load
 from ..models.catalogue import create_model
+from ..models.depth import depths_around
 from ..training.order import IGNORED
 
 
@@ -29,9 +30,12 @@ class SegmentationNet(nn.Module, ABC):
 
     Attributes:
         num_classes: the number of classes.
+        mean_over_pixels: whether each part of the loss is a mean over the pixels that have a class. Several processes
+            then weigh theirs by the pixels that they have, and take the step that one with the whole batch takes.
     """
 
     num_classes: int
+    mean_over_pixels: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
@@ -126,6 +130,15 @@ class _OnMaps(SegmentationNet):
         del self._weights
 
     @property
+    @abstractmethod
+    def body(self) -> nn.Module:
+        """The model, without its head."""
+
+    def parameter_depths(self) -> dict[str, int]:
+        """How deep each parameter lies: those of the model as it says, and all of the head one deeper."""
+        return depths_around(self, self.body)
+
+    @property
     def multiple(self) -> int:
         """Pictures are filled up to multiples of this."""
         return max(self.reductions)
@@ -169,6 +182,8 @@ class UPerNet(_OnMaps):
         >>> sorted(net(torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32).long()))
         ['auxiliary', 'loss']
     """
+
+    mean_over_pixels = True
 
     # long: half of it is its parameters, a line each
     def __init__(
@@ -238,6 +253,10 @@ class UPerNet(_OnMaps):
         if self.net.auxiliary_head is not None:
             losses["auxiliary"] = self.auxiliary * pixel_cross_entropy(self.net.auxiliary_head(maps), y)
         return losses
+
+    @property
+    def body(self) -> nn.Module:
+        return self.net.backbone.net
 
     def _drop(self, classifier: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (F.dropout2d(args[0], self.dropout, self.training),)
@@ -360,6 +379,10 @@ class Mask2Former(_OnMaps):
         classes = found.class_queries_logits.softmax(-1)[..., :-1]  # the last is that of no object
         masks = F.interpolate(found.masks_queries_logits, x.shape[-2:], mode="bilinear", align_corners=False)
         return torch.einsum("nqc,nqhw->nchw", classes, masks.sigmoid())[..., : size[0], : size[1]]
+
+    @property
+    def body(self) -> nn.Module:
+        return self.net.model.pixel_level_module.encoder.net
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """The scores themselves, which are sums of products of probabilities."""

@@ -10,10 +10,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ..training.classifier import _differences, parameter_groups
+from ..training.classifier import _differences
 from ..training.errors import DataError
+from ..training.groups import parameter_groups, set_rates
 from ..training.module import NetModule
+from ..training.order import IGNORED
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .inference import Inference
 from .metrics import Overlap
@@ -40,6 +43,11 @@ class Segmenter(NetModule):
         per_class: Also logs the IoU of each class that occurs, val/IoU/NAME.
         channels_last: Keep pictures and weights with the channels as the fastest axis.
         compile: Compile the network in place, so that the names in checkpoints stay the same.
+        layer_decay: Factor of the learning rate from a layer to the one before it; the head has the whole, and 1 is one
+            rate for all. See ``odenets.models.depth`` for what a layer is.
+
+    Raises:
+        SchemeError: A network that does not say how deep its parameters lie, with a ``layer_decay``.
 
     Example:
         >>> from functools import partial
@@ -63,6 +71,7 @@ class Segmenter(NetModule):
         per_class: bool = False,
         channels_last: bool = False,
         compile: bool = False,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         # As in Classifier: what a configuration says is stored, and what was built in Python is not pickled.
@@ -71,7 +80,8 @@ class Segmenter(NetModule):
         self.net, self.optimizer = net, optimizer
         self.schedule, self.inference = schedule or WarmupCosine(), inference or Inference()
         self.step_weight_decay, self.per_class, self.channels_last = step_weight_decay, per_class, channels_last
-        self.compile_net = compile
+        self.compile_net, self.layer_decay = compile, layer_decay
+        parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
         self.overlap = Overlap(net.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,12 +91,20 @@ class Segmenter(NetModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
+        if self.net.mean_over_pixels and self.trainer.world_size > 1:
+            share = self._share(y)
+            parts = {name: share * part for name, part in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         figures = {"loss": loss, **({name: part for name, part in parts.items() if name != "loss"})}
         for name, figure in figures.items():
             self.log(f"train/{name}", figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
         return loss
+
+    def _share(self, y: Tensor) -> Tensor:
+        """The pixels of this process over the mean of all, by which its mean counts: gradients are averaged."""
+        own = (y != IGNORED).sum().to(torch.float32)
+        return own / self.trainer.strategy.reduce(own.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
 
     def predicted(self, x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor) -> list[Tensor]:
         """The class of each pixel of some pictures, (H, W) each.
@@ -158,8 +176,12 @@ class Segmenter(NetModule):
         return PredictedMasks(folder / "predictions")
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.net, self.step_weight_decay))  # type: ignore[arg-type]
-        return scheduled(self.trainer, optimizer, self.schedule)
+        return scheduled(self.trainer, self.make_optimizer(), self.schedule)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimiser, with the groups of the network and their learning rates."""
+        groups: Any = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
+        return set_rates(self.optimizer(groups))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # As in Classifier: networks of two schemes may have equal parameters.

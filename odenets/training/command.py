@@ -34,6 +34,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from schemes import SchemeError
@@ -255,10 +256,9 @@ class Command(LightningCLI):
             cause = root_cause(e)
             # The cause and not the chain: parsers wrap an error once for each level of the configuration.
             fail(str(cause), "odenets schemes and odenets models list what there is; JSONARGPARSE_DEBUG=true traces it")
-        net = getattr(self.model, "net", self.model)
         if self.source is not None:
             adapt = self.config_init[str(self.subcommand)].adapt
-            start_from(net, self.source, adapt, self.subcommand == "fit")
+            start_from(self._begun_with(), self.source, adapt, self.subcommand == "fit")
         # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
@@ -270,6 +270,18 @@ class Command(LightningCLI):
             self.datamodule.batch_size = found["batch size"]
         if PrintGroups.asked:
             print_groups(self.model)
+
+    def _begun_with(self) -> nn.Module:
+        """The part of the model that ``--weights`` is read into."""
+        net = getattr(self.model, "net", self.model)
+        body = getattr(self.model, "body", net)
+        count, whole = (sum(1 for _ in part.parameters()) for part in (body, self.model))
+        if count < whole and self.subcommand != "fit":
+            fail(
+                f"--weights fills {type(body).__name__} alone, {type(self.model).__name__} would guess with the rest",
+                f"To {self.subcommand} a trained one: --ckpt_path FILE",
+            )
+        return body
 
     def _given_callbacks(self) -> list[Callback]:
         """The callbacks of the configuration."""
@@ -381,8 +393,11 @@ def print_groups(model: L.LightningModule) -> NoReturn:
     """Prints a row for each group of parameters of a module's optimiser, and ends the command."""
     make = getattr(model, "make_optimizer", None)
     if make is None:
-        fail(f"--print_groups: {type(model).__name__} has no groups of parameters", "Classifier has: model.layer_decay")
-    print(table_of_groups(group_rows(model.net, make())))  # type: ignore[arg-type]
+        fail(
+            f"--print_groups: {type(model).__name__} has no groups of parameters",
+            "odenets' modules have: model.layer_decay",
+        )
+    print(table_of_groups(group_rows(getattr(model, "grouped", model.net), make())))  # type: ignore[arg-type]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if frozen:
         print(f"frozen: {frozen:,} parameters")

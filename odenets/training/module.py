@@ -46,6 +46,16 @@ class NetModule(L.LightningModule):
     compile_net: bool = False
     _compiled: bool = False
 
+    @property
+    def body(self) -> nn.Module:
+        """What the weights of a classifier fit: the net, or the part of it that a head was put on."""
+        return getattr(self.net, "body", self.net)
+
+    @property
+    def grouped(self) -> nn.Module:
+        """What the groups of the optimiser are of."""
+        return self.net
+
     def configure_model(self) -> None:
         shard_module(self, self.net)
 

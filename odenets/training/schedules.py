@@ -201,11 +201,14 @@ class Poly(Schedule):
 
 
 class Milestones(Schedule):
-    """The optimiser's learning rate, times `factor` at each of the milestones: lr(i) = peak * factor^#{m: i >= m * n}.
+    """The optimiser's learning rate, times `factor` at each of the milestones, after a linear rise of w steps.
+
+    lr(i) = peak * min(1, (i + 1) / w) * factor^#{m: i >= m * n}.
 
     Args:
         at: Shares of the run; the default is He et al.'s for ImageNet, DenseNet's on CIFAR is (0.5, 0.75).
         factor: What remains at each.
+        warmup_steps: Optimiser steps of the rise; at most half of the run is used.
 
     Source: He et al. 2016, "Deep residual learning", section 3.4; Huang et al. 2017, "Densely connected convolutional
     networks", section 4.2.
@@ -216,10 +219,12 @@ class Milestones(Schedule):
         [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     """
 
-    def __init__(self, at: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1) -> None:
+    def __init__(self, at: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1, warmup_steps: int = 0) -> None:
         if not all(0 < share < 1 for share in at):
             raise SchemeError(f"Milestones: at is {list(at)}; wants shares of the run, between 0 and 1")
-        self.at, self.factor = tuple(at), factor
+        if warmup_steps < 0:
+            raise SchemeError(f"Milestones: warmup_steps is {warmup_steps}; wants steps, 0 or more")
+        self.at, self.factor, self.warmup_steps = tuple(at), factor, warmup_steps
 
     def factor_at(self, i: int, steps: int) -> float:
         """Share of the peak at optimiser step i of `steps`.
@@ -228,7 +233,9 @@ class Milestones(Schedule):
             i: the step, from 0.
             steps: of the whole run.
         """
-        return self.factor ** sum(i >= share * steps for share in self.at)
+        warm = min(self.warmup_steps, steps // 2)
+        rise = min(1.0, (i + 1) / warm) if warm else 1.0
+        return rise * self.factor ** sum(i >= share * steps for share in self.at)
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
         return Factors(optimizer, lambda i: self.factor_at(i, steps))

@@ -79,6 +79,8 @@ FAULTS = {
     "text": ({"segmentation": {"size": [10, 20], "counts": "1\n"}}, "the text of its mask is no run lengths", 1),
     "far": ({"segmentation": [[0, 0, 9e9, 0, 5, 5]]}, "its mask reaches far beyond the 20x10 pixels", 1),
     "area": ({"area": "large"}, "its area is large", 1),
+    "area below 0": ({"area": -40}, "its area is -40", 1),
+    "crowd": ({"iscrowd": "no"}, "its iscrowd is 'no', want 0 or 1", 1),
     "list for a number": ({"image_id": [11]}, "no picture has the id [11]", 1),
     "line": ({"segmentation": [[1, 1, 2, 2]]}, "it has no mask", 1),
 }
@@ -97,6 +99,18 @@ def test_wrong_annotations_are_named_counted_and_left_out(fault, tmp_path):
     with pytest.raises(DataError, match=re.escape(said)) as stop:
         opened(tmp_path, held, max_faults=0)
     assert "data.max_faults=0" in str(stop.value)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_true_is_no_id_although_it_equals_one(key, tmp_path):
+    text = json.dumps(small(tmp_path)).replace('"id": 11', '"id": 1').replace('"id": 7', '"id": 1')
+    held = json.loads(text)
+    for entry in held["annotations"]:
+        entry.update(image_id=1, category_id=1)
+    held["annotations"][0][key] = True
+    with pytest.warns(UserWarning, match="has the id True"):
+        found = opened(tmp_path, held)
+    assert len(found.objects(0).boxes) == 1
 
 
 def test_a_missing_picture_is_named_with_what_it_shows_left_out(tmp_path):

@@ -16,10 +16,13 @@ from PIL import Image
 from torch import nn
 
 from odenets import create_model, shapes
+from odenets.checkpoints import save
+from odenets.cli import main
 from odenets.detection import RTDETR, DeformableDETR, DetectionData, Found, draw_detections
 from odenets.detection.drawing import color, in_file
 from odenets.detection.heads import Maps
 from odenets.models import RevCol
+from odenets.models.depth import parameter_depths
 from odenets.training import Constant, Detector
 from odenets.training.command import run
 from odenets.training.order import PADDING, Numbered
@@ -180,6 +183,43 @@ def test_the_net_learns_at_its_own_rate():
     assert {rates[id(p)] for p in found.head.parameters()} == {1e-3}
 
 
+@every_head
+def test_rates_decay_from_the_head_to_the_stem(head):
+    """A layer has the rate of its depth in the classifier, times that of the net; all of the head has the whole."""
+    depths = parameter_depths(net())
+    found = detector(head, layer_decay=0.5, net_lr=0.25, step_weight_decay=0.1)
+    names = {id(p): name for name, p in found.named_parameters()}
+    groups = found.make_optimizer().param_groups
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == dict(found.named_parameters()).keys()
+    deepest = max(depths.values())
+    for name, rate in rates.items():
+        own = depths.get(name.removeprefix("net.")) if name.startswith("net.") else None
+        want = 1e-3 if own is None else 0.25e-3 * 0.5 ** (deepest - own)
+        assert rate == pytest.approx(want), name
+    assert {group["lr"] for group in detector(head, layer_decay=1.0).make_optimizer().param_groups} == {1e-3}
+
+
+def test_a_classifier_below_the_head(drawn, tmp_path, capsys):
+    classifier = RevCol(channels=(8, 16), blocks=(1, 1), columns=2, num_classes=7)
+    save(classifier, tmp_path / "w.safetensors")
+    where = ["-c", str(configuration(drawn, tmp_path)), "--weights", str(tmp_path / "w.safetensors")]
+    quick = ["--trainer.fast_dev_run", "true", "--trainer.callbacks", "[]"]
+    still = ["--model.optimizer.lr", "0", "--model.net.kernel_size", "7", "--adapt.pad_kernels", "true"]
+    own = run(["fit", *where, *quick, *still]).model.body.state_dict()
+    assert "kernels from 3x3 to 7x7" in capsys.readouterr().out
+    for name, value in own.items():
+        old = classifier.state_dict()[name]
+        assert torch.equal(value if value.shape == old.shape else value[..., 2:5, 2:5], old), name
+    with pytest.raises(SystemExit):
+        main(["test", *where])
+    assert "Detector would guess with the rest" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(tmp_path / "c.yaml"), "--model.layer_decay", "0.5", "--print_groups"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert float(rows[0][1]) == 1 and float(rows[-1][1]) == 0.5**4
+
+
 def test_frozen_norms_stay_frozen(batch):
     found = detector("deformable", create_model("resnet20"), freeze_norms=True).train()
     before = {name: buffer.clone() for name, buffer in found.net.named_buffers()}
@@ -199,6 +239,7 @@ REFUSED = {
     "levels": (lambda: detector("rt", levels=[2, 1]), "model.levels is [2, 1]"),
     "level": (lambda: detector("rt", levels=[3]), "numbers of maps that rise, from 0 to 2"),
     "rate": (lambda: detector("rt", net_lr=-1.0), "model.net_lr is -1.0"),
+    "decay": (lambda: detector("rt", layer_decay=1.5), "layer_decay is 1.5"),
     "layers": (lambda: DeformableDETR(4, decoder_layers=1), "head.decoder_layers is 1"),
     "width": (lambda: RTDETR(4, width=48, heads=8), "head.width is 48 with 8 heads"),
     "gap": (lambda: RTDETR(4, **SMALL).build(Maps([8, 8], [4, 16])), "reductions [4, 16]"),

@@ -1,8 +1,10 @@
 """Training, resuming, measuring and predicting by the command line."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,21 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 import odenets.training
-from odenets.segmentation import DrawnShapes, Segmenter
+from odenets import create_model
+from odenets.checkpoints import save
+from odenets.cli import main
+from odenets.models.depth import parameter_depths
+from odenets.segmentation import DrawnShapes, SegmentationAugment, SegmentationData, Segmenter
+from odenets.segmentation.nets import pixel_cross_entropy
 from odenets.segmentation.pictures import drawn, numbered, shown
 from odenets.shapes import write
+from odenets.training import Constant
 from odenets.training.command import run
 from odenets.training.errors import DataError
+from schemes import SchemeError
 
-from .scenes import config, revcol
+from .scenes import REVCOL, PerPixel, config, revcol
+from .test_nets import mask2former
 
 SHAPES = {
     "class_path": "odenets.segmentation.DrawnShapes",
@@ -86,6 +96,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(trained, tmp_path):
     run(["fit", "-c", str(trained / "c.yaml"), *args])
     want, got = (torch.load(f / "run/checkpoints/last.ckpt", weights_only=True) for f in (trained, tmp_path))
     assert got["global_step"] == want["global_step"] == 6
+    averaged = want["current_model_state"]  # EMA puts its own in the place of the weights
+    assert any(not torch.equal(averaged[key], value) for key, value in want["state_dict"].items())
     for name in ("state_dict", "current_model_state"):
         assert (name in want) == (name in got)
         for key, value in want.get(name, {}).items():
@@ -153,3 +165,125 @@ def test_figures_of_each_class():
     module.overlap.update(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
     module._log_overlap("val")
     assert {k: float(v) for k, v in logged.items() if "IoU/" in k} == {"val/IoU/background": 0.5, "val/IoU/disc": 0.5}
+
+
+@pytest.mark.parametrize("build", [revcol, mask2former])
+def test_rates_decay_from_the_head_to_the_stem(build):
+    """A model's layer has the rate of its depth in the classifier; all of a head has the whole rate."""
+    module = Segmenter(build(), partial(torch.optim.AdamW, lr=0.1, weight_decay=0.3), layer_decay=0.5)
+    names = {id(p): name for name, p in module.net.named_parameters()}
+    groups = module.make_optimizer().param_groups
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(names)
+    classifier = parameter_depths(create_model("revcol_tiny", **REVCOL))
+    body = next(name for name in found if name.endswith("net.stem.conv.weight")).removesuffix("stem.conv.weight")
+    below = {body + name: depth for name, depth in classifier.items() if body + name in found}
+    assert set(below) == {name for name in found if name.startswith(body)} and len(below) < len(found)
+    deepest = max(classifier.values())
+    for name, p in module.net.named_parameters():
+        depth = below.get(name, deepest)
+        assert found[name][0] == pytest.approx(0.1 * 0.5 ** (deepest - depth)), name
+        assert found[name][1] == (0.3 if p.ndim > 1 else 0), name
+
+
+def test_a_network_without_depths_and_a_decay_that_is_none_are_refused():
+    with pytest.raises(SchemeError, match="PerPixel does not say how deep"):
+        Segmenter(PerPixel(), torch.optim.AdamW, layer_decay=0.9)
+    with pytest.raises(SchemeError, match="layer_decay is 0"):
+        Segmenter(revcol(), torch.optim.AdamW, layer_decay=0)
+
+
+def test_a_classifier_below_the_head(tmp_path, capsys):
+    """``--weights`` fills the model and leaves the head; kernels are padded; there is no such start in evaluation."""
+    options = {"channels": [8, 16], "blocks": [1, 1], "columns": 2, "patch": 2}
+    classifier = create_model("revcol_tiny", num_classes=7, **options)
+    save(classifier, tmp_path / "w.safetensors")
+    file = config(tmp_path, SHAPES, {"fast_dev_run": True})
+    where = ["-c", str(file), "--weights", str(tmp_path / "w.safetensors")]
+    still = ["--model.optimizer.lr", "0", "--model.schedule", "odenets.training.Constant"]
+    padded = ["--model.net.options.kernel_size", "7", "--adapt.pad_kernels", "true"]
+    net = run(["fit", *where, *still, *padded]).model.body
+    assert "kernels from 3x3 to 7x7" in capsys.readouterr().out
+    for name, value in net.state_dict().items():
+        old = classifier.state_dict()[name]
+        if value.shape != old.shape:
+            assert value.shape[2:] == (7, 7) and "dwconv" in name
+            assert value.count_nonzero() == old.count_nonzero()
+            value = value[..., 2:5, 2:5]
+        assert torch.equal(value, old), name
+    with pytest.raises(SystemExit):
+        main(["validate", *where])
+    lines = capsys.readouterr().err.splitlines()
+    assert "Segmenter would guess with the rest" in lines[0] and "--ckpt_path" in lines[1]
+
+
+def test_groups_of_net_and_head_are_printed(tmp_path, capsys):
+    file = config(tmp_path, SHAPES, {"max_epochs": 1})
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(file), "--model.layer_decay", "0.5", "--print_groups"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+    assert rows[0][:2] == ["4", "1"] and float(rows[-1][1]) == 0.5**4
+
+
+class Pixels(PerPixel):
+    """Learns; without norms, whose statistics are those of a process."""
+
+    mean_over_pixels = True
+
+    def forward(self, x, y=None):
+        scores = self.map(x)
+        return scores if y is None else {"loss": pixel_cross_entropy(scores, y)}
+
+
+class Kept(Callback):
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            held = {"weights": pl_module.net.state_dict(), "figures": dict(trainer.callback_metrics)}
+            torch.save(held, Path(trainer.default_root_dir, f"{trainer.world_size}.pt"))
+
+
+def trained_by(root: Path, devices: int) -> dict:
+    torch.manual_seed(3)
+    data = SegmentationData(
+        str(root / "data"), classes=5, crop=48, scales=(0.6, 1.4), batch_size=4 // devices, num_workers=0,
+        augment=SegmentationAugment(flip=0, distort=False),
+    )  # fmt: skip
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {"devices": 1}
+    trainer = L.Trainer(
+        default_root_dir=root, accelerator="cpu", max_epochs=2, precision="64-true", logger=False, callbacks=[Kept()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+    trainer.fit(Segmenter(Pixels(5), partial(torch.optim.SGD, lr=0.5), Constant()), data)
+    return torch.load(root / f"{devices}.pt", weights_only=True)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, forks of a process with threads
+def test_two_processes_train_and_measure_as_one(tmp_path):
+    """Pictures that do not fill the crop have fewer pixels, so that the mean of two means is not the mean of all."""
+    write(tmp_path / "data", {"train": 8, "val": 5}, size=40, seed=1)
+    one, two = (trained_by(tmp_path, devices) for devices in (1, 2))
+    assert one["weights"]["map.weight"].abs().max() > 0
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, atol=1e-7, rtol=1e-6)
+    for name in ("val/mIoU", "val/mAcc", "val/aAcc", "train/loss"):
+        torch.testing.assert_close(two["figures"][name], one["figures"][name], atol=1e-6, rtol=1e-5)
+
+
+def test_processes_weigh_their_pixels():
+    """The mean of the parts, each with its share, is the mean over the whole batch."""
+    torch.manual_seed(0)
+    net, x = Pixels(3), torch.randn(2, 3, 4, 4)
+    y = torch.randint(0, 3, (2, 4, 4))
+    y[0, :3] = -100
+    whole = net(x, y)["loss"]
+    module = Segmenter(net, torch.optim.SGD)
+    counts = [float((part != -100).sum()) for part in y]
+    strategy = type("Strategy", (), {"reduce": lambda self, own, reduce_op: torch.tensor(sum(counts) / 2)})()
+    module._trainer = type("Trainer", (), {"world_size": 2, "strategy": strategy})()  # type: ignore[assignment]
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    parts = [module.training_step((x[n : n + 1], y[n : n + 1]), 0) for n in range(2)]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+    plain = sum(net(x[n : n + 1], y[n : n + 1])["loss"] for n in range(2)) / 2
+    assert abs(float((plain - whole).detach())) > 1e-3
