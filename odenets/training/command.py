@@ -264,7 +264,7 @@ class Command(LightningCLI):
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
         if self.subcommand != "fit":
             # The callback that would do it may be in no configuration; the weights are of these steps all the same.
-            move_steps(net, self.held)
+            move_steps(getattr(self.model, "net", self.model), self.held)
         found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
         if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
             self.datamodule.batch_size = found["batch size"]
