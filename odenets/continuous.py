@@ -43,6 +43,20 @@ class Approximation(NamedTuple):
     errors: dict[str, float]
 
 
+class Basis:
+    """What the coefficients of a field are coefficients of: copies that share the parameters share it too.
+
+    Args:
+        span: the end of the time.
+        space: the splines.
+    """
+
+    __slots__ = ("space", "span")
+
+    def __init__(self, span: float, space: SplineSpace):
+        self.span, self.space = span, space
+
+
 class ContinuousWeights(nn.Module):
     r"""A residual function f(t, x) = block(x; theta(t)) whose weights are splines in time, theta(t) = sum_k B_k(t) c_k.
 
@@ -89,8 +103,7 @@ class ContinuousWeights(nn.Module):
         if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < float("inf"):
             raise SchemeError(f"ContinuousWeights: span is {span!r}, want a positive number.")
         _check_block(block)
-        self.span = float(span)
-        self.space = _space(knots, degree, self.span)
+        self.basis = Basis(float(span), _space(knots, degree, float(span)))
         for places in places_of(block):
             p = places[0].value
             # Basis functions add up to 1, so that equal coefficients are a constant.
@@ -102,6 +115,16 @@ class ContinuousWeights(nn.Module):
         self._read: tuple[nn.Module, Takes] | None = None
         self._compiled: Callable[..., Any] | None = None
         self._split: dict[int, tuple[Tensor, Any, Sequence[Tensor]]] = {}
+
+    @property
+    def span(self) -> float:
+        """The end of the time."""
+        return self.basis.span
+
+    @property
+    def space(self) -> SplineSpace:
+        """The splines."""
+        return self.basis.space
 
     @property
     def knots(self) -> int:
@@ -257,11 +280,15 @@ class ContinuousWeights(nn.Module):
         with torch.no_grad():
             for places in self._places():
                 p = places[0].now()
-                # Through `data`, so that an optimiser goes on with the same parameter in another shape.
-                p.data = mapped(matrix, p.data)
+                # Through `data`, so that an optimiser goes on with the same parameter in another shape. The node that
+                # adds up its gradient has the old shape, and lives as long as a graph or a copy of this field that
+                # shares the parameter: torch makes a new one where the number format changes.
+                new = mapped(matrix, p.data)
+                p.data = p.data.new_empty(0, dtype=torch.float32 if p.dtype != torch.float32 else torch.float64)
+                p.data = new
                 # It has the old shape.
                 p.grad = None
-        self.space = space
+        self.basis.space = space
         return matrix
 
     def _changed(self, space: SplineSpace, matrix: Tensor | None = None) -> Self:
@@ -416,7 +443,7 @@ class ContinuousWeights(nn.Module):
                     # For the shape alone: the values come out of the state dict in a moment.
                     zeros = torch.zeros(space.count, self.space.count, dtype=torch.float64)
                     self.change(space, zeros)
-                self.span = span
+                self.basis.span = span
         # torch would report the knots as unexpected, since they are no buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -12,6 +12,7 @@ from schemes import Scheme, SchemeError
 
 from .backprop.modes import Mode
 from .build import fields_shared
+from .continuous import fields_of
 from .stack import Stack
 from .step import in_each_slot
 
@@ -59,7 +60,9 @@ def rebuilt(
         ([8, 8, 8], torch.Size([1, 10]))
     """
     # deepcopy's memo: what stands in it counts as copied, so that the weights are shared.
-    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # And with them what they are coefficients of, so that a refinement of the one is one of the other.
+    held |= {id(field.basis): field.basis for field in fields_of(model)}
     found = copy.deepcopy(model, held)
     stacks = continuous_stacks(found)
     if not stacks:

@@ -19,6 +19,7 @@ SMALL = {
     "vit_tiny_patch16": {"depth": 4, "dim": 16, "heads": 2, "patch": 4, "size": 16, "scheme": "midpoint"},
     "revnet38": {"units": (3, 3), "widths": (8, 8, 16), "act": "silu"},
 }
+F64 = torch.float64
 EACH = pytest.mark.parametrize("name", SMALL)
 
 
@@ -144,6 +145,27 @@ def test_rebuilt_models_share_their_weights():
     assert [s.depth for s in continuous_stacks(rebuilt(net, depth=(3, 5))).values()] == [3, 5]
     stack = next(iter(continuous_stacks(net).values()))
     assert rebuilt(stack, "euler", depth=7).depth == 7
+
+
+def test_a_refinement_is_one_of_all_that_share_the_weights():
+    net = scattered(small("ho_resnet26", continuous=2).double()).eval()
+    coarse = rebuilt(net, "euler", scale=0.5)
+    x, fields = pictures(F64), fields_of(net)
+    want, before = coarse(x), net(x)
+    want.square().sum().backward()  # leaves nodes of the old shapes behind
+    for field in fields:
+        field.change(field.space.refined(4))
+    assert [f.knots for f in fields_of(coarse)] == [4] * len(fields)
+    torch.testing.assert_close(net(x), before)
+    torch.testing.assert_close(coarse(x), want)
+    for each in (coarse, net):
+        each.zero_grad()
+        each(x).square().sum().backward()
+        assert all(p.grad.shape == p.shape for p in each.parameters())
+    # A copy with weights of its own stays what it is.
+    alone = copy.deepcopy(net)
+    fields[0].change(fields[0].space.refined(8))
+    torch.testing.assert_close(alone(x), before)
 
 
 def test_auxiliary_values_of_a_field():
