@@ -10,6 +10,7 @@ module with its own names: each of its parameters gets one dimension more, in fr
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,6 +23,7 @@ from schemes.errors import SchemeError
 from schemes.scheme import Takes, signature
 from schemes.splines import Row, SplineSpace, distance, fit, projection, transfer
 
+from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
 
 # Beyond its span a field goes on as its last piece does, as far as the nodes of a step reach: verner8 has one at 4/3.
@@ -111,6 +113,7 @@ class ContinuousWeights(nn.Module):
             for place in places:
                 setattr(place.module, place.name, held)
         self.block = block
+        self.energies: frozenset[str] = frozenset()  # what it returns beside its value in training: gather.returning
         self._found: tuple[nn.Module, list[list[Place]]] | None = None
         self._read: tuple[nn.Module, Takes] | None = None
         self._compiled: Callable[..., Any] | None = None
@@ -219,6 +222,11 @@ class ContinuousWeights(nn.Module):
 
     def forward(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
         """block(*args) with its weights at time t."""
+        if self.energies and self.training:
+            return with_energies(partial(self._call, t), args, kwargs, 0, self.energies)
+        return self._call(t, *args, **kwargs)
+
+    def _call(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._compiled is not None and not torch.compiler.is_compiling():
             if not isinstance(t, Tensor):
                 t = torch.tensor(self._checked(float(t)), dtype=torch.float64)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from schemes import Scheme, SchemeError
 
+from .auxiliary import ENERGIES, with_energies
 from .backprop.modes import Mode
 from .build import fields_shared
 from .continuous import fields_of
@@ -188,8 +188,8 @@ class Regularised(nn.Module):
 
     "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e (Hutchinson: its expectation is
     the squared Frobenius norm of the Jacobian per element). Both are auxiliary values: ``stack(x, aux=True)`` gives
-    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth come outside:
-    ``ContinuousWeights(Regularised(block))``.
+    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth come outside,
+    ``ContinuousWeights(Regularised(block))``, or return these values themselves: ``gather.returning``.
 
     Cost: "jacobian" takes one backward pass through the function in each evaluation.
 
@@ -223,21 +223,6 @@ class Regularised(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The block's value, and its auxiliary values."""
+        names = [name for name in ENERGIES if getattr(self, name)]
         # A time that comes first moves x to the second place.
-        place = 1 if self.takes.first else 0
-        if not self.jacobian:
-            y = self.block(*args, **kwargs)
-            return y, {"kinetic": y.square().mean()} if self.kinetic else {}
-        wanted = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = args[place]
-            # The Jacobian needs a graph that begins at x, also where x is an input or nothing is recorded outside.
-            x = x if wanted and x.requires_grad else x.detach().requires_grad_()
-            y = self.block(*args[:place], x, *args[place + 1 :], **kwargs)
-            signs = torch.empty_like(y).bernoulli_(0.5).mul_(2).sub_(1)
-            (g,) = torch.autograd.grad(y, x, signs, create_graph=wanted)
-        found = {"jacobian": g.square().mean()}
-        if self.kinetic:
-            found["kinetic"] = y.square().mean()
-        # The graph that was made for the Jacobian must not leak into a pass without gradients.
-        return (y, found) if wanted else (y.detach(), {k: v.detach() for k, v in found.items()})
+        return with_energies(self.block, args, kwargs, 1 if self.takes.first else 0, names)

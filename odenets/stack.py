@@ -151,6 +151,7 @@ class Stack(nn.Module):
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
         self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
+        self.into: Sink | None = None  # where a pass adds its auxiliary values: ``gather.gathered``
         # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
@@ -216,6 +217,10 @@ class Stack(nn.Module):
             and not self._timed
             and not isinstance(self.rule, FromError)
         )
+
+    def look_again(self) -> None:
+        """Says that what the residual functions take or return has changed, by no exchange of modules."""
+        self._revision.stale = True
 
     @property
     def takes(self) -> Takes:
@@ -288,6 +293,7 @@ class Stack(nn.Module):
         if (
             self._direct
             and aux is False
+            and self.into is None
             and (self.training, torch.is_grad_enabled()) in self._checked
             and context is None
             and not self._revision.stale
@@ -308,6 +314,15 @@ class Stack(nn.Module):
         self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None, sink: Sink | None = None
     ) -> State:
         """The state after the last step; ``on_step`` is shown the state after each."""
+        if (into := self.into) is not None:
+            # A sink of this pass alone, since a mode may take out of it what it finds.
+            self.into, own = None, Sink(into.log_det) if sink is None else sink
+            try:
+                state = self._walk(x, t, context, on_step, own)
+            finally:
+                self.into = into
+            into.extend(own)
+            return state
         if self._revision.stale:
             self._read_functions()
         self._check_given(t, context)
