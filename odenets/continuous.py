@@ -11,13 +11,17 @@ module with its own names: each of its parameters gets one dimension more, in fr
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from schemes.errors import SchemeError
 from schemes.scheme import Takes, signature
@@ -170,7 +174,7 @@ class ContinuousWeights(nn.Module):
             t: a time in [0, span].
 
         Raises:
-            SchemeError: a time outside of the span.
+            SchemeError: a time outside of the span, further than the nodes of a step reach.
         """
         names = [places[0].key for places in self._places()]
         return dict(zip(names, self._at(t)[0], strict=True))
@@ -179,6 +183,8 @@ class ContinuousWeights(nn.Module):
         """The weights at t, and the basis functions where t is a number to the host."""
         coefficients = [places[0].now() for places in self._places()]
         if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.requires_grad or t.device.type != "cpu")):
+            if not torch.compiler.is_compiling() and t.device.type == "cpu" and not is_batchedtensor(t):
+                self._checked(float(t.detach()))
             # A comparison with every knot, but no look at the value: the graph is the same for all times.
             u = torch.as_tensor(t, dtype=torch.float64 if not isinstance(t, Tensor) else t.dtype) / self.span
             basis = self.space.basis(u.reshape(()))
@@ -401,6 +407,11 @@ class ContinuousWeights(nn.Module):
         times = [i * span / n for i in range(n)] if times is None else list(times)
         if len(times) != n:
             raise SchemeError(f"ContinuousWeights: {len(times)} times for {n} modules, want one each.")
+        for t in times:
+            if not -1e-6 * span <= t <= (1 + 1e-6) * span:
+                raise SchemeError(f"ContinuousWeights: a module stands at t = {t:g}, outside of [0, {span:g}].")
+        for module in modules:
+            _check_block(module)
         states = [{name: p.detach() for name, p in module.named_parameters()} for module in modules]
         for i, state in enumerate(states):
             if {k: p.shape for k, p in state.items()} != {k: p.shape for k, p in states[0].items()}:
@@ -448,9 +459,9 @@ class ContinuousWeights(nn.Module):
                 error_msgs.append(f"{prefix}{KNOTS}: {error}")
             else:
                 if space != self.space:  # a field that was refined while it trained
-                    # For the shape alone: the values come out of the state dict in a moment.
-                    zeros = torch.zeros(space.count, self.space.count, dtype=torch.float64)
-                    self.change(space, zeros)
+                    # For the shape, as the values come out of the state dict in a moment; what it leaves out stays the
+                    # function that it is, or the nearest.
+                    self.change(space, None if space.holds(self.space) else projection(self.space, space))
                 self.basis.span = span
         # torch would report the knots as unexpected, since they are no buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
@@ -490,18 +501,35 @@ def _check_block(block: Any) -> None:
                 f"ContinuousWeights: {name or 'the block'} is a {type(module).__name__}, whose running statistics each "
                 "evaluation would move, at whatever time.\n  Use GroupNorm or LayerNorm, or track_running_stats=False."
             )
+        if _normed_by_iteration(module):
+            raise SchemeError(
+                f"ContinuousWeights: {name or 'the block'} has a spectral norm, which follows one matrix from call "
+                "to call, and not one for each time.\n  Leave it away."
+            )
         for key, p in module._parameters.items():
             if p is not None and is_lazy(p):
                 raise SchemeError(f"ContinuousWeights: {name}.{key} is lazy; call the block once on an input first.")
+
+
+def _normed_by_iteration(module: nn.Module) -> bool:
+    """Whether a module keeps the vectors of a power iteration, as a parametrisation or as a hook."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 def _space(knots: int | Sequence[float] | SplineSpace, degree: int, span: float) -> SplineSpace:
     """The spline space on [0, 1] that is meant."""
     if isinstance(knots, SplineSpace):
         return knots
-    if isinstance(knots, int):
-        return SplineSpace.uniform(knots, degree)
-    ends = [float(k) for k in knots]
+    if isinstance(knots, Integral):
+        return SplineSpace.uniform(knots if isinstance(knots, bool) else int(knots), degree)
+    try:
+        ends = [float(k) for k in knots]
+    except (TypeError, ValueError):
+        raise SchemeError(
+            f"ContinuousWeights: knots are {knots!r}; want a whole number of intervals, or their ends from 0 to "
+            f"{span:g}."
+        ) from None
     if len(ends) < 2 or abs(ends[0]) > 1e-9 * span or abs(ends[-1] - span) > 1e-9 * span:
         raise SchemeError(
             f"ContinuousWeights: knots are {[*knots]}; want a number of intervals, or their ends from 0 to {span:g}."
@@ -576,7 +604,14 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
         prefix = f"{name}." if name else ""
         if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
             count = _coefficients(state, prefix, module.space.count)
-            read_knots(given, count)
+            span, _ = read_knots(given, count)
+            # Alone it takes any; in a network the steps would go on to end where they do.
+            if name and abs(span - module.span) > 1e-6 * module.span:
+                raise SchemeError(
+                    f"{name}: its weights are functions on [0, {module.span:g}], and those of the file on "
+                    f"[0, {span:g}].\n"
+                    "  Build the network with the steps of the file, then change them: odenets.rebuild.rebuilt."
+                )
             shapes[prefix + KNOTS] = given.shape
             for places in module._places():
                 for place in places:

@@ -83,12 +83,15 @@ def rebuilt(
 
 def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | None) -> list[int]:
     if depth is not None:
-        given = [depth] * len(stacks) if isinstance(depth, int) else list(depth)
+        given = list(depth) if isinstance(depth, Sequence) else [depth] * len(stacks)
         if len(given) != len(stacks):
             raise SchemeError(f"rebuilt: {len(given)} depths for {len(stacks)} continuous stacks, want one each.")
         return given
-    # So that 1/3, given as a float, is a third again.
-    share = Fraction(scale).limit_denominator(4096)
+    try:
+        # So that 1/3, given as a float, is a third again.
+        share = Fraction(scale).limit_denominator(4096)
+    except (TypeError, ValueError, ArithmeticError):
+        raise SchemeError(f"rebuilt: scale is {scale!r}, want a number.") from None
     found = []
     for name, stack in stacks.items():
         steps = stack.depth * share

@@ -147,6 +147,7 @@ class Stack(nn.Module):
         sizes = build.sizes_of(self.rule, step_offset, self.depth)
         # What ``set_step`` scales: ratios between steps are those of the rule, whatever was set before.
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
+        self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth))
         self._check_mode(mode)
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
@@ -202,6 +203,7 @@ class Stack(nn.Module):
         self._timed = any(step.timed for step in self.steps)
         self._opaque = any(t.opaque for step in self.steps for t in step.takes)
         self._reads_context = any(t.context for step in self.steps for t in step.takes)
+        self._fields = build.fields_shared(self.block)
         # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
         # Emptied with the signatures: another function owes the checks anew.
         self._checked: set[tuple[bool, bool]] = set()
@@ -379,6 +381,8 @@ class Stack(nn.Module):
 
     def _pass(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> tuple[Pass, State]:
         """A pass through the steps, and the streams that it starts from."""
+        if self._fields:  # another field, or a state dict, may have brought another span
+            build.check_end(self._fields, self._end, self.scheme, self.depth)
         time = t if self._timed else None
         steps, sizes = self.steps, None
         if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrizations
 
 from odenets import ContinuousWeights, PerSlot, Stack, checkpoints
 from odenets.interpolation import Place
@@ -299,6 +300,17 @@ def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
     torch.testing.assert_close(repeated(batch(2, 6)), repeated.rebuilt("euler", 8)(batch(2, 6)))
 
 
+def of_span_2(f):
+    """A stack whose field has another span."""
+    return Stack(ContinuousWeights(nn.Linear(4, 4), 4, span=2.0), depth=4, step="span/depth")
+
+
+def loaded(stack, f):
+    """The stack with the state of a field of another span."""
+    stack.block.load_state_dict(f.state_dict())
+    return stack
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -326,6 +338,22 @@ def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
         (lambda f: ContinuousWeights.from_modules([]), "no modules"),
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4), nn.Linear(4, 5)]), "module 1 has other parameters"),
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[0, 1]), "2 times for 1 modules"),
+        (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[5]), r"at t = 5, outside of \[0, 1\]"),
+        (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[math.nan]), "at t = nan, outside"),
+        (lambda f: ContinuousWeights.from_modules([torch.tanh]), "want a module"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=4.0), "knots are 4.0; want a whole number"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=[0, "a", 1]), "want a whole number of intervals, or"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), degree=1.0), "the degree is 1.0, want"),
+        (lambda f: f.elevated(2.0), "the degree is 2.0, want"),
+        (lambda f: ContinuousWeights(parametrizations.spectral_norm(nn.Linear(4, 4))), "has a spectral norm"),
+        (lambda f: ContinuousWeights(nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)))), "0 has a spectral norm"),
+        (lambda f: f(torch.tensor(3.0, requires_grad=True), torch.zeros(1, 4)), "the weights at t = 3"),
+        (lambda f: setattr(s := of_span_2(f), "block", f) or s(torch.zeros(1, 4)), r"end at t = 2, .* \[0, 1\]"),
+        (lambda f: loaded(of_span_2(f), f)(torch.zeros(1, 4)), r"end at t = 2, .* \[0, 1\]"),
+        (
+            lambda f: checkpoints.load(of_span_2(f), Stack(f, depth=4, step="span/depth").state_dict()),
+            r"on \[0, 2\], and those of the file on \[0, 1\].\n  Build the network with the steps of the file",
+        ),
     ],
 )
 def test_what_is_refused(make, message):
@@ -480,6 +508,12 @@ def test_state_dicts_hold_the_function():
         torch.testing.assert_close(other(0.37, x), field(0.37, x))
         assert other.span == 1.0 and (other.knots, other.degree) == (4, 2)
     state = field.state_dict()
+    # What a file leaves out stays the function that it is.
+    other, part = scattered(ContinuousWeights(perceptron(), 2, 2)), dict(state)
+    del part["block.0.bias"]
+    bias = other.weights(0.37)["0.bias"].detach().clone()
+    assert other.load_state_dict(part, strict=False).missing_keys == ["block.0.bias"] and other.knots == 4
+    torch.testing.assert_close(other.weights(0.37)["0.bias"], bias)
     with pytest.raises(RuntimeError, match="knots"):
         field.load_state_dict({k: v for k, v in state.items() if k != "knots"})
     with pytest.raises(RuntimeError, match="no knot vector"):

@@ -219,6 +219,9 @@ def test_distance_between_schemes_has_gradients():
         (lambda: small("vit_tiny_patch16", scheme="rk4", depth=6), "level 1 has 6 residual functions, and rk4"),
         (lambda: rebuilt(create_model("ho_resnet26")), "HOResNet has no weights that are functions of depth"),
         (lambda: rebuilt(small("ho_resnet26"), scale=0.25), "1/4 times the 2 steps of levels.0 is 0.5"),
+        (lambda: rebuilt(small("ho_resnet26"), scale=math.nan), "scale is nan, want a number"),
+        (lambda: rebuilt(small("ho_resnet26"), scale="x"), "scale is 'x', want a number"),
+        (lambda: rebuilt(small("ho_resnet26"), depth=2.0), "depth is 2.0, want a whole number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=[1]), "1 depths for 2 continuous stacks"),
         (lambda: separated(Stack(nn.Linear(2, 2), depth=2)), "no weights that are functions of depth"),
         (
