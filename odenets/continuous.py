@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
@@ -192,6 +192,9 @@ class ContinuousWeights(nn.Module):
         row = self.space.row(self._checked(float(t)) / self.span)
         if not torch.is_grad_enabled():
             return [blend(c, row) for c in coefficients], row
+        if peek_interpreter_stack() is not None:
+            # Inside of vmap, grad and their kind tensors have no address by which what is kept could be told.
+            return [blend(c, row) for c in coefficients], None
         used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
         rows = [self._rows(n, c) for n, c in enumerate(coefficients)]
         if len(used) == 1:  # at a knot: a view, which autograd keeps for free

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -104,16 +104,24 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
     return found
 
 
-def separated(stack: Stack) -> Stack:
-    """The plain stack of separate weights that a continuous one is under its scheme: to export, or to train on apart.
+@overload
+def separated(model: Stack) -> Stack: ...
 
-    Each residual function has the weights of its time; the result computes the same.
+
+@overload
+def separated(model: nn.Module) -> nn.Module: ...
+
+
+def separated(model: nn.Module) -> nn.Module:
+    """A stack or a model with plain stacks of separate weights in place of continuous ones, as for export.
+
+    Each residual function has the weights of its time; the result computes the same, and shares nothing.
 
     Args:
-        stack: its weights are functions of depth, its scheme calls each function of a step once.
+        model: a continuous stack, or a model that holds some; their schemes call each function of a step once.
 
     Raises:
-        SchemeError: another stack, or a scheme that calls a function at several times.
+        SchemeError: no weights are functions of depth, or a scheme calls a function at several times.
 
     Example:
         >>> import torch
@@ -123,8 +131,20 @@ def separated(stack: Stack) -> Stack:
         >>> torch.allclose(alone(x), net(x), atol=1e-6), [*alone.state_dict()][:2]
         (True, ['steps.0.fs.0.weight', 'steps.0.fs.0.bias'])
     """
-    if stack.block is None or not fields_shared(stack.block):
-        raise SchemeError("separated: the stack has no weights that are functions of depth.")
+    stacks = continuous_stacks(model)
+    if not stacks:
+        raise SchemeError(f"separated: the {type(model).__name__} has no weights that are functions of depth.")
+    if "" in stacks:
+        return _separated(stacks[""])
+    plain = {name: _separated(stack) for name, stack in stacks.items()}
+    found = copy.deepcopy(model)
+    for name, stack in plain.items():
+        parent, _, last = name.rpartition(".")
+        setattr(found.get_submodule(parent), last, stack)
+    return found
+
+
+def _separated(stack: Stack) -> Stack:
     functions, time = [], 0.0
     for step in stack.steps:
         part = step.scheme
@@ -140,9 +160,9 @@ def separated(stack: Stack) -> Stack:
     sizes = {float(step.h) for step in stack.steps}
     if len(sizes) > 1:
         raise SchemeError("separated: the steps are of several sizes; want equal ones.")
-    return Stack(functions, stack.scheme, step=sizes.pop(), post_step=stack.after, backprop=stack.backprop).train(
-        stack.training
-    )
+    after = copy.deepcopy(stack.after)
+    found = Stack(functions, stack.scheme, step=sizes.pop(), post_step=after, backprop=stack.backprop)
+    return found.train(stack.training)
 
 
 def _alone(f: Any, t: float) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations
 
@@ -123,6 +123,27 @@ def test_gradients_of_gradients_and_forward_mode():
     inputs = tuple(p.detach().requires_grad_() for p in field.parameters())
     assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_transforms_of_functions_go_through():
+    torch.manual_seed(0)
+    stack, x = net("rk4", 2, knots=3, degree=2), batch(5, 6)
+    own = {k: p.detach() for k, p in stack.named_parameters()}
+
+    def loss(parameters, z):
+        return functional_call(stack, parameters, (z[None],)).square().sum()
+
+    each = vmap(grad(loss), (None, 0))(own, x)  # gradients sample by sample
+    for n, z in enumerate(x):
+        stack.zero_grad()
+        stack(z[None]).square().sum().backward()
+        for k, p in stack.named_parameters():
+            torch.testing.assert_close(each[k][n], p.grad)
+    torch.testing.assert_close(vmap(stack)(x), stack(x))
+    # An ensemble: two sets of coefficients at once.
+    other = {k: 1.1 * p for k, p in own.items()}
+    both = vmap(lambda p: functional_call(stack, p, (x,)))({k: torch.stack([own[k], other[k]]) for k in own})
+    torch.testing.assert_close(both[1], functional_call(stack, other, (x,)))
 
 
 def test_weights_are_made_again_and_not_kept():

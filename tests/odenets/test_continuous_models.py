@@ -55,6 +55,11 @@ def test_each_level_starts_as_its_twin(name):
         assert not fields_of(alone) and len({tuple(p.flatten().tolist()) for p in alone.parameters()}) > 1
         setattr(twin.get_submodule(parent), last, alone)
     torch.testing.assert_close(twin(x), net(x), atol=1e-5, rtol=1e-4)
+    # And so at any weights, the whole network at once.
+    apart = separated(scattered(net))
+    assert not fields_of(apart) and not apart.training
+    assert not {id(p) for p in apart.parameters()} & {id(p) for p in net.parameters()}
+    torch.testing.assert_close(apart(x), net(x), atol=1e-5, rtol=1e-4)
 
 
 def test_weights_are_drawn_for_the_block_and_not_for_its_coefficients():
@@ -223,6 +228,7 @@ def test_distance_between_schemes_has_gradients():
         (lambda: rebuilt(small("ho_resnet26"), scale="x"), "scale is 'x', want a number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=2.0), "depth is 2.0, want a whole number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=[1]), "1 depths for 2 continuous stacks"),
+        (lambda: separated(create_model("ho_resnet26")), "the HOResNet has no weights that are functions of depth"),
         (lambda: separated(Stack(nn.Linear(2, 2), depth=2)), "no weights that are functions of depth"),
         (
             lambda: separated(rebuilt(small("ho_resnet26"), "adaptive(dopri5)", depth=1).levels[0]),
