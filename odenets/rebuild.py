@@ -87,11 +87,7 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
         if len(given) != len(stacks):
             raise SchemeError(f"rebuilt: {len(given)} depths for {len(stacks)} continuous stacks, want one each.")
         return given
-    try:
-        # So that 1/3, given as a float, is a third again.
-        share = Fraction(scale).limit_denominator(4096)
-    except (TypeError, ValueError, ArithmeticError):
-        raise SchemeError(f"rebuilt: scale is {scale!r}, want a number.") from None
+    share = share_of(scale)
     found = []
     for name, stack in stacks.items():
         steps = stack.depth * share
@@ -102,6 +98,22 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
             )
         found.append(int(steps))
     return found
+
+
+def share_of(scale: Any) -> Fraction:
+    """A multiple of numbers of steps as the fraction that it means: 0.1 is a tenth.
+
+    Raises:
+        SchemeError: no number.
+
+    Example:
+        >>> share_of(1 / 3), share_of("1/3")
+        (Fraction(1, 3), Fraction(1, 3))
+    """
+    try:
+        return Fraction(scale).limit_denominator(4096)
+    except (TypeError, ValueError, ArithmeticError):
+        raise SchemeError(f"rebuilt: scale is {scale!r}, want a number.") from None
 
 
 @overload

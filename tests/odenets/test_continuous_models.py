@@ -125,10 +125,11 @@ def test_convergence_reads_off_what_it_says():
     x = pictures(n=8)
     labels = rebuilt(net, "rk4", scale=16)(x).argmax(1)
     found = convergence(
-        net.train(), lambda: [(x[:5], labels[:5]), (x[5:], labels[5:])], ["rk4"], [1, 2, 4, "1/3"], [1e-3]
+        net.train(), lambda: [(x[:5], labels[:5]), (x[5:], labels[5:])], ["rk4"], [1, 2, 4, "1/3", "13/3"], [1e-3]
     )
     assert net.training and found.accuracy == 1.0 and found.samples == 8
-    # A third of 4 steps is none.
+    # A third of 4 steps is none; and one multiple tells no order.
+    assert math.isnan(convergence(net, lambda: [(x[:2], labels[:2])], ["euler"], [1, 1]).slopes["euler"])
     assert [p.scheme.partition("(")[0] for p in found.points] == ["rk4", "rk4", "rk4", "adaptive"]
     for p in found.points[:3]:
         run = rebuilt(net.eval(), "rk4", depth=p.steps[0])(x)
@@ -225,6 +226,8 @@ def test_distance_between_schemes_has_gradients():
         (lambda: rebuilt(create_model("ho_resnet26")), "HOResNet has no weights that are functions of depth"),
         (lambda: rebuilt(small("ho_resnet26"), scale=0.25), "1/4 times the 2 steps of levels.0 is 0.5"),
         (lambda: rebuilt(small("ho_resnet26"), scale=math.nan), "scale is nan, want a number"),
+        (lambda: convergence(small("ho_resnet26"), list, scales=["x"]), "scale is 'x', want a number"),
+        (lambda: convergence(small("ho_resnet26"), list, scales=[]), r"none of the multiples \[\] is a whole number"),
         (lambda: rebuilt(small("ho_resnet26"), scale="x"), "scale is 'x', want a number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=2.0), "depth is 2.0, want a whole number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=[1]), "1 depths for 2 continuous stacks"),
