@@ -169,6 +169,24 @@ def test_weights_are_made_again_and_not_kept():
         y.sum().backward()
 
 
+def test_parts_of_a_weight_are_made_again_where_they_lie():
+    """An attention keeps a third of its one weight: a view that begins in the middle."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 12))
+
+        def forward(self, x):
+            a, b, c = self.weight.chunk(3, 1)
+            return x @ a @ b.T @ c
+
+    field, x = scattered(ContinuousWeights(Parts(), 3)), batch(2, 4).requires_grad_()
+    plain = field.module_at(0.4)
+    (got,), (want,) = (torch.autograd.grad(f.sum(), x) for f in (field(0.4, x), plain(x)))
+    torch.testing.assert_close(got, want)
+
+
 def test_coefficients_that_are_written_to_between_the_passes_are_found():
     field = scattered(ContinuousWeights(perceptron(), 3))
     y = field(0.4, batch(2, 4))  # between two knots
