@@ -183,11 +183,11 @@ class ContinuousWeights(nn.Module):
         """The weights at t, and the basis functions where t is a number to the host."""
         coefficients = [places[0].now() for places in self._places()]
         if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.requires_grad or t.device.type != "cpu")):
-            if not torch.compiler.is_compiling() and t.device.type == "cpu" and not is_batchedtensor(t):
-                self._checked(float(t.detach()))
+            given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+            if not torch.compiler.is_compiling() and given.device.type == "cpu" and not is_batchedtensor(given):
+                self._checked(float(given.detach()))
             # A comparison with every knot, but no look at the value: the graph is the same for all times.
-            u = torch.as_tensor(t, dtype=torch.float64 if not isinstance(t, Tensor) else t.dtype) / self.span
-            basis = self.space.basis(u.reshape(()))
+            basis = self.space.basis((given / self.span).reshape(()))
             return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
         row = self.space.row(self._checked(float(t)) / self.span)
         if not torch.is_grad_enabled():
@@ -527,7 +527,7 @@ def _space(knots: int | Sequence[float] | SplineSpace, degree: int, span: float)
     if isinstance(knots, Integral):
         return SplineSpace.uniform(knots if isinstance(knots, bool) else int(knots), degree)
     try:
-        ends = [float(k) for k in knots]
+        ends = [float(k) for k in knots]  # type: ignore[union-attr]
     except (TypeError, ValueError):
         raise SchemeError(
             f"ContinuousWeights: knots are {knots!r}; want a whole number of intervals, or their ends from 0 to "
@@ -535,7 +535,7 @@ def _space(knots: int | Sequence[float] | SplineSpace, degree: int, span: float)
         ) from None
     if len(ends) < 2 or abs(ends[0]) > 1e-9 * span or abs(ends[-1] - span) > 1e-9 * span:
         raise SchemeError(
-            f"ContinuousWeights: knots are {[*knots]}; want a number of intervals, or their ends from 0 to {span:g}."
+            f"ContinuousWeights: knots are {ends}; want a number of intervals, or their ends from 0 to {span:g}."
         )
     return SplineSpace(degree, tuple(k / span for k in ends[1:-1]))
 

@@ -9,7 +9,7 @@ from schemes.errors import SchemeError
 
 from .auxiliary import ENERGIES, LOG_DET, Sink, names_of
 from .continuous import fields_of
-from .stack import Stack
+from .stack import Stack, StackHolder
 
 
 def outermost(net: nn.Module) -> list[Stack]:
@@ -23,8 +23,9 @@ def outermost(net: nn.Module) -> list[Stack]:
     found: dict[int, Stack] = {}
 
     def visit(module: nn.Module) -> None:
-        if isinstance(module, Stack):
-            found[id(module)] = module
+        stack = module.stack if isinstance(module, StackHolder) else module
+        if isinstance(stack, Stack):
+            found[id(stack)] = stack
             return
         for child in module.children():
             visit(child)

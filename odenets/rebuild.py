@@ -158,6 +158,7 @@ def separated(model: nn.Module) -> nn.Module:
 
 def _separated(stack: Stack) -> Stack:
     functions, time = [], 0.0
+    block: Any = stack.block
     for step in stack.steps:
         part = step.scheme
         if part.nodes is None or len(part.nodes) != part.stages:
@@ -166,7 +167,7 @@ def _separated(stack: Stack) -> Stack:
                 "own.\n  Rebuild the stack under a plain scheme first: stack.rebuilt('rk4')."
             )
         h = float(step.h)
-        for f, node in zip(in_each_slot(stack.block, part.stages), part.nodes, strict=True):
+        for f, node in zip(in_each_slot(block, part.stages), part.nodes, strict=True):
             functions.append(_alone(f, time + node * h))
         time += part.span * h
     sizes = {float(step.h) for step in stack.steps}

@@ -111,6 +111,7 @@ class Stack(nn.Module):
 
     block: nn.Module | None
     steps: Sequence[Step]  # in truth an nn.ModuleList
+    into: Sink | None = None  # where a pass adds its auxiliary values: ``gather.gathered``
 
     def __init__(
         self,
@@ -147,12 +148,10 @@ class Stack(nn.Module):
         sizes = build.sizes_of(self.rule, step_offset, self.depth)
         # What ``set_step`` scales: ratios between steps are those of the rule, whatever was set before.
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
-        self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth))
         self._check_mode(mode)
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
         self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
-        self.into: Sink | None = None  # where a pass adds its auxiliary values: ``gather.gathered``
         # Asked of the class, since a call of ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
         self._calls = 0  # evaluations that an adaptive solver made in the last pass
@@ -204,6 +203,7 @@ class Stack(nn.Module):
         self._opaque = any(t.opaque for step in self.steps for t in step.takes)
         self._reads_context = any(t.context for step in self.steps for t in step.takes)
         self._fields = build.fields_shared(self.block)
+        self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth)) if self._fields else 0.0
         # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
         # Emptied with the signatures: another function owes the checks anew.
         self._checked: set[tuple[bool, bool]] = set()

@@ -13,6 +13,7 @@ from odenets import ContinuousWeights, Stack, create_model
 from odenets.continuous import fields_of
 from odenets.gather import gathered, outermost, returning
 from odenets.models import RevCol
+from odenets.stack import StackHolder
 from odenets.training import Classifier, Constant, Refinement, SupervisedClassifier
 from odenets.training.command import run as train
 from schemes import SchemeError
@@ -197,6 +198,11 @@ def test_log_determinants_and_nested_stacks():
     with gathered(net, "log_det") as values:
         net(torch.randn(5, 6))
     torch.testing.assert_close(values["log_det"], torch.zeros(5))
+
+    class Holder(StackHolder, nn.Module):
+        stack = net[0]  # no child
+
+    assert outermost(nn.Sequential(Holder())) == [net[0]]
 
 
 @pytest.mark.parametrize(
