@@ -3,6 +3,7 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
+import importlib.util
 import json
 import re
 import sys
@@ -304,6 +305,16 @@ def comparison(name: str) -> str:
     return f"{heading(found)}.\n\n{table_of(found)}"
 
 
+def depth_is_time(name: str) -> str:
+    """A table of the experiment with weights as functions of depth, from its committed runs."""
+    script = RESULTS.parent / "benchmarks/depth_is_time.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found.TABLES[name](found.lines(RESULTS / "depth_is_time.jsonl"))
+
+
 # What a run may set without being another experiment.
 FREE = ("seed_everything", "run_dir", "data.root", "data.num_workers", "threads")
 
@@ -364,12 +375,15 @@ def numbers_of_recipes() -> str:
     return table(head, [*rows, ["all", "", *(str(sum(int(r[i]) for r in rows)) for i in range(2, 6))]])
 
 
+# Of experiments/benchmarks/depth_is_time.py, which is not read before a page asks for one.
+DEPTH_TABLES = ("arms", "otherwise", "distances", "fits", "projected", "fitted")
 TABLES = {
     **{f"family_{name}": lambda name=name: catalogue.page(name) for name in catalogue.FAMILIES},
     "recipes": numbers_of_recipes,
     **{f"paper_{file.__name__.rpartition('.')[2]}": partial(paper, file) for file in FILES},
     "campaign_digits": lambda: comparison("campaign_digits"),
     "campaign_small": lambda: comparison("campaign_small"),
+    **{f"depth_{name}": partial(depth_is_time, name) for name in DEPTH_TABLES},
     "spaces": spaces,
     "choices": choices,
     "readme_schemes": families,

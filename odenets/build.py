@@ -178,14 +178,23 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
                 f"Stack: step='{rule}' does not end at the span of the weights, {field.span:g}; want 'span/depth', or "
                 "the scheme adaptive(dopri5)."
             )
-        end = sum(rule(n) * scheme.at(n).span for n in range(depth))
+    check_end(fields, sum(rule(n) * scheme.at(n).span for n in range(depth)) if fields else 0.0, scheme, depth)
+    return rule
+
+
+def check_end(fields: Sequence[ContinuousWeights], end: float, scheme: Scheme, depth: int) -> None:
+    """Refuses steps that do not end where the functions of depth end.
+
+    Raises:
+        SchemeError: they end elsewhere.
+    """
+    for field in fields:
         # A sum of floats: to rounding.
         if abs(end - field.span) > 1e-6 * field.span:
             raise SchemeError(
                 f"Stack: {depth} steps of {scheme} end at t = {end:g}, and the weights are functions on "
                 f"[0, {field.span:g}].\n  Write step='span/depth', or ContinuousWeights(..., span={end:g})."
             )
-    return rule
 
 
 def streams_of(given: Any, scheme: Scheme) -> State:

@@ -10,18 +10,24 @@ module with its own names: each of its parameters gets one dimension more, in fr
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from schemes.errors import SchemeError
 from schemes.scheme import Takes, signature
 from schemes.splines import Row, SplineSpace, distance, fit, projection, transfer
 
+from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
 
 # Beyond its span a field goes on as its last piece does, as far as the nodes of a step reach: verner8 has one at 4/3.
@@ -41,6 +47,20 @@ class Approximation(NamedTuple):
     field: "ContinuousWeights"
     error: float
     errors: dict[str, float]
+
+
+class Basis:
+    """What the coefficients of a field are coefficients of: copies that share the parameters share it too.
+
+    Args:
+        span: the end of the time.
+        space: the splines.
+    """
+
+    __slots__ = ("space", "span")
+
+    def __init__(self, span: float, space: SplineSpace):
+        self.span, self.space = span, space
 
 
 class ContinuousWeights(nn.Module):
@@ -89,8 +109,7 @@ class ContinuousWeights(nn.Module):
         if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < float("inf"):
             raise SchemeError(f"ContinuousWeights: span is {span!r}, want a positive number.")
         _check_block(block)
-        self.span = float(span)
-        self.space = _space(knots, degree, self.span)
+        self.basis = Basis(float(span), _space(knots, degree, float(span)))
         for places in places_of(block):
             p = places[0].value
             # Basis functions add up to 1, so that equal coefficients are a constant.
@@ -98,10 +117,21 @@ class ContinuousWeights(nn.Module):
             for place in places:
                 setattr(place.module, place.name, held)
         self.block = block
+        self.energies: frozenset[str] = frozenset()  # what it returns beside its value in training: gather.returning
         self._found: tuple[nn.Module, list[list[Place]]] | None = None
         self._read: tuple[nn.Module, Takes] | None = None
         self._compiled: Callable[..., Any] | None = None
         self._split: dict[int, tuple[Tensor, Any, Sequence[Tensor]]] = {}
+
+    @property
+    def span(self) -> float:
+        """The end of the time."""
+        return self.basis.span
+
+    @property
+    def space(self) -> SplineSpace:
+        """The splines."""
+        return self.basis.space
 
     @property
     def knots(self) -> int:
@@ -144,7 +174,7 @@ class ContinuousWeights(nn.Module):
             t: a time in [0, span].
 
         Raises:
-            SchemeError: a time outside of the span.
+            SchemeError: a time outside of the span, further than the nodes of a step reach.
         """
         names = [places[0].key for places in self._places()]
         return dict(zip(names, self._at(t)[0], strict=True))
@@ -153,13 +183,18 @@ class ContinuousWeights(nn.Module):
         """The weights at t, and the basis functions where t is a number to the host."""
         coefficients = [places[0].now() for places in self._places()]
         if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.requires_grad or t.device.type != "cpu")):
+            given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+            if not torch.compiler.is_compiling() and given.device.type == "cpu" and not is_batchedtensor(given):
+                self._checked(float(given.detach()))
             # A comparison with every knot, but no look at the value: the graph is the same for all times.
-            u = torch.as_tensor(t, dtype=torch.float64 if not isinstance(t, Tensor) else t.dtype) / self.span
-            basis = self.space.basis(u.reshape(()))
+            basis = self.space.basis((given / self.span).reshape(()))
             return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
         row = self.space.row(self._checked(float(t)) / self.span)
         if not torch.is_grad_enabled():
             return [blend(c, row) for c in coefficients], row
+        if peek_interpreter_stack() is not None:
+            # Inside of vmap, grad and their kind tensors have no address by which what is kept could be told.
+            return [blend(c, row) for c in coefficients], None
         used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
         rows = [self._rows(n, c) for n, c in enumerate(coefficients)]
         if len(used) == 1:  # at a knot: a view, which autograd keeps for free
@@ -196,6 +231,11 @@ class ContinuousWeights(nn.Module):
 
     def forward(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
         """block(*args) with its weights at time t."""
+        if self.energies and self.training:
+            return with_energies(partial(self._call, t), args, kwargs, 0, self.energies)
+        return self._call(t, *args, **kwargs)
+
+    def _call(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._compiled is not None and not torch.compiler.is_compiling():
             if not isinstance(t, Tensor):
                 t = torch.tensor(self._checked(float(t)), dtype=torch.float64)
@@ -257,11 +297,15 @@ class ContinuousWeights(nn.Module):
         with torch.no_grad():
             for places in self._places():
                 p = places[0].now()
-                # Through `data`, so that an optimiser goes on with the same parameter in another shape.
-                p.data = mapped(matrix, p.data)
+                # Through `data`, so that an optimiser goes on with the same parameter in another shape. The node that
+                # adds up its gradient has the old shape, and lives as long as a graph or a copy of this field that
+                # shares the parameter: torch makes a new one where the number format changes.
+                new = mapped(matrix, p.data)
+                p.data = p.data.new_empty(0, dtype=torch.float32 if p.dtype != torch.float32 else torch.float64)
+                p.data = new
                 # It has the old shape.
                 p.grad = None
-        self.space = space
+        self.basis.space = space
         return matrix
 
     def _changed(self, space: SplineSpace, matrix: Tensor | None = None) -> Self:
@@ -366,6 +410,11 @@ class ContinuousWeights(nn.Module):
         times = [i * span / n for i in range(n)] if times is None else list(times)
         if len(times) != n:
             raise SchemeError(f"ContinuousWeights: {len(times)} times for {n} modules, want one each.")
+        for t in times:
+            if not -1e-6 * span <= t <= (1 + 1e-6) * span:
+                raise SchemeError(f"ContinuousWeights: a module stands at t = {t:g}, outside of [0, {span:g}].")
+        for module in modules:
+            _check_block(module)
         states = [{name: p.detach() for name, p in module.named_parameters()} for module in modules]
         for i, state in enumerate(states):
             if {k: p.shape for k, p in state.items()} != {k: p.shape for k, p in states[0].items()}:
@@ -413,10 +462,10 @@ class ContinuousWeights(nn.Module):
                 error_msgs.append(f"{prefix}{KNOTS}: {error}")
             else:
                 if space != self.space:  # a field that was refined while it trained
-                    # For the shape alone: the values come out of the state dict in a moment.
-                    zeros = torch.zeros(space.count, self.space.count, dtype=torch.float64)
-                    self.change(space, zeros)
-                self.span = span
+                    # For the shape, as the values come out of the state dict in a moment; what it leaves out stays the
+                    # function that it is, or the nearest.
+                    self.change(space, None if space.holds(self.space) else projection(self.space, space))
+                self.basis.span = span
         # torch would report the knots as unexpected, since they are no buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -455,21 +504,38 @@ def _check_block(block: Any) -> None:
                 f"ContinuousWeights: {name or 'the block'} is a {type(module).__name__}, whose running statistics each "
                 "evaluation would move, at whatever time.\n  Use GroupNorm or LayerNorm, or track_running_stats=False."
             )
+        if _normed_by_iteration(module):
+            raise SchemeError(
+                f"ContinuousWeights: {name or 'the block'} has a spectral norm, which follows one matrix from call "
+                "to call, and not one for each time.\n  Leave it away."
+            )
         for key, p in module._parameters.items():
             if p is not None and is_lazy(p):
                 raise SchemeError(f"ContinuousWeights: {name}.{key} is lazy; call the block once on an input first.")
+
+
+def _normed_by_iteration(module: nn.Module) -> bool:
+    """Whether a module keeps the vectors of a power iteration, as a parametrisation or as a hook."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 def _space(knots: int | Sequence[float] | SplineSpace, degree: int, span: float) -> SplineSpace:
     """The spline space on [0, 1] that is meant."""
     if isinstance(knots, SplineSpace):
         return knots
-    if isinstance(knots, int):
-        return SplineSpace.uniform(knots, degree)
-    ends = [float(k) for k in knots]
+    if isinstance(knots, Integral):
+        return SplineSpace.uniform(knots if isinstance(knots, bool) else int(knots), degree)
+    try:
+        ends = [float(k) for k in knots]  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        raise SchemeError(
+            f"ContinuousWeights: knots are {knots!r}; want a whole number of intervals, or their ends from 0 to "
+            f"{span:g}."
+        ) from None
     if len(ends) < 2 or abs(ends[0]) > 1e-9 * span or abs(ends[-1] - span) > 1e-9 * span:
         raise SchemeError(
-            f"ContinuousWeights: knots are {[*knots]}; want a number of intervals, or their ends from 0 to {span:g}."
+            f"ContinuousWeights: knots are {ends}; want a number of intervals, or their ends from 0 to {span:g}."
         )
     return SplineSpace(degree, tuple(k / span for k in ends[1:-1]))
 
@@ -541,7 +607,14 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
         prefix = f"{name}." if name else ""
         if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
             count = _coefficients(state, prefix, module.space.count)
-            read_knots(given, count)
+            span, _ = read_knots(given, count)
+            # Alone it takes any; in a network the steps would go on to end where they do.
+            if name and abs(span - module.span) > 1e-6 * module.span:
+                raise SchemeError(
+                    f"{name}: its weights are functions on [0, {module.span:g}], and those of the file on "
+                    f"[0, {span:g}].\n"
+                    "  Build the network with the steps of the file, then change them: odenets.rebuild.rebuilt."
+                )
             shapes[prefix + KNOTS] = given.shape
             for places in module._places():
                 for place in places:

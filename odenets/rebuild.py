@@ -3,15 +3,16 @@
 import copy
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 
 from schemes import Scheme, SchemeError
 
+from .auxiliary import ENERGIES, with_energies
 from .backprop.modes import Mode
 from .build import fields_shared
+from .continuous import fields_of
 from .stack import Stack
 from .step import in_each_slot
 
@@ -59,7 +60,9 @@ def rebuilt(
         ([8, 8, 8], torch.Size([1, 10]))
     """
     # deepcopy's memo: what stands in it counts as copied, so that the weights are shared.
-    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # And with them what they are coefficients of, so that a refinement of the one is one of the other.
+    held |= {id(field.basis): field.basis for field in fields_of(model)}
     found = copy.deepcopy(model, held)
     stacks = continuous_stacks(found)
     if not stacks:
@@ -80,12 +83,11 @@ def rebuilt(
 
 def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | None) -> list[int]:
     if depth is not None:
-        given = [depth] * len(stacks) if isinstance(depth, int) else list(depth)
+        given = list(depth) if isinstance(depth, Sequence) else [depth] * len(stacks)
         if len(given) != len(stacks):
             raise SchemeError(f"rebuilt: {len(given)} depths for {len(stacks)} continuous stacks, want one each.")
         return given
-    # So that 1/3, given as a float, is a third again.
-    share = Fraction(scale).limit_denominator(4096)
+    share = share_of(scale)
     found = []
     for name, stack in stacks.items():
         steps = stack.depth * share
@@ -98,16 +100,40 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
     return found
 
 
-def separated(stack: Stack) -> Stack:
-    """The plain stack of separate weights that a continuous one is under its scheme: to export, or to train on apart.
-
-    Each residual function has the weights of its time; the result computes the same.
-
-    Args:
-        stack: its weights are functions of depth, its scheme calls each function of a step once.
+def share_of(scale: Any) -> Fraction:
+    """A multiple of numbers of steps as the fraction that it means: 0.1 is a tenth.
 
     Raises:
-        SchemeError: another stack, or a scheme that calls a function at several times.
+        SchemeError: no number.
+
+    Example:
+        >>> share_of(1 / 3), share_of("1/3")
+        (Fraction(1, 3), Fraction(1, 3))
+    """
+    try:
+        return Fraction(scale).limit_denominator(4096)
+    except (TypeError, ValueError, ArithmeticError):
+        raise SchemeError(f"rebuilt: scale is {scale!r}, want a number.") from None
+
+
+@overload
+def separated(model: Stack) -> Stack: ...
+
+
+@overload
+def separated(model: nn.Module) -> nn.Module: ...
+
+
+def separated(model: nn.Module) -> nn.Module:
+    """A stack or a model with plain stacks of separate weights in place of continuous ones, as for export.
+
+    Each residual function has the weights of its time; the result computes the same, and shares nothing.
+
+    Args:
+        model: a continuous stack, or a model that holds some; their schemes call each function of a step once.
+
+    Raises:
+        SchemeError: no weights are functions of depth, or a scheme calls a function at several times.
 
     Example:
         >>> import torch
@@ -117,9 +143,22 @@ def separated(stack: Stack) -> Stack:
         >>> torch.allclose(alone(x), net(x), atol=1e-6), [*alone.state_dict()][:2]
         (True, ['steps.0.fs.0.weight', 'steps.0.fs.0.bias'])
     """
-    if stack.block is None or not fields_shared(stack.block):
-        raise SchemeError("separated: the stack has no weights that are functions of depth.")
+    stacks = continuous_stacks(model)
+    if not stacks:
+        raise SchemeError(f"separated: the {type(model).__name__} has no weights that are functions of depth.")
+    if "" in stacks:
+        return _separated(stacks[""])
+    plain = {name: _separated(stack) for name, stack in stacks.items()}
+    found = copy.deepcopy(model)
+    for name, stack in plain.items():
+        parent, _, last = name.rpartition(".")
+        setattr(found.get_submodule(parent), last, stack)
+    return found
+
+
+def _separated(stack: Stack) -> Stack:
     functions, time = [], 0.0
+    block: Any = stack.block
     for step in stack.steps:
         part = step.scheme
         if part.nodes is None or len(part.nodes) != part.stages:
@@ -128,15 +167,15 @@ def separated(stack: Stack) -> Stack:
                 "own.\n  Rebuild the stack under a plain scheme first: stack.rebuilt('rk4')."
             )
         h = float(step.h)
-        for f, node in zip(in_each_slot(stack.block, part.stages), part.nodes, strict=True):
+        for f, node in zip(in_each_slot(block, part.stages), part.nodes, strict=True):
             functions.append(_alone(f, time + node * h))
         time += part.span * h
     sizes = {float(step.h) for step in stack.steps}
     if len(sizes) > 1:
         raise SchemeError("separated: the steps are of several sizes; want equal ones.")
-    return Stack(functions, stack.scheme, step=sizes.pop(), post_step=stack.after, backprop=stack.backprop).train(
-        stack.training
-    )
+    after = copy.deepcopy(stack.after)
+    found = Stack(functions, stack.scheme, step=sizes.pop(), post_step=after, backprop=stack.backprop)
+    return found.train(stack.training)
 
 
 def _alone(f: Any, t: float) -> nn.Module:
@@ -185,8 +224,8 @@ class Regularised(nn.Module):
 
     "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e (Hutchinson: its expectation is
     the squared Frobenius norm of the Jacobian per element). Both are auxiliary values: ``stack(x, aux=True)`` gives
-    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth come outside:
-    ``ContinuousWeights(Regularised(block))``.
+    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth come outside,
+    ``ContinuousWeights(Regularised(block))``, or return these values themselves: ``gather.returning``.
 
     Cost: "jacobian" takes one backward pass through the function in each evaluation.
 
@@ -220,21 +259,6 @@ class Regularised(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The block's value, and its auxiliary values."""
+        names = [name for name in ENERGIES if getattr(self, name)]
         # A time that comes first moves x to the second place.
-        place = 1 if self.takes.first else 0
-        if not self.jacobian:
-            y = self.block(*args, **kwargs)
-            return y, {"kinetic": y.square().mean()} if self.kinetic else {}
-        wanted = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = args[place]
-            # The Jacobian needs a graph that begins at x, also where x is an input or nothing is recorded outside.
-            x = x if wanted and x.requires_grad else x.detach().requires_grad_()
-            y = self.block(*args[:place], x, *args[place + 1 :], **kwargs)
-            signs = torch.empty_like(y).bernoulli_(0.5).mul_(2).sub_(1)
-            (g,) = torch.autograd.grad(y, x, signs, create_graph=wanted)
-        found = {"jacobian": g.square().mean()}
-        if self.kinetic:
-            found["kinetic"] = y.square().mean()
-        # The graph that was made for the Jacobian must not leak into a pass without gradients.
-        return (y, found) if wanted else (y.detach(), {k: v.detach() for k, v in found.items()})
+        return with_energies(self.block, args, kwargs, 1 if self.takes.first else 0, names)

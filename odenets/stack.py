@@ -115,6 +115,7 @@ class Stack(nn.Module):
     block: nn.Module | None
     steps: Sequence[Step]  # in truth an nn.ModuleList
     _solves: tuple[Solve, ...]
+    into: Sink | None = None  # where a pass adds its auxiliary values: ``gather.gathered``
 
     def __init__(
         self,
@@ -205,6 +206,8 @@ class Stack(nn.Module):
         self._timed = any(step.timed for step in self.steps)
         self._opaque = any(t.opaque for step in self.steps for t in step.takes)
         self._reads_context = any(t.context for step in self.steps for t in step.takes)
+        self._fields = build.fields_shared(self.block)
+        self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth)) if self._fields else 0.0
         # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
         # Emptied with the signatures: another function owes the checks anew.
         self._checked: set[tuple[bool, bool]] = set()
@@ -220,6 +223,10 @@ class Stack(nn.Module):
             and not self._timed
             and not isinstance(self.rule, FromError)
         )
+
+    def look_again(self) -> None:
+        """Says that what the residual functions take or return has changed, by no exchange of modules."""
+        self._revision.stale = True
 
     @property
     def takes(self) -> Takes:
@@ -292,6 +299,7 @@ class Stack(nn.Module):
         if (
             self._direct
             and aux is False
+            and self.into is None
             and (self.training, torch.is_grad_enabled()) in self._checked
             and context is None
             and not self._revision.stale
@@ -318,6 +326,15 @@ class Stack(nn.Module):
         solves: Solves | None = None,
     ) -> State:
         """The state after the last step; ``on_step`` is shown the state after each, ``solves`` adaptive solves."""
+        if (into := self.into) is not None:
+            # A sink of this pass alone, since a mode may take out of it what it finds.
+            self.into, own = None, Sink(into.log_det) if sink is None else sink
+            try:
+                state = self._walk(x, t, context, on_step, own, solves)
+            finally:
+                self.into = into
+            into.extend(own)
+            return state
         if self._revision.stale:
             self._read_functions()
         self._check_given(t, context)
@@ -397,6 +414,8 @@ class Stack(nn.Module):
 
     def _pass(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> tuple[Pass, State]:
         """A pass through the steps, and the streams that it starts from."""
+        if self._fields:  # another field, or a state dict, may have brought another span
+            build.check_end(self._fields, self._end, self.scheme, self.depth)
         time = t if self._timed else None
         steps, sizes = self.steps, None
         if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next

@@ -66,7 +66,7 @@ class SplineSpace:
     inner: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.degree not in DEGREES or isinstance(self.degree, bool):
+        if self.degree not in DEGREES or type(self.degree) is not int:
             raise SchemeError(f"splines: the degree is {self.degree!r}, want 0, 1, 2 or 3.")
         object.__setattr__(self, "inner", tuple(map(float, self.inner)))
         if not all(SAME < u < 1 - SAME for u in self.inner):
@@ -188,6 +188,8 @@ class SplineSpace:
         Raises:
             SchemeError: a lower degree; ``projection`` gives the best spline there.
         """
+        if type(degree) is not int:
+            raise SchemeError(f"splines: the degree is {degree!r}, want 0, 1, 2 or 3.")
         if degree < self.degree:
             raise SchemeError(
                 f"splines: degree {degree} cannot hold every spline of degree {self.degree}; project instead."

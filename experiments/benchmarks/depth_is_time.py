@@ -14,8 +14,9 @@ falls with the steps. ``cost`` times an evaluation of a block and of its field, 
 The network has three levels of 4 evaluations, widths 8, 16, 32 (--width 8), GroupNorm, SiLU, a stem of stride 2, and
 3x3 convolutions of stride 2 between the levels. Separate weights are 4 functions a level; a linear spline of 3
 intervals over a span of 4 has as many parameters. Arms: separate weights under euler; splines under euler (4 steps of
-size 1 a level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; a spline under euler
-that has 2 steps a level for the first half of the epochs (multi-level training).
+size 1 a level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; multi-level training
+under euler, 2 steps and 1 interval a level for the first half of the epochs, then refined as the callback Refinement
+does it; and, with as many evaluations as that, a spline under euler for three quarters of the epochs.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,22 @@ from torch import Tensor, nn
 from odenets import ContinuousWeights, Stack, create_model
 from odenets.continuous import fields_of
 from odenets.rebuild import rebuilt, separated
+from odenets.study.statistics import interval_text, markdown, paired
 from odenets.training.classifier import parameter_groups
+from odenets.training.refinement import follow, refine_knots
 
-ARMS = ("separate euler", "spline euler", "spline midpoint", "spline rk4", "spline euler multilevel")
+ARMS = (
+    "separate euler",
+    "spline euler",
+    "spline midpoint",
+    "spline rk4",
+    "spline euler multilevel",
+    "spline euler short",
+)
 # Steps per level of each scheme in evaluation; those of equal evaluations stand under each other.
 GRID = {"euler": (2, 4, 8, 16), "midpoint": (1, 2, 4, 8), "rk4": (1, 2, 4)}
 EVALUATIONS, KNOTS = 4, 3
+RUN_OTHERWISE = ("spline euler", "spline midpoint", "spline rk4")
 STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -67,7 +78,7 @@ def network(arm: str, seed: int, width: int) -> nn.Module:
         functions=(EVALUATIONS,) * 3,
         widths=(width, 2 * width, 4 * width),
         scheme="euler",
-        continuous=KNOTS,
+        continuous=1 if arm.endswith("multilevel") else KNOTS,
         act="silu",
         stem="conv3_s2",
         num_classes=10,
@@ -102,13 +113,16 @@ def train(arm: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], args: arg
     groups: Any = parameter_groups(net)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     per_epoch = -(-len(data["train"][1]) // args.batch)
-    total = per_epoch * args.epochs
+    # Three quarters of the evaluations: half of the epochs at half of the steps, or so many fewer epochs.
+    epochs = args.epochs * 3 // 4 if arm.endswith("short") else args.epochs
+    total = per_epoch * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [args.lr] * len(groups), total, pct_start=0.2)
     coarse = arm.endswith("multilevel")
     run = rebuilt(net, scale=0.5) if coarse else net
-    start, spent = time.perf_counter(), 0
-    for epoch in range(args.epochs):
+    start, spent = time.process_time(), 0
+    for epoch in range(epochs):
         if coarse and epoch == args.epochs // 2:
+            follow(optimizer, refine_knots(net, KNOTS))
             run = net  # the same weights in twice the steps
         run.train()
         spent += len(data["train"][1]) * sum(s.evaluations for s in run.modules() if isinstance(s, Stack))
@@ -118,7 +132,7 @@ def train(arm: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], args: arg
             loss.backward()
             optimizer.step()
             schedule.step()
-    return {"net": net.eval(), "spent": spent / 1e6, "seconds": time.perf_counter() - start}
+    return {"net": net.eval(), "spent": spent / 1e6, "seconds": time.process_time() - start}
 
 
 @torch.no_grad()
@@ -134,6 +148,8 @@ def evaluate(arm: str, net: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str,
     found: dict[str, Any] = {"accuracy": right, "parameters": sum(p.numel() for p in net.parameters())}
     if arm.startswith("separate"):
         found["fitted"] = _fitted(net, data, own)
+        return found
+    if arm not in RUN_OTHERWISE:
         return found
     _, want = accuracy(rebuilt(net, "rk4", depth=12), data)
     grid = {}
@@ -207,74 +223,133 @@ def run(args: argparse.Namespace) -> None:
 
 # The tables ---------------------------------------------------------------------------------------------------------
 
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+Rows = list[dict[str, Any]]
+COLUMNS = [f"{scheme} {depth}" for scheme, depths in GRID.items() for depth in depths]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval of Student's t."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, T95.get(n, 2.2) * spread / math.sqrt(n)
+def calls(column: str) -> int:
+    """Evaluations per level of a scheme and its steps."""
+    scheme, depth = column.split()
+    return STAGES[scheme] * int(depth)
 
 
-def shown(values: list[float], scale: float = 100, digits: int = 1) -> str:
-    mean, half = interval(values)
-    return f"{scale * mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {scale * half:.{digits}f}")
+def own(arm: str) -> str:
+    """The scheme and steps that an arm is trained by."""
+    scheme = arm.split()[1]
+    return f"{scheme} {EVALUATIONS // STAGES[scheme]}"
+
+
+def by_seed(rows: Rows, arm: str, figure: Callable[[dict[str, Any]], float]) -> dict[int, float]:
+    """A figure of each run of an arm, in hundredths where it is a share."""
+    return {r["seed"]: figure(r) for r in rows if r["arm"] == arm}
+
+
+def shown(values: dict[int, float], digits: int = 1, sign: bool = False) -> str:
+    """Mean, and half of the 95 % interval of Student's t over seeds."""
+    found = paired(dict.fromkeys(values, 0.0), values)
+    if found is None:
+        return "–"
+    mean = f"{found.mean:{'+' if sign else ''}.{digits}f}"
+    return mean if found.interval is None else f"{mean} ± {found.interval.high - found.mean:.{digits}f}"
+
+
+def less(values: dict[int, float], baseline: dict[int, float]) -> list[str]:
+    """The difference from a baseline by seed, with its interval, and what difference would have been seen."""
+    found = paired(baseline, values)
+    if found is None or found.interval is None or found.visible is None or values == baseline:
+        return ["–", "–"]
+    return [interval_text(found.interval, 1, 1), f"{found.visible:.1f}"]
+
+
+def arms_table(rows: Rows) -> str:
+    """Accuracy of each arm under the scheme that it was trained by, and the evaluations that training took."""
+    accuracies = {arm: by_seed(rows, arm, lambda r: 100 * r["accuracy"]) for arm in ARMS}
+    lines = []
+    for arm, values in accuracies.items():
+        first = next((r for r in rows if r["arm"] == arm), None)
+        if first is not None:
+            seconds = sum(r["seconds"] for r in rows if r["arm"] == arm) / len(values)
+            what = [arm, str(len(values)), f"{first['parameters']:,}", f"{first['spent']:.2f}", f"{seconds / 60:.1f}"]
+            lines.append([*what, shown(values), *less(values, accuracies["spline euler"])])
+    head = (
+        "arm | seeds | parameters | evaluations spent, 10⁶ | minutes | accuracy, % | less spline euler, points [95 %]"
+    )
+    return markdown(f"{head} | visible", lines)
+
+
+def otherwise_table(rows: Rows) -> str:
+    """What changes in accuracy, in points, where a trained network runs under another scheme or depth."""
+    lines = [["evaluations per level", *(str(calls(c)) for c in COLUMNS)]]
+    for arm in RUN_OTHERWISE:
+        changes = [by_seed(rows, arm, lambda r, c=c: 100 * (r["grid"][c][0] - r["accuracy"])) for c in COLUMNS]
+        cells = [shown(v, sign=True) for v in changes]
+        lines.append([arm, *("trained" if c == own(arm) else cell for c, cell in zip(COLUMNS, cells, strict=True))])
+    return markdown(f"trained as | {' | '.join(COLUMNS)}", lines)
+
+
+def distances_table(rows: Rows) -> str:
+    """Relative distance of the logits from those of 12 steps of rk4."""
+    lines = [["evaluations per level", *(str(calls(c)) for c in COLUMNS)]]
+    for arm in RUN_OTHERWISE:
+        lines.append([arm, *(shown(by_seed(rows, arm, lambda r, c=c: r["grid"][c][1]), 3) for c in COLUMNS)])
+    return markdown(f"trained as | {' | '.join(COLUMNS)}", lines)
+
+
+def largest_loss(row: dict[str, Any]) -> float:
+    """The most that a network loses, in points, under any scheme with at least as many evaluations as in training."""
+    return 100 * (row["accuracy"] - min(row["grid"][c][0] for c in COLUMNS if calls(c) >= EVALUATIONS))
+
+
+def fits_table(rows: Rows) -> str:
+    """Whether a network fits its own step: what it loses at most elsewhere."""
+    losses = {arm: by_seed(rows, arm, largest_loss) for arm in RUN_OTHERWISE}
+    lines = [[arm, shown(v), *less(v, losses["spline euler"])] for arm, v in losses.items()]
+    return markdown("trained as | largest loss, points | less spline euler, points [95 %] | visible", lines)
+
+
+def projected_table(rows: Rows) -> str:
+    """Compression after training: fewer knots, their parameters, the error in weights, the change of accuracy."""
+    lines = []
+    for arm in RUN_OTHERWISE:
+        for knots in ("2", "1"):
+            runs = [r for r in rows if r["arm"] == arm]
+            if not runs:
+                continue
+            change = by_seed(rows, arm, lambda r, k=knots: 100 * (r["projected"][k][0] - r["accuracy"]))
+            error = by_seed(rows, arm, lambda r, k=knots: r["projected"][k][1])
+            share = f"{runs[0]['projected'][knots][2]:.0%}"
+            lines.append([arm, knots, share, shown(error, 2), shown(change, sign=True)])
+    return markdown("trained as | knots | parameters left | error in weights, worst level | accuracy, points", lines)
+
+
+def fitted_table(rows: Rows) -> str:
+    """A spline through the weights of a network that was trained with separate ones, under steps and schemes."""
+    first = next(r for r in rows if "fitted" in r)
+    lines = []
+    for column in first["fitted"]:
+        accuracy_, apart = (by_seed(rows, first["arm"], lambda r, c=column, i=i: r["fitted"][c][i]) for i in (0, 1))
+        accuracy_ = {seed: 100 * value for seed, value in accuracy_.items()}
+        lines.append([column, str(calls(column)), shown(accuracy_), shown(apart, 2)])
+    return markdown("run as | evaluations per level | accuracy, % | distance of the logits from the network's", lines)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "arms": arms_table,
+    "otherwise": otherwise_table,
+    "distances": distances_table,
+    "fits": fits_table,
+    "projected": projected_table,
+    "fitted": fitted_table,
+}
 
 
 def report(args: argparse.Namespace) -> None:
     rows = lines(args.file)
-    groups = {arm: [r for r in rows if r["arm"] == arm] for arm in ARMS}
-    groups = {arm: group for arm, group in groups.items() if group}
-    print(f"settings: {rows[0]['settings']}, seeds {sorted({r['seed'] for r in rows})}\n")
-    print("| arm | parameters | evaluations spent, 10^6 | accuracy, % | seconds |\n|---|--:|--:|--:|--:|")
-    for arm, group in groups.items():
-        spent, seconds = group[0]["spent"], sum(r["seconds"] for r in group) / len(group)
-        accuracies = shown([r["accuracy"] for r in group])
-        print(f"| {arm} | {group[0]['parameters']:,} | {spent:.2f} | {accuracies} | {seconds:.0f} |")
-    print("\ndifferences, paired by seed, in points")
-    for a, b in (
-        ("spline euler", "separate euler"),
-        ("spline midpoint", "spline euler"),
-        ("spline rk4", "spline euler"),
-        ("spline euler multilevel", "spline euler"),
-    ):
-        pairs = [
-            (r["accuracy"], s["accuracy"])
-            for r in groups.get(a, [])
-            for s in groups.get(b, [])
-            if r["seed"] == s["seed"]
-        ]
-        if pairs:
-            print(f"{a} less {b}: {shown([x - y for x, y in pairs])} ({len(pairs)} seeds)")
-    splines = {arm: group for arm, group in groups.items() if "grid" in group[0]}
-    for what, place, scale, digits in (("accuracy, %", 0, 100, 1), ("distance of the logits", 1, 1, 3)):
-        columns = [f"{scheme} {depth}" for scheme, depths in GRID.items() for depth in depths]
-        print(f"\n{what}\n\n| trained as | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
-        for arm, group in splines.items():
-            cells = [shown([r["grid"][c][place] for r in group], scale, digits) for c in columns]
-            print(f"| {arm} | {' | '.join(cells)} |")
-    print("\nprojected: accuracy, %, (largest error in weights of a level)\n")
-    for arm, group in splines.items():
-        cells = []
-        for knots in ("1", "2"):
-            error = max(r["projected"][knots][1] for r in group)
-            left = group[0]["projected"][knots][2]
-            cells.append(
-                f"{knots} knots, {left:.0%} of the parameters: "
-                f"{shown([r['projected'][knots][0] for r in group])} ({error:.2f})"
-            )
-        print(f"{arm}: {'; '.join(cells)}")
-    for group in (g for arm, g in groups.items() if arm.startswith("separate")):
-        print("\na spline through separate weights: accuracy, %, distance of the logits from those of the network")
-        for key in group[0]["fitted"]:
-            values = [[r["fitted"][key][i] for r in group] for i in (0, 1)]
-            print(f"{key}: {shown(values[0])}, {shown(values[1], 1, 2)}")
+    print(f"settings: {rows[0]['settings']}, seeds {sorted({r['seed'] for r in rows})}")
+    for name, make in TABLES.items():
+        print(f"\n{name}: {(make.__doc__ or '').splitlines()[0]}\n\n{make(rows)}", end="")
     if args.pictures is not None:
-        draw(splines, args.pictures)
+        draw({arm: [r for r in rows if r["arm"] == arm] for arm in RUN_OTHERWISE}, args.pictures)
 
 
 def draw(groups: dict[str, list[dict[str, Any]]], folder: Path) -> None:
@@ -291,7 +366,7 @@ def draw(groups: dict[str, list[dict[str, Any]]], folder: Path) -> None:
                 points.append(
                     SimpleNamespace(
                         scheme=scheme,
-                        evaluations=3 * depth * STAGES[scheme],
+                        evaluations=3 * calls(f"{scheme} {depth}"),
                         accuracy=sum(v[0] for v in values) / len(values),
                         distance=sum(v[1] for v in values) / len(values),
                     )
@@ -388,9 +463,9 @@ def main() -> None:
     of_train.add_argument("--root", required=True)
     of_train.add_argument("--out", type=Path, default=Path("depth_is_time.jsonl"))
     of_train.add_argument("--width", type=int, default=8)
-    of_train.add_argument("--epochs", type=int, default=5)
-    of_train.add_argument("--train-pictures", type=int, default=6000)
-    of_train.add_argument("--test-pictures", type=int, default=1000)
+    of_train.add_argument("--epochs", type=int, default=8)
+    of_train.add_argument("--train-pictures", type=int, default=10000)
+    of_train.add_argument("--test-pictures", type=int, default=2000)
     of_train.add_argument("--batch", type=int, default=64)
     of_train.add_argument("--lr", type=float, default=0.05)
     of_train.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

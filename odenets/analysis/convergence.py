@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
-from ..rebuild import continuous_stacks, rebuilt
+from ..rebuild import continuous_stacks, rebuilt, share_of
 
 SCHEMES = ("euler", "midpoint", "kutta3", "rk4", "dopri5")
 SCALES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
@@ -106,35 +106,27 @@ def convergence(
         >>> [p.evaluations for p in found.points], found.slopes["euler"] > 0.5
         ([4, 8, 16, 16, 32, 64], True)
     """
-    if not continuous_stacks(net):
+    depths = [stack.depth for stack in continuous_stacks(net).values()]
+    if not depths:
         rebuilt(net)  # says what is missing
-    # As a float 0.1 is no tenth; as a fraction of small numbers it is, and numbers of steps come out whole.
-    training, shares = net.training, [Fraction(scale).limit_denominator(4096) for scale in scales]
+    shares = [s for s in map(share_of, scales) if s > 0 and all((n * s).denominator == 1 for n in depths)]
+    if not shares:
+        raise SchemeError(f"convergence: none of the multiples {[*map(str, scales)]} is a whole number of steps.")
+    modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
         # Four times as fine as the finest, so that the reference's own error is small beside those that are measured.
         fine = rebuilt(net, reference, scale=4 * max(shares))
         want, labels = _logits(fine, batches)
-        points = []
-        for scheme in schemes:
-            for share in shares:
-                try:
-                    run = rebuilt(net, scheme, scale=share)
-                except SchemeError as error:
-                    # A multiple that gives no whole number of steps is left out; any other refusal is the caller's to
-                    # see.
-                    if "want a whole number" not in str(error):
-                        raise
-                    continue
-                points.append(_point(run, scheme, batches, want, labels))
-        if not points:
-            raise SchemeError(f"convergence: none of the multiples {[*map(str, scales)]} is a whole number of steps.")
+        runs = [(scheme, rebuilt(net, scheme, scale=share)) for scheme in schemes for share in shares]
+        points = [_point(run, scheme, batches, want, labels) for scheme, run in runs]
         for tolerance in tolerances:
             scheme = f"adaptive(dopri5, rtol={tolerance:g}, atol={tolerance / 10:g})"
             # One step over the whole span, which the solver divides as it needs.
             points.append(_point(rebuilt(net, scheme, depth=1), scheme, batches, want, labels, adaptive=True))
     finally:
-        net.train(training)
+        for module, mode in modes:  # one by one: frozen norms stay in evaluation
+            module.training = mode
     slopes = {scheme: _slope([p for p in points if p.scheme == scheme]) for scheme in schemes}
     steps = "/".join(str(s.depth) for s in continuous_stacks(fine).values())
     return Convergence(points, slopes, f"{reference} with {steps} steps", _accuracy(want, labels), len(labels))
@@ -182,7 +174,7 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 def _slope(points: Sequence[Point]) -> float:
     """The rate by least squares over points above rounding, in the logarithms of steps and distances."""
     told = [(math.log(sum(p.steps)), math.log(p.distance)) for p in points if p.distance > FLOOR]
-    if len(told) < 2:
+    if len({x for x, _ in told}) < 2:
         return math.nan
     x0, y0 = (sum(values) / len(told) for values in zip(*told, strict=True))
     return -sum((x - x0) * (y - y0) for x, y in told) / sum((x - x0) ** 2 for x, _ in told)

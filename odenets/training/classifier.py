@@ -45,6 +45,9 @@ class Classifier(NetModule):
             all. See ``odenets.models.depth`` for what a layer is.
         frozen: Parts of the net that are not trained: names of modules or parameters with shell wildcards, "!" before a
             name takes it out again, as in ["*", "!head"]. Norms in them keep their statistics.
+        aux: Auxiliary values of the net's residual functions that are added to the loss, and their weights, as in
+            {"balance": 0.01}. Fields, whose weights are functions of depth, return "kinetic" and "jacobian" if they are
+            among them. Logged without the weights as train/NAME; train/loss stays the cross-entropy.
 
     Attributes:
         lr: A learning rate that takes the place of the optimiser's, as Lightning's LearningRateFinder sets it.
@@ -61,6 +64,7 @@ class Classifier(NetModule):
         compile: bool = False,
         layer_decay: float = 1.0,
         frozen: Sequence[str] = (),
+        aux: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         # From a configuration the parts are stored as class paths and arguments, from which load_from_checkpoint builds
@@ -77,6 +81,7 @@ class Classifier(NetModule):
         self.layer_decay = layer_decay
         self.lr: float | None = None
         self._planned: tuple[Any, float] = None, 0.0  # the schedule, and the number of steps that it is for
+        self.take_auxiliary(aux)
         self.frozen = Frozen(net, frozen)
         self.frozen.apply(net)
         parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
@@ -102,10 +107,11 @@ class Classifier(NetModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        logits = self(x)
+        with self.auxiliary_loss(len(y)) as terms:
+            logits = self(x)
         loss = cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         self.log_training(loss, logits, y)
-        return loss
+        return sum(terms, loss)
 
     def log_training(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Logs the loss of a training batch, and the share of pictures whose class came first.

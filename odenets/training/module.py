@@ -1,11 +1,18 @@
 """What the modules share that train one network, whatever it is for."""
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from schemes import SchemeError
+
+from ..auxiliary import ENERGIES
+from ..gather import gathered, outermost, returning
 from ..stack import named_stacks
 from .sharding import shard_module
 
@@ -39,9 +46,11 @@ class NetModule(L.LightningModule):
         net: The network.
         channels_last: Whether pictures and weights have the channels as the fastest axis.
         compile_net: Whether the net is compiled in place.
+        aux: The weight in the loss of each auxiliary value of the net's stacks, by name.
     """
 
     net: Any
+    aux: Mapping[str, float] = {}
     channels_last: bool = False
     compile_net: bool = False
     _compiled: bool = False
@@ -70,6 +79,58 @@ class NetModule(L.LightningModule):
     def laid_out(self, x: Tensor) -> Tensor:
         """Pictures (n, c, h, w) in the net's memory layout."""
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def take_auxiliary(self, aux: Mapping[str, float] | None) -> None:
+        """Takes the weights of auxiliary values; fields return their energies if these are among them.
+
+        Args:
+            aux: names and weights; None is none.
+
+        Raises:
+            SchemeError: weights that are no numbers, names that the module logs itself, a net without stacks.
+        """
+        self.aux = dict(aux or {})
+        name = type(self).__name__
+        for key, weight in self.aux.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise SchemeError(f"{name}: the weight of the auxiliary value {key!r} is {weight!r}, want a number.")
+            if key in ("loss", "acc"):
+                raise SchemeError(
+                    f"{name}: an auxiliary value named {key!r} would be logged as train/{key}, which is that of the "
+                    "labels.\n  Let the residual function return it under another name."
+                )
+        if not self.aux:
+            return
+        if not outermost(self.net):
+            raise SchemeError(
+                f"{name}: aux is {dict(self.aux)}, and {type(self.net).__name__} has no Stack, whose residual "
+                "functions would return such values.\n  Leave aux away, or build the net of stacks."
+            )
+        returning(self.net, [key for key in ENERGIES if key in self.aux])
+
+    @contextmanager
+    def auxiliary_loss(self, samples: int) -> Iterator[list[Tensor]]:
+        """Around a forward pass of training: gives a list that holds, at its end, what is to be added to the loss.
+
+        Of each value the sum over all calls, its mean over samples if it has one each, times its weight. Logs the
+        values without their weights, as train/NAME.
+
+        Args:
+            samples: in the batch, by which the mean over an epoch is weighed.
+
+        Raises:
+            SchemeError: at the end, a value that no residual function returned.
+        """
+        terms: list[Tensor] = []
+        if not self.aux:
+            yield terms
+            return
+        with gathered(self.net, list(self.aux)) as values:
+            yield terms
+        for key, value in values.items():
+            mean = value.mean()
+            self.log(f"train/{key}", mean.detach(), on_step=False, on_epoch=True, batch_size=samples, sync_dist=True)
+            terms.append(self.aux[key] * mean)
 
     def on_train_epoch_end(self) -> None:
         # Read after the forwards: a continuous-depth net only knows its count once it has run.

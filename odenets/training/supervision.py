@@ -140,7 +140,8 @@ class SupervisedClassifier(Classifier):
             return super().training_step(batch, batch_idx)
         x, y = batch
         x = self.laid_out(x)
-        out = self.net.forward_supervised(x)  # type: ignore[operator]
+        with self.auxiliary_loss(len(y)) as terms:
+            out = self.net.forward_supervised(x)  # type: ignore[operator]
         loss = self.supervision_loss(out, x, y)
         self.log_training(loss, out.logits[-1], y)
-        return loss
+        return sum(terms, loss)

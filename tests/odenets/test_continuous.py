@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrizations
 
 from odenets import ContinuousWeights, PerSlot, Stack, checkpoints
 from odenets.interpolation import Place
@@ -124,6 +125,27 @@ def test_gradients_of_gradients_and_forward_mode():
     assert torch.autograd.gradgradcheck(f, inputs)
 
 
+def test_transforms_of_functions_go_through():
+    torch.manual_seed(0)
+    stack, x = net("rk4", 2, knots=3, degree=2), batch(5, 6)
+    own = {k: p.detach() for k, p in stack.named_parameters()}
+
+    def loss(parameters, z):
+        return functional_call(stack, parameters, (z[None],)).square().sum()
+
+    each = vmap(grad(loss), (None, 0))(own, x)  # gradients sample by sample
+    for n, z in enumerate(x):
+        stack.zero_grad()
+        stack(z[None]).square().sum().backward()
+        for k, p in stack.named_parameters():
+            torch.testing.assert_close(each[k][n], p.grad)
+    torch.testing.assert_close(vmap(stack)(x), stack(x))
+    # An ensemble: two sets of coefficients at once.
+    other = {k: 1.1 * p for k, p in own.items()}
+    both = vmap(lambda p: functional_call(stack, p, (x,)))({k: torch.stack([own[k], other[k]]) for k in own})
+    torch.testing.assert_close(both[1], functional_call(stack, other, (x,)))
+
+
 def test_weights_are_made_again_and_not_kept():
     """In store mode autograd would keep the weights of every evaluation."""
     refs = []
@@ -145,6 +167,24 @@ def test_weights_are_made_again_and_not_kept():
         field.block.weight.add_(1.0)
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace|changed in place"):
         y.sum().backward()
+
+
+def test_parts_of_a_weight_are_made_again_where_they_lie():
+    """An attention keeps a third of its one weight: a view that begins in the middle."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 12))
+
+        def forward(self, x):
+            a, b, c = self.weight.chunk(3, 1)
+            return x @ a @ b.T @ c
+
+    field, x = scattered(ContinuousWeights(Parts(), 3)), batch(2, 4).requires_grad_()
+    plain = field.module_at(0.4)
+    (got,), (want,) = (torch.autograd.grad(f.sum(), x) for f in (field(0.4, x), plain(x)))
+    torch.testing.assert_close(got, want)
 
 
 def test_coefficients_that_are_written_to_between_the_passes_are_found():
@@ -299,6 +339,17 @@ def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
     torch.testing.assert_close(repeated(batch(2, 6)), repeated.rebuilt("euler", 8)(batch(2, 6)))
 
 
+def of_span_2(f):
+    """A stack whose field has another span."""
+    return Stack(ContinuousWeights(nn.Linear(4, 4), 4, span=2.0), depth=4, step="span/depth")
+
+
+def loaded(stack, f):
+    """The stack with the state of a field of another span."""
+    stack.block.load_state_dict(f.state_dict())
+    return stack
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -326,6 +377,22 @@ def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
         (lambda f: ContinuousWeights.from_modules([]), "no modules"),
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4), nn.Linear(4, 5)]), "module 1 has other parameters"),
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[0, 1]), "2 times for 1 modules"),
+        (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[5]), r"at t = 5, outside of \[0, 1\]"),
+        (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[math.nan]), "at t = nan, outside"),
+        (lambda f: ContinuousWeights.from_modules([torch.tanh]), "want a module"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=4.0), "knots are 4.0; want a whole number"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=[0, "a", 1]), "want a whole number of intervals, or"),
+        (lambda f: ContinuousWeights(nn.Linear(4, 4), degree=1.0), "the degree is 1.0, want"),
+        (lambda f: f.elevated(2.0), "the degree is 2.0, want"),
+        (lambda f: ContinuousWeights(parametrizations.spectral_norm(nn.Linear(4, 4))), "has a spectral norm"),
+        (lambda f: ContinuousWeights(nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)))), "0 has a spectral norm"),
+        (lambda f: f(torch.tensor(3.0, requires_grad=True), torch.zeros(1, 4)), "the weights at t = 3"),
+        (lambda f: setattr(s := of_span_2(f), "block", f) or s(torch.zeros(1, 4)), r"end at t = 2, .* \[0, 1\]"),
+        (lambda f: loaded(of_span_2(f), f)(torch.zeros(1, 4)), r"end at t = 2, .* \[0, 1\]"),
+        (
+            lambda f: checkpoints.load(of_span_2(f), Stack(f, depth=4, step="span/depth").state_dict()),
+            r"on \[0, 2\], and those of the file on \[0, 1\].\n  Build the network with the steps of the file",
+        ),
     ],
 )
 def test_what_is_refused(make, message):
@@ -480,6 +547,12 @@ def test_state_dicts_hold_the_function():
         torch.testing.assert_close(other(0.37, x), field(0.37, x))
         assert other.span == 1.0 and (other.knots, other.degree) == (4, 2)
     state = field.state_dict()
+    # What a file leaves out stays the function that it is.
+    other, part = scattered(ContinuousWeights(perceptron(), 2, 2)), dict(state)
+    del part["block.0.bias"]
+    bias = other.weights(0.37)["0.bias"].detach().clone()
+    assert other.load_state_dict(part, strict=False).missing_keys == ["block.0.bias"] and other.knots == 4
+    torch.testing.assert_close(other.weights(0.37)["0.bias"], bias)
     with pytest.raises(RuntimeError, match="knots"):
         field.load_state_dict({k: v for k, v in state.items() if k != "knots"})
     with pytest.raises(RuntimeError, match="no knot vector"):

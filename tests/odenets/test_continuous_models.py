@@ -19,6 +19,7 @@ SMALL = {
     "vit_tiny_patch16": {"depth": 4, "dim": 16, "heads": 2, "patch": 4, "size": 16, "scheme": "midpoint"},
     "revnet38": {"units": (3, 3), "widths": (8, 8, 16), "act": "silu"},
 }
+F64 = torch.float64
 EACH = pytest.mark.parametrize("name", SMALL)
 
 
@@ -54,6 +55,11 @@ def test_each_level_starts_as_its_twin(name):
         assert not fields_of(alone) and len({tuple(p.flatten().tolist()) for p in alone.parameters()}) > 1
         setattr(twin.get_submodule(parent), last, alone)
     torch.testing.assert_close(twin(x), net(x), atol=1e-5, rtol=1e-4)
+    # And so at any weights, the whole network at once.
+    apart = separated(scattered(net))
+    assert not fields_of(apart) and not apart.training
+    assert not {id(p) for p in apart.parameters()} & {id(p) for p in net.parameters()}
+    torch.testing.assert_close(apart(x), net(x), atol=1e-5, rtol=1e-4)
 
 
 def test_weights_are_drawn_for_the_block_and_not_for_its_coefficients():
@@ -119,10 +125,11 @@ def test_convergence_reads_off_what_it_says():
     x = pictures(n=8)
     labels = rebuilt(net, "rk4", scale=16)(x).argmax(1)
     found = convergence(
-        net.train(), lambda: [(x[:5], labels[:5]), (x[5:], labels[5:])], ["rk4"], [1, 2, 4, "1/3"], [1e-3]
+        net.train(), lambda: [(x[:5], labels[:5]), (x[5:], labels[5:])], ["rk4"], [1, 2, 4, "1/3", "13/3"], [1e-3]
     )
     assert net.training and found.accuracy == 1.0 and found.samples == 8
-    # A third of 4 steps is none.
+    # A third of 4 steps is none; and one multiple tells no order.
+    assert math.isnan(convergence(net, lambda: [(x[:2], labels[:2])], ["euler"], [1, 1]).slopes["euler"])
     assert [p.scheme.partition("(")[0] for p in found.points] == ["rk4", "rk4", "rk4", "adaptive"]
     for p in found.points[:3]:
         run = rebuilt(net.eval(), "rk4", depth=p.steps[0])(x)
@@ -144,6 +151,27 @@ def test_rebuilt_models_share_their_weights():
     assert [s.depth for s in continuous_stacks(rebuilt(net, depth=(3, 5))).values()] == [3, 5]
     stack = next(iter(continuous_stacks(net).values()))
     assert rebuilt(stack, "euler", depth=7).depth == 7
+
+
+def test_a_refinement_is_one_of_all_that_share_the_weights():
+    net = scattered(small("ho_resnet26", continuous=2).double()).eval()
+    coarse = rebuilt(net, "euler", scale=0.5)
+    x, fields = pictures(F64), fields_of(net)
+    want, before = coarse(x), net(x)
+    want.square().sum().backward()  # leaves nodes of the old shapes behind
+    for field in fields:
+        field.change(field.space.refined(4))
+    assert [f.knots for f in fields_of(coarse)] == [4] * len(fields)
+    torch.testing.assert_close(net(x), before)
+    torch.testing.assert_close(coarse(x), want)
+    for each in (coarse, net):
+        each.zero_grad()
+        each(x).square().sum().backward()
+        assert all(p.grad.shape == p.shape for p in each.parameters())
+    # A copy with weights of its own stays what it is.
+    alone = copy.deepcopy(net)
+    fields[0].change(fields[0].space.refined(8))
+    torch.testing.assert_close(alone(x), before)
 
 
 def test_auxiliary_values_of_a_field():
@@ -197,7 +225,13 @@ def test_distance_between_schemes_has_gradients():
         (lambda: small("vit_tiny_patch16", scheme="rk4", depth=6), "level 1 has 6 residual functions, and rk4"),
         (lambda: rebuilt(create_model("ho_resnet26")), "HOResNet has no weights that are functions of depth"),
         (lambda: rebuilt(small("ho_resnet26"), scale=0.25), "1/4 times the 2 steps of levels.0 is 0.5"),
+        (lambda: rebuilt(small("ho_resnet26"), scale=math.nan), "scale is nan, want a number"),
+        (lambda: convergence(small("ho_resnet26"), list, scales=["x"]), "scale is 'x', want a number"),
+        (lambda: convergence(small("ho_resnet26"), list, scales=[]), r"none of the multiples \[\] is a whole number"),
+        (lambda: rebuilt(small("ho_resnet26"), scale="x"), "scale is 'x', want a number"),
+        (lambda: rebuilt(small("ho_resnet26"), depth=2.0), "depth is 2.0, want a whole number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=[1]), "1 depths for 2 continuous stacks"),
+        (lambda: separated(create_model("ho_resnet26")), "the HOResNet has no weights that are functions of depth"),
         (lambda: separated(Stack(nn.Linear(2, 2), depth=2)), "no weights that are functions of depth"),
         (
             lambda: separated(rebuilt(small("ho_resnet26"), "adaptive(dopri5)", depth=1).levels[0]),

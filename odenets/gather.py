@@ -1,0 +1,110 @@
+"""Auxiliary values of a whole network: those of all its stacks, whatever its own forward hands on."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from schemes.errors import SchemeError
+
+from .auxiliary import ENERGIES, LOG_DET, Sink, names_of
+from .continuous import fields_of
+from .stack import Stack, StackHolder
+
+
+def outermost(net: nn.Module) -> list[Stack]:
+    """The stacks of a network, each once, and none that is a residual function of another.
+
+    Example:
+        >>> from odenets import create_model
+        >>> len(outermost(create_model("ho_resnet26")))
+        3
+    """
+    found: dict[int, Stack] = {}
+
+    def visit(module: nn.Module) -> None:
+        stack = module.stack if isinstance(module, StackHolder) else module
+        if isinstance(stack, Stack):
+            found[id(stack)] = stack
+            return
+        for child in module.children():
+            visit(child)
+
+    visit(net)
+    return list(found.values())
+
+
+@contextmanager
+def gathered(net: nn.Module, aux: bool | str | Collection[str] = True) -> Iterator[dict[str, Tensor]]:
+    """Inside, auxiliary values of a network's stacks are gathered: at its end the dictionary holds their sums.
+
+    A model calls its stacks itself and returns logits alone. The values have gradients in every mode of
+    backpropagation, as those of ``stack(x, aux=True)``; of a stack inside of another's residual functions there are
+    none, since a reversed pass has no graph for them.
+
+    Args:
+        net: a network with stacks in it, or a stack.
+        aux: all (True), or those of this name, or of these.
+
+    Raises:
+        SchemeError: a network without stacks; at the end, a name that no residual function returned.
+
+    Example:
+        >>> import torch
+        >>> from odenets import create_model
+        >>> net = create_model("ho_resnet26", scheme="euler", continuous=4)
+        >>> returning(net, ["kinetic"])
+        >>> with gathered(net, "kinetic") as values:
+        ...     logits = net(torch.randn(2, 3, 32, 32))
+        >>> (logits.sum() + values["kinetic"]).backward()
+    """
+    names = names_of(aux)
+    stacks = outermost(net)
+    if not stacks:
+        raise SchemeError(
+            f"{type(net).__name__} has no Stack, whose residual functions would return auxiliary values.\n"
+            "  Leave them away, or build it of stacks."
+        )
+    sink, found = Sink(not isinstance(names, bool) and LOG_DET in names), {}
+    before = [stack.into for stack in stacks]
+    for stack in stacks:
+        stack.into = sink
+    try:
+        yield found
+    finally:
+        # Also after an error: the next pass would add to what nobody reads, and keep its graph alive.
+        for stack, sinks in zip(stacks, before, strict=True):
+            stack.into = sinks
+    found.update(sink.sums(names))
+
+
+def returning(net: nn.Module, names: Collection[str]) -> None:
+    """Lets the fields of a network return their energies in training, as ``Regularised`` does it for one function.
+
+    State-dict keys stay; in evaluation nothing is computed.
+
+    Args:
+        net: its weights are functions of depth; what has none stays as it is.
+        names: "kinetic", the mean of |f|^2, and "jacobian", that of |e^T df/dx|^2; none ends it.
+
+    Raises:
+        SchemeError: another name.
+
+    Example:
+        >>> import torch
+        >>> from odenets import ContinuousWeights, Stack
+        >>> net = Stack(ContinuousWeights(torch.nn.Linear(4, 4)), depth=8, step="span/depth")
+        >>> returning(net, ["kinetic"])
+        >>> sorted(net(torch.randn(2, 4), aux=True)[1]), sorted(net.eval()(torch.randn(2, 4), aux=True)[1])
+        (['kinetic'], [])
+    """
+    for name in names:
+        if name not in ENERGIES:
+            raise SchemeError(f"a field returns no {name!r}; there are {' and '.join(ENERGIES)}.")
+    fields = fields_of(net)
+    for field in fields:
+        field.energies = frozenset(names)
+    held = {id(field) for field in fields}
+    for stack in (m for m in net.modules() if isinstance(m, Stack)):
+        if any(id(m) in held for m in stack.modules()):
+            stack.look_again()
