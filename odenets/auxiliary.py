@@ -175,15 +175,15 @@ def with_energies(
             # The Jacobian needs a graph that begins at x, also where x is an input or nothing is recorded outside.
             x = x if wanted and x.requires_grad else x.detach().requires_grad_()
         out = function(*args[:place], x, *args[place + 1 :], **kwargs)
-        y, own = out if is_pair(out) else (out, {})
-        found = {}
+        y, own = out if is_pair(out) else (out, {})  # type: ignore[misc]
+        found: dict[str, Any] = {}
         if "kinetic" in names:
             found["kinetic"] = _mean_square(y)
         if jacobian:
             signs = torch.empty_like(y).bernoulli_(0.5).mul_(2).sub_(1)
             (g,) = torch.autograd.grad(y, x, signs, create_graph=wanted)
             found["jacobian"] = _mean_square(g)
-    found |= own
+    found.update(own)
     if jacobian and not wanted:
         # The graph that was made for the Jacobian must not leak into a pass without gradients.
         y, found = y.detach(), {name: value.detach() for name, value in found.items()}

@@ -15,6 +15,9 @@ from .stack import Stack, StackHolder
 def outermost(net: nn.Module) -> list[Stack]:
     """The stacks of a network, each once, and none that is a residual function of another.
 
+    Args:
+        net: the network, or a stack.
+
     Example:
         >>> from odenets import create_model
         >>> len(outermost(create_model("ho_resnet26")))

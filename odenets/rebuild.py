@@ -103,6 +103,9 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
 def share_of(scale: Any) -> Fraction:
     """A multiple of numbers of steps as the fraction that it means: 0.1 is a tenth.
 
+    Args:
+        scale: a number, or a text such as ``"1/3"``.
+
     Raises:
         SchemeError: no number.
 

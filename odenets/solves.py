@@ -38,7 +38,8 @@ class Solves:
 
     def __init__(self, at: Sequence[float] = ()):
         self.found: list[Solve] = []
-        self.at, self.values = [*at], []  # type: tuple[list[float], list[Tensor]]
+        self.at = [*at]
+        self.values: list[Tensor] = []
         self._start = 0.0
 
     def step(self, scheme: Adaptive, fs: Sequence[Function], state: State, h: Any, gs: Sequence[Function]) -> State:

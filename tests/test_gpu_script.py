@@ -18,7 +18,7 @@ FOLDER = ROOT / "experiments" / "gpu"
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the folder, which import each other by their names."""
-    before, known = list(sys.path), set(sys.modules)
+    before, known = list(sys.path), dict(sys.modules)
     sys.path.insert(0, str(FOLDER))
     found = {}
     for name in ("tables", "measure", "session"):
@@ -28,11 +28,11 @@ def scripts():
         spec.loader.exec_module(found[name])
     yield found
     sys.path[:] = before
-    for name in set(sys.modules) - known:
-        if getattr(sys.modules[name], "__file__", None) and str(ROOT / "experiments") in str(
-            sys.modules[name].__file__
-        ):
+    for name, module in list(sys.modules.items()):
+        if known.get(name) is not module and str(ROOT / "experiments") in str(getattr(module, "__file__", "")):
             del sys.modules[name]
+    # Other folders have scripts of these names, too.
+    sys.modules |= {name: known[name] for name in found if name in known}
 
 
 def raising(error):

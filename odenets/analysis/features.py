@@ -208,6 +208,9 @@ class Features:
         of several streams has no gradient. Streams are kept where gradients are recorded, and their gradients are those
         by what comes after the step.
 
+        Args:
+            name: the name of a place.
+
         Raises:
             SchemeError: the module did not run.
 

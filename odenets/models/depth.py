@@ -59,6 +59,7 @@ def depths_around(whole: nn.Module, net: nn.Module) -> dict[str, int]:
         net: the part of it that says how deep its parameters lie.
 
     Example:
+        >>> from torch import nn
         >>> from odenets import create_model
         >>> net = create_model("resnet20")
         >>> _ = net.prune_intermediate_layers(3)

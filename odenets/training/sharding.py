@@ -6,7 +6,6 @@ transitions, head) is gathered as a whole.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -15,16 +14,7 @@ from torch import nn
 
 from schemes import SchemeError
 
-from ..stack import Stack
-
-
-def stacks(net: nn.Module) -> Iterator[Stack]:
-    """The outermost stacks of a net."""
-    if isinstance(net, Stack):
-        yield net
-        return
-    for part in net.children():
-        yield from stacks(part)
+from ..gather import outermost
 
 
 def shard(net: nn.Module, mesh: Any) -> None:
@@ -38,7 +28,7 @@ def shard(net: nn.Module, mesh: Any) -> None:
 
     if isinstance(net, FSDPModule):  # a second stage of the same run
         return
-    steps = [step for stack in stacks(net) for step in stack.steps]
+    steps = [step for stack in outermost(net) for step in stack.steps]
     used = Counter(id(p) for step in steps for p in set(step.parameters()))
     for step in steps:
         own = list(step.parameters())
@@ -50,6 +40,10 @@ def shard(net: nn.Module, mesh: Any) -> None:
 
 def shard_module(module: L.LightningModule, net: nn.Module) -> None:
     """Divides the net of a module that ``ModelParallelStrategy`` trains; any other strategy leaves it whole.
+
+    Args:
+        module: what Lightning trains.
+        net: its network, which holds all of its parameters.
 
     Raises:
         SchemeError: tensor parallelism, checkpoints in parts, or parameters outside of the net.
@@ -79,14 +73,22 @@ def shard_module(module: L.LightningModule, net: nn.Module) -> None:
 
 
 def divided(module: nn.Module) -> bool:
-    """Whether the parameters of a module are divided over processes."""
+    """Whether the parameters of a module are divided over processes.
+
+    Args:
+        module: the network, or what holds it.
+    """
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
-    """The state dict of a module on every process, put together where it is divided; then all processes call this."""
+    """The state dict of a module on every process, put together where it is divided; then all processes call this.
+
+    Args:
+        module: the network, or what holds it.
+    """
     if not divided(module):
         return module.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -110,7 +110,12 @@ def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") 
 
 
 def move_steps(net: nn.Module, held: Mapping[str, Any]) -> None:
-    """Gives a network the step size that `StepSchedule` had moved it to when a checkpoint was written, if it had."""
+    """Gives a network the step size that `StepSchedule` had moved it to when a checkpoint was written, if it had.
+
+    Args:
+        net: the network, changed in place.
+        held: what the checkpoint holds.
+    """
     # Lightning keeps a callback's state under the name of its class.
     moved = held.get("callbacks", {}).get(StepSchedule.__qualname__)
     if moved is not None:

@@ -48,7 +48,7 @@ def _refuse_transforms(problem: Problem) -> None:
 
 def _transforms() -> list[Any]:
     """The kinds of the transforms of torch.func that are active."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
+    stack = torch._C._functorch.get_interpreter_stack() or []  # type: ignore[attr-defined]
     return [interpreter.key() for interpreter in stack]
 
 

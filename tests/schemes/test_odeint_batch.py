@@ -237,7 +237,8 @@ def test_the_last_states_have_the_gradients_of_the_values():
     y0 = Y0.clone().requires_grad_()
     found = integrate(oscillators(MU), y0, T, batch="independent", rtol=1e-6, atol=1e-6)
     assert torch.equal(found.last, found.y[-1])
-    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), y0)[0] for x in (found.last, found.y[-1])))
+    values = (found.last, found.y[-1])
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), y0, retain_graph=True)[0] for x in values))
 
 
 def test_forward_mode_goes_through_the_second_pass():

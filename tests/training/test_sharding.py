@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from odenets.gather import outermost
 from odenets.training import Classifier, Constant
 from odenets.training.resume import Resume
-from odenets.training.sharding import shard_module, stacks
+from odenets.training.sharding import shard_module
 from schemes import SchemeError
 
 from .test_classifier import Random, trainer
@@ -43,7 +44,7 @@ class Divided(Callback):
         if trainer.world_size > 1:
             from torch.distributed.fsdp import FSDPModule
 
-            assert all(isinstance(step, FSDPModule) for stack in stacks(pl_module.net) for step in stack.steps)
+            assert all(isinstance(step, FSDPModule) for stack in outermost(pl_module.net) for step in stack.steps)
             held = sum(p.to_local().numel() for p in pl_module.parameters())
             assert held < 0.6 * sum(p.numel() for p in pl_module.parameters())
 
