@@ -175,7 +175,8 @@ def with_energies(
             # The Jacobian needs a graph that begins at x, also where x is an input or nothing is recorded outside.
             x = x if wanted and x.requires_grad else x.detach().requires_grad_()
         out = function(*args[:place], x, *args[place + 1 :], **kwargs)
-        y, own = out if is_pair(out) else (out, {})  # type: ignore[misc]
+        pair: Any = out if is_pair(out) else (out, {})
+        y, own = pair
         found: dict[str, Any] = {}
         if "kinetic" in names:
             found["kinetic"] = _mean_square(y)

@@ -1,12 +1,15 @@
 """What the modules share that train one network, whatever it is for."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from schemes import SchemeError
@@ -65,8 +68,12 @@ class NetModule(L.LightningModule):
         """What the groups of the optimiser are of."""
         return self.net
 
-    def configure_model(self) -> None:
-        shard_module(self, self.net)
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        # The first hook of all. Lightning takes a module that has `configure_model` for one that is divided, and warns
+        # whoever averages its weights: so it comes with the strategy that asks for it.
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.configure_model = partial(shard_module, self, self.net)  # type: ignore[method-assign]
+        return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
         if self.channels_last:

@@ -9,7 +9,6 @@ from collections import Counter
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from schemes import SchemeError
@@ -39,7 +38,7 @@ def shard(net: nn.Module, mesh: Any) -> None:
 
 
 def shard_module(module: L.LightningModule, net: nn.Module) -> None:
-    """Divides the net of a module that ``ModelParallelStrategy`` trains; any other strategy leaves it whole.
+    """Divides the net of a module that ``ModelParallelStrategy`` trains.
 
     Args:
         module: what Lightning trains.
@@ -48,10 +47,7 @@ def shard_module(module: L.LightningModule, net: nn.Module) -> None:
     Raises:
         SchemeError: tensor parallelism, checkpoints in parts, or parameters outside of the net.
     """
-    # Unlike `trainer`, None without one.
-    strategy: Any = None if module._trainer is None else module._trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
-        return
+    strategy: Any = module.trainer.strategy
     if strategy.device_mesh["tensor_parallel"].size() != 1:
         raise SchemeError(
             "ModelParallelStrategy: a net is divided over processes that see different samples, and no layer is cut\n"

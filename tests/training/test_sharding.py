@@ -127,6 +127,5 @@ class Margin(Classifier):
 )
 def test_what_would_train_wrongly_or_lose_a_checkpoint_is_refused(kind, options, words):
     module = kind(Reversible("store"), partial(torch.optim.SGD, lr=0.1), Constant())
-    shard_module(module, module.net)  # without a trainer nothing is divided
     with pytest.raises(SchemeError, match=words):
         shard_module(attached(module, **options), module.net)
