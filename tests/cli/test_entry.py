@@ -134,6 +134,7 @@ def test_a_shell_completes_commands_options_and_names(capsys, tmp_path):
         "odenets fit --trainer.max_ep": {"--trainer.max_epochs"},
         "odenets study re": {"report"},
         "odenets predict --ckpt_p": {"--ckpt_path"},
+        "odenets predict --js": {"--json"},
         "odenets convert --model resnet2": {"resnet20", "resnet26"} & set(odenets.list_models("resnet2*")),
     }
     calls = "\n".join(

@@ -23,7 +23,7 @@ from odenets.detection.drawing import color, in_file
 from odenets.detection.heads import Maps
 from odenets.models import RevCol
 from odenets.models.depth import parameter_depths
-from odenets.training import Constant, Detector
+from odenets.training import Constant, Detector, WarmupCosine
 from odenets.training.command import run
 from odenets.training.order import PADDING, Numbered
 from schemes import SchemeError
@@ -429,3 +429,7 @@ def counted(drawn: Path, folder: Path) -> dict[str, float]:
         found.summarize()
     stats = np.float32(found.stats).tolist()  # as Lightning keeps figures
     return {"AP": stats[0], "AP50": stats[1], "AR100": stats[8]}
+
+
+def test_a_detector_without_a_schedule_warms_up_and_anneals():
+    assert type(detector("deformable").schedule) is WarmupCosine

@@ -613,3 +613,17 @@ def test_uneven_and_repeated_knots():
     jump = [field.weights(t)["0.bias"] for t in (0.5 - 1e-6, 0.5)]
     assert (jump[0] - jump[1]).abs().max() > 1e-2
     assert "not uniform" in repr(field)
+
+
+@torch.no_grad()
+def test_errors_of_an_approximation_are_relative_root_mean_squares():
+    layers = [nn.Linear(3, 2).double() for _ in range(6)]
+    found = ContinuousWeights.from_modules(layers, knots=2)
+    places = [n / 6 for n in range(6)]
+    gone, was = 0.0, 0.0
+    for t, layer in zip(places, layers, strict=True):
+        bias = found.field(t, torch.zeros(3, dtype=torch.float64))
+        weight = torch.stack([found.field(t, row) - bias for row in torch.eye(3, dtype=torch.float64)], 1)
+        gone += float((weight - layer.weight).square().sum() + (bias - layer.bias).square().sum())
+        was += float(layer.weight.square().sum() + layer.bias.square().sum())
+    assert found.error == pytest.approx((gone / was) ** 0.5, rel=1e-6)

@@ -330,3 +330,11 @@ def test_defaults_are_what_json_keeps():
     defaults = {k: p.default for k, p in inspect.signature(DenseNet).parameters.items()}
     with torch.device("meta"):
         assert DenseNet(**json.loads(json.dumps(defaults))).state_dict().keys() == DenseNet().state_dict().keys()
+
+
+@pytest.mark.parametrize("layers", [40, 100])
+def test_plain_networks_have_the_layers_of_their_name(layers):
+    """Convolutions of 3x3 in three equal levels, the stem, two transitions, the classifier."""
+    (name,) = list_models(f"densenet{layers}_k12")
+    net = meta(name)
+    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) + 1 == layers

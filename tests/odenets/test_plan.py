@@ -18,6 +18,7 @@ import odenets
 from odenets import SchemeError, Stack
 from odenets.backprop import agreement, choice, parse_mode
 from odenets.backprop.auto import Auto
+from odenets.backprop.meter import meter_on
 from odenets.backprop.modes import Checkpoint, Exact, Offload, Plan, Reverse, Store
 from odenets.backprop.plan import Chain, Cost, Piece, Profile
 from odenets.backprop.sizes import format_size, mebibytes
@@ -546,3 +547,14 @@ def test_modes_are_values():
     assert Plan(((2, Store()), (1, Reverse(every=0)))) == parse_mode("2*store + reverse(every=0)")
     assert hash(parse_mode("3*offload")) == hash(Plan(((3, Offload()),)))
     assert Plan(((1, Checkpoint(2)), (1, Exact()))).by_inverse
+
+
+def test_memory_that_was_there_before_the_first_mark_is_in_no_interval():
+    meter = meter_on(torch.device("cpu"))
+    with meter:
+        before = torch.empty(1000)
+        meter.mark()
+        during = torch.empty(500)
+        meter.mark()
+    del before, during
+    assert [(i.start, i.most) for i in meter.intervals] == [(0, 2000), (2000, 2000)]

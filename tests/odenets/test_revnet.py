@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from odenets.layers import PoolPadShortcut, SpaceToDepth
@@ -128,3 +129,9 @@ def test_every_parameter_gets_a_gradient_and_feature_info_is_true():
         assert p.grad is not None and p.grad.abs().sum() > 0, key
     shapes = [(4, row["num_chs"], 16 // row["reduction"], 16 // row["reduction"]) for row in net.feature_info]
     assert [m.shape for m in net.maps(x)] == shapes
+
+
+@pytest.mark.parametrize(("act", "kind"), [("relu", nn.ReLU), ("silu", nn.SiLU)])
+def test_the_first_function_has_the_activation_of_the_others_and_writes_to_no_argument(act, kind):
+    function = RevNet(act=act).transitions[0].steps[0].fs[0]
+    assert type(function.relu) is kind and not function.relu.inplace

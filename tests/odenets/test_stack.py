@@ -10,6 +10,7 @@ from torch import nn
 
 import schemes
 from odenets import MixingWarning, SchemeError, Stack, as_residual
+from odenets.tracing import is_traced
 
 # --- structure -------------------------------------------------------------------------------------------------------
 
@@ -245,3 +246,8 @@ def test_learned_steps_keep_the_precision_of_the_stream():
         for step in ("learned", 1.0, "decay(0.5)"):
             stack = Stack([nn.Tanh()] * 4, "rk4", step=step)
             assert stack(torch.ones(3, dtype=dtype)).dtype == dtype, (dtype, step)
+
+
+def test_a_proxy_of_fx_is_known_from_a_tensor():
+    proxy = torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {}))
+    assert is_traced(proxy) and not is_traced(torch.ones(1))

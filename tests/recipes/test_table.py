@@ -240,3 +240,10 @@ def test_a_word_that_is_no_configuration_stays():
     assert recipes.written_out(words) == words
     named = recipes.written_out(["fit", "--config=recipe:rdnet_tiny"])
     assert named[1] == f"--config={recipes.find('rdnet_tiny').text}"
+
+
+def test_all_that_a_recipe_says_of_its_training_is_in_its_file():
+    for recipe in recipes.table().values():
+        assert set(recipe.training) <= set(recipe.settings), recipe.name
+    given = replace(recipes.find("revcol_small"), training={**recipes.find("revcol_small").training, "threads": 3})
+    assert given.settings["threads"] == 3

@@ -9,6 +9,8 @@ from torch import nn
 import schemes
 from schemes import SchemeError, integrate, odeint, tableaux
 from schemes.ode import odeint_adjoint, odeint_dense, odeint_event
+from schemes.ode.control import Control, first_step
+from schemes.ode.dense import Hermite
 
 F64 = torch.float64
 PAIRS = [name for name, tableau in tableaux.METHODS.items() if tableau.b_hat is not None]
@@ -574,3 +576,30 @@ def test_compiled_fields_compile_once():
     torch.testing.assert_close(y, odeint(turning, START, times(0, 0.7, 2), method="tsit5"), rtol=1e-9, atol=1e-9)
     odeint(f, START, times(0, 1), method="rk4", options={"step_size": 0.03})
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("rates", [(1.0, 0.1), (0.1, 30.0), (1e-9, 1e-9)])
+@pytest.mark.parametrize("span", [2.0, -2.0])
+def test_the_first_step_is_hairers(rates, span):
+    """Of y' = -rate y: slopes and their change in units of what is allowed, here in plain numbers."""
+    rate, y = torch.tensor(rates, dtype=torch.float64), torch.tensor([1.0, -3.0], dtype=torch.float64)
+    order, control = 4, Control(rtol=1e-6, atol=1e-8)
+    found = first_step(lambda t, y: -rate * y, 0.0, y, -rate * y, span, order, control)
+
+    scale = [1e-8 + 1e-6 * abs(v) for v in y.tolist()]
+    size = [abs(v) / s for v, s in zip(y.tolist(), scale, strict=True)]
+    rms = [math.sqrt(sum((v * r**power) ** 2 for v, r in zip(size, rates, strict=True)) / 2) for power in (0, 1, 2)]
+    h = min(1e-6 if min(rms[:2]) < 1e-5 else 0.01 * rms[0] / rms[1], 2.0)
+    largest = max(rms[1], rms[2])  # the second derivative is what a small step of Euler's shows
+    h1 = max(1e-6, 1e-3 * h) if largest <= 1e-15 else (0.01 / largest) ** (1 / (order + 1))
+    assert found == pytest.approx(math.copysign(min(100 * h, h1, 2.0), span), rel=1e-6)
+
+
+def test_the_slope_of_a_hermite_cubic_is_its_derivative():
+    ends = torch.randn(4, 3, dtype=torch.float64).unbind()
+    for slopes in (ends[2:], (None, None)):
+        step = Hermite(0.5, 1.25, *ends[:2], *slopes)
+        t = torch.tensor(0.8, dtype=torch.float64)
+        want = torch.func.jvp(step.at, (t,), (torch.ones_like(t),))[1]
+        torch.testing.assert_close(step.derivative(t), want)
+        torch.testing.assert_close(step.derivative(0.8), want)

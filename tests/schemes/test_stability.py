@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import schemes
 from schemes import tableaux
 from schemes.errors import SchemeError
 from schemes.stability import R, imaginary_interval, polynomial, real_interval, region
@@ -124,3 +125,9 @@ def test_region_samples_the_plane():
     assert grid.size[3][3] == 1.0 and grid.size[0] == pytest.approx(grid.size[6])
     with pytest.raises(SchemeError, match="at least 2"):
         region(M["rk4"], n=1)
+
+
+@pytest.mark.parametrize("text", ["rkc1(5)", "rkc1(5, 1/10)", "rkc2(5)", "rkc2(5, 1/10)"])
+def test_a_stabilised_method_is_named_with_its_damping(text):
+    method = schemes.get(text)
+    assert schemes.get(method.tableau.name).tableau.floats() == method.tableau.floats()

@@ -188,3 +188,16 @@ def test_the_statistics_of_the_digits_are_those_of_their_pictures():
     levels = data.sets["train"].pictures.double()  # in [0, 1]
     assert data.mean == pytest.approx([float(levels.mean())], abs=0.01)
     assert data.std == pytest.approx([float(levels.std())], abs=0.01)
+
+
+def test_an_error_that_a_worker_hands_over_says_what_it_said():
+    handed = "Caught DataError in DataLoader worker process 0.\nTraceback: ...\nDataError: a.png cannot be read\n"
+    assert str(DataError(handed)) == "a.png cannot be read"
+    for text in ("a folder named DataError: x", "Caught nothing of it"):
+        assert str(DataError(text)) == text
+
+
+def test_a_column_that_is_missing_is_said_of_its_folder(tmp_path):
+    write_parquet(tmp_path / "train.parquet", 4, 2)
+    with pytest.raises(DataError, match=str(tmp_path)):
+        Images(str(tmp_path), label_key="nothing").setup("fit")
