@@ -143,6 +143,9 @@ def _serve(connection: Connection, work: Any, task: Any, prepare: Callable[[int]
             prepare(place)
         connection.send(("", work(task)))
     except Exception as error:
+        parent = multiprocessing.parent_process()
+        if isinstance(error, BrokenPipeError) and parent is not None and not parent.is_alive():
+            return  # it was ended first: nobody is left to answer
         traceback.print_exc()
         connection.send((f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", None))
 
