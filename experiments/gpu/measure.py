@@ -19,12 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import schemes
 from odenets import create_model
+from odenets.models import ResNet
+from odenets.training import Augment, Classifier
+from odenets.training.data import Cached, Pictures
 
 sys.path += [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent)]
 import models as peers_of_models
@@ -155,6 +159,61 @@ def odeint_case(package: str, tolerance: float, rows: int, device: str) -> dict[
     return {"ms": 1e3 * s, "evaluations": calls[0]}
 
 
+class Drawn(Pictures):
+    """As many random pictures as a training set of CIFAR has, kept in memory."""
+
+    num_classes, in_chans = 10, 3
+
+    def __init__(self, count: int, batch_size: int, on_device: bool) -> None:
+        augment = Augment(crop=4, flip=0.5)
+        super().__init__(batch_size, 0, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], augment)
+        self.count, self.on_device = count, on_device
+
+    def setup(self, stage: str) -> None:
+        pictures = torch.randint(256, (self.count, 3, 32, 32), dtype=torch.uint8)
+        self.sets["train"] = self.sets["val"] = Cached(pictures, torch.arange(self.count) % 10)
+
+
+class Epochs(L.Callback):
+    """Seconds of each epoch, first to last step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.begun)
+
+
+def training_case(depth: int, count: int, batch: int, compiled: bool, on_device: bool, device: str) -> dict[str, Any]:
+    """Images per second of whole training (augmentation, optimizer, schedule), the best epoch after the first."""
+    torch.manual_seed(0)
+    net = ResNet([depth] * 3, [16, 32, 64], num_classes=10, shortcut="pad", stem="conv3")
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    model = Classifier(net, sgd, channels_last=True, compile=compiled)
+    epochs = Epochs()
+    trainer = L.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=3,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        precision="bf16-mixed",
+        logger=False,
+        callbacks=[epochs],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=Drawn(count, batch, on_device))
+    best = min(epochs.seconds[1:])
+    return {"batch": batch, "images_per_s": count // batch * batch / best, "epoch_s": best}
+
+
 def cases(device: str, tiny: bool) -> Iterator[Case]:
     """All of them, the most wanted first."""
     for case in ("cheap f 4x4",) if tiny else rk_step.cases():
@@ -170,6 +229,10 @@ def cases(device: str, tiny: bool) -> Iterator[Case]:
         for tolerance in (1e-3,) if tiny else (1e-3, 1e-5):
             name = f"{package}, {tolerance:g}"
             yield Case("odeint", name, partial(odeint_case, package, tolerance, 8 if tiny else 1024, device))
+    for compiled, on_device in ((False, True),) if tiny else ((False, False), (False, True), (True, True)):
+        run = partial(training_case, *((1, 64, 32) if tiny else (9, 50_000, 512)), compiled, on_device, device)
+        how = f"pictures {'on the device' if on_device else 'in host memory'}{', compiled' if compiled else ''}"
+        yield Case("training", f"ResNet-{8 if tiny else 56}, {how}", run)
     yield from model_cases(device, tiny)
 
 

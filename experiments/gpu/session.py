@@ -91,6 +91,7 @@ class Session:
             words += ["experiments/cifar10_ho_resnet.yaml", "--over", f"model.net.scheme={SCHEMES}", "--seeds", "0..4"]
             words += ["--model.net.functions", "[12, 12, 12]", "--model.net.widths", "[8, 16, 32]", "--workers", "4"]
             words += ["--model.net.placement", "preact", "--trainer.max_epochs", "10", "--data.root", str(pictures)]
+            words += ["--data.on_device", "true", "--model.compile", "true"]
         self.run("campaign", [*words, "--dir", str(self.out / "campaign")], self.left())
         if (self.out / "campaign" / "runs.sqlite").exists():
             words = ["-m", "odenets", "compare", "report", str(self.out / "campaign")]

@@ -13,6 +13,7 @@ TITLES = {
     "rk4": "One step of rk4, forward and backward",
     "columns": "RevCol: memory against columns",
     "odeint": "A flow by dopri5",
+    "training": "Training on pictures of 32x32 by Lightning, bfloat16, channels-last",
     "models": "A training step, bfloat16, channels-last",
     "batch": "The largest batch",
 }

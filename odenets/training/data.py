@@ -57,8 +57,13 @@ class Cached(Dataset):
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         # Nothing is drawn here, so the epoch of a request does not matter.
-        picked = torch.as_tensor([r[1] if isinstance(r, tuple) else r for r in requests])
+        wanted = [r[1] if isinstance(r, tuple) else r for r in requests]
+        picked = torch.as_tensor(wanted, device=self.pictures.device)
         return self.pictures[picked], self.labels[picked]
+
+    def move(self, device: torch.device) -> None:
+        """Keeps all pictures and labels on a device, where batches are then made."""
+        self.pictures, self.labels = self.pictures.to(device), self.labels.to(device)
 
     def name(self, i: int) -> str:
         """File, or file and row, of picture i."""
@@ -220,10 +225,14 @@ class Pictures(L.LightningDataModule):
         mean: one figure per channel, of pictures in [0, 1].
         std: one figure per channel.
         augment: of the batch in training; None: nothing.
+
+    Attributes:
+        on_device: Whether all pictures lie on the device that trains; for sets that are kept in memory.
     """
 
     num_classes: int
     in_chans: int
+    on_device: bool = False
 
     def __init__(
         self,
@@ -259,6 +268,8 @@ class Pictures(L.LightningDataModule):
         data = self.sets[name]
         # A batch from memory is one index operation; sending it between processes would take longer.
         workers = 0 if isinstance(data, Cached) else self.num_workers
+        if self.on_device and isinstance(data, Cached) and self.trainer is not None:
+            data.move(self.trainer.strategy.root_device)
         return loader(
             self,
             data,
@@ -267,7 +278,7 @@ class Pictures(L.LightningDataModule):
             num_workers=workers,
             # A whole batch has been made already.
             collate_fn=_as_is if hasattr(data, "__getitems__") else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not self.on_device,
             persistent_workers=workers > 0,
         )
 
@@ -319,6 +330,7 @@ class Digits(Pictures):
         split_seed: Which digits are held out.
         test_share: Share of the digits that only the test sees; 0 tests on those of the validation.
         augment: Default: none.
+        on_device: Keep all digits on the device that trains.
     """
 
     num_classes = 10
@@ -326,9 +338,15 @@ class Digits(Pictures):
     classes = tuple("0123456789")
 
     def __init__(
-        self, batch_size: int = 64, split_seed: int = 0, test_share: float = 0.0, augment: Augment | None = None
+        self,
+        batch_size: int = 64,
+        split_seed: int = 0,
+        test_share: float = 0.0,
+        augment: Augment | None = None,
+        on_device: bool = False,
     ) -> None:
         super().__init__(batch_size, 0, [0.3], [0.375], augment)
+        self.on_device = on_device
         if not 0 <= test_share <= 0.5:
             raise DataError(f"data.test_share={test_share}: wants a share between 0 and 0.5")
         self.split_seed, self.test_share = split_seed, test_share
@@ -393,6 +411,8 @@ class Images(Pictures):
         max_unreadable: Pictures that may be left out or replaced because they cannot be read, per split.
         classes: Names of the classes in order; None takes those that the data name.
         predict_root: Folder or file of pictures for `predict`, which need no labels; default: the test split.
+        on_device: Keep all pictures on the device that trains, one copy a process, so that no batch is copied there;
+            for small pictures, which are decoded once. The order and the augmentation stay what they are without.
     """
 
     in_chans = 3
@@ -425,11 +445,12 @@ class Images(Pictures):
         max_unreadable: int = 10,
         classes: list[str] | None = None,
         predict_root: str | None = None,
+        on_device: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
-        self.max_unreadable = max_unreadable
+        self.max_unreadable, self.on_device = max_unreadable, on_device
         self._check()
         self._own_the_crop()
         # Opened at once: missing data is reported before any model is built, and the class count can be linked to it.
@@ -614,6 +635,12 @@ class Images(Pictures):
                 return decode_all(source, indices, (width, height), tally)
             view = Decoded(source, indices, self.size, False, 0.0, inner, self.interpolation, tally)
             return decode_all(source, indices, view, tally)
+        if self.on_device:
+            why = "training cuts a new box of each in every epoch" if cache else "they are not kept in memory"
+            raise DataError(
+                f"data.on_device: these pictures are decoded when they are asked for, since {why}\n"
+                f"  Leave it out, or give --data.{'smallest_crop 0' if cache else 'cache true'}"
+            )
         assert size is not None
         if cache:
             source = Kept(source, indices, tally)

@@ -1,8 +1,11 @@
 """What only a CUDA device can show, ``pytest -m gpu``: the device's generator, fp16 autocast, figures in flight."""
 
+from functools import partial
+
 import pytest
 import torch
 from invertible import SCHEMES, Function, batch, build, distance, gradients
+from torch import nn
 
 from odenets import create_model
 
@@ -71,3 +74,21 @@ def test_a_model_trains_in_bf16_and_channels_last():
         loss = net(x).float().square().mean()
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals
+def test_training_on_pictures_that_lie_on_the_device():
+    """The data set and its batches are there, and the run is the one with pictures in host memory."""
+    L = pytest.importorskip("lightning")
+    from odenets.training import Classifier, Digits
+
+    found = []
+    for where in (False, True):
+        L.seed_everything(0)
+        model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), partial(torch.optim.SGD, lr=0.1))
+        data = Digits(on_device=where)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(accelerator="gpu", devices=1, max_epochs=1, **quiet).fit(model, datamodule=data)
+        found.append(model.net[1].weight.detach().cpu())
+    assert data.sets["train"].pictures.is_cuda and data.sets["train"].__getitems__([3])[0].is_cuda
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)

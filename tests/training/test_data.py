@@ -1,11 +1,14 @@
 """The data modules: what they find in folders, how they split, and that each says what is missing."""
 
 import logging
+from functools import partial
 
+import lightning as L
 import pytest
 import torch
+from torch import nn
 
-from odenets.training import Augment, DataError, Digits, Images
+from odenets.training import Augment, Classifier, DataError, Digits, Images
 from odenets.training.data import IMAGENET_MEAN, IMAGENET_STD, Cached, Decoded, hold_out, middle_box, random_box
 
 from .pictures import picture, write_folder, write_parquet
@@ -201,3 +204,43 @@ def test_a_column_that_is_missing_is_said_of_its_folder(tmp_path):
     write_parquet(tmp_path / "train.parquet", 4, 2)
     with pytest.raises(DataError, match=str(tmp_path)):
         Images(str(tmp_path), label_key="nothing").setup("fit")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*", "ignore:.*many workers.*", "ignore:.*logging interval.*"
+)  # Lightning
+def test_pictures_on_the_device_are_trained_on_alike(cifar, tmp_path, monkeypatch):
+    """Same order, same augmentation, same weights; and a batch is made where the pictures lie."""
+    found, moved, move = [], [], Cached.move
+    monkeypatch.setattr(Cached, "move", lambda data, device: (moved.append((data, device)), move(data, device)))
+    for on_device in (False, True):
+        L.seed_everything(0)
+        data = Images(str(cifar), batch_size=16, augment=Augment(crop=4, flip=0.5), on_device=on_device)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        model = Classifier(net, partial(torch.optim.SGD, lr=0.01))
+        trainer = L.Trainer(
+            default_root_dir=tmp_path,
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+        )
+        trainer.fit(model, datamodule=data)
+        found.append(net[1].weight.detach().clone())
+    assert torch.equal(*found)
+    assert {data: device for data, device in moved} == dict.fromkeys(
+        (data.sets["train"], data.sets["val"]), trainer.strategy.root_device
+    )
+    data.sets["train"].move(torch.device("meta"))
+    x, y = data.sets["train"].__getitems__([(0, 3), 1])
+    assert x.device.type == y.device.type == "meta" and x.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"), [({"smallest_crop": 0.5}, "smallest_crop 0"), ({"cache": False}, "cache true")]
+)
+def test_pictures_that_are_decoded_when_asked_for_cannot_lie_on_the_device(cifar, options, remedy):
+    data = Images(str(cifar), size=32, on_device=True, **options)
+    with pytest.raises(DataError, match=remedy):
+        data.setup("fit")
