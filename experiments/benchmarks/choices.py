@@ -1,7 +1,7 @@
 """What a training step costs under each scheme, in that of euler: the time column of the page "Choose a scheme".
 
     python experiments/benchmarks/choices.py                      # about a minute on one core; prints a table
-    python experiments/benchmarks/choices.py --rounds 9 --batch 4 --size 24 --out experiments/results/choices.json
+    python experiments/benchmarks/choices.py --out experiments/results/choices.json
     python docs/tables.py                                         # takes the file over into the page
 
 Twelve residual functions GroupNorm-SiLU-convolution; all schemes have the same parameters, but for the couplings that

@@ -247,10 +247,14 @@ def measure(nets: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, dic
     return found
 
 
-def table(case: Callable, depths: list[int], act: type[nn.Module], rounds: int) -> None:
+def table(case: Callable, depths: list[int], act: type[nn.Module], rounds: int, only: list[str] | None) -> None:
     columns: dict[str, list[dict[str, float]]] = {}
     for depth in depths:
         nets, x = case(depth, act)
+        if only is not None:
+            # With what their gradients are compared to.
+            kept = {"stored", *only, *(REFERENCES[name] for name in only if name in REFERENCES)}
+            nets = {name: net for name, net in nets.items() if name in kept}
         for name, row in measure(nets, x, rounds).items():
             columns.setdefault(name, []).append(row)
         every = getattr(getattr(nets["reverse"], "monitor", None), "every", None)
@@ -277,17 +281,25 @@ def main() -> None:
     parser.add_argument("--act", nargs="+", default=["ReLU", "SiLU"])
     parser.add_argument("--depths", nargs="+", type=int)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows of the table; fewer take turns faster")
     options = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
     rounds = options.rounds or (5 if options.quick else 21)
     if options.case == "revcol":
         print("revcol, widths 32..256, batch 4, 64x64, alpha 0.5")
-        table(revcol_case, options.depths or ([2, 4, 8] if options.quick else [2, 4, 8, 16]), nn.GELU, rounds)
+        table(
+            revcol_case,
+            options.depths or ([2, 4, 8] if options.quick else [2, 4, 8, 16]),
+            nn.GELU,
+            rounds,
+            options.only,
+        )
         return
     for act in options.act:
         print(f"blocks, state 64x32x8x8, {act}")
-        table(blocks_case, options.depths or ([8, 32] if options.quick else [8, 16, 32, 64]), getattr(nn, act), rounds)
+        depths = options.depths or ([8, 32] if options.quick else [8, 16, 32, 64])
+        table(blocks_case, depths, getattr(nn, act), rounds, options.only)
 
 
 if __name__ == "__main__":
