@@ -4,7 +4,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from schemes.errors import MixingWarning, SchemeError
 from schemes.language import shorten
 from schemes.runge_kutta import RungeKutta
 from schemes.scheme import Scheme, State
-from schemes.step_size import FromError, PerDepth, StepSize
+from schemes.step_size import Fixed, FromError, PerDepth, StepSize
 
 from .checks import warn_of_own_skip
 from .continuous import ContinuousWeights
@@ -329,14 +328,44 @@ def check_draws(state: Any, draws: Draws | None) -> None:
         ) from None
 
 
-def check_factory(make: Any, scheme: Scheme, depth: Any, channels: Any, out_channels: Any) -> int:
-    """Raises a SchemeError where no residual functions could be made; returns the depth."""
+def functions_made(make: Any, scheme: Scheme, depth: Any, channels: Any, out_channels: Any = None) -> list[nn.Module]:
+    """Residual functions, each made from what its place asks for.
+
+    Raises:
+        SchemeError: no function that makes some, or numbers that are none.
+    """
     if not callable(make):
         raise SchemeError(f"Stack: make is a {type(make).__name__}, want a function of a Slot that gives a module.")
     whole("channels", channels, 1)
     if out_channels is not None:
         whole("out_channels", out_channels, 1)
-    return depth_of(scheme, None, depth)
+    # Widths go along with the steps: a dense scheme's functions are given more of them each time.
+    streams = scheme.stream_widths(channels)
+    found: list[nn.Module] = []
+    for n in range(depth_of(scheme, None, depth)):
+        part, out = scheme.at(n), out_channels if n == 0 else None
+        found += [make(slot) for slot in part.slots(n, streams, out)]
+        streams = part.widths(n, streams, out)
+    return found
+
+
+def rule_kept(rule: StepSize, shared: nn.Module | None, steps: Sequence[Step]) -> StepSize:
+    """The rule by which other steps of the same shared functions end where these do.
+
+    Raises:
+        SchemeError: separate weights, shortcuts, or step sizes that are no plain numbers.
+    """
+    if shared is None:
+        raise SchemeError(
+            "Stack: rebuilt takes a shared residual function; separate weights are no function of depth.\n"
+            "  ContinuousWeights.from_modules makes one of them, to be fine-tuned."
+        )
+    if not isinstance(rule, Fixed | PerDepth) or steps[0].gs is not None:
+        what = "shortcuts" if steps[0].gs is not None else f"step='{rule}'"
+        raise SchemeError(f"Stack: rebuilt cannot say what {what} would be in other steps; want a plain step size.")
+    if isinstance(rule, PerDepth) and steps[0].scheduled is None:
+        return PerDepth(rule.length)  # and not the rule itself, which has been told the depth of these steps
+    return PerDepth(sum(step.h * step.scheme.span for step in steps))
 
 
 def check_traced(who: str, scheme: Scheme, keeps_all: bool, training: bool) -> None:
@@ -423,24 +452,3 @@ def check_companion(scheme: Scheme) -> None:
             raise SchemeError(
                 f"Stack: {part} has no embedded companion to estimate errors; dopri5, tsit5 and verner89 have one."
             )
-
-
-def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> list[int]:
-    """Which ends of steps these times are, as numbers of steps; 0 is the start.
-
-    Raises:
-        SchemeError: a time lies within a step.
-    """
-    ends = [*accumulate(sizes, initial=0.0)]
-    found = []
-    for x in times:
-        n = min(range(len(ends)), key=lambda i: abs(ends[i] - x))
-        if abs(ends[n] - x) > 1e-9 * abs(ends[-1]):
-            # Of the ends in order: the one before and the one behind.
-            near = sorted(sorted(ends, key=lambda e: abs(e - x))[:2])
-            raise SchemeError(
-                f"Stack: {scheme} has values at the ends of its steps, and {x:g} is none; take {near[0]:g} or "
-                f"{near[1]:g}, or an adaptive scheme, which has values at all times."
-            )
-        found.append(n)
-    return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from schemes.errors import SchemeError
-from schemes.scheme import Function, State
+from schemes.scheme import Function, State, Takes
 
 from .step import Functions, Step
 
@@ -33,6 +33,24 @@ def warn_of_own_skip(f: object) -> None:
                 "wrap it: odenets.as_residual(block).",
                 stacklevel=4,
             )
+
+
+def check_given(takes: Takes, t: Any, context: Any) -> None:
+    """Refuses a time or a context that would not arrive.
+
+    Raises:
+        SchemeError: no residual function reads it, or none tells.
+    """
+    if context is not None and not takes.context and not takes.opaque:
+        raise SchemeError(
+            "Stack: a context is given, and no residual function has a parameter named context to read it.\n"
+            "  Name the parameter so, forward(self, x, context), or leave the context away."
+        )
+    if takes.opaque and (context is not None or isinstance(t, Tensor) or t != 0):
+        raise SchemeError(
+            "Stack: a time or a context is given, and a residual function of signature (**kwargs) does not tell "
+            "whether it takes them.\n  Name them in its signature: forward(self, x, t, context)."
+        )
 
 
 class Watched:

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from schemes.adaptive import Adaptive
-from schemes.errors import SchemeError
 from schemes.ode.run import Run
 from schemes.scheme import Function, State
 
@@ -58,24 +56,3 @@ class Solves:
 
     def _note(self, run: Run) -> None:
         self.found.append(Solve(run.status, run.accepted, run.rejected, run.evaluations))
-
-
-def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Times since the start of steps of these sizes, checked.
-
-    Raises:
-        SchemeError: they are not in order, or lie beyond the steps.
-    """
-    times = [float(x) for x in at]
-    end = math.fsum(sizes)
-    sign = -1.0 if end < 0 else 1.0
-    if not all((b - a) * sign > 0 for a, b in pairwise(times)):
-        raise SchemeError("Stack: the times of trajectory(at=...) must be in order, each once, as the steps go.")
-    slack = 1e-9 * abs(end)
-    for x in times:
-        # Written so that NaN is refused too.
-        if not -slack <= x * sign <= abs(end) + slack:
-            raise SchemeError(
-                f"Stack: there is no value at {x:g}; the steps go from 0 to {end:g}, counted from the start."
-            )
-    return times

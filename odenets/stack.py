@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from schemes.adaptive import Adaptive
 from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
 from schemes.scheme import Function, Scheme, Slot, State, Takes
-from schemes.step_size import Fixed, FromError, PerDepth, StepSize, step_size
+from schemes.step_size import Fixed, FromError, StepSize, step_size
 
-from . import build, checks
+from . import build, checks, times
 from .auxiliary import LOG_DET, Sink, names_of
 from .backprop.choice import Chosen, Report
 from .backprop.diagnose import Diagnosis, diagnose
@@ -26,35 +25,9 @@ from .backprop.monitor import Monitor
 from .backprop.planning import Planning
 from .backprop.surroundings import initialise, nothing_changed
 from .backprop.walk import Observer, Pass
-from .solves import Solve, Solves, times_within
+from .solves import Solve, Solves
 from .step import Revision, Step
 from .tracing import is_traced
-
-
-def as_residual(module: nn.Module) -> nn.Module:
-    """Makes a residual function of a module that has a skip of its own: x -> module(x) - x.
-
-    Args:
-        module: keeps the shape of its one argument, and adds it to its result.
-
-    Example:
-        >>> import torch
-        >>> from odenets import Stack, as_residual
-        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        >>> x = torch.randn(1, 3, 8)
-        >>> torch.allclose(Stack(as_residual(layer), "euler")(x), layer(x), atol=1e-6)
-        True
-    """
-    return _AsResidual(module)
-
-
-class _AsResidual(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x) - x
 
 
 class Estimate(NamedTuple):
@@ -163,7 +136,7 @@ class Stack(nn.Module):
         if start is not None:
             # Without gradients, and everything put back: an example decides shapes and nothing else.
             with torch.no_grad():
-                self._first_call(start, 0.0, None, None, None, always=True)
+                self._first_call(start, self._pass(0.0, None), always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -203,9 +176,9 @@ class Stack(nn.Module):
         """Reads what the residual functions take; they are checked anew."""
         for step in self.steps:
             step.read(self.block)
-        self._timed = any(step.timed for step in self.steps)
-        self._opaque = any(t.opaque for step in self.steps for t in step.takes)
-        self._reads_context = any(t.context for step in self.steps for t in step.takes)
+        every = [takes for step in self.steps for takes in step.takes]
+        time, context, opaque = (any(getattr(takes, what) for takes in every) for what in ("time", "context", "opaque"))
+        self._takes = Takes(time, context, opaque=opaque)
         self._fields = build.fields_shared(self.block)
         self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth)) if self._fields else 0.0
         # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
@@ -220,7 +193,7 @@ class Stack(nn.Module):
             and type(self.scheme).readout is Scheme.readout
             and self.after is None
             and self.block is None
-            and not self._timed
+            and not self._takes.time
             and not isinstance(self.rule, FromError)
         )
 
@@ -231,7 +204,7 @@ class Stack(nn.Module):
     @property
     def takes(self) -> Takes:
         """What this stack takes as a residual function of another one."""
-        return Takes(self._timed, self._reads_context, False, self._opaque)
+        return self._takes
 
     @property
     def post_step(self) -> nn.Module | None:
@@ -268,16 +241,7 @@ class Stack(nn.Module):
             torch.Size([3, 8])
         """
         found = registry.get(scheme)
-        depth = build.check_factory(make, found, depth, channels, out_channels)
-        # Widths go along with the steps: a dense scheme's functions are given more of them each time.
-        streams = found.stream_widths(channels)
-        fs: list[nn.Module] = []
-        for n in range(depth):
-            part = found.at(n)
-            out = out_channels if n == 0 else None
-            fs += [make(slot) for slot in part.slots(n, streams, out)]
-            streams = part.widths(n, streams, out)
-        return cls(fs, found, depth, **options)
+        return cls(build.functions_made(make, found, depth, channels, out_channels), found, depth, **options)
 
     def forward(
         self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None, aux: bool | str | Collection[str] = False
@@ -311,123 +275,86 @@ class Stack(nn.Module):
         # Who gives streams is given streams.
         readout = self.scheme.readout if isinstance(x, Tensor) or is_traced(x) else tuple
         if aux is False:
-            return readout(self._walk(x, t, context))
+            return readout(self._walk(x, self._pass(t, context)))
         names = names_of(aux)
         sink = Sink(not isinstance(names, bool) and LOG_DET in names)
-        return readout(self._walk(x, t, context, None, sink)), sink.sums(names)
+        return readout(self._walk(x, self._pass(t, context, sink=sink))), sink.sums(names)
 
-    def _walk(
-        self,
-        x: Tensor,
-        t: Any,
-        context: Any,
-        on_step: Observer | None = None,
-        sink: Sink | None = None,
-        solves: Solves | None = None,
-    ) -> State:
-        """The state after the last step; ``on_step`` is shown the state after each, ``solves`` adaptive solves."""
+    def _pass(self, t: Any, context: Any, on_step: Observer | None = None, **collected: Any) -> Pass:
+        """A pass through the steps, with what it shows its states to and collects (``sink``, ``solves``)."""
+        if self._revision.stale:
+            self._read_functions()
+        checks.check_given(self._takes, t, context)
+        if self._fields:  # another field, or a state dict, may have brought another span
+            build.check_end(self._fields, self._end, self.scheme, self.depth)
+        steps, sizes = self.steps, None
+        if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
+            steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
+        time = t if self._takes.time else None
+        return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, **collected)
+
+    def _start(self, x: Tensor | State, given: Pass) -> State:
+        """The streams that a pass starts from."""
+        if not isinstance(x, Tensor) and not is_traced(x):
+            return build.streams_of(x, self.scheme)
+        if not self._makes_streams:
+            return (x,)
+        first = self.steps[0]
+        return self.scheme.init(first.start(self.block, given.time, given.context), x, first.h)
+
+    def _walk(self, x: Tensor | State, given: Pass) -> State:
+        """The state after the last step of a pass."""
         if (into := self.into) is not None:
             # A sink of this pass alone, since a mode may take out of it what it finds.
-            self.into, own = None, Sink(into.log_det) if sink is None else sink
+            self.into, own = None, Sink(into.log_det) if given.sink is None else given.sink
             try:
-                state = self._walk(x, t, context, on_step, own, solves)
+                state = self._walk(x, given._replace(sink=own))
             finally:
                 self.into = into
             into.extend(own)
             return state
-        if self._revision.stale:
-            self._read_functions()
-        self._check_given(t, context)
         if is_traced(x):  # nothing of it can be checked
             build.check_traced("Stack", self.scheme, self._backprop.keeps_all, self.training)
-            return self._run(x, t, context, on_step, sink, solves)
+            return self._run(x, given)
         seen = (self.training, torch.is_grad_enabled())
         # Under a compiler or a trace the checks would become part of what is recorded.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
-            return self._first_call(x, t, context, on_step, sink, solves=solves)
-        return self._run(x, t, context, on_step, sink, solves)
+            return self._first_call(x, given)
+        return self._run(x, given)
 
-    def _first_call(
-        self,
-        x: Tensor,
-        t: Any,
-        context: Any,
-        on_step: Observer | None,
-        sink: Sink | None,
-        always: bool = False,
-        solves: Solves | None = None,
-    ) -> State:
+    def _first_call(self, x: Tensor | State, given: Pass, always: bool = False) -> State:
         """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
         if not isinstance(x, (Tensor, tuple, list)):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
         # Before the watch: a lazy layer changes its class and its parameters in its first call.
-        initialise(self, lambda: self._run(x, t, context, None, None))
+        initialise(self, lambda: self._run(x, given._replace(on_step=None, sink=None, solves=None)))
         for step in self.steps:
             # Whoever returned some keeps being asked; the others are asked again, as this state may be another.
             step.auxiliary = step.auxiliary or None  # told by what the functions return now
-        with nothing_changed([self], always, (t, context)):
-            state = self._run(x, t, context, on_step, sink, solves, checks.watch)
+        with nothing_changed([self], always, (given.time, given.context)):
+            state = self._run(x, given._replace(wrap=checks.watch))
         for step in self.steps:
             step.auxiliary = bool(step.auxiliary)
         self._checked.add((self.training, torch.is_grad_enabled()))
         return state
 
-    def _check_given(self, t: Any, context: Any) -> None:
-        """Refuses a time or a context that would not arrive."""
-        if context is not None and not self._reads_context and not self._opaque:
-            raise SchemeError(
-                "Stack: a context is given, and no residual function has a parameter named context to read it.\n"
-                "  Name the parameter so, forward(self, x, context), or leave the context away."
-            )
-        if self._opaque and (context is not None or isinstance(t, Tensor) or t != 0):
-            raise SchemeError(
-                "Stack: a time or a context is given, and a residual function of signature (**kwargs) does not tell "
-                "whether it takes them.\n  Name them in its signature: forward(self, x, t, context)."
-            )
-
-    def _run(
-        self,
-        x: Tensor,
-        t: Any,
-        context: Any,
-        on_step: Observer | None,
-        sink: Sink | None,
-        solves: Solves | None = None,
-        wrap: Any = None,
-    ) -> State:
-        given, state = self._pass(x, t, context, on_step)
+    def _run(self, x: Tensor | State, given: Pass) -> State:
+        state = self._start(x, given)
         # A rule that reads errors wraps the mode, so that no mode has to know of step sizes.
         mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
-        if given.calls is None:
-            return mode.run(given._replace(wrap=wrap, sink=sink), state)
-        if solves is None:
-            solves = Solves()
-        elif solves.at:
+        if self.scheme.evaluations is not None:
+            return mode.run(given, state)
+        # A list, so that residual functions deep inside of a solver can count into it.
+        calls, solves = [0], given.solves or Solves()
+        if solves.at:
             # Values within a step are given out, which a mode that runs steps again would not know of.
             mode = Store()
         try:
-            return mode.run(given._replace(wrap=wrap, sink=sink, solves=solves), state)
+            return mode.run(given._replace(calls=calls, solves=solves), state)
         finally:
             # Of a solve that could not go on too, whose status says why. A backward pass that runs steps again adds to
             # the list, and not to what is read here.
-            self._calls, self._solves = given.calls[0], tuple(solves.found)
-
-    def _pass(self, x: Tensor, t: Any, context: Any, on_step: Observer | None = None) -> tuple[Pass, State]:
-        """A pass through the steps, and the streams that it starts from."""
-        if self._fields:  # another field, or a state dict, may have brought another span
-            build.check_end(self._fields, self._end, self.scheme, self.depth)
-        time = t if self._timed else None
-        steps, sizes = self.steps, None
-        if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
-            steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
-        state: State = (x,)
-        if not isinstance(x, Tensor) and not is_traced(x):
-            state = build.streams_of(x, self.scheme)
-        elif self._makes_streams:
-            state = self.scheme.init(steps[0].start(self.block, time, context), x, steps[0].h)
-        # A list, so that residual functions deep inside of a solver can count into it.
-        calls = [0] if self.scheme.evaluations is None else None
-        return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, calls=calls), state
+            self._calls, self._solves = calls[0], tuple(solves.found)
 
     def trajectory(
         self, x: Tensor, *, at: Sequence[float] | None = None, t: float | Tensor = 0.0, context: Any = None
@@ -459,29 +386,28 @@ class Stack(nn.Module):
         if at is not None:
             return self._values_at(x, at, t, context)
         found: list[Tensor] = []
-        self._walk(x, t, context, lambda n, state: found.append(self.scheme.readout(state)))
+        self._walk(x, self._pass(t, context, lambda n, state: found.append(self.scheme.readout(state))))
         return found
 
     def _values_at(self, x: Tensor, at: Sequence[float], t: Any, context: Any) -> list[Tensor]:
         """The readouts at times since the start."""
-        sizes = [step.scheme.span * float(torch.as_tensor(step.h).detach()) for step in self.steps]
-        if isinstance(self.rule, FromError):
-            raise SchemeError(
-                f"Stack: step='{self.rule}' sets the times of its steps on the way, so trajectory(at=...) knows none; "
-                "leave at= away, or take an adaptive scheme."
-            )
-        times = times_within(at, sizes)
+        lengths = times.lengths_of(self.steps, self.rule)
+        wanted = times.times_within(at, lengths)
         if isinstance(self.scheme, Adaptive):
-            ends = [*accumulate(sizes, initial=0.0)]
-            # The very numbers of the ends, from which rounding may keep a time.
-            solves = Solves([next((e for e in ends if abs(e - x) <= 1e-9 * abs(ends[-1])), x) for x in times])
-            self._walk(x, t, context, None, None, solves)
+            solves = Solves(times.at_ends(wanted, lengths))
+            self._walk(x, self._pass(t, context, solves=solves))
             return solves.values
-        places = build.ends_at(times, sizes, self.scheme)
+        places = times.ends_at(wanted, lengths, self.scheme)
         found: dict[int, Tensor] = {}
+
+        def on_step(n: int, state: State) -> None:
+            if n + 1 in places:
+                found[n + 1] = self.scheme.readout(state)
+
+        given = self._pass(t, context, on_step)
         if 0 in places:
-            found[0] = self.scheme.readout(self._pass(x, t, context)[1])
-        self._walk(x, t, context, lambda n, s: found.update({n + 1: self.scheme.readout(s)} if n + 1 in places else {}))
+            found[0] = self.scheme.readout(self._start(x, given))
+        self._walk(x, given)
         return [found[n] for n in places]
 
     def visit_states(
@@ -497,7 +423,7 @@ class Stack(nn.Module):
             t: time at the start.
             context: what residual functions with that parameter read.
         """
-        return self._walk(x, t, context, visitor)
+        return self._walk(x, self._pass(t, context, visitor))
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
         """All streams after the last step, before the readout: what ``inverse`` can start from.
@@ -507,7 +433,7 @@ class Stack(nn.Module):
             t: time at the start.
             context: what residual functions with that parameter read.
         """
-        return self._walk(x, t, context)
+        return self._walk(x, self._pass(t, context))
 
     def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
         """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
@@ -523,10 +449,10 @@ class Stack(nn.Module):
             SchemeError: the scheme has no embedded companion.
         """
         build.check_companion(self.scheme)
-        given, state = self._pass(x, t, context)
+        given = self._pass(t, context)
         # Steps from errors walk as they always do, so that the errors are those of the steps taken.
         rule = self.rule if isinstance(self.rule, FromError) else None
-        state, errors = WithErrors(self._backprop, rule).estimates(given, state)
+        state, errors = WithErrors(self._backprop, rule).estimates(given, self._start(x, given))
         return Estimate(self.scheme.readout(state), errors)
 
     def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Diagnosis:
@@ -550,8 +476,9 @@ class Stack(nn.Module):
             [True, True]
         """
         self._check_invertible(self.training and self.scheme.reversible_in_training)
-        with torch.no_grad(), nothing_changed([self], True, (t, context)):
-            return diagnose(*self._pass(x, t, context))
+        given = self._pass(t, context)
+        with torch.no_grad(), nothing_changed([self], True, (given.time, context)):
+            return diagnose(given, self._start(x, given))
 
     def plan(
         self, x: Tensor, *, memory: float | str | None = None, t: float | Tensor = 0.0, context: Any = None
@@ -618,8 +545,7 @@ class Stack(nn.Module):
 
     def _read_chosen(self, state: Mapping[str, Any]) -> Chosen:
         found = Chosen.of(state)
-        found.plan.check(self.scheme, self.after)
-        found.plan.check_depth(len(self.steps))
+        self._check_mode(found.plan)
         return found
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
@@ -638,11 +564,12 @@ class Stack(nn.Module):
         if isinstance(y, Tensor) and any(step.scheme.streams_added for step in self.steps):
             raise SchemeError(f"Stack: {self.scheme} makes streams that its output does not tell; use final_state(x).")
         state = self.scheme.state_from_output(y) if isinstance(y, Tensor) else tuple(y)
-        times: list[Any] = [t if self._timed else None]
+        given = self._pass(t, context)
+        starts = [given.time]
         for step in self.steps:
-            times.append(step.end(times[-1]))
-        given = Pass(list(self.steps)[::-1], self._inverse_monitor, self.block, context=context, inverted=True)
-        given = given._replace(times=times[-2::-1], runner=_invert)
+            starts.append(step.end(starts[-1]))
+        given = given._replace(steps=list(self.steps)[::-1], monitor=self._inverse_monitor, runner=_invert)
+        given = given._replace(time=None, times=starts[-2::-1], inverted=True)
         # Exact arithmetic has no part in this: what it would round was not rounded on the way here.
         mode = self._backprop if self._backprop.inverts else Store()
         state = mode.run(given, state)
@@ -679,24 +606,14 @@ class Stack(nn.Module):
             >>> [round(float(net.rebuilt(depth=n)(x) - net.rebuilt("rk4", 64)(x)), 4) for n in (4, 8)]
             [-0.0278, -0.0137]
         """
-        if self.block is None:
-            raise SchemeError(
-                "Stack: rebuilt takes a shared residual function; separate weights are no function of depth.\n"
-                "  ContinuousWeights.from_modules makes one of them, to be fine-tuned."
-            )
-        if not isinstance(self.rule, Fixed | PerDepth) or self.steps[0].gs is not None:
-            what = "shortcuts" if self.steps[0].gs is not None else f"step='{self.rule}'"
-            raise SchemeError(f"Stack: rebuilt cannot say what {what} would be in other steps; want a plain step size.")
-        rule = self.rule
-        if isinstance(rule, Fixed):
-            rule = PerDepth(sum(step.h * step.scheme.span for step in self.steps))
+        rule = build.rule_kept(self.rule, self.block, self.steps)
         new = registry.get(self.scheme if scheme is None else scheme)
         seeded = self._draws is not None and any(part.training_differs for part in new.plan)
         found = Stack(
-            self.block,
+            self.block,  # type: ignore[arg-type]
             new,
             self.depth if depth is None else depth,
-            step=PerDepth(rule.length) if isinstance(rule, PerDepth) else rule,
+            step=rule,
             post_step=self.after,
             backprop=self.backprop if backprop is None else backprop,
             seed=self._draws.generator.initial_seed() if seeded else None,  # type: ignore[union-attr]

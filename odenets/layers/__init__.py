@@ -1,5 +1,6 @@
 """Parts of networks that know nothing of schemes: residual functions, shortcuts, stochastic depth, pooling."""
 
+from .as_residual import as_residual as as_residual
 from .conv import DepthwiseConv2d as DepthwiseConv2d
 from .conv import PatchConv2d as PatchConv2d
 from .convnext import ChannelGate as ChannelGate

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import schemes
 from odenets import SchemeError, Stack, as_residual
 from schemes.errors import SchemeError as SameError
 
@@ -170,3 +171,37 @@ def test_known_blocks_of_other_libraries(module):
 
 def test_one_public_error():
     assert SchemeError is SameError and issubclass(SchemeError, ValueError)
+
+
+class Clocked(nn.Module):
+    """Cannot be called without the time."""
+
+    def forward(self, x, t):
+        return 0.1 * x * t
+
+
+WAYS = {
+    "forward": ("midpoint", lambda net, x, **given: net(x, **given)),
+    "aux": ("midpoint", lambda net, x, **given: net(x, aux=True, **given)[0]),
+    "trajectory": ("midpoint", lambda net, x, **given: net.trajectory(x, **given)[-1]),
+    "trajectory(at)": ("midpoint", lambda net, x, **given: net.trajectory(x, at=[0.0, 2.0], **given)[-1]),
+    "visit_states": ("midpoint", lambda net, x, **given: net.visit_states(x, **given)[0]),
+    "final_state": ("midpoint", lambda net, x, **given: net.final_state(x, **given)[0]),
+    "forward_with_errors": ("dopri5", lambda net, x, **given: net.forward_with_errors(x, **given)[0]),
+    "inverse": ("revnet", lambda net, x, **given: net.inverse(x, **given)),
+    "diagnose": ("revnet", lambda net, x, **given: torch.tensor([r.drift for r in net.diagnose(x, **given).steps])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:dopri5")  # of functions that only the estimate reads
+@pytest.mark.parametrize(("scheme", "way"), WAYS.values(), ids=WAYS)
+def test_every_way_reads_signatures_anew_and_refuses_a_context_that_nobody_reads(scheme, way):
+    count = 2 * schemes.get(scheme).stages
+    net, new = Stack([nn.Identity() for _ in range(count)], scheme), Stack([Clocked() for _ in range(count)], scheme)
+    for step in net.steps:
+        for i in range(len(step.fs)):
+            step.fs[i] = Clocked()
+    x = torch.linspace(1, 2, 8).view(2, 4)
+    torch.testing.assert_close(way(net, x, t=2.0), way(new, x, t=2.0))
+    with pytest.raises(SchemeError, match="no residual function has a parameter named context"):
+        way(net, x, context=x)

@@ -337,6 +337,10 @@ def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
     assert drawing.rebuilt(depth=8)._draws.generator.initial_seed() == 3 and drawing.rebuilt("rk4")._draws is None
     repeated = net("repeat(euler, 2)", 4)
     torch.testing.assert_close(repeated(batch(2, 6)), repeated.rebuilt("euler", 8)(batch(2, 6)))
+    scheduled = Stack(torch.neg, "euler", depth=4, step="2/depth")
+    scheduled.set_step(0.25)  # its steps end at 1 now
+    torch.testing.assert_close(scheduled.rebuilt()(batch(2, 6)), scheduled(batch(2, 6)))
+    assert scheduled.rebuilt(depth=8).steps[0].h == 1 / 8
 
 
 def of_span_2(f):

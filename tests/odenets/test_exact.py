@@ -56,7 +56,7 @@ def stack(scheme, depth, kind=nn.Linear, channels=12, backprop="exact"):
 def stored(net, x):
     """The same arithmetic on the same grid, all states kept by autograd: no tape, no inverse."""
     grid = Grid(None, torch.float32)
-    state = tuple(grid.round(s.float()) for s in net._pass(x, 0.0, None)[1])
+    state = tuple(grid.round(s.float()) for s in net._start(x, net._pass(0.0, None)))
     for step in net.steps:
         fs, gs = step.functions(None, None, None, step.h)
         for scheme, f, h, g in step.scheme_on(state).decompose(fs, step.h, gs):

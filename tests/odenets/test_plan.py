@@ -373,7 +373,8 @@ def test_functions_are_called_no_more_than_the_measurement_needs(memory: str, ca
         step.fs[0].register_forward_hook(lambda *_: pytest.fail("measuring called a hook"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choice.measure(stack.backprop, *stack._pass(wide_input().requires_grad_(), 0.0, None))
+        x, given = wide_input().requires_grad_(), stack._pass(0.0, None)
+        choice.measure(stack.backprop, given, stack._start(x, given))
     assert sorted(count)[:10] == [calls] * 10
 
 

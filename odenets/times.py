@@ -1,0 +1,75 @@
+"""Times since the start of a pass at which its values are wanted, and the steps that have them."""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+
+from schemes.errors import SchemeError
+from schemes.scheme import Scheme
+from schemes.step_size import FromError, StepSize
+
+from .step import Step
+
+
+def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
+    """How much time each step takes.
+
+    Raises:
+        SchemeError: nobody knows before the steps are taken.
+    """
+    if isinstance(rule, FromError):
+        raise SchemeError(
+            f"Stack: step='{rule}' sets the times of its steps on the way, so trajectory(at=...) knows none; "
+            "leave at= away, or take an adaptive scheme."
+        )
+    return [step.scheme.span * float(torch.as_tensor(step.h).detach()) for step in steps]
+
+
+def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Times since the start of steps of these sizes, checked.
+
+    Raises:
+        SchemeError: they are not in order, or lie beyond the steps.
+    """
+    times = [float(x) for x in at]
+    end = math.fsum(sizes)
+    sign = -1.0 if end < 0 else 1.0
+    if not all((b - a) * sign > 0 for a, b in pairwise(times)):
+        raise SchemeError("Stack: the times of trajectory(at=...) must be in order, each once, as the steps go.")
+    slack = 1e-9 * abs(end)
+    for x in times:
+        # Written so that NaN is refused too.
+        if not -slack <= x * sign <= abs(end) + slack:
+            raise SchemeError(
+                f"Stack: there is no value at {x:g}; the steps go from 0 to {end:g}, counted from the start."
+            )
+    return times
+
+
+def at_ends(times: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """The times; one that rounding keeps from the end of a step is the very number of that end."""
+    ends = [*accumulate(sizes, initial=0.0)]
+    return [next((e for e in ends if abs(e - x) <= 1e-9 * abs(ends[-1])), x) for x in times]
+
+
+def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> list[int]:
+    """Which ends of steps these times are, as numbers of steps; 0 is the start.
+
+    Raises:
+        SchemeError: a time lies within a step.
+    """
+    ends = [*accumulate(sizes, initial=0.0)]
+    found = []
+    for x in times:
+        n = min(range(len(ends)), key=lambda i: abs(ends[i] - x))
+        if abs(ends[n] - x) > 1e-9 * abs(ends[-1]):
+            # Of the ends in order: the one before and the one behind.
+            near = sorted(sorted(ends, key=lambda e: abs(e - x))[:2])
+            raise SchemeError(
+                f"Stack: {scheme} has values at the ends of its steps, and {x:g} is none; take {near[0]:g} or "
+                f"{near[1]:g}, or an adaptive scheme, which has values at all times."
+            )
+        found.append(n)
+    return found
