@@ -14,6 +14,7 @@ from odenets import __version__
 from ..extras import explained
 from ..messages import fail
 from ..names import closest
+from ..run_words import is_over_data
 
 HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [--KEY VALUE ...]
 
@@ -57,8 +58,6 @@ many networks
 """
 
 LIGHTNING = ("fit", "validate", "test", "predict")
-# What tells a run's `predict` from one of pictures, beside options of its model, data and trainer.
-OF_A_RUN = ("-c", "--config", "--run_dir", "--threads", "--seed_everything", "--weights", "--return_predictions")
 # Where each command of our own is: a module, and its function of the words behind the command's name.
 COMMANDS = {
     "analyse": "odenets.cli.analyse:run",
@@ -104,14 +103,6 @@ def repair_torchvision() -> None:
         warnings.warn(f"torchvision does not fit this torch ({e}); it is used without its operators", stacklevel=2)
 
 
-def _over_data(words: Sequence[str]) -> bool:
-    """Whether a `predict` is Lightning's, over a data module: it has options of a run, or names no pictures."""
-    names = [word.partition("=")[0] for word in words[1:]]
-    return any(name in OF_A_RUN or name.startswith(("--model", "--data", "--trainer")) for name in names) or (
-        names[:1] == ["--ckpt_path"] and len(names) == (1 if "=" in words[1] else 2)
-    )
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line; returns None, since a script's return value becomes its exit status."""
     words = sys.argv[1:] if args is None else args
@@ -140,7 +131,7 @@ def _run(words: Sequence[str], prog: str) -> None:
         near = closest(name, known, cutoff=0.5)
         remedy = f"Closest: {', '.join(near)}" if near else f"{prog} --help says what each of them does"
         fail(f"there is no {name!r}; wanted one of {', '.join(known)}", remedy)
-    if own and not (name == "predict" and _over_data(words)):
+    if own and not (name == "predict" and is_over_data(words)):
         module, _, function = COMMANDS[name].partition(":")
         if module not in LIGHT:
             repair_torchvision()

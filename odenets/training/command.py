@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import itertools
 import logging
 import os
 import re
@@ -43,6 +42,7 @@ from ..config_files import check_files
 from ..messages import explain, fail
 from ..packaged import with_files
 from ..recipes import written_out
+from ..run_words import is_configured, option
 from ..start import Adapt
 from .callbacks import Agreement, EpochLines, Predictions, RunSummary, Summary, Throughput
 from .files import (
@@ -505,19 +505,10 @@ def with_configuration(words: Sequence[str]) -> Sequence[str]:
 
     Options such as `--data.batch_size` change what that says, and so does another class for the network or the data.
     """
-    names = {word.partition("=")[0] for word in words}
-    configured = bool(names & {"-c", "--config"}) or names >= {"--model", "--data"}
     given = option(words, "--ckpt_path")
-    if not words or words[0] not in ("validate", "test", "predict") or configured or given is None:
+    if not words or words[0] not in ("validate", "test", "predict") or given is None or is_configured(words):
         return words
     return [words[0], "--config", configuration(given, option(words, "--run_dir")), *words[1:]]
-
-
-def option(words: Sequence[str], name: str) -> str | None:
-    """The last value of an option on a command line, given as two words or with an equals sign."""
-    found = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
-    found += [value for word, value in itertools.pairwise(words) if word == name]
-    return found[-1] if found else None
 
 
 def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
