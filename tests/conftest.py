@@ -1,6 +1,10 @@
 """Workers of one thread each, fixed seeds, hypothesis profiles, and the folder of real pictures (``ODENETS_DATA``)."""
 
+import functools
 import os
+import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
@@ -45,6 +49,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker("long")
+
+
+TRACED = 1.0  # seconds of each test function, with all its cases, in which `--cov` counts lines
+_spent: dict[object, float] = defaultdict(float)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Where lines are counted by a tracer (until Python 3.11), which makes all code two to three times slower.
+
+    A test function's later cases and later examples run on without it: nearly all lines that they run were counted
+    before. What is counted did run; the figure is at most that much too low.
+    """
+    tracer = sys.gettrace()
+    if tracer is None or not item.config.pluginmanager.hasplugin("_cov"):
+        return (yield)
+    key = item.path, getattr(item, "originalname", item.name)
+    handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+    if handle is not None and key not in _spent:
+        handle.inner_test = _untraced_later(handle.inner_test, key)
+    traced, began = _spent[key] < TRACED, time.perf_counter()
+    if not traced:
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        # In the frame that ended it: the tracer keeps a stack of frames, of which it sees no return meanwhile.
+        sys.settrace(tracer)
+        if handle is None:
+            _spent[key] += time.perf_counter() - began
+
+
+def _untraced_later(test, key: object):
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        tracer, began = sys.gettrace(), time.perf_counter()
+        if _spent[key] >= TRACED:
+            sys.settrace(None)
+        try:
+            return test(*args, **kwargs)
+        finally:
+            sys.settrace(tracer)
+            _spent[key] += time.perf_counter() - began
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,9 @@ def test_hooks_run_what_ci_runs():
     assert asked.returncode == 2
     checks = asked.stderr.split("wanted: ")[1].split()
     assert [hook["entry"] for hook in local["hooks"]] == [f".ci/check {name}" for name in checks]
-    assert "\n.ci/check\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert re.search(r"^\.ci/check >\S+ 2>&1 &\ncheck=\$!$", script, re.M), "all of them, beside the tests"
+    assert '\nwait "$check" || checked=$?\n' in script and '[ "$checked" -eq 0 ] || exit "$checked"' in script
 
 
 def body(count: int, head: str = "def f():", above: str = "") -> str:

@@ -95,9 +95,9 @@ def unlocked(folder: Path) -> bool:
     return not list(folder.rglob(".lock"))
 
 
-@pytest.fixture(scope="module", params=["fork", pytest.param("forkserver", marks=pytest.mark.long)])
+@pytest.fixture(params=["fork", pytest.param("forkserver", marks=pytest.mark.long)])
 def processes(request):
-    """How workers begin: for most tests as copies of this process, which has imported what they need."""
+    """How workers begin: for quick tests as copies of this process, which has imported what they need."""
     before, workers.START = workers.START, request.param
     assert before == "forkserver"
     yield request.param
@@ -105,7 +105,7 @@ def processes(request):
 
 
 @pytest.fixture(scope="module")
-def experiment(processes, tmp_path_factory) -> Path:
+def experiment(tmp_path_factory) -> Path:
     return write_experiment(tmp_path_factory.mktemp("comparison"))
 
 
@@ -227,14 +227,17 @@ def refused(capsys, *words: str) -> list[str]:
     return lines
 
 
-def test_other_settings_are_refused_and_named(experiment, finished, capsys):
-    words = [str(experiment), "--dir", str(finished), *OVER, "--trainer.max_epochs", "9"]
-    lines = refused(capsys, *words)
-    assert f"trainer.max_epochs: {EPOCHS} there, 9 now" in lines[0]
-    assert len(read(finished / "runs.sqlite", RUNS)[1]) == 4
+def test_other_settings_are_refused_and_named(tmp_path, capsys):
+    path, folder = write_experiment(tmp_path, max_epochs=1), tmp_path / "all"
+    words = ["--over", "model.net.scheme=euler", "--seeds", "0"]
+    compare(path, *words, "--workers", "0")
+    capsys.readouterr()
+    lines = refused(capsys, str(path), "--dir", str(folder), *words, "--trainer.max_epochs", "9")
+    assert "trainer.max_epochs: 1 there, 9 now" in lines[0]
+    assert len(read(folder / "runs.sqlite", RUNS)[1]) == 1
     # Where the pictures are and how many threads work is no other comparison.
-    comparison, _ = planned([*words[:-2], "--threads", "2"])
-    assert comparison.settings == find(finished).settings
+    comparison, _ = planned([str(path), "--dir", str(folder), *words, "--threads", "2"])
+    assert comparison.settings == find(folder).settings
 
 
 @pytest.mark.parametrize(
