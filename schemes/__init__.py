@@ -7,7 +7,6 @@ from .adaptive import Adaptive as Adaptive
 from .bdia import Bdia as Bdia
 from .columns import RevColCoupling as RevColCoupling
 from .compose import Mix as Mix
-from .compose import Nested as Nested
 from .compose import Repeat as Repeat
 from .compose import Substeps as Substeps
 from .coupling import Additive as Additive
@@ -28,6 +27,7 @@ from .multistep import Leapfrog as Leapfrog
 from .multistep import LmResNet as LmResNet
 from .multistep import Momentum as Momentum
 from .multistep import ReversibleHeun as ReversibleHeun
+from .nested import Nested as Nested
 from .ode import Event as Event
 from .ode import Solution as Solution
 from .ode import integrate as integrate

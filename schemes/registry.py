@@ -11,12 +11,13 @@ from . import stability, tableaux
 from .adaptive import Adaptive
 from .bdia import Bdia
 from .columns import RevColCoupling
-from .compose import Mix, Nested, Repeat, Substeps
+from .compose import Mix, Repeat, Substeps
 from .coupling import Additive, Affine, MultiLevel, RevNetCoupling
 from .dense import Dense
 from .errors import SchemeError
 from .language import Reader, shorten
 from .multistep import AdamsBashforth2, Alf, Leapfrog, LmResNet, Momentum, ReversibleHeun
+from .nested import Nested
 from .reversible import Reversible
 from .runge_kutta import RungeKutta, pruned
 from .scheme import Scheme, limit_functions

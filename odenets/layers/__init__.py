@@ -1,6 +1,5 @@
 """Parts of networks that know nothing of schemes: residual functions, shortcuts, stochastic depth, pooling."""
 
-from .as_residual import as_residual as as_residual
 from .conv import DepthwiseConv2d as DepthwiseConv2d
 from .conv import PatchConv2d as PatchConv2d
 from .convnext import ChannelGate as ChannelGate
@@ -15,6 +14,7 @@ from .modern import ModernFunction as ModernFunction
 from .modern import make_act as make_act
 from .modern import make_norm as make_norm
 from .norm import LayerNorm2d as LayerNorm2d
+from .own_skip import as_residual as as_residual
 from .residual import Act as Act
 from .residual import BasicFunction as BasicFunction
 from .residual import BottleneckFunction as BottleneckFunction

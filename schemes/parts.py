@@ -1,0 +1,63 @@
+"""What schemes made of schemes do with their parts: checks, shares of functions, shortcuts of several parts.
+
+Where a step evaluates its residual functions several times over (reversible), ``nodes`` and the functions that are
+given with their times stand use by use: all functions of the first use, then all of the second. A part of a
+composition takes its own share out of each.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SchemeError
+from .scheme import Function, Scheme
+
+
+def check_part(name: str, scheme: object) -> Scheme:
+    """The part itself; raises a SchemeError, which names the wrapper, where it is no scheme."""
+    if not isinstance(scheme, Scheme):
+        raise SchemeError(f"{name}: {scheme!r} is no scheme; write a name such as rk4.")
+    return scheme
+
+
+def as_argument(generator: torch.Generator | None) -> tuple[torch.Generator, ...]:
+    """A generator as a last argument, where there is one: schemes of a user's own need not take it."""
+    return () if generator is None else (generator,)
+
+
+def uses_of(scheme: Scheme) -> int:
+    """How often a step evaluates its residual functions."""
+    return len(scheme.nodes or ()) // scheme.stages
+
+
+def share_of(items: Sequence[Any], stages: int, start: int, part: int, uses: int) -> tuple[Any, ...]:
+    """What ``part`` functions from ``start`` on have of items that stand use by use, ``stages`` in each.
+
+    Items that stand once, as functions without times do, serve for every use.
+    """
+    # Functions come once, or with their times filled in once per use: only their number tells which.
+    given = len(items) // stages
+    if given == 1:
+        return tuple(items[start : start + part])
+    first = (u * stages + start for u in range(uses))
+    return tuple(x for i in first for x in items[i : i + part])
+
+
+class Once:
+    """A shortcut evaluated once a step, however many inner schemes ask for it (its BatchNorm must move once)."""
+
+    __slots__ = ("g", "seen", "value")
+
+    def __init__(self, g: Function):
+        self.g, self.seen, self.value = g, None, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # By identity: inner schemes hand on the very tensor, and comparing values would cost as much as the shortcut.
+        if self.seen is not x:
+            self.seen, self.value = x, self.g(x)
+        return self.value  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.g, name)  # the inverse and the scale of an invertible one
