@@ -69,7 +69,7 @@ def pytest_runtest_call(item: pytest.Item):
     handle = getattr(getattr(item, "obj", None), "hypothesis", None)
     if handle is not None and key not in _spent:
         handle.inner_test = _untraced_later(handle.inner_test, key)
-    traced, began = _spent[key] < TRACED, time.perf_counter()
+    traced, began = _spent[key] < TRACED, time.process_time()
     if not traced:
         sys.settrace(None)
     try:
@@ -78,20 +78,20 @@ def pytest_runtest_call(item: pytest.Item):
         # In the frame that ended it: the tracer keeps a stack of frames, of which it sees no return meanwhile.
         sys.settrace(tracer)
         if handle is None:
-            _spent[key] += time.perf_counter() - began
+            _spent[key] += time.process_time() - began
 
 
 def _untraced_later(test, key: object):
     @functools.wraps(test)
     def run(*args, **kwargs):
-        tracer, began = sys.gettrace(), time.perf_counter()
+        tracer, began = sys.gettrace(), time.process_time()
         if _spent[key] >= TRACED:
             sys.settrace(None)
         try:
             return test(*args, **kwargs)
         finally:
             sys.settrace(tracer)
-            _spent[key] += time.perf_counter() - began
+            _spent[key] += time.process_time() - began
 
     return run
 
