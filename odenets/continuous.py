@@ -11,7 +11,6 @@ module with its own names: each of its parameters gets one dimension more, in fr
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -29,10 +28,10 @@ from schemes.splines import Row, SplineSpace, distance, fit, projection, transfe
 
 from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
+from .knots import KNOTS, count_of, mapped, read_knots, relative_errors, space_of
 
 # Beyond its span a field goes on as its last piece does, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
-KNOTS = "knots"  # the key of the knots in a state dict
 
 
 class Approximation(NamedTuple):
@@ -109,7 +108,7 @@ class ContinuousWeights(nn.Module):
         if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < float("inf"):
             raise SchemeError(f"ContinuousWeights: span is {span!r}, want a positive number.")
         _check_block(block)
-        self.basis = Basis(float(span), _space(knots, degree, float(span)))
+        self.basis = Basis(float(span), space_of(knots, degree, float(span)))
         for places in places_of(block):
             p = places[0].value
             # Basis functions add up to 1, so that equal coefficients are a constant.
@@ -366,7 +365,7 @@ class ContinuousWeights(nn.Module):
         for a, b in zip(self._places(), found._places(), strict=True):
             was, now = mapped(old, a[0].now().detach().double()), mapped(new, b[0].now().detach().double())
             pairs[a[0].key] = was, now
-        return Approximation(found, *_relative(pairs, weights))
+        return Approximation(found, *relative_errors(pairs, weights))
 
     @classmethod
     def from_modules(
@@ -430,7 +429,7 @@ class ContinuousWeights(nn.Module):
             own = torch.stack([state[places[0].key] for state in states])
             places[0].now().data = mapped(matrix, own)
             pairs[places[0].key] = own.double(), mapped(rows, places[0].now().detach().double())
-        return Approximation(found, *_relative(pairs, torch.full((n,), 1 / n, dtype=torch.float64)))
+        return Approximation(found, *relative_errors(pairs, torch.full((n,), 1 / n, dtype=torch.float64)))
 
     # State and movement --------------------------------------------------------------------------------------------
 
@@ -457,7 +456,7 @@ class ContinuousWeights(nn.Module):
             missing_keys.append(prefix + KNOTS)
         else:
             try:
-                span, space = read_knots(given, _coefficients(state_dict, prefix, self.space.count))
+                span, space = read_knots(given, count_of(state_dict, prefix, self.space.count))
             except SchemeError as error:
                 error_msgs.append(f"{prefix}{KNOTS}: {error}")
             else:
@@ -520,65 +519,6 @@ def _normed_by_iteration(module: nn.Module) -> bool:
     return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
-def _space(knots: int | Sequence[float] | SplineSpace, degree: int, span: float) -> SplineSpace:
-    """The spline space on [0, 1] that is meant."""
-    if isinstance(knots, SplineSpace):
-        return knots
-    if isinstance(knots, Integral):
-        return SplineSpace.uniform(knots if isinstance(knots, bool) else int(knots), degree)
-    try:
-        ends = [float(k) for k in knots]  # type: ignore[union-attr]
-    except (TypeError, ValueError):
-        raise SchemeError(
-            f"ContinuousWeights: knots are {knots!r}; want a whole number of intervals, or their ends from 0 to "
-            f"{span:g}."
-        ) from None
-    if len(ends) < 2 or abs(ends[0]) > 1e-9 * span or abs(ends[-1] - span) > 1e-9 * span:
-        raise SchemeError(
-            f"ContinuousWeights: knots are {ends}; want a number of intervals, or their ends from 0 to {span:g}."
-        )
-    return SplineSpace(degree, tuple(k / span for k in ends[1:-1]))
-
-
-def read_knots(given: Tensor, count: int) -> tuple[float, SplineSpace]:
-    """The span and the spline space of a knot vector in a state dict, for so many coefficients.
-
-    Raises:
-        SchemeError: it is none.
-    """
-    knots = [float(k) for k in given.double().cpu()] if given.dim() == 1 else []
-    # A knot vector has one knot per coefficient, and degree + 1 more.
-    degree = len(knots) - count - 1
-    if not 0 <= degree <= 3 or not knots or knots[0] != 0 or not knots[-1] > 0:
-        raise SchemeError(f"{len(knots)} knots are no knot vector of {count} coefficients.")
-    end = degree + 1
-    return knots[-1], SplineSpace(degree, tuple(k / knots[-1] for k in knots[end:-end]))
-
-
-def _coefficients(state: Mapping[str, Any], prefix: str, otherwise: int) -> int:
-    """How many coefficients a field has in a state dict."""
-    counts = [len(v) for k, v in state.items() if k.startswith(f"{prefix}block.") and isinstance(v, Tensor) and v.dim()]
-    return counts[0] if counts else otherwise
-
-
-def mapped(matrix: Tensor, coefficients: Tensor) -> Tensor:
-    """Coefficients under a map, (new, old) times (old, ...), computed in float64."""
-    wide = torch.complex128 if coefficients.is_complex() else torch.float64
-    found = torch.tensordot(matrix.to(coefficients.device, wide), coefficients.to(wide), 1)
-    return found.to(coefficients.dtype)
-
-
-def _relative(pairs: Mapping[str, tuple[Tensor, Tensor]], weights: Tensor) -> tuple[float, dict[str, float]]:
-    """Root mean squares of differences over places with weights, relative to the first of each pair: all, and each."""
-
-    def square(x: Tensor) -> float:
-        return float((weights * x.abs().square().flatten(1).sum(1)).sum())
-
-    parts = {name: (square(a - b), square(a)) for name, (a, b) in pairs.items()}
-    errors = {name: (d / max(s, 1e-300)) ** 0.5 for name, (d, s) in parts.items()}
-    return (sum(d for d, _ in parts.values()) / max(sum(s for _, s in parts.values()), 1e-300)) ** 0.5, errors
-
-
 # What others ask of fields ------------------------------------------------------------------------------------------
 
 
@@ -606,7 +546,7 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
-            count = _coefficients(state, prefix, module.space.count)
+            count = count_of(state, prefix, module.space.count)
             span, _ = read_knots(given, count)
             # Alone it takes any; in a network the steps would go on to end where they do.
             if name and abs(span - module.span) > 1e-6 * module.span:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from schemes import SchemeError
 
-from ..continuous import fields_of, mapped
+from ..continuous import fields_of
+from ..knots import mapped
 from ..rebuild import continuous_stacks
 from .classifier import evaluations
 
