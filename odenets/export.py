@@ -171,8 +171,11 @@ def _traced(net: nn.Module, x: Tensor, dims: Mapping[int, Any]) -> torch.export.
 def _pt2(program: Any, path: Path, notes: str) -> Callable[[Tensor], Tensor]:
     """Writes the file, and gives what runs it."""
     torch.export.save(program, path, extra_files={NOTES: notes})
-    # From the file, so that what is checked is what was written.
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():
+        # Torch 2.11 reads what it wrote into memory that cannot be written to, and warns whoever asked for that.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        # From the file, so that what is checked is what was written.
+        return torch.export.load(path).module()
 
 
 def _onnx(program: Any, path: Path, notes: str) -> Callable[[Tensor], Tensor]:

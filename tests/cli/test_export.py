@@ -17,6 +17,9 @@ from odenets.models import RevNet, ViT
 from odenets.training import Classifier
 from schemes import SchemeError
 
+# Torch 2.11 warns whoever loads a .pt2 file of how it reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+
 
 def small() -> nn.Module:
     return create_model("ho_resnet26", num_classes=3, widths=(4, 4), functions=(2, 2), scheme="midpoint")
