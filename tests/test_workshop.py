@@ -1,8 +1,10 @@
 """What the project says of itself agrees: its version, its checks, what counts as a long function."""
 
 import importlib.util
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,3 +112,62 @@ def test_folders_are_tested_by_workers_and_files_by_none(args, cores, workers, r
     monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", cores)
     config = SimpleNamespace(args=args, invocation_params=SimpleNamespace(dir=ROOT))
     assert conftest.pytest_xdist_auto_num_workers(config) == workers
+
+
+LINES = """
+def f(n):
+    if n == 0:
+        return "first case"
+    if n == 1:
+        return "later case"
+    if n == 2:
+        return "early example"
+    if n == 3:
+        return "late example"
+    return "another test"
+"""
+TRACED = """
+import time
+import pytest
+from hypothesis import given, settings, strategies as st
+from lines import f
+
+def work(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_cases(n):
+    f(n)
+    work(1.1)
+
+examples = []
+
+@settings(max_examples=4, database=None)
+@given(st.integers())
+def test_examples(n):
+    f(2 if len(examples) < 3 else 3)
+    examples.append(n)
+    work(0.4)
+
+def test_another():
+    f(4)
+"""
+
+
+@pytest.mark.long
+def test_lines_are_counted_in_the_first_second_of_each_test(tmp_path):
+    """Where they are traced; and what is paused goes on, in the frames that it was in."""
+    conftest = (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
+    for name, text in (("lines", LINES), ("test_traced", TRACED), ("conftest", conftest)):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    tracing = {"COVERAGE_CORE": "ctrace", "COVERAGE_FILE": str(tmp_path / "data")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--cov=lines", "--cov-report=term-missing"],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTHONPATH")} | tracing,
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(r"^lines.py +10 +2 +80% +6, 10$", done.stdout, re.M), done.stdout + done.stderr
