@@ -3,10 +3,12 @@
     python experiments/benchmarks/reversible.py                  # about 10 minutes, one thread
     python experiments/benchmarks/reversible.py --quick          # depths 8 and 32, fewer rounds
     python experiments/benchmarks/reversible.py --case revcol    # columns of levels, alpha = 0.5
+    python experiments/benchmarks/reversible.py --case steps     # what one of many cheap steps costs
 
 Case "blocks": state 64x32x8x8, a block is two half blocks GroupNorm(4)-act-conv3x3-GroupNorm(4)-act-conv3x3 without
 bias on 16 channels, loss y.square().mean(). Case "revcol": 2 to 16 columns, widths 32..256 at 64x64 input, batch 4,
-ConvNeXt blocks 2,2,4,2. revlib, revtorch and memcnn take part where they are installed.
+ConvNeXt blocks 2,2,4,2. Case "steps": 20 to 2,000 steps of Linear(64, 64)-Tanh halves on 32 rows.
+revlib, revtorch and memcnn take part where they are installed.
 
 Peak: the largest sum of the allocator's events in one forward and backward pass, above what was there before; gradients
 are preallocated, so that neither they nor parameters count. Slope: peak per block, from the smallest to the largest
@@ -274,10 +276,34 @@ def table(case: Callable, depths: list[int], act: type[nn.Module], rounds: int, 
         )
 
 
+def steps_table(depths: list[int], rounds: int) -> None:
+    """Microseconds a step, forward and backward pass, the least of the rounds: mostly the engine's own work."""
+    print(f"  {'us a step at depth':20s} {' '.join(f'{d:>7d}' for d in depths)}")
+    columns: dict[str, list[float]] = {}
+    for depth in depths:
+        torch.manual_seed(0)
+        fs = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(2 * depth)]
+        x = torch.randn(32, 128, requires_grad=True)
+        nets = {
+            mode: Stack(copy.deepcopy(fs), "revnet", backprop=mode)
+            for mode in ("store", "checkpoint", "reverse", "exact")
+        }
+        times: dict[str, list[float]] = {mode: [] for mode in nets}
+        for net in nets.values():
+            train(net, x)  # measures the growth
+        for _ in range(rounds):
+            for mode in random.sample([*nets], len(nets)):
+                times[mode].append(seconds(partial(train, nets[mode], x)))
+        for mode, found in times.items():
+            columns.setdefault(mode, []).append(1e6 * min(found) / depth)
+    for mode, row in columns.items():
+        print(f"  {mode:20s} {' '.join(f'{us:7.1f}' for us in row)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--case", choices=["blocks", "revcol"], default="blocks")
+    parser.add_argument("--case", choices=["blocks", "revcol", "steps"], default="blocks")
     parser.add_argument("--act", nargs="+", default=["ReLU", "SiLU"])
     parser.add_argument("--depths", nargs="+", type=int)
     parser.add_argument("--rounds", type=int)
@@ -295,6 +321,9 @@ def main() -> None:
             rounds,
             options.only,
         )
+        return
+    if options.case == "steps":
+        steps_table(options.depths or [20, 200, 2000], options.rounds or 5)
         return
     for act in options.act:
         print(f"blocks, state 64x32x8x8, {act}")
