@@ -5,6 +5,9 @@ left out, and beyond a limit the run ends with the list. Wrong is: a picture tha
 that no list names, a box that is empty or lies outside its picture, a mask of another size than its picture. A box that
 sticks out by more than a pixel is counted too, and stays: training cuts it, evaluation takes it as the file has it.
 
+An area that is left out or null is that of the box, ``iscrowd`` is then 0. Two annotations of one id are counted and
+stay: pycocotools would read the second of them twice.
+
 Annotations go into arrays, and masks into one array of bytes, since worker processes copy Python objects page by page.
 """
 
@@ -25,6 +28,7 @@ from ..extras import install
 from ..training.errors import DataError
 
 SLACK = 1.0  # pixels that a rounded box may stick out
+LONGEST = 1 << 63  # from here on whole numbers do not fit into arrays
 
 
 def coco_tools() -> Any:
@@ -161,6 +165,7 @@ class Annotations:
         place = {number: label for label, number in enumerate(self.category_ids)}
         rows: list[tuple[int, int, bool, float, list[float]]] = []
         segments: list[bytes] = []
+        seen: set[int | str] = set()
         for entry in entries:
             if not isinstance(entry, dict):
                 faults.add(f"{str(entry)[:50]} is no annotation")
@@ -175,6 +180,11 @@ class Annotations:
                 # What is only noted counts towards the limit like what is left out.
                 if why[1]:
                     continue
+            number = entry.get("id")
+            if isinstance(number, int | str):
+                if number in seen:
+                    faults.add(f"annotation {number}{where}: another one has this id")
+                seen.add(number)
             box = [float(value) for value in entry["bbox"]]
             area = entry.get("area")
             crowd = bool(entry.get("iscrowd", 0))
@@ -217,10 +227,11 @@ class Annotations:
             return f"no picture has the id {picture}", True
         if isinstance(category, bool) or not isinstance(category, int) or category not in place:
             return f"no category has the id {category}", True
-        area, crowd = entry.get("area", 0), entry.get("iscrowd", 0)
+        area, crowd = entry.get("area"), entry.get("iscrowd")
         # One below 0 lies in none of the ranges of sizes, and evaluation would pass over the object in silence.
-        if not _number(area) or area < 0:
-            return f"its area is {area}", True
+        if area is not None and (not _number(area) or area < 0):
+            kind = " (a text)" if isinstance(area, str) else ""
+            return f"its area is {area}{kind}, want a number, 0 or more", True
         if crowd not in (0, 1, None):
             return f"its iscrowd is {crowd!r}, want 0 or 1", True
         height, width = self.sizes[kept[picture]].tolist()
@@ -378,8 +389,10 @@ def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
 
 
 def _number(value: Any) -> bool:
-    # Python reads NaN and Infinity from JSON, and counts true among the ints.
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Python reads NaN and Infinity from JSON, whole numbers of any length, and counts true among the ints.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < LONGEST
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -389,7 +402,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} cannot be read ({e.strerror})\n  Give another file: --data.train_annotations"
         ) from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path} is no JSON ({str(e)[:100]})\n  Bring it again") from None
     missing = [
         key
@@ -405,10 +418,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _categories(path: Path, entries: Sequence[Any]) -> tuple[list[int], list[str]]:
-    try:
-        found = sorted((int(entry["id"]), str(entry["name"])) for entry in entries)
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{path}: a category lacks its id or its name\n  Give each both") from None
+    found: list[tuple[int, str]] = []
+    for entry in entries:
+        try:
+            number, name = entry["id"], entry["name"]
+        except (KeyError, TypeError):
+            raise DataError(f"{path}: category {str(entry)[:100]} lacks its id or its name\n  Give each both") from None
+        # A number that is rounded, or read from a text, would be none that annotations name.
+        if isinstance(number, bool) or not isinstance(number, int) or not isinstance(name, str):
+            raise DataError(
+                f"{path}: a category has the id {number!r} and the name {name!r}\n"
+                "  Ids are whole numbers, names are texts"
+            )
+        found.append((number, name))
+    found.sort()
     ids, names = [number for number, _ in found], [name for _, name in found]
     columns: dict[str, list[Any]] = {"id": ids, "name": names}
     for what, values in columns.items():
@@ -428,10 +451,11 @@ def _picture(path: Path, entry: Any) -> tuple[int, str, int, int]:
             f"{path}: picture {str(entry)[:100]} lacks an entry\n  Each has id, file_name, width and height"
         ) from None
     whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (number, width, height))
-    if not whole or min(width, height) < 1 or not isinstance(name, str):
+    fits = whole and min(width, height) > 0 and max(abs(number), width, height) < LONGEST
+    if not fits or not isinstance(name, str):
         raise DataError(
             f"{path}: picture {number!r} has the name {name!r} and {width!r} x {height!r} pixels\n"
-            "  Ids and sizes are whole numbers, names are texts"
+            "  Ids and sizes are whole numbers of 64 bits, names are texts"
         )
     # A file of annotations does not decide which files of the machine are read.
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

@@ -46,9 +46,13 @@ class Detector(NetModule):
         channels_last: keep pictures and weights with the channels as the fastest axis.
         layer_decay: factor of the learning rate from a layer to the one before it; the head has the whole, and the
             net's last layer this factor. See ``odenets.models.depth`` for what a layer is.
+        frozen: parts of the net that are not trained, by names, as in ["stem", "levels.[01]"]; ["*"] trains the head
+            alone. See ``odenets.training.Classifier``.
+        aux: auxiliary values of the net's residual functions that are added to the loss, and their weights; see there.
 
     Raises:
-        SchemeError: a net without maps, levels that it does not have, or a decay outside (0, 1].
+        SchemeError: a net without maps, levels, parts or auxiliary values that it does not have, or a decay outside
+            (0, 1].
 
     Example:
         >>> from functools import partial
@@ -76,6 +80,8 @@ class Detector(NetModule):
         step_weight_decay: float = 0.0,
         channels_last: bool = False,
         layer_decay: float = 1.0,
+        frozen: Sequence[str] = (),
+        aux: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         # As in Classifier: class paths and arguments go into checkpoints, objects do not.
@@ -101,9 +107,12 @@ class Detector(NetModule):
         self.net_lr, self.freeze_norms = net_lr, freeze_norms
         self.step_weight_decay, self.channels_last = step_weight_decay, channels_last
         self.layer_decay = layer_decay
+        self.take_auxiliary(aux)
+        self.take_frozen(frozen)
         self._groups()  # refused here, before any data are read
         self.precision = AveragePrecision(head.masks)
         self._sums = [0.0, 0.0]  # of losses, and boxes
+        self.train()  # as in Classifier: norms that are held go into evaluation
 
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
@@ -144,14 +153,16 @@ class Detector(NetModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, targets = batch
-        losses = self(x, targets, self._boxes(targets)).losses
+        with self.auxiliary_loss(len(x)) as terms:
+            losses = self(x, targets, self._boxes(targets)).losses
+            self.name_parts(losses)
         # Summed in single precision: in half a large term would swallow the small ones.
         loss = torch.stack([term.float() for term in losses.values()]).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         parts = {f"train/{name}": term for name, term in losses.items() if name != "loss"}
         for name, figure in {"train/loss": loss, **parts}.items():
             self.log(name, figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
-        return loss
+        return sum(terms, loss)
 
     def _evaluate(self, batch: Batch) -> None:
         x, targets = batch

@@ -1,7 +1,8 @@
 """From a picture that stores classes to class numbers: by its numbers, or by its colours.
 
 A mask is read as it stands: a palette picture (mode P) holds numbers, 16-bit and 32-bit pictures hold theirs, and one
-in RGB holds colours, unless all its pixels are grey. Then values become classes. Three examples:
+in RGB holds colours, unless all its pixels are grey. Transparent pixels, and more than 8 bits a channel in colour, are
+refused. Then values become classes. Three examples:
 
 * ADE20K stores 0 for what has no class, and class c as c + 1: ``Labels(150, reduce=True)``;
 * Cityscapes stores 34 kinds, of which 19 count, class 0 as 7: ``Labels(19, ids=[7, 8, 11, ...])``;
@@ -90,15 +91,17 @@ class Labels:
             image = picture.image
             # Pillow decodes when pixels are asked for, and its errors are to be caught here.
             image.load()
+            # It lies as its picture does: that is upright, too.
+            image = image if picture.turn is None else image.transpose(picture.turn)
         except Unreadable as e:
             raise Unreadable(f"its mask: {e}") from None
         except Exception as e:  # truncated and damaged data end in whatever their bytes lead to
             raise Unreadable(f"its mask: {type(e).__name__}: {e}") from None
         if image.size != size:
             raise Unreadable(f"its mask is {image.size[0]}x{image.size[1]}, and the picture {size[0]}x{size[1]}")
-        if self.colors is not None:
-            return self._by_color(np.asarray(image.convert("RGB")))
-        return self.classes_of(_numbers(image))
+        if picture.halved:  # all small numbers have become 0
+            raise Unreadable("its mask is in colour of 16 bits a channel, want 8, or grey of 16")
+        return self.classes_of(_numbers(image)) if self.colors is None else self._by_color(_levels(image))
 
     def classes_of(self, values: NDArray[Any]) -> NDArray[np.int16]:
         """The classes of stored values."""
@@ -145,12 +148,25 @@ def _numbers(image: Image.Image) -> NDArray[Any]:
     if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
         return np.asarray(image)
     if image.mode in ("LA", "RGB", "RGBA"):
-        levels = np.asarray(image.convert("RGB"))
+        levels = _levels(image)
         # Many tools save numbers as RGB, each one three times.
         if (levels == levels[..., :1]).all():
             return levels[..., 0]
         raise Unreadable("its mask is in colour, and there is no data.palette")
     raise Unreadable(f"its mask is of mode {image.mode}, which stores no classes")
+
+
+def _levels(image: Image.Image) -> NDArray[np.uint8]:
+    """The colours (h, w, 3) that a mask stores."""
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        raise Unreadable(f"its mask is of mode {image.mode}, which stores no colours")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        levels = np.asarray(image.convert("RGBA"))
+        # Black and transparent may be the first class or none.
+        if (levels[..., 3] < 255).any():
+            raise Unreadable("its mask has transparent pixels, whose class is not known")
+        return levels[..., :3]
+    return np.asarray(image.convert("RGB"))
 
 
 def _some(values: Sequence[Any]) -> str:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..training.classifier import _differences
@@ -45,9 +45,13 @@ class Segmenter(NetModule):
         compile: Compile the network in place, so that the names in checkpoints stay the same.
         layer_decay: Factor of the learning rate from a layer to the one before it; the head has the whole, and 1 is one
             rate for all. See ``odenets.models.depth`` for what a layer is.
+        frozen: Parts of the model below the head that are not trained, by their names in a classifier, as in
+            ["stem", "levels.[01]"]; ["*"] trains the head alone. See ``odenets.training.Classifier``.
+        aux: Auxiliary values of residual functions that are added to the loss, and their weights; see there.
 
     Raises:
-        SchemeError: A network that does not say how deep its parameters lie, with a ``layer_decay``.
+        SchemeError: A network that does not say how deep its parameters lie, with a ``layer_decay``; a part or an
+            auxiliary value that it does not have.
 
     Example:
         >>> from functools import partial
@@ -72,6 +76,8 @@ class Segmenter(NetModule):
         channels_last: bool = False,
         compile: bool = False,
         layer_decay: float = 1.0,
+        frozen: Sequence[str] = (),
+        aux: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         # As in Classifier: what a configuration says is stored, and what was built in Python is not pickled.
@@ -81,8 +87,15 @@ class Segmenter(NetModule):
         self.schedule, self.inference = schedule or WarmupCosine(), inference or Inference()
         self.step_weight_decay, self.per_class, self.channels_last = step_weight_decay, per_class, channels_last
         self.compile_net, self.layer_decay = compile, layer_decay
+        self.take_auxiliary(aux)
+        self.take_frozen(frozen)
         parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
         self.overlap = Overlap(net.num_classes)
+        self.train()  # as in Classifier: norms in frozen parts go into evaluation
+
+    @property
+    def freezable(self) -> nn.Module:
+        return self.body
 
     def forward(self, x: Tensor) -> Tensor:
         """The scores (n, classes, h, w)."""
@@ -90,7 +103,9 @@ class Segmenter(NetModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
+        with self.auxiliary_loss(len(x)) as terms:
+            parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
+            self.name_parts(parts)
         if self.net.mean_over_pixels and self.trainer.world_size > 1:
             share = self._share(y)
             parts = {name: share * part for name, part in parts.items()}
@@ -99,7 +114,7 @@ class Segmenter(NetModule):
         figures = {"loss": loss, **({name: part for name, part in parts.items() if name != "loss"})}
         for name, figure in figures.items():
             self.log(f"train/{name}", figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
-        return loss
+        return sum(terms, loss)
 
     def _share(self, y: Tensor) -> Tensor:
         """The pixels of this process over the mean of all, by which its mean counts: gradients are averaged."""

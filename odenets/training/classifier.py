@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..start import heads
-from .groups import Frozen, set_rates
 from .groups import parameter_groups as parameter_groups
+from .groups import set_rates
 from .module import NetModule
 from .module import evaluations as evaluations
 from .order import IGNORED
@@ -82,11 +82,9 @@ class Classifier(NetModule):
         self.lr: float | None = None
         self._planned: tuple[Any, float] = None, 0.0  # the schedule, and the number of steps that it is for
         self.take_auxiliary(aux)
-        self.frozen = Frozen(net, frozen)
-        self.frozen.apply(net)
+        self.take_frozen(frozen)
         parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
-        # Norms in frozen parts are in evaluation from the start, also where nobody calls train().
-        self.train()
+        self.train()  # Lightning begins a run as the module is, and never asks for it
 
     @property
     def backbone(self) -> nn.ModuleList:
@@ -95,12 +93,6 @@ class Classifier(NetModule):
         if not new:
             raise AttributeError(f"{type(self.net).__name__} does not say which part is its head")
         return nn.ModuleList(part for name, part in self.net.named_children() if name not in new)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """As of any module, but that norms in frozen parts stay in evaluation."""
-        super().train(mode)
-        self.frozen.hold(self.net)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.laid_out(x))

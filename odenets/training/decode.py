@@ -62,6 +62,7 @@ class Picture:
 
     Attributes:
         size: Width and height, upright.
+        halved: Whether its channels have 16 bits, of which Pillow keeps the higher 8.
 
     Raises:
         Unreadable: It is no picture, or so large that it may be a trap; decoding raises it too.
@@ -86,6 +87,9 @@ class Picture:
             raise
         except Exception as e:  # a format's reader may raise anything on bytes that are none of it
             raise Unreadable(f"{type(e).__name__}: {e}") from None
+        # How it is going to decode says so, and is forgotten once it has.
+        deep = any(";16" in str(tile[3]) for tile in getattr(self.image, "tile", ()))
+        self.halved = deep and not self.image.mode.startswith("I")
         pixels = self.image.width * self.image.height
         # Pillow itself only warns up to twice this size; a few kilobytes can promise gigabytes.
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
@@ -101,7 +105,7 @@ class Picture:
 
     def _orientation(self) -> int | None:
         if self.image.format == "TIFF":
-            self._load()  # which turns it, and takes the tag away, in versions of Pillow that do so
+            self._decode()  # which turns it, and takes the tag away, in versions of Pillow that do so
         # Parsing EXIF costs as much as opening: only where there is some.
         if self.image.format not in ("TIFF", "PNG") and not self.image.info.keys() & _TOLD_IN:
             return None
@@ -193,9 +197,13 @@ class Picture:
         }[self.turn]
 
     def _load(self) -> Image.Image:
+        return self._decode(convert=True)
+
+    def _decode(self, convert: bool = False) -> Image.Image:
+        """Pillow's picture, decoded, as it stands or in RGB."""
         try:
             self.image.load()
-            return _to_rgb(self.image)
+            return _to_rgb(self.image) if convert else self.image
         except Unreadable:
             raise
         except Exception as e:  # truncated and damaged data end in OSError, SyntaxError, struct.error, ...

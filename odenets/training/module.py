@@ -1,7 +1,7 @@
 """What the modules share that train one network, whatever it is for."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -17,6 +17,7 @@ from schemes import SchemeError
 from ..auxiliary import ENERGIES
 from ..gather import gathered, outermost, returning
 from ..stack import named_stacks
+from .groups import Frozen
 from .sharding import shard_module
 
 
@@ -50,10 +51,12 @@ class NetModule(L.LightningModule):
         channels_last: Whether pictures and weights have the channels as the fastest axis.
         compile_net: Whether the net is compiled in place.
         aux: The weight in the loss of each auxiliary value of the net's stacks, by name.
+        frozen: Which parts are not trained.
     """
 
     net: Any
     aux: Mapping[str, float] = {}
+    frozen: Frozen | None = None
     channels_last: bool = False
     compile_net: bool = False
     _compiled: bool = False
@@ -87,6 +90,30 @@ class NetModule(L.LightningModule):
         """Pictures (n, c, h, w) in the net's memory layout."""
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
+    @property
+    def freezable(self) -> nn.Module:
+        """What the names in ``frozen`` are parts of."""
+        return self.net
+
+    def take_frozen(self, patterns: Sequence[str]) -> None:
+        """Takes parts out of training; ``train`` keeps norms with running statistics in them in evaluation.
+
+        Args:
+            patterns: see ``Frozen``.
+
+        Raises:
+            SchemeError: a pattern that no part has.
+        """
+        self.frozen = Frozen(self.freezable, patterns)
+        self.frozen.apply(self.freezable)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but that norms in frozen parts stay in evaluation."""
+        super().train(mode)
+        if self.frozen is not None:
+            self.frozen.hold(self.freezable)
+        return self
+
     def take_auxiliary(self, aux: Mapping[str, float] | None) -> None:
         """Takes the weights of auxiliary values; fields return their energies if these are among them.
 
@@ -114,6 +141,22 @@ class NetModule(L.LightningModule):
                 "functions would return such values.\n  Leave aux away, or build the net of stacks."
             )
         returning(self.net, [key for key in ENERGIES if key in self.aux])
+
+    def name_parts(self, names: Iterable[str]) -> None:
+        """Compares the names under which parts of the loss are logged with those of auxiliary values.
+
+        Args:
+            names: of the parts.
+
+        Raises:
+            SchemeError: one is both.
+        """
+        for name in names:
+            if name in self.aux:
+                raise SchemeError(
+                    f"{type(self).__name__}: an auxiliary value named {name!r} would be logged as train/{name}, which "
+                    "is a part of the loss.\n  Let the residual function return it under another name."
+                )
 
     @contextmanager
     def auxiliary_loss(self, samples: int) -> Iterator[list[Tensor]]:

@@ -83,6 +83,13 @@ FAULTS = {
     "crowd": ({"iscrowd": "no"}, "its iscrowd is 'no', want 0 or 1", 1),
     "list for a number": ({"image_id": [11]}, "no picture has the id [11]", 1),
     "line": ({"segmentation": [[1, 1, 2, 2]]}, "it has no mask", 1),
+    "mask of null": ({"segmentation": None}, "it has no mask", 1),
+    "box of null": ({"bbox": None}, "its box is None", 1),
+    "box of texts": ({"bbox": ["2", "3", "8", "5"]}, "its box is ['2', '3', '8', '5']", 1),
+    "endless": ({"bbox": [2, 3, 8, 10**400]}, "its box is [2, 3, 8, 1000", 1),
+    "area as a text": ({"area": "40"}, "its area is 40 (a text), want a number", 1),
+    "crowd as no number": ({"iscrowd": float("nan")}, "its iscrowd is nan, want 0 or 1", 1),
+    "same id": ({}, "annotation 111 (b.png): another one has this id", 2),
 }
 
 
@@ -91,6 +98,8 @@ def test_wrong_annotations_are_named_counted_and_left_out(fault, tmp_path):
     change, said, left = FAULTS[fault]
     held = small(tmp_path)
     held["annotations"][0] |= change
+    if fault == "same id":
+        held["annotations"][1]["id"] = 111
     with pytest.warns(UserWarning, match=re.escape(said)) as seen:
         found = opened(tmp_path, held)
     assert "1 entries are wrong, data.max_faults=10" in str(seen[0].message)
@@ -129,6 +138,31 @@ def test_a_rounded_edge_is_no_fault(tmp_path):
         assert opened(tmp_path, held).objects(0).boxes.tolist() == [[11.5, 2.5, 9, 8]]
 
 
+def test_null_is_as_left_out(tmp_path):
+    """An area is then that of the box, no object is a crowd, and masks that nobody asked for may be missing."""
+    held = small(tmp_path)
+    held["annotations"][0] |= {"area": None, "iscrowd": None, "bbox": [2, 3, 8.5, 4]}
+    for key in ("area", "iscrowd", "id"):
+        del held["annotations"][1][key]
+    held["annotations"].append({**held["annotations"][0], "id": 7, "area": 3.5, "segmentation": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "train.json").write_text(json.dumps(held))
+        found = Annotations(tmp_path / "train.json", tmp_path / "train")
+    first, second = found.objects(0), found.objects(1)
+    assert first.area.tolist() == [34, 3.5] and second.area.tolist() == [40]
+    assert not first.crowd.any() and not second.crowd.any()
+
+
+def test_classes_are_the_categories_in_the_order_of_their_ids_whatever_gaps_there_are(tmp_path):
+    held = small(tmp_path)
+    held["categories"] = [{"id": n, "name": f"thing {n}"} for n in (90, 7, 18)]
+    held["annotations"][1]["category_id"] = 90
+    found = opened(tmp_path, held)
+    assert found.category_ids == [7, 18, 90] and found.classes == ["thing 7", "thing 18", "thing 90"]
+    assert [found.objects(i).labels.tolist() for i in range(2)] == [[0], [2]]
+
+
 SPOILT = {
     "same id": (lambda h: h["images"][1].update(id=11), "two pictures have the id 11"),
     "elsewhere": (lambda h: h["images"][0].update(file_name="../a.png"), "lies at '../a.png'"),
@@ -137,6 +171,13 @@ SPOILT = {
     "size": (lambda h: h["images"][0].update(width=0), "has the name 'a.png' and 0 x 10 pixels"),
     "categories": (lambda h: h.pop("categories"), "no list of categories"),
     "category": (lambda h: h["categories"].append({"id": 7, "name": "other"}), "two categories have the id 7"),
+    "id as a text": (lambda h: h["categories"][0].update(id="7"), "a category has the id '7' and the name 'thing'"),
+    "id and a half": (lambda h: h["categories"][0].update(id=7.5), "a category has the id 7.5"),
+    "no name": (lambda h: h["categories"][0].update(name=None), "a category has the id 7 and the name None"),
+    "nameless": (lambda h: h["categories"][0].pop("name"), "lacks its id or its name"),
+    "no entry": (lambda h: h["categories"].append(7), "category 7 lacks its id or its name"),
+    "long id": (lambda h: h["images"][0].update(id=1 << 63), "picture 9223372036854775808 has the name 'a.png'"),
+    "no file": (lambda h: h["images"][0].update(file_name=None), "picture 11 has the name None"),
     "no category": (lambda h: h["categories"].clear(), "it has no categories"),
     "no pictures": (lambda h: h["images"].clear(), "it lists no pictures"),
 }

@@ -1,6 +1,8 @@
 """What the values and colours of stored masks mean, and what is refused."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -43,6 +45,26 @@ def test_numbers_are_read_from_every_kind_of_picture(mask):
     assert Labels(3).read(mask, SIZE).tolist() == WANT
 
 
+def deep(levels: np.ndarray) -> bytes:
+    """A PNG in colour of 16 bits a channel, which Pillow reads and cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).astype(">u2").tobytes() for row in levels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6])
+def test_a_mask_is_turned_as_it_says_itself(turn):
+    levels = {1: GREY, 3: GREY[::-1, ::-1], 6: np.rot90(GREY)}[turn]
+    exif = Image.Exif()
+    exif[274] = turn
+    Image.fromarray(np.ascontiguousarray(levels)).save(out := io.BytesIO(), "PNG", exif=exif)
+    assert Labels(3).read(out.getvalue(), SIZE).tolist() == WANT
+
+
 def test_more_than_256_classes():
     assert Labels(1000).read(stored(np.array([[999, 300, 255]], dtype=np.uint16)), (3, 1)).tolist() == [[999, 300, 255]]
 
@@ -81,6 +103,11 @@ def test_colours_by_a_palette():
         (stored(GREY)[:40], {"count": 3}, "its mask: "),
         (b"", {"count": 3}, "its mask: it is empty"),
         (stored(np.arange(18, dtype=np.uint8).reshape(2, 3, 3)), {"count": 3}, "no data.palette"),
+        (stored(np.stack([GREY] * 4, 2)), {"count": 3}, "its mask has transparent pixels"),
+        (stored(np.stack([GREY] * 4, 2)), {"count": 2, "palette": [[0] * 3, [1] * 3]}, "has transparent pixels"),
+        (stored(GREY.astype(np.uint16)), {"count": 2, "palette": [[0] * 3, [1] * 3]}, "which stores no colours"),
+        (deep(GREY), {"count": 3}, "in colour of 16 bits a channel"),
+        (stored(np.array([[-100, 0, 1]] * 2, dtype=np.int32), "I"), {"count": 2}, "holds -100; classes are 0 to 1"),
     ],
 )
 def test_what_is_no_mask_of_the_picture_is_named(mask, options, says):
