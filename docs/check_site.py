@@ -1,7 +1,7 @@
 """Checks the built pages: ``python docs/check_site.py FOLDER``. Nothing is fetched.
 
-Links and anchors lead somewhere, ids are there once, tags are closed, pictures have a text, a page has one heading of
-the first level, and no mathematics shows as its source.
+Links and anchors lead somewhere, the HTML is what the standard allows (``check_html``), pictures have a text, a page
+has one heading of the first level, and no mathematics shows as its source.
 """
 
 import re
@@ -9,6 +9,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
+
+import check_html
 
 VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
 # What a reader would see of a formula that nothing has typeset.
@@ -77,10 +79,12 @@ class Page(HTMLParser):
 
 def problems(folder: Path) -> list[str]:
     """What is wrong with the pages below a folder, one line each."""
-    pages = {f: Page(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("*.html"))}
+    texts = {f: f.read_text(encoding="utf-8") for f in sorted(folder.rglob("*.html"))}
+    pages = {f: Page(text) for f, text in texts.items()}
     found = []
     for file, page in pages.items():
         where = file.relative_to(folder)
+        found += [f"{where}: {p}" for p in check_html.problems(texts[file])]
         # The page that a server shows for what is not there stands anywhere: its links are absolute.
         if where.name == "404.html":
             continue

@@ -17,7 +17,12 @@ SCHEMES = (
 )
 MODELS = ("resnet", "revnet", "ho_resnet", "convnext", "densenet", "revcol", "vit", "rdnet", "irevnet", "revcol_vit")
 # Of drawings in a light and a dark version, whose words have the colour of their line: 4.5 to 1 against the ground.
-MODES = {"store": ("#c44601", "#f2a15f"), "checkpoint": ("#5b6770", "#a9b2ba"), "reverse": ("#0072b2", "#56b4e9")}
+MODES = {
+    "store": ("#c44601", "#f2a15f"),
+    "checkpoint": ("#5b6770", "#a9b2ba"),
+    "reverse": ("#0072b2", "#56b4e9"),
+    "exact": ("#00735a", "#2fbf9a"),
+}
 # What a study calls the schemes that it compares.
 ALIASES = {"add": "euler", "concat": "dense"}
 
@@ -52,9 +57,9 @@ def look(place: int) -> Look:
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """The look of each name of a figure: its own where it has one, else the first that nobody in the figure has.
 
-    A name is a scheme or a model, or says one: ``rk4``, ``scheme=rk4, step=1.0``, ``ho_resnet26``. Where two of them
-    say the same, the first has it. ``rk4: width`` and ``rk4: rank`` are two quantities of one name: its colour, and a
-    dash for each.
+    A name is a mode of backpropagation, a scheme or a model, or says a scheme or a model: ``reverse``, ``rk4``,
+    ``scheme=rk4, step=1.0``, ``ho_resnet26``, ``RevCol-T``. Where two of them say the same, the first has it. ``rk4:
+    width`` and ``rk4: rank`` are two quantities of one name: its colour, and a dash for each.
 
     Args:
         names: in the order of the legend.
@@ -70,6 +75,10 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
         return {n: base[s]._replace(dash=DASHES[order.index(q) % len(DASHES)]) for n, (s, q) in split.items()}
     found: dict[str, Look] = {}
     for name in names:
+        if name in MODES:
+            number = list(MODES).index(name)
+            found[name] = Look(MODES[name][0], MARKERS[number], "-")
+            continue
         place = _place(name)
         if place is not None and look(place) not in found.values():
             found[name] = look(place)
@@ -84,9 +93,11 @@ def _place(name: str) -> int | None:
     said = re.search(r"scheme=(\w+)", name) or re.match(r"\w+", name)
     if said is None:
         return None
-    word = (said[1] if said.lastindex else said[0]).lower()
+    word = said[1] if said.lastindex else said[0]
     word = ALIASES.get(word, word)
+    # As schemes are written: RevCol and DenseNet are models.
     if word in SCHEMES:
         return SCHEMES.index(word)
+    word = word.lower()
     model = next((m for m in sorted(MODELS, key=len, reverse=True) if word.startswith(m)), None)
     return None if model is None else MODELS.index(model)

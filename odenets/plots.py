@@ -1,6 +1,7 @@
 """Figures of analyses, as PNG, SVG or PDF by the name of the file; matplotlib is imported when one is drawn."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -436,8 +437,11 @@ def lines(
     y: str,
     log: bool = False,
     log_x: bool = False,
+    apart: Sequence[str] = (),
 ) -> Path:
     """Several curves in one plot, such as memory against the number of columns.
+
+    A curve that others cover is drawn wide and pale below them.
 
     Args:
         series: name -> (x values, y values).
@@ -446,27 +450,77 @@ def lines(
         y: label of the y axis.
         log: whether the y axis is logarithmic.
         log_x: whether the x axis is, to the base of 2.
+        apart: names of curves that are close to each other: once more, in a panel of their own.
     """
-    figure = _figure(5, 3.4)
-    axes = figure.add_subplot()
-    drawn = looks(list(series))
-    for name, (xs, ys) in series.items():
-        colour, marker, dash = drawn[name]
-        axes.plot(list(xs), list(ys), color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    if log_x:
-        axes.set_xscale("log", base=2)
-    elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
-        # Counts, of steps or columns: no tick at 2.5.
-        from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if log:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    many = len(series) > 5
+    figure = _figure(8.4 if apart else 5, 4.2 if many else 3.4)
+    panels = [list(series), list(apart)] if apart else [list(series)]
+    for place, names in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        _curves(axes, series, names, log, set(apart) if place == 1 else set())
+        axes.set_xlabel(x)
+        if place == 1:
+            axes.set_ylabel(y)
+        else:
+            axes.set_title("enlarged", fontsize=8)
+        if log_x:
+            axes.set_xscale("log", base=2)
+        elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
+            # Counts, of steps or columns: no tick at 2.5.
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    if many:  # which would cover curves
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3 if apart else 2, fontsize=8)
+    else:
+        figure.axes[0].legend(fontsize=8)
     return _write(figure, path)
+
+
+def _curves(
+    axes: Any,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    shown: Sequence[str],
+    log: bool,
+    elsewhere: Collection[str],
+) -> None:
+    """Draws some of the curves, with the looks that they have among all; those shown elsewhere may be covered here."""
+    drawn, above = looks(list(series)), covered([series[name] for name in shown], log)
+    for name, count in zip(shown, above, strict=True):
+        xs, ys = series[name]
+        colour, marker, dash = drawn[name]
+        count = 0 if name in elsewhere else count
+        size: dict[str, Any] = {"linewidth": 1.5 + 2.5 * count, "markersize": 5 + 2 * count}
+        alpha = 1.0 if count == 0 else 0.4
+        axes.plot(list(xs), list(ys), color=colour, marker=marker, linestyle=dash, alpha=alpha, label=name, **size)
+
+
+def covered(curves: Sequence[tuple[Sequence[float], Sequence[float]]], log: bool = False) -> list[int]:
+    """How many later curves lie on each: within a fiftieth of the range at half of the places that both have, or more.
+
+    Args:
+        curves: (x values, y values) each, in the order in which they are drawn.
+        log: whether the y axis is logarithmic.
+
+    Example:
+        >>> covered([([0, 1], [0, 100]), ([0, 1], [1, 99]), ([0, 1], [50, 20])])
+        [1, 0, 0]
+    """
+    points = [
+        {x: math.log(y) if log else y for x, y in zip(xs, ys, strict=True) if y > 0 or not log} for xs, ys in curves
+    ]
+    values = [y for curve in points for y in curve.values()]
+    near = (max(values) - min(values)) / 50 if values else 0.0
+
+    def on(a: Mapping[float, float], b: Mapping[float, float]) -> bool:
+        shared = a.keys() & b.keys()
+        return bool(shared) and 2 * sum(abs(a[x] - b[x]) <= near for x in shared) >= len(shared)
+
+    return [sum(on(curve, later) for later in points[i + 1 :]) for i, curve in enumerate(points)]
 
 
 def bands(

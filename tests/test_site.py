@@ -366,7 +366,8 @@ def test_a_notebook_holds_the_snippets_of_its_page():
 
 def test_the_checks_of_built_pages_find_what_is_wrong(tmp_path):
     check = tool("check_site")
-    good = '<html lang="en"><body><h1 id="a">A</h1><p>x<img src="p.svg" alt="p"><a href="#a">b</a></p></body></html>'
+    good = '<html lang="en"><head><title>t</title></head><body><h1 id="a">A</h1><p>x<img src="p.svg" alt="p">'
+    good = f'<!doctype html>{good}<a href="#a">b</a></p></body></html>'
     (tmp_path / "p.svg").write_text("<svg/>")
     (tmp_path / "page.html").write_text(good)
     assert check.problems(tmp_path) == []
@@ -381,9 +382,58 @@ def test_the_checks_of_built_pages_find_what_is_wrong(tmp_path):
         ("<p>x", r"<p>\frac{1}2", "raw LaTeX"),
         (' lang="en"', "", "no language"),
         ("h1", "h2", "0 headings"),
+        ("<p>x", "<p><b>x", "expected one end tag"),
     ):
         (tmp_path / "page.html").write_text(good.replace(old, new))
         assert any(says in p for p in check.problems(tmp_path)), new
+
+
+BROKEN = {
+    "<p><div>x</div></p>": "unexpected end tag",
+    "<em>x": "expected one end tag but got another",
+    "<b><i>x</b></i>": "adoption agency",
+    "<p a='1' a='2'>x</p>": "duplicate attribute",
+    "<p a='1'b='2'>x</p>": "unexpected character after attribute value",
+    "<p>a & b &nosuch;</p>": "expected named entity",
+    "<p>a < b</p>": "expected tag name",
+    "<div/>x": "non void element with trailing solidus",
+    "<table><div>x</div></table>": "table voodoo",
+    "<a href='x'>x<a href='x'>y</a></a>": "implies end tag",
+    "<ul><p>x</p></ul>": "<p> in <ul>",
+    "<dl><p>x</p></dl>": "<p> in <dl>",
+    "<dl><div><p>x</p></div></dl>": "<p> in <div>",
+    "<h2><p>x</p></h2>": "<p> in <h2>",
+    "<span><div>x</div></span>": "<div> in <span>",
+    "<span><a href='x'><ul><li>x</li></ul></a></span>": "<ul> in <a> in <span>",
+    "<button><a href='x'>y</a></button>": "<a> in <button>",
+    "<blink>x</blink>": "<blink> is no element, or obsolete",
+    "<table align='left'><tr><td>x</td></tr></table>": "align of <table> is obsolete",
+    "<img src='x'>": "<img> without alt",
+    "<input>": "<input> without type",
+    "<label for='q'>x</label>": "nothing has the id 'q'",
+    "<p aria-describedby='q'>x</p>": "nothing has the id 'q'",
+    "<p id='q'>x</p><p id='q'>y</p>": "the id 'q' stands twice",
+    "<p id='a b'>x</p>": "an id that is empty or has a space",
+    "<p class='a b a'>x</p>": "the class 'a' twice",
+    "<a href='x'><b></b></a>": "<a> without a text",
+    "<h2> </h2>": "<h2> without a text",
+}
+WHOLE = (
+    "<ul><li>a<li><p>b</p></ul><dl><div><dt>x</dt><dd><p>y</p></dd></div></dl><a href='x'><div>x</div></a>"
+    "<a id='m'></a><details><summary><h3>x</h3></summary><p>y</p></details><table><caption>x</caption><tr><td><p>x</p></td></tr>"
+    "</table><svg viewBox='0 0 1 1'><path d='M0 0'></path><text>x</text></svg><a href='x'><img src='x' alt='y'></a><my-part>x"
+    "</my-part><picture><source srcset='x'><img src='x' alt='y'></picture><p>a &amp; b<br>c</p><p aria-describedby='m'>x</p>"
+)
+
+
+def test_broken_html_is_found_and_sound_html_is_not():
+    check = tool("check_html")
+    page = "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>t</title></head><body>{}</body></html>"
+    assert check.problems(page.format(WHOLE)) == []
+    for part, says in BROKEN.items():
+        assert any(says in problem for problem in check.problems(page.format(part))), part
+    assert any("<html> without lang" in p for p in check.problems(page.format("x").replace(" lang='en'", "")))
+    assert any("expected doctype" in p for p in check.problems(page.format("x").removeprefix("<!doctype html>")))
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Latency and memory of models against the size of the picture: a table, and a plot of each.
 
-    python experiments/benchmarks/input_size.py [--sizes 160 224 288 384] [--plots docs/pages/pictures]
+    python experiments/benchmarks/input_size.py [--sizes 160 224 288 384] [--save FILE] [--plots FOLDER]
+    python experiments/benchmarks/input_size.py --read experiments/results/input_size.json --plots docs/pages/pictures
     python experiments/benchmarks/input_size.py --device cuda --batch 32 --amp
 
 Latency is the least time of a forward pass for evaluation over rounds in which all models take turns (CPU time; on a
@@ -10,9 +11,11 @@ stays at 1 where a model gets neither slower nor hungrier than that.
 """
 
 import argparse
+import json
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +94,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--plots", type=Path, help="folder for input_size_latency.png and input_size_memory.png")
+    parser.add_argument("--save", type=Path, help="file for what was measured")
+    parser.add_argument("--read", type=Path, help="such a file, to draw instead of measuring")
     args = parser.parse_args()
+    if args.read is not None:
+        draw(json.loads(args.read.read_text()), args.plots)
+        return
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     print(f"# batch {args.batch}, {args.device}, torch {torch.__version__}, {args.threads} threads, amp {args.amp}")
@@ -113,11 +121,32 @@ def main() -> None:
             pixels = (size / first) ** 2
             row = f"| {name} | {size} | {t:.1f} | {t / ms[0] / pixels:.2f} | {m:.1f} | {m / mib[0] / pixels:.2f} |"
             print(row, flush=True)
+    rows = {name: {"ms": latency[name][1], "MiB": memory[name][1]} for name in models}
+    found = {
+        "torch": torch.__version__,
+        "device": args.device,
+        "batch": args.batch,
+        "sizes": args.sizes,
+        "models": rows,
+    }
+    if args.save is not None:
+        args.save.write_text(json.dumps(found, indent=2) + "\n")
     if args.plots is not None:
-        inference = {name: values for name, values in latency.items() if "," not in name}  # the modes are for training
-        print(plots.lines(inference, args.plots / "input_size_latency.png", "side in pixels", "ms per picture"))
-        path = args.plots / "input_size_memory.png"
-        print(plots.lines(memory, path, "side in pixels", "MiB per picture in training"))
+        draw(found, args.plots)
+
+
+def draw(found: Mapping[str, Any], folder: Path) -> None:
+    """Both plots: a colour for each model, a dash for what it does in training."""
+    sizes, rows = found["sizes"], found["models"]
+    latency = {name: (sizes, row["ms"]) for name, row in rows.items() if "," not in name}  # the same in all modes
+    memory = {}
+    for name, row in rows.items():
+        model, _, mode = name.partition(", ")
+        memory[f"{model}: {mode or 'stored'}"] = (sizes, row["MiB"])
+    low = [name for name in memory if not name.endswith("stored")]
+    print(plots.lines(latency, folder / "input_size_latency.png", "side in pixels", "ms per picture"))
+    path = folder / "input_size_memory.png"
+    print(plots.lines(memory, path, "side in pixels", "MiB per picture in training", apart=low))
 
 
 if __name__ == "__main__":

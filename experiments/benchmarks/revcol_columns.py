@@ -1,6 +1,7 @@
 """Memory of RevCol against its number of columns, stored, checkpointed and in reverse mode, beside the gradient error.
 
-    python experiments/benchmarks/revcol_columns.py [--columns 2 4 8 16] [--batch 4] [--side 64] [--plot columns.png]
+    python experiments/benchmarks/revcol_columns.py [--columns 2 4 8 16] [--batch 4] [--side 64] [--save FILE]
+    python experiments/benchmarks/revcol_columns.py --read experiments/results/revcol_columns.json --plot columns.png
 
 The model as people train it, with stem and head: widths 32 to 256, blocks 2, 2, 4, 2, alpha 0.5, float32. Memory is the
 highest sum of allocations in one forward and backward pass, gradients of parameters allocated before, from the
@@ -9,8 +10,11 @@ against float64 stored, in the Euclidean norm; that of the stored run in float32
 """
 
 import argparse
+import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +54,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--save", type=Path, help="file for what was measured")
+    parser.add_argument("--read", type=Path, help="such a file, to draw instead of measuring")
     args = parser.parse_args()
+    if args.read is not None:
+        draw(json.loads(args.read.read_text()), args.plot)
+        return
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     print(f"torch {torch.__version__}, {args.device}, batch {args.batch}, {args.side} x {args.side}")
@@ -77,9 +86,17 @@ def main() -> None:
         if len(values) > 1:
             slope = (values[-1] - values[0]) / (args.columns[-1] - args.columns[0]) * 2**20
             print(f"{mode}: {slope:,.0f} bytes per added column")
+    held = {"torch": torch.__version__, "device": args.device, "columns": args.columns, "MiB": found}
+    if args.save is not None:
+        args.save.write_text(json.dumps(held, indent=2) + "\n")
     if args.plot is not None:
-        series = {mode: (args.columns, values) for mode, values in found.items()}
-        print(plots.lines(series, args.plot, "columns", "MiB of one training step"))
+        draw(held, args.plot)
+
+
+def draw(held: Mapping[str, Any], path: Path) -> None:
+    series = {mode: (held["columns"], values) for mode, values in held["MiB"].items()}
+    low = [mode for mode in series if mode != "store"]
+    print(plots.lines(series, path, "columns", "MiB of one training step", apart=low))
 
 
 if __name__ == "__main__":

@@ -236,5 +236,8 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
             series[f"{name}: width"] = (steps, [r.width for r in own])
             series[f"{name}: numerical rank"] = (steps, [r.numerical for r in own])
             series[f"{name}: effective rank"] = (steps, [r.effective for r in own])
-        paths.append(plots.lines(series, out / "ranks.png", f"step (networks of depth {depth})", "directions"))
+        # A sum fills its width: its curves lie on each other below those of what joins.
+        close = [name for name in series if name.startswith("add: ")] if len(schemes) > 1 else []
+        path, x = out / "ranks.png", f"step (networks of depth {depth})"
+        paths.append(plots.lines(series, path, x, "directions", apart=close))
     return paths

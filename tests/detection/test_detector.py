@@ -20,7 +20,9 @@ from odenets.checkpoints import save
 from odenets.cli import main
 from odenets.detection import RTDETR, DeformableDETR, DetectionData, Found, draw_detections
 from odenets.detection.drawing import color, in_file
-from odenets.detection.heads import Maps
+from odenets.detection.heads import Maps, Output
+from odenets.detection.precision import rows
+from odenets.detection.writer import DetectionFiles
 from odenets.models import RevCol
 from odenets.models.depth import parameter_depths
 from odenets.training import Constant, Detector, WarmupCosine
@@ -145,6 +147,33 @@ def test_boxes_come_back_from_shares(head, batch):
         assert one.labels[:count].tolist() == target["labels"].tolist()
 
 
+def test_shares_are_of_width_and_height():
+    from odenets.detection.heads import _shares
+
+    target = {"boxes": torch.tensor([[0.0, 0, 64, 16]]), "labels": torch.tensor([1])}
+    assert _shares(target, torch.tensor([64.0, 32.0]))["boxes"].tolist() == [[0.5, 0.25, 1.0, 0.5]]
+
+
+def test_results_are_written_with_the_ids_of_the_file(drawn, tmp_path):
+    """Pictures 5, 6, ... and categories 7, 11, 18, 90: a number of a class or a row is no id."""
+    held = json.loads((drawn / "annotations/val.json").read_text())
+    places = dict(zip((1, 2, 3, 4), (90, 7, 18, 11), strict=True))
+    held["categories"] = [{**c, "id": places[c["id"]]} for c in held["categories"]]
+    held["annotations"] = [
+        {**a, "category_id": places[a["category_id"]], "image_id": a["image_id"] + 4} for a in held["annotations"]
+    ]
+    held["images"] = [{**image, "id": image["id"] + 4} for image in held["images"]]
+    (tmp_path / "val.json").write_text(json.dumps(held))
+    (tmp_path / "pictures").symlink_to(drawn / "images/val")
+    data = DetectionData(str(tmp_path), size=48, val_annotations="val.json", val_pictures="pictures")
+    data.setup("predict")
+    one = Found(torch.tensor([[1.0, 2, 5, 8]] * 2), torch.tensor([0.75, 0.25]), torch.tensor([0, 3]))
+    DetectionFiles(tmp_path / "out")._write(data, {2: rows(one)})
+    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [row["category_id"] for row in found] == [7, 90] and {row["image_id"] for row in found} == {7}
+    assert [row["bbox"] for row in found] == [[1, 2, 4, 6]] * 2
+
+
 def test_each_layer_has_outputs_of_its_own_that_begin_as_published():
     detr = detector("deformable").head.detr
     outputs = [*detr.class_embed, *detr.bbox_embed]
@@ -220,11 +249,80 @@ def test_a_classifier_below_the_head(drawn, tmp_path, capsys):
     assert float(rows[0][1]) == 1 and float(rows[-1][1]) == 0.5**4
 
 
-def test_frozen_norms_stay_frozen(batch):
-    found = detector("deformable", create_model("resnet20"), freeze_norms=True).train()
+@pytest.mark.parametrize("train", [False, True])
+def test_frozen_norms_stay_frozen(train, batch):
+    """Whether or not somebody calls train(), which Lightning does not before a run."""
+    found = detector("deformable", create_model("resnet20"), freeze_norms=True)
+    found = found.train() if train else found
     before = {name: buffer.clone() for name, buffer in found.net.named_buffers()}
     found.training_step(batch, 0)
     assert before and all(torch.equal(before[name], buffer) for name, buffer in found.net.named_buffers())
+
+
+def test_frozen_parts_of_the_net_stay_as_they_are(batch):
+    found = detector("deformable", create_model("resnet20"), frozen=["stem", "levels.[01]"], layer_decay=0.9)
+    optimizer, before = found.make_optimizer(), {key: value.clone() for key, value in found.state_dict().items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        found.training_step(batch, 0).backward()
+        optimizer.step()
+        found.eval().train()
+    held = ("net.stem.", "net.levels.0.", "net.levels.1.")
+    for key, value in found.state_dict().items():
+        if key.startswith("net."):
+            assert torch.equal(value, before[key]) == key.startswith(held), key
+    with pytest.raises(SchemeError, match=r"'head\.detr' is no part of ResNet"):
+        detector("rt", create_model("resnet20"), frozen=["head.detr"])
+
+
+@every_head
+def test_all_of_the_net_may_be_frozen(head, batch):
+    found = detector(head, frozen=["*"])
+    trained = {id(p) for group in found.make_optimizer().param_groups for p in group["params"]}
+    assert trained == {id(p) for p in found.head.parameters()}
+    found.training_step(batch, 0).backward()
+    assert all((p.grad is not None) == (id(p) in trained) for p in found.parameters())
+
+
+class Returning(nn.Module):
+    """A residual function that returns a value beside its own."""
+
+    def __init__(self, f: nn.Module, seen: list) -> None:
+        super().__init__()
+        self.f, self.seen = f, seen
+
+    def forward(self, *args):
+        y = self.f(*args)
+        value = y.square().mean()
+        self.seen.append(value.detach())
+        return y, {"size": value}
+
+
+def test_auxiliary_values_are_added_to_the_loss_in_every_mode(batch):
+    results = []
+    for mode in ("store", "reverse"):
+        given = net()
+        given.columns.backprop = mode
+        seen, logged = [], {}
+        for step in given.columns.steps:
+            for i, f in enumerate(step.fs):
+                step.fs[i] = Returning(f, seen)
+        found = detector("deformable", given, aux={"size": 0.5}).double()
+        found.log = lambda name, value, logged=logged, **_: logged.__setitem__(name, value.item())
+        torch.manual_seed(0)
+        loss = found.training_step((batch[0].double(), batch[1]), 0)
+        if mode == "store":
+            size = float(sum(seen))
+            assert logged["train/size"] == pytest.approx(size, rel=1e-5) and size > 0
+            assert float(loss.detach()) == pytest.approx(logged["train/loss"] + 0.5 * size, rel=1e-5)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in found.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    found = detector("deformable", aux={"box": 1.0})
+    found.head.forward = lambda *args: Output({"box": torch.zeros(()), "class": torch.zeros(())}, [])
+    with pytest.raises(SchemeError, match="would be logged as train/box, which is a part of the loss"):
+        found.training_step(batch, 0)
 
 
 def test_padding_is_marked(drawn):

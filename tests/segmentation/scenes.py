@@ -18,6 +18,28 @@ def revcol(**options: Any) -> UPerNet:
     return UPerNet(**{**given, **options})
 
 
+class Returning(torch.nn.Module):
+    """A residual function that returns a value beside its own."""
+
+    def __init__(self, f: torch.nn.Module, name: str = "size") -> None:
+        super().__init__()
+        self.f, self.name, self.seen = f, name, []
+
+    def forward(self, *args):
+        y = self.f(*args)
+        value = y.square().mean()
+        self.seen.append(value)
+        return y, {self.name: value}
+
+
+def returning(net: Any, name: str = "size") -> list[Returning]:
+    """Has all residual functions of a RevCol return a value; gives them."""
+    for step in net.columns.steps:
+        for i, f in enumerate(step.fs):
+            step.fs[i] = Returning(f, name)
+    return [f for step in net.columns.steps for f in step.fs]
+
+
 class PerPixel(SegmentationNet):
     """Scores that depend on the pixel alone: what surrounds it, and how it is shown, does not matter."""
 

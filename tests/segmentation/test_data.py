@@ -125,6 +125,33 @@ def test_what_is_cut_shows_the_same_in_picture_and_mask(tmp_path):
     assert 0 < smaller < 30
 
 
+def test_a_mask_is_resized_by_the_pixel_below_the_middle_of_each(tmp_path):
+    """At a third of the size that is the middle one of three, in both directions."""
+    mask = np.random.default_rng(0).integers(0, 5, (36, 48))
+    pair(tmp_path, "train", "a", mask)
+    pairs = FolderPairs(tmp_path / "images/train", ["a.png"], tmp_path / "masks/train", ["a.png"])
+    framing = Framing(12, None, (12, 16), (1.0, 1.0), 1.0)
+    cut = Segments(pairs, torch.arange(1), Labels(5), framing, True, [0, 0, 0], Tally(pairs, 0))
+    assert np.array_equal(cut[(0, 0)][1], mask[1::3, 1::3])
+
+
+def test_joined_splits_follow_each_other(tmp_path):
+    for number, (split, count) in enumerate((("train", 2), ("extra", 3))):
+        for i in range(count):
+            save(tmp_path / split / "images" / f"{split}{i}.png", np.zeros((4, 4, 3)))
+            if (split, i) != ("extra", 1):
+                save(tmp_path / split / "masks" / f"{split}{i}.png", np.full((4, 4), number + i))
+    module = data(tmp_path, train_split="train+extra", val_split="train")
+    with pytest.warns(UserWarning, match=r"extra1\.png"):
+        module.setup("fit")
+    joined = module._pairs("train+extra")
+    assert [joined.name(i) for i in range(5)] == ["train0.png", "train1.png", "extra0.png", "extra1.png", "extra2.png"]
+    assert [str(joined.picture(i)).rpartition("/")[2] for i in range(5)] == [joined.name(i) for i in range(5)]
+    assert joined.lacking() == [3]
+    labels = [[int(c) for c in module.sets["train"][i][1].unique() if c >= 0] for i in range(4)]
+    assert labels == [[0], [1], [1], [3]]
+
+
 def test_what_is_drawn_follows_from_the_seed_the_epoch_and_the_place(folder):
     first, second = data(folder, scales=(0.5, 2.0)), data(folder, scales=(0.5, 2.0))
     for module in (first, second):

@@ -16,7 +16,7 @@ from odenets import create_model
 from odenets.checkpoints import save
 from odenets.cli import main
 from odenets.models.depth import parameter_depths
-from odenets.segmentation import DrawnShapes, SegmentationAugment, SegmentationData, Segmenter
+from odenets.segmentation import DrawnShapes, SegmentationAugment, SegmentationData, Segmenter, UPerNet
 from odenets.segmentation.nets import pixel_cross_entropy
 from odenets.segmentation.pictures import drawn, numbered, shown
 from odenets.shapes import write
@@ -25,7 +25,7 @@ from odenets.training.command import run
 from odenets.training.errors import DataError
 from schemes import SchemeError
 
-from .scenes import REVCOL, PerPixel, config, revcol
+from .scenes import REVCOL, PerPixel, config, returning, revcol
 from .test_nets import mask2former
 
 SHAPES = {
@@ -125,13 +125,13 @@ def test_predictions_are_pictures_and_give_the_figures_of_the_validation(trained
 def test_pictures_are_seen_together_where_their_sizes_agree():
     torch.manual_seed(0)
     module = Segmenter(revcol(), torch.optim.AdamW).eval()
-    sizes = [(16, 16), (16, 16), (16, 20), (16, 16), (12, 12)]
+    sizes = [(16, 16), (16, 16), (16, 16), (16, 20), (16, 16), (12, 12)]
     x = [torch.randn(3, *size) for size in sizes]
-    y = [torch.zeros(*size) for size in [(16, 16), (16, 16), (32, 40), (32, 32), (12, 12)]]
+    y = [torch.zeros(*size) for size in [(16, 16), (16, 16), (24, 24), (32, 40), (32, 32), (12, 12)]]
     seen = []
     module.net.register_forward_hook(lambda net, args, out: seen.append(len(args[0])))
     found = module.predicted(x, y)
-    assert seen == [2, 1, 1, 1] and [p.shape for p in found] == [m.shape for m in y]
+    assert seen == [2, 1, 1, 1, 1] and [p.shape for p in found] == [m.shape for m in y]
     for picture, mask, own in zip(x, y, found, strict=True):
         assert torch.equal(module.predicted([picture], [mask])[0], own)
 
@@ -186,6 +186,79 @@ def test_rates_decay_from_the_head_to_the_stem(build):
         assert found[name][1] == (0.3 if p.ndim > 1 else 0), name
 
 
+def alone(net, **options) -> tuple[Segmenter, dict]:
+    """A module without a trainer, and what it logs."""
+    module, logged = Segmenter(net, partial(torch.optim.SGD, lr=0.1), **options), {}
+    module.log = lambda name, value, **_: logged.__setitem__(name, float(value.detach()))  # type: ignore[method-assign]
+    module._trainer = type("Trainer", (), {"world_size": 1})()  # type: ignore[assignment]
+    return module, logged
+
+
+def test_auxiliary_values_are_added_to_the_loss_in_every_mode():
+    x, y = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.randint(0, 5, (2, 16, 16))
+    found = []
+    for mode in ("store", "reverse"):
+        torch.manual_seed(0)
+        net = revcol(backprop=mode).double()
+        functions = returning(net.body)
+        module, logged = alone(net, aux={"size": 0.5})
+        loss = module.training_step((x, y), 0)
+        if mode == "store":
+            size = sum(float(f.seen[0].detach()) for f in functions)
+            assert logged["train/size"] == pytest.approx(size) and size > 0
+            assert float(loss.detach()) == pytest.approx(logged["train/loss"] + 0.5 * size)
+            assert logged["train/loss"] == pytest.approx(float(sum(net(x, y).values()).detach()))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_auxiliary_values_that_cannot_be_logged_or_found_are_refused():
+    net, batch = revcol(), (torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16).long())
+    returning(net.body, "auxiliary")
+    for name, says in (("auxiliary", "logged as train/auxiliary, which is a part"), ("energy", "there are auxiliary")):
+        with pytest.raises(SchemeError, match=says):
+            alone(net, aux={name: 1.0})[0].training_step(batch, 0)
+    with pytest.raises(SchemeError, match="PerPixel has no Stack"):
+        alone(PerPixel(), aux={"energy": 1.0})
+
+
+def test_frozen_parts_of_the_model_stay_as_they_are():
+    """By their names in a classifier; the head learns, and norms with statistics keep them."""
+    torch.manual_seed(0)
+    net = UPerNet("resnet20", num_classes=5, width=16, auxiliary_width=16)
+    module, _ = alone(net, frozen=["stem", "levels.[01]"])
+    assert not net.body.stem.norm.training and net.body.levels[2].steps[0].fs[0].norm1.training
+    prefix = next(key for key in net.state_dict() if key.endswith("stem.conv.weight")).removesuffix("stem.conv.weight")
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimizer = module.make_optimizer()
+    for mode in (True, False, True):  # as validation lies between two epochs
+        module.train(mode)
+        if mode:
+            optimizer.zero_grad()
+            module.training_step((torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))), 0).backward()
+            optimizer.step()
+    held = tuple(f"{prefix}{part}." for part in ("stem", "levels.0", "levels.1"))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith(held), key
+
+
+@pytest.mark.parametrize("mode", ["store", "reverse"])
+def test_all_of_the_model_may_be_frozen(mode):
+    net = revcol(backprop=mode)
+    module, _ = alone(net, frozen=["*"], layer_decay=0.5)
+    below = {id(p) for p in net.body.parameters()}
+    trained = [p for group in module.make_optimizer().param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in net.parameters()} - below
+    module.training_step((torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16).long()), 0).backward()
+    assert all(p.grad is not None for p in trained) and all(p.grad is None for p in net.body.parameters())
+    with pytest.raises(SchemeError, match=r"'levels.9' is no part of RevCol"):
+        alone(revcol(), frozen=["levels.9"])
+    with pytest.raises(SchemeError, match="nothing to train"):
+        alone(PerPixel(), frozen=["*"])
+
+
 def test_a_network_without_depths_and_a_decay_that_is_none_are_refused():
     with pytest.raises(SchemeError, match="PerPixel does not say how deep"):
         Segmenter(PerPixel(), torch.optim.AdamW, layer_decay=0.9)
@@ -224,6 +297,9 @@ def test_groups_of_net_and_head_are_printed(tmp_path, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
     assert rows[0][:2] == ["4", "1"] and float(rows[-1][1]) == 0.5**4
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(file), "--model.frozen", "[stem]", "--model.layer_decay", "0.5", "--print_groups"])
+    assert len(capsys.readouterr().out.splitlines()) < len(rows)
 
 
 class Pixels(PerPixel):
