@@ -42,7 +42,8 @@ def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
     near = closest_names(name, known, limit, 0.5)
     if near:
         return f"the closest are {', '.join(near)}"
-    return f"there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f"there are {', '.join(known[:12])}{more}"
 
 
 class Reader:
@@ -54,6 +55,7 @@ class Reader:
         add: what ``a + b`` makes of the (count, value) pairs, or None where sums are not part of the language.
         what: the word for the thing that is read, in messages.
         units: what a number is multiplied by that is followed by one of these words, as in 2GB.
+        listing: how to see all names: the second line of a message about one that there is not.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Reader:
         add: Callable[..., Any] | None = None,
         what: str = "scheme",
         units: Mapping[str, Fraction] | None = None,
+        listing: str = "",
     ):
         self.names, self.families, self.add, self.what, self.units = names, families, add, what, units or {}
+        self.listing = listing
         self.text = ""
         self._units_at: dict[int, Fraction] = {}
 
@@ -116,8 +120,9 @@ class Reader:
     def _shown(self) -> str:
         return repr(shorten(self.text, 60))
 
-    def _fail(self, problem: str, at: int) -> NoReturn:
-        raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(problem)}.")
+    def _fail(self, problem: str, at: int, remedy: str = "") -> NoReturn:
+        rest = f"\n  {remedy}" if remedy else ""
+        raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(problem)}.{rest}")
 
     # long: one match over the grammar, a case a construct
     def _value(self, node: ast.expr, depth: int) -> Any:
@@ -191,7 +196,8 @@ class Reader:
         return self._value(keyword.value, depth)
 
     def _unknown(self, name: str, at: int) -> NoReturn:
-        self._fail(f"there is no {shorten(name, 60)!r}; {closest(name, [*self.names, *self.families])}", at)
+        hint = closest(name, [*self.names, *self.families])
+        self._fail(f"there is no {shorten(name, 60)!r}; {hint}", at, self.listing)
 
     def _constant(self, node: ast.Constant) -> Any:
         value = node.value

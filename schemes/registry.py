@@ -63,6 +63,9 @@ _FAMILIES: dict[str, Callable[..., Scheme]] = {
 }
 
 
+LISTING = "See all names: schemes.names() in Python, odenets schemes on a command line."
+
+
 def get(scheme: "str | Scheme | Tableau") -> Scheme:
     """The scheme of that name or expression; a Scheme passes through, a Tableau becomes a Runge-Kutta scheme.
 
@@ -85,7 +88,7 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
     if isinstance(scheme, Tableau):
         return RungeKutta(scheme)
     # The dictionaries themselves: what is registered later is known to readers from then on.
-    found = Reader(_NAMES, _FAMILIES, Mix).read(scheme)
+    found = Reader(_NAMES, _FAMILIES, Mix, listing=LISTING).read(scheme)
     if not isinstance(found, Scheme):
         raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
     # Once more at the end: each family keeps to the limit, and a sum of several may not.

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -340,6 +341,29 @@ def test_measured_times_are_of_the_schemes_of_the_page():
     assert times["euler"]["store"] == 1 and all(0.3 < x < 5 for modes in times.values() for x in modes.values())
     # What runs functions again takes longer than what stores.
     assert all(modes[bench.least(name)] > modes["store"] for name, modes in times.items())
+
+
+def cells(page: str, heading: str) -> dict[str, list[float]]:
+    """The rows of the table below a line of a page, by their first column."""
+    lines = (PAGES / page).read_text(encoding="utf-8").split(heading, 1)[1].splitlines()[2:]
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")] for line in itertools.takewhile(lambda s: s[:1] == "|", lines)
+    ]
+    return {name: [float(re.sub(r"[^\d.e-]", "", value)) for value in values] for name, *values in rows}
+
+
+def test_drawn_results_are_those_of_the_tables_beside_the_drawings():
+    results = tool("tables").RESULTS
+    held = json.loads((results / "input_size.json").read_text(encoding="utf-8"))
+    for unit, head in (("ms", "| ms per picture |"), ("MiB", "| MiB per picture in training |")):
+        rows = cells("results.md", head)
+        assert all(row[:-1] == held["models"][name][unit] for name, row in rows.items()) and len(rows) >= 4
+    assert set(rows) == set(held["models"])
+    held = json.loads((results / "revcol_columns.json").read_text(encoding="utf-8"))
+    rows = cells("models/revcol.md", "| columns | store |")
+    assert [int(name) for name in rows] == held["columns"]
+    for mode, place in (("store", 0), ("checkpoint", 2), ("reverse", 3), ("exact", 5)):
+        assert [row[place] for row in rows.values()] == held["MiB"][mode]
 
 
 # --- README, notebooks ------------------------------------------------------------------------------------------------

@@ -22,3 +22,61 @@ def test_names_above_heat_maps_do_not_cover_each_other(draw, prefix, monkeypatch
     assert {title.get_text().replace("\n", "") for title in titles} >= set(names)
     boxes = [title.get_window_extent() for title in titles]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+FLAT = [24.0, 24.1, 24.0]
+CURVES = {
+    "rk4: width": ([0, 1, 2], FLAT),
+    "rk4: rank": ([0, 1, 2], [23.0, 24.1, 24.0]),
+    "dense": ([0, 1, 2], [26, 99, 180]),
+}
+
+
+def drawn(monkeypatch, tmp_path, *args, **options):
+    pytest.importorskip("matplotlib")
+    found = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: found.append(figure) or path)
+    plots.lines(CURVES, tmp_path / "x.png", "step", "directions", *args, **options)
+    return found[0]
+
+
+def test_a_curve_that_another_covers_is_wide_and_pale_below_it(monkeypatch, tmp_path):
+    [axes] = drawn(monkeypatch, tmp_path).axes
+    below, above, apart = axes.lines
+    assert below.get_linewidth() > 2 * above.get_linewidth() and below.get_alpha() < 1 == above.get_alpha()
+    assert below.get_markersize() > above.get_markersize() and below.get_zorder() <= above.get_zorder()
+    assert apart.get_linewidth() == above.get_linewidth()
+    assert below.get_color() == above.get_color() and below.get_linestyle() != above.get_linestyle()
+
+
+def test_close_curves_have_a_panel_of_their_own(monkeypatch, tmp_path):
+    names = ["rk4: width", "rk4: rank"]
+    whole, part = drawn(monkeypatch, tmp_path, apart=names).axes
+    assert [line.get_label() for line in part.lines] == names and len(whole.lines) == 3
+    assert part.get_ylim()[1] < 30 < whole.get_ylim()[1]
+    for a, b in zip(whole.lines, part.lines, strict=False):
+        assert (a.get_color(), a.get_marker(), a.get_linestyle()) == (b.get_color(), b.get_marker(), b.get_linestyle())
+
+
+def test_covered_counts_curves_that_lie_on_one():
+    near, far = ([1, 2, 4], [1.0, 10, 100]), ([1, 2, 4], [1.05, 10.5, 150])
+    # Within a fiftieth of the range: of 149 at two places of three, of log 150 at the same two.
+    assert plots.covered([near, far]) == [1, 0]
+    assert plots.covered([([1, 2], [1.0, 100]), ([1, 2], [4.0, 100])]) == [1, 0]
+    assert plots.covered([([1, 2, 3], [1.0, 2, 100]), ([1, 2, 3], [2.0, 4, 100])], log=True) == [0, 0]
+    assert plots.covered([([1, 2], [0.0, 1]), ([3], [1.0])], log=True) == [0, 0], "what a logarithm does not have"
+
+
+def test_a_model_a_mode_and_a_quantity_have_one_look():
+    from odenets.palette import MODES, looks
+
+    found = looks(["RevCol-T: stored", "RevCol-T: reverse", "DenseNet-121: stored"])
+    assert (
+        found["RevCol-T: stored"].colour
+        == found["RevCol-T: reverse"].colour
+        == looks(["revcol_tiny"])["revcol_tiny"].colour
+    )
+    assert found["RevCol-T: stored"].dash != found["RevCol-T: reverse"].dash
+    assert looks(["RevCol"])["RevCol"] != looks(["revcol"])["revcol"], "a model, and a scheme"
+    assert [looks([mode])[mode].colour for mode in MODES] == [light for light, _ in MODES.values()]
+    assert looks(["store", "euler"])["store"] == looks(["reverse", "store"])["store"]

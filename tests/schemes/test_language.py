@@ -87,10 +87,10 @@ def refused(text, read=schemes.get):
 
 
 BAD = [
-    ("rk5", ["position 1", "there is no 'rk5'", "closest are", "rk4"]),
+    ("rk5", ["position 1", "there is no 'rk5'", "closest are", "rk4", "See all names: schemes.names()"]),
     ("nested(midpiont, rk4)", ["position 8", "'midpiont'", "midpoint"]),
     ("Rk4", ["there is no 'Rk4'", "rk4"]),
-    ("qqqqqq", ["there are ab2"]),
+    ("qqqqqq", ["there are ab2", " more.\n  See all names: schemes.names() in Python, odenets schemes"]),
     ("nan", ["there is no 'nan'"]),
     ("a" * 490, ["position 1", "there is no"]),
     ("", ["is empty", "write a name such as"]),
