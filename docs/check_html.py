@@ -87,6 +87,7 @@ def problems(text: str) -> list[str]:
     parser = html5lib.HTMLParser(html5lib.getTreeBuilder("etree"), namespaceHTMLElements=False)
     root: Any = parser.parse(text)
     found = [f"line {line}: {code.replace('-', ' ')} {data or ''}".rstrip() for (line, _), code, data in parser.errors]
+    found += _attributes(root)
     ids: list[str] = []
     wanted: list[str] = []
     for element, parents in _walk(root, ()):

@@ -406,7 +406,7 @@ def test_the_checks_of_built_pages_find_what_is_wrong(tmp_path):
         ("<p>x", r"<p>\frac{1}2", "raw LaTeX"),
         (' lang="en"', "", "no language"),
         ("h1", "h2", "0 headings"),
-        ("<p>x", "<p><b>x", "expected one end tag"),
+        ("<p>x", "<p>&nosuch;x", "expected named entity"),
     ):
         (tmp_path / "page.html").write_text(good.replace(old, new))
         assert any(says in p for p in check.problems(tmp_path)), new
