@@ -161,6 +161,7 @@ REVCOL_COCO = (
     ("large", "L", "22k", 0.5, 1e-4, 0.85, "55.9 / 48.4"),
 )
 NO_FILE = "no configuration of this row is published; {}"
+GUESS = "a guess: no configuration of this row is published, and how it was trained is not known here; {}"
 
 
 def _scales(figure: str) -> str:
@@ -222,7 +223,9 @@ def _revcol_best(paper: Paper, shown: str) -> Iterator[Recipe]:
         ),
         *(kind, PADDED | segmentation(1e-4, 0.05, side=640, warmup=0, layer_decay=0.9, power=0.9, clip=0.01)),
         *(options, ((shown, "61.0 mIoU"),)),
-        NO_FILE.format("optimiser and schedule are Mask2Former's (Cheng et al. 2022), the layer decay is UPerNet's."),
+        GUESS.format(
+            "optimiser and schedule are Mask2Former's own (Cheng et al. 2022), the layer decay is that of UPerNet."
+        ),
         "queries are 100, of one picture's classes; whether more pictures were trained on before is not known here.",
         after="168m",
     )
@@ -234,7 +237,7 @@ def _revcol_best(paper: Paper, shown: str) -> Iterator[Recipe]:
         ((shown, "63.8 box AP (DINO)"),),
         "the paper's head is DINO; transformers has none, and Deformable DETR lacks its denoising, its queries that "
         "begin at the encoder's best places, and its look ahead twice.",
-        NO_FILE.format("rates are Deformable DETR's, epochs those of the cascade."),
+        GUESS.format("rates are Deformable DETR's own, epochs those of the cascade."),
         "further pictures with boxes, on which the published detector may have been trained first, are left out.",
         after="168m",
     )
