@@ -67,7 +67,7 @@ def file_or_experiment(given: str) -> str:
     known = list(experiments())
     beside = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
     near = closest(given, beside, cutoff=0.6) or closest(path.stem, known, cutoff=0.5)
-    hint = f"Closest: {', '.join(near)}" if near else f"Experiments: {', '.join(known)}"
+    hint = f"Closest: {', '.join(near)}. All: odenets experiments" if near else f"Experiments: {', '.join(known)}"
     raise SchemeError(f"config: there is no file {given!r}, and no experiment of that name\n  {hint}")
 
 

@@ -55,7 +55,8 @@ class Reader:
         add: what ``a + b`` makes of the (count, value) pairs, or None where sums are not part of the language.
         what: the word for the thing that is read, in messages.
         units: what a number is multiplied by that is followed by one of these words, as in 2GB.
-        listing: how to see all names: the second line of a message about one that there is not.
+        listing: how to see all names: the second line of a message about one that there is not; where there are few
+            names, it lists them all unless this says otherwise.
     """
 
     def __init__(
@@ -196,8 +197,11 @@ class Reader:
         return self._value(keyword.value, depth)
 
     def _unknown(self, name: str, at: int) -> NoReturn:
-        hint = closest(name, [*self.names, *self.families])
-        self._fail(f"there is no {shorten(name, 60)!r}; {hint}", at, self.listing)
+        known = sorted([*self.names, *self.families])
+        hint, few = closest(name, known), ", ".join(known) if len(known) <= 12 else ""
+        # Not once more what the first line has just listed.
+        rest = f"All names: {few}." if few and few not in hint else ""
+        self._fail(f"there is no {shorten(name, 60)!r}; {hint}", at, self.listing or rest)
 
     def _constant(self, node: ast.Constant) -> Any:
         value = node.value

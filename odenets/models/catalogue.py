@@ -325,8 +325,11 @@ def _check_options(name: str, entry: Registered, given: Mapping[str, Any]) -> No
 def _registered(name: str) -> Registered:
     if name not in _MODELS:
         close = closest(name, _MODELS)
-        hint = f"closest: {', '.join(close)}" if close else "list_models() names them all"
-        raise SchemeError(f"there is no model named {name!r}; {hint}.")
+        hint = f"; closest: {', '.join(close)}" if close else ""
+        raise SchemeError(
+            f"there is no model named {name!r}{hint}.\n"
+            "  See all names: list_models() in Python, odenets models on a command line."
+        )
     return _MODELS[name]
 
 

@@ -66,6 +66,6 @@ def find(name: str) -> Recipe:
     """
     if name not in table():
         close = closest(name, table())
-        hint = f"Closest: {', '.join(close)}" if close else "odenets recipe --list names them all"
-        raise SchemeError(f"there is no recipe {name!r}\n  {hint}.")
+        hint = f"Closest: {', '.join(close)}. All" if close else "All"
+        raise SchemeError(f"there is no recipe {name!r}\n  {hint}: odenets recipe --list")
     return table()[name]
