@@ -1,12 +1,13 @@
 """Checks the built pages: ``python docs/check_site.py FOLDER``. Nothing is fetched.
 
 Links and anchors lead somewhere, the HTML is what the standard allows (``check_html``), pictures have a text, a page
-has one heading of the first level, and no mathematics shows as its source.
+has one heading of the first level and skips none, and no mathematics shows as its source.
 """
 
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -35,6 +36,8 @@ class Page(HTMLParser):
         self.feed(text)
         self.problems += [f"<{tag}> is not closed" for tag, _ in self._open]
         self.problems += [f"id {x!r} stands twice" for x in sorted({x for x in self.ids if self.ids.count(x) > 1})]
+        if skipped := [b for a, b in pairwise(self.headings) if b > a + 1]:
+            self.problems.append(f"a heading of level {skipped[0]} below one of level {skipped[0] - 2} or less")
         if self.headings.count(1) != 1:
             self.problems.append(f"{self.headings.count(1)} headings of the first level")
 

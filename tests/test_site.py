@@ -406,6 +406,7 @@ def test_the_checks_of_built_pages_find_what_is_wrong(tmp_path):
         ("<p>x", r"<p>\frac{1}2", "raw LaTeX"),
         (' lang="en"', "", "no language"),
         ("h1", "h2", "0 headings"),
+        ("<p>x", "<h3>y</h3><p>x", "a heading of level 3 below one of level 1"),
         ("<p>x", "<p>&nosuch;x", "expected named entity"),
     ):
         (tmp_path / "page.html").write_text(good.replace(old, new))
