@@ -237,7 +237,9 @@ class Detector(NetModule):
 
     def _groups(self) -> list[dict[str, Any]]:
         if self.layer_decay == 1:
-            net = parameter_groups(self.net, self.step_weight_decay)
+            # Of a net that is frozen altogether there are none, and the head learns alone.
+            learns = any(p.requires_grad for p in self.net.parameters())
+            net = parameter_groups(self.net, self.step_weight_decay) if learns else []
             groups = [*net, *parameter_groups(self.head, self.step_weight_decay)]
         else:
             groups = parameter_groups(self, self.step_weight_decay, self.layer_decay)
