@@ -123,6 +123,11 @@ class Detector(NetModule):
                     m.eval()
         return self
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The net, for Lightning's ``BackboneFinetuning``."""
+        return self.net
+
     def forward(self, x: Tensor, targets: Sequence[Target] | None = None, boxes: float = 1.0) -> Output:
         """Losses and detections of a batch.
 

@@ -97,6 +97,11 @@ class Segmenter(NetModule):
     def freezable(self) -> nn.Module:
         return self.body
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The model below the head, for Lightning's ``BackboneFinetuning``."""
+        return self.body
+
     def forward(self, x: Tensor) -> Tensor:
         """The scores (n, classes, h, w)."""
         return self.net(self.laid_out(x))

@@ -259,6 +259,37 @@ def test_all_of_the_model_may_be_frozen(mode):
         alone(PerPixel(), frozen=["*"])
 
 
+class Body(Callback):
+    """The weights of the body before each epoch."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.found.append({key: value.clone() for key, value in pl_module.body.state_dict().items()})
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_lightning_thaws_the_model_below_the_head(tmp_path):
+    module, seen = Segmenter(revcol(), partial(torch.optim.SGD, lr=0.1), Constant()), Body()
+    thaw = L.pytorch.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.1)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=3, callbacks=[thaw, seen], limit_val_batches=0, **quiet
+    )
+    trainer.fit(module, DrawnShapes(train=4, val=2, size=16, batch_size=2))
+    first, second, third = seen.found
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(second[key], third[key]) for key in second)
+
+
 def test_a_network_without_depths_and_a_decay_that_is_none_are_refused():
     with pytest.raises(SchemeError, match="PerPixel does not say how deep"):
         Segmenter(PerPixel(), torch.optim.AdamW, layer_decay=0.9)
