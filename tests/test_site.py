@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -364,6 +365,17 @@ def test_drawn_results_are_those_of_the_tables_beside_the_drawings():
     assert [int(name) for name in rows] == held["columns"]
     for mode, place in (("store", 0), ("checkpoint", 2), ("reverse", 3), ("exact", 5)):
         assert [row[place] for row in rows.values()] == held["MiB"][mode]
+
+
+# --- tables by hand ---------------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_and_every_extra_stands_in_its_table():
+    train, start = ((PAGES / name).read_text(encoding="utf-8") for name in ("train.md", "start.md"))
+    experiments = [f.relative_to(ROOT / "experiments").as_posix() for f in (ROOT / "experiments").rglob("*.yaml")]
+    assert [name for name in experiments if f"`{name}`" not in train] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [name for name in extras if f"| `{name}` |" not in start] == []
 
 
 # --- README, notebooks ------------------------------------------------------------------------------------------------
