@@ -136,16 +136,16 @@ def test_a_mask_is_resized_by_the_pixel_below_the_middle_of_each(tmp_path):
 
 
 def test_joined_splits_follow_each_other(tmp_path):
-    for number, (split, count) in enumerate((("train", 2), ("extra", 3))):
+    for number, (split, count) in enumerate((("train", 2), ("test", 3))):
         for i in range(count):
             save(tmp_path / split / "images" / f"{split}{i}.png", np.zeros((4, 4, 3)))
-            if (split, i) != ("extra", 1):
+            if (split, i) != ("test", 1):
                 save(tmp_path / split / "masks" / f"{split}{i}.png", np.full((4, 4), number + i))
-    module = data(tmp_path, train_split="train+extra", val_split="train")
-    with pytest.warns(UserWarning, match=r"extra1\.png"):
+    module = data(tmp_path, train_split="train+test", val_split="train")
+    with pytest.warns(UserWarning, match=r"test1\.png"):
         module.setup("fit")
-    joined = module._pairs("train+extra")
-    assert [joined.name(i) for i in range(5)] == ["train0.png", "train1.png", "extra0.png", "extra1.png", "extra2.png"]
+    joined = module._pairs("train+test")
+    assert [joined.name(i) for i in range(5)] == ["train0.png", "train1.png", "test0.png", "test1.png", "test2.png"]
     assert [str(joined.picture(i)).rpartition("/")[2] for i in range(5)] == [joined.name(i) for i in range(5)]
     assert joined.lacking() == [3]
     labels = [[int(c) for c in module.sets["train"][i][1].unique() if c >= 0] for i in range(4)]
