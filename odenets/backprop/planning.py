@@ -33,7 +33,7 @@ from .plan import Chain, Cost, Piece, Profile
 from .replay import stream_precision
 from .sizes import mebibytes
 from .surroundings import nothing_changed
-from .survey import Namer, aside, differentiate, surveyed, unseen, wait
+from .survey import Namer, aside, surveyed, unseen, wait
 from .walk import Pass
 
 
@@ -69,7 +69,6 @@ class Planning:
         self.namer = Namer([*model.parameters(), *model.buffers(), *tensors])
         self.profiles: list[Profile] = []
         self.outside: dict[int, int] = {}
-        self.leaves: Sequence[Tensor] = ()  # that stand in for parameters while the model is surveyed
         self.measured: dict[str, tuple[int, Measured]] = {}  # the place of its first step, and the stack's measurement
         self.modes: dict[str, Mode] = {name: stack.backprop for name, stack in self.stacks.items()}
 
@@ -99,13 +98,7 @@ class Planning:
         """Runs the model once, its stacks being measured; returns the bytes that its loss takes."""
         # The stacks measure themselves when the model calls them: only then is their input known.
         modes = {name: _Surveying(self, name) for name in self.stacks}
-        with (
-            torch.enable_grad(),
-            nothing_changed([self.model], True, (self.args, self.kwargs)),
-            aside([self.model]) as stand,
-            self._set(modes),
-        ):
-            self.leaves = stand.leaves
+        with torch.enable_grad(), nothing_changed([self.model], True, (self.args, self.kwargs)), self._set(modes):
             # Inside of a stack its own hooks are on top of these, so what is noted here was saved outside of stacks.
             with self.namer.saving(self.outside):
                 outputs = self.model(*self.args, **self.kwargs)
@@ -141,18 +134,8 @@ class Planning:
         saved = dict(self.outside)
         # Emptied and not replaced: the hooks hold this very dictionary.
         self.outside.clear()
-        fixed = Cost(0.0, 0.0, 0, self._fall(tensors), 0)
-        self.profiles.append(Profile(before, self.namer.names(tensors), saved, {"fixed": fixed}, ends=True))
-
-    def _fall(self, tensors: Sequence[Tensor]) -> int:
-        """The most bytes that the way back from some tensors takes above what is kept for it, outside of stacks."""
-        # What a stack gives has no graph here, so that this ends where it began. The graph is kept: another tensor may
-        # have come from the same place, past the stack.
-        run = differentiate(tensors, self.leaves, retain_graph=True)
-        with meter_on(self.device) as meter:
-            meter.mark()
-            run()
-        return meter.peak
+        nothing = Cost(0.0, 0.0, 0, 0, 0)
+        self.profiles.append(Profile(before, self.namer.names(tensors), saved, {"fixed": nothing}, ends=True))
 
     # Choosing
 

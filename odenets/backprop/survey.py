@@ -128,16 +128,12 @@ def entered(state: State) -> tuple[State, State]:
     return leaves, tuple(next(behind) if x.requires_grad else x.detach() for x in state)
 
 
-def differentiate(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], retain_graph: bool = False
-) -> Callable[[], None]:
+def differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
     """A backward pass from the outputs to the inputs alone, which nothing else notices."""
     wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     loss = _Source.apply(*wanted) if wanted else None
     leaves = [x for x in inputs if x.requires_grad]
-    if loss is None or not leaves:
-        return lambda: None
-    return lambda: torch.autograd.backward(loss, retain_graph=retain_graph, inputs=leaves)
+    return lambda: None if loss is None or not leaves else torch.autograd.backward(loss, inputs=leaves)
 
 
 class Aside(NamedTuple):

@@ -520,38 +520,6 @@ def test_whole_models_keep_to_their_memory(memory: str | None):
     assert distance(gradients(model, x), gradients(net(), x)) < 1e-4
 
 
-class Headed(nn.Module):
-    """A head with more weights than all else, on the maps before, between and behind two stacks."""
-
-    def __init__(self, mode: str):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(24 * 144, 256)
-
-        def f() -> nn.Module:
-            return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU())
-
-        self.first, self.second = (Stack([f() for _ in range(6)], "leapfrog", backprop=mode) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.stem(x).relu()
-        b = self.first(a)
-        return self.head(torch.cat([a, b, self.second(b)], 1).flatten(1))
-
-
-@pytest.mark.parametrize("mode", ["store", "reverse"])
-def test_what_is_outside_of_stacks_counts_on_its_way_back(mode: str):
-    """The gradient of a large weight is there before it is added to what the parameter has."""
-    model, x = Headed(mode), torch.randn(2, 3, 12, 12)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    report = odenets.plan(model, x)
-    assert all(bool((p.grad == 1).all()) for p in model.parameters()), "measuring leaves gradients alone"
-    assert report.predicted == pytest.approx(peak(model, x), rel=0.05)
-    saved = odenets.plan(nn.Sequential(model.stem, model.first), x).predicted
-    assert report.predicted > saved + model.head.weight.nbytes
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["revcol_tiny", "ho_resnet26"])
 def test_models_of_the_library_are_predicted(name: str):
