@@ -18,8 +18,8 @@ def plan(model: nn.Module, *args: Any, memory: float | str | None = None, **kwar
 
     Memory is what one forward and backward pass takes at most, above parameters, their gradients, and the input. What
     is not in stacks is stored, and what it keeps counts; what its operations take while they run, such as the gradient
-    of a large weight, is not foreseen, and ``measured`` of the report has it. A stack within a stack keeps its mode. Nothing is changed but that "auto"
-    makes its choice: ``apply()`` of the report sets the plans.
+    of a large weight, is not foreseen, and ``measured`` of the report has it. A stack within a stack keeps its mode.
+    Nothing is changed but that "auto" makes its choice: ``apply()`` of the report sets the plans.
 
     Args:
         model: a model with stacks in it, or a stack.
