@@ -91,10 +91,7 @@ class Detector(NetModule):
             raise SchemeError(f"a {type(net).__name__} gives no maps\n  Take one of odenets.list_models().")
         if net_lr < 0:
             raise SchemeError(f"model.net_lr is {net_lr}; wanted a share of the learning rate, 0 or more")
-        count = len(net.feature_info)
-        chosen = levels if levels is not None else list(range(max(0, count - head.levels), count))
-        if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < count:
-            raise SchemeError(f"model.levels is {levels}; wanted numbers of maps that rise, from 0 to {count - 1}")
+        chosen = _levels(levels, head.levels, len(net.feature_info))
         # Before the head is built, whose last layers have as many outputs.
         if head.num_classes is None:
             head.num_classes = int(net.num_classes)  # type: ignore[arg-type]
@@ -262,3 +259,11 @@ class Detector(NetModule):
     @property
     def grouped(self) -> nn.Module:
         return self
+
+
+def _levels(given: list[int] | None, wanted: int, count: int) -> list[int]:
+    """The numbers of the maps that a head takes, checked."""
+    chosen = given if given is not None else list(range(max(0, count - wanted), count))
+    if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < count:
+        raise SchemeError(f"model.levels is {given}; wanted numbers of maps that rise, from 0 to {count - 1}")
+    return chosen
