@@ -13,7 +13,7 @@ from .choice import Limits
 from .modes import FAMILIES, Exact, Mode
 from .replay import stream_precision
 from .sizes import format_size
-from .walk import Pass, needs_graph
+from .walk import Pass, has_no_values, needs_graph
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class Auto(Limits, Mode):
             state = stream_precision(state)  # whatever is chosen: the output does not tell
         # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own, and
         # dual numbers and batches of gradients pass no backward pass.
-        if not needs_graph() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        inside = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if not needs_graph() or inside or not _measurable(state):
             return given.keep(state)
         from .uncompiled import plan_for
 
         return plan_for(self, given, state).run(given, state)  # type: ignore[reportCallIssue]
+
+
+def _measurable(state: State) -> bool:
+    """Whether streams take memory that can be counted."""
+    return not has_no_values(state) and all(x.layout is torch.strided for x in state)
 
 
 FAMILIES["auto"] = Auto

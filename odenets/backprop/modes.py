@@ -22,7 +22,7 @@ from .grid import DEFAULT_BITS, most_bits
 from .offload import offloaded
 from .replay import stream_precision
 from .sizes import UNITS
-from .walk import AGAIN, Pass, needs_graph
+from .walk import AGAIN, Pass, has_no_values, needs_graph
 
 
 class Mode(ABC):
@@ -164,7 +164,7 @@ class _ByInverse(Mode):
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
         state = stream_precision(state)  # with gradients and without: the output has one type
-        if not self.needed or not all(s.scheme.invertible or s.training for s in given.steps):
+        if not self.needed or has_no_values(state) or not all(s.scheme.invertible or s.training for s in given.steps):
             return given.keep(state)  # bdia at inference is Euler's scheme, which has no inverse
         return self._by_inverse(given, state)
 

@@ -53,6 +53,8 @@ class _Anchors(NamedTuple):
             every, growth, drifts = state["every"], state["growth"], [float(d) for d in state.get("drifts", ())]
             if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
                 raise TypeError
+            if not math.isfinite(growth):  # else it would count as measured for ever
+                raise TypeError
             return cls(every, float(growth), drifts)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise _no_state("'anchors' in it", state) from None

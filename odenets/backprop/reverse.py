@@ -87,6 +87,14 @@ def _start(given: Pass, state: State, mode: str) -> State:
             f"Stack: parametrize.cached() keeps weights without their graph in backprop='{mode}', which runs each step "
             "twice.\n  Leave the context away around the stack, or use backprop='store'."
         )
+    for x in state:
+        # What is made again is a sum of floating-point numbers, laid out as they are.
+        if not (x.is_floating_point() or x.is_complex()) or x.layout is not torch.strided:
+            kind = str(x.dtype if x.layout is torch.strided else x.layout).removeprefix("torch.")
+            raise SchemeError(
+                f"Stack: a stream of {kind} is not made again as it was by an inverse, which backprop='{mode}' needs.\n"
+                "  Give a dense tensor of floating-point numbers, or use backprop='store' or 'checkpoint'."
+            )
     # An inference tensor could not be made a leaf, from which a step is differentiated when it is run again.
     return stream_precision(tuple(x.clone() if x.is_inference() else x for x in state))
 

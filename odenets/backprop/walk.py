@@ -121,6 +121,11 @@ class _Again(threading.local):
 AGAIN = _Again()
 
 
+def has_no_values(state: State) -> bool:
+    """Whether the streams have shapes alone, so that nothing can be measured of them, and nothing compared."""
+    return state[0].is_meta or type(state[0]).__name__ == "FakeTensor"
+
+
 def needs_graph() -> bool:
     """Whether this pass may be differentiated: gradients are on, and it is neither traced nor exported."""
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()  # type: ignore
