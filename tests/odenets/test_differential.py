@@ -4,17 +4,20 @@
 """
 
 import contextlib
+import copy
 import math
 import os
+import random
 import re
+import threading
 import warnings
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stacks import WIDTH, Body, factory
+from stacks import WIDTH, Body, factory, quiet
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import schemes
@@ -88,6 +91,87 @@ class Conjugate(Body):
         return y + 0.1 * y.conj()
 
 
+class Asking(Body):
+    """Computes something else where there is no graph."""
+
+    def forward(self, *xs):
+        y = super().forward(*xs)
+        return 2 * y if torch.is_grad_enabled() and y.requires_grad else y
+
+
+class Hooked(Body):
+    """Scales the gradient of its result."""
+
+    def forward(self, *xs):
+        y = super().forward(*xs)
+        if y.requires_grad:
+            y.register_hook(lambda g: 3 * g)
+        return y
+
+
+class Hamiltonian(Body):
+    """Differentiates within itself."""
+
+    def forward(self, *xs):
+        y = super().forward(*xs)
+        with torch.enable_grad():
+            z = y if y.requires_grad else y.detach().requires_grad_()
+            (g,) = torch.autograd.grad(z.sin().sum(), z, create_graph=True)
+        return y * g
+
+
+class Drawing(nn.Module):
+    """Draws from generators of its own, and of Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator, self.seed = torch.Generator(), 5
+
+    def forward(self, x):
+        self.seed += 1
+        self.generator.manual_seed(self.seed)
+        return x * torch.rand((), dtype=x.dtype, generator=self.generator) * random.uniform(0.9, 1.1)
+
+
+class Counting(nn.Module):
+    """Reads what it has put into containers in earlier calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"calls": 0, "last": []}
+
+    def forward(self, x):
+        self.seen["calls"] += 1
+        self.seen["last"] = [*self.seen["last"][-2:], x.detach().mean()]
+        return x + 0.1 * sum(self.seen["last"]) / self.seen["calls"]
+
+
+class Within(nn.Module):
+    """A stack as part of a residual function, in a mode of its own."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.stack = quiet([nn.Linear(WIDTH, WIDTH) for _ in range(3)], "leapfrog", step=0.3, backprop=mode)
+
+    def forward(self, x):
+        return self.stack(x)
+
+
+class Symmetric(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).T
+
+
+def symmetric():
+    m = nn.Linear(WIDTH, WIDTH)
+    parametrize.register_parametrization(m, "weight", Symmetric())
+    return m
+
+
+def pruned():
+    return prune.l1_unstructured(nn.Linear(WIDTH, WIDTH), "weight", 0.5)
+
+
 KINDS = {
     "plain": Body,
     "batch norm": lambda slot: Body(slot, nn.BatchNorm1d(WIDTH)),
@@ -102,6 +186,15 @@ KINDS = {
     "checkpoint inside": Checkpointed,
     "time and context": Timed,
     "auxiliary": Auxiliary,
+    "asking": Asking,
+    "hooked": Hooked,
+    "differentiated within": Hamiltonian,
+    "drawing": lambda slot: Body(slot, Drawing()),
+    "counting": lambda slot: Body(slot, Counting()),
+    "reverse within": lambda slot: Body(slot, Within("reverse")),
+    "checkpoint within": lambda slot: Body(slot, Within("checkpoint")),
+    "symmetric": lambda slot: Body(slot, symmetric()),
+    "pruned": lambda slot: Body(slot, pruned()),
     "complex": Conjugate,
 }
 
@@ -134,6 +227,10 @@ def build(scheme, kinds, mode, step, shared_seed=0):
 # Histories --------------------------------------------------------------------------------------------------------
 
 
+def _doubled(module, given, out):
+    return tuple(None if g is None else 2 * g for g in given)
+
+
 def loss_of(y):
     return y.abs().square().mean() + y.real.sum() * 0.1
 
@@ -163,6 +260,7 @@ class Run:
         self.seen += [y.detach().clone() for y in outputs]
         self.seen += [None if g is None else g.clone() for g in grads]
         self.seen += [*(b.clone() for b in self.net.buffers()), torch.get_rng_state()]
+        self.seen.append(torch.tensor(random.getstate()[1]))
 
     def once(self, method="__call__"):
         x = self.x.clone().requires_grad_()
@@ -187,6 +285,99 @@ class Run:
         (y, one), (z, two) = self.call(x), self.call(0.5 * x)
         (loss_of(y) * loss_of(z) + one + two).backward()
         self.note(y, z, x.grad)
+
+    def in_parts(self):
+        """Gradients of some at a time, in any order."""
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x)
+        loss, wanted = loss_of(y) + aux, [p for p in self.net.parameters() if p.requires_grad]
+        if not loss.requires_grad:
+            return
+        found = torch.autograd.grad(loss, wanted[-1:] or x, retain_graph=True, allow_unused=True)
+        loss.backward(inputs=[x, *wanted[1:3]], retain_graph=True)
+        self.note(y, *(g for g in found if g is not None), x.grad)
+        loss.backward()
+        self.note(x.grad)
+
+    def by_batches(self):
+        """A batch of gradients in one backward pass."""
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x)
+        loss = torch.stack([loss_of(y) + aux, y.abs().sum()])
+        (g,) = torch.autograd.grad(loss, x, torch.eye(2, dtype=loss.dtype), is_grads_batched=True)
+        self.note(y, g)
+
+    def other_weights(self):
+        """Weights that are handed in from outside, and lead on."""
+        scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
+        weights = {k: scale * p for k, p in self.net.named_parameters()}
+        x = self.x.clone().requires_grad_()
+        given = {} if "time and context" not in self.kinds else {"t": 0.3, "context": {"bias": self.bias}}
+        y = torch.func.functional_call(self.net, weights, (x,), given)
+        loss_of(y).backward()
+        self.note(y, x.grad, scale.grad)
+
+    def copied(self):
+        """A copy of the network between the passes, which then trains too."""
+        x = self.x.clone().requires_grad_()
+        y, aux = self.call(x)
+        net, self.net = self.net, copy.deepcopy(self.net)
+        (loss_of(y) + aux).backward()
+        self.note(y, x.grad, *(p.grad for p in net.parameters()))
+        self.once()
+
+    def hooks_of_parameters(self):
+        handles = [p.register_hook(lambda g: 2 * g) for p in self.net.parameters() if p.requires_grad]
+        self.once()
+        for handle in handles:
+            handle.remove()
+
+    def hooks_of_functions(self):
+        """Hooks that scale what goes in and out, forward and backward."""
+        functions = [f for step in self.net.steps for f in step.fs]
+        handles = [f.register_forward_pre_hook(lambda m, xs: tuple(0.9 * x for x in xs)) for f in functions]
+        handles += [f.register_full_backward_hook(_doubled) for f in functions]
+        self.once()
+        for handle in handles:
+            handle.remove()
+
+    def views(self):
+        """An input that is a view, and not dense."""
+        wide = torch.cat([self.x, self.x], 1).requires_grad_()
+        y, aux = self.call(wide[:, ::2])
+        (loss_of(y) + aux).backward()
+        self.note(y, wide.grad)
+
+    def no_gradient_of_the_input(self):
+        y, aux = self.call(self.x)
+        if y.requires_grad:
+            (loss_of(y) + aux).backward()
+        self.note(y)
+
+    def on_the_host(self):
+        """Saved tensors are taken by the user."""
+        x = self.x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            y, aux = self.call(x)
+        (loss_of(y) + aux).backward()
+        self.note(y, x.grad)
+
+    def in_threads(self):
+        """Two threads through one stack, one after the other forward, and at once backward."""
+        runs = [(x, *self.call(x)) for x in (self.x.clone().requires_grad_(), 0.5 * self.x)]
+        wanted = [p for p in self.net.parameters() if p.requires_grad]
+        found = [None, None]
+
+        def work(i):
+            _, y, aux = runs[i]
+            found[i] = torch.autograd.grad(loss_of(y) + aux, wanted, allow_unused=True)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2 if wanted else 0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.note(*(y for _, y, _ in runs), *(g for grads in found if grads for g in grads if g is not None))
 
     def evaluate(self):
         self.net.eval()
@@ -240,7 +431,8 @@ class Run:
 ACTIONS = [name for name in vars(Run) if not name.startswith("_") and name not in ("call", "note")]
 REFUSALS = (
     r"changed in place|side product|neither its parameter nor its argument|written to in place|"
-    r"drew other random numbers|has no log-determinant|left the range|other values the second time|no inverse"
+    r"drew other random numbers|has no log-determinant|left the range|other values the second time|no inverse|"
+    r"is_grads_batched|generator moved during a pass"
 )
 
 
@@ -249,6 +441,7 @@ def go(net, kinds, history):
     aux = bool({"auxiliary"} & {*kinds})
     run = Run(net, kinds, aux)
     torch.manual_seed(7)
+    random.seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for action in history:
