@@ -12,7 +12,7 @@ from ..step import Step, Wrap
 from .agreement import agreed
 from .members import Members, hooks_set_aside
 from .monitor import distance
-from .replay import StepRecord, autocast_as, invert_step, members_of, run_step
+from .replay import StepRecord, as_leaves, autocast_as, invert_step, members_of, run_step
 from .surroundings import nothing_changed
 from .walk import Pass
 
@@ -34,6 +34,8 @@ class Trial:
             step, state, shared, t, context, members_of(step, shared), inverted=self.inverted
         )
         # What asks for a graph may do without one what it cannot do, such as to hang hooks on its result.
+        if record.members.asks:
+            state = as_leaves(state)
         with torch.set_grad_enabled(record.members.asks), autocast_as(record.autocast):
             return tuple(x.detach() for x in run_step(record, state, self.wrap))
 

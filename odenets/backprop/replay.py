@@ -344,8 +344,15 @@ def _note(record: StepRecord, before: Surroundings) -> Surroundings:
     return before.moved(record.notes)
 
 
+def as_leaves(state: State) -> State:
+    """The streams as leaves that need a gradient, where they can have one."""
+    return tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in state)
+
+
 def invert_step(record: StepRecord, state: State) -> State:
     """The state before the step, without gradients."""
+    if record.members.asks:
+        state = as_leaves(state)
     # The parameters of the run, whatever the modules hold by now (``functional_call`` and FSDP exchange them).
     with torch.set_grad_enabled(record.members.asks), as_it_ran(record), swapped(record.slots, [slot.value for slot in record.slots]):
         # Copies to pop from: a second backward pass starts from the full lists again.

@@ -45,17 +45,51 @@ def of_weights_by_weights(net, x):
     return torch.autograd.grad(sum(g.square().sum() for g in found), weights, allow_unused=True)
 
 
+def of_an_input_that_was_made(net, x):
+    made = 1.5 * x
+    (g,) = torch.autograd.grad(net(made).square().sum(), made, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), made, allow_unused=True)
+
+
+def of_a_middle_state(net, x):
+    *_, middle, last = net.trajectory(x)
+    (g,) = torch.autograd.grad(last.square().sum(), middle, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), middle, allow_unused=True)
+
+
+def of_a_hooked_state(net, x):
+    states = []
+    net.steps[2].register_forward_hook(lambda step, given, out: states.append(out[0]))
+    y = net(x)
+    (g,) = torch.autograd.grad(y.square().sum(), states[0], create_graph=True)
+    return torch.autograd.grad(g.square().sum(), states[0], allow_unused=True)
+
+
+def of_what_comes_after(net, x):
+    scale = torch.ones((), dtype=F64, requires_grad=True)
+    (g,) = torch.autograd.grad((scale * net(x)).square().sum(), x, create_graph=True, retain_graph=False)
+    return torch.autograd.grad(g.square().sum(), scale, allow_unused=True)
+
+
+def forwards_by_going_backwards_twice(net, x):
+    return torch.autograd.functional.jvp(net, x.detach(), torch.ones_like(x))
+
+
+WAYS = [
+    *(of_the_weights, of_weights_by_weights, of_the_input, of_an_input_that_was_made, of_a_middle_state),
+    *(of_a_hooked_state, of_what_comes_after, forwards_by_going_backwards_twice),
+]
+
+
 def by_products(net, x):
     return torch.autograd.functional.hvp(lambda x: net(x).square().sum(), x.detach(), torch.ones_like(x))
 
 
 @pytest.mark.parametrize("mode", [*MODES, "reverse(drift=false)"])
-@pytest.mark.parametrize("way", [of_the_weights, of_weights_by_weights, of_the_input, by_products])
+@pytest.mark.parametrize("way", [*WAYS, by_products])
 def test_gradients_of_gradients_are_given_or_refused(way, mode):
     want = way(net_of(layer, "store"), data(3, 4).requires_grad_())
     net = net_of(layer, mode)
-    if mode == "reverse(drift=false)" and way is by_products:
-        return  # no state is kept that would lead to an input which is no leaf
     if mode in REVERSED:
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             way(net, data(3, 4).requires_grad_())
