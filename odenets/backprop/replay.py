@@ -354,7 +354,11 @@ def invert_step(record: StepRecord, state: State) -> State:
     if record.members.asks:
         state = as_leaves(state)
     # The parameters of the run, whatever the modules hold by now (``functional_call`` and FSDP exchange them).
-    with torch.set_grad_enabled(record.members.asks), as_it_ran(record), swapped(record.slots, [slot.value for slot in record.slots]):
+    with (
+        torch.set_grad_enabled(record.members.asks),
+        as_it_ran(record),
+        swapped(record.slots, [slot.value for slot in record.slots]),
+    ):
         # Copies to pop from: a second backward pass starts from the full lists again.
         notes, spills = list(record.notes), list(record.spills)
         for scheme, fs, h, gs in reversed(parts_of(record, record.t, record.context)):
