@@ -44,8 +44,8 @@ class Auto(Limits, Mode):
         """The state after the last step."""
         if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
             state = stream_precision(state)  # whatever is chosen: the output does not tell
-        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own, and
-        # dual numbers and batches of gradients pass no backward pass.
+        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own,
+        # and dual numbers and batches of gradients pass no backward pass.
         inside = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         if not needs_graph() or inside or not _measurable(state):
             return given.keep(state)

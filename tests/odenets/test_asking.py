@@ -1,4 +1,4 @@
-"""Functions that ask what they run under, hang hooks on tensors, or begin to do otherwise: right in every mode, or said."""
+"""Functions that ask what they run under, hang hooks on tensors, begin to do otherwise: right in every mode, or said."""
 
 import threading
 import time
@@ -112,7 +112,7 @@ def test_without_a_loss_on_a_stream_they_are_undone_with_a_graph():
 @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "checkpoint(4)", *BY_INVERSE])
 def test_gradients_that_an_inverse_does_not_know_as_a_whole(make, mode):
     if mode in BY_INVERSE:
-        with pytest.raises(SchemeError, match="argument, whose gradient|retains the gradient"):
+        with pytest.raises(SchemeError, match=r"argument, whose gradient|retains the gradient"):
             trained(net_of(make, mode))
         return
     torch.testing.assert_close(trained(net_of(make, mode)), trained(net_of(make, "store")), rtol=1e-9, atol=1e-10)
