@@ -1,4 +1,4 @@
-"""Functions that ask what they run under, hang hooks on tensors, begin to do otherwise: right in every mode, or said."""
+"""Functions that ask what they run under, hang hooks on tensors, begin to do otherwise: right in each mode, or said."""
 
 import threading
 import time
