@@ -120,7 +120,7 @@ class Checkpoint(Mode):
         """The state after the last step."""
         # Transforms of torch.func have no saved tensors that could be dropped.
         if not needs_graph() or torch._C._are_functorch_transforms_active():
-            return given.keep(state)
+            return given.keep_alone(state)
         # An observer inside of a run would be called again when the run is repeated. It is called between runs, so
         # where there is one, each step is a run of its own.
         for part in given.parts(1 if given.on_step is not None else self.every):
@@ -165,7 +165,7 @@ class _ByInverse(Mode):
         """The state after the last step."""
         state = stream_precision(state)  # with gradients and without: the output has one type
         if not self.needed or has_no_values(state) or not all(s.scheme.invertible or s.training for s in given.steps):
-            return given.keep(state)  # bdia at inference is Euler's scheme, which has no inverse
+            return given.keep_alone(state)  # bdia at inference is Euler's scheme, which has no inverse
         return self._by_inverse(given, state)
 
     @abstractmethod
@@ -310,7 +310,7 @@ class Plan(Mode):
         if self.by_inverse:
             state = stream_precision(state)  # in all segments: the output does not tell how it was come by
         if not self.needed:
-            return given.keep(state)
+            return given.keep_alone(state)
         for mode, part in self.parts(given):
             state = mode.run(part, state)
         # Each segment has a monitor of its own; the stack's shows the worst of them.

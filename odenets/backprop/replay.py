@@ -152,12 +152,12 @@ def updates_of(record: StepRecord, scheme: Coupling, fs: Any, h: Any, streams: i
 def autocast_now(state: State) -> Autocast:
     """Device, whether autocast is on there, and its precision: for the processor and the state's device."""
     device = state[0].device.type
-    if not torch.amp.is_autocast_available(device):  # "meta"
-        device = "cpu"
-    return [
-        (d, enabled := torch.is_autocast_enabled(d), torch.get_autocast_dtype(d) if enabled else None)
-        for d in (("cpu",) if device == "cpu" else ("cpu", device))
-    ]
+    found = []
+    # Plainly, as compilers trace no assignment within a list. What has no values has no autocast.
+    for d in ("cpu",) if device in ("cpu", "meta") else ("cpu", device):
+        enabled = torch.is_autocast_enabled(d)
+        found.append((d, enabled, torch.get_autocast_dtype(d) if enabled else None))
+    return found
 
 
 def autocast_as(states: Autocast) -> AbstractContextManager[None]:

@@ -86,6 +86,13 @@ class Pass(NamedTuple):
         plain = self.wrap is None and self.calls is None and self.sink is None
         return self.walk(state, self.runner or (None if plain else self._evaluate))
 
+    def keep_alone(self, state: State) -> State:
+        """As ``keep``, while no other thread runs a step again and has its modules hold what they held before."""
+        if torch.compiler.is_compiling():  # which knows no locks; and there are no threads in a graph
+            return self.keep(state)
+        with self.monitor.lock:
+            return self.keep(state)
+
     def _evaluate(self, step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
         around = nullcontext()
         plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -100,3 +100,13 @@ def test_memory_stays_flat(whole: bool) -> None:
         peaks.append(peak(net, x))  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in stack.steps[0].parameters()) * 4
     assert (peaks[1] - peaks[0]) / 6 <= parameters + 500, peaks
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reverse", "exact", "2*store + 2*reverse", "auto(memory=1GB)"])
+def test_without_gradients_the_whole_stack_is_one_graph_in_every_mode(mode: str) -> None:
+    torch.manual_seed(0)
+    stack = Stack([Smooth() for _ in range(8)], "revnet", backprop=mode).eval()
+    x = batch(dtype=torch.float32)
+    with torch.no_grad():
+        want = stack(x)
+        torch.testing.assert_close(torch.compile(stack, backend="eager", fullgraph=True)(x), want)
