@@ -67,7 +67,7 @@ def of_a_hooked_state(net, x):
 
 def of_what_comes_after(net, x):
     scale = torch.ones((), dtype=F64, requires_grad=True)
-    (g,) = torch.autograd.grad((scale * net(x)).square().sum(), x, create_graph=True, retain_graph=False)
+    (g,) = torch.autograd.grad((scale * net(x)).square().sum(), x, create_graph=True)
     return torch.autograd.grad(g.square().sum(), scale, allow_unused=True)
 
 
