@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from schemes.adaptive import Adaptive
+from schemes.errors import SchemeError
 from schemes.scheme import Function, Scheme, State, bind, signature
 
 from .auxiliary import Sink, Split, step_measured
@@ -15,6 +16,7 @@ from .solves import Solves
 
 Functions = tuple[Sequence[Function], Sequence[Function]]  # residual functions and shortcuts
 Runner = Callable[["Step", State, nn.Module | None, Any, Any, Any], State]
+_ARITHMETIC = ("schemes.", "odenets.step", "odenets.backprop.")  # modules that add what functions return
 Wrap = Callable[["Step", State, Sequence[Function], Sequence[Function]], Functions]
 
 
@@ -110,6 +112,7 @@ class Step(nn.Module):
     ):
         super().__init__()
         self.scheme, self.index, self.draws = scheme, index, draws
+        self.revision = revision
         self.fs = ResidualFunctions(fs, revision) if shared is None else None
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
@@ -205,13 +208,40 @@ class Step(nn.Module):
             h: step size; None is the step's own.
             runner: what runs the step in its stead (a mode of backpropagation), here where the hooks of FSDP hang.
         """
-        if runner is not None:
-            return runner(self, state, shared, t, context, h)
-        if self.bare and h is None and self.auxiliary is False:
-            # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small states.
-            h = self.h if self.scheduled is None else self.size
-            return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, h)  # type: ignore
-        return self.evaluate(state, shared, t, context, h)
+        try:
+            if runner is not None:
+                return runner(self, state, shared, t, context, h)
+            if self.bare and h is None and self.auxiliary is False:
+                # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small
+                # states.
+                h = self.h if self.scheduled is None else self.size
+                return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, h)  # type: ignore
+            return self.evaluate(state, shared, t, context, h)
+        except (TypeError, AttributeError) as error:
+            self._refuse_late(error)
+            raise
+
+    def _refuse_late(self, error: Exception) -> None:
+        """Says what has happened where a residual function has begun to return something else than a tensor.
+
+        Raises:
+            SchemeError: it has, so that the arithmetic of the scheme met a tuple; the next call looks for pairs.
+        """
+        # Its functions are called bare, since no call so far has returned auxiliary values: a wrapper for each call
+        # would cost those who never do.
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        inside = where is not None and str(where.tb_frame.f_globals.get("__name__", "")).startswith(_ARITHMETIC)
+        if self.auxiliary is not False or not inside or not any(word in str(error) for word in ("tuple", "sequence")):
+            return
+        self.revision.stale = True
+        raise SchemeError(
+            f"{self.scheme}, step {self.index}: a residual function returned a tuple, where it returned a tensor in "
+            "the calls before.\n"
+            "  Call the stack again, which from now on looks for auxiliary values, return y, {'balance': loss}; or "
+            "return some in the first call too."
+        ) from error
 
     def evaluate(
         self,

@@ -30,12 +30,12 @@ class Trial:
 
     def run(self, step: Step, state: State, shared: nn.Module | None, t: object, context: object, h: object) -> State:
         """The state after the step."""
-        with torch.no_grad():
-            record = self.records[step.index] = StepRecord(
-                step, state, shared, t, context, members_of(step, shared), inverted=self.inverted
-            )
-            with autocast_as(record.autocast):
-                return run_step(record, state, self.wrap)
+        record = self.records[step.index] = StepRecord(
+            step, state, shared, t, context, members_of(step, shared), inverted=self.inverted
+        )
+        # What asks for a graph may do without one what it cannot do, such as to hang hooks on its result.
+        with torch.set_grad_enabled(record.members.asks), autocast_as(record.autocast):
+            return tuple(x.detach() for x in run_step(record, state, self.wrap))
 
     def invert(self, step: Step, state: State, *given: object) -> State:
         """The state before the step, which must have been run."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from schemes.scheme import Scheme, State
 
@@ -43,8 +44,9 @@ class Auto(Limits, Mode):
         """The state after the last step."""
         if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
             state = stream_precision(state)  # whatever is chosen: the output does not tell
-        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own.
-        if not needs_graph() or torch._C._are_functorch_transforms_active():
+        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own, and
+        # dual numbers and batches of gradients pass no backward pass.
+        if not needs_graph() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return given.keep(state)
         from .uncompiled import plan_for
 

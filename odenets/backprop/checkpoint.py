@@ -1,7 +1,7 @@
 """Checkpointed steps: torch's checkpoint, run again under what the call read."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..auxiliary import Sink
 from .guard import Guard, leftovers
 from .limits import in_our_words, raise_in_our_words
 from .members import Flags, Members, swapped
-from .surroundings import Read, Surroundings
+from .surroundings import Read, Surroundings, torch_functions
 
 
 class _Saved(saved_tensors_hooks):
@@ -53,8 +53,17 @@ class _Saved(saved_tensors_hooks):
 class Rerun:
     """The context of a recomputation; entered once for each, and again while one is under way."""
 
-    def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str, sink: Sink | None = None):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        state: State,
+        given: Any,
+        where: str,
+        sink: Sink | None = None,
+        lock: AbstractContextManager[Any] | None = None,
+    ):
         self.members, self.where, self.sink = Members(modules), where, sink
+        self.lock = lock or nullcontext()
         self.flags = Flags(self.members, given)
         # Statistics too, though a training pass does not read what they are: they must not move twice.
         self.statistics = self.members.statistics()
@@ -70,9 +79,13 @@ class Rerun:
             self.before = self.before.read()
 
     def __enter__(self) -> None:
-        # Before anything is put back: a parameter that was written to cannot be made as it was.
-        self.flags.check(self.where)
         with ExitStack() as stack:
+            # Another thread's pass must not meet what is put back here.
+            stack.enter_context(self.lock)
+            # Before anything is put back: a parameter that was written to cannot be made as it was.
+            self.flags.check(self.where)
+            if not torch._C._is_torch_function_enabled():
+                stack.enter_context(torch_functions())
             stack.enter_context(self.flags.restored())
             if isinstance(self.before, Surroundings):
                 stack.enter_context(self.before.replayed())
@@ -163,6 +176,7 @@ def checkpointed(
     given: Any,
     where: str,
     sink: Sink | None = None,
+    lock: AbstractContextManager[Any] | None = None,
 ) -> State:
     """``run(*state)``, whose inner tensors are dropped, and made again in the backward pass.
 
@@ -173,11 +187,18 @@ def checkpointed(
         given: a tree of tensors that they read besides the streams.
         where: name of the steps, for messages.
         sink: takes the auxiliary values of the first run, and none of a second.
+        lock: held while it runs.
     """
     if torch.compiler.is_compiling():  # which refuses a context made here, and has recomputation rules of its own
         return checkpoint(run, *state, use_reentrant=False)  # type: ignore[return-value]
     # One object instead of a generator: torch enters the context once per backward pass, as often as there are any.
-    rerun = Rerun(modules, state, given, where, sink)
-    result = checkpoint(run, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), rerun))
-    rerun.over()
+    rerun = Rerun(modules, state, given, where, sink, lock)
+
+    def steps(*streams: Tensor) -> State:
+        # Hooks that a function hangs on its argument hang there since the first run.
+        return run(*(x.view_as(x) if x.requires_grad else x for x in streams)) if rerun.entered else run(*streams)
+
+    with rerun.lock:
+        result = checkpoint(steps, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), rerun))
+        rerun.over()
     return result  # type: ignore[return-value]

@@ -44,6 +44,7 @@ class Guard:
     """
 
     def __init__(self, where: str, why: str = _WHY):
+        self.where = where
         self.message = (
             f"Stack: {where}: a side product of a residual function, an attribute or what a hook collected, is "
             f"differentiated, and {why}."
@@ -77,6 +78,9 @@ class Guard:
         # The boxes are all that the graph holds of its saved tensors, so emptying them frees the memory at once.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             new = run(state)
+        for x in state:
+            if x._backward_hooks:
+                refuse_hook(self.where)
         if look is not None:
             look(new)
         for box in self.boxes:
@@ -120,7 +124,8 @@ def needed(members: Members, held: Held) -> bool:
     """
     # A guarded update costs time, so a function that was seen to leave nothing is trusted until it is exchanged.
     # Hooks and closures are not: what they hold cannot be looked at.
-    return members.leaves_behind or held.hooked
+    # Those that ask for a graph are given one in every pass, as they are in the backward pass.
+    return members.leaves_behind or members.asks or held.hooked
 
 
 def left_behind(members: Members) -> bool:
@@ -134,12 +139,44 @@ def leftovers(members: Members) -> Iterator[Tensor]:
     return (v for v in held if isinstance(v, Tensor) and v.grad_fn is not None)
 
 
-def learn(members: Members, elsewhere: bool = False) -> None:
+def refuse_hook(where: str) -> None:
+    """Refuses hooks on streams: they are for the gradient of all that is made of a stream, and here it comes in parts.
+
+    Raises:
+        SchemeError: always.
+    """
+    raise SchemeError(
+        f"Stack: a residual function of {where} hangs a hook on its argument, whose gradient backprop='reverse' and "
+        "'exact' do not know as a whole there.\n"
+        "  Hang it on the stream that visit_states(x, visitor) shows, or use backprop='store' or 'checkpoint'."
+    )
+
+
+def refuse_retained(left: Sequence[Tensor]) -> None:
+    """Refuses leftovers that a gradient is to be kept at, as none arrives there.
+
+    Raises:
+        SchemeError: there is one.
+    """
+    if any(x.retains_grad for x in left):
+        raise SchemeError(
+            "Stack: a residual function retains the gradient of a tensor that it leaves behind, which no backward pass "
+            "of backprop='reverse' and 'exact' gives it.\n"
+            "  Take it in a hook, y.register_hook(...), or use backprop='store' or 'checkpoint'."
+        )
+
+
+def learn(members: Members, elsewhere: bool = False) -> list[Tensor]:
     """Notes whether a guarded run has left something behind, or holds closures, which cannot be looked into.
 
     Args:
         members: the modules that ran.
         elsewhere: whether it has left something in what it was given.
+
+    Returns:
+        What it has left in attributes.
     """
     closures = any(isinstance(m, FunctionModule) for m in members.modules)
-    members.leaves_behind = elsewhere or closures or left_behind(members)
+    left = [*leftovers(members)]
+    members.leaves_behind = elsewhere or closures or bool(left)
+    return left

@@ -1,10 +1,12 @@
 """What the modules of a step hold, and what of it a call read: so that a second run reads the same."""
 
+import dis
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import chain
 from operator import is_
-from types import FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,8 @@ _GLOBAL_HOOKS = [
 # Modules from here keep no tensors as plain attributes, so nobody need look for any.
 _OURS = ("torch.nn.modules", "odenets.stack", "odenets.step", "odenets.continuous")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
+# What tells a function whether it runs with a graph, or needs one.
+_ASKED = {"is_grad_enabled", "requires_grad", "grad_fn", "register_hook", "retain_grad", "retains_grad"}
 
 
 class Slot(NamedTuple):
@@ -142,6 +146,52 @@ class Namespace:
                 _put(d, now)
 
 
+@cache
+def asks_for_a_graph(kind: type) -> bool:
+    """Whether modules of this class ask in their forward pass if gradients are on."""
+    return _asks(kind.forward, kind)  # type: ignore[attr-defined]
+
+
+def _asks(function: Any, kind: type | None = None) -> bool:
+    """Whether a function asks if gradients are on, or one that it calls: of its class, its module or its own."""
+    seen, queue = set[Any](), [function]
+    while queue:
+        f = queue.pop()
+        f = getattr(f, "func", getattr(f, "__func__", f))  # behind a partial, or a method
+        f = f.fget if isinstance(f, property) else f
+        if not isinstance(f, FunctionType) or f in seen or (f.__module__ or "").startswith("torch."):
+            continue
+        seen.add(f)
+        names = {*_names(f.__code__)}
+        if names & _ASKED:
+            return True
+        around = f.__globals__
+        queue += [around[n] for n in names if isinstance(around.get(n), FunctionType)]
+        queue += [v for c in f.__closure__ or () if isinstance(v := _content(c), (FunctionType, MethodType))]
+        if kind is not None:
+            # In all base classes, as super().forward(x) calls one of those.
+            queue += [vars(base)[n] for base in kind.__mro__ for n in names & vars(base).keys()]
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What is read in a function's code, and in the functions that it defines; not what is only assigned to."""
+    read = {*code.co_names}
+    if read & _ASKED:  # rare, and then looked at closely: p.requires_grad = False asks nothing
+        read = {i.argval for i in dis.get_instructions(code) if not i.opname.startswith("STORE")} & read
+    yield from read
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
+
+
 def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
     if [*d] != [*content]:  # in their order, which is that of parameters()
         d.clear()
@@ -193,6 +243,7 @@ class Members:
         leaves_behind: whether their forward pass may leave something behind that could be differentiated.
         draws: whether their forward pass draws from the generators of Python or NumPy, in training or not, if known.
         may_capture: whether a function may read tensors beside its parameters, which torch's own modules do not.
+        asks: whether a function asks if gradients are on, or hangs hooks on tensors, by what stands in its code.
     """
 
     def __init__(self, roots: Iterable[nn.Module | None]):
@@ -233,6 +284,8 @@ class Members:
             m.__dict__ for m in self.modules if isinstance(m, FunctionModule) and holds(m.function, attribute=True)
         ]
         self.may_capture = bool(self._own) or any(isinstance(m, FunctionModule) for m in self.modules)
+        self.asks = any(asks_for_a_graph(type(m)) for m in self._own)
+        self.asks = self.asks or any(_asks(m.function) for m in self.modules if isinstance(m, FunctionModule))
         self._ids = {id(m) for m in self.modules}
         self._looks_after: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._everything: Held | None = None

@@ -134,6 +134,7 @@ class Checkpoint(Mode):
                 (given.context, part.time),
                 f"step {where}",
                 part.sink,
+                part.monitor.lock,
             )
             if given.on_step is not None:
                 given.on_step(part.first, state)

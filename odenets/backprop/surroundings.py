@@ -49,6 +49,7 @@ def _digest(state: Tensor) -> bytes:
     return string_at(place, 64) + string_at(place + state.numel() - 64, 64)
 
 
+_NOTHING = nullcontext()
 _latest: list[tuple[bytes, Tensor]] = []  # the last state of torch's generator, shared until it moves
 
 
@@ -58,6 +59,14 @@ def _generator_state() -> tuple[bytes, Tensor]:
     if not _latest or _latest[0][0] != digest:
         _latest[:] = [(digest, now)]
     return _latest[0]
+
+
+def torch_functions() -> Any:
+    """Inside, subclasses of tensors are what they are: a backward pass that was asked for by one takes them as plain.
+
+    Only where it was asked for so; a user who has switched their functions off in the forward pass too sees them on.
+    """
+    return _NOTHING if torch._C._is_torch_function_enabled() else torch._C._EnableTorchFunction()
 
 
 def name_of(names: Namespace | None, x: Tensor) -> str:

@@ -12,10 +12,12 @@ a second backward pass) moves it there first; nothing depends on the order in wh
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.module import _global_forward_hooks
 
 from schemes.coupling import Coupling, Update, rotated, shortcut_of
 from schemes.errors import SchemeError
@@ -24,7 +26,7 @@ from schemes.scheme import Function, State
 from ..step import Step
 from .given import tensors_in, with_tensors
 from .grid import Grid, Spilled
-from .guard import Guard, learn, needed
+from .guard import Guard, learn, needed, refuse_hook, refuse_retained
 from .limits import raise_in_our_words
 from .members import Held, Members, Slot, swapped
 from .monitor import PendingScalar, distance
@@ -42,7 +44,7 @@ from .replay import (
     run_step,
     updates_of,
 )
-from .surroundings import Surroundings
+from .surroundings import Surroundings, torch_functions
 from .walk import AGAIN, Pass
 
 _ENGINE: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
@@ -66,7 +68,9 @@ class Tape:
         self.left: list[tuple[int, int]] = []  # the places and versions of the streams that the last node gave
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
         self.versions: dict[int, list[int]] = {}  # of what is kept: somebody else may hold it, and write to it
-        self.first: State = ()  # the first state with its graph
+        self.first: State = ()  # ways to what the first state was made from
+        self.observed = given.on_step is not None
+        self.shown: list[ref[Tensor]] = []  # the streams within the pass that a user may hold
         self.complex = False  # whether the first streams are
         self.position: int | None = None
         self.state: State = ()
@@ -81,7 +85,7 @@ class Tape:
         if n == 0:
             self.complex = all(x.is_complex() for x in state)
             # The graph before the first step leads to no node of this tape. Leaves cost nothing where no state is kept.
-            self.first = state if self.keep_first else tuple(x for x in state if x.is_leaf)
+            self.first = state if self.keep_first or all(x.is_leaf for x in state) else (_Way.apply(*state),)  # type: ignore
         # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
@@ -98,6 +102,8 @@ class Tape:
         # Past ``Function.apply``, which looks for wrappers of torch.func, refused when the pass began.
         state = super(torch.autograd.Function, _Node).apply(self, n, len(state), *state, *inputs)  # type: ignore
         self.left = _places(state)
+        if self.observed or step._forward_hooks or _global_forward_hooks:
+            self.shown += map(ref, state)
         if self.sink is None:
             return state
         # The node gives the step's auxiliary values after its streams.
@@ -144,9 +150,10 @@ class Tape:
         return [x._version for x in self.kept[n]] == self.versions[n]
 
     def sources(self) -> list[Tensor]:
-        """What the gradients of this pass depend on: the first state, parameters, time and context."""
+        """What the gradients of this pass depend on: the first state, those shown, parameters, time and context."""
         given = [x for record in self.records for x in (*record.parameters, *tensors_in((record.t, record.context)))]
-        return [x for x in {id(x): x for x in (*self.first, *given)}.values() if x.requires_grad]
+        shown = [x for seen in self.shown if (x := seen()) is not None]
+        return [x for x in {id(x): x for x in (*self.first, *shown, *given)}.values() if x.requires_grad]
 
     def over(self, state: State) -> Tensor:
         """Whether any stream left the grid's range in this pass."""
@@ -218,6 +225,18 @@ def _keep_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
+class _Way(torch.autograd.Function):
+    """An empty tensor that is made of others: it leads to them in the graph, and keeps none of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return tensors[0].new_empty(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pragma: no cover  an error stands before it
+        return tuple(None for _ in ctx.needs_input_grad)
+
+
 class _Node(torch.autograd.Function):
     """One step: forward without a graph, backward by the inverse."""
 
@@ -241,7 +260,7 @@ class _Node(torch.autograd.Function):
             with tape.monitor.lock, autocast_as(record.autocast):
                 state = run_step(record, tensors[:streams], tape.wrap, around)
                 if watched:
-                    learn(record.members, record.left_in_context())
+                    refuse_retained(learn(record.members, record.left_in_context()))
         finally:
             AGAIN.inside = outer
         ctx.streams = len(state)
@@ -255,8 +274,11 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
+        # With a way to all that they depend on, or who asks for one of them alone would be given none, without a word.
+        # Now, as what is undone lets go of it.
+        ways = [*ctx.tape.sources(), *(g for g in grads if g is not None and g.requires_grad)] if twice else []
         # The lock, since another thread's forward pass would see the leaves that stand for parameters here.
-        with torch.no_grad(), ctx.tape.monitor.lock:
+        with torch.no_grad(), ctx.tape.monitor.lock, torch_functions():
             try:
                 found = _Node.once(ctx, grads)
             except RuntimeError as error:
@@ -266,8 +288,6 @@ class _Node(torch.autograd.Function):
             return found
         # Always, not only where the incoming gradients need one: the graph through the states would be missing.
         leaves = [None if g is None else g.detach().requires_grad_() for g in found]
-        # With a way to all that they depend on, or who asks for one of them alone would be given none, without a word.
-        ways = ctx.tape.sources()
         scheme = ctx.tape.records[ctx.n].step.scheme
         message = (
             f"Stack: backprop='{ctx.tape.mode}' cannot be differentiated twice ({scheme}); "
@@ -340,6 +360,7 @@ class _StepBackward:
         # Leaves stand in a copy of the context, which is of the moment at which it is made.
         self.anew = self.anew or (bool(self.leaf_of) and record.read is None)
         self.sums: list[Tensor | None] = [None] * len(self.ask)
+        self.asks = record.members.asks
 
     def parts(self) -> list[Any]:
         """The step's elementary schemes, on the leaves; a learned step size enters functions and updates here."""
@@ -399,6 +420,9 @@ class _StepBackward:
             known = {id(x) for x in (*self.given, *inputs)}
             refuse_captured(self.record, self.tape.mode, [edge.node for edge, _ in pairs], known)
             self.tape.monitor.searched.add(searched)
+        for x in inputs:
+            if x._backward_hooks:
+                refuse_hook(self.record.where)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
         # One call for streams and parameters together: the graph is walked once, and freed as it goes. It is the last
@@ -421,9 +445,9 @@ class _StepBackward:
         note: Surroundings | None,
     ) -> list[Tensor | None]:
         """Undoes and differentiates a scheme that is no list of updates: its whole graph is alive."""
-        with replayed(note), torch.no_grad():
+        with replayed(note), torch.set_grad_enabled(self.asks):
             # Without elementary updates there is nothing finer than the step to take apart.
-            streams[:] = scheme._inverse(fs, tuple(streams), h, gs)
+            streams[:] = [x.detach() for x in scheme._inverse(fs, tuple(streams), h, gs)]
         with replayed(note), torch.enable_grad():
             # New leaves: the step runs a second time, from the state that its inverse has just given.
             inputs = [x.detach().requires_grad_() for x in streams]
@@ -476,10 +500,11 @@ class _StepBackward:
             del streams[d:], grads[d:]
             return
         # What is not live is undone without a graph: most streams of a loss on one output have no gradient yet.
-        places = [i for i, x in enumerate(streams) if live and i != d and _differentiable(x) and not is_lost(x)]
+        graph = live or self.asks  # a function that asks for a graph has computed with one
+        places = [i for i, x in enumerate(streams) if graph and i != d and _differentiable(x) and not is_lost(x)]
         others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.appends else streams)]
         inputs = [others[i].requires_grad_() for i in places]
-        with torch.set_grad_enabled(live):
+        with torch.set_grad_enabled(graph):
             scale, shift, *byproducts = update.terms(tuple(others))
         del others
         # An edge, not the tensor: the value can then go before the gradient is computed.
