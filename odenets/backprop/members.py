@@ -136,14 +136,17 @@ class Namespace:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, the dictionaries hold this; outside nobody sees it."""
-        before = [dict(d) for d in self._dicts]
-        self.put()
+        unchanged = self.same()
+        before = self.contents if unchanged else [dict(d) for d in self._dicts]
+        if not unchanged:
+            self.put()
         try:
             yield
         finally:
             # Counts of calls too: training in reverse must leave behind what training by storing does.
-            for d, now in zip(self._dicts, before, strict=True):
-                _put(d, now)
+            if not (unchanged and self.same()):
+                for d, now in zip(self._dicts, before, strict=True):
+                    _put(d, now)
 
 
 @cache
@@ -287,12 +290,17 @@ class Members:
         self.asks = any(asks_for_a_graph(type(m)) for m in self._own)
         self.asks = self.asks or any(_asks(m.function) for m in self.modules if isinstance(m, FunctionModule))
         self._ids = {id(m) for m in self.modules}
+        self._kinds = self._kinds_now()
         self._looks_after: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._everything: Held | None = None
         self._names: Namespace | None = None
 
     def _now(self) -> Iterator[Any]:
         return chain.from_iterable(m._modules.values() for m in self.modules)
+
+    def _kinds_now(self) -> list[Any]:
+        """What decides where a module's values are looked for: its class, which lazy ones change, and its buffers."""
+        return [(type(m), *m._buffers, getattr(m, "track_running_stats", None)) for m in self.modules]
 
     def held_by(self, *roots: nn.Module | None) -> Held | None:
         """What is held now; None where these are not the roots, or a module has come, gone or changed its place."""
@@ -302,7 +310,11 @@ class Members:
             return self._everything
         # By identity of children: a surgery on modules calls no hook that could be relied upon.
         now = [*self._now()]
-        if len(now) != len(self._children) or not all(map(is_, now, self._children)):
+        if (
+            len(now) != len(self._children)
+            or not all(map(is_, now, self._children))
+            or self._kinds != self._kinds_now()
+        ):
             return None
         return self.everything()
 
@@ -359,6 +371,20 @@ class Members:
         """All places that hold a running statistic now, with their modules."""
         found = ((m, Slot(m._buffers, k, b)) for m in self.norms for k, b in m._buffers.items())
         return [(m, slot) for m, slot in found if slot.value is not None and not is_lazy(slot.value)]
+
+
+def remembered(known: dict[int, Members], first: int, roots: Sequence[nn.Module]) -> Members:
+    """The modules below some roots, as they were found by an earlier pass where they are the same still.
+
+    Args:
+        known: what earlier passes have found.
+        first: the number under which it stands there.
+        roots: the modules.
+    """
+    found = known.get(first)
+    if found is None or found.held_by(*roots) is None:
+        found = known[first] = Members(roots)
+    return found
 
 
 class Flags:

@@ -345,7 +345,11 @@ def _note(record: StepRecord, before: Surroundings) -> Surroundings:
 def invert_step(record: StepRecord, state: State) -> State:
     """The state before the step, without gradients."""
     # The parameters of the run, whatever the modules hold by now (``functional_call`` and FSDP exchange them).
-    with torch.set_grad_enabled(record.members.asks), as_it_ran(record), swapped(record.slots, [slot.value for slot in record.slots]):
+    with (
+        torch.set_grad_enabled(record.members.asks),
+        as_it_ran(record),
+        swapped(record.slots, [slot.value for slot in record.slots]),
+    ):
         # Copies to pop from: a second backward pass starts from the full lists again.
         notes, spills = list(record.notes), list(record.spills)
         for scheme, fs, h, gs in reversed(parts_of(record, record.t, record.context)):
