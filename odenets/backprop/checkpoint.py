@@ -55,14 +55,14 @@ class Rerun:
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        members: Members,
         state: State,
         given: Any,
         where: str,
         sink: Sink | None = None,
         lock: AbstractContextManager[Any] | None = None,
     ):
-        self.members, self.where, self.sink = Members(modules), where, sink
+        self.members, self.where, self.sink = members, where, sink
         self.lock = lock or nullcontext()
         self.flags = Flags(self.members, given)
         # Statistics too, though a training pass does not read what they are: they must not move twice.
@@ -77,6 +77,8 @@ class Rerun:
         self.before.moved(notes)
         if notes[0] is None:
             self.before = self.before.read()
+        else:
+            self.members.forget()  # for the next pass, which begins with other values
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
@@ -111,7 +113,7 @@ class Solve(Rerun):
     """What the adjoint equation of a solve is solved under, backwards in time; as ``schemes.ode.reads.AROUND``."""
 
     def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
-        super().__init__(modules, state, given, where)
+        super().__init__(Members(modules), state, given, where)
         self.known = {id(x) for x in leftovers(self.members)}
         self.left: list[tuple[dict[str, Any], str]] = []
 
@@ -152,7 +154,14 @@ class Solve(Rerun):
 
 @contextmanager
 def as_called(modules: Sequence[nn.Module], state: State, given: Any, where: str, sink: Sink | None) -> Iterator[None]:
-    """Inside, solves note what their adjoint equations are to be solved under; arguments as in ``checkpointed``.
+    """Inside, solves note what their adjoint equations are to be solved under; other arguments as in ``checkpointed``.
+
+    Args:
+        modules: all modules that the solves use.
+        state: the streams.
+        given: a tree of tensors that are read besides the streams.
+        where: name of the steps, for messages.
+        sink: takes auxiliary values, which are refused.
 
     Raises:
         SchemeError: a residual function draws, or returns auxiliary values, of which an adjoint has no gradient.
@@ -172,7 +181,7 @@ def as_called(modules: Sequence[nn.Module], state: State, given: Any, where: str
 def checkpointed(
     run: Callable[..., State],
     state: State,
-    modules: Sequence[nn.Module],
+    members: Members,
     given: Any,
     where: str,
     sink: Sink | None = None,
@@ -183,7 +192,7 @@ def checkpointed(
     Args:
         run: what is computed; a function of the streams alone.
         state: the streams.
-        modules: all modules that ``run`` uses; their buffers, flags and parameters are as at the call the second time.
+        members: all modules that ``run`` uses; their buffers, flags and parameters are as at the call the second time.
         given: a tree of tensors that they read besides the streams.
         where: name of the steps, for messages.
         sink: takes the auxiliary values of the first run, and none of a second.
@@ -192,11 +201,19 @@ def checkpointed(
     if torch.compiler.is_compiling():  # which refuses a context made here, and has recomputation rules of its own
         return checkpoint(run, *state, use_reentrant=False)  # type: ignore[return-value]
     # One object instead of a generator: torch enters the context once per backward pass, as often as there are any.
-    rerun = Rerun(modules, state, given, where, sink, lock)
+    rerun = Rerun(members, state, given, where, sink, lock)
 
     def steps(*streams: Tensor) -> State:
-        # Hooks that a function hangs on its argument hang there since the first run.
-        return run(*(x.view_as(x) if x.requires_grad else x for x in streams)) if rerun.entered else run(*streams)
+        if not rerun.entered:
+            return run(*streams)
+        hooks = [{*(x._backward_hooks or ())} for x in streams]
+        try:
+            return run(*streams)
+        finally:
+            # What a function hangs on its argument hangs there since the first run.
+            for x, before in zip(streams, hooks, strict=True):
+                for key in {*(x._backward_hooks or ())} - before:
+                    del x._backward_hooks[key]  # type: ignore[index]
 
     with rerun.lock:
         result = checkpoint(steps, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), rerun))

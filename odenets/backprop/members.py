@@ -136,14 +136,63 @@ class Namespace:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, the dictionaries hold this; outside nobody sees it."""
-        before = [dict(d) for d in self._dicts]
-        self.put()
+        unchanged = self.same()
+        before = self.contents if unchanged else [dict(d) for d in self._dicts]
+        if not unchanged:
+            self.put()
         try:
             yield
         finally:
             # Counts of calls too: training in reverse must leave behind what training by storing does.
-            for d, now in zip(self._dicts, before, strict=True):
-                _put(d, now)
+            if not (unchanged and self.same()):
+                for d, now in zip(self._dicts, before, strict=True):
+                    _put(d, now)
+
+
+@cache
+def asks_for_a_graph(kind: type) -> bool:
+    """Whether modules of this class ask in their forward pass if gradients are on."""
+    return _asks(kind.forward, kind)  # type: ignore[attr-defined]
+
+
+def _asks(function: Any, kind: type | None = None) -> bool:
+    """Whether a function asks if gradients are on, or one that it calls: of its class, its module or its own."""
+    seen, queue = set[Any](), [function]
+    while queue:
+        f = queue.pop()
+        f = getattr(f, "func", getattr(f, "__func__", f))  # behind a partial, or a method
+        f = f.fget if isinstance(f, property) else f
+        if not isinstance(f, FunctionType) or f in seen or (f.__module__ or "").startswith("torch."):
+            continue
+        seen.add(f)
+        names = {*_names(f.__code__)}
+        if names & _ASKED:
+            return True
+        around = f.__globals__
+        queue += [around[n] for n in names if isinstance(around.get(n), FunctionType)]
+        queue += [v for c in f.__closure__ or () if isinstance(v := _content(c), (FunctionType, MethodType))]
+        if kind is not None:
+            # In all base classes, as super().forward(x) calls one of those.
+            queue += [vars(base)[n] for base in kind.__mro__ for n in names & vars(base).keys()]
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What is read in a function's code, and in the functions that it defines; not what is only assigned to."""
+    read = {*code.co_names}
+    if read & _ASKED:  # rare, and then looked at closely: p.requires_grad = False asks nothing
+        read = {i.argval for i in dis.get_instructions(code) if not i.opname.startswith("STORE")} & read
+    yield from read
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 @cache
@@ -287,12 +336,17 @@ class Members:
         self.asks = any(asks_for_a_graph(type(m)) for m in self._own)
         self.asks = self.asks or any(_asks(m.function) for m in self.modules if isinstance(m, FunctionModule))
         self._ids = {id(m) for m in self.modules}
+        self._kinds = self._kinds_now()
         self._looks_after: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._everything: Held | None = None
         self._names: Namespace | None = None
 
     def _now(self) -> Iterator[Any]:
         return chain.from_iterable(m._modules.values() for m in self.modules)
+
+    def _kinds_now(self) -> list[Any]:
+        """What decides where a module's values are looked for: its class, which lazy ones change, and its buffers."""
+        return [(type(m), *m._buffers, getattr(m, "track_running_stats", None)) for m in self.modules]
 
     def held_by(self, *roots: nn.Module | None) -> Held | None:
         """What is held now; None where these are not the roots, or a module has come, gone or changed its place."""
@@ -302,7 +356,11 @@ class Members:
             return self._everything
         # By identity of children: a surgery on modules calls no hook that could be relied upon.
         now = [*self._now()]
-        if len(now) != len(self._children) or not all(map(is_, now, self._children)):
+        if (
+            len(now) != len(self._children)
+            or not all(map(is_, now, self._children))
+            or self._kinds != self._kinds_now()
+        ):
             return None
         return self.everything()
 
@@ -359,6 +417,20 @@ class Members:
         """All places that hold a running statistic now, with their modules."""
         found = ((m, Slot(m._buffers, k, b)) for m in self.norms for k, b in m._buffers.items())
         return [(m, slot) for m, slot in found if slot.value is not None and not is_lazy(slot.value)]
+
+
+def remembered(known: dict[int, Members], first: int, roots: Sequence[nn.Module]) -> Members:
+    """The modules below some roots, as they were found by an earlier pass where they are the same still.
+
+    Args:
+        known: what earlier passes have found.
+        first: the number under which it stands there.
+        roots: the modules.
+    """
+    found = known.get(first)
+    if found is None or found.held_by(*roots) is None:
+        found = known[first] = Members(roots)
+    return found
 
 
 class Flags:

@@ -19,6 +19,7 @@ from schemes.step_size import FromError
 from ..step import Step
 from .checkpoint import checkpointed
 from .grid import DEFAULT_BITS, most_bits
+from .members import remembered
 from .offload import offloaded
 from .replay import stream_precision
 from .sizes import UNITS
@@ -130,7 +131,7 @@ class Checkpoint(Mode):
                 # Bound now, as the backward pass calls it after the loop has gone on to the last part.
                 lambda *streams, part=part: part.keep(streams),
                 state,
-                modules,
+                remembered(given.monitor.parts, part.first, modules),
                 (given.context, part.time),
                 f"step {where}",
                 part.sink,

@@ -77,6 +77,7 @@ class Monitor:
         overflow: whether a stream left the range of exact arithmetic; on their way.
         searched: (step, update) whose graphs have been searched for tensors that a function reads unseen.
         members: of each step, as found by an earlier pass.
+        parts: members of the steps that are checkpointed together, by the first of them.
         lock: held while a step runs or is run again, since its modules are changed for that.
         plan: what mode "auto" has chosen, None before it has.
         planning: held while it chooses.
@@ -91,6 +92,7 @@ class Monitor:
         self.overflow: list[PendingScalar] = []
         self.searched: set[tuple[int, int]] = set()
         self.members: dict[int, Any] = {}
+        self.parts: dict[int, Any] = {}
         self.lock = threading.RLock()
         self.plan: Any = None
         self.planning = threading.RLock()
@@ -110,7 +112,8 @@ class Monitor:
             part = self._parts[i] = Monitor()
             # What belongs to the steps is shared; a step's modules are changed during a pass, whichever segment runs
             # it.
-            part.searched, part.members, part.lock = self.searched, self.members, self.lock
+            part.searched, part.members, part.parts = self.searched, self.members, self.parts
+            part.lock = self.lock
         return self._parts[i]
 
     def state(self) -> dict[str, Any]:

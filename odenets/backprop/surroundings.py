@@ -274,6 +274,7 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
         always: also where it does not raise.
         given: what they are given; containers in it get back what they held.
     """
+    modules = [*modules]
     members = Members(modules)
     buffers = [*members.buffers(), *members.statistics()]
     saved = [slot.value.clone() for slot in buffers]
@@ -299,6 +300,9 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
                     slot.holder[slot.name] = slot.value
                 before.restore()
                 written.restore()
+                # Layers that the body has made stay; what they began to count is as when they were made.
+                for m in {*Members(modules).norms} - {*members.norms}:
+                    m.reset_running_stats()
             for d, state in zip(devices, states, strict=True):
                 torch.cuda.set_rng_state(state, d)
 

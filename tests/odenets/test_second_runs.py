@@ -267,3 +267,83 @@ def test_functions_that_begin_to_return_auxiliary_values(mode):
     _, values = net(data(3, 4), aux=True)
     values["energy"].backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+# What modules are is found once and remembered, until they are others.
+PASS = [0]
+
+
+class Late(nn.Module):
+    """Makes a buffer, an attribute or a child in the first pass or in a later one, and changes it from then on."""
+
+    def __init__(self, at, what):
+        super().__init__()
+        self.linear, self.at, self.what = nn.Linear(4, 4), at, what
+
+    def forward(self, x):
+        if PASS[0] >= self.at and not hasattr(self, "norm") and not hasattr(self, "mean"):
+            if self.what == "buffer":
+                self.register_buffer("mean", torch.zeros(4, dtype=x.dtype))
+            elif self.what == "attribute":
+                self.mean = torch.zeros(4, dtype=x.dtype)
+            else:
+                self.norm = nn.BatchNorm1d(4, dtype=x.dtype)
+        if self.what == "norm" and hasattr(self, "norm"):
+            x = self.norm(x)
+        elif hasattr(self, "mean"):
+            x = x - self.mean
+            if self.what == "buffer":
+                self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            else:
+                self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "reverse", "exact", "checkpoint + reverse"])
+@pytest.mark.parametrize("what", ["buffer", "attribute", "norm"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_modules_come_to_hold_is_read_as_by_the_stored_run(mode, what, at):
+    if what == "norm" and (mode == "exact" or (at and "reverse" in mode)):
+        # Its parameters have come since the call took hold of those that there were.
+        with pytest.raises(SchemeError, match="neither its parameter nor its argument"):
+            net = net_of(partial(Late, at, what), mode, "revnet")
+            for PASS[0] in range(at + 1):
+                net(data(3, 8)).square().sum().backward()
+        return
+    found = []
+    for way in ("exact(store=true)" if mode == "exact" else "store", mode):
+        net, passes = net_of(partial(Late, at, what), way, "revnet"), []
+        for PASS[0] in range(4):
+            net.zero_grad()
+            x = data(3, 8).requires_grad_()
+            net(x).square().sum().backward()
+            passes.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+        found.append(passes)
+    for want, got in zip(*found, strict=True):
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "reverse"])
+def test_modules_that_are_exchanged_between_passes(mode):
+    found = []
+    for way in ("store", mode):
+        net, passes = net_of(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()), way), []
+        for change in (None, "child", "flag", "function"):
+            inner = net.steps[1].fs[0]
+            inner = next(m for m in inner.modules() if isinstance(m, nn.Sequential))
+            if change == "child":
+                inner[2] = nn.Dropout(0.5)
+            elif change == "flag":
+                inner[1].track_running_stats = False
+            elif change == "function":
+                inner[0] = nn.Linear(4, 4, bias=False, dtype=F64)
+            torch.manual_seed(1)
+            net.zero_grad()
+            net(data(3, 4)).square().sum().backward()
+            passes.append([*(p.grad for p in net.parameters()), *net.buffers()])
+        found.append(passes)
+    for want, got in zip(*found, strict=True):
+        assert len(want) == len(got)
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
