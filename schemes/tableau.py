@@ -249,7 +249,10 @@ class Tableau:
                 raise SchemeError(f"shu_osher: the alphas of row {i} sum to {show(total)}, want 1.")
             for j, (x, y) in enumerate(zip(weights, _row(betas), strict=True)):
                 # u_j is itself a combination of slopes, which is put in; what is left is the row of a Butcher array.
-                row = [r + x * old + (y if j == k else 0) for k, (r, old) in enumerate(zip(row, rows[j], strict=True))]
+                # Most alphas of a recursion are 0, and exact numbers of many digits are slow to multiply.
+                if x != 0:
+                    row = [r + x * old for r, old in zip(row, rows[j], strict=True)]
+                row[j] += y
             rows.append(row)
         # The last u is the step's result, so its row holds the weights.
         return cls.from_rows([row[:i] for i, row in enumerate(rows[:s])], rows[s], **fields)

@@ -43,6 +43,24 @@ def solver_figures(net: nn.Module) -> dict[str, float]:
     }
 
 
+def check_synchronised(trainer: L.Trainer) -> None:
+    """Refuses norms that are synchronised over processes on a CPU, before the first batch meets one.
+
+    Args:
+        trainer: of the run.
+
+    Raises:
+        SchemeError: torch has no such norm for a CPU.
+    """
+    strategy: Any = trainer.strategy
+    asked = getattr(strategy, "_layer_sync", None) is not None  # where Lightning keeps ``sync_batchnorm``
+    if asked and trainer.world_size > 1 and strategy.root_device.type == "cpu":
+        raise SchemeError(
+            "trainer.sync_batchnorm is true, and torch's SyncBatchNorm has no kernels for a CPU\n"
+            "  Train on GPUs, or with --trainer.sync_batchnorm false and a net whose norms need no batch"
+        )
+
+
 class NetModule(L.LightningModule):
     """Training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
 
@@ -79,6 +97,8 @@ class NetModule(L.LightningModule):
         return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_synchronised(self.trainer)
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         # This hook runs for each stage, and a second compilation would throw the first away.

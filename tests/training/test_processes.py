@@ -4,15 +4,17 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from odenets import Stack
-from odenets.training import Classifier, Constant
+from odenets.training import Classifier, Constant, module
 from odenets.training.callbacks import Agreement, Predictions
 from odenets.training.data import Cached
 from odenets.training.order import EvaluationOrder, TrainingOrder
@@ -71,12 +73,12 @@ class Keeps(Callback):
             torch.save(pl_module.state_dict(), Path(trainer.default_root_dir, f"{trainer.world_size}.pt"))
 
 
-def trained(tmp_path: Path, backprop: str, devices: int) -> dict[str, torch.Tensor]:
+def trained(tmp_path: Path, net: nn.Module, devices: int, **options: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
     data = Random(n=48)
     data.batch_size = 8 // devices
-    model = Classifier(Reversible(backprop), partial(torch.optim.SGD, lr=0.1, momentum=0.9), Constant())
-    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+    model = Classifier(net, partial(torch.optim.SGD, lr=0.1, momentum=0.9), Constant())
+    options |= {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
     options |= {"callbacks": [Keeps()], "limit_val_batches": 0, "num_sanity_val_steps": 0}
     trainer(tmp_path, max_epochs=17, precision="64-true", **options).fit(model, data)
     return torch.load(tmp_path / f"{devices}.pt")
@@ -85,10 +87,61 @@ def trained(tmp_path: Path, backprop: str, devices: int) -> dict[str, torch.Tens
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_two_processes_train_as_one(tmp_path, backprop):
-    one, two = (trained(tmp_path, backprop, devices) for devices in (1, 2))
+    one, two = (trained(tmp_path, Reversible(backprop), devices) for devices in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-10, rtol=1e-10)
     assert not torch.equal(one["net.stem.weight"], Reversible(backprop).stem.weight.double())
+
+
+class Normed(nn.Module):
+    """Convolutions with batch norms, in the stack and before it."""
+
+    def __init__(self, backprop: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+        functions = [nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(4)]
+        self.stack = Stack(functions, "revnet", backprop=backprop)
+
+    def forward(self, x):
+        return self.head(self.stack(self.norm(self.stem(x))).mean((2, 3)))
+
+
+def synced(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """What a SyncBatchNorm computes, in plain torch: its own kernels are for accelerators alone."""
+    channels = (1, -1, 1, 1)
+    if self.training:
+        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), x.new_full(x.shape[1:2], x[:, 0].numel())])
+        mean, square, count = all_reduce(sums).unbind()
+        mean, square = mean / count, square / count
+        var, count = square - mean.square(), count[0].detach()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+    else:
+        mean, var = self.running_mean, self.running_var
+    scale = self.weight / (var + self.eps).sqrt()
+    return x * scale.view(channels) + (self.bias - mean * scale).view(channels)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backprop", ["store", "checkpoint", "reverse"])
+def test_two_processes_with_synchronised_norms_train_as_one(tmp_path, monkeypatch, backprop):
+    """Of the norms themselves only torch's kernel is not run: their place in nets, steps and passes is."""
+    one = trained(tmp_path, Normed(backprop), 1)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", synced)
+    monkeypatch.setattr(module, "check_synchronised", lambda *args: None)
+    two = trained(tmp_path, Normed(backprop), 2, sync_batchnorm=True)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-10, rtol=1e-10)
+    assert int(two["net.norm.num_batches_tracked"]) == 102
+
+
+def test_synchronised_norms_on_a_cpu_are_refused(tmp_path):
+    run = trainer(tmp_path, devices=2, strategy="ddp_fork", sync_batchnorm=True)
+    with pytest.raises(ProcessRaisedException, match=r"sync_batchnorm.*no kernels for a CPU\n.*sync_batchnorm false"):
+        run.fit(Classifier(Normed("store"), partial(torch.optim.SGD, lr=0.1)), Random())
 
 
 class DiesInProcess1(Callback):
