@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +171,50 @@ def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
     lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in held]
     if resume and lacking:
         return f"holds weights only, without {', '.join(lacking)}, and cannot be resumed", {}
+    # Whoever reads it takes these for what they are.
+    for name, holds in _PARTS.items():
+        *above, last = name.split(".")
+        part = held.get(above[0], {}) if above else held
+        if last in part and not holds(part[last]):
+            return f"is damaged, or of another program: its {name} is {str(part[last])[:60]}", {}
     return None, held
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(isinstance(one, kind) for one in value)
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_count, value))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_written(value: Any) -> bool:
+    return value is None or (_is_mapping(value) and _is_count(value.get("part")) and _is_count(value.get("rows")))
+
+
+# Of a checkpoint, with what they must be; this package's own come after the whole that holds them.
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "global_step": _is_count,
+    "callbacks": _is_mapping,
+    "loops": lambda value: _is_mapping(value) and _is_mapping(value.get("fit_loop")),
+    "optimizer_states": _is_list_of(dict),
+    "lr_schedulers": _is_list_of(dict),
+    "odenets": _is_mapping,
+    "odenets.place": _is_place,
+    "odenets.config": _is_mapping,
+    "odenets.sums": _is_list_of(dict),
+    "odenets.groups": _is_list_of(list),
+    "odenets.data": lambda value: value is None or _is_mapping(value),
+    "odenets.metrics": _is_written,
+}
 
 
 class FolderLock:

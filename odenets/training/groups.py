@@ -1,9 +1,10 @@
 """What an optimiser is given: groups of parameters with rates that decay from layer to layer, and what stays frozen."""
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,6 +63,41 @@ def _kinds(net: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
         if p.requires_grad:
             step = name.rpartition(".")[2] in ("h", "step_size")
             yield name, p, "steps" if step else "weights" if dims[id(p)] > 1 else "vectors"
+
+
+def make_optimizer(
+    optimizer: Callable[..., Optimizer], groups: Sequence[Mapping[str, Any]], lr: float | None = None
+) -> Optimizer:
+    """The optimiser of some groups, each with its share of the learning rate.
+
+    Args:
+        optimizer: called with the groups.
+        groups: as ``parameter_groups`` gives them.
+        lr: another learning rate; None takes the optimiser's.
+
+    Raises:
+        SchemeError: what the optimiser refuses: an option, or parameters such as groups of them.
+    """
+    try:
+        made = optimizer(groups)
+    except (ValueError, TypeError) as e:
+        raise SchemeError(f"model.optimizer: {' '.join(str(e).split())}\n  Change its options, or its class") from e
+    return set_rates(made, lr)
+
+
+def check_optimizer(optimizer: Callable[..., Optimizer], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses what ``make_optimizer`` would refuse, before any data are read.
+
+    Args:
+        optimizer: called with the groups.
+        groups: as ``parameter_groups`` gives them.
+
+    Raises:
+        SchemeError: see ``make_optimizer``.
+    """
+    # Of stand-ins without values: an optimiser may leave hooks at what it is given.
+    stand_ins = [{**group, "params": [nn.Parameter(torch.empty_like(p)) for p in group["params"]]} for group in groups]
+    make_optimizer(optimizer, stand_ins)
 
 
 def set_rates(optimizer: Optimizer, lr: float | None = None) -> Optimizer:

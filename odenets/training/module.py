@@ -61,6 +61,17 @@ def check_synchronised(trainer: L.Trainer) -> None:
         )
 
 
+def share_of(trainer: L.Trainer, own: Tensor) -> Tensor:
+    """What this process counted over the mean of all, by which a mean over it counts: gradients are averaged.
+
+    Args:
+        trainer: of the run.
+        own: how many this process counted in its batch: pixels, or words.
+    """
+    count = own.to(torch.float32)
+    return count / trainer.strategy.reduce(count.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
+
+
 class NetModule(L.LightningModule):
     """Training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
 

@@ -26,6 +26,8 @@ RULES: dict[str, _Rule] = {
     **dict.fromkeys(("num_workers", "num_sanity_val_steps", "log_every_n_steps", "gradient_clip_val"), _NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "dampening", "label_smoothing", "holdout"), _SHARE),
     **dict.fromkeys(("max_epochs", "max_steps"), _LIMIT),
+    "limit_train_batches": (lambda v: v > 0, "a number of batches, or a share, above 0"),
+    "seed_everything": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
 }
 # What may change from run to run without a word: where things are, how much hardware works, what is printed.
 FREE = re.compile(
