@@ -28,7 +28,8 @@ from .sources import DataError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Where a run cannot write, by the error's number; anything else is a fault of the program.
-UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
+UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO}
+UNWRITABLE |= {errno.ENAMETOOLONG, errno.EINVAL, errno.EBUSY}
 OTHER = "is no checkpoint of a training run"
 PART = ".part"  # ends the name of a file that is being written
 
@@ -238,6 +239,8 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Takes the lock, or raises."""
+        if "\0" in str(self.folder):
+            raise DataError(f"run_dir: {str(self.folder)!r} is no path\n  Give another: --run_dir FOLDER")
         try:
             # What is made here is taken away again if nobody uses it.
             missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
@@ -292,6 +295,12 @@ class FolderLock:
         """Gives an earlier run in the folder another name, and holds a new folder in its place."""
         if not (self.folder / "config.yaml").exists():
             return
+        if Path.cwd().is_relative_to(self.folder.resolve()):
+            # It may hold all that somebody has.
+            raise DataError(
+                f"run_dir: {self.folder} holds a run, or another config.yaml, and the command runs in this folder: it "
+                "is not set aside\n  Give a folder of its own: --run_dir FOLDER"
+            )
         # The lock moves along with the renamed folder, and is held until the new folder has one.
         old, aside = self._number, self.folder.rename(free_name(self.folder))
         (aside / self.NAME).unlink()

@@ -61,14 +61,15 @@ def check_synchronised(trainer: L.Trainer) -> None:
         )
 
 
-def share_of(trainer: L.Trainer, own: Tensor) -> Tensor:
+def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What this process counted over the mean of all, by which a mean over it counts: gradients are averaged.
 
     Args:
         trainer: of the run.
         own: how many this process counted in its batch: pixels, or words.
+        dtype: of the share.
     """
-    count = own.to(torch.float32)
+    count = own.to(dtype)
     return count / trainer.strategy.reduce(count.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
 
 

@@ -146,7 +146,7 @@ class Translator(L.LightningModule):
         loss, _ = self._loss(batch, self.label_smoothing)
         if self.trainer.world_size > 1:
             # Sentences are of unequal length, and each word counts the same, whichever process has it.
-            loss = share_of(self.trainer, (batch[1][:, 1:] != PAD).sum()) * loss
+            loss = share_of(self.trainer, (batch[1][:, 1:] != PAD).sum(), loss.dtype) * loss
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
@@ -164,10 +164,17 @@ class Translator(L.LightningModule):
         # The net stops when all its sentences have ended, which may be before the right ones do.
         found = F.pad(found, (0, want.shape[1] - found.shape[1]), value=PAD)
         right = (found == want).all(1).float().mean()
-        figures = {"val/loss": loss, "val/acc": words, "val/sentences": right}
-        # Times the processes, since Lightning averages the counts over them and drops the fraction.
-        weight = count * self.trainer.world_size
-        self.log_dict(figures, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
+        # By what each is a mean over, so that the figures do not depend on how sentences fall into batches.
+        counted_words = int((want != PAD).sum()) if count else 0
+        figures = (
+            ("val/loss", loss, counted_words),
+            ("val/acc", words, counted_words),
+            ("val/sentences", right, count),
+        )
+        for name, figure, weight in figures:
+            # Times the processes, since Lightning averages the counts over them and drops the fraction.
+            weight *= self.trainer.world_size
+            self.log(name, figure, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, [{"params": list(self.parameters())}])
