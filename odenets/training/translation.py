@@ -171,7 +171,7 @@ class Translator(L.LightningModule):
             ("val/acc", words, counted_words),
             ("val/sentences", right, count),
         )
-        for name, figure, weight in figures:
+        for name, figure, weight in each:
             # Times the processes, since Lightning averages the counts over them and drops the fraction.
             weight *= self.trainer.world_size
             self.log(name, figure, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
