@@ -166,7 +166,7 @@ class Translator(L.LightningModule):
         right = (found == want).all(1).float().mean()
         # By what each is a mean over, so that the figures do not depend on how sentences fall into batches.
         counted_words = int((want != PAD).sum()) if count else 0
-        figures = (
+        each = (
             ("val/loss", loss, counted_words),
             ("val/acc", words, counted_words),
             ("val/sentences", right, count),
