@@ -60,7 +60,7 @@ from .files import (
 from .finite import FiniteLoss
 from .groups import group_rows, table_of_groups
 from .loggers import Metrics
-from .options import check_numbers, check_resumed
+from .options import check_groups, check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
 from .trained import move_steps
@@ -194,6 +194,7 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Everything that can be refused before any data is opened."""
         options = self.config[str(self.subcommand)]
+        check_groups(options)
         text = self._parser(self.subcommand).dump(options, skip_none=False)
         self.resolved: dict[str, Any] = yaml.safe_load(text)
         # What Lightning's CLI would dump again, to tell the model how it was made.
@@ -434,6 +435,7 @@ class _Resolving(Command):
         """The process keeps its random state."""
 
     def before_instantiate_classes(self) -> None:
+        check_groups(self.config[str(self.subcommand)])
         text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
         found = yaml.safe_load(text)
         check_numbers(found)

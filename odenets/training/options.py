@@ -38,6 +38,22 @@ FREE = re.compile(
 )
 
 
+def check_groups(options: Any) -> None:
+    """Refuses null for what has options of its own; the parser takes it.
+
+    Args:
+        options: of the subcommand, as they were parsed.
+
+    Raises:
+        SchemeError: it names the group.
+    """
+    for name in ("model", "data", "trainer", "checkpoint", "last", "adapt"):
+        if name in options and options[name] is None:
+            raise SchemeError(
+                f"{name} is null, and has options of its own\n  Leave it out, or give some: {name}: {{...}}"
+            )
+
+
 def check_numbers(config: Mapping[str, Any]) -> None:
     """Refuses numbers that no run can have.
 

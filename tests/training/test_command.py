@@ -130,6 +130,13 @@ def test_wrong_keys_and_syntax_in_a_file(capsys):
     assert "max_epoch" in lines[0] and "trainer.max_epochs" in lines[1]
 
 
+@pytest.mark.parametrize("group", ["trainer", "checkpoint", "last"])
+def test_null_is_no_group_of_options(capsys, group):
+    Path("c.yaml").write_text(f"{group}: null\n")
+    first, second = fails(capsys, "fit", *SMALL, "-c", "c.yaml")
+    assert first.startswith(f"error: {group}") and "null" in first + second
+
+
 def test_an_unknown_message_is_passed_on_in_one_line():
     assert explain("something\n  new\n", [], [])[0] == "something new"
 
