@@ -73,6 +73,21 @@ def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32
     return count / trainer.strategy.reduce(count.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
 
 
+def of_a_whole_step(trainer: L.Trainer, loss: Tensor) -> Tensor:
+    """The loss of a batch as it counts in its step: Lightning divides by `accumulate_grad_batches`, and here by fewer.
+
+    The last step of an epoch takes the batches that are left, and is their mean like any other.
+
+    Args:
+        trainer: in a training batch.
+        loss: divided already.
+    """
+    every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    left = 0 if math.isinf(batches) else int(batches) % every
+    number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return loss * (every / left) if left and number > batches - left else loss
+
+
 class NetModule(L.LightningModule):
     """Training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
 
@@ -117,6 +132,9 @@ class NetModule(L.LightningModule):
         if self.compile_net and not self._compiled:
             self.net.compile()
             self._compiled = True
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(of_a_whole_step(self.trainer, loss), *args, **kwargs)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Pictures (n, c, h, w) in the net's memory layout."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ..models.revcol_seq import END, PAD, START
 from .errors import DataError
 from .groups import check_optimizer, make_optimizer
-from .module import share_of
+from .module import of_a_whole_step, share_of
 from .order import IGNORED, loader
 from .schedules import Schedule, WarmupCosine, scheduled
 
@@ -149,6 +149,9 @@ class Translator(L.LightningModule):
             loss = share_of(self.trainer, (batch[1][:, 1:] != PAD).sum(), loss.dtype) * loss
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(of_a_whole_step(self.trainer, loss), *args, **kwargs)
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         source, target = batch
