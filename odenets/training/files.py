@@ -213,6 +213,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "odenets.config": _is_mapping,
     "odenets.sums": _is_list_of(dict),
     "odenets.groups": _is_list_of(list),
+    "odenets.optimizers": _is_list_of(str),
     "odenets.data": lambda value: value is None or _is_mapping(value),
     "odenets.metrics": _is_written,
 }

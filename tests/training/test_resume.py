@@ -212,6 +212,21 @@ def test_a_state_that_is_missing_is_no_new_one(whole, tmp_path, key, said):
     assert f"holds the states of {said}, and this run has 1" in lines[0]
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals
+def test_the_state_of_another_optimiser_is_refused(tmp_path):
+    """From AdamW to SGD nothing would fail: its momentum would be gone."""
+
+    def fit(optimizer, path=None):
+        run_ = trainer(tmp_path, max_steps=4 if path else 2, max_epochs=-1, callbacks=[Resume()], limit_val_batches=0)
+        run_.fit(Classifier(Net(), optimizer, Constant()), Random(), ckpt_path=path)
+        run_.save_checkpoint(tmp_path / "a.ckpt")
+
+    fit(partial(torch.optim.AdamW, lr=0.1))
+    with pytest.raises(SchemeError, match=r"an optimiser AdamW, and this run has SGD\n  Resume with AdamW; or"):
+        fit(partial(torch.optim.SGD, lr=0.1, momentum=0.9), tmp_path / "a.ckpt")
+    fit(partial(torch.optim.AdamW, lr=0.1, eps=1e-3), tmp_path / "a.ckpt")
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     write_whole(tmp_path / "a", b"first")
     for call in ("fsync", "replace"):
