@@ -130,6 +130,7 @@ def test_wrong_keys_and_syntax_in_a_file(capsys):
     assert "max_epoch" in lines[0] and "trainer.max_epochs" in lines[1]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("group", ["trainer", "checkpoint", "last"])
 def test_null_is_no_group_of_options(capsys, group):
     Path("c.yaml").write_text(f"{group}: null\n")

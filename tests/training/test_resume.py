@@ -184,6 +184,7 @@ def test_a_checkpoint_that_is_not_whole_names_one_that_is(whole, tmp_path, kind)
         open_checkpoint(tmp_path / "checkpoints/last.ckpt", resume=True)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", files._PARTS)
 def test_a_part_of_a_checkpoint_that_is_another_is_named(whole, tmp_path, name):
     """Whoever is given the file, and whoever looks at it to name one that is whole."""
