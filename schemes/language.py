@@ -212,10 +212,14 @@ class Reader:
                 self._fail("this number is too large", node.col_offset)
             return value
         if isinstance(value, float):
-            # Decimals are exact here: ees25(x=0.1) means 1/10. The bound keeps 1e999999 from filling the memory.
-            if not 1e-30 < abs(value) < 1e30 and value != 0:
+            # Decimals are exact here: ees25(x=0.1) means 1/10. The bound keeps 1e999999 from filling the memory; so
+            # would 1e-999999, which as a float is 0, and as a fraction 0e999999.
+            digits = (ast.get_source_segment(self.text, node) or repr(value)).replace("_", "")
+            if value == 0 and not re.search("[1-9]", digits.lower().partition("e")[0]):
+                return Fraction(0)
+            if not 1e-30 < abs(value) < 1e30:
                 self._fail("this number is out of range", node.col_offset)
-            return Fraction((ast.get_source_segment(self.text, node) or repr(value)).replace("_", ""))
+            return Fraction(digits)
         self._fail(f"a {type(value).__name__} is not part of the language of {self.what}s", node.col_offset)
 
     def _call(self, name: str, args: list[Any], kwargs: dict[str, Any], at: int) -> Any:

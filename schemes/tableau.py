@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import fsum
 
 from .errors import SchemeError
 from .exact_numbers import Number as Number
@@ -25,6 +26,10 @@ def _row(entries: Iterable[NumberLike]) -> tuple[Number, ...]:
 
 def _sum(numbers: Iterable[Number]) -> Number:
     return sum(numbers, Fraction(0))
+
+
+class _RowSums(tuple[Number, ...]):
+    """Nodes that are row sums by construction: adding the rows up once more would tell nothing."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,15 +73,16 @@ class Tableau:
     cite: str = ""
 
     def __post_init__(self):
+        summed = isinstance(self.c, _RowSums)
         for field in ("b", "c", "b_hat"):
             if (entries := getattr(self, field)) is not None:
                 # Frozen, so that an array that was checked cannot be changed; texts among the entries become numbers
                 # here.
                 object.__setattr__(self, field, _row(entries))
         object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
-        self._check()
+        self._check(summed)
 
-    def _check(self):
+    def _check(self, summed: bool):
         s, who = len(self.b), self.name or "tableau"
         if s == 0 or len(self.c) != s or len(self.a) != s:
             raise SchemeError(
@@ -87,6 +93,8 @@ class Tableau:
                 raise SchemeError(
                     f"{who}: row {i + 1} has {len(row)} entries, want {i}: explicit stages use the earlier ones only."
                 )
+            if summed:
+                continue
             # The node is redundant, and printed in every paper: a typing error in either is found by the other.
             self._close(f"{who}: row {i + 1} sums to", _sum(row), f"its node c{i + 1} = ", self.c[i], row)
         # The condition of order 1; it finds most single wrong weights before any tree is looked at.
@@ -185,7 +193,7 @@ class Tableau:
             fields: of Tableau.
         """
         rows = tuple(_row(row) for row in a)
-        return cls(name=name, a=rows, b=_row(b), c=tuple(_sum(row) for row in rows), **fields)
+        return cls(name=name, a=rows, b=_row(b), c=_RowSums(_sum(row) for row in rows), **fields)
 
     @classmethod
     def low_storage(cls, A: Sequence[NumberLike], B: Sequence[NumberLike], **fields) -> Tableau:
@@ -249,7 +257,10 @@ class Tableau:
                 raise SchemeError(f"shu_osher: the alphas of row {i} sum to {show(total)}, want 1.")
             for j, (x, y) in enumerate(zip(weights, _row(betas), strict=True)):
                 # u_j is itself a combination of slopes, which is put in; what is left is the row of a Butcher array.
-                row = [r + x * old + (y if j == k else 0) for k, (r, old) in enumerate(zip(row, rows[j], strict=True))]
+                # Most alphas of a recursion are 0, and exact numbers of many digits are slow to multiply.
+                if x != 0:
+                    row = [r + x * old for r, old in zip(row, rows[j], strict=True)]
+                row[j] += y
             rows.append(row)
         # The last u is the step's result, so its row holds the weights.
         return cls.from_rows([row[:i] for i, row in enumerate(rows[:s])], rows[s], **fields)
@@ -272,7 +283,8 @@ class Tableau:
     @property
     def mixing(self) -> float:
         """max_i sum_j |a_ij|: by how much a stage's input can outgrow x when the residual functions differ."""
-        return max(float(_sum(abs(x) for x in row)) for row in self.a)
+        # Of floats: exact sums of numbers with a thousand digits take as long as all else.
+        return max(fsum(abs(float(x)) for x in row) for row in self.a)
 
     def floats(
         self,

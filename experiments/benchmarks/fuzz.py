@@ -1,25 +1,34 @@
 """Random texts for the language, and damaged files for all that reads files: nothing but the documented error.
 
     python experiments/benchmarks/fuzz.py                      # 100,000 texts, 5,000 files of each kind
+    python experiments/benchmarks/fuzz.py --minutes 5          # as many of them as five minutes allow
     python experiments/benchmarks/fuzz.py --texts 2000 --files 200 --seed 1
 
 Texts are examples of every scheme, step size and mode of backpropagation in which parts are exchanged, doubled, dropped
 or replaced by numbers that are too large, too small or none; a fifth is made of random words and signs. Files are whole
 checkpoints, pictures and configurations in which bytes are changed, cut off or repeated. Each text may take a second
-of processor time and 100 MB, measured; whoever takes more, or raises another error than the documented one, is printed.
+of processor time and 100 MB, measured; whoever takes more, or raises another error than the documented one, is printed
+at once. One that does not come to its end is stopped after ten seconds of it.
+
+Input n of a kind is a function of the seed, the kind and n, so what was found is found again by `--only KIND:n`. All
+kinds advance together, so that a run that is stopped (by its minutes, Ctrl-C or SIGTERM) has tried the same share of
+each; the table of what was tried ends it all the same.
 """
 
 import argparse
 import io
 import random
 import re
+import resource
+import signal
+import sys
 import tempfile
 import time
 import tracemalloc
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -54,6 +63,9 @@ MODES = (
 )
 STEPS = ("1", "0.5", "learned", "decay(0.5)", "error(1e-3)", "1/3", "learned(0.5)")
 SECONDS, MEGABYTES = 1.0, 100.0
+STOP = 10.0  # seconds of processor time after which an input is given up
+MOST = 8 << 30  # bytes of the whole process: an input that wants more gets a MemoryError, and the machine lives
+SHOW = 10.0  # seconds between two lines of progress
 
 
 def mutated(text: str, words: Sequence[str], draw: random.Random) -> str:
@@ -93,56 +105,79 @@ def languages() -> dict[str, tuple[Callable[[str], object], list[str]]]:
     }
 
 
-class Record:
-    """What was seen of one kind of input."""
+class Endless(Exception):
+    """An input was given up; no reader catches it as an error of its own."""
 
-    def __init__(self, what: str):
-        self.what, self.count, self.taken = what, 0, 0
-        self.slowest, self.largest = (0.0, ""), (0.0, "")
-        self.wrong: list[str] = []
-        self.errors: Counter[str] = Counter()
 
-    def attempt(self, read: Callable[[], object], shown: str, documented: type[Exception]) -> None:
-        """Reads once, and notes how long it took, how much memory it held at most, and what it raised."""
-        self.count += 1
+class Kind:
+    """One kind of input: how the n-th is drawn and read, and what was seen of it.
+
+    Args:
+        name: of the kind.
+        count: how many are to be tried.
+        make: the input that a generator draws.
+        read: reads it, or raises.
+        documented: the error that it may raise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        make: Callable[[int, random.Random], tuple[str, Any]],
+        read: Callable[[Any], object],
+        documented: type[Exception],
+    ):
+        self.name, self.count, self.make, self.read, self.documented = name, count, make, read, documented
+        self.tried = self.taken = self.wrong = 0
+        self.slowest = self.largest = 0.0
+
+    def attempt(self, n: int, seed: int) -> str:
+        """Reads input n once; what is wrong with that, or nothing.
+
+        Notes how long it took, and how much memory it held at most.
+        """
+        shown, given = self.make(n, random.Random(f"{seed} {self.name} {n}"))
         tracemalloc.reset_peak()
-        before, began = tracemalloc.get_traced_memory()[0], time.process_time()
+        before, began, wrong = tracemalloc.get_traced_memory()[0], time.process_time(), ""
+        signal.setitimer(signal.ITIMER_PROF, STOP)
         try:
-            read()
+            self.read(given)
             self.taken += 1
-        except documented as error:
+        except self.documented as error:
             if str(error).count("\n") > 1:
-                self.wrong.append(f"{shown!r:.200}: more than two lines: {error}")
+                wrong = f"more than two lines: {error}"
         except Exception as error:
-            self.errors[type(error).__name__] += 1
-            self.wrong.append(f"{shown!r:.200}: {type(error).__name__}: {str(error)[:200]}")
+            wrong = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         took, held = time.process_time() - began, (tracemalloc.get_traced_memory()[1] - before) / 1e6
-        self.slowest, self.largest = max(self.slowest, (took, shown[:200])), max(self.largest, (held, shown[:200]))
-        if took > SECONDS or held > MEGABYTES:
-            self.wrong.append(f"{shown!r:.200}: {took:.2f} s, {held:.1f} MB")
+        self.slowest, self.largest = max(self.slowest, took), max(self.largest, held)
+        if not wrong and (took > SECONDS or held > MEGABYTES):
+            wrong = f"{took:.2f} s, {held:.1f} MB"
+        self.tried += 1
+        self.wrong += bool(wrong)
+        return wrong and f"{self.name}:{n} {shown!r:.200}: {wrong}"
 
-    def __str__(self) -> str:
-        lines = [
-            f"| {self.what} | {self.count:,} | {self.taken:,} | {len(self.wrong)} | {self.slowest[0]:.2f} | "
-            f"{self.largest[0]:.1f} |"
-        ]
-        return "\n".join([*lines, *(f"    {text}" for text in self.wrong[:20])])
+    def row(self) -> str:
+        """Its row of the table."""
+        figures = f"{self.tried:,} | {self.taken:,} | {self.wrong:,} | {self.slowest:.2f} | {self.largest:.1f}"
+        return f"| {self.name} | {figures} |"
 
 
-def fuzz_texts(count: int, draw: random.Random) -> list[Record]:
+def text_kinds(count: int) -> Iterator[Kind]:
     """Random texts for each language."""
-    found = []
     words = (*schemes.names(), *NUMBERS, *SIGNS, "repeat(", "nested(", "decay(", "reverse(", "auto(memory=")
-    for what, (read, examples) in languages().items():
-        record = Record(what)
-        for n in range(count if what == "schemes" else count // 10):
+    for name, (read, examples) in languages().items():
+
+        def make(n: int, draw: random.Random, examples: Sequence[str] = examples) -> tuple[str, str]:
             if n % 5 == 0:
                 text = "".join(draw.choice(words) for _ in range(draw.randint(0, 30)))
             else:
                 text = mutated(draw.choice(examples), words, draw)
-            record.attempt(lambda read=read, text=text: read(text), text, SchemeError)
-        found.append(record)
-    return found
+            return text, text
+
+        yield Kind(name, count if name == "schemes" else count // 10, make, read, SchemeError)
 
 
 def damaged(whole: bytes, draw: random.Random) -> bytes:
@@ -196,47 +231,94 @@ def load_twice(path: Path) -> None:
         raise
 
 
-def fuzz_files(count: int, draw: random.Random) -> list[Record]:
+def file_kinds(count: int, folder: Path, draw: random.Random) -> Iterator[Kind]:
     """Damaged files for each reader."""
-    found = []
     experiments = Path(__file__).resolve().parents[1]
     configurations = {p.name: p.read_bytes() for p in sorted(experiments.glob("*.yaml"))}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "whole").mkdir()
-        kinds: dict[str, tuple[dict[str, bytes], Callable[[Path], object], type[Exception]]] = {
-            "checkpoints": (checkpoint_files(folder / "whole"), load_twice, SchemeError),
-            "pictures": (pictures(draw), lambda path: Picture(path).whole(), Unreadable),
-            "configurations": (configurations, check_file, SchemeError),
-        }
-        for what, (whole, read, documented) in kinds.items():
-            record = Record(what)
-            for _ in range(count):
-                name = draw.choice([*whole])
-                data = damaged(whole[name], draw)
-                path = folder / f"damaged{Path(name).suffix or '.bin'}"
-                path.write_bytes(data)
-                record.attempt(lambda read=read, path=path: read(path), f"{name} {data[:60]!r}", documented)
-            found.append(record)
-    return found
+    (folder / "whole").mkdir()
+    kinds: dict[str, tuple[dict[str, bytes], Callable[[Path], object], type[Exception]]] = {
+        "checkpoints": (checkpoint_files(folder / "whole"), load_twice, SchemeError),
+        "pictures": (pictures(draw), lambda path: Picture(path).whole(), Unreadable),
+        "configurations": (configurations, check_file, SchemeError),
+    }
+    for kind, (whole, read, documented) in kinds.items():
+
+        def make(n: int, draw: random.Random, whole: dict[str, bytes] = whole) -> tuple[str, Path]:
+            name = draw.choice([*whole])
+            data = damaged(whole[name], draw)
+            path = folder / f"damaged{Path(name).suffix or '.bin'}"
+            path.write_bytes(data)
+            return f"{name} {data[:60]!r}", path
+
+        yield Kind(kind, count, make, read, documented)
+
+
+def run(kinds: Sequence[Kind], seed: int, minutes: float) -> bool:
+    """Tries the inputs of all kinds, those first of whose kind the smallest share is done; whether all were tried."""
+    end, show = time.monotonic() + minutes * 60, time.monotonic() + SHOW
+    while left := [kind for kind in kinds if kind.tried < kind.count]:
+        if (now := time.monotonic()) > end:
+            return False
+        if now > show:
+            show = now + SHOW
+            # Beside the table, which may be redirected into a file.
+            done = ", ".join(f"{kind.name} {kind.tried:,}" for kind in kinds if kind.count)
+            share = sum(kind.tried for kind in kinds) / sum(kind.count for kind in kinds)
+            wrong = sum(kind.wrong for kind in kinds)
+            print(f"{share:4.0%}: {done}; {wrong} wrong", file=sys.stderr, flush=True)
+        kind = min(left, key=lambda kind: kind.tried / kind.count)
+        if wrong := kind.attempt(kind.tried, seed):
+            print(wrong, flush=True)
+    return True
+
+
+def guard() -> None:
+    """Ends inputs that take too long or too much, and the run by Ctrl-C or SIGTERM with its table."""
+
+    def endless(signum: int, frame: Any) -> NoReturn:
+        raise Endless(f"stopped after {STOP:g} s")
+
+    def interrupt(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGPROF, endless)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too, which a process in the background may ignore
+        signal.signal(signum, interrupt)
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=100_000)
     parser.add_argument("--files", type=int, default=5_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="KIND:n", help="one input, as it was drawn with this seed")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    guard()
     tracemalloc.start(1)
-    records = [*fuzz_texts(options.texts, draw), *fuzz_files(options.files, draw)]
-    print("| input | tried | taken | wrong | slowest s | most MB |\n|---|---|---|---|---|---|")
-    for record in records:
-        print(record)
-    if any(record.wrong for record in records):
+    with tempfile.TemporaryDirectory() as scratch:
+        kinds = [
+            *text_kinds(options.texts),
+            *file_kinds(options.files, Path(scratch), random.Random(options.seed)),
+        ]
+        if options.only:
+            name, _, n = options.only.rpartition(":")
+            wrong = next(kind for kind in kinds if kind.name == name).attempt(int(n), options.seed)
+            raise SystemExit(wrong or 0)
+        try:
+            whole = run(kinds, options.seed, options.minutes)
+        except KeyboardInterrupt:
+            whole = False
+        print("| input | tried | taken | wrong | slowest s | most MB |\n|---|--:|--:|--:|--:|--:|")
+        for kind in kinds:
+            print(kind.row())
+    if any(kind.wrong for kind in kinds):
         raise SystemExit(1)
+    if not whole:
+        print(f"not all of {sum(kind.count for kind in kinds):,} were tried", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,9 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         _run(words, prog)
+    except KeyboardInterrupt:
+        # While modules are imported, or in a command that has nothing to save.
+        fail("interrupted", "What was written before is whole; nothing else is changed", 130)
     except ImportError as e:
         lines = explained(e)
         if lines is None:

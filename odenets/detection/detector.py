@@ -15,7 +15,7 @@ from schemes import SchemeError
 
 from ..models.conventions import Conventions
 from ..models.depth import depths_around
-from ..training.groups import parameter_groups, set_rates
+from ..training.groups import check_optimizer, make_optimizer, parameter_groups
 from ..training.module import NetModule
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .data import Target
@@ -106,7 +106,7 @@ class Detector(NetModule):
         self.layer_decay = layer_decay
         self.take_auxiliary(aux)
         self.take_frozen(frozen)
-        self._groups()  # refused here, before any data are read
+        check_optimizer(optimizer, self._groups())  # refused here, before any data are read
         self.precision = AveragePrecision(head.masks)
         self._sums = [0.0, 0.0]  # of losses, and boxes
         self.train()  # as in Classifier: norms that are held go into evaluation
@@ -234,8 +234,7 @@ class Detector(NetModule):
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser, with the groups of net and head and their learning rates."""
-        groups: Any = self._groups()
-        return set_rates(self.optimizer(groups))
+        return make_optimizer(self.optimizer, self._groups())
 
     def _groups(self) -> list[dict[str, Any]]:
         if self.layer_decay == 1:

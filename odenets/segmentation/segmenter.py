@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from ..training.classifier import _differences
 from ..training.errors import DataError
-from ..training.groups import parameter_groups, set_rates
-from ..training.module import NetModule
+from ..training.groups import check_optimizer, make_optimizer, parameter_groups
+from ..training.module import NetModule, share_of
 from ..training.order import IGNORED
 from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .inference import Inference
@@ -89,7 +89,8 @@ class Segmenter(NetModule):
         self.compile_net, self.layer_decay = compile, layer_decay
         self.take_auxiliary(aux)
         self.take_frozen(frozen)
-        parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
+        # Refused here, before any data are read.
+        check_optimizer(optimizer, parameter_groups(net, step_weight_decay, layer_decay))
         self.overlap = Overlap(net.num_classes)
         self.train()  # as in Classifier: norms in frozen parts go into evaluation
 
@@ -112,7 +113,7 @@ class Segmenter(NetModule):
             parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
             self.name_parts(parts)
         if self.net.mean_over_pixels and self.trainer.world_size > 1:
-            share = self._share(y)
+            share = share_of(self.trainer, (y != IGNORED).sum())
             parts = {name: share * part for name, part in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
@@ -120,11 +121,6 @@ class Segmenter(NetModule):
         for name, figure in figures.items():
             self.log(f"train/{name}", figure, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
         return sum(terms, loss)
-
-    def _share(self, y: Tensor) -> Tensor:
-        """The pixels of this process over the mean of all, by which its mean counts: gradients are averaged."""
-        own = (y != IGNORED).sum().to(torch.float32)
-        return own / self.trainer.strategy.reduce(own.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
 
     def predicted(self, x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor) -> list[Tensor]:
         """The class of each pixel of some pictures, (H, W) each.
@@ -200,8 +196,8 @@ class Segmenter(NetModule):
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser, with the groups of the network and their learning rates."""
-        groups: Any = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
-        return set_rates(self.optimizer(groups))
+        groups = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
+        return make_optimizer(self.optimizer, groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # As in Classifier: networks of two schemes may have equal parameters.

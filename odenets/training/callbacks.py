@@ -1,6 +1,7 @@
 """Callbacks: throughput, a step size that moves over the epochs, the closing report, predictions as a file."""
 
 import csv
+import io
 import math
 import re
 import time
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
+from .files import write_whole
 from .order import run_seed
 
 
@@ -245,14 +247,14 @@ class Predictions(BasePredictionWriter):
             self._write(everything, getattr(data, "classes", None))
 
     def _write(self, rows: dict[int, tuple[str, list[float], list[int]]], classes: Sequence[str] | None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         most = max((len(numbers) for _, _, numbers in rows.values()), default=1)
-        with self.path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            titles = [("class", "probability"), *((f"class_{n}", f"probability_{n}") for n in range(2, most + 1))]
-            writer.writerow(["index", "name", *(title for pair in titles for title in pair)])
-            for index, (name, probabilities, numbers) in sorted(rows.items()):
-                called = [classes[number] if classes else number for number in numbers]
-                figures = [f"{probability:.6f}" for probability in probabilities]
-                writer.writerow([index, name, *(x for pair in zip(called, figures, strict=True) for x in pair)])
+        writer = csv.writer(file := io.StringIO())
+        titles = [("class", "probability"), *((f"class_{n}", f"probability_{n}") for n in range(2, most + 1))]
+        writer.writerow(["index", "name", *(title for pair in titles for title in pair)])
+        for index, (name, probabilities, numbers) in sorted(rows.items()):
+            called = [classes[number] if classes else number for number in numbers]
+            figures = [f"{probability:.6f}" for probability in probabilities]
+            writer.writerow([index, name, *(x for pair in zip(called, figures, strict=True) for x in pair)])
+        # In UTF-8 whatever the locale is, and whole, so that an earlier file is not lost to a full disk.
+        write_whole(self.path, file.getvalue().encode())
         print(f"predictions: {relative(self.path)}")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..start import heads
+from .groups import check_optimizer, make_optimizer
 from .groups import parameter_groups as parameter_groups
-from .groups import set_rates
 from .module import NetModule
 from .module import evaluations as evaluations
 from .order import IGNORED
@@ -83,7 +83,8 @@ class Classifier(NetModule):
         self._planned: tuple[Any, float] = None, 0.0  # the schedule, and the number of steps that it is for
         self.take_auxiliary(aux)
         self.take_frozen(frozen)
-        parameter_groups(net, step_weight_decay, layer_decay)  # refused here, before any data are read
+        # Refused here, before any data are read.
+        check_optimizer(optimizer, parameter_groups(net, step_weight_decay, layer_decay))
         self.train()  # Lightning begins a run as the module is, and never asks for it
 
     @property
@@ -152,8 +153,8 @@ class Classifier(NetModule):
 
     def make_optimizer(self) -> Optimizer:
         """The optimiser, with the groups of the net and their learning rates."""
-        groups: Any = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
-        return set_rates(self.optimizer(groups), self.lr)
+        groups = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
+        return make_optimizer(self.optimizer, groups, self.lr)
 
     def on_train_start(self) -> None:
         # A finder sets the rate, or the size of batches and with it the run's length, when the schedule exists already:

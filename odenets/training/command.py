@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from schemes import SchemeError
 
 from ..config_files import check_files
+from ..extras import explained
 from ..messages import explain, fail
 from ..packaged import with_files
 from ..recipes import written_out
@@ -58,7 +60,7 @@ from .files import (
 from .finite import FiniteLoss
 from .groups import group_rows, table_of_groups
 from .loggers import Metrics
-from .options import check_numbers, check_resumed
+from .options import check_groups, check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
 from .trained import move_steps
@@ -184,9 +186,15 @@ class Command(LightningCLI):
         # decides, and Classifier warns where the two differ.
         return
 
+    def _set_seed(self) -> None:
+        # Here, as the seed is set before anything else is checked.
+        check_numbers({"seed_everything": self._get(self.config, "seed_everything")})
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Everything that can be refused before any data is opened."""
         options = self.config[str(self.subcommand)]
+        check_groups(options)
         text = self._parser(self.subcommand).dump(options, skip_none=False)
         self.resolved: dict[str, Any] = yaml.safe_load(text)
         # What Lightning's CLI would dump again, to tell the model how it was made.
@@ -250,12 +258,19 @@ class Command(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as e:
+        except Exception as e:
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
             cause = root_cause(e)
+            if isinstance(cause, ImportError) and explained(cause) is not None:
+                raise cause from None  # whoever called knows what installs it
+            # Others say too little without their kind, such as a KeyError.
+            kind = "" if isinstance(cause, ValueError | MisconfigurationException) else f"{type(cause).__name__}: "
             # The cause and not the chain: parsers wrap an error once for each level of the configuration.
-            fail(str(cause), "odenets schemes and odenets models list what there is; JSONARGPARSE_DEBUG=true traces it")
+            fail(
+                f"{kind}{cause}",
+                "odenets schemes and odenets models list what there is; JSONARGPARSE_DEBUG=true traces it",
+            )
         if self.source is not None:
             adapt = self.config_init[str(self.subcommand)].adapt
             start_from(self._begun_with(), self.source, adapt, self.subcommand == "fit")
@@ -420,6 +435,7 @@ class _Resolving(Command):
         """The process keeps its random state."""
 
     def before_instantiate_classes(self) -> None:
+        check_groups(self.config[str(self.subcommand)])
         text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
         found = yaml.safe_load(text)
         check_numbers(found)
@@ -564,8 +580,8 @@ def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoRetu
         fail(f"stopped by {name} {where}", f"Go on: {again}", 128 + error.signum)
     if isinstance(error, SchemeError | DataError):
         fail(str(error))
-    if isinstance(error, MisconfigurationException):
-        fail(str(error), "lightning fit --help lists every option")
+    if isinstance(error, MisconfigurationException) or refuses_options(error):
+        fail(" ".join(str(error).split()), "lightning fit --help lists every option")
     if isinstance(error, OSError) and error.errno in UNWRITABLE - {errno.EEXIST}:
         fail(str(unwritable(Path(error.filename or "the run's folder"), error)))
     if isinstance(error, ProcessRaisedException) and (found := OURS.search(str(error))):
@@ -573,6 +589,16 @@ def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoRetu
     if isinstance(error, ProcessExitedException) or any(text in str(error) for text in PEER_GONE):
         fail("another process of this run has ended, and this one cannot go on alone", f"Once mended, go on: {again}")
     raise error
+
+
+def refuses_options(error: Exception) -> bool:
+    """Whether Lightning, or an optimiser of torch, says that it cannot do what an option asks for."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    origin = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    # By who raised it: the same kinds of error from elsewhere are faults of a program, and want their traceback.
+    return (isinstance(error, ValueError) and origin.startswith(("lightning.", "torch.optim."))) or (
+        isinstance(error, RuntimeError) and origin.startswith("torch.optim.")
+    )
 
 
 OURS = re.compile(r"^[\w.]*(?:SchemeError|NotFinite|CheckpointError|DataError): (.+)", re.M | re.S)

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ from .sources import DataError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Where a run cannot write, by the error's number; anything else is a fault of the program.
-UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG}
+UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO}
+UNWRITABLE |= {errno.ENAMETOOLONG, errno.EINVAL, errno.EBUSY}
 OTHER = "is no checkpoint of a training run"
 PART = ".part"  # ends the name of a file that is being written
 
@@ -170,7 +172,51 @@ def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
     lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in held]
     if resume and lacking:
         return f"holds weights only, without {', '.join(lacking)}, and cannot be resumed", {}
+    # Whoever reads it takes these for what they are.
+    for name, holds in _PARTS.items():
+        *above, last = name.split(".")
+        part = held.get(above[0], {}) if above else held
+        if last in part and not holds(part[last]):
+            return f"is damaged, or of another program: its {name} is {str(part[last])[:60]}", {}
     return None, held
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(isinstance(one, kind) for one in value)
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_count, value))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_written(value: Any) -> bool:
+    return value is None or (_is_mapping(value) and _is_count(value.get("part")) and _is_count(value.get("rows")))
+
+
+# Of a checkpoint, with what they must be; this package's own come after the whole that holds them.
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "global_step": _is_count,
+    "callbacks": _is_mapping,
+    "loops": lambda value: _is_mapping(value) and _is_mapping(value.get("fit_loop")),
+    "optimizer_states": _is_list_of(dict),
+    "lr_schedulers": _is_list_of(dict),
+    "odenets": _is_mapping,
+    "odenets.place": _is_place,
+    "odenets.config": _is_mapping,
+    "odenets.sums": _is_list_of(dict),
+    "odenets.groups": _is_list_of(list),
+    "odenets.optimizers": _is_list_of(str),
+    "odenets.data": lambda value: value is None or _is_mapping(value),
+    "odenets.metrics": _is_written,
+}
 
 
 class FolderLock:
@@ -194,6 +240,8 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Takes the lock, or raises."""
+        if "\0" in str(self.folder):
+            raise DataError(f"run_dir: {str(self.folder)!r} is no path\n  Give another: --run_dir FOLDER")
         try:
             # What is made here is taken away again if nobody uses it.
             missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
@@ -248,6 +296,12 @@ class FolderLock:
         """Gives an earlier run in the folder another name, and holds a new folder in its place."""
         if not (self.folder / "config.yaml").exists():
             return
+        if Path.cwd().is_relative_to(self.folder.resolve()):
+            # It may hold all that somebody has.
+            raise DataError(
+                f"run_dir: {self.folder} holds a run, or another config.yaml, and the command runs in this folder: it "
+                "is not set aside\n  Give a folder of its own: --run_dir FOLDER"
+            )
         # The lock moves along with the renamed folder, and is held until the new folder has one.
         old, aside = self._number, self.folder.rename(free_name(self.folder))
         (aside / self.NAME).unlink()

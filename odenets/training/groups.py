@@ -1,9 +1,11 @@
 """What an optimiser is given: groups of parameters with rates that decay from layer to layer, and what stays frozen."""
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +21,8 @@ KINDS = ("weights", "vectors", "steps")
 def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Parameters in up to three groups: decayed, not decayed, and learned step sizes with a decay of their own.
 
-    Norms, biases and other vectors get no weight decay. A step size is a parameter named `h` or `step_size`. A group of
+    Norms, biases and other vectors get no weight decay, nor what the network names by ``no_weight_decay``, such as
+    positions and class tokens. A step size is a parameter named `h` or `step_size`. A group of
     weights carries no `weight_decay` entry, so it takes the optimiser's. With a decay from layer to layer there are as
     many for each depth, from the head to the stem, whose `lr_scale` is layer_decay^(deepest - depth).
 
@@ -58,10 +61,60 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay
 def _kinds(net: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """The trained parameters, and how weight decay takes them."""
     dims = dimensions(net)  # a bias that is a function of depth is no matrix
+    named = _named_undecayed(net)
     for name, p in net.named_parameters():
         if p.requires_grad:
             step = name.rpartition(".")[2] in ("h", "step_size")
-            yield name, p, "steps" if step else "weights" if dims[id(p)] > 1 else "vectors"
+            yield name, p, "steps" if step else "weights" if dims[id(p)] > 1 and name not in named else "vectors"
+
+
+# Which the training that was published with RevCol lets decay, though timm's convention would not.
+_PUBLISHED_DECAYED = re.compile(r"(?:^|\.)(?:gs\.\d+\.alpha|idle\.\d+)$")
+
+
+def _named_undecayed(net: nn.Module) -> set[str]:
+    """What networks, or parts of them, name themselves by timm's ``no_weight_decay``: positions, class tokens."""
+    found = set()
+    for prefix, part in net.named_modules():
+        own = getattr(part, "no_weight_decay", None)
+        if callable(own):
+            found |= {f"{prefix}.{name}" if prefix else name for name in cast(Iterable[str], own())}
+    return {name for name in found if not _PUBLISHED_DECAYED.search(name)}
+
+
+def make_optimizer(
+    optimizer: Callable[..., Optimizer], groups: Sequence[Mapping[str, Any]], lr: float | None = None
+) -> Optimizer:
+    """The optimiser of some groups, each with its share of the learning rate.
+
+    Args:
+        optimizer: called with the groups.
+        groups: as ``parameter_groups`` gives them.
+        lr: another learning rate; None takes the optimiser's.
+
+    Raises:
+        SchemeError: what the optimiser refuses: an option, or parameters such as groups of them.
+    """
+    try:
+        made = optimizer(groups)
+    except (ValueError, TypeError) as e:
+        raise SchemeError(f"model.optimizer: {' '.join(str(e).split())}\n  Change its options, or its class") from e
+    return set_rates(made, lr)
+
+
+def check_optimizer(optimizer: Callable[..., Optimizer], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses what ``make_optimizer`` would refuse, before any data are read.
+
+    Args:
+        optimizer: called with the groups.
+        groups: as ``parameter_groups`` gives them.
+
+    Raises:
+        SchemeError: see ``make_optimizer``.
+    """
+    # Of stand-ins without values: an optimiser may leave hooks at what it is given.
+    stand_ins = [{**group, "params": [nn.Parameter(torch.empty_like(p)) for p in group["params"]]} for group in groups]
+    make_optimizer(optimizer, stand_ins)
 
 
 def set_rates(optimizer: Optimizer, lr: float | None = None) -> Optimizer:

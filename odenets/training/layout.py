@@ -71,6 +71,15 @@ def splits_named(name: str) -> list[str]:
     return [split for split, words in _WORDS.items() if words.fullmatch(name)]
 
 
+def printable(name: str) -> str:
+    r"""A file's name as text that can be written: bytes that are no UTF-8 as escapes.
+
+    >>> printable("caf\udce9.png"), printable("café.png")
+    ('caf\\udce9.png', 'café.png')
+    """
+    return name.encode(errors="backslashreplace").decode()
+
+
 def walk(root: Path) -> Iterator[str]:
     """Files below `root` as relative POSIX paths; hidden ones and `__special__` folders are left out.
 
@@ -249,7 +258,7 @@ def _label(layout: Layout, above: Mapping[str, int]) -> None:
         elif depths[shallow] < depths[deep]:
             layout.why[split] = f"pictures lie at different depths, {shallow} and {deep}"
         else:
-            layout.labels[split] = [path.split("/")[-2] for path in paths]
+            layout.labels[split] = [printable(path.split("/")[-2]) for path in paths]
     classes = {name for names in layout.labels.values() for name in names}
     # A single folder is a place to keep pictures, and not a class to tell from others.
     if len(classes) == 1:

@@ -43,6 +43,51 @@ def solver_figures(net: nn.Module) -> dict[str, float]:
     }
 
 
+def check_synchronised(trainer: L.Trainer) -> None:
+    """Refuses norms that are synchronised over processes on a CPU, before the first batch meets one.
+
+    Args:
+        trainer: of the run.
+
+    Raises:
+        SchemeError: torch has no such norm for a CPU.
+    """
+    strategy: Any = trainer.strategy
+    asked = getattr(strategy, "_layer_sync", None) is not None  # where Lightning keeps ``sync_batchnorm``
+    if asked and trainer.world_size > 1 and strategy.root_device.type == "cpu":
+        raise SchemeError(
+            "trainer.sync_batchnorm is true, and torch's SyncBatchNorm has no kernels for a CPU\n"
+            "  Train on GPUs, or with --trainer.sync_batchnorm false and a net whose norms need no batch"
+        )
+
+
+def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What this process counted over the mean of all, by which a mean over it counts: gradients are averaged.
+
+    Args:
+        trainer: of the run.
+        own: how many this process counted in its batch: pixels, or words.
+        dtype: of the share.
+    """
+    count = own.to(dtype)
+    return count / trainer.strategy.reduce(count.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
+
+
+def of_a_whole_step(trainer: L.Trainer, loss: Tensor) -> Tensor:
+    """The loss of a batch as it counts in its step: Lightning divides by `accumulate_grad_batches`, and here by fewer.
+
+    The last step of an epoch takes the batches that are left, and is their mean like any other.
+
+    Args:
+        trainer: in a training batch.
+        loss: divided already.
+    """
+    every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    left = 0 if math.isinf(batches) else int(batches) % every
+    number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return loss * (every / left) if left and number > batches - left else loss
+
+
 class NetModule(L.LightningModule):
     """Training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
 
@@ -79,12 +124,17 @@ class NetModule(L.LightningModule):
         return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_synchronised(self.trainer)
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         # This hook runs for each stage, and a second compilation would throw the first away.
         if self.compile_net and not self._compiled:
             self.net.compile()
             self._compiled = True
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(of_a_whole_step(self.trainer, loss), *args, **kwargs)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Pictures (n, c, h, w) in the net's memory layout."""

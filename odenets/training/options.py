@@ -26,6 +26,8 @@ RULES: dict[str, _Rule] = {
     **dict.fromkeys(("num_workers", "num_sanity_val_steps", "log_every_n_steps", "gradient_clip_val"), _NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "dampening", "label_smoothing", "holdout"), _SHARE),
     **dict.fromkeys(("max_epochs", "max_steps"), _LIMIT),
+    "limit_train_batches": (lambda v: v > 0, "a number of batches, or a share, above 0"),
+    "seed_everything": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
 }
 # What may change from run to run without a word: where things are, how much hardware works, what is printed.
 FREE = re.compile(
@@ -34,6 +36,22 @@ FREE = re.compile(
     r"|fast_dev_run|barebones|plugins|max_time|detect_anomaly|benchmark|inference_mode|use_distributed_sampler"
     r"|num_sanity_val_steps|limit_(val|test|predict)_batches|reload_dataloaders_every_n_epochs|model_registry)(\..*)?"
 )
+
+
+def check_groups(options: Any) -> None:
+    """Refuses null for what has options of its own; the parser takes it.
+
+    Args:
+        options: of the subcommand, as they were parsed.
+
+    Raises:
+        SchemeError: it names the group.
+    """
+    for name in ("model", "data", "trainer", "checkpoint", "last", "adapt"):
+        if name in options and options[name] is None:
+            raise SchemeError(
+                f"{name} is null, and has options of its own\n  Leave it out, or give some: {name}: {{...}}"
+            )
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:

@@ -163,6 +163,7 @@ class Resume(Callback):
     def __init__(self) -> None:
         self.validate = False  # set by who saves before a validation
         self._loaded: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
         self._sums: dict[str, Any] = {}
         self._ended: dict[str, Any] = {}
         self._fresh: list[tuple[Any, list[dict[str, Any]], dict[str, Any]]] = []
@@ -177,10 +178,13 @@ class Resume(Callback):
             sums=_gathered(trainer, sums),
             data=None if order is None else _data(order),
             groups=[groups for _, groups, _ in self._fresh],
+            optimizers=[type(optimizer).__name__ for optimizer in trainer.optimizers],
         )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
+        states = {"optimiser": "optimizer_states", "schedule": "lr_schedulers"}
+        self._counts = {name: len(checkpoint.get(key, [])) for name, key in states.items()} if self._loaded else {}
         # Here, before Lightning hands the callbacks their states.
         _relocate(trainer, checkpoint.get("callbacks", {}))
         if "place" in self._loaded:  # Lightning asks these whether anything is left to train
@@ -193,11 +197,30 @@ class Resume(Callback):
                 progress.update(processed=done, completed=done)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_states(trainer)
         # As the configuration has them; the checkpoint's replace them after this hook.
         self._fresh = []
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in scheduler.optimizer.param_groups]
             self._fresh.append((scheduler, groups, dict(scheduler.state_dict())))
+
+    def _check_states(self, trainer: L.Trainer) -> None:
+        """Refuses states of other parts, or of fewer or more: Lightning pairs them, and leaves out what is over."""
+        counts, self._counts = self._counts, {}
+        for name, parts in (("optimiser", trainer.optimizers), ("schedule", trainer.lr_scheduler_configs)):
+            if counts and counts[name] != len(parts):
+                raise SchemeError(
+                    f"the checkpoint holds the states of {counts[name]} {name}s, and this run has {len(parts)}\n"
+                    "  Resume what it was trained with; or start anew from its weights: --weights FILE"
+                )
+        before = self._loaded.get("optimizers", [])
+        for old, new in zip(before, (type(optimizer).__name__ for optimizer in trainer.optimizers), strict=False):
+            # What one remembers means nothing to the other, which would begin anew in silence, or fail.
+            if old != new:
+                raise SchemeError(
+                    f"the checkpoint holds the state of an optimiser {old}, and this run has {new}\n"
+                    f"  Resume with {old}; or start anew from its weights: --weights FILE"
+                )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "place" not in self._loaded:

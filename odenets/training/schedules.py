@@ -161,6 +161,11 @@ class OneCycle(Schedule):
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
         peaks = [group["lr"] for group in optimizer.param_groups]
+        if self.momentum and not {"momentum", "betas"} & optimizer.defaults.keys():
+            raise SchemeError(
+                f"OneCycle moves the momentum, and {type(optimizer).__name__} has none\n"
+                "  Give --model.schedule.momentum false, or another optimiser"
+            )
         # One step more than are taken: torch refuses to be stepped once after the last.
         return Cycle(optimizer, peaks, total_steps=steps + 1, pct_start=self.up, cycle_momentum=self.momentum)
 

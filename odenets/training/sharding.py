@@ -74,9 +74,10 @@ def divided(module: nn.Module) -> bool:
     Args:
         module: the network, or what holds it.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(p, DTensor) for p in module.parameters())
+    # By the modules: between a forward and a backward pass the parameters themselves may be whole.
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class FolderSource(Source):
 
     def __init__(self, root: Path, files: Sequence[str], labels: Sequence[str] | None, why: str = "") -> None:
         # One array of bytes: a million Python strings would be copied into each worker, page by page.
-        self.root, self.files, self.why = str(root), np.array([file.encode() for file in files]), why
+        self.root, self.files, self.why = str(root), np.array([os.fsencode(file) for file in files]), why
         # Sorted, so that numbers do not depend on the order in which a file system lists folders.
         self.names = sorted(set(labels)) if labels else []
         place = {name: number for number, name in enumerate(self.names)}
@@ -75,10 +75,10 @@ class FolderSource(Source):
         self.labels = torch.tensor(numbers, dtype=torch.long)
 
     def encoded(self, i: int) -> str:
-        return os.path.join(self.root, self.name(i))
+        return os.path.join(self.root, os.fsdecode(self.files[i]))
 
     def name(self, i: int) -> str:
-        return self.files[i].decode()
+        return layouts.printable(os.fsdecode(self.files[i]))
 
 
 class TableSource(Source):

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..models.revcol_seq import END, PAD, START
+from .errors import DataError
+from .groups import check_optimizer, make_optimizer
+from .module import of_a_whole_step, share_of
 from .order import IGNORED, loader
 from .schedules import Schedule, WarmupCosine, scheduled
 
@@ -76,10 +79,20 @@ class Grammar(L.LightningDataModule):
         held = self.sentences // 10 + 1
         found: dict[tuple[int, ...], list[int]] = {}
         # By their words, since short sentences come up again: none that is trained on may validate.
+        missed = 0
         while len(found) < self.sentences + held:
             s, t = sentence(random)
+            known, missed = len(found), missed + 1
             if len(s) + 2 <= self.length and len(t) + 2 <= self.length:
                 found[tuple(s)] = t
+            if len(found) > known:
+                missed = 0
+            elif missed > 10_000:
+                raise DataError(
+                    f"data.sentences={self.sentences}: {known:,} sentences of at most data.length={self.length} words "
+                    f"were found, wanted {self.sentences + held:,} with those held out\n"
+                    "  Give a smaller data.sentences, or a larger data.length"
+                )
         pairs = [self._padded([START, *s, END]) + self._padded([START, *t, END]) for s, t in found.items()]
         data = torch.tensor(pairs).view(-1, 2, self.length)
         self.train_set = TensorDataset(data[held:, 0], data[held:, 1])
@@ -119,6 +132,7 @@ class Translator(L.LightningModule):
         self.net, self.optimizer = net, optimizer
         self.schedule = schedule or WarmupCosine()
         self.label_smoothing = label_smoothing
+        check_optimizer(optimizer, [{"params": list(net.parameters())}])  # refused here, before any data are read
 
     def _loss(self, batch: Sequence[Tensor], smoothing: float) -> tuple[Tensor, Tensor]:
         source, target = batch
@@ -130,8 +144,14 @@ class Translator(L.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch, self.label_smoothing)
+        if self.trainer.world_size > 1:
+            # Sentences are of unequal length, and each word counts the same, whichever process has it.
+            loss = share_of(self.trainer, (batch[1][:, 1:] != PAD).sum(), loss.dtype) * loss
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(of_a_whole_step(self.trainer, loss), *args, **kwargs)
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         source, target = batch
@@ -147,11 +167,18 @@ class Translator(L.LightningModule):
         # The net stops when all its sentences have ended, which may be before the right ones do.
         found = F.pad(found, (0, want.shape[1] - found.shape[1]), value=PAD)
         right = (found == want).all(1).float().mean()
-        figures = {"val/loss": loss, "val/acc": words, "val/sentences": right}
-        # Times the processes, since Lightning averages the counts over them and drops the fraction.
-        weight = count * self.trainer.world_size
-        self.log_dict(figures, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
+        # By what each is a mean over, so that the figures do not depend on how sentences fall into batches.
+        counted_words = int((want != PAD).sum()) if count else 0
+        each = (
+            ("val/loss", loss, counted_words),
+            ("val/acc", words, counted_words),
+            ("val/sentences", right, count),
+        )
+        for name, figure, weight in each:
+            # Times the processes, since Lightning averages the counts over them and drops the fraction.
+            weight *= self.trainer.world_size
+            self.log(name, figure, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())  # type: ignore[arg-type]
+        optimizer = make_optimizer(self.optimizer, [{"params": list(self.parameters())}])
         return scheduled(self.trainer, optimizer, self.schedule)

@@ -14,11 +14,23 @@ import odenets
 import schemes
 from cli.lines import answer, fails
 from odenets import packaged
+from odenets.cli import entry
 from odenets.cli.entry import COMMANDS, HELP, LIGHTNING, main
 from odenets.extras import EXTRAS
 
 ROOT = Path(odenets.__file__).parents[1]
 EVERY = sorted({*LIGHTNING, *COMMANDS})
+
+
+def test_an_interruption_while_modules_are_imported_is_two_lines(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "_run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 130 and len(lines) == 2 and lines[0] == "error: interrupted"
 
 
 def test_every_command_is_in_the_help_and_has_a_parser_beside_its_function():

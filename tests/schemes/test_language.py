@@ -124,6 +124,9 @@ BAD = [
     ("-" * 480 + "1", ["nested more than 8 deep"]),
     ("repeat(" * 9 + "euler" + ", 1)" * 9, ["nested more than 8 deep", "position 64"]),
     ("1e999999", ["out of range"]),
+    ("ees25(1e-999999999)", ["out of range"]),  # as a float it is 0, and as a fraction it has a billion digits
+    ("ees25(0.00e999999999 + 1)", ["+ joins schemes"]),
+    ("repeat(rk4, 0e999999999)", ["the count is 0"]),
     ("repeat(rk4, 9999999999999)", ["position 13", "too large"]),
     ("repeat(rk4, 1e29)", ["the count is"]),
     ("repeat(rk4, 5000)", ["the count is 5000", "1 to 4096"]),

@@ -88,6 +88,32 @@ def test_a_run_is_as_long_as_its_schedule(tmp_path, schedule):
     assert lr == 0.5 if isinstance(schedule, Constant) else lr < 0.05
 
 
+@pytest.mark.cases(3)
+@pytest.mark.parametrize("every", [1, 2, 4, 7, 3])
+def test_every_step_is_the_mean_of_its_batches(tmp_path, every):
+    """Also the last of an epoch, which has fewer: five batches of 8, and the gradients that they have by hand."""
+    seen = []
+
+    class Sees(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((*batch, {k: v.clone() for k, v in pl_module.net.state_dict().items()}))
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            net, mine = Net(), seen[:]
+            seen.clear()
+            net.load_state_dict(mine[0][2])
+            losses = [nn.functional.cross_entropy(net(x), y) for x, y, _ in mine]
+            want = torch.autograd.grad(torch.stack(losses).mean(), list(net.parameters()))
+            for p, g in zip(pl_module.net.parameters(), want, strict=True):
+                torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-5)
+            counts.append(len(mine))
+
+    counts: list[int] = []
+    model = Classifier(Net(), partial(torch.optim.SGD, lr=0.1), Constant())
+    trainer(tmp_path, callbacks=[Sees()], accumulate_grad_batches=every).fit(model, Random(n=40))
+    assert counts == [min(every, 5 - i) for _ in range(2) for i in range(0, 5, every)]
+
+
 def test_an_endless_run_wants_a_constant_rate(tmp_path):
     with pytest.raises(SchemeError, match="max_epochs"):
         trainer(tmp_path, max_epochs=-1, max_time={"seconds": 1}).fit(Classifier(Net(), sgd), Random())

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from odenets.cli import main
 from odenets.messages import explain
 from odenets.training import Classifier
 from odenets.training.command import run
+from schemes import SchemeError
 
 QUICK = str(Path(__file__).parents[2] / "experiments" / "quickstart.yaml")
 SMALL = ["-c", QUICK, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -77,12 +79,63 @@ def test_wrong_options_end_in_two_lines(capsys, args, first, second):
     assert second in " ".join(lines), lines
 
 
+@pytest.mark.cases(2)
+@pytest.mark.parametrize(
+    ("args", "first"),
+    [
+        (["--model.optimizer.nesterov", "true", "--model.optimizer.momentum", "0"], "model.optimizer: Nesterov"),
+        (["--model.optimizer", "torch.optim.LBFGS"], "model.optimizer: LBFGS doesn't support"),
+        (["--model.optimizer", "torch.optim.SparseAdam", "--model.optimizer.lr", "1"], "SparseAdam does not support"),
+        (
+            ["--model.optimizer", "torch.optim.Adagrad", "--model.schedule", "odenets.training.OneCycle"],
+            "OneCycle moves the momentum, and Adagrad has none",
+        ),
+        (["--trainer.val_check_interval", "1000"], "`val_check_interval` (1000)"),
+        (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches is 0; wanted"),
+        (["--trainer.devices", "foo"], "TypeError: `devices` selected"),
+        (["--seed_everything", "-1"], "seed_everything is -1; wanted 0 to"),
+    ],
+)
+def test_what_torch_and_lightning_refuse_late_ends_in_two_lines(capsys, args, first):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *SMALL, "--trainer.max_epochs", "1", *args])
+    lines = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert stop.value.code == 2 and lines[0].startswith(f"error: {first}") and lines[1].startswith("  "), lines
+
+
+def test_an_optimiser_is_refused_before_the_earlier_run_is_set_aside():
+    """And nothing that it leaves at parameters stays: it is tried on others."""
+    seen = []
+
+    def hooked(groups):
+        params = [p for group in groups for p in group["params"]]
+        seen.extend(params)
+        for p in params:
+            p.register_post_accumulate_grad_hook(lambda p: None)
+        return torch.optim.SGD(groups, lr=0.1)
+
+    net = torch.nn.Linear(2, 2)
+    Classifier(net, hooked)
+    assert len(seen) == 2 and not {id(p) for p in seen} & {id(p) for p in net.parameters()}
+    assert all(not p._post_accumulate_grad_hooks for p in net.parameters())
+    with pytest.raises(SchemeError, match="momentum"):
+        Classifier(net, partial(torch.optim.SGD, lr=0.1, nesterov=True))
+
+
 def test_wrong_keys_and_syntax_in_a_file(capsys):
     Path("bad.yaml").write_text("a: [1\nb: 2")
     assert "parsing" in fails(capsys, "fit", "-c", "bad.yaml")[0]
     Path("bad.yaml").write_text("trainer: {max_epoch: 3}")
     lines = fails(capsys, "fit", "-c", QUICK, "-c", "bad.yaml")
     assert "max_epoch" in lines[0] and "trainer.max_epochs" in lines[1]
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("group", ["trainer", "checkpoint", "last"])
+def test_null_is_no_group_of_options(capsys, group):
+    Path("c.yaml").write_text(f"{group}: null\n")
+    first, second = fails(capsys, "fit", *SMALL, "-c", "c.yaml")
+    assert first.startswith(f"error: {group}") and "null" in first + second
 
 
 def test_an_unknown_message_is_passed_on_in_one_line():

@@ -88,6 +88,27 @@ def test_a_wrong_folder_is_two_lines(tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("name", [".", "", "..", "{cwd}"])
+def test_the_folder_that_the_command_runs_in_is_not_renamed(tmp_path, monkeypatch, name):
+    """Nor one around it: they hold more than a run."""
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    folder = Path(name.format(cwd=Path.cwd()))
+    (folder / "config.yaml").write_text("a: 1")
+    before = sorted(tmp_path.rglob("*"))
+    lock = FolderLock(folder)
+    lock.acquire()
+    with pytest.raises(DataError, match=r"runs in this folder: it is not set aside\n  Give a folder of its own"):
+        lock.set_aside()
+    lock.release()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_whose_name_is_none(tmp_path):
+    with pytest.raises(DataError, match="is no path"):
+        FolderLock(Path(f"{tmp_path}/a\0b")).acquire()
+
+
 def test_the_earlier_run_is_set_aside_and_the_new_folder_held(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -45,6 +45,33 @@ def test_each_parameter_has_the_rate_of_its_depth(name):
         assert decay == (0.3 if p.ndim > 1 else 0.0), key
 
 
+class Table(nn.Module):
+    """A table of positions beside a weight, as timm's networks name them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed, self.head = nn.Parameter(torch.zeros(1, 4, 8)), nn.Linear(8, 2)
+
+    def no_weight_decay(self):
+        return {"pos_embed"}
+
+
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [
+        (lambda: create_model("vit_small_patch16", depth=1, dim=8, heads=2), {"stem.positions", "stem.class_token"}),
+        (Table, {"pos_embed"}),
+        (lambda: nn.Sequential(Table()), {"0.pos_embed"}),
+        (lambda: small("revcol_tiny"), set()),  # whose published training lets factors of channels decay
+    ],
+)
+def test_what_a_network_names_does_not_decay(net, named):
+    net = net()
+    found = rates(net, adamw(parameter_groups(net)))
+    undecayed = {name for name, (_, decay) in found.items() if not decay}
+    assert undecayed == named | {name for name, p in net.named_parameters() if p.ndim <= 1}
+
+
 def test_without_a_decay_the_groups_are_those_of_before():
     net = small("resnet20", step="learned")
     optimizer = Classifier(net, adamw, step_weight_decay=0.2).make_optimizer()

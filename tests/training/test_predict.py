@@ -1,6 +1,7 @@
 """The file of predictions: a row per picture, with its name, its five most likely classes and their probabilities."""
 
 import csv
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from odenets.training import Images
 from odenets.training.callbacks import Predictions
 from odenets.training.command import run
+from odenets.training.splits import open_splits
 
 from .pictures import picture, write_folder
 
@@ -34,6 +36,25 @@ def test_rows_are_in_order_with_the_best_classes_first(tmp_path, classes):
         assert [row[f"class{key}"] for key in keys] == [names[k] for k in order]
         assert [float(row[f"probability{key}"]) for key in keys] == pytest.approx(p[order].tolist(), abs=1e-6)
         assert f"class_{len(order) + 1}" not in row
+
+
+def test_names_that_are_no_utf_8_and_classes_too(tmp_path):
+    """As old archives unpack them: read by their bytes, written with escapes."""
+    write_folder(tmp_path / "data", 2, 2)
+    one, *_ = sorted((tmp_path / "data").iterdir())
+    picture = os.fsencode(next(one.iterdir()))
+    try:
+        os.rename(picture, os.fsencode(one) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("a file system of UTF-8 alone")
+    os.rename(one, os.fsencode(tmp_path / "data") + b"/\xe9")
+    source = open_splits(tmp_path / "data")["train"]
+    assert source.names == ["\\udce9", "n0001"]
+    names = [source.name(i) for i in range(len(source))]
+    at = names.index("\\udce9/caf\\udce9.png")
+    assert source.picture(at).size[0] > 1
+    Predictions(tmp_path / "p.csv")._write({0: (names[at], [1.0], [0])}, source.names)
+    assert (tmp_path / "p.csv").read_text(encoding="utf-8").splitlines()[1] == f"0,{names[at]},\\udce9,1.000000"
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")

@@ -4,18 +4,21 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from odenets import Stack
-from odenets.training import Classifier, Constant
+from odenets.training import Classifier, Constant, module
 from odenets.training.callbacks import Agreement, Predictions
 from odenets.training.data import Cached
 from odenets.training.order import EvaluationOrder, TrainingOrder
+from odenets.training.translation import TARGET_WORDS, WORDS, Grammar, Translator
 
 from .runs import kills
 from .test_classifier import Random, trainer
@@ -65,18 +68,21 @@ class Reversible(nn.Module):
 
 
 class Keeps(Callback):
+    def __init__(self, steps: int = 102) -> None:
+        self.steps = steps
+
     def on_train_end(self, trainer, pl_module):
-        assert trainer.global_step == 102
+        assert trainer.global_step == self.steps
         if trainer.is_global_zero:
             torch.save(pl_module.state_dict(), Path(trainer.default_root_dir, f"{trainer.world_size}.pt"))
 
 
-def trained(tmp_path: Path, backprop: str, devices: int) -> dict[str, torch.Tensor]:
+def trained(tmp_path: Path, net: nn.Module, devices: int, **options: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
     data = Random(n=48)
     data.batch_size = 8 // devices
-    model = Classifier(Reversible(backprop), partial(torch.optim.SGD, lr=0.1, momentum=0.9), Constant())
-    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+    model = Classifier(net, partial(torch.optim.SGD, lr=0.1, momentum=0.9), Constant())
+    options |= {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
     options |= {"callbacks": [Keeps()], "limit_val_batches": 0, "num_sanity_val_steps": 0}
     trainer(tmp_path, max_epochs=17, precision="64-true", **options).fit(model, data)
     return torch.load(tmp_path / f"{devices}.pt")
@@ -85,10 +91,106 @@ def trained(tmp_path: Path, backprop: str, devices: int) -> dict[str, torch.Tens
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_two_processes_train_as_one(tmp_path, backprop):
-    one, two = (trained(tmp_path, backprop, devices) for devices in (1, 2))
+    one, two = (trained(tmp_path, Reversible(backprop), devices) for devices in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-10, rtol=1e-10)
     assert not torch.equal(one["net.stem.weight"], Reversible(backprop).stem.weight.double())
+
+
+class Normed(nn.Module):
+    """Convolutions with batch norms, in the stack and before it."""
+
+    def __init__(self, backprop: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+        functions = [nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(4)]
+        self.stack = Stack(functions, "revnet", backprop=backprop)
+
+    def forward(self, x):
+        return self.head(self.stack(self.norm(self.stem(x))).mean((2, 3)))
+
+
+def synced(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """What a SyncBatchNorm computes, in plain torch: its own kernels are for accelerators alone."""
+    channels = (1, -1, 1, 1)
+    if self.training:
+        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), x.new_full(x.shape[1:2], x[:, 0].numel())])
+        mean, square, count = all_reduce(sums).unbind()
+        mean, square = mean / count, square / count
+        var, count = square - mean.square(), count[0].detach()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+    else:
+        mean, var = self.running_mean, self.running_var
+    scale = self.weight / (var + self.eps).sqrt()
+    return x * scale.view(channels) + (self.bias - mean * scale).view(channels)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backprop", ["store", "checkpoint", "reverse"])
+def test_two_processes_with_synchronised_norms_train_as_one(tmp_path, monkeypatch, backprop):
+    """Of the norms themselves only torch's kernel is not run: their place in nets, steps and passes is."""
+    one = trained(tmp_path, Normed(backprop), 1)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", synced)
+    # Both refuse them on a CPU, where the kernels of torch's would be missing.
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *args: None)
+    monkeypatch.setattr(module, "check_synchronised", lambda *args: None)
+    two = trained(tmp_path, Normed(backprop), 2, sync_batchnorm=True)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-10, rtol=1e-10)
+    assert int(two["net.norm.num_batches_tracked"]) == 102
+
+
+def test_synchronised_norms_on_a_cpu_are_refused(tmp_path):
+    run = trainer(tmp_path, devices=2, strategy="ddp_fork", sync_batchnorm=True)
+    with pytest.raises(ProcessRaisedException, match=r"sync_batchnorm.*no kernels for a CPU\n.*sync_batchnorm false"):
+        run.fit(Classifier(Normed("store"), partial(torch.optim.SGD, lr=0.1)), Random())
+
+
+class Words(nn.Module):
+    """Each next word from the word before and the mean of the source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.source, self.target = nn.Embedding(WORDS, 8), nn.Embedding(TARGET_WORDS, 8)
+        self.head = nn.Linear(8, TARGET_WORDS)
+
+    def forward(self, source, target):
+        return self.head(torch.tanh(self.source(source).mean(1, keepdim=True) + self.target(target)))
+
+    def translate(self, source, length):
+        return source[:, 1:2]
+
+
+@pytest.mark.long
+def test_two_processes_count_words_as_one(tmp_path):
+    """Sentences are of unequal length: the mean over words is not the mean of the processes' means."""
+    found = []
+    for devices in (1, 2):
+        torch.manual_seed(2)
+        model = Translator(Words(), partial(torch.optim.SGD, lr=1.0), Constant(), label_smoothing=0.1)
+        options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+        options |= {"callbacks": [Keeps(30)], "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        run = trainer(tmp_path, max_epochs=10, precision="64-true", **options)
+        run.fit(model, Grammar(24, 8 // devices, 16))
+        found.append(torch.load(tmp_path / f"{devices}.pt"))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-10, rtol=1e-10)
+
+
+def test_words_are_counted_however_they_fall_into_batches(tmp_path):
+    """Figures of 3 sentences, by ones and all at once: of a word each, and of a sentence each."""
+    figures = []
+    for size in (1, 2, 3):
+        torch.manual_seed(3)
+        model = Translator(Words(), partial(torch.optim.SGD, lr=1.0))
+        figures.append(trainer(tmp_path).validate(model, Grammar(24, size, 16), verbose=False)[0])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5) and figures[0] == pytest.approx(figures[2], rel=1e-5)
+    assert set(figures[0]) == {"val/loss", "val/acc", "val/sentences"}
 
 
 class DiesInProcess1(Callback):

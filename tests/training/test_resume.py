@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from odenets.training import Classifier, Constant
+from odenets.training import Classifier, Constant, files
 from odenets.training.command import resuming_line, run
 from odenets.training.files import CheckpointError, open_checkpoint, write_whole
 from odenets.training.options import changes
@@ -182,6 +182,50 @@ def test_a_checkpoint_that_is_not_whole_names_one_that_is(whole, tmp_path, kind)
     damaged(tmp_path / "checkpoints/best.ckpt", kind)
     with pytest.raises(CheckpointError, match="Give another"):
         open_checkpoint(tmp_path / "checkpoints/last.ckpt", resume=True)
+
+
+@pytest.mark.cases(3)
+@pytest.mark.parametrize("name", files._PARTS)
+def test_a_part_of_a_checkpoint_that_is_another_is_named(whole, tmp_path, name):
+    """Whoever is given the file, and whoever looks at it to name one that is whole."""
+    shutil.copytree(whole / "run/checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/best.ckpt"
+    held = torch.load(path, weights_only=True)
+    *above, last = name.split(".")
+    (held[above[0]] if above else held)[last] = "x"
+    torch.save(held, path)
+    for resume in (True, False):
+        with pytest.raises(CheckpointError, match=rf"its {name} is x\n.*last.ckpt is whole, of step"):
+            open_checkpoint(path, resume)
+    path.with_name("last.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is empty\n.*Give another"):
+        open_checkpoint(path.with_name("last.ckpt"), resume=True)
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize(("key", "said"), [("lr_schedulers", "0 schedules"), ("optimizer_states", "0 optimisers")])
+def test_a_state_that_is_missing_is_no_new_one(whole, tmp_path, key, said):
+    """Lightning would go on without a word: with no momentum, or with the rate of the first step."""
+    held = torch.load(whole / "run/checkpoints/best.ckpt", weights_only=True)
+    torch.save({**held, key: []}, tmp_path / "less.ckpt")
+    shutil.copy(whole / "c.yaml", tmp_path)
+    lines = two_lines(tmp_path, kills.wait(kills.start(tmp_path, "--ckpt_path", "less.ckpt")))
+    assert f"holds the states of {said}, and this run has 1" in lines[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals
+def test_the_state_of_another_optimiser_is_refused(tmp_path):
+    """From AdamW to SGD nothing would fail: its momentum would be gone."""
+
+    def fit(optimizer, path=None):
+        run_ = trainer(tmp_path, max_steps=4 if path else 2, max_epochs=-1, callbacks=[Resume()], limit_val_batches=0)
+        run_.fit(Classifier(Net(), optimizer, Constant()), Random(), ckpt_path=path)
+        run_.save_checkpoint(tmp_path / "a.ckpt")
+
+    fit(partial(torch.optim.AdamW, lr=0.1))
+    with pytest.raises(SchemeError, match=r"an optimiser AdamW, and this run has SGD\n  Resume with AdamW; or"):
+        fit(partial(torch.optim.SGD, lr=0.1, momentum=0.9), tmp_path / "a.ckpt")
+    fit(partial(torch.optim.AdamW, lr=0.1, eps=1e-3), tmp_path / "a.ckpt")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
