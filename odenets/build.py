@@ -13,7 +13,7 @@ from schemes.adaptive import NO_GRAPH
 from schemes.errors import MixingWarning, SchemeError
 from schemes.language import shorten
 from schemes.runge_kutta import RungeKutta
-from schemes.scheme import Scheme, State
+from schemes.scheme import Scheme, State, signature
 from schemes.step_size import Fixed, FromError, PerDepth, StepSize
 
 from .checks import warn_of_own_skip
@@ -134,6 +134,34 @@ def example_of(given: Any) -> Any:
         raise SchemeError(
             f"Stack: example is {shorten(repr(given), 60)}, and a tensor of that shape cannot be made here."
         ) from None
+
+
+def check_arguments(functions: Sequence[nn.Module], scheme: Scheme) -> None:
+    """Refuses functions whose signature tells that they cannot be called with one stream, where that is what they get.
+
+    Raises:
+        SchemeError: with the signature.
+    """
+    if type(scheme).slots is not Scheme.slots:  # functions of several streams
+        return
+    for i, f in enumerate(functions):
+        own = f.function if isinstance(f, FunctionModule) else f
+        try:
+            form = inspect.signature(own.forward if isinstance(own, nn.Module) else own)
+        except (TypeError, ValueError):  # some builtins have none
+            continue
+        takes = signature(own)
+        named = {name: None for name in ("t", "context") if name in form.parameters}
+        given = ("t", "x") if takes.first else ("x",)
+        if takes.first:
+            named.pop("t")
+        try:
+            form.bind(*given, **named)
+        except TypeError:
+            raise SchemeError(
+                f"Stack: residual function {i} takes {form}, and is called with x, and with t and context where it "
+                "names them.\n  Wrap it: lambda x: ..."
+            ) from None
 
 
 def check_slots(shared: nn.Module | None, scheme: Scheme) -> None:

@@ -163,7 +163,9 @@ def _events(
         components = [place.component for place in places]
         # An event that did not end its sample is found, but its time carries no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and event.terminal):
-            got = attach_rows(event, whole, solve.rows.at(None), samples, components, t, torch.stack(at))
+            got = attach_rows(
+                places[0].number, event, whole, solve.rows.at(None), samples, components, t, torch.stack(at)
+            )
         states_there = problem.packing.unpack(got.y)
         for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
             one = pytree.tree_map(lambda x, i=i: x[i], states_there)
