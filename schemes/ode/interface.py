@@ -177,7 +177,7 @@ def odeint_adjoint(
         "adjoint_atol": adjoint_atol,
         "adjoint_method": adjoint_method,
         "adjoint_options": adjoint_options,
-        "adjoint_params": None if adjoint_params is None else tuple(adjoint_params),
+        "adjoint_params": adjoint_params,
     }
     # None is torchdiffeq's way to say "as in the forward solve", and so it is left out.
     given = {**(options or {}), **{k: v for k, v in back.items() if v is not None}}

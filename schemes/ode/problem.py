@@ -1,7 +1,7 @@
 """What a solve is asked for: its arguments, read and checked before the field is called for the first time."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,19 @@ class Settings:
     endless: bool = False
 
 
+def _tensors(params: Any) -> tuple[Tensor, ...]:
+    """The tensors that the user says the field reads."""
+    if params is None:
+        return ()
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise SchemeError(f"odeint: adjoint_params is a {type(params).__name__}, want a tuple of tensors.")
+    found = tuple(params)
+    for x in found:
+        if not isinstance(x, Tensor):
+            raise SchemeError(f"odeint: adjoint_params holds a {type(x).__name__}, want tensors alone.")
+    return found
+
+
 class Problem:
     """The arguments of a solve, checked and packed.
 
@@ -96,6 +109,7 @@ class Problem:
             if not isinstance(name, str):
                 raise SchemeError(f"odeint: options has the key {name!r}, want names of options.")
         self.back = {k: self.options.pop(k) for k in list(self.options) if k.startswith("adjoint_")}
+        self.params = _tensors(self.back.get("adjoint_params"))
         self.rtol, self.atol = settings.rtol, settings.atol
         self.scheme = self._scheme(settings.method)
         self.times = self._times(t)
@@ -137,7 +151,7 @@ class Problem:
             raise SchemeError(f"odeint: t is of shape {tuple(t.shape)}, want a row of times.")
         if self.endless and t.shape[-1] != 2:
             raise SchemeError(f"odeint: an event takes two times (start and direction), got {t.shape[-1]}.")
-        if not t.numel():
+        if not t.shape[-1]:
             raise SchemeError("odeint: t is empty, want the time of y0 at least.")
         if self.endless and not any(shape.numel() for shape in self.packing.shapes):
             raise SchemeError("odeint: y0 has no entries, and so no event would end the solve; leave event_fn away.")
@@ -172,7 +186,7 @@ class Problem:
     @property
     def known(self) -> tuple[Tensor, ...]:
         """Tensors that the user says the field reads."""
-        return tuple(self.back.get("adjoint_params") or ())
+        return self.params
 
     def control(self) -> Control:
         """Tolerances, limits and the controller."""

@@ -86,5 +86,5 @@ class Solution:
         # The last piece goes on beyond an event that has ended the solve, and says nothing there.
         start, end = pieces[0].t0, float(self.reached)
         if not start * sign <= t * sign <= end * sign:
-            raise SchemeError(f"Solution: t={t} lies outside of the solve, from {start} to {end}.")
+            raise SchemeError(f"Solution: t={t:.10g} lies outside of the solve, from {start:.10g} to {end:.10g}.")
         return pieces[min(bisect.bisect_left(pieces, t * sign, key=lambda p: p.t1 * sign), len(pieces) - 1)]

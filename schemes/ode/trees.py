@@ -135,6 +135,8 @@ class Packing:
         for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise SchemeError(f"odeint: {name} requires a gradient; a tolerance has none, detach it.")
+            if isinstance(leaf, Tensor) and (leaf.is_complex() or leaf.dtype == torch.bool):
+                raise SchemeError(f"odeint: {name} holds a tensor of {leaf.dtype}, want real numbers.")
             if not isinstance(leaf, Tensor) and (isinstance(leaf, bool) or not isinstance(leaf, (int, float))):
                 raise SchemeError(f"odeint: {name} holds {leaf!r}, want numbers or tensors.")
             part = torch.as_tensor(leaf, dtype=real, device=like.device)
