@@ -46,6 +46,10 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
     """
     if not x.is_floating_point():
         raise SchemeError(f"layer_cam: pictures of {x.dtype} have no gradient.\n  Give what the network is trained on.")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise SchemeError(
+            "layer_cam: in torch.inference_mode nothing has a gradient.\n  Call it outside, with x.clone()."
+        )
     # The input asks for a gradient, so that features have a graph even in a frozen network; the network gets a copy
     # that is no leaf, so that it may write into it.
     given = x.detach().requires_grad_()
@@ -71,8 +75,6 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
                 f"layer_cam: the streams of {name} are of several sizes: {sizes}.\n"
                 f"  Choose one of them, {name.removesuffix(READOUT)}0."
             )
-        for _, g in used:
-            _refuse_class_token_alone(g, name, x)
         a, g = (torch.cat([_as_map(pair[i], name, x) for pair in used], 1) for i in (0, 1))
         heat = _heat(a, g)
         if not heat.isfinite().all():
@@ -134,16 +136,6 @@ def _heat(a: Tensor, g: Tensor) -> Tensor:
 
 def _or_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, torch.ones_like(x))
-
-
-def _refuse_class_token_alone(g: Tensor, name: str, x: Tensor) -> None:
-    """Refuses tokens of which the score reads the class token alone: the map of the others would be 0 throughout."""
-    patches = _as_map(g, name, x)
-    if g.dim() == 3 and patches.shape[2:].numel() < g.shape[1] and not patches.any() and bool(g.any()):
-        raise SchemeError(
-            f"layer_cam: from {name} on the score depends on the class token alone, and on no patch.\n"
-            "  Choose a place before the last attention."
-        )
 
 
 def _as_map(y: Tensor, name: str, x: Tensor) -> Tensor:
