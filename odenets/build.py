@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from schemes import registry
 from schemes.adaptive import NO_GRAPH
 from schemes.errors import MixingWarning, SchemeError
 from schemes.language import shorten
@@ -25,6 +26,17 @@ from .step import FunctionModule, PerSlot, Revision, Step
 MIXING_LIMIT = 30.0
 MAX_DEPTH = 1_000_000  # steps are modules, of a few kB each
 SEEDS = -(2**63), 2**64 - 1  # what torch's generators take
+
+
+def read(scheme: str | Scheme, block: Any) -> tuple[Scheme, list[nn.Module], nn.Module | None]:
+    """The scheme, the residual functions as modules, and what is shared of them, as far as they go together.
+
+    Raises:
+        SchemeError: an unknown scheme, or functions that cannot be called as it calls them.
+    """
+    found, (functions, shared) = registry.get(scheme), functions_of(block)
+    check_arguments(functions, found)
+    return found, functions, shared
 
 
 def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:

@@ -189,6 +189,7 @@ class Attached(NamedTuple):
     grazing: Tensor
 
 
+# long: one step of Newton's method, whose parts share everything
 def attach_rows(
     number: int,
     event: Event,
