@@ -83,7 +83,7 @@ def test_a_model_a_mode_and_a_quantity_have_one_look():
     assert looks(["store", "euler"])["store"] == looks(["reverse", "store"])["store"]
 
 
-def drawn(monkeypatch, draw):
+def laid_out(monkeypatch, draw):
     """The figure that a function draws, laid out."""
     pytest.importorskip("matplotlib")
     seen = []
@@ -99,7 +99,7 @@ def test_numbers_in_fields_do_not_cover_each_other(columns, monkeypatch):
 
     names = tuple(str(i + 1) for i in range(columns))
     maps = [WeightMap("levels.0", torch.full((1, columns), 0.0163), ("1",), names, "stage", "step")]
-    figure = drawn(monkeypatch, lambda: plots.weight_maps(maps, "a.png"))
+    figure = laid_out(monkeypatch, lambda: plots.weight_maps(maps, "a.png"))
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == (columns if columns <= 16 else 0)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
@@ -110,7 +110,7 @@ def test_the_legend_of_ranks_covers_no_curve(monkeypatch):
     from odenets.analysis import Rank
 
     profile = {f"columns.steps.{i}:1": Rank(10, 9 - i, 1.5) for i in range(9)}
-    figure = drawn(monkeypatch, lambda: plots.ranks(profile, "a.png", "title"))
+    figure = laid_out(monkeypatch, lambda: plots.ranks(profile, "a.png", "title"))
     axes = figure.axes[0]
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
     assert axes.get_ylabel() == "dimensions" and all(float(y).is_integer() for y in axes.get_yticks())
