@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from schemes import registry
 from schemes.adaptive import NO_GRAPH
 from schemes.errors import MixingWarning, SchemeError
 from schemes.language import shorten
 from schemes.runge_kutta import RungeKutta
-from schemes.scheme import Scheme, State
+from schemes.scheme import Scheme, State, signature
 from schemes.step_size import Fixed, FromError, PerDepth, StepSize
 
 from .checks import warn_of_own_skip
@@ -25,6 +26,17 @@ from .step import FunctionModule, PerSlot, Revision, Step
 MIXING_LIMIT = 30.0
 MAX_DEPTH = 1_000_000  # steps are modules, of a few kB each
 SEEDS = -(2**63), 2**64 - 1  # what torch's generators take
+
+
+def read(scheme: str | Scheme, block: Any) -> tuple[Scheme, list[nn.Module], nn.Module | None]:
+    """The scheme, the residual functions as modules, and what is shared of them, as far as they go together.
+
+    Raises:
+        SchemeError: an unknown scheme, or functions that cannot be called as it calls them.
+    """
+    found, (functions, shared) = registry.get(scheme), functions_of(block)
+    check_arguments(functions, found)
+    return found, functions, shared
 
 
 def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
@@ -134,6 +146,34 @@ def example_of(given: Any) -> Any:
         raise SchemeError(
             f"Stack: example is {shorten(repr(given), 60)}, and a tensor of that shape cannot be made here."
         ) from None
+
+
+def check_arguments(functions: Sequence[nn.Module], scheme: Scheme) -> None:
+    """Refuses functions whose signature tells that they cannot be called with one stream, where that is what they get.
+
+    Raises:
+        SchemeError: with the signature.
+    """
+    if type(scheme).slots is not Scheme.slots:  # functions of several streams
+        return
+    for i, f in enumerate(functions):
+        own = f.function if isinstance(f, FunctionModule) else f
+        try:
+            form = inspect.signature(own.forward if isinstance(own, nn.Module) else own)
+        except (TypeError, ValueError):  # some builtins have none
+            continue
+        takes = signature(own)
+        named = {name: None for name in ("t", "context") if name in form.parameters}
+        given = ("t", "x") if takes.first else ("x",)
+        if takes.first:
+            named.pop("t")
+        try:
+            form.bind(*given, **named)
+        except TypeError:
+            raise SchemeError(
+                f"Stack: residual function {i} takes {form}, and is called with x, and with t and context where it "
+                "names them.\n  Wrap it: lambda x: ..."
+            ) from None
 
 
 def check_slots(shared: nn.Module | None, scheme: Scheme) -> None:

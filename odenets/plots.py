@@ -264,6 +264,11 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
     return _write(figure, path)
 
 
+def _numbered(m: "WeightMap") -> bool:
+    """Whether the values are written into their fields."""
+    return m.values.numel() <= 64 and m.values.shape[1] <= 16
+
+
 def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") -> Path:
     """Mean absolute weights, a panel per stack with its own scale; white where nothing connects the two.
 
@@ -279,6 +284,8 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
     down = -(-len(maps) // across)
     widest, tallest = (max(m.values.shape[i] for m in maps) for i in (1, 0))
     width, height = (min(4.5, max(2.4, 0.17 * n + 1.3)) for n in (widest, tallest))
+    # Room for a number in every field that has one, which is as wide as four digits.
+    width = max([width, *(0.34 * m.values.shape[1] + 1.3 for m in maps if _numbered(m))])
     figure = _figure(width * across + 0.3, height * down + 0.4)
     for place, m in enumerate(maps, 1):
         axes = figure.add_subplot(down, across, place)
@@ -290,13 +297,15 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
             ticks = sorted({*range(0, len(names) - every, every), len(names) - 1})
             long = which is axes.xaxis and max(map(len, names)) > 3
             which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6, rotation=90 if long else 0)
-        if m.values.numel() <= 64:
+        if _numbered(m):
             # Values that are close to each other, such as alphas, have one colour.
             _numbers(axes, m.values.tolist(), float(m.values.nan_to_num(0).max()))
         axes.set_xlabel(m.column, fontsize=7)
         axes.set_ylabel(m.row, fontsize=7)
         axes.set_title(m.name, fontsize=8)
-        figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.ax.tick_params(labelsize=6)
+        bar.set_label("mean |alpha|" if m.row == "level" else "mean |weight|", fontsize=6)
     figure.suptitle(title, fontsize=9)
     return _write(figure, path)
 
@@ -321,8 +330,11 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
         axes.plot(at, values, marker=MARKERS[number], color=COLOURS[number], markersize=4, label=name)
     axes.set_xticks(at, list(profile), rotation=90, fontsize=6)
     axes.set_ylim(bottom=0)
+    axes.set_ylabel("dimensions", fontsize=8)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    # Outside: the curves leave no corner that is free for sure.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     axes.set_title(title, fontsize=9)
     return _write(figure, path)
 

@@ -110,7 +110,7 @@ class Stack(nn.Module):
         step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
         # All is read before anything is made: what is refused leaves nothing behind.
         mode, start = parse_mode(backprop), None if example is None else build.example_of(example)
-        self.scheme, (functions, shared) = registry.get(scheme), build.functions_of(block)
+        self.scheme, functions, shared = build.read(scheme, block)
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
         self.rule = build.resolved(step_size(step), shared, self.scheme, self.depth)
         build.warn(self.scheme, self.rule, functions, shared is not None)

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from schemes.errors import SchemeError
+from schemes.ode.options import row
 from schemes.scheme import Scheme
 from schemes.step_size import FromError, StepSize
 
@@ -33,7 +34,10 @@ def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
     Raises:
         SchemeError: they are not in order, or lie beyond the steps.
     """
-    times = [float(x) for x in at]
+    given = row("at", at, "trajectory").reshape(-1)
+    if given.requires_grad:
+        raise SchemeError("trajectory: at requires a gradient, which times have none of here; detach it.")
+    times: list[float] = given.tolist()
     end = math.fsum(sizes)
     sign = -1.0 if end < 0 else 1.0
     if not all((b - a) * sign > 0 for a, b in pairwise(times)):

@@ -1,6 +1,7 @@
 """Continuous depth: an adaptive solver in place of a fixed step."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .ode.gradients import solved
 from .ode.pairs import Pair
 from .ode.reads import Reads
 from .ode.run import NOT_FINITE, Run
+from .ode.trees import HALF
 from .runge_kutta import RungeKutta
 from .scheme import Function, Scheme, State, StepSize
 
@@ -25,6 +27,11 @@ NO_GRAPH = (
     "the solver chooses its steps by the values that it meets, which no recorded graph can.\n"
     "  Record fixed steps of the same function: stack.rebuilt('rk4', depth=16), or Stack(f, 'rk4', 16, step='1/depth')."
 )
+
+
+def _written(value: Any) -> str:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return str(float(value)) if real else repr(value)
 
 
 class Solved(NamedTuple):
@@ -97,11 +104,15 @@ class Adaptive(Scheme):
             raise SchemeError(f"adaptive: no backend {backend!r}; there are {', '.join(BACKENDS)}.")
         if backend == "torchdiffeq" and name not in TORCHDIFFEQ:
             raise SchemeError(f"adaptive: no adaptive method {name!r}; torchdiffeq has {', '.join(TORCHDIFFEQ)}.")
+        for key, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+                raise SchemeError(f"adaptive: {key} is {_written(value)}, want a positive number.")
+        if max_steps != int(max_steps):
+            raise SchemeError(f"adaptive: max_steps is {float(max_steps):g}, want a whole number.")
+        if not isinstance(adjoint, bool):
+            raise SchemeError(f"adaptive: adjoint is {adjoint!r}, want true or false.")
         self.method, self.rtol, self.atol, self.backend = name, float(rtol), float(atol), backend
-        self.adjoint, self.max_steps = bool(adjoint), int(max_steps)
-        for key, value in (("rtol", self.rtol), ("atol", self.atol), ("max_steps", self.max_steps)):
-            if not 0 < value < float("inf"):
-                raise SchemeError(f"adaptive: {key} is {value}, want a positive number.")
+        self.adjoint, self.max_steps = adjoint, int(max_steps)
         self.pair = Pair(method)
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
@@ -152,9 +163,13 @@ class Adaptive(Scheme):
         if self.backend == "torchdiffeq":
             return Solved(self._torchdiffeq(f, x, times, h), None)
         control = Control(self.rtol, self.atol, max_steps=self.max_steps)
+        own = x.dtype
+        if own in HALF:
+            # A small step would be lost on a state of half precision; the function still sees its own.
+            x = x.float()
 
         def func(since: Tensor, y: Tensor) -> Tensor:
-            return f(y, since)
+            return f(y.to(own), since)
 
         def check(run: Run) -> None:
             if on_run is not None:
@@ -176,7 +191,7 @@ class Adaptive(Scheme):
             # The end of the interval moves along the flow.
             d = (h - h.detach()).to(x.device, x.real.dtype if x.is_complex() else x.dtype)
             values[-1] = moved(func, clock(end, x), values[-1], d)
-        return Solved(values, run)
+        return Solved([y.to(own) for y in values], run)
 
     def _check_input(self, x: Tensor) -> None:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -190,7 +205,7 @@ class Adaptive(Scheme):
     def _check(self, run: Run) -> None:
         if not run.failed:
             return
-        if run.status == "not_finite" and not run.accepted:
+        if run.status == "not_finite" and not run.accepted + run.rejected:
             raise SchemeError(
                 f"{self}: {run.reason()}; look at the input and at what the residual function makes of it."
             )

@@ -89,6 +89,9 @@ class Alignment:
             SchemeError: too few samples, batches of different sizes, or values that are not finite; nothing is added.
         """
         rows = [features[name].detach() for name in self.names]
+        for name, x in zip(self.names, rows, strict=True):
+            if x.is_complex():
+                raise SchemeError(f"Alignment: {name} is of {x.dtype}, want real features.\n  Try torch.view_as_real.")
         rows = [x if x.is_floating_point() else x.double() for x in rows]
         counts = [len(x) if x.dim() else 0 for x in rows]
         n = counts[0] if counts else 0
@@ -193,6 +196,10 @@ def alignment(
             found.update({**dict(features.items()), "input": x, "label": label})
             if progress is not None:
                 progress(found.batches)
+    if not found.batches:
+        raise SchemeError(
+            "alignment: no batch has the 4 samples that an estimate takes.\n  Give larger ones: --batch_size 64."
+        )
     return found.compute(), list(found.names)
 
 

@@ -38,6 +38,11 @@ class ClassAlignment(NamedTuple):
         """
         # A maximum hands on NaN, which a class without pictures has in every place.
         most = self.label.nan_to_num(-1).amax(0)
+        if not int(self.counts.sum()):
+            raise SchemeError(
+                "class_alignment: no class has enough pictures: no batch has the 4 samples that an estimate takes.\n"
+                "  Give larger ones: --batch_size 64."
+            )
         if float(most.max()) < 0:
             raise SchemeError("class_alignment: no class has enough pictures.\n  Give more: --batches 16.")
         return int(most.argmax())

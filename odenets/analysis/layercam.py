@@ -46,6 +46,10 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
     """
     if not x.is_floating_point():
         raise SchemeError(f"layer_cam: pictures of {x.dtype} have no gradient.\n  Give what the network is trained on.")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise SchemeError(
+            "layer_cam: in torch.inference_mode nothing has a gradient.\n  Call it outside, with x.clone()."
+        )
     # The input asks for a gradient, so that features have a graph even in a frozen network; the network gets a copy
     # that is no leaf, so that it may write into it.
     given = x.detach().requires_grad_()

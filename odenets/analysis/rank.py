@@ -52,6 +52,10 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int 
         raise SchemeError(f"feature_rank: features {tuple(x.shape)}, channels in dimension {at}; want (n, c) or more.")
     if rows < 1:
         raise SchemeError(f"feature_rank: rows={rows}; want at least 1.")
+    if not 0 <= tolerance < 1:
+        raise SchemeError(
+            f"feature_rank: tolerance={tolerance}; want a number from 0 to 1, of the largest singular value."
+        )
     width = x.shape[at]
     flat = x.detach().movedim(at, -1).reshape(-1, width)
     if len(flat) > rows:
@@ -60,7 +64,7 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int 
         raise SchemeError("feature_rank: features hold values that are not finite.\n  Try model.float().")
     # In single precision the rounding of the large singular values fills up the small ones, and the rank comes out
     # full.
-    values = torch.linalg.svdvals(flat.double())
+    values = torch.linalg.svdvals(flat.to(torch.complex128 if flat.is_complex() else torch.float64))
     # No channels, or nothing but zeros: the shares would be 0 / 0.
     if not values.numel() or not values[0] > 0:
         return Rank(width, 0, 0.0)

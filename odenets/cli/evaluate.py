@@ -55,12 +55,19 @@ def parser() -> w.Parser:
     return found
 
 
+def _whole(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.removeprefix("-").isdecimal() for part in parts):
+        raise w.argparse.ArgumentTypeError(f"{text}: want whole numbers with commas between them")
+    return parts
+
+
 def _sizes(text: str) -> list[int]:
-    return [w.positive(part) for part in text.split(",")]
+    return [w.positive(part) for part in _whole(text)]
 
 
 def _strengths(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in text.split(","))
+    found = tuple(map(int, _whole(text)))
     if len(set(found)) < len(found) or not set(found) <= set(STRENGTHS):
         raise w.argparse.ArgumentTypeError(f"{text}: want some of 1 to 5, each once")
     return found

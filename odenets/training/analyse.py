@@ -103,7 +103,7 @@ def _layercam(job: Job) -> Path:
     data = _data(job)
     x, _ = next(_batches(data))
     x = x[: job.options.pictures]
-    names = job.places(_of_each(places(job.net)))
+    names = job.places(_with_maps(job.net))
     heats = layer_cam(job.net, x, names)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     # Back in [0, 1], to be looked at.
@@ -127,6 +127,18 @@ KINDS: dict[str, tuple[str, Callable[[Job], Path]]] = {
     "ranks": ("numerical and effective rank of features by depth", _ranks),
     "stability": ("stability regions of the net's Runge-Kutta methods", _stability),
 }
+
+
+def _with_maps(net: nn.Module) -> list[str]:
+    """Places whose maps are looked at: what each stack gives, or of a single stack some of its steps."""
+    steps = places(net)
+    found = _of_each(steps)
+    if len(found) > 1 or len(steps) < 2:
+        return found
+    if getattr(net, "global_pool", None) == "token":
+        steps = steps[:-2] or steps  # after the last attention the class token no longer depends on the patches
+    count = min(6, len(steps))
+    return [steps[(i + 1) * len(steps) // count - 1] for i in range(count)]
 
 
 def _of_each(found: Sequence[str]) -> list[str]:

@@ -1,10 +1,12 @@
 """What a solve gives back, from what its loop found: packed values as the user's trees, events with their gradients."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dense import Point
 from .events import Found, Place, attach
 from .field import clock
 from .moving import with_times
@@ -43,6 +45,9 @@ def answer(problem: Problem, ys: Tensor, run: Run, numbers: Sequence[float]) -> 
 def solution(problem: Problem, t: Tensor, ys: Tensor, run: Run, last: Tensor, events: list[Found]) -> Solution:
     """A solution of packed values."""
     unpack = problem.packing.unpack
+    pieces: list[Any] = [*run.segments]
+    if problem.dense and not pieces:
+        pieces = [Point(float(problem.times[0].detach()), float(run.t), run.ys[0], problem.func)]
     return Solution(
         t,
         unpack(ys, (len(ys),)),
@@ -54,7 +59,7 @@ def solution(problem: Problem, t: Tensor, ys: Tensor, run: Run, last: Tensor, ev
         run.evaluations,
         events=events,
         steps=run.steps,
-        _segments=run.segments,
+        _segments=pieces,
         _packing=problem.packing,
     )
 

@@ -1,5 +1,6 @@
 """Solves that choose their steps, with one size for the whole state: by an embedded pair, or a reversible rule."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,13 +46,28 @@ def chosen(problem: Problem, y: Tensor, times: list[float], watch: Watch | None)
     )
 
 
+def _tolerance(name: str, value: Any) -> float | Tensor:
+    # Tolerances of several entries count by the strictest.
+    if isinstance(value, Tensor) and not (value.is_complex() or value.requires_grad) and value.numel():
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SchemeError(f"odeint: {name} is {value!r}, want a number.")
+    return value
+
+
 def _adjoint(problem: Problem, control: Control) -> dict[str, Any]:
     """How the adjoint equation is solved."""
     if problem.gradient != "adjoint":
         return {}
     given = dict(problem.back)
     given.pop("adjoint_params", None)
-    options = dict(given.pop("adjoint_options", None) or {})
+    options = given.pop("adjoint_options", None) or {}
+    if not isinstance(options, Mapping):
+        raise SchemeError(f"odeint: adjoint_options is a {type(options).__name__}, want a dict.")
+    options = dict(options)
+    for name in ("outputs", "context"):
+        if name in options:
+            raise SchemeError(f"odeint: adjoint_options have no {name!r}; it speaks of the values of the solve.")
     norm = options.pop("norm", None)
     if norm not in (None, "seminorm"):
         raise SchemeError(f"odeint: the adjoint's norm is {norm!r}, want 'seminorm' or None.")
@@ -62,11 +78,13 @@ def _adjoint(problem: Problem, control: Control) -> dict[str, Any]:
             f"odeint: unknown {', '.join(given)}; the adjoint has adjoint_rtol, adjoint_atol, "
             "adjoint_method, adjoint_options and adjoint_params."
         )
-    own = {k: getattr(control, k) if v is None else v for k, v in number.items()}
+    own = {k: getattr(control, k) if v is None else _tolerance(f"adjoint_{k}", v) for k, v in number.items()}
     # The adjoint's state has parameters in it too, so tolerances of single entries do not fit: the strictest serves.
     flat = {k: float(v.min()) if isinstance(v, Tensor) else float(v) for k, v in own.items()}
-    # What speaks of the forward solve's state or of its start is not handed down.
-    inner = {k: v for k, v in problem.options.items() if k not in ("norm", "first_step", "outputs")} | options
+    # What speaks of the forward solve's state or of its start is not handed down, nor what has another value here,
+    # by whichever of its names.
+    instead = {"norm", "first_step", "outputs", *(reading.ADAPTIVE.get(k, k) for k in options)}
+    inner = {k: v for k, v in problem.options.items() if reading.ADAPTIVE.get(k, k) not in instead} | options
     y0 = problem.y0
     alone = Packing(torch.zeros(1, dtype=y0.real.dtype if y0.is_complex() else y0.dtype))
     return {

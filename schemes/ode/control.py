@@ -11,6 +11,7 @@ last ratio alone.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,14 +70,21 @@ class Control:
             if not 0 <= low < math.inf:
                 raise SchemeError(f"odeint: {name} is {low:g}, want a number that is not negative.")
             self.exacting = self.exacting or (name == "atol" and low == 0)
-        if all(not isinstance(v, Tensor) and v == 0 for v in (self.rtol, self.atol)):
+        # Entry by entry, where they have several.
+        if bool(((torch.as_tensor(self.rtol) == 0) & (torch.as_tensor(self.atol) == 0)).any()):
             raise SchemeError("odeint: rtol and atol are both 0; no step meets that.")
         for name in ("max_step", "safety", "smallest", "largest", "max_steps"):
             if not getattr(self, name) > 0:
                 raise SchemeError(f"odeint: {name} is {getattr(self, name)}, want a positive number.")
         if self.first_step is not None and not 0 < abs(self.first_step) < math.inf:
             raise SchemeError(f"odeint: first_step is {self.first_step:g}, want a positive number.")
-        if not 0 <= self.min_step <= self.max_step:
+        for name in ("proportional", "integral", "derivative"):
+            if not math.isfinite(getattr(self, name)):
+                raise SchemeError(f"odeint: {name} is {getattr(self, name):g}, want a finite number.")
+        if not self.integral > 0:
+            # Steps of an error that stays would shrink by the safety, one after another, down to nothing.
+            raise SchemeError(f"odeint: integral is {self.integral:g}, want a positive number: it holds the step size.")
+        if not 0 <= self.min_step <= self.max_step or self.min_step == math.inf:
             raise SchemeError(
                 f"odeint: min_step is {self.min_step:g} and max_step {self.max_step:g}, want 0 <= min_step <= max_step."
             )
@@ -106,7 +114,10 @@ class Control:
         """The error of a step in units of what is allowed, from the absolute values at its ends; overwrites error."""
         weighted = error.div_(self.scale(torch.maximum(size0, size1)))
         # The one place in a step that waits for the device: the host has to know whether to go on.
-        return float(self.measure(weighted))
+        ratio = float(self.measure(weighted))
+        if ratio < 0:  # every step would be kept
+            raise SchemeError(f"odeint: norm returned {ratio:g}, want a number that is not negative.")
+        return ratio
 
     def factor(self, ratios: list[float], order: int) -> float:
         """By how much the step size changes after an accepted step; the last ratio first."""
@@ -181,6 +192,8 @@ class Pace:
         self.stuck = self.rejected and least
         self.rejected, self.broken = True, not ratio < math.inf
         self.h = self._within(h * control.shrink(ratio, self.order))
+        # At t = 0 no step is too short for the number format, down to those that cannot shrink any more.
+        self.stuck = self.stuck or abs(self.h) < sys.float_info.min
         return False
 
 

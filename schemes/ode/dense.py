@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..runge_kutta import combine
+from .field import clock
 
 
 class Segment:
@@ -54,6 +55,25 @@ class Segment:
                     slope = slope.to(k.real.dtype if k.is_complex() else k.dtype)
                 total = slope * k if total is None else total + slope * k
         return total
+
+
+class Point:
+    """A solve that took no step: it ended where it started, or its state has no entries."""
+
+    def __init__(self, t0: float, t1: float, y: Tensor, func: Any):
+        self.t0, self.t1, self.y, self.func = t0, t1, y, func
+
+    def at(self, t: float | Tensor) -> Tensor:
+        """The value."""
+        if not isinstance(t, Tensor):
+            return self.y
+        y = self.y
+        return y + (t - self.t0).to(y.real.dtype if y.is_complex() else y.dtype) * self.derivative(t)
+
+    def derivative(self, t: float | Tensor) -> Tensor:
+        """The slope there."""
+        k = self.func(clock(self.t0, self.y), self.y)
+        return k if k.numel() else k.expand(self.y.shape)
 
 
 class Hermite:

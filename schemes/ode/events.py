@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from .field import clock, moved
+from .functions import callable_as
 from .run import Run
 
 
@@ -43,10 +44,58 @@ class Event:
     at_start: bool = False
 
     def __post_init__(self):
-        if not callable(self.fn):
-            raise SchemeError(f"Event: fn is a {type(self.fn).__name__}, want a function of (t, y).")
+        callable_as("Event: fn", self.fn, "t", "y")
+        for name in ("terminal", "at_start"):
+            if not isinstance(getattr(self, name), bool):
+                raise SchemeError(f"Event: {name} is {getattr(self, name)!r}, want True or False.")
         if self.direction not in (-1, 0, 1):
             raise SchemeError(f"Event: direction is {self.direction!r}, want -1, 0 or 1.")
+
+    def value(self, number: int, t: Tensor, y: Any) -> Tensor:
+        """What the function says, checked; ``number`` is the event's place in the list of events.
+
+        Raises:
+            SchemeError: it is no tensor of real numbers.
+        """
+        value = self.fn(t, y)
+        if not isinstance(value, Tensor):
+            # A number read from a tensor has lost its gradient, and a list of them too.
+            raise SchemeError(
+                f"odeint: event {number} returned a {type(value).__name__}, want a tensor (of several: torch.stack), "
+                "whose gradient that of the time is made of."
+            )
+        if not value.is_floating_point():
+            raise SchemeError(
+                f"odeint: event {number} returned {value.dtype}, want real floating-point numbers that cross zero: "
+                "y[0] - 1, not y[0] < 1."
+            )
+        if not value.numel():
+            raise SchemeError(f"odeint: event {number} returned no value, and so nothing would cross zero.")
+        return value
+
+
+def listed(events: Any) -> list[Event]:
+    """Events as a list.
+
+    Raises:
+        SchemeError: they are no events.
+    """
+    if events is None or isinstance(events, Event):
+        return [] if events is None else [events]
+    for event in events if isinstance(events, (list, tuple)) else [events]:
+        if not isinstance(event, Event):
+            raise SchemeError(f"odeint: events holds a {type(event).__name__}, want events: [schemes.Event(f), ...].")
+    return [*events]
+
+
+def refuse_nan(number: int, value: float, t: float, sample: int | None = None) -> None:
+    """Raises a SchemeError where the value of an event function is NaN, which has no sign."""
+    if value != value:
+        where = f"t={t:.6g}" + ("" if sample is None else f", sample {sample}")
+        raise SchemeError(
+            f"odeint: event {number} is NaN at {where}; it wants a value on both sides of its zero, "
+            "such as y - 1 in place of log(y)."
+        )
 
 
 class Place(NamedTuple):
@@ -93,29 +142,39 @@ class Watch:
         self.signs: list[float] = []
         self.owners: list[tuple[int, int]] = []
         self.places: list[Place] = []
+        self.sizes: list[int] | None = None
 
     def _values(self, t: float, y: Tensor) -> list[Tensor]:
         state = self.unpack(y)
         found = []
-        for event in self.events:
-            value = event.fn(clock(t, y), state)
-            if not isinstance(value, Tensor):
-                value = torch.as_tensor(value)
+        before = None if y.is_inference() else y._version
+        for n, event in enumerate(self.events):
             # In double for the secants, which take differences of values that are close.
-            found.append(value.detach().reshape(-1).to(y.device, torch.float64))
+            found.append(event.value(n, clock(t, y), state).detach().reshape(-1).to(y.device, torch.float64))
+            if before is not None and y._version != before:
+                raise SchemeError(f"odeint: event {n} changes its argument y in place; write to a copy, y.clone().")
+        sizes = [len(part) for part in found]
+        if self.sizes is not None and sizes != self.sizes:
+            raise SchemeError(f"odeint: the events had {self.sizes} values at the start, {sizes} at t={t:.6g}.")
+        self.sizes = sizes
         return found
+
+    def _known(self, values: list[float], t: float) -> list[float]:
+        for (n, _), value in zip(self.owners, values, strict=True):
+            refuse_nan(n, value, t)
+        return values
 
     def values(self, t: float, y: Tensor) -> list[float]:
         """The values of all event functions, one after another."""
         with torch.no_grad():
-            return torch.cat(self._values(t, y)).tolist()
+            return self._known(torch.cat(self._values(t, y)).tolist(), t)
 
     def start(self, run: Run, y: Tensor) -> bool:
         """Looks at the start; whether the solve ends there."""
         with torch.no_grad():
             parts = self._values(run.t, y)
         self.owners = [(n, c) for n, part in enumerate(parts) for c in range(len(part))]
-        values = torch.cat(parts).tolist()
+        values = self._known(torch.cat(parts).tolist(), run.t)
         self.signs = [(v > 0) - (v < 0) for v in values]
         for (n, c), v in zip(self.owners, values, strict=True):
             # Else the solve leaves zero first, and a bouncing ball is not caught on the ground that it starts from.
@@ -138,7 +197,7 @@ class Watch:
         hits: list[tuple[float, int]] = []
         before = piece.t0
         for t, row in zip(times, table, strict=True):
-            for m, value in enumerate(row):
+            for m, value in enumerate(self._known(row, t)):
                 old, new = self.signs[m], (value > 0) - (value < 0)
                 event = self.events[self.owners[m][0]]
                 # A function that starts at zero has no sign yet; the first one that it takes is no crossing.
@@ -213,7 +272,7 @@ def attach(
         # Leaves of their own: only the slopes at the event are wanted, and no graph behind it.
         time = clock(t, y).requires_grad_()
         at = y.detach().requires_grad_()
-        g = torch.as_tensor(fn(time, unpack(at))).reshape(-1)[component]
+        g = fn(time, unpack(at)).reshape(-1)[component]
         parts = torch.autograd.grad(g, [time, at], allow_unused=True) if g.requires_grad else (None, None)
     with torch.no_grad():
         f = func(clock(t, y), y.detach())
@@ -228,7 +287,7 @@ def attach(
     if not torch.is_grad_enabled():
         return found, y, grazing
     at_event = clock(t, y)
-    g = torch.as_tensor(fn(at_event, unpack(y))).reshape(-1)[component]
+    g = fn(at_event, unpack(y)).reshape(-1)[component]
     if not g.requires_grad:
         return found, y, grazing
     if grazing:
@@ -239,7 +298,7 @@ def attach(
     # Zero in value: the time is that which was located, and only its derivatives are new.
     shift = newton(g, slope, y)
     there = moved(func, at_event, y, shift)
-    g = torch.as_tensor(fn(at_event + shift.to(at_event.dtype), unpack(there))).reshape(-1)[component]
+    g = fn(at_event + shift.to(at_event.dtype), unpack(there)).reshape(-1)[component]
     shift = shift + newton(g, slope, y)
     return found + shift.to(dtype), moved(func, at_event, y, shift), grazing
 

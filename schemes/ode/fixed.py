@@ -18,15 +18,50 @@ from .run import Run
 Time = float | Tensor
 
 
-def grids(times: Sequence[float], size: float | None, steps: int | None) -> list[list[float]]:
+class Grid(Sequence[float]):
+    """The times of equal steps from a start to an end, made as they are asked for: there may be billions.
+
+    Args:
+        start: the first time.
+        end: the last time, which is met exactly.
+        n: number of steps.
+        size: their size with its sign, the last one shorter; None divides the interval into equal ones.
+    """
+
+    def __init__(self, start: float, end: float, n: int, size: float | None = None):
+        self.start, self.end, self.n, self.size = start, end, n, size
+
+    def __len__(self) -> int:
+        return self.n + 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = i + len(self) if i < 0 else i
+        if not 0 <= i <= self.n:
+            raise IndexError(i)
+        if i == self.n:
+            return self.end
+        # Each from the start, so that nothing adds up.
+        return self.start + ((self.end - self.start) * (i / self.n) if self.size is None else self.size * i)
+
+
+def count(start: float, end: float, size: float) -> int:
+    """How many steps of at most that size there are between two times.
+
+    Raises:
+        SchemeError: more than a number format can tell apart.
+    """
+    # Less a hair: an interval of 0.3 in steps of 0.1 is three steps and not four.
+    n = abs(end - start) / size - 1e-9
+    if not n < 2.0**53:
+        raise SchemeError(f"odeint: a step_size of {size:g} is lost against times from {start:g} to {end:g}.")
+    return max(1, math.ceil(n))
+
+
+def grids(times: Sequence[float], size: float | None, steps: int | None) -> list[Grid]:
     """The grid of each interval: so many equal steps, or as many as keep a step within a size; one if neither."""
-    found = []
-    for t0, t1 in pairwise(times):
-        # Less a hair: an interval of 0.3 in steps of 0.1 is three steps and not four.
-        n = steps or (1 if size is None else max(1, math.ceil(abs(t1 - t0) / size - 1e-9)))
-        # Each from the start, so that nothing adds up, and the last one the very number that was asked for.
-        found.append([t0 + (t1 - t0) * (i / n) for i in range(n)] + [t1])
-    return found
+    return [Grid(a, b, steps or (1 if size is None else count(a, b, size))) for a, b in pairwise(times)]
 
 
 class Stepper:

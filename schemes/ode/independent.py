@@ -9,6 +9,7 @@ and nothing else; so what a rejected step did, infinities included, leaves no tr
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -315,7 +316,7 @@ class Solve:
         return Front(t, y, k, h, self._stops(), log.status == RUNNING)
 
     def _events_at_start(self, watch: Signs, front: Front, log: Log) -> None:
-        for place, row, theta in watch.start():
+        for place, row, theta in watch.start(front.active):
             log.events.append(place)
             log.samples.append(row)
             if self.events[place.number].terminal:
@@ -334,6 +335,7 @@ class Solve:
         # As in ``control.Pace``: two steps of half the rest, so that no sliver of a step is left.
         h = torch.where(lands, rest, torch.where(front.h * 2 > rest, rest / 2, front.h))
         least = front.again & (front.h <= control.min_step) & ~lands & (front.ratio > 1)
+        least |= front.again & (front.h < sys.float_info.min)  # as in ``control.Pace``
         stuck = front.active & ((front.t + self.sign * h == front.t) | least)
         ended = front.active & (front.tries >= control.max_steps)
         why = torch.where(front.broken, NOT_FINITE, UNDERFLOW)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import SchemeError
 from ..scheme import Scheme
 from .events import Event
+from .options import row
 from .problem import Problem, Settings
 from .solution import Solution
 from .solving import solve
@@ -71,6 +72,8 @@ def odeint(
     """
     # Counted at the start too, as torchdiffeq does; an `Event` of the user's own says that itself.
     events = () if event_fn is None else event_fn if isinstance(event_fn, (list, tuple)) else (event_fn,)
+    if event_fn is not None and not events:
+        raise SchemeError("odeint: event_fn is empty, and so no event would end the solve; leave it away.")
     events = [e if isinstance(e, Event) else Event(e, at_start=True) for e in events]
     if events and not any(e.terminal for e in events):
         raise SchemeError("odeint: no event of event_fn is terminal, so the solve would not end; use integrate.")
@@ -174,7 +177,7 @@ def odeint_adjoint(
         "adjoint_atol": adjoint_atol,
         "adjoint_method": adjoint_method,
         "adjoint_options": adjoint_options,
-        "adjoint_params": None if adjoint_params is None else tuple(adjoint_params),
+        "adjoint_params": adjoint_params,
     }
     # None is torchdiffeq's way to say "as in the forward solve", and so it is left out.
     given = {**(options or {}), **{k: v for k, v in back.items() if v is not None}}
@@ -204,10 +207,23 @@ def odeint_event(
         odeint_interface: `odeint` or `odeint_adjoint`.
         kwargs: passed on.
     """
-    start = torch.as_tensor(t0).reshape(-1)
-    # Detached: the second time gives a direction, and must not carry a gradient of the first.
-    t = torch.cat((start, start.detach() + (-1.0 if reverse_time else 1.0)))
+    if event_fn is None:
+        raise SchemeError("odeint_event: event_fn is None, want a function of (t, y); without one call odeint.")
+    if not isinstance(reverse_time, bool):
+        raise SchemeError(f"odeint_event: reverse_time is {reverse_time!r}, want True or False.")
+    start = _start("t0", t0)
+    # Detached: the second time gives a direction, and must not carry a gradient of the first. Far from zero 1 is lost.
+    step = 1 + start.detach().abs()
+    t = torch.stack((start, start.detach() + (-step if reverse_time else step)))
     return (odeint_interface or odeint)(func, y0, t, event_fn=event_fn, **kwargs)
+
+
+def _start(name: str, t: Any) -> Tensor:
+    """One time as a tensor without dimensions."""
+    found = row(name, t)
+    if found.numel() != 1:
+        raise SchemeError(f"odeint: {name} is of shape {tuple(found.shape)}, want one time.")
+    return found.reshape(())
 
 
 def odeint_dense(
@@ -233,5 +249,7 @@ def odeint_dense(
         method: an embedded pair, or a scheme with fixed steps.
         options: as in `odeint`.
     """
-    t = torch.stack((torch.as_tensor(t0), torch.as_tensor(t1)))
+    start, end = _start("t0", t0), _start("t1", t1)
+    wide = torch.promote_types(start.dtype, end.dtype)
+    t = torch.stack((start.to(wide), end.to(wide)))
     return integrate(func, y0, t, method=method, rtol=rtol, atol=atol, options=options, dense=True)

@@ -1,5 +1,7 @@
 """The options of a solve, by torchdiffeq's names and ours, read once and named where they are wrong."""
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +13,7 @@ from torch import Tensor
 from ..errors import SchemeError
 from ..language import closest
 from .control import Control
+from .functions import callable_as
 from .trees import Packing
 
 # Ours, and what torchdiffeq calls them.
@@ -30,7 +33,7 @@ ADAPTIVE = {
     "derivative": "derivative",
 }
 OTHERS = {"norm", "step_t", "jump_t", "outputs", "context", "dtype"}
-FIXED = {"step_size", "steps", "grid", "grid_constructor", "interp", "perturb", "max_steps", "norm"}
+FIXED = {"step_size", "steps", "grid", "grid_constructor", "interp", "perturb", "max_steps"}
 
 
 @dataclass
@@ -61,7 +64,9 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise SchemeError(f"odeint: the option {name} requires a gradient; a limit has none, detach it.")
-        value = value.item() if value.numel() == 1 else None
+        if value.numel() != 1:
+            raise SchemeError(f"odeint: the option {name} is of shape {tuple(value.shape)}, want one number.")
+        value = value.item()
     # ``True`` is a number to Python.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SchemeError(f"odeint: the option {name} is {value!r}, want a number.")
@@ -75,14 +80,49 @@ def _whole(name: str, value: Any, more: str = "") -> int:
     return int(number)
 
 
+def row(name: str, value: Any, who: str = "odeint") -> Tensor:
+    """Times as a tensor: a tensor of floating-point numbers as it is; numbers, and sequences of them, in double.
+
+    Tensors in a sequence keep their gradients.
+    """
+    if not isinstance(value, Tensor):
+        several = isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value)
+        try:
+            if several:
+                value = torch.stack([torch.as_tensor(x).to(torch.float64).reshape(()) for x in value])
+            else:
+                value = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise SchemeError(f"{who}: {name} is {reprlib.repr(value)}, want numbers, or a tensor of them.") from None
+    if value.is_meta:
+        raise SchemeError(f"{who}: {name} is on the device meta and has no values.")
+    if not value.is_floating_point():
+        raise SchemeError(f"{who}: {name} is of {value.dtype}, want floating-point numbers.")
+    return value
+
+
 def _times(name: str, value: Any) -> list[float]:
     if value is None:
         return []
-    if isinstance(value, Tensor) and value.requires_grad:
+    if isinstance(value, Tensor) and not (value.is_complex() or value.dtype == torch.bool):
+        value = value.to(torch.float64)  # whole numbers are times too
+    found = row(name, value)
+    if found.requires_grad:
         raise SchemeError(f"odeint: {name} requires a gradient, which is not known for it; detach it.")
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=torch.float64)
-    return [float(t) for t in value.reshape(-1).tolist()]
+    return found.reshape(-1).tolist()
+
+
+def _stops(name: str, value: Any) -> list[float]:
+    times = _times(name, value)
+    if not all(map(math.isfinite, times)):
+        raise SchemeError(f"odeint: {name} holds {times}, want finite times.")
+    return times
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise SchemeError(f"odeint: the option {name} is {value!r}, want True or False.")
+    return bool(value)
 
 
 def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, y: Tensor) -> Control:
@@ -97,11 +137,15 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
             found[ours] = _number(name, options[name])
     if "max_steps" in found:
         found["max_steps"] = _whole("max_steps", found["max_steps"])
-    steps, jumps = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
+    steps, jumps = (_stops(name, options.get(name)) for name in ("step_t", "jump_t"))
     both = [*steps, *jumps]
     # The same stop twice would ask for a step of length 0.
     if len(set(both)) < len(both):
         raise SchemeError("odeint: step_t and jump_t repeat a time; name each once, in one of them.")
+    if options.get("norm") is not None:
+        callable_as("odeint: the option norm", options["norm"], "error")
+    if options.get("dtype") not in (None, torch.float64):
+        raise SchemeError(f"odeint: the option dtype is {options['dtype']!r}; times are kept in torch.float64 alone.")
     return Control(
         packing.tolerance("rtol", rtol, y),
         packing.tolerance("atol", atol, y),
@@ -129,7 +173,9 @@ def fixed(options: Mapping[str, Any]) -> FixedOptions:
     given = [name for name in ("step_size", "steps", "grid", "grid_constructor") if options.get(name) is not None]
     if len(given) > 1:
         raise SchemeError(f"odeint: {' and '.join(given)} exclude each other; give one.")
-    found = FixedOptions(perturb=bool(options.get("perturb", False)), constructor=options.get("grid_constructor"))
+    found = FixedOptions(perturb=_flag("perturb", options.get("perturb")), constructor=options.get("grid_constructor"))
+    if found.constructor is not None:
+        callable_as("odeint: the option grid_constructor", found.constructor, "func", "y0", "t")
     if options.get("step_size") is not None:
         found.step_size = abs(_number("step_size", options["step_size"]))
         if not 0 < found.step_size < float("inf"):

@@ -1,7 +1,7 @@
 """What a solve is asked for: its arguments, read and checked before the field is called for the first time."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from ..runge_kutta import RungeKutta
 from ..scheme import Scheme
 from . import options as reading
 from .control import Control
-from .events import Event
+from .events import Event, listed
 from .field import clock
+from .functions import callable_as
 from .gradients import known_gradient
 from .methods import scheme_of
 from .rules import Rule, rule, rule_for
@@ -53,6 +54,19 @@ class Settings:
     endless: bool = False
 
 
+def _tensors(params: Any) -> tuple[Tensor, ...]:
+    """The tensors that the user says the field reads."""
+    if params is None:
+        return ()
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise SchemeError(f"odeint: adjoint_params is a {type(params).__name__}, want a tuple of tensors.")
+    found = tuple(params)
+    for x in found:
+        if not isinstance(x, Tensor):
+            raise SchemeError(f"odeint: adjoint_params holds a {type(x).__name__}, want tensors alone.")
+    return found
+
+
 class Problem:
     """The arguments of a solve, checked and packed.
 
@@ -75,23 +89,33 @@ class Problem:
     """
 
     def __init__(self, func: Any, y0: Any, t: Any, settings: Settings):
-        if not callable(func):
-            raise SchemeError(f"odeint: func is a {type(func).__name__}, want a function of (t, y).")
+        options = settings.options
+        if options is not None and not isinstance(options, Mapping):
+            raise SchemeError(f"odeint: options is a {type(options).__name__}, want a dict.")
+        samples = settings.batch == "independent" and (options or {}).get("context") is not None
+        callable_as("odeint: func", func, *(("t", "y", "context") if samples else ("t", "y")))
         if settings.batch not in ("joint", "independent"):
             raise SchemeError(f"odeint: batch is {settings.batch!r}, want 'joint' or 'independent'.")
         self.gradient, self.apart = known_gradient(settings.gradient), settings.batch == "independent"
-        self.events: Sequence[Event] = list(settings.events)
+        self.events: Sequence[Event] = listed(settings.events)
+        for name in ("dense", "check"):
+            if not isinstance(getattr(settings, name), bool):
+                raise SchemeError(f"odeint: {name} is {getattr(settings, name)!r}, want True or False.")
         self.dense, self.check, self.endless = settings.dense, settings.check, settings.endless
         self.packing = Packing(y0, self.apart)
         # A copy: the adjoint's own are taken out of it, and the user's dictionary stays whole.
-        self.options = dict(settings.options or {})
+        self.options = dict(options or {})
+        for name in self.options:
+            if not isinstance(name, str):
+                raise SchemeError(f"odeint: options has the key {name!r}, want names of options.")
         self.back = {k: self.options.pop(k) for k in list(self.options) if k.startswith("adjoint_")}
+        self.params = _tensors(self.back.get("adjoint_params"))
         self.rtol, self.atol = settings.rtol, settings.atol
         self.scheme = self._scheme(settings.method)
         self.times = self._times(t)
         self.y0 = self.packing.pack(y0, "y0")
         self.user: Callable[..., Any] = func
-        self.func: Callable[..., Tensor] = self.user if self.packing.alone else self._packed
+        self.func: Callable[..., Tensor] = self.user if self.packing.plain else self._packed
         paired = isinstance(self.scheme, RungeKutta) and self.scheme.tableau.b_hat is not None
         self.rule: Rule | None = rule_for(self.scheme) if self.gradient == "reverse" else rule(self.scheme)
         # A step size can be chosen where a step comes with an error estimate, and only there.
@@ -122,15 +146,12 @@ class Problem:
         return own.pair.scheme
 
     def _times(self, t: Any) -> Tensor:
-        if not isinstance(t, Tensor):
-            t = torch.as_tensor(t, dtype=torch.float64)
-        if not t.is_floating_point():
-            raise SchemeError(f"odeint: t is of {t.dtype}, want floating-point numbers.")
+        t = reading.row("t", t)
         if t.ndim != 1 and not (self.apart and t.ndim == 2):
             raise SchemeError(f"odeint: t is of shape {tuple(t.shape)}, want a row of times.")
         if self.endless and t.shape[-1] != 2:
             raise SchemeError(f"odeint: an event takes two times (start and direction), got {t.shape[-1]}.")
-        if not t.numel():
+        if not t.shape[-1]:
             raise SchemeError("odeint: t is empty, want the time of y0 at least.")
         if self.endless and not any(shape.numel() for shape in self.packing.shapes):
             raise SchemeError("odeint: y0 has no entries, and so no event would end the solve; leave event_fn away.")
@@ -151,6 +172,9 @@ class Problem:
             raise SchemeError(f"odeint: {what} takes gradient='store' or 'checkpoint', not {self.gradient!r}.")
         if self.apart and self.dense:
             raise SchemeError("odeint: dense=True wants batch='joint'; ask for more times instead.")
+        if self.back and self.gradient != "adjoint" and [*self.back] != ["adjoint_params"]:
+            names = ", ".join(name for name in self.back if name != "adjoint_params")
+            raise SchemeError(f"odeint: {names} belongs to gradient='adjoint', not {self.gradient!r}; leave it away.")
         if "context" in self.options and not self.apart:
             raise SchemeError(
                 "odeint: the option context belongs to batch='independent'; else func reads it by itself."
@@ -162,7 +186,7 @@ class Problem:
     @property
     def known(self) -> tuple[Tensor, ...]:
         """Tensors that the user says the field reads."""
-        return tuple(self.back.get("adjoint_params") or ())
+        return self.params
 
     def control(self) -> Control:
         """Tolerances, limits and the controller."""
@@ -190,7 +214,7 @@ class Problem:
             raise SchemeError(f"odeint: {run.reason()}{more}; {self._advice(run)}.")
 
     def _advice(self, run: Run) -> str:
-        if run.status == "not_finite" and not run.accepted:
+        if run.status == "not_finite" and not run.accepted + run.rejected:
             return "look at y0 and at what func makes of it"
         if run.status == "not_finite":
             return f"{NOT_FINITE}, or ask for what was found: integrate(..., check=False)"

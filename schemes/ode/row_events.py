@@ -1,5 +1,6 @@
 """Events under control per sample: the signs of event functions, row by row, and where within a step they change."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
-from .events import Event, Place, newton
+from .events import Event, Place, newton, refuse_nan
 from .field import moved, time_dtype
 from .rows import RowField
 
@@ -46,14 +47,17 @@ class Samples:
         """The times and states of all samples, those of some rows replaced."""
         return self.t.index_copy(0, rows, t.to(self.t.dtype)), self.y.index_copy(0, rows, y)
 
-    def value(self, event: Event, t: Tensor, y: Tensor) -> Tensor:
+    def value(self, number: int, event: Event, t: Tensor, y: Tensor) -> Tensor:
         """The values of an event function, (batch, values)."""
         time = t.to(time_dtype(y)).reshape(-1, *(1,) * (y.ndim - 1))
-        value = event.fn(time, self.unpack(y))
-        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != len(y):
+        before = None if y.is_inference() else y._version
+        value = event.value(number, time, self.unpack(y))
+        if before is not None and y._version != before:
+            raise SchemeError(f"odeint: event {number} changes its argument y in place; write to a copy, y.clone().")
+        if not value.ndim or value.shape[0] != len(y):
             raise SchemeError(
                 "odeint: under batch='independent' an event function returns one value per sample, (batch,) or "
-                f"(batch, values); this one returned {tuple(torch.as_tensor(value).shape)} for {len(y)} samples."
+                f"(batch, values); this one returned {tuple(value.shape)} for {len(y)} samples."
             )
         return value.reshape(len(y), -1)
 
@@ -73,6 +77,7 @@ class Signs:
     def __init__(self, events: Sequence[Event], unpack: Callable[[Tensor], Any], t: Tensor, y: Tensor):
         self.events, self.t, self.y = events, t, y
         self.batch, self.rows = Samples(unpack, t, y), None
+        self.sizes: list[int] | None = None
         self.values = self._evaluate(t, y)
         self.owners = [(n, c) for n, v in enumerate(self.values) for c in range(v.shape[1])]
         self.signs = torch.cat(self.values, 1).sign()
@@ -80,7 +85,11 @@ class Signs:
     def _evaluate(self, t: Tensor, y: Tensor) -> list[Tensor]:
         if self.rows is not None:
             t, y = self.batch.put(self.rows, t, y)
-        values = [self.batch.value(event, t, y).double() for event in self.events]
+        values = [self.batch.value(n, event, t, y).double() for n, event in enumerate(self.events)]
+        sizes = [v.shape[1] for v in values]
+        if self.sizes is not None and sizes != self.sizes:
+            raise SchemeError(f"odeint: the events had {self.sizes} values per sample at the start, {sizes} later.")
+        self.sizes = sizes
         return values if self.rows is None else [v[self.rows] for v in values]
 
     def keep(self, rows: Tensor) -> None:
@@ -88,9 +97,18 @@ class Signs:
         self.signs = self.signs[rows]
         self.rows = rows if self.rows is None else self.rows[rows]
 
-    def start(self) -> list[Hit]:
-        """The events that a start at zero counts as."""
-        zero = (torch.cat(self.values, 1) == 0).nonzero().tolist()
+    def _refuse_nan(self, values: Tensor, t: Tensor, rows: Tensor) -> None:
+        for row, m in (values.isnan() & rows[:, None]).nonzero().tolist():
+            refuse_nan(self.owners[m][0], math.nan, float(t[row]), self._sample(row))
+
+    def _sample(self, row: int) -> int:
+        return row if self.rows is None else int(self.rows[row])
+
+    def start(self, active: Tensor) -> list[Hit]:
+        """The events that a start at zero counts as; ``active`` are the rows that start at all."""
+        values = torch.cat(self.values, 1)
+        self._refuse_nan(values, self.t, active)
+        zero = (values == 0).nonzero().tolist()
         found = []
         for row, m in zero:
             n, c = self.owners[m]
@@ -113,7 +131,9 @@ class Signs:
         for x in self.samples:
             theta = torch.full_like(t, x)
             time = until if x == 1 else t + theta * h
-            new = torch.cat(self._evaluate(time, at(theta)), 1).sign()
+            values = torch.cat(self._evaluate(time, at(theta)), 1)
+            self._refuse_nan(values, time, good)
+            new = values.sign()
             crossed = (self.signs != 0) & (new != self.signs) & good[:, None]
             for row, m in crossed.nonzero().tolist():
                 event = self.events[self.owners[m][0]]
@@ -147,6 +167,7 @@ class Signs:
             x = (a + b) / 2
             theta = torch.full_like(t, x)
             value = float(torch.cat(self._evaluate(t + theta * h, at(theta)), 1)[row, m].sign())
+            refuse_nan(self.owners[m][0], value, float(t[row] + x * h[row]), self._sample(row))
             if value == sign:
                 a = x
             else:
@@ -168,12 +189,21 @@ class Attached(NamedTuple):
     grazing: Tensor
 
 
+# long: one step of Newton's method, whose parts share everything
 def attach_rows(
-    event: Event, batch: Samples, field: RowField, samples: list[int], components: list[int], t: Tensor, y: Tensor
+    number: int,
+    event: Event,
+    batch: Samples,
+    field: RowField,
+    samples: list[int],
+    components: list[int],
+    t: Tensor,
+    y: Tensor,
 ) -> Attached:
     """The times and states of one event in several samples with their gradients: `events.attach`, all at once.
 
     Args:
+        number: its place in the list of events.
         event: the event.
         batch: the states of all samples.
         field: of all samples.
@@ -189,7 +219,7 @@ def attach_rows(
     which = torch.tensor(components, device=y.device)
 
     def g(t: Tensor, y: Tensor) -> Tensor:
-        return batch.value(event, *batch.put(rows, t, y))[rows, which]
+        return batch.value(number, event, *batch.put(rows, t, y))[rows, which]
 
     def f(t: Tensor, y: Tensor) -> Tensor:
         return field(*batch.put(rows, t, y))[rows]

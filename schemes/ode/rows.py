@@ -69,7 +69,10 @@ def norms(control: Control, weighted: Tensor) -> Tensor:
     """The norm of every row."""
     if control.norm is not None:
         # The user's norm is one of a single state.
-        return torch.func.vmap(control.norm)(weighted)
+        found = torch.func.vmap(control.norm)(weighted)
+        if bool((found < 0).any()):
+            raise SchemeError(f"odeint: norm returned {float(found.min()):g}, want a number that is not negative.")
+        return found
     flat = weighted.reshape(weighted.shape[0], -1)
     return torch.linalg.vector_norm(flat, dim=1) / max(flat.shape[1], 1) ** 0.5
 

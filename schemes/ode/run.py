@@ -53,7 +53,7 @@ class Run:
         """What stopped the solve, where, and in which sample."""
         where = f"t={self.t:.6g}" + ("" if self.sample is None else f", sample {self.sample}")
         # No step can be at fault: the remedy is another one.
-        if self.status == "not_finite" and not self.accepted:
+        if self.status == "not_finite" and not self.accepted + self.rejected:
             return f"the state or its slope is not finite at the start, {where}"
         return {
             "not_finite": f"the state stopped being finite after {where}",

@@ -7,7 +7,6 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
 from . import options as reading
-from .answers import trivial
 from .events import Found, Place
 from .field import moved
 from .independent import FINISHED, NAMES, NOT_FINITE, Batch, Solve
@@ -25,7 +24,7 @@ def solve_samples(problem: Problem) -> Solution:
     """The solution, every sample with a step size of its own."""
     n, times = len(problem.y0), _times(problem)
     if times.shape[1] == 1 or problem.y0.numel() == 0:
-        return trivial(problem, times[0].tolist() if n else [0.0] * times.shape[1])
+        return _trivial(problem, times)
     if problem.endless:
         sign = torch.sign(times[:, 1:] - times[:, :1])
         # Each sample in its own direction, until its own event.
@@ -61,6 +60,31 @@ def solve_samples(problem: Problem) -> Solution:
         batch.rows,
         events=found,
         steps=batch.steps,
+    )
+
+
+def _trivial(problem: Problem, times: Tensor) -> Solution:
+    """No samples, no entries, or one time: a solve that takes no step, with the fields of each sample."""
+    n, width = times.shape
+    field = Rows(problem.func, problem.options.get("context"), n).at(None)
+    ys = [problem.y0]
+    if width > 1:
+        # A step of Euler's shows what a gradient depends on.
+        k = field(times[:, 0], problem.y0)
+        ys += [problem.y0 + wide(times[:, i] - times[:, 0], k) * k for i in range(1, width)]
+    stacked, count = torch.stack(ys), torch.zeros(n, dtype=torch.long, device=times.device)
+    unpack = problem.packing.unpack
+    return Solution(
+        problem.times,
+        unpack(stacked, (width,)),
+        ["finished"] * n,
+        times[:, -1],
+        unpack(ys[-1]),
+        count,
+        count.clone(),
+        int(width > 1),
+        n * int(width > 1),
+        steps=(times.new_zeros(0, n), times.new_zeros(0, n)),
     )
 
 
@@ -156,14 +180,16 @@ def _events(
         event = problem.events[places[0].number]
         at = []
         for place, sample in zip(places, samples, strict=True):
-            # Where nothing was retraced, a sample may have ended where it began: y itself has the gradient.
-            began = event.terminal and not states and place.t == float(solve.times[sample, 0])
+            # A sample that ended where it began was not retraced: y itself has the gradient.
+            began = event.terminal and place.t == float(solve.times[sample, 0])
             at.append(states.get(sample, y[sample] if began else place.y) if event.terminal else place.y)
         t = torch.tensor([place.t for place in places], dtype=torch.float64, device=y.device)
         components = [place.component for place in places]
         # An event that did not end its sample is found, but its time carries no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and event.terminal):
-            got = attach_rows(event, whole, solve.rows.at(None), samples, components, t, torch.stack(at))
+            got = attach_rows(
+                places[0].number, event, whole, solve.rows.at(None), samples, components, t, torch.stack(at)
+            )
         states_there = problem.packing.unpack(got.y)
         for i, (place, sample) in enumerate(zip(places, samples, strict=True)):
             one = pytree.tree_map(lambda x, i=i: x[i], states_there)

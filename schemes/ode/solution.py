@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
+from .options import row
 from .trees import Packing
 
 
@@ -65,11 +66,17 @@ class Solution:
     def _evaluated(self, t: float | Tensor, what: str) -> Any:
         if not self._segments or self._packing is None:
             raise SchemeError("Solution: no continuous solution was kept; solve with dense=True.")
+        if isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex() or t.is_meta):
+            t = t.double()  # whole numbers are times too
+        if not isinstance(t, (int, float)):
+            t = row("t", t, "Solution")
         several = isinstance(t, Tensor) and t.ndim > 0
         if several and t.ndim > 1:  # type: ignore[union-attr]
             raise SchemeError(f"Solution: the times are of shape {tuple(t.shape)}, want one or a row of them.")  # type: ignore
         times: list[Any] = list(t.unbind()) if several else [t]  # type: ignore[union-attr]
         values = [getattr(self._segment(float(x.detach() if isinstance(x, Tensor) else x)), what)(x) for x in times]
+        if not values:
+            return self._packing.unpack(self._segments[0].y.new_empty((0, *self._segments[0].y.shape)), (0,))
         stacked = torch.stack(values) if several else values[0]
         return self._packing.unpack(stacked, (len(times),) if several else ())
 
@@ -79,5 +86,5 @@ class Solution:
         # The last piece goes on beyond an event that has ended the solve, and says nothing there.
         start, end = pieces[0].t0, float(self.reached)
         if not start * sign <= t * sign <= end * sign:
-            raise SchemeError(f"Solution: t={t:g} lies outside of the solve, from {start:g} to {end:g}.")
+            raise SchemeError(f"Solution: t={t:.10g} lies outside of the solve, from {start:.10g} to {end:.10g}.")
         return pieces[min(bisect.bisect_left(pieces, t * sign, key=lambda p: p.t1 * sign), len(pieces) - 1)]

@@ -1,5 +1,6 @@
 """Solves with fixed steps: where the steps go, and which gradients they have."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from .events import Watch
 from .problem import Problem
 from .run import Run
 
-Grid = list[list[float]] | None  # one per interval, or a single one over all; None goes on until an event
+Grid = Sequence[Sequence[float]] | None  # one per interval, or a single one over all; None goes on until an event
 
 
 def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None) -> tuple[Tensor, Run]:
@@ -75,6 +76,8 @@ def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float])
     points = given.grid
     if points is None and given.constructor is not None:
         points = given.constructor(problem.user, problem.packing.unpack(problem.y0), problem.times.detach())
+        if points is None:
+            raise SchemeError("odeint: grid_constructor returned None, want the times of a grid.")
     if points is not None:
         return [reading.grid_times(points, times[0], times[-1])]
     if given.interp is not None and given.step_size is not None:
@@ -82,13 +85,10 @@ def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float])
     return fixed_steps.grids(times, given.step_size, given.steps)
 
 
-def _from_the_start(times: Sequence[float], size: float) -> list[float]:
+def _from_the_start(times: Sequence[float], size: float) -> Sequence[float]:
     """Steps of one size from the start on, the last one shorter: torchdiffeq's grid, which its interp stands on."""
     start, end = times[0], times[-1]
-    # A hair less than a whole number of steps is that number: sizes such as 0.1 are not exact.
-    n = max(1, -int(-(abs(end - start) / size - 1e-9) // 1))
-    sign = 1.0 if end > start else -1.0
-    return [start + sign * size * i for i in range(n)] + [end]
+    return fixed_steps.Grid(start, end, fixed_steps.count(start, end, size), math.copysign(size, end - start))
 
 
 def _reversed(problem: Problem, y: Tensor, times: list[float], grid: Grid) -> tuple[Tensor, Run]:

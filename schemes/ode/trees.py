@@ -9,12 +9,15 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
 
+HALF = (torch.float16, torch.bfloat16)
+STATES = (*HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 
 class Packing:
     """How a tree of tensors stands in one tensor: flat, or for control per sample as (batch, values of the sample).
 
-    A tensor alone stands for itself. Leaves of several dtypes are kept in the widest of them and handed out in their
-    own.
+    A tensor alone keeps its shape. Leaves of several dtypes are kept in the widest of them and handed out in their own;
+    those of half precision are kept in single, since a small step would be lost on them.
 
     Args:
         y0: the tree.
@@ -27,13 +30,7 @@ class Packing:
         leaves, self.spec = pytree.tree_flatten(y0)
         self._like = pytree.tree_unflatten(range(len(leaves)), self.spec)
         for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                raise SchemeError(
-                    f"odeint: y0 holds a {type(leaf).__name__}, want tensors alone; "
-                    "what the solver does not change is for func to read."
-                )
-            if not (leaf.is_floating_point() or leaf.is_complex()):
-                raise SchemeError(f"odeint: y0 is of {leaf.dtype}, want real or complex floating-point numbers.")
+            _refuse_leaf(leaf)
         if not leaves:
             raise SchemeError("odeint: y0 holds no tensor, want a tensor, or a tuple or dict of tensors.")
         if samples:
@@ -50,15 +47,18 @@ class Packing:
         self.dtypes = [leaf.dtype for leaf in leaves]
         kept = 1 if samples else 0
         self.sizes = [leaf.shape[kept:].numel() for leaf in leaves]
-        self.dtype = leaves[0].dtype
+        self.dtype = torch.float32 if leaves[0].dtype in HALF else leaves[0].dtype
         for leaf in leaves[1:]:
             # The widest holds all of them; handing out restores each leaf's own.
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
+        # Whether packing changes nothing.
+        self.plain = self.alone and self.dtype == leaves[0].dtype
 
     def pack(self, tree: Any, what: str = "func") -> Tensor:
         """The tensor that stands for a tree."""
         if self.alone:
-            return tree
+            narrow = isinstance(tree, Tensor) and tree.dtype in HALF and not self.plain
+            return tree.to(self.dtype) if narrow else tree
         leaves = self._leaves(tree)
         if leaves is None:
             raise SchemeError(f"odeint: {what} returned {_written(tree)}, want the structure of y0.")
@@ -69,6 +69,11 @@ class Packing:
             # Packed with a complex neighbour it would fit, and its imaginary part would be lost when it is unpacked.
             if leaf.is_complex() and not dtype.is_complex:
                 raise SchemeError(f"odeint: {what} returned {leaf.dtype} for a part of y0 that is {dtype}.")
+            if torch.promote_types(leaf.dtype, self.dtype) != self.dtype:
+                raise SchemeError(
+                    f"odeint: {what} returned {leaf.dtype} for a part of y0 that is {dtype}; "
+                    f"convert y0 before the solve, or what {what} returns: .to({dtype})."
+                )
             if self.samples:  # rows may have been left out
                 shape = (leaf.shape[0] if leaf.ndim else shape[0], *shape[1:])
             if leaf.shape != shape:
@@ -92,7 +97,7 @@ class Packing:
     def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> Any:
         """The tree that a tensor stands for; ``lead`` are dimensions in front of the state's, such as the times."""
         if self.alone:
-            return flat
+            return flat if self.plain else flat.to(self.dtypes[0])
         leaves = []
         for part, shape, dtype in zip(flat.split(self.sizes, -1), self.shapes, self.dtypes, strict=True):
             if part.is_complex() and not dtype.is_complex:
@@ -103,16 +108,20 @@ class Packing:
 
     def tolerance(self, name: str, value: Any, like: Tensor) -> float | Tensor:
         """A tolerance as a number, or as a tensor that broadcasts against the packed state."""
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, Tensor):
             if value.requires_grad:
                 raise SchemeError(f"odeint: {name} requires a gradient; a tolerance has none, detach it.")
+            if value.is_complex() or value.dtype == torch.bool:
+                raise SchemeError(f"odeint: {name} is of {value.dtype}, want real numbers.")
             if value.numel() == 1:
                 return float(value)
             if not self.alone:
                 raise SchemeError(f"odeint: {name} is one tensor for a y0 of {len(self.sizes)}; want one per tensor.")
             return _fitting(name, value.to(like.device, like.abs().dtype), like.shape)
+        if not isinstance(value, (tuple, list, dict)) and pytree.tree_flatten(value)[1].is_leaf():
+            raise SchemeError(f"odeint: {name} is {value!r}, want a number, a tensor, or a tree of them like y0.")
         # By the keys of y0 where it has some; else by their number, since torchdiffeq's callers give tuples.
         found = self._leaves(value)
         leaves = pytree.tree_leaves(value) if found is None else found
@@ -126,6 +135,10 @@ class Packing:
         for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise SchemeError(f"odeint: {name} requires a gradient; a tolerance has none, detach it.")
+            if isinstance(leaf, Tensor) and (leaf.is_complex() or leaf.dtype == torch.bool):
+                raise SchemeError(f"odeint: {name} holds a tensor of {leaf.dtype}, want real numbers.")
+            if not isinstance(leaf, Tensor) and (isinstance(leaf, bool) or not isinstance(leaf, (int, float))):
+                raise SchemeError(f"odeint: {name} holds {leaf!r}, want numbers or tensors.")
             part = torch.as_tensor(leaf, dtype=real, device=like.device)
             whole = _fitting(name, part, shape).expand(shape)
             parts.append(whole.reshape(shape[0], size) if self.samples else whole.reshape(-1))
@@ -137,10 +150,30 @@ class Packing:
             if self.samples and not self.alone:
                 # The norm is one of a single sample, which to ``unpack`` is a batch of one.
                 return lambda flat: _number(given(pytree.tree_map(lambda x: x[0], self.unpack(flat[None]))))
+            if self.alone:
+                # In the solver's precision: a weighted error can be too large for half.
+                return lambda flat: _number(given(flat))
             return lambda flat: _number(given(self.unpack(flat)))
         if self.alone or len(self.sizes) == 1:
             return None
         return lambda flat: torch.stack([rms(part) for part in flat.split(self.sizes, -1) if part.shape[-1]]).amax()
+
+
+def _refuse_leaf(leaf: Any) -> None:
+    """Refuses what is no state."""
+    if not isinstance(leaf, Tensor):
+        raise SchemeError(
+            f"odeint: y0 holds a {type(leaf).__name__}, want tensors alone; "
+            "what the solver does not change is for func to read."
+        )
+    if leaf.dtype not in STATES:
+        raise SchemeError(
+            f"odeint: y0 is of {leaf.dtype}, want real or complex floating-point numbers; convert it, y0.float()."
+        )
+    if leaf.layout != torch.strided or leaf.is_nested:
+        raise SchemeError("odeint: y0 is sparse or nested, want a dense tensor (y0.to_dense(), or a tuple of tensors).")
+    if leaf.is_meta:
+        raise SchemeError("odeint: y0 is on the device meta and has no values, by which steps are chosen.")
 
 
 def rms(x: Tensor) -> Tensor:
@@ -152,6 +185,8 @@ def rms(x: Tensor) -> Tensor:
 def _number(norm: Any) -> Tensor:
     """What the user's norm returned, as a tensor without dimensions."""
     if not isinstance(norm, Tensor):
+        if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+            raise SchemeError(f"odeint: norm returned a {type(norm).__name__}, want one real number.")
         norm = torch.as_tensor(norm)
     if norm.numel() != 1 or norm.is_complex():
         raise SchemeError(

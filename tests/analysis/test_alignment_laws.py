@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets.analysis import Alignment, alignment, unbiased_hsic
+from odenets.analysis import Alignment, alignment, class_alignment, unbiased_hsic
 from schemes import SchemeError
 
 
@@ -153,3 +153,14 @@ def test_places_that_do_not_run_or_take_a_name_are_refused():
         alignment(Net(), [batch], ["act", "idle"])
     with pytest.raises(SchemeError, match=r"'input' is the row of the inputs\.\n.*input@0"):
         alignment(Net(), [batch], ["input"])
+
+
+def test_complex_features_and_batches_that_are_too_small_are_refused():
+    x = torch.randn(8, 3, dtype=torch.complex64)
+    with pytest.raises(SchemeError, match=r"a is of torch.complex64, want real"):
+        Alignment(["a"]).update({"a": x})
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    batch = torch.randn(3, 3, 2, 2), torch.arange(3)
+    for call in (lambda: alignment(net, [batch], ["1"]), class_alignment(net, [batch], ["1"], classes=3).best):
+        with pytest.raises(SchemeError, match=r"no batch has the 4 samples.*\n  Give larger ones"):
+            call()

@@ -202,3 +202,12 @@ def test_the_map_after_the_last_step_is_that_of_the_stack(net, backprop):
     whole, last = layer_cam(net, x, [name, f"{name}.steps.{len(stack.steps) - 1}:readout"], 0)
     torch.testing.assert_close(last, whole)
     assert float(whole.max()) > 0
+
+
+def test_inference_mode_is_named():
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode(), pytest.raises(SchemeError, match="inference_mode"):
+        layer_cam(net, x, ["0"])
+    with torch.no_grad():
+        assert layer_cam(net, x, ["0"])[0].shape == (2, 4, 4)

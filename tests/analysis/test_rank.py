@@ -106,3 +106,13 @@ def test_features_without_channels_or_with_nan_are_refused():
         feature_rank(torch.full((4, 2), torch.nan))
     with pytest.raises(SchemeError, match="rows=0"):
         feature_rank(torch.ones(4, 2), rows=0)
+    for tolerance in (-1e-3, 1.0, math.nan):
+        with pytest.raises(SchemeError, match="tolerance="):
+            feature_rank(torch.ones(4, 2), tolerance)
+
+
+def test_complex_features_have_their_own_rank():
+    """1 and i times one row are one direction; their real parts are two."""
+    row = torch.randn(1, 6, dtype=torch.complex64)
+    x = torch.cat([row, 1j * row, 3 * row])
+    assert feature_rank(x)[:2] == (6, 1) and feature_rank(x.real)[1] == 2

@@ -301,3 +301,9 @@ def test_levels_are_whole():
 )
 def test_wrong_commands_end_in_two_lines(capsys, digits, words, said):
     assert said in fails(capsys, "evaluate", *(word.format(ckpt=digits) for word in words))
+
+
+@pytest.mark.parametrize("option", ["--sizes", "--strengths"])
+def test_lists_of_numbers_are_read_by_name(option, capsys):
+    for text in ("a", "8,,9", "1.5", ""):
+        assert "want whole numbers with commas between them" in fails(capsys, "evaluate", "x.ckpt", option, text)

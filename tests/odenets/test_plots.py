@@ -1,6 +1,7 @@
 """Figures that can be read: no name covers another, however long the names of places are."""
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +81,36 @@ def test_a_model_a_mode_and_a_quantity_have_one_look():
     assert looks(["RevCol"])["RevCol"] != looks(["revcol"])["revcol"], "a model, and a scheme"
     assert [looks([mode])[mode].colour for mode in MODES] == [light for light, _ in MODES.values()]
     assert looks(["store", "euler"])["store"] == looks(["reverse", "store"])["store"]
+
+
+def laid_out(monkeypatch, draw):
+    """The figure that a function draws, laid out."""
+    pytest.importorskip("matplotlib")
+    seen = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: seen.append(figure) or Path(path))
+    draw()
+    seen[0].draw_without_rendering()
+    return seen[0]
+
+
+@pytest.mark.parametrize("columns", [1, 4, 12, 16, 30])
+def test_numbers_in_fields_do_not_cover_each_other(columns, monkeypatch):
+    from odenets.analysis import WeightMap
+
+    names = tuple(str(i + 1) for i in range(columns))
+    maps = [WeightMap("levels.0", torch.full((1, columns), 0.0163), ("1",), names, "stage", "step")]
+    figure = laid_out(monkeypatch, lambda: plots.weight_maps(maps, "a.png"))
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == (columns if columns <= 16 else 0)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert figure.axes[1].get_ylabel() == "mean |weight|"
+
+
+def test_the_legend_of_ranks_covers_no_curve(monkeypatch):
+    from odenets.analysis import Rank
+
+    profile = {f"columns.steps.{i}:1": Rank(10, 9 - i, 1.5) for i in range(9)}
+    figure = laid_out(monkeypatch, lambda: plots.ranks(profile, "a.png", "title"))
+    axes = figure.axes[0]
+    assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
+    assert axes.get_ylabel() == "dimensions" and all(float(y).is_integer() for y in axes.get_yticks())

@@ -113,3 +113,18 @@ def test_what_does_not_go_is_said_in_two_lines(trained, tmp_path, capsys):
     (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:1000])
     assert "cut off" in refused(capsys, tmp_path / "cut.ckpt", "weights")[0]
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("scheme", ["euler", "midpoint"])
+def test_places_of_heat_maps_are_those_whose_patches_count(scheme):
+    """After the last attention a class token no longer depends on the patches: their map would be empty."""
+    from odenets.analysis import Features
+    from odenets.models import ViT
+
+    net = ViT(depth=6, dim=8, heads=2, scheme=scheme, patch=4, size=16, num_classes=3).eval()
+    names = analyse._with_maps(net)
+    assert 2 <= len(names) <= 6 and len(set(names)) == len(names)
+    with Features(net, names) as found:
+        score = net(torch.randn(2, 3, 16, 16))[:, 0].sum()
+    for grad in torch.autograd.grad(score, [found.edge(name) for name in names]):
+        assert grad[:, 1:].any()
