@@ -381,7 +381,7 @@ def functions_made(make: Any, scheme: Scheme, depth: Any, channels: Any, out_cha
         whole("out_channels", out_channels, 1)
     # Widths go along with the steps: a dense scheme's functions are given more of them each time.
     streams = scheme.stream_widths(channels)
-    found: list[nn.Module] = []
+    found: list[Any] = []
     for n in range(depth_of(scheme, None, depth)):
         part, out = scheme.at(n), out_channels if n == 0 else None
         found += [make(slot) for slot in part.slots(n, streams, out)]

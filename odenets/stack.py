@@ -293,7 +293,7 @@ class Stack(nn.Module):
         time = t if self._takes.time else None
         return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, **collected)
 
-    def _start(self, x: Tensor | State, given: Pass) -> State:
+    def _start(self, x: Any, given: Pass) -> State:
         """The streams that a pass starts from."""
         if not isinstance(x, Tensor) and not is_traced(x):
             return build.streams_of(x, self.scheme)

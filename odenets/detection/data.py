@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..models.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from ..training.augment import normalize
-from ..training.data import Pictures, Tally
+from ..training.data import Pictures
 from ..training.decode import Picture, Unreadable
 from ..training.errors import DataError
 from ..training.judge import pictures_at
 from ..training.layout import splits_named
 from ..training.order import loader, seed_of
+from ..training.sets import Tally
 from ..training.sources import Source
 from .annotations import Annotations, Objects
 from .transforms import Placement, Resize, bounds

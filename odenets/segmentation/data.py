@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..shapes import CLASSES, draw
 from ..training.augment import normalize
-from ..training.data import IMAGENET_MEAN, IMAGENET_STD, Pictures, Tally, hold_out
+from ..training.data import IMAGENET_MEAN, IMAGENET_STD, Pictures, hold_out
 from ..training.decode import Picture, Unreadable
 from ..training.errors import DataError
 from ..training.order import IGNORED, batch_generator, loader, seed_of
+from ..training.sets import Tally
 from ..training.sources import TEST, TRAIN, VALIDATION
 from .augment import SegmentationAugment
 from .masks import Labels, colors

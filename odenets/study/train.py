@@ -22,7 +22,7 @@ from schemes import SchemeError
 
 from ..analysis.rank import rank_profile
 from ..training import Augment, Classifier, Images, Milestones, WarmupCosine
-from ..training.data import Cached
+from ..training.sets import Cached
 from .net import RandomNet
 from .space import SPACES, Candidate, Space, sample
 from .store import TRAINED, Result

@@ -2,215 +2,34 @@
 
 Small pictures are decoded once into one uint8 tensor that is indexed a batch at a time; large ones are decoded and
 cropped in worker processes. Crop, flip, normalisation and blending then run on the batch, on its device.
-
-A data set takes indices, or pairs (epoch, index). A random box is drawn from torch's global generator for an index, and
-for a pair from one that is seeded by the data set's `seed`, the epoch and the index: whichever process asks, and when.
 """
 
 import copy
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..models.catalogue import IMAGENET_MEAN as IMAGENET_MEAN
 from ..models.catalogue import IMAGENET_STD as IMAGENET_STD
 from .augment import Augment, normalize
-from .decode import Interpolation, Picture, Unreadable, drawn
+from .decode import Interpolation, Picture, Unreadable
 from .decode import middle_box as middle_box
 from .decode import random_box as random_box
 from .labels import NONE, unify
-from .order import batch_generator, loader, seed_of
+from .order import batch_generator, loader
+from .sets import Cached, Decoded, Kept, Tally, decode_all
+from .sets import shard_order as shard_order
 from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
 from .splits import open_splits
 from .view import View
 
 SMALL = 96  # pixels a side; up to here pictures are kept in memory, and training cuts no random box unless told
-Request = int | tuple[int, int]  # an index, or (epoch, index)
-
-
-class Cached(Dataset):
-    """Pictures (n, c, h, w) and labels (n,) in memory; a whole batch is one index operation.
-
-    >>> import torch
-    >>> data = Cached(torch.zeros(5, 1, 2, 2), torch.arange(5))
-    >>> data.__getitems__([4, (7, 2)])[1]
-    tensor([4, 2])
-    """
-
-    def __init__(self, pictures: Tensor, labels: Tensor, name: Callable[[int], str] = str) -> None:
-        self.pictures, self.labels, self._name = pictures, labels, name
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
-        i = request[1] if isinstance(request, tuple) else request
-        return self.pictures[i], self.labels[i]
-
-    def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        # Nothing is drawn here, so the epoch of a request does not matter.
-        wanted = [r[1] if isinstance(r, tuple) else r for r in requests]
-        picked = torch.as_tensor(wanted, device=self.pictures.device)
-        return self.pictures[picked], self.labels[picked]
-
-    def move(self, device: torch.device) -> None:
-        """Keeps all pictures and labels on a device, where batches are then made."""
-        self.pictures, self.labels = self.pictures.to(device), self.labels.to(device)
-
-    def name(self, i: int) -> str:
-        """File, or file and row, of picture i."""
-        return self._name(i)
-
-
-class Tally:
-    """Which pictures of a source could not be read, over all processes; ends the run with the list at `limit`."""
-
-    def __init__(self, source: Source, limit: int) -> None:
-        self.source, self.limit = source, limit
-        # Shared, as workers decode and the run has one limit for all of them.
-        self.seen = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
-
-    def __contains__(self, i: int) -> bool:
-        return bool(self.seen[i])
-
-    def places(self, position: int, indices: Sequence[int] | Tensor) -> Iterator[tuple[int, int]]:
-        """The places from one on, round the end, each with its picture, without those that are known to be unreadable.
-
-        Args:
-            position: the place that was asked for.
-            indices: the picture at each place.
-        """
-        for step in range(len(indices)):
-            at = (position + step) % len(indices)
-            index = int(indices[at])
-            if index not in self:
-                yield at, index
-
-    def add(self, i: int, why: Unreadable, then: str) -> None:
-        """Counts picture i, once, and says so."""
-        # An unreadable picture is asked for again in every epoch.
-        if i in self:
-            return
-        self.seen[i] = 1
-        count = int(self.seen.sum(dtype=torch.long))
-        if count > self.limit:
-            names = [self.source.name(int(j)) for j in self.seen.nonzero()[:20, 0]]
-            more = f" and {count - len(names):,} more" if count > len(names) else ""
-            raise DataError(
-                f"{count:,} pictures cannot be read: {', '.join(names)}{more}\n"
-                f"  Bring or remove them, or allow more than data.max_unreadable={self.limit}"
-            )
-        warnings.warn(
-            f"{self.source.name(i)} cannot be read ({why}); {then}. So far {count:,}, data.max_unreadable={self.limit}",
-            stacklevel=2,
-        )
-
-
-class Decoded(Dataset):
-    """Pictures that are decoded and brought to (3, size, size) uint8 when asked for.
-
-    Training cuts a random box (share of the area from [`smallest`, 1]) and resizes it. Evaluation, and training where
-    `smallest` is 0, resizes the shorter side to size / `inner` and cuts the middle. The next picture takes the place of
-    one that cannot be read.
-
-    Attributes:
-        seed: Of the random boxes of requests (epoch, index).
-        takes_pairs: It draws by such requests itself.
-    """
-
-    takes_pairs = True
-
-    def __init__(
-        self,
-        source: Source,
-        indices: Tensor,
-        size: int,
-        train: bool,
-        smallest: float,
-        inner: float,
-        interpolation: str = "bilinear",
-        tally: Tally | None = None,
-    ) -> None:
-        self.source, self.indices, self.size, self.train = source, indices, size, train
-        self.smallest, self.inner, self.interpolation = smallest if train else 0.0, inner, interpolation
-        self.tally = tally or Tally(source, 0)
-        self.labels = source.labels[indices]
-        # Read here, in the main process: each worker has another one.
-        self.seed = torch.initial_seed()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
-        levels = torch.empty(self.size, self.size, 3, dtype=torch.uint8)
-        label = self._decode(request, levels)
-        return levels.permute(2, 0, 1).contiguous(), label
-
-    def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        # One tensor for the batch: pictures are resized right into their rows, and nothing is stacked.
-        batch = torch.empty(len(requests), self.size, self.size, 3, dtype=torch.uint8)
-        labels = torch.empty(len(requests), dtype=torch.long)
-        for row, request in enumerate(requests):
-            labels[row] = self._decode(request, batch[row])
-        return batch.permute(0, 3, 1, 2), labels  # with the channels as the fastest axis, as decoders write them
-
-    def _decode(self, request: Request, out: Tensor) -> Tensor:
-        """Writes the picture to `out` (size, size, 3); its label."""
-        epoch, position = request if isinstance(request, tuple) else (None, request)
-        for at, index in self.tally.places(position, self.indices):
-            # By the place that was asked for, and not by the picture: the one that stands in for another gets a box of
-            # its own.
-            generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
-            try:
-                self._cut(Picture(self.source.encoded(index)), generator, out)
-            except Unreadable as e:
-                self.tally.add(index, e, "the next picture takes its place")
-            else:
-                return self.labels[at]
-        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
-
-    def _cut(self, picture: Picture, generator: Generator | None, out: Tensor) -> None:
-        if self.smallest:
-            box = random_box(*picture.size, self.smallest, generator=generator)
-            picture.cut(box, self.size, drawn(self.interpolation, generator), out)
-        else:
-            how = "bicubic" if self.interpolation == "random" else self.interpolation
-            out.copy_(picture.middle(self.size, self.inner, how))
-
-    def name(self, i: int) -> str:
-        """File, or file and row, of picture i; it says so where another one took its place."""
-        index = int(self.indices[i])
-        return self.source.name(index) + (" (unreadable)" if index in self.tally else "")
-
-    def order(self, generator: Generator, window: int = 16) -> Tensor:
-        """An order of the pictures for an epoch: any, or where they lie in shards, one that reads these in turn.
-
-        The shards are shuffled, and then the pictures of each `window` of them together: so the first n of an order can
-        be skipped without reading their shards.
-        """
-        return shard_order(self.source.shards, self.indices, generator, window)
-
-
-def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Generator, window: int) -> Tensor:
-    """Positions in `indices` (n,), shuffled; see `Decoded.order`."""
-    # Files that lie apart cost the same in any order.
-    if shards is None:
-        return torch.randperm(len(indices), generator=generator)
-    ends = torch.tensor(shards).cumsum(0)
-    place = torch.randperm(len(shards), generator=generator)  # of each shard, in the epoch
-    # Shards of one turn are open together, so their pictures can be mixed.
-    turn = place[torch.searchsorted(ends, indices, right=True)] // window
-    shuffled = torch.randperm(len(indices), generator=generator)
-    # Shuffled first, then sorted by turn: within a turn the order stays random.
-    return shuffled[turn[shuffled].argsort(stable=True)]
 
 
 class Pictures(L.LightningDataModule):
@@ -679,64 +498,3 @@ class Images(Pictures):
             f"{self.where}: class {number} is {b!r}, and {a!r} in the checkpoint, of {len(self.classes)} and "
             f"{len(theirs)} classes\n  Give the data that it was trained on, or its class names in data.classes"
         )
-
-
-class Kept(Source):
-    """A source whose pictures are kept in memory as they are stored, read once."""
-
-    def __init__(self, source: Source, indices: Tensor, tally: Tally) -> None:
-        self.source, self.labels, self.names, self.classes = source, source.labels, source.names, source.classes
-        self.kept: dict[int, bytes] = {}
-        for index in indices.tolist():
-            stored = source.encoded(index)
-            try:
-                self.kept[index] = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
-            except OSError as e:
-                tally.add(index, Unreadable(str(e)), "the next picture takes its place")
-
-    def encoded(self, i: int) -> bytes:
-        return self.kept[i]
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)
-
-
-def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, tally: Tally) -> Cached:
-    """All pictures that can be read as one uint8 tensor (n, 3, height, width).
-
-    to: the size that all have, (width, height), or how each is decoded.
-    """
-    pictures: list[Tensor] = []
-    kept: list[int] = []
-    for index in indices.tolist():
-        if index in tally:
-            continue
-        try:
-            picture = Picture(source.encoded(index))
-            if isinstance(to, tuple):
-                if picture.size != to:
-                    raise DataError(
-                        f"{source.name(index)} is {picture.size}, the first is {to}; give one size: --data.size 64"
-                    )
-                levels = picture.whole()
-            else:
-                levels = torch.empty(to.size, to.size, 3, dtype=torch.uint8)
-                to._cut(picture, None, levels)
-        except Unreadable as e:
-            tally.add(index, e, "it is left out")
-            continue
-        pictures.append(levels.permute(2, 0, 1))
-        kept.append(index)
-    # Only those that could be read, so that labels and names stay in step with the pictures.
-    rows = torch.tensor(kept, dtype=torch.long)
-    return Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
-
-
-class Names:
-    """Names of the pictures of a source by their position in `rows`; an object, so that it travels to workers."""
-
-    def __init__(self, source: Source, rows: Tensor) -> None:
-        self.source, self.rows = source, rows
-
-    def __call__(self, i: int) -> str:
-        return self.source.name(int(self.rows[i]))
