@@ -318,6 +318,8 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
         path: the file.
         title: above the figure.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(max(4.5, 0.25 * len(profile) + 2), 3.6)
     axes, at = figure.add_subplot(), range(len(profile))
     axes.step(at, [r.width for r in profile.values()], where="mid", color="gray", label="width")
@@ -331,7 +333,7 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
     axes.set_xticks(at, list(profile), rotation=90, fontsize=6)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("dimensions", fontsize=8)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     # Outside: the curves leave no corner that is free for sure.
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)

@@ -195,52 +195,6 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-@cache
-def asks_for_a_graph(kind: type) -> bool:
-    """Whether modules of this class ask in their forward pass if gradients are on."""
-    return _asks(kind.forward, kind)  # type: ignore[attr-defined]
-
-
-def _asks(function: Any, kind: type | None = None) -> bool:
-    """Whether a function asks if gradients are on, or one that it calls: of its class, its module or its own."""
-    seen, queue = set[Any](), [function]
-    while queue:
-        f = queue.pop()
-        f = getattr(f, "func", getattr(f, "__func__", f))  # behind a partial, or a method
-        f = f.fget if isinstance(f, property) else f
-        if not isinstance(f, FunctionType) or f in seen or (f.__module__ or "").startswith("torch."):
-            continue
-        seen.add(f)
-        names = {*_names(f.__code__)}
-        if names & _ASKED:
-            return True
-        around = f.__globals__
-        queue += [around[n] for n in names if isinstance(around.get(n), FunctionType)]
-        queue += [v for c in f.__closure__ or () if isinstance(v := _content(c), (FunctionType, MethodType))]
-        if kind is not None:
-            # In all base classes, as super().forward(x) calls one of those.
-            queue += [vars(base)[n] for base in kind.__mro__ for n in names & vars(base).keys()]
-    return False
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """What is read in a function's code, and in the functions that it defines; not what is only assigned to."""
-    read = {*code.co_names}
-    if read & _ASKED:  # rare, and then looked at closely: p.requires_grad = False asks nothing
-        read = {i.argval for i in dis.get_instructions(code) if not i.opname.startswith("STORE")} & read
-    yield from read
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names(inner)
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
-
-
 def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
     if [*d] != [*content]:  # in their order, which is that of parameters()
         d.clear()

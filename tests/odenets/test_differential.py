@@ -142,7 +142,7 @@ class Counting(nn.Module):
 
     def forward(self, x):
         self.seen["calls"] += 1
-        self.seen["last"] = [*self.seen["last"][-2:], x.detach().mean()]
+        self.seen["last"] = [*self.seen["last"][-2:], x.detach().sum() / max(1, x.numel())]
         return x + 0.1 * sum(self.seen["last"]) / self.seen["calls"]
 
 
@@ -484,6 +484,10 @@ def compare(scheme, kinds, mode, step, history, tolerance, reference="store"):
         want = go(build(scheme, kinds, reference, step), kinds, history)
     except CheckpointError:
         assert "checkpoint inside" in kinds  # a checkpoint of the user's own, which minds parameters that were thawed
+        return
+    except RuntimeError as error:
+        # Torch's own: a pruned layer keeps the weight of its last call, which has a graph.
+        assert "support the deepcopy protocol" in str(error) and "copied" in history, error
         return
     try:
         got = go(net, kinds, history)
