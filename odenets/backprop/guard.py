@@ -6,7 +6,8 @@ update is over, and its streams enter through a delayed error: whoever different
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class _Box:
         self.tensor: Tensor | None = tensor
 
 
+_ERROR = "torch::autograd::Error"  # the name of a delayed error in a graph
 _WHY = (
     "backprop='reverse' and 'exact' keep no graph of it.\n"
     "  Return it as an auxiliary value, stack(x, aux=True), or use backprop='checkpoint' or 'store'"
@@ -164,6 +166,55 @@ def refuse_retained(left: Sequence[Tensor]) -> None:
             "of backprop='reverse' and 'exact' gives it.\n"
             "  Take it in a hook, y.register_hook(...), or use backprop='store' or 'checkpoint'."
         )
+
+
+class Leftover(NamedTuple):
+    """A tensor that a residual function has left behind.
+
+    Attributes:
+        tensor: it, as long as anybody holds it.
+        hooks: how many hooks it had when the call was over; those come from the function, which hangs them again.
+    """
+
+    tensor: ref[Tensor]
+    hooks: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Leftover":
+        """It, as it is now."""
+        return cls(ref(x), len(x._backward_hooks or ()))
+
+
+def refuse_awaited(left: Sequence[Leftover], where: str) -> None:
+    """Refuses leftovers that depend on a stream and that somebody awaits the gradient of since the call.
+
+    Raises:
+        SchemeError: there is one.
+    """
+    for tensor, hooks in left:
+        x = tensor()
+        if x is None or not (x.retains_grad or len(x._backward_hooks or ()) > hooks) or not _behind_an_error(x):
+            continue
+        raise SchemeError(
+            f"Stack: a tensor of shape {tuple(x.shape)} that a residual function of {where} has left behind retains "
+            "its gradient or has a hook, and backprop='reverse' and 'exact' bring none there.\n"
+            "  Hang the hook on it in the function, return it as an auxiliary value, or use backprop='store' or "
+            "'checkpoint'."
+        )
+
+
+def _behind_an_error(x: Tensor) -> bool:
+    """Whether a tensor was made of a stream, and not of parameters alone, whose graph is whole."""
+    seen, queue = set(), [x.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == _ERROR:
+            return True
+        seen.add(node)
+        queue += [before for before, _ in node.next_functions]
+    return False
 
 
 def learn(members: Members, elsewhere: bool = False) -> list[Tensor]:

@@ -20,6 +20,7 @@ from ..auxiliary import Sink, measured
 from ..step import Step, Wrap
 from .given import tensors_in
 from .grid import Grid, Spilled
+from .guard import Leftover
 from .inverted import Inverted
 from .members import Flags, Held, Members, swapped
 from .surroundings import Read, Surroundings
@@ -52,6 +53,7 @@ class StepRecord:
         sink: takes the auxiliary values of the step, or None.
         counts: how many of them each elementary update gave.
         alone: whether neither a stream nor anything that the step is given needs a gradient.
+        left: what its functions have left behind.
     """
 
     __slots__ = (
@@ -62,6 +64,7 @@ class StepRecord:
             "counts",
             "flags",
             "grid",
+            "left",
             "members",
             "notes",
             "overflow",
@@ -100,6 +103,7 @@ class StepRecord:
         self.sink = None if sink is None else Sink(sink.log_det)
         self.counts: list[int] = []
         self.alone = False
+        self.left: list[Leftover] = []
 
     def left_in_context(self) -> bool:
         """Whether the step has put a tensor with a graph into the context, such as a cache of keys."""

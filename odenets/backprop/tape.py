@@ -26,7 +26,7 @@ from schemes.scheme import Function, State
 from ..step import Step
 from .given import tensors_in, with_tensors
 from .grid import Grid, Spilled
-from .guard import Guard, learn, needed, refuse_hook, refuse_retained
+from .guard import Guard, Leftover, learn, needed, refuse_awaited, refuse_hook, refuse_retained
 from .limits import raise_in_our_words
 from .members import Held, Members, Slot, swapped
 from .monitor import PendingScalar, distance
@@ -260,7 +260,9 @@ class _Node(torch.autograd.Function):
             with tape.monitor.lock, autocast_as(record.autocast):
                 state = run_step(record, tensors[:streams], tape.wrap, around)
                 if watched:
-                    refuse_retained(learn(record.members, record.left_in_context()))
+                    left = learn(record.members, record.left_in_context())
+                    refuse_retained(left)
+                    record.left = [Leftover.of(x) for x in left]
         finally:
             AGAIN.inside = outer
         ctx.streams = len(state)
@@ -303,6 +305,7 @@ class _Node(torch.autograd.Function):
         none = (None, None, None)
         if all(g is None for g in grads):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
+        refuse_awaited(tape.records[n].left, tape.records[n].where)
         # The extra inputs come last.
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
         # A list, which the step empties as it goes: a tuple would keep all streams of the state alive to the end.

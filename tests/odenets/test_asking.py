@@ -207,6 +207,37 @@ def test_threads_do_not_meet_what_is_put_back(mode):
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-10)
 
 
+class Leaves(Layer):
+    """Leaves behind its value, and what is made of its parameters alone."""
+
+    def forward(self, x):
+        self.value = super().forward(x)
+        self.penalty = self.linear.weight.sum()  # whose graph saves nothing
+        return self.value
+
+
+def gradient_awaited(x):
+    found = []
+    x.register_hook(found.append)
+    return found
+
+
+@pytest.mark.parametrize("mode", BY_INVERSE)
+@pytest.mark.parametrize("wait", [torch.Tensor.retain_grad, gradient_awaited])
+def test_who_awaits_a_gradient_of_what_was_left_behind_is_told(mode, wait):
+    net = net_of(Leaves, mode)
+    left = [f for step in net.steps for f in step.modules() if isinstance(f, Leaves)]
+    for _ in range(2):
+        y = net(data(3, 4))
+        wait(left[-1].value)
+        with pytest.raises(SchemeError, match="retains its gradient or has a hook"):
+            y.square().sum().backward()
+        # What no stream enters has a whole graph.
+        y = net(data(3, 4))
+        wait(left[-1].penalty)
+        (y.square().sum() + sum(f.penalty for f in left)).backward()
+
+
 class Dense(Layer):
     def forward(self, x):
         return super().forward((x if x.layout is torch.strided else x.to_dense()).to(F64))
