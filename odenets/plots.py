@@ -318,9 +318,9 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
         path: the file.
         title: above the figure.
     """
-    from matplotlib.ticker import MaxNLocator
-
     figure = _figure(max(4.5, 0.25 * len(profile) + 2), 3.6)
+    from matplotlib.ticker import MaxNLocator  # after the figure, which says what to install where it is missing
+
     axes, at = figure.add_subplot(), range(len(profile))
     axes.step(at, [r.width for r in profile.values()], where="mid", color="gray", label="width")
     for number, (name, values) in enumerate(
@@ -466,10 +466,10 @@ def lines(
         log_x: whether the x axis is, to the base of 2.
         apart: names of curves that are close to each other: once more, in a panel of their own.
     """
-    from matplotlib.ticker import MaxNLocator
-
     many = len(series) > 5
     figure = _figure(8.4 if apart else 5, 4.2 if many else 3.4)
+    from matplotlib.ticker import MaxNLocator
+
     panels = [list(series), list(apart)] if apart else [list(series)]
     for place, names in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place)

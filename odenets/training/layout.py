@@ -74,6 +74,9 @@ def splits_named(name: str) -> list[str]:
 def printable(name: str) -> str:
     r"""A file's name as text that can be written: bytes that are no UTF-8 as escapes.
 
+    Args:
+        name: as ``os.listdir`` gives it.
+
     >>> printable("caf\udce9.png"), printable("café.png")
     ('caf\\udce9.png', 'café.png')
     """

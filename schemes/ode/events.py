@@ -52,7 +52,12 @@ class Event:
             raise SchemeError(f"Event: direction is {self.direction!r}, want -1, 0 or 1.")
 
     def value(self, number: int, t: Tensor, y: Any) -> Tensor:
-        """What the function says, checked; ``number`` is the event's place in the list of events.
+        """What the function says, checked.
+
+        Args:
+            number: the event's place in the list of events, for messages.
+            t: the time.
+            y: the state.
 
         Raises:
             SchemeError: it is no tensor of real numbers.

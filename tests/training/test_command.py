@@ -336,4 +336,4 @@ def test_a_torchvision_that_does_not_fit_is_repaired(monkeypatch):
     with pytest.warns(UserWarning, match="does not fit this torch"):
         cli.repair_torchvision()
     assert "torchvision" in sys.modules
-    monkeypatch.delitem(sys.modules, "torchvision")
+    del sys.modules["torchvision"]  # for good: monkeypatch would put it back for other tests to find
