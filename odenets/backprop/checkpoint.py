@@ -215,7 +215,12 @@ def checkpointed(
                 for key in {*(x._backward_hooks or ())} - before:
                     del x._backward_hooks[key]  # type: ignore[index]
 
+    # ``rerun`` puts back the generators of the processor and of one device, and does so under the lock; torch would set
+    # them before it comes there, while another thread draws.
+    devices = {x.device for x in state}
+    others = len(devices) > 1 or devices.pop().type not in ("cpu", "cuda")
+    contexts = nullcontext(), rerun
     with rerun.lock:
-        result = checkpoint(steps, *state, use_reentrant=False, context_fn=lambda: (nullcontext(), rerun))
+        result = checkpoint(steps, *state, use_reentrant=False, context_fn=lambda: contexts, preserve_rng_state=others)
         rerun.over()
     return result  # type: ignore[return-value]

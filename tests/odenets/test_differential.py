@@ -257,7 +257,7 @@ class Run:
 
     def note(self, *outputs):
         grads = [p.grad for p in (*self.net.parameters(), self.bias)]
-        self.seen += [y.detach().clone() for y in outputs]
+        self.seen += [None if y is None else y.detach().clone() for y in outputs]
         self.seen += [None if g is None else g.clone() for g in grads]
         self.seen += [*(b.clone() for b in self.net.buffers()), torch.get_rng_state()]
         self.seen.append(torch.tensor(random.getstate()[1]))
@@ -309,6 +309,10 @@ class Run:
 
     def other_weights(self):
         """Weights that are handed in from outside, and lead on."""
+        if "checkpoint inside" in self.kinds:
+            # Torch's own runs again in the backward pass, when other weights stand there: its gradients are wrong, and
+            # those of the inverse, which puts back what the call read, are right.
+            return
         scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
         weights = {k: scale * p for k, p in self.net.named_parameters()}
         x = self.x.clone().requires_grad_()

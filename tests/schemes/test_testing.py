@@ -295,7 +295,8 @@ class Mixed(nn.Module):
 
 def coupled(scheme, mode):
     torch.manual_seed(1)
-    return Stack.from_factory(Mixed, scheme, 3, channels=6, backprop=mode).double()
+    depth = 3 * len(get(scheme).plan)  # a mix comes in whole
+    return Stack.from_factory(Mixed, scheme, depth, channels=6, backprop=mode).double()
 
 
 @settings(max_examples=15)
