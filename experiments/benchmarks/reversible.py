@@ -283,11 +283,20 @@ def steps_table(depths: list[int], rounds: int) -> None:
     for depth in depths:
         torch.manual_seed(0)
         fs = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(2 * depth)]
+
+        def fresh(fs: list[nn.Module] = fs) -> list[nn.Module]:
+            return [copy.deepcopy(f) for f in fs]
+
+        def pairs(fresh: Callable = fresh) -> list[nn.Module]:
+            own = fresh()
+            return [Pair(f, g) for f, g in zip(own[::2], own[1::2], strict=True)]
+
         x = torch.randn(32, 128, requires_grad=True)
-        nets = {
-            mode: Stack(copy.deepcopy(fs), "revnet", backprop=mode)
-            for mode in ("store", "checkpoint", "reverse", "exact")
+        nets: dict[str, nn.Module] = {
+            mode: Stack(fresh(), "revnet", backprop=mode)
+            for mode in ("store", "checkpoint", "checkpoint(4)", "reverse", "exact")
         }
+        nets |= {"torch checkpoint": Checkpointed(pairs()), **public(fresh, pairs, depth)}
         times: dict[str, list[float]] = {mode: [] for mode in nets}
         for net in nets.values():
             train(net, x)  # measures the growth
