@@ -201,13 +201,7 @@ def test_stack_law_sees_statistics_that_move_twice(monkeypatch):
 
 
 def test_stack_law_sees_other_dropout(monkeypatch):
-    from torch.utils.checkpoint import checkpoint
-
     monkeypatch.setattr("odenets.backprop.surroundings.Surroundings.set_generators", lambda self: None)
-    monkeypatch.setattr(
-        "odenets.backprop.checkpoint.checkpoint",
-        lambda *args, **kwargs: checkpoint(*args, preserve_rng_state=False, **kwargs),
-    )
     with pytest.raises(AssertionError, match="differs from store"):
         testing.check_stack(make, torch.randn(8, 3))
 
