@@ -130,8 +130,8 @@ def test_every_walk_is_the_same_walk(scheme, mode, rule, timed, post_step, train
             got = [g if w is not None else None for g, w in zip(got, plain, strict=True)]
             same(got, plain, 1e-12, name) if not training else None
             continue
-        # Steps that are checkpointed together add up the gradient of a shared step size among themselves first; under an
-        # observer each is by itself.
+        # Steps that are checkpointed together add up the gradient of a shared step size among themselves first; under
+        # an observer each is by itself.
         rounds = name == "forward_with_errors" or (mode == "checkpoint(2)" and str(rule).startswith("learned"))
         same(got, want, 1e-4 if adaptive else 1e-12 if rounds else 0.0, name)
 
