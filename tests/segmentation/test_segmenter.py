@@ -270,6 +270,7 @@ class Body(Callback):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_lightning_thaws_the_model_below_the_head(tmp_path):
