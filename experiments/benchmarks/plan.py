@@ -1,6 +1,6 @@
 """Predicted and measured memory of training under plans, and what "auto" chooses for a memory.
 
-    python experiments/benchmarks/plan.py                    # about 10 minutes, one thread
+    python experiments/benchmarks/plan.py                    # about 5 minutes, one thread
     python experiments/benchmarks/plan.py --case revcol      # one network
 
 Cases: "blocks", the stack of ``reversible.py`` at depth 16 (state 64x32x8x8); "revcol", RevCol-T at 96 pixels, batch 4;
