@@ -16,7 +16,7 @@ from schemes.scheme import State
 from ..auxiliary import Sink
 from .guard import Guard, leftovers
 from .limits import in_our_words, raise_in_our_words
-from .members import Flags, Members, swapped
+from .members import Flags, Held, Members, swapped
 from .surroundings import Read, Surroundings, torch_functions
 
 
@@ -56,6 +56,7 @@ class Rerun:
     def __init__(
         self,
         members: Members,
+        held: Held,
         state: State,
         given: Any,
         where: str,
@@ -64,7 +65,7 @@ class Rerun:
     ):
         self.members, self.where, self.sink = members, where, sink
         self.lock = lock or nullcontext()
-        self.flags = Flags(self.members, given)
+        self.flags = Flags(self.members, given, held)
         # Statistics too, though a training pass does not read what they are: they must not move twice.
         self.statistics = self.members.statistics()
         self.before: Surroundings | Read = Surroundings(state[0].device, self.members, given)
@@ -113,7 +114,8 @@ class Solve(Rerun):
     """What the adjoint equation of a solve is solved under, backwards in time; as ``schemes.ode.reads.AROUND``."""
 
     def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
-        super().__init__(Members(modules), state, given, where)
+        members = Members(modules)
+        super().__init__(members, members.everything(), state, given, where)
         self.known = {id(x) for x in leftovers(self.members)}
         self.left: list[tuple[dict[str, Any], str]] = []
 
@@ -181,7 +183,7 @@ def as_called(modules: Sequence[nn.Module], state: State, given: Any, where: str
 def checkpointed(
     run: Callable[..., State],
     state: State,
-    members: Members,
+    members: Callable[[], tuple[Members, Held]],
     given: Any,
     where: str,
     sink: Sink | None = None,
@@ -192,7 +194,8 @@ def checkpointed(
     Args:
         run: what is computed; a function of the streams alone.
         state: the streams.
-        members: all modules that ``run`` uses; their buffers, flags and parameters are as at the call the second time.
+        members: gives all modules that ``run`` uses, and what they hold: buffers, flags and parameters are as at the
+            call the second time. Not asked where a compiler records the run.
         given: a tree of tensors that they read besides the streams.
         where: name of the steps, for messages.
         sink: takes the auxiliary values of the first run, and none of a second.
@@ -201,7 +204,7 @@ def checkpointed(
     if torch.compiler.is_compiling():  # which refuses a context made here, and has recomputation rules of its own
         return checkpoint(run, *state, use_reentrant=False)  # type: ignore[return-value]
     # One object instead of a generator: torch enters the context once per backward pass, as often as there are any.
-    rerun = Rerun(members, state, given, where, sink, lock)
+    rerun = Rerun(*members(), state, given, where, sink, lock)
 
     def steps(*streams: Tensor) -> State:
         if not rerun.entered:

@@ -246,16 +246,20 @@ def _content(c: Any) -> Any:
     return _attributes(c)
 
 
+def cells_of(function: FunctionType) -> Iterator[Any]:
+    """What the cells of a closure hold."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name that is not bound yet
+            continue
+
+
 def _captured(function: FunctionType) -> dict[Any, Any]:
     """What a function reads from around it: the cells of a closure, and those globals that could change."""
     if (function.__module__ or "").partition(".")[0] in (*_LIBRARIES, *_CONSTANT):
         return {}
-    found: dict[Any, Any] = {}
-    for n, cell in enumerate(function.__closure__ or ()):
-        try:
-            found[n] = cell.cell_contents
-        except ValueError:  # a name that is not bound yet
-            continue
+    found: dict[Any, Any] = dict(enumerate(cells_of(function)))
     around = function.__globals__
     for name in function.__code__.co_names:
         value = around.get(name)

@@ -1,12 +1,12 @@
 """What the modules of a step hold, and what of it a call read: so that a second run reads the same."""
 
 import dis
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import chain
 from operator import is_
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..step import FunctionModule
-from .contents import holds, is_generator
+from .contents import cells_of, holds, is_generator
 from .given import tensors_in
 
 # Hooks are part of what a module computes; those of all modules stand in tables of torch.
@@ -170,7 +170,7 @@ def _asks(function: Any, kind: type | None = None) -> bool:
             return True
         around = f.__globals__
         queue += [around[n] for n in names if isinstance(around.get(n), FunctionType)]
-        queue += [v for c in f.__closure__ or () if isinstance(v := _content(c), (FunctionType, MethodType))]
+        queue += [v for v in cells_of(f) if isinstance(v, (FunctionType, MethodType))]
         if kind is not None:
             # In all base classes, as super().forward(x) calls one of those.
             queue += [vars(base)[n] for base in kind.__mro__ for n in names & vars(base).keys()]
@@ -186,13 +186,6 @@ def _names(code: CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _names(inner)
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
 
 
 def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
@@ -373,18 +366,26 @@ class Members:
         return [(m, slot) for m, slot in found if slot.value is not None and not is_lazy(slot.value)]
 
 
-def remembered(known: dict[int, Members], first: int, roots: Sequence[nn.Module]) -> Members:
-    """The modules below some roots, as they were found by an earlier pass where they are the same still.
+def remembered(
+    known: dict[int, Members],
+    first: int,
+    roots: Sequence[nn.Module | None],
+    make: Callable[[Sequence[nn.Module | None]], Members] = Members,
+) -> tuple[Members, Held]:
+    """The modules below some roots, found by an earlier pass where they are the same still, and what they hold.
 
     Args:
         known: what earlier passes have found.
         first: the number under which it stands there.
         roots: the modules.
+        make: finds them.
     """
     found = known.get(first)
-    if found is None or found.held_by(*roots) is None:
-        found = known[first] = Members(roots)
-    return found
+    held = None if found is None else found.held_by(*roots)
+    if found is None or held is None:
+        found = known[first] = make(roots)
+        held = found.everything()
+    return found, held
 
 
 class Flags:
@@ -392,8 +393,8 @@ class Flags:
 
     __slots__ = ("names", "read", "storages", "tensors", "versions", "wanted")
 
-    def __init__(self, members: Members, given: tuple[Any, ...], held: Held | None = None):
-        self.names = held = members.everything() if held is None else held
+    def __init__(self, members: Members, given: tuple[Any, ...], held: Held):
+        self.names = held
         self.read = held.slots
         self.tensors = [slot.value for slot in held.slots if not slot.value.is_inference()]
         self.wanted = [p.requires_grad for p in self.tensors]

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, ClassVar
 
@@ -131,7 +132,7 @@ class Checkpoint(Mode):
                 # Bound now, as the backward pass calls it after the loop has gone on to the last part.
                 lambda *streams, part=part: part.keep(streams),
                 state,
-                remembered(given.monitor.parts, part.first, modules),
+                partial(remembered, given.monitor.parts, part.first, modules),
                 (given.context, part.time),
                 f"step {where}",
                 part.sink,

@@ -28,7 +28,7 @@ from .given import tensors_in, with_tensors
 from .grid import Grid, Spilled
 from .guard import Guard, Leftover, learn, needed, refuse_awaited, refuse_hook, refuse_retained
 from .limits import raise_in_our_words
-from .members import Held, Members, Slot, swapped
+from .members import Held, Members, Slot, remembered, swapped
 from .monitor import PendingScalar, distance
 from .replay import (
     NOTHING,
@@ -114,12 +114,9 @@ class Tape:
         return state[:count]
 
     def _members(self, step: Step, shared: nn.Module | None) -> tuple[Members, Held]:
-        found = self.monitor.members.get(step.index)
-        held = None if found is None else found.held_by(shared, step)
-        if found is None or held is None:
-            found = self.monitor.members[step.index] = members_of(step, shared, self.mode)
-            held = found.everything()
-        return found, held
+        return remembered(
+            self.monitor.members, step.index, (shared, step), lambda _: members_of(step, shared, self.mode)
+        )
 
     def _same_streams(self, state: State) -> None:
         """Refuses streams that are not those of the step before, whose inverse starts from them."""
