@@ -1,6 +1,7 @@
 """Workers of one thread each, fixed seeds, hypothesis profiles, and the folder of real pictures (``ODENETS_DATA``)."""
 
 import functools
+import gc
 import os
 import sys
 import time
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker("long")
+
+
+def pytest_collection_finish() -> None:
+    """What the collection made lives to the end: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 TRACED = 1.0  # seconds of each test function, with all its cases, in which `--cov` counts lines

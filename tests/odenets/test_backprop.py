@@ -34,6 +34,7 @@ def test_gradients_in_single_precision(name: str) -> None:
     assert error <= 3 * stored, (error, stored, reverse.monitor)
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_calls_are_two_per_evaluation(name: str) -> None:
     stack, x = build(name), batch()
@@ -151,6 +152,7 @@ def test_autocast_keeps_no_casts_without_a_graph() -> None:
 # What needs a gradient --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_input_without_gradient(name: str) -> None:
     reverse, store = both(name)
@@ -159,6 +161,7 @@ def test_input_without_gradient(name: str) -> None:
     assert sum(g is not None for g in got.values()) > len(got) - 4
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_autograd_grad_on_some_parameters(name: str) -> None:
     reverse, store = both(name)
@@ -172,6 +175,7 @@ def test_autograd_grad_on_some_parameters(name: str) -> None:
         assert torch.allclose(got, want, rtol=1e-10)
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_functional_call(name: str) -> None:
     """Gradients land on the tensors that replace the parameters, leaves or not, after the call is over."""
@@ -187,6 +191,7 @@ def test_functional_call(name: str) -> None:
     assert distance(*found) <= EXACT
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_partly_frozen(name: str) -> None:
     found = []
@@ -199,6 +204,7 @@ def test_partly_frozen(name: str) -> None:
     assert distance(*found) <= EXACT
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_parameter_hooks_fire_once(name: str) -> None:
     found = []
@@ -222,6 +228,7 @@ def test_parameter_hooks_fire_once(name: str) -> None:
     assert set(found[0][1].values()) == {1}
 
 
+@pytest.mark.cases(10)
 @EACH
 def test_weights_shared_by_all_steps(name: str) -> None:
     if name == "dense(2)" or "revcol" in name or "learned" in name or "affine" in name:
@@ -326,6 +333,7 @@ def test_context_in_a_tree() -> None:
 # Inverse ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(10)
 @EACH
 @pytest.mark.parametrize("timed", [False, True])
 def test_inverse_of_a_stack(name: str, timed: bool) -> None:

@@ -85,6 +85,7 @@ def by_products(net, x):
     return torch.autograd.functional.hvp(lambda x: net(x).square().sum(), x.detach(), torch.ones_like(x))
 
 
+@pytest.mark.cases(32)
 @pytest.mark.parametrize("mode", [*MODES, "reverse(drift=false)"])
 @pytest.mark.parametrize("way", [*WAYS, by_products])
 def test_gradients_of_gradients_are_given_or_refused(way, mode):
@@ -97,6 +98,7 @@ def test_gradients_of_gradients_are_given_or_refused(way, mode):
     torch.testing.assert_close(way(net, data(3, 4).requires_grad_()), want)
 
 
+@pytest.mark.cases(18)
 # Who holds a state may write to it.
 @pytest.mark.parametrize("mode", REVERSED)
 @pytest.mark.parametrize("scheme", ["leapfrog", "alf", "momentum"])
@@ -299,6 +301,7 @@ class Late(nn.Module):
         return torch.tanh(self.linear(x))
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "reverse", "exact", "checkpoint + reverse"])
 @pytest.mark.parametrize("what", ["buffer", "attribute", "norm"])
 @pytest.mark.parametrize("at", [0, 1, 2])
