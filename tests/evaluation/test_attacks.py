@@ -71,6 +71,25 @@ def test_a_step_in_l2_follows_the_direction_of_the_gradient():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_many_steps_are_those_of_a_plain_loop(norm):
+    net, x = linear(), torch.rand(6, 3, 4, 4, dtype=torch.float64)
+    eps, step_size = (0.05, 0.02) if norm == "linf" else (0.4, 0.15)
+    wanted = x.clone()
+    for _ in range(7):
+        for i in range(len(x)):  # a picture at a time
+            g = by_hand(net, wanted[i : i + 1], LABELS[i : i + 1])[0]
+            change = wanted[i] + step_size * (g.sign() if norm == "linf" else g / g.norm()) - x[i]
+            if norm == "linf":
+                change = change.clamp(-eps, eps)
+            elif change.norm() > eps:
+                change *= eps / change.norm()
+            wanted[i] = (x[i] + change).clamp(0, 1)
+    assert (wanted != x).any() and ((wanted == 0) | (wanted == 1)).any()
+    attack = pgd(eps, steps=7, step_size=step_size, random=False, norm=norm)
+    torch.testing.assert_close(attack(net, x, LABELS), wanted)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("random", [True, False])
 def test_pgd_stays_in_the_ball_and_raises_the_loss(norm, random):
     net, eps = conv(), {"linf": 0.03, "l2": 0.4}[norm]

@@ -1,5 +1,7 @@
 """RevCol: supervision, options, heads, the networks it is compared with, DDP."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,4 +175,7 @@ def test_the_idle_factors_do_not_trouble_ddp(backprop, tmp_path):
             ddp(torch.rand(2, 3, 16, 16)).sum().backward()
         assert all(p.grad is not None for p in net.parameters())
     finally:
+        # Torch ends a group while it holds Python's lock, for which Gloo's thread may still wait with the last of its
+        # work: a deadlock, unless that thread comes first.
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
