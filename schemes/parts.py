@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
-from .scheme import Function, Scheme
+from .scheme import Function, Scheme, check_attributes
 
 
 def check_part(name: str, scheme: object) -> Scheme:
     """The part itself; raises a SchemeError, which names the wrapper, where it is no scheme."""
     if not isinstance(scheme, Scheme):
         raise SchemeError(f"{name}: {scheme!r} is no scheme; write a name such as rk4.")
-    return scheme
+    return check_attributes(scheme)
 
 
 def as_argument(generator: torch.Generator | None) -> tuple[torch.Generator, ...]:

@@ -20,7 +20,7 @@ from .multistep import AdamsBashforth2, Alf, Leapfrog, LmResNet, Momentum, Rever
 from .nested import Nested
 from .reversible import Reversible
 from .runge_kutta import RungeKutta, pruned
-from .scheme import Scheme, limit_functions
+from .scheme import Scheme, check_attributes, limit_functions
 from .tableau import Tableau
 
 
@@ -84,13 +84,14 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
         (4, 14)
     """
     if isinstance(scheme, Scheme):
-        return scheme
+        return check_attributes(scheme)
     if isinstance(scheme, Tableau):
         return RungeKutta(scheme)
     # The dictionaries themselves: what is registered later is known to readers from then on.
     found = Reader(_NAMES, _FAMILIES, Mix, listing=LISTING).read(scheme)
     if not isinstance(found, Scheme):
         raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
+    check_attributes(found)
     # Once more at the end: each family keeps to the limit, and a sum of several may not.
     limit_functions(str(found), found.stages)
     return found
@@ -157,7 +158,7 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
     if isinstance(scheme, Tableau):
         scheme = RungeKutta(replace(scheme, name=name))  # so that it prints as what reads it
     if isinstance(scheme, Scheme):
-        _NAMES[name] = scheme
+        _NAMES[name] = check_attributes(scheme)
     elif callable(scheme):
         # Raises at once for a builtin without a signature, which no call from a text could be checked against.
         inspect.signature(scheme)

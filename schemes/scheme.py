@@ -468,6 +468,13 @@ def bind(
         return tuple(Bound(f, needs, t, context, True, calls) for f, needs in zip(fs, takes, strict=True))
     # A scheme that evaluates its functions several times over has a node for each evaluation.
     uses = len(nodes) // len(fs)
+    if not uses:
+        if not any(needs.time or needs.context for needs in takes):
+            return tuple(fs)
+        raise SchemeError(
+            f"a scheme of {len(fs)} residual functions a step sets no nodes, and a function takes time or a context.\n"
+            "  Set nodes in the scheme's class: function i is evaluated at t + nodes[i] * h."
+        )
     return tuple(
         Bound(f, needs, None if t is None else t + c * h, context, False) if needs.time or needs.context else f
         for f, needs, c in zip(tuple(fs) * uses, tuple(takes) * uses, nodes, strict=True)
@@ -514,3 +521,21 @@ def solve(
         part = scheme.whole(n)
         state = part._step(bind(fs[: part.stages], takes[: part.stages], part.nodes, time, h, context), state, h)
     return scheme.readout(state)
+
+
+def check_attributes(scheme: Scheme) -> Scheme:
+    """The scheme itself; raises a SchemeError where its class does not say what a step takes, and at which times."""
+    stages = getattr(scheme, "stages", None)
+    if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
+        told = "does not set stages" if stages is None else f"sets stages to {stages!r}"
+        raise SchemeError(
+            f"{type(scheme).__name__} {told}: want the number of residual functions that one step takes, from 1 on.\n"
+            "  Set it in the class, as in stages = 2, or in its constructor; schemes.Scheme lists the other attributes."
+        )
+    if scheme.nodes is not None and len(scheme.nodes) % stages:
+        raise SchemeError(
+            f"{type(scheme).__name__} sets {len(scheme.nodes)} nodes for {stages} residual functions a step.\n"
+            "  Set one per function, which is evaluated at t + nodes[i] * h; or one per evaluation, where a step "
+            "evaluates all of them several times."
+        )
+    return scheme

@@ -1,6 +1,7 @@
 """Names: what is there, what can be added."""
 
 import pytest
+import torch
 
 import schemes
 from schemes import Repeat, RungeKutta, SchemeError, Tableau, catalogue, get, names, register, registry, tableaux
@@ -86,3 +87,43 @@ def test_equality_and_hash():
     assert len({get("2*rk4"), get("2*rk4"), get("repeat(rk4, 2)")}) == 2
     assert isinstance(get("rk4"), RungeKutta) and repr(get("2*rk4")) == "<scheme 2*rk4>"
     assert schemes.get("rk4") != "rk4"
+
+
+class Half(schemes.Scheme):
+    """x' = x + h/2 (f0(x) + f1(x)), with attributes that a test sets or leaves out."""
+
+    def _step(self, fs, state, h=1.0, gs=()):
+        (x,) = state
+        return (x + h / 2 * (fs[0](x) + fs[1](x)),)
+
+    def __str__(self):
+        return "half"
+
+
+WRONG = [
+    ({}, "Half does not set stages"),
+    ({"stages": "two"}, "Half sets stages to 'two'"),
+    ({"stages": 0}, "Half sets stages to 0"),
+    ({"stages": True}, "Half sets stages to True"),
+    ({"stages": 2, "nodes": (0.0,)}, "Half sets 1 nodes for 2 residual functions"),
+]
+
+
+@pytest.mark.parametrize("attributes, said", WRONG)
+def test_a_class_that_does_not_say_what_a_step_takes_is_refused_wherever_it_comes_in(attributes, said, clean):
+    made = type("Half", (Half,), attributes)
+    register("half", made)
+    ways = [lambda: get(made()), lambda: get("half()"), lambda: Repeat(made(), 2), lambda: get("repeat(half(), 2)")]
+    for take in (*ways, lambda: register("other", made())):
+        with pytest.raises(SchemeError, match=said) as e:
+            take()
+        assert len(str(e.value).splitlines()) == 2
+    assert "other" not in names()
+
+
+def test_without_nodes_functions_of_time_are_refused():
+    made = type("Half", (Half,), {"stages": 2})()
+    x = torch.ones(3)
+    assert torch.equal(schemes.solve(made, lambda x: x, x, steps=1), 2 * x)
+    with pytest.raises(SchemeError, match=r"sets no nodes.*\n  Set nodes"):
+        schemes.solve(made, lambda t, x: t * x, x, steps=1)
