@@ -20,6 +20,11 @@ _MEANINGS = {
         "step, as backprop='reverse' and 'exact' and the measuring for 'auto' do.\n"
         "  Give it use_reentrant=False, or use backprop='store'."
     ),
+    "implement the jvp function for custom autograd.Function": (
+        "a forward-mode derivative met a torch.autograd.Function without jvp; torch's own checkpoint is one, in early "
+        "versions.\n"
+        "  Use backprop='store', and write jvp for Functions of your own."
+    ),
 }
 # The same of what is said where a backward pass runs functions again.
 _AGAIN = {

@@ -121,6 +121,12 @@ def test_forward_mode_through_a_stack_has_its_tangent_or_is_refused(mode):
                     SchemeError, match=r"forward-mode .* cannot pass backprop='\w+'; use backprop='store'"
                 ):
                     net(given)
+                continue
+            try:
+                found = net(given)
+            except SchemeError as error:  # as checkpoints of torch 2.11 do
+                assert "Function without jvp" in str(error) and mode == "checkpoint"
+                assert torch.__version__ < "2.13"  # compared as versions are
             else:
-                torch.testing.assert_close(forward_ad.unpack_dual(net(given)).tangent, want)
+                torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, want)
         net(x)  # as always, once the level is closed

@@ -323,6 +323,8 @@ def test_a_missing_extra_names_its_install_line(capsys, monkeypatch):
 def test_a_torchvision_that_does_not_fit_is_repaired(monkeypatch):
     from odenets import cli
 
+    if hasattr(torch.ops.torchvision, "nms"):
+        pytest.skip("a torchvision that fits has declared its operators in this process")
     # A package that fails as the real one does: its operators are declared only in its missing binary.
     folder = Path("fake/torchvision")
     folder.mkdir(parents=True)
