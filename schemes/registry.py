@@ -91,10 +91,10 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
     found = Reader(_NAMES, _FAMILIES, Mix, listing=LISTING).read(scheme)
     if not isinstance(found, Scheme):
         raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
-    check_attributes(found)
     # Once more at the end: each family keeps to the limit, and a sum of several may not.
-    limit_functions(str(found), found.stages)
-    return found
+    if isinstance(getattr(found, "stages", None), int):
+        limit_functions(str(found), found.stages)
+    return check_attributes(found)
 
 
 def names() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -173,14 +174,19 @@ def test_backward_hooks_run_once_a_pass_as_at_the_call(removed, mode):
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9 if mode == "exact" else 1e-12)
 
 
+# From 2.15 on torch asks whether what a selective checkpoint keeps passes the hooks on saved tensors around it.
+HOOKED = [True, False] if "respect_saved_tensors_hooks" in signature(checkpoint).parameters else []
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_selective_checkpoint_around_the_stack(mode):
+@pytest.mark.parametrize("options", [{"respect_saved_tensors_hooks": v} for v in HOOKED] or [{}])
+def test_a_selective_checkpoint_around_the_stack(options, mode):
     context = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     found = []
     for m in ("store", mode):
         net, x = net_of(lambda: nn.Sequential(layer(), nn.Dropout(0.4)), m), data(3, 4).requires_grad_()
         torch.manual_seed(1)
-        checkpoint(net, x, use_reentrant=False, context_fn=context).square().sum().backward()
+        checkpoint(net, x, use_reentrant=False, context_fn=context, **options).square().sum().backward()
         found.append(grads(net, x))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-7 if mode == "exact" else 1e-12)
 
