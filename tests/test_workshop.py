@@ -140,7 +140,7 @@ def work(seconds):
 @pytest.mark.parametrize("n", [0, 1])
 def test_cases(n):
     f(n)
-    work(1.1)
+    work(0.4)
 
 examples = []
 
@@ -149,7 +149,7 @@ examples = []
 def test_examples(n):
     f(2 if len(examples) < 3 else 3)
     examples.append(n)
-    work(0.4)
+    work(0.12)
 
 def test_another():
     f(4)
@@ -157,7 +157,7 @@ def test_another():
 
 
 @pytest.mark.long
-def test_lines_are_counted_in_the_first_second_of_each_test(tmp_path):
+def test_lines_are_counted_where_each_test_begins(tmp_path):
     """Where they are traced; and what is paused goes on, in the frames that it was in."""
     conftest = (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
     for name, text in (("lines", LINES), ("test_traced", TRACED), ("conftest", conftest)):
