@@ -199,6 +199,14 @@ def test_what_fills_a_batch_up_is_not_looked_at(batch):
     assert (narrow.boxes.max() <= 40) and (wide.boxes.max() <= 40)
 
 
+def test_channels_last_is_for_net_and_head():
+    found = detector("rt", channels_last=True)
+    found.setup("validate")
+    for part in (found.net, found.head):
+        weights = [p for p in part.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2:].numel() > 1]
+        assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
 def test_in_pixels_of_the_file():
     one = Found(torch.tensor([[8.0, 4.0, 32.0, 40.0]]), torch.tensor([1.0]), torch.tensor([0]))
     moved = in_file(one, torch.tensor([24, 32]), torch.tensor([48, 128]))
