@@ -60,7 +60,7 @@ def registries(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.cases(12)
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("path", [p for p in TEXTS if snippets(p, "python", "pycon")], ids=name)
 def test_snippets_run_and_print_what_they_say(path):
     scope: dict = {"__name__": "__snippets__"}
@@ -79,6 +79,7 @@ def test_snippets_run_and_print_what_they_say(path):
         assert printed.getvalue().splitlines() == PRINTS.findall(code), where
 
 
+@pytest.mark.cases(44)
 @pytest.mark.parametrize("module", modules())
 def test_examples_of_docstrings(module):
     found = importlib.import_module(module)

@@ -102,6 +102,7 @@ def test_memory_stays_flat(whole: bool) -> None:
     assert (peaks[1] - peaks[0]) / 6 <= parameters + 500, peaks
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", ["checkpoint", "reverse", "exact", "2*store + 2*reverse", "auto(memory=1GB)"])
 def test_without_gradients_the_whole_stack_is_one_graph_in_every_mode(mode: str) -> None:
     torch.manual_seed(0)

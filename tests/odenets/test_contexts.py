@@ -107,7 +107,7 @@ def _list_of(context):
     return context["more"] if isinstance(context, dict) else context.more
 
 
-@pytest.mark.cases(40)
+@pytest.mark.cases(20)
 @FORM
 @AGAIN
 @pytest.mark.parametrize("what", EXCHANGES)

@@ -507,6 +507,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), wide(), nn.Tanh(), wide("store", 4, "euler"), nn.Linear(64, 10))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("memory", [None, "1MiB", "750KiB"])
 def test_whole_models_keep_to_their_memory(memory: str | None):
     model, x = net(), wide_input()

@@ -62,6 +62,7 @@ class Joined(torch.nn.Linear):
         return super().forward(torch.cat(xs, 1))
 
 
+@pytest.mark.cases(40)
 @pytest.mark.parametrize("name", [text for text in schemes.examples() if schemes.get(text).nodes is not None])
 @pytest.mark.filterwarnings("ignore::schemes.MixingWarning", "ignore:.*enter the error estimate only")
 def test_a_stack_is_made_from_the_slots(name):

@@ -19,6 +19,7 @@ EXAMPLES = schemes.examples()
 FIXED = [text for text in EXAMPLES if schemes.get(text).nodes is not None]
 
 
+@pytest.mark.cases(57)
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_laws(text):
     check_scheme(text)

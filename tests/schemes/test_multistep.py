@@ -35,6 +35,7 @@ WITHOUT_TABLEAU = [
 ]
 
 
+@pytest.mark.cases(14)
 @pytest.mark.parametrize("name", WITHOUT_TABLEAU)
 def test_order_by_the_slope_of_the_error(name):
     scheme = schemes.get(name)

@@ -227,6 +227,7 @@ def test_dense_output_as_torchdiffeq_calls_it():
 # --- states, times, directions
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("method", [*PAIRS, "rk4", "substeps(heun3, 2)", "rkc2(9)", "alf", "ab2", "revnet + rk4"])
 def test_every_kind_of_method_solves(method):
     if "revnet" in method:

@@ -18,7 +18,7 @@ PAIRS = [name for name, t in schemes.tableaux.METHODS.items() if t.b_hat is not 
 F64 = torch.float64
 
 
-@pytest.mark.cases(16)
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("name", [*METHODS, *(f"pruned({name})" for name in PAIRS)])
 def test_order_by_the_slope_of_the_error(name):
     check_order(get(name))
