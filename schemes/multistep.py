@@ -70,7 +70,7 @@ class Leapfrog(_OneFunction):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs
-        # With x_{-1} = x_0 a full weight would be a step of 2 h from x_0, half a step too far.
+        # With x_{-1} = x_0 a full weight would be a step of 2 h from x_0, one step too far.
         weight = h if self.first is self else 2.0 * h
         return [Update(0, lambda s: (1.0, scaled(weight, f(s[1]))), shortcut=0)]
 
