@@ -487,11 +487,9 @@ def lines(
         if log:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    if many:  # which would cover curves
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3 if apart else 2, fontsize=8)
-    else:
-        figure.axes[0].legend(fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    # Inside of the axes even the best place covers a curve where no corner is free.
+    figure.legend(handles, names, loc="outside lower center", ncols=2 if many and not apart else 3, fontsize=8)
     return _write(figure, path)
 
 

@@ -113,4 +113,14 @@ def test_the_legend_of_ranks_covers_no_curve(monkeypatch):
     figure = laid_out(monkeypatch, lambda: plots.ranks(profile, "a.png", "title"))
     axes = figure.axes[0]
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_the_legend_of_lines_covers_no_curve(monkeypatch):
+    # Curves that leave no corner free, as errors that fall at different rates do.
+    curves = {name: ([1, 2, 3], [3.0 * k, 1.5 * k, 0.1 * k]) for k, name in enumerate(("euler", "rk4", "dense"), 1)}
+    curves["midpoint"] = ([1, 2, 3], [0.1, 5.0, 9.0])
+    figure = laid_out(monkeypatch, lambda: plots.lines(curves, "x.png", "steps", "error"))
+    [axes] = figure.axes
+    assert axes.get_legend() is None
+    assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
     assert axes.get_ylabel() == "dimensions" and all(float(y).is_integer() for y in axes.get_yticks())
