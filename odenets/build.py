@@ -276,7 +276,7 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
         if len(gs) != want:
             raise SchemeError(
                 f"Stack: {len(gs)} shortcuts for step {n} of {scheme}, want {want or 'none'}; "
-                "a stride or projection can also stand before the stack."
+                "a stride or projection can also go before the stack."
             )
         for g in gs:
             if not isinstance(g, nn.Module):

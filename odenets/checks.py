@@ -44,7 +44,7 @@ def check_given(takes: Takes, t: Any, context: Any) -> None:
     if context is not None and not takes.context and not takes.opaque:
         raise SchemeError(
             "Stack: a context is given, and no residual function has a parameter named context to read it.\n"
-            "  Name the parameter so, forward(self, x, context), or leave the context away."
+            "  Name a parameter context, as in forward(self, x, context), or leave the context out."
         )
     if takes.opaque and (context is not None or isinstance(t, Tensor) or t != 0):
         raise SchemeError(

@@ -506,7 +506,7 @@ def _check_block(block: Any) -> None:
         if _normed_by_iteration(module):
             raise SchemeError(
                 f"ContinuousWeights: {name or 'the block'} has a spectral norm, which follows one matrix from call "
-                "to call, and not one for each time.\n  Leave it away."
+                "to call, and not one for each time.\n  Remove it."
             )
         for key, p in module._parameters.items():
             if p is not None and is_lazy(p):

@@ -66,7 +66,7 @@ def gathered(net: nn.Module, aux: bool | str | Collection[str] = True) -> Iterat
     if not stacks:
         raise SchemeError(
             f"{type(net).__name__} has no Stack, whose residual functions would return auxiliary values.\n"
-            "  Leave them away, or build it of stacks."
+            "  Leave them out, or build it of stacks."
         )
     sink, found = Sink(not isinstance(names, bool) and LOG_DET in names), {}
     before = [stack.into for stack in stacks]

@@ -558,7 +558,7 @@ class Stack(nn.Module):
             streams: gives the tuple of streams before the first step, in place of the input that they were made of.
 
         Raises:
-            SchemeError: the scheme has no inverse, or the readout does not tell its streams.
+            SchemeError: the scheme has no inverse, or the readout does not determine its streams.
         """
         self._check_invertible()
         if isinstance(y, Tensor) and any(step.scheme.streams_added for step in self.steps):

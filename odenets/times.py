@@ -23,7 +23,7 @@ def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
     if isinstance(rule, FromError):
         raise SchemeError(
             f"Stack: step='{rule}' sets the times of its steps on the way, so trajectory(at=...) knows none; "
-            "leave at= away, or take an adaptive scheme."
+            "leave at= out, or take an adaptive scheme."
         )
     return [step.scheme.span * float(torch.as_tensor(step.h).detach()) for step in steps]
 

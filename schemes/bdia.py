@@ -85,7 +85,7 @@ class Bidirectional(Coupling):
         return self if n else self.first
 
     def state_from_output(self, y: Tensor) -> State:
-        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+        raise SchemeError(f"{self}: its output does not determine its streams; invert from Stack.final_state(x).")
 
     def readout(self, state: State) -> Tensor:
         return state[-1]
@@ -152,7 +152,7 @@ class Bdia(Scheme):
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         if gs:
-            raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; other maps stand between two stacks.")
+            raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; put other maps between two stacks.")
         (x,) = state
         return (x + scaled(h, fs[0](x)),)
 

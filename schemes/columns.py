@@ -29,7 +29,7 @@ class _Column(Coupling):
         return state[-1]
 
     def state_from_output(self, y: Tensor) -> State:
-        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+        raise SchemeError(f"{self}: its output does not determine its streams; invert from Stack.final_state(x).")
 
     def _widths(self, stem: int) -> tuple[int, ...]:
         return tuple(stem * self.growth**level for level in range(self.levels))

@@ -203,7 +203,7 @@ class Coupling(Scheme):
     def _check(self, gs: Sequence[Function]) -> None:
         if len(gs) not in (0, self.shortcuts):
             want = f"none or {self.shortcuts}" if self.shortcuts else "none"
-            raise SchemeError(f"{self}: {len(gs)} shortcuts, want {want}; other maps stand between two stacks.")
+            raise SchemeError(f"{self}: {len(gs)} shortcuts, want {want}; put other maps between two stacks.")
 
     @property
     def raw(self) -> tuple[bool, ...]:

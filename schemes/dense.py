@@ -56,7 +56,7 @@ class Dense(Coupling):
         return torch.cat(state, self.dim)
 
     def state_from_output(self, y: Tensor) -> State:
-        raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+        raise SchemeError(f"{self}: its output does not determine its streams; invert from Stack.final_state(x).")
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         (f,) = fs

@@ -111,11 +111,11 @@ class Surd:
             # A field with one root is closed under division; two roots would need four rationals, and no method here
             # has them.
             if other.d != self.d:
-                raise SchemeError(f"sqrt({self.d}) and sqrt({other.d}) meet: one expression holds one root only.")
+                raise SchemeError(f"sqrt({self.d}) and sqrt({other.d}) meet: an expression can hold only one root.")
             return other.p, other.q
         if isinstance(other, (int, Fraction)):
             return Fraction(other), Fraction(0)
-        raise SchemeError(f"{self} meets {other!r}: exact numbers combine with int, Fraction and Surd only.")
+        raise SchemeError(f"{self} and {other!r}: exact numbers combine with int, Fraction and Surd only.")
 
 
 Number: TypeAlias = Fraction | Surd

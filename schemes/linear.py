@@ -100,11 +100,11 @@ class LinearMethod:
             state: the streams.
 
         Raises:
-            SchemeError: an evaluation waits for itself.
+            SchemeError: an evaluation depends on itself.
         """
         order = self._order(self.a)
         if order is None:
-            raise SchemeError("this method is implicit: an evaluation waits for itself.")
+            raise SchemeError("this method is implicit: an evaluation depends on itself.")
         ks: dict[int, Tensor] = {}
         for i in order:
             ks[i] = fs[self.functions[i]](_sum(self.u[i], state, self.a[i], ks))

@@ -323,7 +323,7 @@ class AdamsBashforth2(Scheme):
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         if gs:
-            raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; other maps stand between two stacks.")
+            raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; put other maps between two stacks.")
         x, before = state
         k = fs[0](x)
         # There is no slope before the first. One step of Euler's, of local order 2, keeps the global order 2.

@@ -184,7 +184,7 @@ class Scheme(ABC):
             y: what ``readout`` gave.
         """
         if self.streams != 1:
-            raise SchemeError(f"{self}: its output does not tell its streams; invert from Stack.final_state(x).")
+            raise SchemeError(f"{self}: its output does not determine its streams; invert from Stack.final_state(x).")
         return (y,)
 
     def input_from_state(self, state: State) -> Tensor:

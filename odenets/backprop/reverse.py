@@ -85,7 +85,7 @@ def _start(given: Pass, state: State, mode: str) -> State:
     if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
         raise SchemeError(
             f"Stack: parametrize.cached() keeps weights without their graph in backprop='{mode}', which runs each step "
-            "twice.\n  Leave the context away around the stack, or use backprop='store'."
+            "twice.\n  Call the stack outside of that context, or use backprop='store'."
         )
     for x in state:
         # What is made again is a sum of floating-point numbers, laid out as they are.
@@ -151,7 +151,8 @@ def _check_finite(given: Pass, n: int, state: State) -> None:
     for i, x in enumerate(state):
         if not torch.isfinite(x).all():
             raise SchemeError(
-                f"{given.steps[n - given.first].scheme}, step {n}: stream {i} is not finite after this step."
+                f"{given.steps[n - given.first].scheme}, step {n}: stream {i} is not finite after this step.\n"
+                "  stack.diagnose(x) shows how the states of each step behave; a smaller step size may help."
             )
 
 

@@ -41,7 +41,7 @@ def parser() -> w.Parser:
     add("--confidence", type=w.share, default=0.95, help="of the intervals (0.95)")
     add("--limit", type=w.positive, default=None, help="so many pictures, evenly spread; all of them")
     add("--seed", type=w.count, default=0, help="of corruptions and of attacks' random starts (0)")
-    add("--classes", default=None, metavar="FILE", help="what the network's outputs are called, a name a line")
+    add("--classes", default=None, metavar="FILE", help="what the network's outputs are called, one name per line")
     add("--subset", action="store_true", help="choose among the classes that the pictures have")
     add("--real", default=None, metavar="FILE", help="ImageNet-Real's real.json: several right answers a picture")
     add("--calibration", nargs="?", type=w.positive, const=15, default=None, metavar="BINS", help="ECE, of 15 bins")

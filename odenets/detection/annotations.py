@@ -403,7 +403,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({e.strerror})\n  Give another file: --data.train_annotations"
         ) from None
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{path} is no JSON ({str(e)[:100]})\n  Bring it again") from None
+        raise DataError(f"{path} is no JSON ({str(e)[:100]})\n  Copy or download it again") from None
     missing = [
         key
         for key in ("images", "annotations", "categories")

@@ -185,7 +185,7 @@ class Detections(Dataset):
                 self.tally.add(at, e, "the next picture takes its place")
             else:
                 return self._sample(at, image, generator)
-        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
+        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Replace the files")
 
     def _sample(self, i: int, image: Image.Image, generator: Generator | None) -> tuple[Tensor, Target]:
         objects, size = self.shown.objects(i), image.size

@@ -105,7 +105,7 @@ class Segments(Dataset):
                 self.tally.add(index, e, "the next picture takes its place" if self.train else "it is not counted")
                 continue
             return x, y if self.train or at == position % len(self) else torch.full_like(y, IGNORED)
-        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
+        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Replace the files")
 
     def _read(self, index: int) -> tuple[Image.Image, Tensor]:
         picture = Picture(self.pairs.picture(index))

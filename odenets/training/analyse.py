@@ -178,7 +178,7 @@ def _data(job: Job) -> Pictures:
     parser.add_subclass_arguments(L.LightningDataModule, "data")
     data = parser.instantiate_classes(parser.parse_object({"data": {**settings, "init_args": given}}))["data"]
     if not isinstance(data, Pictures):
-        raise DataError(f"{settings['class_path']} gives no pictures\n  Of such nets: weights, stability.")
+        raise DataError(f"{settings['class_path']} gives no pictures\n  For its nets, ask for weights or stability.")
     data.batch_size = job.options.batch_size
     data.prepare_data()
     data.setup("validate")

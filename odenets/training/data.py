@@ -479,7 +479,7 @@ class Images(Pictures):
                 return Picture(source.encoded(index)).size
             except Unreadable as e:
                 tally.add(index, e, "it is left out")
-        raise DataError(f"{self.where}: none of {len(indices):,} pictures can be read\n  Bring them again")
+        raise DataError(f"{self.where}: none of {len(indices):,} pictures can be read\n  Replace the files")
 
     def state_dict(self) -> dict[str, Any]:
         return {"classes": list(self.classes), **super().state_dict()}

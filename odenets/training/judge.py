@@ -192,7 +192,7 @@ class Figures:
             DataError: There was none.
         """
         if not int(self.confusion.sum()):
-            raise DataError(f"{where}: none of its pictures can be read\n  Bring them again")
+            raise DataError(f"{where}: none of its pictures can be read\n  Replace the files")
         return self.summary()
 
     def _class(self, k: int) -> dict[str, Any]:

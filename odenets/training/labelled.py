@@ -199,7 +199,7 @@ def _check_classes(known: Sequence[str], source: Source, root: Path) -> None:
         raise DataError(
             f"{root}: {', '.join(foreign[:10])}{more} of its {len(used)} classes: none of the {len(known)} classes of "
             f"the network, which begin with {', '.join(known[:3])}\n"
-            "  --classes FILE says what the network's outputs are called, a name a line, such as n01440764"
+            "  --classes FILE says what the network's outputs are called, one name per line, such as n01440764"
         )
 
 
@@ -216,18 +216,20 @@ def read_classes(path: str | Path, count: int) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"--classes {path} cannot be read: {e}\n  Give a text file, a name a line") from None
+        raise DataError(f"--classes {path} cannot be read: {e}\n  Give a text file, one name per line") from None
     if text.lstrip().startswith("["):
         try:
             names = [str(name) for name in json.loads(text)]
         except ValueError as e:
-            raise DataError(f"--classes {path} is no list: {e}\n  Give a text file, a name a line") from None
+            raise DataError(f"--classes {path} is no list: {e}\n  Give a text file, one name per line") from None
     else:
         names = [line.strip() for line in text.splitlines() if line.strip()]
         if all(re.match(r"n\d{8}\b", name) for name in names):
             names = [name[:9] for name in names]
     if len(names) != count:
-        raise DataError(f"--classes {path} has {len(names):,} names, and the network {count:,} outputs\n  Name each")
+        raise DataError(
+            f"--classes {path} has {len(names):,} names, and the network {count:,} outputs\n  Name them all"
+        )
     # Only where there are any: counting each name takes the square of their number.
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < count else []
     if twice:

@@ -241,7 +241,7 @@ def _are_classes(root: Path, parent: str, inside: dict[str, bool], kind: str) ->
         names = ", ".join(repr(name) for name in sorted(inside) if called[name])
         raise DataError(
             f"data.root: in {str(root / parent)!r} the folders {names} could be splits, or classes as {rest[0]!r}\n"
-            "  Put class folders below train/ and val/, or take the other folders elsewhere"
+            "  Put class folders below train/ and val/, or move the other folders elsewhere"
         )
     return True
 
@@ -290,5 +290,5 @@ def check_shards(paths: Iterable[str]) -> None:
             names = [f"{PurePosixPath(name).name}-{number:0{width}}-of-{total}{rest}" for number in missing[:3]]
             raise DataError(
                 f"data.root: {len(missing):,} of {int(total):,} shards are missing: {', '.join(names)}\n"
-                "  Bring them, or rename the files that are there"
+                "  Add them, or rename the files that are there"
             )

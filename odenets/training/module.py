@@ -188,7 +188,7 @@ class NetModule(L.LightningModule):
         if not outermost(self.net):
             raise SchemeError(
                 f"{name}: aux is {dict(self.aux)}, and {type(self.net).__name__} has no Stack, whose residual "
-                "functions would return such values.\n  Leave aux away, or build the net of stacks."
+                "functions would return such values.\n  Leave aux out, or build the net of stacks."
             )
         returning(self.net, [key for key in ENERGIES if key in self.aux])
 

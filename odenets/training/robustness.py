@@ -71,7 +71,7 @@ def corruption_figures(
         if progress is not None:
             progress(count)
     if not count:
-        raise DataError(f"{pictures.where}: none of its pictures can be read\n  Bring them again")
+        raise DataError(f"{pictures.where}: none of its pictures can be read\n  Replace the files")
     errors = {name: [wrong[name, s] / count for s in strengths] for name in names}
     found = CorruptionErrors(clean / count, errors, **about)
     plain = {**found._asdict(), "name": str(trained.path), "strengths": list(strengths), "pictures": count}
@@ -176,7 +176,7 @@ def attack_figures(
         if progress is not None:
             progress(count)
     if not count:
-        raise DataError(f"{pictures.where}: none of its pictures can be read\n  Bring them again")
+        raise DataError(f"{pictures.where}: none of its pictures can be read\n  Replace the files")
     return [
         {
             "attack": attack.name,
@@ -230,7 +230,7 @@ def size_figures(
         for _, x, labels in pictures.batches(batch_size, num_workers):
             right, count = right + len(labels) - _wrong(trained, x, labels), count + len(labels)
         if not count:
-            raise DataError(f"{pictures.where}: none of its pictures can be read\n  Bring them again")
+            raise DataError(f"{pictures.where}: none of its pictures can be read\n  Replace the files")
         accuracy = {"value": right / count, "interval": list(wilson(right, count, confidence))}
         found.append({"size": size, "pictures": count, "accuracy": accuracy})
     return found

@@ -89,7 +89,7 @@ class Tally:
             more = f" and {count - len(names):,} more" if count > len(names) else ""
             raise DataError(
                 f"{count:,} pictures cannot be read: {', '.join(names)}{more}\n"
-                f"  Bring or remove them, or allow more than data.max_unreadable={self.limit}"
+                f"  Replace or remove them, or allow more than data.max_unreadable={self.limit}"
             )
         warnings.warn(
             f"{self.source.name(i)} cannot be read ({why}); {then}. So far {count:,}, data.max_unreadable={self.limit}",
@@ -158,7 +158,7 @@ class Decoded(Dataset):
                 self.tally.add(index, e, "the next picture takes its place")
             else:
                 return self.labels[at]
-        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Bring them again")
+        raise DataError(f"none of {len(self):,} pictures can be read, {self.name(0)} first\n  Replace the files")
 
     def _cut(self, picture: Picture, generator: Generator | None, out: Tensor) -> None:
         if self.smallest:

@@ -247,7 +247,7 @@ def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
                 features = datasets.Features.from_arrow_schema(opened.schema_arrow)
         except Exception as e:
             raise DataError(
-                f"{root / file} is no whole parquet file ({str(e).splitlines()[0][:120]})\n  Bring it again"
+                f"{root / file} is no whole parquet file ({str(e).splitlines()[0][:120]})\n  Copy or download it again"
             ) from None
         columns = {k: getattr(f, "names", None) for k, f in features.items()}
         if first is None:
@@ -259,7 +259,7 @@ def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
                 "  One split wants one kind of file; a folder of several data sets: --data.subset FOLDER"
             )
     if not any(count for _, count in rows):
-        raise DataError(f"{root}: {', '.join(files[:3])} hold no rows\n  Take them away, or bring them again")
+        raise DataError(f"{root}: {', '.join(files[:3])} hold no rows\n  Remove or replace them")
     return [(file, count) for file, count in rows if count]
 
 
@@ -353,7 +353,7 @@ def load_parquet(root: Path, files: Sequence[str]) -> Any:
         return datasets.load_dataset("parquet", data_files=names, split="train")
     except Exception as e:
         said = " ".join(str(e.__cause__ or e).split())[:200]
-        raise DataError(f"{root}: {', '.join(files[:3])} cannot be read: {said}\n  Bring them again") from None
+        raise DataError(f"{root}: {', '.join(files[:3])} cannot be read: {said}\n  Replace the files") from None
 
 
 def open_files(path: str) -> Any:

@@ -103,7 +103,7 @@ def _samples(path: Path) -> Any:
                 members[suffix.lower()] = member
     except tarfile.TarError as e:
         raise DataError(
-            f"{path} is no whole tar file ({e})\n  Bring it again; compressed ones must be unpacked"
+            f"{path} is no whole tar file ({e})\n  Copy or download it again; compressed ones must be unpacked"
         ) from None
     if members:
         yield sample, members
@@ -207,7 +207,7 @@ class ParquetSource(Source):
             return pq.ParquetFile(open_files(file))
         except Exception as e:
             said = (str(e).splitlines() or [type(e).__name__])[0][:120]
-            raise DataError(f"{file} is no whole parquet file ({said})\n  Bring it again") from None
+            raise DataError(f"{file} is no whole parquet file ({said})\n  Copy or download it again") from None
 
     def encoded(self, i: int) -> bytes | str:
         place = int(np.searchsorted(self.ends, i, side="right"))

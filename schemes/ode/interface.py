@@ -73,7 +73,7 @@ def odeint(
     # Counted at the start too, as torchdiffeq does; an `Event` of the user's own says that itself.
     events = () if event_fn is None else event_fn if isinstance(event_fn, (list, tuple)) else (event_fn,)
     if event_fn is not None and not events:
-        raise SchemeError("odeint: event_fn is empty, and so no event would end the solve; leave it away.")
+        raise SchemeError("odeint: event_fn is empty, and so no event would end the solve; leave it out.")
     events = [e if isinstance(e, Event) else Event(e, at_start=True) for e in events]
     if events and not any(e.terminal for e in events):
         raise SchemeError("odeint: no event of event_fn is terminal, so the solve would not end; use integrate.")

@@ -154,7 +154,7 @@ class Problem:
         if not t.shape[-1]:
             raise SchemeError("odeint: t is empty, want the time of y0 at least.")
         if self.endless and not any(shape.numel() for shape in self.packing.shapes):
-            raise SchemeError("odeint: y0 has no entries, and so no event would end the solve; leave event_fn away.")
+            raise SchemeError("odeint: y0 has no entries, and so no event would end the solve; leave event_fn out.")
         steps = t.detach().diff()
         if not (bool((steps > 0).all()) or bool((steps < 0).all())) or not bool(torch.isfinite(t.detach()).all()):
             raise SchemeError("odeint: t must be finite and strictly increasing or decreasing.")
@@ -174,7 +174,7 @@ class Problem:
             raise SchemeError("odeint: dense=True wants batch='joint'; ask for more times instead.")
         if self.back and self.gradient != "adjoint" and [*self.back] != ["adjoint_params"]:
             names = ", ".join(name for name in self.back if name != "adjoint_params")
-            raise SchemeError(f"odeint: {names} belongs to gradient='adjoint', not {self.gradient!r}; leave it away.")
+            raise SchemeError(f"odeint: {names} belongs to gradient='adjoint', not {self.gradient!r}; leave it out.")
         if "context" in self.options and not self.apart:
             raise SchemeError(
                 "odeint: the option context belongs to batch='independent'; else func reads it by itself."

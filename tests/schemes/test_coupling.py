@@ -282,7 +282,7 @@ def test_shortcuts_are_given_all_or_none():
 
 @pytest.mark.parametrize("name", ["revcol", "dense(2)", "leapfrog", "momentum", "reversible(rk4)"])
 def test_an_output_that_does_not_tell_the_streams_is_refused_as_the_start_of_an_inverse(name):
-    with pytest.raises(schemes.SchemeError, match="does not tell its streams"):
+    with pytest.raises(schemes.SchemeError, match="does not determine its streams"):
         schemes.get(name).state_from_output(normal(2, 4))
 
 
