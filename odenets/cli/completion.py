@@ -47,7 +47,7 @@ ZSH = """_odenets_config() {{ _alternative 'experiments:experiment:({names})' 'f
 def parser() -> w.Parser:
     """The options."""
     found = w.Parser(prog="odenets completion", description=TEXT)
-    found.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="for which the script is")
+    found.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="the shell that the script is for")
     found.add_argument("--prog", choices=("odenets", "lightning"), default="odenets", help="the command's name")
     return found
 

@@ -20,19 +20,19 @@ HELP = """usage: {prog} fit|validate|test|predict -c FILE.yaml [-c MORE.yaml] [-
 
   fit        train; checkpoints, config.yaml and metrics.csv go to the run's folder (--run_dir)
   validate   evaluate a checkpoint on the validation pictures: --ckpt_path best|last|FILE
-  test       the same on the test pictures
+  test       evaluate it on the test pictures
   predict    write the class of each test picture to predictions.csv
 
   {prog} fit -c quickstart                                               the handwritten digits, nothing to download
   {prog} fit -c cifar10_ho_resnet --data.root FOLDER --model.net.scheme midpoint
-  {prog} fit -c FILE.yaml --ckpt_path last                               go on where the last run stopped
+  {prog} fit -c FILE.yaml --ckpt_path last                               continue where the last run stopped
   {prog} fit -c FILE.yaml --weights SOURCE                               start from a file, a tag, hf:OWNER/NAME
   {prog} fit -c FILE.yaml --print_config                                 the resolved configuration
   {prog} fit --help                                                      every option
 
 what there is
   odenets experiments [NAME]                                             the experiments that -c knows by name, or one
-  odenets recipe --list [PATTERN]                                        rows of the papers' tables, a line each
+  odenets recipe --list [PATTERN]                                        rows of the papers' tables, one per line
   odenets recipe NAME                                                    one as a configuration; -c recipe:NAME runs it
   odenets schemes [PATTERN]                                              the schemes: order, cost, inverse, source
   odenets show SCHEME [--plot FILE]                                      one of them: its array or updates, stability
@@ -53,7 +53,7 @@ many networks
   odenets compare FILE.yaml --over KEY=V1,V2 --seeds 0..4 --dir DIR      one experiment over some values and seeds
   odenets study run -c studies/pilot_mini                                many random networks, to compare schemes
 
-  odenets completion bash|zsh|tcsh                                       a script that completes these in a shell
+  odenets completion bash|zsh|fish|tcsh                                  a script that completes these in a shell
   --version  the version of odenets
 """
 

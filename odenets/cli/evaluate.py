@@ -37,20 +37,42 @@ def parser() -> w.Parser:
     found.add_argument("paths", nargs="*", metavar="CKPT [FOLDER]", help="checkpoint (or --ckpt_path); class folders")
     add = found.add_argument
     add("--data.root", dest="root", default=None, metavar="FOLDER", help="the same as FOLDER")
-    add("--split", default=None, help="test, val, ...; the test split, else the validation split")
-    add("--confidence", type=w.share, default=0.95, help="of the intervals (0.95)")
-    add("--limit", type=w.positive, default=None, help="so many pictures, evenly spread; all of them")
-    add("--seed", type=w.count, default=0, help="of corruptions and of attacks' random starts (0)")
+    add("--split", default=None, help="test, val, ... (the test split, or else the validation split)")
+    add("--confidence", type=w.share, default=0.95, help="level of the intervals (0.95)")
+    add("--limit", type=w.positive, default=None, help="use this many pictures, evenly spread (all)")
+    add("--seed", type=w.count, default=0, help="seed of corruptions and of attacks' random starts (0)")
     add("--classes", default=None, metavar="FILE", help="what the network's outputs are called, one name per line")
     add("--subset", action="store_true", help="choose among the classes that the pictures have")
     add("--real", default=None, metavar="FILE", help="ImageNet-Real's real.json: several right answers a picture")
-    add("--calibration", nargs="?", type=w.positive, const=15, default=None, metavar="BINS", help="ECE, of 15 bins")
+    add(
+        "--calibration",
+        nargs="?",
+        type=w.positive,
+        const=15,
+        default=None,
+        metavar="BINS",
+        help="calibration error, over 15 bins",
+    )
     add("--diagram", default=None, metavar="FILE", help="the reliability diagram, as FILE.png or .svg")
-    add("--sizes", type=_sizes, default=None, metavar="160,192", help="accuracy against the pictures' size")
-    add("--corruptions", nargs="?", type=_names, const=tuple(KINDS), default=None, metavar="NAMES", help="all fifteen")
-    add("--strengths", type=_strengths, default=STRENGTHS, metavar="1,3,5", help="of the corruptions (all five)")
-    add("--frost", default=None, metavar="FOLDER", help="photographs for frost; else a texture stands in")
-    add("--baseline", default=None, metavar="FILE|alexnet", help="for mCE: errors of another network")
+    add("--sizes", type=_sizes, default=None, metavar="160,192", help="accuracy at each of these sizes of the pictures")
+    add(
+        "--corruptions",
+        nargs="?",
+        type=_names,
+        const=tuple(KINDS),
+        default=None,
+        metavar="NAMES",
+        help="all fifteen, or those named",
+    )
+    add(
+        "--strengths",
+        type=_strengths,
+        default=STRENGTHS,
+        metavar="1,3,5",
+        help="strengths of the corruptions (all five)",
+    )
+    add("--frost", default=None, metavar="FOLDER", help="photographs for frost; without them a texture is used")
+    add("--baseline", default=None, metavar="FILE|alexnet", help="errors of another network, for the mCE")
     add("--attack", action="append", default=[], help='"fgsm(eps=8/255)", "pgd(8/255, steps=20, norm=l2)"; repeatable')
     return found
 

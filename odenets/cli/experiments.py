@@ -21,7 +21,9 @@ Exit status: 0; 1 where nothing matches; 2 where the command cannot be read."""
 def parser() -> w.Parser:
     """The options."""
     found = w.Parser(prog="odenets experiments", description=TEXT)
-    found.add_argument("name", nargs="?", metavar="NAME|PATTERN", help="an experiment, or part of their names")
+    found.add_argument(
+        "name", nargs="?", metavar="NAME|PATTERN", help="an experiment, or a part of the names of several"
+    )
     found.add_argument("--json", action="store_true", help="print JSON: names, files, what each of them is")
     return found
 

@@ -36,7 +36,9 @@ SMALL, LARGE = 32, 224  # sides of pictures: of ten classes or a hundred, and of
 def parser() -> w.Parser:
     """The options."""
     found = w.Parser(prog="odenets models", description=TEXT)
-    found.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="with shell wildcards, or a part")
+    found.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="a name with shell wildcards, or a part of one"
+    )
     found.add_argument("--costs", action="store_true", help="parameters, multiply-adds, evaluations")
     found.add_argument("--memory", action="store_true", help="what a training step takes, mode by mode")
     found.add_argument("--size", type=w.positive, help=f"side of the pictures ({SMALL}, or {LARGE} from 1000 classes)")

@@ -31,7 +31,7 @@ def common_parser(prog: str, text: str, required: bool = True) -> w.Parser:
     found.add_argument("--output", type=w.output_file, metavar="FILE", help="write FILE.csv or FILE.json instead")
     found.add_argument("--batch_size", type=w.positive, default=64, help="pictures at a time (64)")
     found.add_argument("--num_workers", type=w.count, default=0, help="processes that decode (0: this one)")
-    found.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
+    found.add_argument("--device", default=None, help="cpu, cuda, ... (a GPU if there is one)")
     return found
 
 

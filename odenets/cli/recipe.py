@@ -21,9 +21,9 @@ Exit status: 0; 2 where the command cannot be read, or nothing has that name."""
 def parser() -> w.Parser:
     """The options."""
     found = w.Parser(prog="odenets recipe", description=TEXT)
-    found.add_argument("name", nargs="?", metavar="NAME", help="one of the list")
+    found.add_argument("name", nargs="?", metavar="NAME", help="a recipe from the list")
     found.add_argument(
-        "--list", nargs="?", const="*", metavar="PATTERN", help="a line for each; PATTERN has shell wildcards"
+        "--list", nargs="?", const="*", metavar="PATTERN", help="list them, one per line; PATTERN has shell wildcards"
     )
     return found
 

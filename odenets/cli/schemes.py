@@ -28,7 +28,9 @@ COLUMNS = ("Scheme", "Order", "Stages", "Calls", "Inverse", "Mixing", "Source")
 def parser() -> w.Parser:
     """The options."""
     found = w.Parser(prog="odenets schemes", description=TEXT)
-    found.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="with shell wildcards, or a part")
+    found.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="a name with shell wildcards, or a part of one"
+    )
     found.add_argument("--json", action="store_true", help="print JSON")
     return found
 
