@@ -13,11 +13,11 @@ from ..training.analyse import ENDINGS
 from ..training.analyse import parser as parser
 from . import words as w
 
-COST = """Error against parameters and against multiply-adds, of the networks in files of results: the SQLite file of a
+COST = """Draws error against parameters and multiply-adds, for the networks in files of results: the SQLite file of a
 study, the runs.json of a comparison (val/acc of the last epoch), or CSV with a row per network: name, error or accuracy
 from 0 to 1, parameters, macs, group.
 
-Exit status: 0; 2 where nothing was drawn."""
+Exit status: 0; 2 if nothing was drawn."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -21,14 +21,14 @@ from ..training import command
 from . import words as w
 from .entry import COMMANDS, LIGHTNING
 
-TEXT = """Writes a script that completes commands, options and names in a shell, to the standard output. Once, and again
-after an update:
+TEXT = """Writes a script that completes commands, options and names in a shell, to the standard output. Run it once,
+and again after an update:
 
   odenets completion bash > ~/.local/share/bash-completion/completions/odenets
   odenets completion zsh > ~/.zfunc/_odenets                                      (a folder of fpath)
   odenets completion fish > ~/.config/fish/completions/odenets.fish
 
---prog lightning makes the script of the second name of this command.
+--prog lightning writes the script for this command's other name.
 
 Exit status: 0; 2 for a shell that is not known."""
 

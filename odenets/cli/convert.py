@@ -17,14 +17,14 @@ from ..messages import fail
 from ..models.catalogue import create_model
 from . import words as w
 
-TEXT = """Writes the weights of a model under other keys. By itself it takes a published file (or a checkpoint of a run)
-to the keys of this library; with --like PUBLISHED the weights go back to the keys, and the shapes, of that file, which
-any published weights of the same model may be. Nothing is written unless every key fits.
+TEXT = """Writes the weights of a model under other keys: from a published file (or a checkpoint of a run) to the keys
+of this library, or with --like PUBLISHED back to the keys and shapes of that file, which may be any published weights
+of the same model. Nothing is written unless every key fits.
 
   odenets convert resnet50-11ad3fa6.pth --model resnet50 --output resnet50.safetensors
   odenets convert mine.safetensors --model resnet50 --like resnet50-11ad3fa6.pth --output mine.pth
 
-Exit status: 0; 2 where nothing was written."""
+Exit status: 0; 2 if nothing was written."""
 ENDINGS = (".safetensors", ".pth", ".pt")
 
 

@@ -19,11 +19,12 @@ from ..training.trained import Trained
 from . import words as w
 from .network import common_parser, form_of, open_network, run_over
 
-EVALUATE = """How often a network is right about labelled pictures, with intervals (Wilson's), of all and of each class.
-Without FOLDER, the test pictures of the data that it was trained on, by the checkpoint's own configuration. Folders of
-some of its classes, such as ImageNet-A, -R and -Sketch, are found by their names; --subset chooses among them alone.
+EVALUATE = """Says how often a network is right about labelled pictures, with Wilson's intervals, in all and by class.
+Without FOLDER it takes the test pictures of the data that the network was trained on, as the checkpoint's configuration
+says. Folders of some of its classes, such as ImageNet-A, -R and -Sketch, are matched by name; with --subset the network
+chooses among these classes only.
 
-Exit status: 0; 1 where a picture could not be read (the others are counted); 2 where nothing was evaluated."""
+Exit status: 0; 1 if a picture could not be read (the others are counted); 2 if nothing was evaluated."""
 
 
 def run(args: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ from .. import packaged
 from ..messages import fail
 from . import words as w
 
-TEXT = """Lists the experiments that come with the package: `lightning fit -c NAME` trains one. With the name of one
-its file is printed, to be saved and changed: `odenets experiments quickstart > mine.yaml`.
+TEXT = """Lists the experiments that come with the package: `lightning fit -c NAME` trains one. Given the name of
+one, it prints its file, to be saved and changed: `odenets experiments quickstart > mine.yaml`.
 
-Exit status: 0; 1 where nothing matches; 2 where the command cannot be read."""
+Exit status: 0; 1 if nothing matches; 2 if the command cannot be read."""
 
 
 def parser() -> w.Parser:

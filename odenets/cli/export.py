@@ -11,11 +11,11 @@ from ..training.sources import DataError
 from ..training.trained import open_trained
 from . import words as w
 
-TEXT = """Writes the network of a checkpoint as ONNX or as torch.export's .pt2. The input, `pictures` (n, c, h, w), is
-normalised: the file's metadata say by which mean and std, how pictures are cut, and the names of the classes. What was
-written is opened again and compared with the network, on batches of other sizes.
+TEXT = """Writes the network of a checkpoint as ONNX or as torch.export's .pt2. The input, `pictures` (n, c, h, w), must
+be normalised: the file's metadata hold mean and std, how pictures are cropped, and the names of the classes. The file
+is opened again and compared with the network, on batches of other sizes.
 
-Exit status: 0; 2 where nothing was written."""
+Exit status: 0; 2 if nothing was written."""
 
 
 def parser() -> w.Parser:

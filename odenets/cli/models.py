@@ -17,18 +17,18 @@ from ..models.catalogue import create_model, list_models, model_kind, model_opti
 from ..planning import outermost, plan
 from . import words as w
 
-TEXT = """Lists the models: all names, or those that a pattern means (ho_*, or a part of the name). A single one is
-shown with its costs, several of them by --costs; --memory runs them, which takes some passes over each.
+TEXT = """Lists the models: all names, or those that match a pattern (ho_*, or a part of the name). A single one is
+shown with its costs, several with --costs; --memory runs them, which takes a few passes of each.
 
-  Classes      width of the head; a model of 10 is one of small pictures
+  Classes      width of the head; models with 10 take small pictures
   Weights      tags of published weights, as in create_model(NAME, pretrained=TAG)
   GMACs        10^9 multiply-adds of convolutions and matrix products, for one picture of the size
   Evaluations  calls of residual functions in a pass
-  Stored       memory of a training step above parameters and their gradients, where every tensor is kept
-  Checkpoint   the same where the state before each step is kept
-  Reverse      the same where states are made again by the inverse; – where there is none, and for one model, why
+  Stored       memory of a training step beyond parameters and their gradients, with every tensor kept
+  Checkpoint   the same, with the state before each step kept
+  Reverse      the same, with states recomputed by the inverse; – without one (for a single model, with the reason)
 
-Exit status: 0; 1 where nothing matches; 2 where the command cannot be read, or a model cannot run at that size."""
+Exit status: 0; 1 if nothing matches; 2 if the command cannot be read, or a model cannot run at that size."""
 MODES = {"stored": "store", "checkpoint": "checkpoint", "reverse": "reverse"}  # columns, and how each trains
 SMALL, LARGE = 32, 224  # sides of pictures: of ten classes or a hundred, and of ImageNet's thousand
 

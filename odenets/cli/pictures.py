@@ -11,11 +11,11 @@ from ..training.judge import Prediction, pictures_at, predict
 from . import words as w
 from .network import common_parser, form_of, open_network, run_over
 
-PREDICT = """Names the most likely classes of pictures. The checkpoint knows the network, its classes, and how pictures
-are brought to it; no configuration is needed. (With --ckpt_path alone, or options of a run such as -c and --data.*, it
-is Lightning's predict: over the test pictures that the run was trained beside, or those of the configuration.)
+PREDICT = """Names the most likely classes of pictures. The checkpoint holds the network, its classes, and how pictures
+are prepared; no configuration is needed. (With --ckpt_path alone, or with options of a run such as -c and --data.*, it
+is Lightning's predict: over the test pictures of the run's data, or those of the configuration.)
 
-Exit status: 0; 1 where a picture could not be read (the others are written); 2 where nothing was predicted."""
+Exit status: 0; 1 if a picture could not be read (the others are written); 2 if nothing was predicted."""
 
 
 def run(args: Sequence[str]) -> None:

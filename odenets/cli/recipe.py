@@ -15,7 +15,7 @@ it; `lightning fit -c recipe:NAME` trains it without a file.
   odenets recipe revcol_tiny > my_revcol.yaml
   lightning fit -c recipe:revcol_tiny --data.root FOLDER
 
-Exit status: 0; 2 where the command cannot be read, or nothing has that name."""
+Exit status: 0; 2 if the command cannot be read, or nothing has that name."""
 
 
 def parser() -> w.Parser:

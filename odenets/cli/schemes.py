@@ -11,17 +11,17 @@ from schemes.scheme import Scheme
 from ..messages import fail
 from . import words as w
 
-TEXT = """Lists the schemes: all names, or those that a pattern means (rk*, or a part of the name); families stand with
-their usual member. Any of them, or an expression such as nested(midpoint, rk4) or 3*rk4 + midpoint, is what scheme=
-takes in Python and --model.net.scheme on the command line.
+TEXT = """Lists the schemes: all names, or those that match a pattern (rk*, or a part of the name); a family is shown by
+its usual member. Any of them, or an expression such as nested(midpoint, rk4) or 3*rk4 + midpoint, is what scheme= takes
+in Python and --model.net.scheme on the command line.
 
   Order     of accuracy, for one vector field; – where no order holds
   Stages    residual functions that a step consumes
-  Calls     of them in a step; – where only a run can tell
-  Inverse   yes: states can be made again instead of kept; training: of the training pass alone
+  Calls     of residual functions in a step; – where only a run can tell
+  Inverse   yes: states can be recomputed instead of kept; training: only in the training pass
   Mixing    max_i sum_j |a_ij|, how far a stage's input strays from the step's
 
-Exit status: 0; 1 where nothing matches; 2 where the command cannot be read."""
+Exit status: 0; 1 if nothing matches; 2 if the command cannot be read."""
 COLUMNS = ("Scheme", "Order", "Stages", "Calls", "Inverse", "Mixing", "Source")
 
 

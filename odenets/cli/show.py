@@ -23,9 +23,9 @@ from .schemes import known_of
 
 TEXT = """Shows one scheme, by a name or an expression such as nested(midpoint, rk4): its Butcher array as books print
 it, in exact numbers, or the updates of a step; order, stability, mixing, source. Streams are x0, x1, ..., residual
-functions F0, F1, ..., each update reads what those above it left. --plot draws where |R(z)| <= 1.
+functions F0, F1, ..., each update sees the result of those above it. --plot draws where |R(z)| <= 1.
 
-Exit status: 0; 2 where there is no such scheme, or it has no stability function to plot."""
+Exit status: 0; 2 if there is no such scheme, or it has no stability function to plot."""
 ENDINGS = (".png", ".svg", ".pdf")
 LARGEST = 24  # stages up to which the order of a composed method is worked out
 

@@ -28,16 +28,16 @@ TIP = "odenets compare --help shows how the command is used"
 HELP = """usage: odenets compare FILE.yaml --over KEY=V1,V2 --dir DIR [--seeds 0..4] [--workers N] [--KEY VALUE ...]
        odenets compare report DIR [--out FOLDER] [--baseline CELL] [--metric NAME] [--target VALUE]
 
-Trains an experiment once for each choice of values and each seed, and compares. What is there is not trained again: the
-same command goes on where it was stopped, with more seeds or more values too.
+Trains an experiment once for each choice of values and each seed, and compares the runs. Runs that have ended are not
+trained again: the same command continues where it was stopped, also with more seeds or more values.
 
-  --over KEY=V1,V2   an option and its values; commas inside brackets and quotes are parts of a value. Several of them
-                     give all combinations. The first values make the baseline.
-  --seeds 0..4       both ends included; or 0,1,7
-  --dir DIR          each run has a folder in it; DIR/runs.sqlite has a line for each that has ended
+  --over KEY=V1,V2   an option and its values; commas inside brackets and quotes belong to a value. Given several times,
+                     it makes all combinations. The first values make up the baseline.
+  --seeds 0..4       both ends included; or 0,1,7 (0..4)
+  --dir DIR          each run has a folder in it; DIR/runs.sqlite has a row for each that has ended
   --workers N        processes (1); 0 trains in this one
   --address ADDRESS  a running Ray cluster, or auto, in place of processes
-  --gpus SHARE       of a GPU for each run, under Ray
+  --gpus SHARE       share of a GPU for each run, with --address
   --retry            train again what failed
   --KEY VALUE        any option of `odenets fit`, for all runs
 
@@ -138,6 +138,12 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
         raise SchemeError(f"{lacking} is not given\n  {TIP}.")
     if options.workers < 0 or options.gpus < 0:
         raise SchemeError(f"--workers {options.workers}, --gpus {options.gpus:g}: wanted 0 or more\n  {TIP}.")
+    # Processes take turns with the GPUs of this machine; only Ray divides one.
+    if options.gpus and options.address is None:
+        raise SchemeError(
+            f"--gpus {options.gpus:g} is a share for runs on a Ray cluster, and --address is not given\n"
+            "  Give --address auto too, or leave --gpus out."
+        )
     over: dict[str, list[str]] = {}
     for text in options.over:
         key, values = assignment(text)

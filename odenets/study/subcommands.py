@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
         sub = StudyParser(prog=f"odenets study {name}", description=text)
         sub.add_argument("-c", "--config", action="config", help="YAML with the options below.")
         sub.add_class_arguments(Study, "study")
-        sub.add_argument("--store", type=str, default="runs/study.sqlite", help="One line per network goes here.")
+        sub.add_argument("--store", type=str, default="runs/study.sqlite", help="The SQLite file, one row per network.")
         sub.add_argument("--workers", type=int | None, default=None, help="Processes; 0 trains here; null: by cores.")
         sub.add_argument("--address", type=str | None, default=None, help="A running Ray cluster, or auto.")
         sub.add_argument("--retry", type=bool, default=False, help="Train again what failed.")

@@ -200,12 +200,14 @@ def parser() -> AnalyseParser:
     found.add_argument("ckpt", type=str, help="A checkpoint that `odenets fit` wrote.")
     found.add_argument("kind", type=str, choices=list(KINDS), help=f"The figure. {kinds}.")
     found.add_argument("--out", type=str | None, default=None, help="FILE.png, .svg or .pdf; default: beside CKPT.")
-    found.add_argument("--places", type=str | None, default=None, help="Names of modules, with commas between them.")
+    found.add_argument("--places", type=str | None, default=None, help="Names of modules, separated by commas.")
     found.add_argument("--root", type=str | None, default=None, help="Folder of the data, if they lie elsewhere now.")
-    found.add_argument("--batches", type=int, default=8, help="Batches of validation pictures, of alignments.")
+    found.add_argument("--batches", type=int, default=8, help="Batches of validation pictures, for alignments.")
     found.add_argument("--batch_size", type=int, default=64, help="Pictures per batch.")
-    found.add_argument("--of", type=str | None, default=None, help="Class of class_alignment; default: the most alike.")
-    found.add_argument("--pictures", type=int, default=2, help="Pictures of layercam.")
+    found.add_argument(
+        "--of", type=str | None, default=None, help="Class for class_alignment; default: the best aligned."
+    )
+    found.add_argument("--pictures", type=int, default=2, help="Pictures for layercam.")
     return found
 
 

@@ -32,11 +32,15 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("checkpoint", type=Path, help="a checkpoint of `odenets fit`")
     found.add_argument("--schemes", nargs="+", default=[*SCHEMES], metavar="SCHEME")
-    found.add_argument("--scales", nargs="+", type=Fraction, default=[*SCALES], metavar="N", help="times the steps")
-    found.add_argument("--tolerances", nargs="*", type=float, default=[1e-2, 1e-4], help="of the adaptive solver")
-    found.add_argument("--reference", default="rk4", help="scheme of the logits that distances are from")
+    found.add_argument(
+        "--scales", nargs="+", type=Fraction, default=[*SCALES], metavar="N", help="multiples of the number of steps"
+    )
+    found.add_argument(
+        "--tolerances", nargs="*", type=float, default=[1e-2, 1e-4], help="tolerances of the adaptive solver"
+    )
+    found.add_argument("--reference", default="rk4", help="scheme whose logits distances are measured from")
     found.add_argument("--split", choices=["val", "test"], default="val")
-    found.add_argument("--samples", type=int, default=2000, help="at most so many pictures; 0 takes all")
+    found.add_argument("--samples", type=int, default=2000, help="use at most this many pictures; 0 takes all")
     found.add_argument("--plot", type=Path, help="the PNG of the work-precision diagram")
     return found
 

@@ -258,6 +258,7 @@ def test_other_settings_are_refused_and_named(tmp_path, capsys):
         (["--over", "model.net.scheme=euler", "--trainer.max_epochs", "-7"], "trainer.max_epochs is -7"),
         (["--over", "model.net.scheme=euler", "--workers", "many"], "many"),
         (["--over", "model.net.scheme=euler", "--seeds", "3..1"], "is no seed and no range"),
+        (["--over", "model.net.scheme=euler", "--gpus", "0.5"], "Give --address auto too"),
         ([], "--over KEY=V1,V2 is not given"),
     ],
 )
