@@ -175,7 +175,7 @@ def runge_kutta(name: str) -> str:
         ("Coefficients", "exact" if e.exact else f"published to {t.digits} digits"),
         ("Source", e.cite or "–"),
     ]
-    what = "" if e.name == name else f"Shown is `{e.name}`.\n\n"
+    what = "" if e.name == name else f"The member shown is `{e.name}`.\n\n"
     return (
         f"## `{name}` {{#{name}}}\n\n{what}{array(t)}\n"
         f'<div class="scheme" markdown>\n\n{facts(rows)}\n{region(e.name, t, e)}\n\n</div>\n'

@@ -356,9 +356,10 @@ def paper(file: Any) -> str:
                     name += "" if recipe.stage == "train" else f", {recipe.stage}"
                     lines.append([name, f"`recipe:{recipe.name}`", figure_ or "not known here", ours])
         for row in (row for row in file.PAPER.rows if row.shown == shown):
-            ours = f"not measured: needs {row.needs}" if row.needs else "the command shows it"
+            ours = f"not measured: needs {row.needs}" if row.needs else "the command shows it" if row.command else "–"
             command = f"`{row.command}`" if row.command else "–"
-            lines.append([row.what, command, row.published or "not known here", ours])
+            # What a command shows as it stands (architectures, hyper-parameters) is no figure to know.
+            lines.append([row.what, command, row.published or ("not known here" if row.needs else "–"), ours])
         title = f"### {shown[0].upper()}{shown[1:]}{f': {what}' if what else ''}"
         parts.append(f"{title}\n\n{table('Row | Recipe or command | Published | Ours', lines)}")
     return "\n".join(parts)

@@ -96,7 +96,7 @@ PAPER = Paper(
         Row("table 12", "Swin-B / L, 384 pixels", "242.5 / 157.9", needs=_OTHERS),
         Row("figure 1", "all", needs="the nets of table 1, trained"),
         Row("figure 2", "all", needs="the nets of tables 10 and 11, trained"),
-        Row("figures 3 and 4", "all", needs="nothing: they show no figures"),
+        Row("figures 3 and 4", "all", "no figures", needs="no measurement: they are drawings"),
     ),
     "Tables 10 and 11 are the roadmaps of odenets.models.roadmap. Where the paper leaves something open (least rate, "
     "GPUs), recipes follow the authors' repository.",

@@ -26,7 +26,7 @@ PAPER = Paper(
             "DenseNet-121 to 264: the page [DenseNet](models/densenet.md)",
             command="odenets recipe densenet121",
         ),
-        Row("figures 1 and 2", "all", needs="nothing: they show no figures"),
+        Row("figures 1 and 2", "all", "no figures", needs="no measurement: they are drawings"),
         Row(
             "table 3",
             "ten crops, DenseNet-121 / 169 / 201 / 264",
