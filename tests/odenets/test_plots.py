@@ -113,6 +113,7 @@ def test_the_legend_of_ranks_covers_no_curve(monkeypatch):
     figure = laid_out(monkeypatch, lambda: plots.ranks(profile, "a.png", "title"))
     axes = figure.axes[0]
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
+    assert axes.get_ylabel() == "dimensions" and all(float(y).is_integer() for y in axes.get_yticks())
 
 
 def test_the_legend_of_lines_covers_no_curve(monkeypatch):
@@ -123,4 +124,3 @@ def test_the_legend_of_lines_covers_no_curve(monkeypatch):
     [axes] = figure.axes
     assert axes.get_legend() is None
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
-    assert axes.get_ylabel() == "dimensions" and all(float(y).is_integer() for y in axes.get_yticks())
