@@ -40,7 +40,7 @@ def write_config(folder: Path, workers: int = 0, pictures: int = 180, **trainer:
         _write_pictures(folder / "pictures", pictures)
         data |= {"root": "pictures", "size": 12, "cache": False, "num_workers": workers}
     schedule = {"class_path": "odenets.training.WarmupCosine", "init_args": {"warmup": 1}}
-    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    average = {"class_path": "odenets.training.MovingAverage", "init_args": {"decay": 0.9}}
     config = {
         **{"seed_everything": 3, "threads": 1, "run_dir": "run", "last": {"every_n_train_steps": 3}},
         "model": {

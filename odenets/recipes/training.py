@@ -88,7 +88,7 @@ def training(
     trainer |= {"accumulate_grad_batches": batch // at_once} if at_once and at_once < batch else {}
     trainer |= {"precision": "bf16-mixed"} if half else {}
     trainer |= {"gradient_clip_val": clip} if clip else {}
-    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": ema}}
+    average = {"class_path": "odenets.training.MovingAverage", "init_args": {"decay": ema}}
     called = [*([average] if ema else []), *callbacks]
     trainer |= {"callbacks": called} if called else {}
     return {

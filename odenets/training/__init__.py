@@ -9,6 +9,7 @@ from . import needed as needed
 
 # isort: split
 from .augment import Augment as Augment
+from .averages import MovingAverage as MovingAverage
 from .callbacks import RunSummary as RunSummary
 from .callbacks import StepSchedule as StepSchedule
 from .callbacks import Throughput as Throughput

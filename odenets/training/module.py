@@ -17,6 +17,7 @@ from schemes import SchemeError
 from ..auxiliary import ENERGIES
 from ..gather import gathered, outermost, returning
 from ..stack import named_stacks
+from .averages import check_averages
 from .groups import Frozen
 from .sharding import shard_module
 
@@ -126,6 +127,7 @@ class NetModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_synchronised(self.trainer)
+            check_averages(self.trainer, self)
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         # This hook runs for each stage, and a second compilation would throw the first away.

@@ -407,9 +407,7 @@ def configuration(drawn: Path, folder: Path) -> Path:
             "max_steps": 5,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
-            ],
+            "callbacks": [{"class_path": "odenets.training.MovingAverage", "init_args": {"decay": 0.5}}],
         },
     }
     path = folder / "c.yaml"

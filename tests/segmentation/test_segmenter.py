@@ -78,7 +78,7 @@ def trained(tmp_path_factory):
         "class_path": "odenets.segmentation.SegmentationData",
         "init_args": {"root": str(root / "data"), "classes": 5, "crop": 32, "batch_size": 4, "num_workers": 0},
     }
-    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    average = {"class_path": "odenets.training.MovingAverage", "init_args": {"decay": 0.9}}
     trainer = {"max_epochs": 2, "callbacks": [average, {"class_path": f"{__name__}.Keep"}]}
     file = config(
         root, data, trainer, inference={"class_path": "odenets.segmentation.Inference", "init_args": {"window": 32}}
