@@ -37,7 +37,7 @@ class MovingAverage(WeightAveraging):
         et al. 2016, "Rethinking the inception architecture for computer vision", section 8.
 
     Example:
-        >>> average = MovingAverage(0.9)
+        >>> import torch
         >>> moved(torch.tensor(1.0), torch.tensor(2.0), 1, decay=0.9)
         tensor(1.1000)
     """

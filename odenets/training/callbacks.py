@@ -20,6 +20,7 @@ from schemes import SchemeError
 
 from .files import write_whole
 from .order import run_seed
+from .ranking import best_of
 
 
 class Throughput(Callback):
@@ -233,7 +234,7 @@ class Predictions(BasePredictionWriter):
         name = getattr(data, "predicted_name", str)
         own: dict[int, tuple[str, list[float], list[int]]] = {}
         indices = [i for batch in batch_indices[0] for i in batch]
-        best = [batch.topk(min(5, batch.shape[1])) for batch in predictions]
+        best = [best_of(batch, 5) for batch in predictions]
         rows = (row for values, numbers in best for row in zip(values.tolist(), numbers.tolist(), strict=True))
         for index, (probabilities, numbers) in zip(indices, rows, strict=True):
             if not isinstance(index, tuple):  # else it is there to give every process equally many

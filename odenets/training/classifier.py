@@ -17,6 +17,7 @@ from .groups import parameter_groups as parameter_groups
 from .module import NetModule
 from .module import evaluations as evaluations
 from .order import IGNORED
+from .ranking import best_of
 from .schedules import KEY, Schedule, WarmupCosine, restart, scheduled
 
 
@@ -121,11 +122,10 @@ class Classifier(NetModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         x, y = batch
+        # Asked before the forward pass, so that the device is not waited for after it.
+        count = int((y != IGNORED).sum())
         logits = self(x)
-        counted = y != IGNORED
-        # Only several processes have pictures that do not count; one alone need not wait for the device.
-        count = int(counted.sum()) if self.trainer.world_size > 1 else len(x)
-        best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        best = best_of(logits, 5)[1] == y[:, None]
         figures = {f"{stage}/loss": cross_entropy(logits, y, reduction="none"), f"{stage}/acc": best[:, 0]}
         if logits.shape[1] >= 100:
             figures[f"{stage}/acc5"] = best.any(1)

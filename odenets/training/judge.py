@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from . import layout as layouts
 from .labelled import Below, Labelled, Viewed, real_number
+from .ranking import best_of
 from .sources import DataError, FolderSource, Joined, Source
 from .splits import open_splits
 from .trained import Trained
@@ -99,8 +100,8 @@ def predict(
         if row is None:
             yield Prediction(source.name(i), [], [], why)
         else:
-            best = row.topk(min(top, len(row)))
-            yield Prediction(source.name(i), [trained.classes[k] for k in best.indices], best.values.tolist())
+            values, numbers = (found[0].tolist() for found in best_of(row[None], top))
+            yield Prediction(source.name(i), [trained.classes[k] for k in numbers], values)
 
 
 def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -149,7 +150,7 @@ class Figures:
             probabilities: (n, classes).
             labels: (n,).
         """
-        best = probabilities.topk(min(5, probabilities.shape[1])).indices
+        best = best_of(probabilities, 5)[1]
         # Label and prediction as one number, so that one call counts all pairs.
         pairs = labels * len(self.classes) + best[:, 0]
         self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)

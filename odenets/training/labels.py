@@ -20,6 +20,58 @@ class Labelled(Protocol):
     classes: list[str]
 
 
+def check_kinds(kinds: Sequence[tuple[str, Any]], where: str) -> None:
+    """Refuses files of one split whose labels are names here and numbers there.
+
+    Joined by a cast, a class "0" would stand beside a class "cat", and 1.0 and true would both be class 1.
+
+    Args:
+        kinds: names of files, and the Arrow type of the labels in each.
+        where: Begins the error.
+
+    Raises:
+        DataError: It names two of them.
+    """
+    known = [(file, kind) for file, kind in kinds if _family(kind) is not None]
+    for file, kind in known[1:]:
+        if _family(kind) != _family(known[0][1]):
+            raise DataError(
+                f"{where}: the labels of {known[0][0]} are {known[0][1]}, those of {file} {kind}\n  {REMEDY}"
+            )
+
+
+def _family(kind: Any) -> str | None:
+    """What labels of an Arrow type are; None for nulls, which go with anything."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _family(kind.value_type)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "names"
+    return None if pa.types.is_null(kind) else "numbers" if pa.types.is_integer(kind) else str(kind)
+
+
+def join_columns(columns: Sequence[Any], where: str) -> Any:
+    """Arrow columns of one family of types as one, of a type that holds all of them.
+
+    Args:
+        columns: chunked arrays, at least one.
+        where: Begins the error.
+
+    Raises:
+        DataError: A number is beyond 64 bits.
+    """
+    import pyarrow as pa
+
+    wide = {"names": pa.large_string(), "numbers": pa.int64()}
+    first = next((column.type for column in columns if _family(column.type) is not None), columns[0].type)
+    kind = wide.get(_family(first) or "", first)
+    try:
+        return pa.chunked_array([chunk for column in columns for chunk in column.cast(kind).chunks], kind)
+    except pa.ArrowInvalid as e:
+        raise DataError(f"{where}: {str(e).splitlines()[0]}\n  {REMEDY}") from None
+
+
 def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str] | None]:
     """Class numbers (n,) of an Arrow column, and the names that belong to them; null and -1 are `NONE`.
 

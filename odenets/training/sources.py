@@ -14,7 +14,7 @@ from torch import Tensor
 from . import layout as layouts
 from .decode import Picture
 from .errors import DataError as DataError
-from .labels import NONE, read_column
+from .labels import NONE, check_kinds, read_column
 
 TRAIN, VALIDATION, TEST = (layouts.SPLITS[name] for name in ("train", "validation", "test"))
 LABEL_KEYS = ("label", "fine_label", "labels")
@@ -228,8 +228,8 @@ def folder(root: str | Path, subset: str | None = None) -> Path:
     return path / subset
 
 
-def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
-    """The rows of each file; an error where one is no parquet file, or where columns or class names differ.
+def check_parquet(root: Path, files: Sequence[str], label_key: str | None = None) -> list[tuple[str, int]]:
+    """The rows of each file; an error where one is no parquet file, or where columns, names or labels' kinds differ.
 
     Raises:
         DataError: It names the files.
@@ -239,12 +239,14 @@ def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
 
     rows: list[tuple[str, int]] = []
     first: tuple[str, Any] | None = None
+    kinds: list[tuple[str, Any]] = []
     for file in files:
         try:
             # The foot of the file alone is read, which names its columns and counts its rows.
             with pq.ParquetFile(root / file) as opened:
                 rows.append((file, opened.metadata.num_rows))
-                features = datasets.Features.from_arrow_schema(opened.schema_arrow)
+                schema = opened.schema_arrow
+                features = datasets.Features.from_arrow_schema(schema)
         except Exception as e:
             raise DataError(
                 f"{root / file} is no whole parquet file ({str(e).splitlines()[0][:120]})\n  Copy or download it again"
@@ -258,6 +260,9 @@ def check_parquet(root: Path, files: Sequence[str]) -> list[tuple[str, int]]:
                 f"{root}: {first[0]} and {file} differ in column {differing[0]!r} or its class names\n"
                 "  One split wants one kind of file; a folder of several data sets: --data.subset FOLDER"
             )
+        label, _ = label_column(label_key, features)
+        kinds += [] if label is None else [(file, schema.field(label).type)]
+    check_kinds(kinds, str(root))
     if not any(count for _, count in rows):
         raise DataError(f"{root}: {', '.join(files[:3])} hold no rows\n  Remove or replace them")
     return [(file, count) for file, count in rows if count]

@@ -70,5 +70,5 @@ def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, f
     layouts.check_shards(files)
     if found.kind == "tar":
         return TarSource(found.root, files, *keys)
-    rows = check_parquet(found.root, files)
+    rows = check_parquet(found.root, files, keys[1])
     return TableSource(load_parquet(found.root, [file for file, _ in rows]), *keys, files=rows)

@@ -19,7 +19,7 @@ import torch
 
 from . import layout as layouts
 from .errors import DataError
-from .labels import NONE, REMEDY, read_column
+from .labels import NONE, REMEDY, check_kinds, join_columns, read_column
 from .sources import Source, Splits, folder, image_column, label_column, open_files
 
 LABEL_SUFFIXES = ("cls", "label", "index", "json")
@@ -156,7 +156,6 @@ class ParquetSource(Source):
 
     def __init__(self, files: Sequence[str], image_key: str | None, label_key: str | None, where: str) -> None:
         import datasets
-        import pyarrow as pa
 
         self.files = list(files)
         self.groups: list[tuple[int, int, int]] = []  # file, row group, rows
@@ -181,14 +180,15 @@ class ParquetSource(Source):
             self.groups += [(number, group, count) for group, count in enumerate(rows)]
             if label is not None:
                 labels.append(opened.read(columns=[label], use_threads=False).column(label))
+                check_kinds([(files[n], column.type) for n, column in enumerate(labels)], where)
         self.shards = [rows for _, _, rows in self.groups]
         self.ends = np.cumsum(self.shards)
         total = int(self.ends[-1]) if len(self.ends) else 0
         if not labels:
             self.labels, self.names = torch.full((total,), NONE), []
         else:
-            column = pa.chunked_array([chunk for column in labels for chunk in column.chunks], labels[0].type)
-            self.labels, self.names = read_column(column, first[label], f"{where}: column {label!r}")
+            said = f"{where}: column {label!r}"
+            self.labels, self.names = read_column(join_columns(labels, said), first[label], said)
         self._forget()
 
     def _forget(self) -> None:

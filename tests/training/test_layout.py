@@ -295,6 +295,38 @@ def test_names_and_numbers_do_not_mix(tmp_path):
     refused(tmp_path, "names as labels", "'validation' numbers")
 
 
+KINDS = {
+    "names": [pa.array(["b", "a"]), pa.array(["b", "c"], pa.large_string()), pa.array(["c", "a"]).dictionary_encode()],
+    "numbers": [pa.array([1, 0]), pa.array([2, None], pa.int8()), pa.array([3, 300], pa.uint16())],
+    "others": [pa.array([True, False]), pa.array([1.0, 0.0])],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_whose_labels_are_of_two_kinds_are_refused_and_others_are_joined(tmp_path, streaming):
+    """Joined by a cast, as `load_dataset` does, "0" would be a class beside "cat", and 1.0 be class 1."""
+    shards = [(family, labels) for family, some in KINDS.items() for labels in some]
+    for n, (family, first) in enumerate(shards):
+        for m, (other, second) in enumerate(shards):
+            if n == m or ((n + m) % 2 == streaming and other != family):  # half of the refused ones, in either way
+                continue
+            root = tmp_path / f"{n}-{m}"
+            table(root / "train-0.parquet", first)
+            table(root / "train-1.parquet", second)
+            if family != other or family == "others":
+                refused(root, "the labels of", "train-0.parquet", "train-1.parquet", streaming=streaming)
+                continue
+            try:
+                data = Images(str(root), streaming=streaming)
+            except DataError as e:
+                # As `load_dataset`: the first file's type has to hold all; a stream takes one that does.
+                assert not streaming and "not in range" in str(e), (first, second)
+                continue
+            want = [*first.to_pylist(), *second.to_pylist()]
+            named = [None if k < 0 else data.classes[k] for k in data.splits["train"].labels.tolist()]
+            assert named == [x if x is None else str(x) for x in want]
+
+
 def test_a_torn_file_and_columns_that_differ_are_named(tmp_path):
     table(tmp_path / "a/train-0.parquet", [0, 1])
     (tmp_path / "a/train-1.parquet").write_bytes((tmp_path / "a/train-0.parquet").read_bytes()[:-9])
