@@ -167,7 +167,10 @@ class OneCycle(Schedule):
                 "  Give --model.schedule.momentum false, or another optimiser"
             )
         # One step more than are taken: torch refuses to be stepped once after the last.
-        return Cycle(optimizer, peaks, total_steps=steps + 1, pct_start=self.up, cycle_momentum=self.momentum)
+        total = steps + 1
+        # Torch divides by the length of the rise, which is nothing where its share is that of the first step.
+        up = self.up + 1e-9 if self.up * total == 1 else self.up
+        return Cycle(optimizer, peaks, total_steps=total, pct_start=up, cycle_momentum=self.momentum)
 
 
 class Poly(Schedule):
@@ -240,7 +243,8 @@ class Milestones(Schedule):
         """
         warm = min(self.warmup_steps, steps // 2)
         rise = min(1.0, (i + 1) / warm) if warm else 1.0
-        return rise * self.factor ** sum(i >= share * steps for share in self.at)
+        # A share such as 0.55 has no exact float: of 100 steps it is a hair more than 55.
+        return rise * self.factor ** sum(i >= share * steps - 1e-9 * steps for share in self.at)
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
         return Factors(optimizer, lambda i: self.factor_at(i, steps))

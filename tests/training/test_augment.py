@@ -1,5 +1,8 @@
 """Laws of the augmentation, for any batch: nothing at p = 0, involutions, label mass 1, shapes and types kept."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -119,6 +122,38 @@ def test_cutmix_weighs_labels_by_the_pixels_pasted():
     shares = torch.stack([(mixed == k).float().mean((1, 2, 3)) for k in range(n)], 1)
     torch.testing.assert_close(shares, soft)
     assert (soft.max(1).values < 1).any()
+
+
+@given(st.integers(2, 9), seeds, alphas, st.integers(2, 7), names, st.booleans())
+def test_labels_are_weighed_as_the_pictures_are(n, seed, alpha, classes, name, rows):
+    """Of pictures whose channels say what class they are of: their means are the labels, however they were mixed."""
+    y = torch.arange(n) % classes
+    own = A.soft_labels(y, classes) * 0.7 + 0.3 / classes if rows else y
+    x = A.soft_labels(own, classes)[:, :, None, None].expand(n, classes, 8, 6)
+    mixed, soft = getattr(A, name)(x, own, alpha, classes, generator=generator(seed))
+    torch.testing.assert_close(mixed.mean((2, 3)), soft)
+
+
+@pytest.mark.cases(2)
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_shares_are_those_of_a_beta_distribution(alpha, name):
+    """Of mixup as they are; of CutMix those of a box of that area whose middle is anywhere, cut off at the border."""
+    size, draws, numbers = 64, 1500, random.Random(1)
+    x, y, draw = torch.zeros(2, 1, size, size), torch.tensor([0, 1]), generator(0)
+    theirs = (getattr(A, name)(x, y, alpha, 2, generator=draw)[1] for _ in range(draws))
+    # With two pictures, the partner is the picture itself in half of the draws, whose label stays whole.
+    got = torch.stack([soft for soft in theirs if soft[0, 1] > 1e-4])[:, 0, 1].double().numpy()
+    want = np.array([1 - numbers.betavariate(alpha, alpha) for _ in range(20_000)])
+    if name == "cutmix":
+        half = want**0.5 / 2
+        middles = np.random.default_rng(0).random((2, len(want)))
+        sides = [np.minimum(middle + half, 1) - np.maximum(middle - half, 0) for middle in middles]
+        want = sides[0] * sides[1]
+    want = want[want > 1e-4]
+    for moment in (1, 2, 3):
+        error = np.std(got**moment) / len(got) ** 0.5
+        assert abs((got**moment).mean() - (want**moment).mean()) < 4 * error + 0.01, moment
 
 
 def test_a_seed_repeats_and_another_one_does_not():
