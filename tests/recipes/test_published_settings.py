@@ -13,7 +13,11 @@ def settings(name: str) -> dict:
     model, data, trainer = found["model"]["init_args"], found["data"]["init_args"], found["trainer"]
     net, augment = model["net"]["init_args"], data["augment"]["init_args"]
     optimizer, schedule = model["optimizer"]["init_args"], model["schedule"]["init_args"]
-    averages = [c["init_args"]["decay"] for c in trainer.get("callbacks", []) if "EMA" in c["class_path"]]
+    averages = [
+        c["init_args"]["decay"]
+        for c in trainer.get("callbacks", [])
+        if c["class_path"] == "odenets.training.MovingAverage"
+    ]
     assert model["optimizer"]["class_path"] == "torch.optim.AdamW" and model["label_smoothing"] == 0.1
     assert (augment["rand_augment"], augment["rand_augment_std"], augment["erase"]) == (9, 0.5, 0.25)
     assert "color_jitter" not in augment and augment["flip"] == 0.5 and data["smallest_crop"] == 0.08
