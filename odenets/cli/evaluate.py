@@ -45,33 +45,12 @@ def parser() -> w.Parser:
     add("--classes", default=None, metavar="FILE", help="what the network's outputs are called, one name per line")
     add("--subset", action="store_true", help="choose among the classes that the pictures have")
     add("--real", default=None, metavar="FILE", help="ImageNet-Real's real.json: several right answers a picture")
-    add(
-        "--calibration",
-        nargs="?",
-        type=w.positive,
-        const=15,
-        default=None,
-        metavar="BINS",
-        help="calibration error, over 15 bins",
-    )
+    add("--calibration", nargs="?", type=w.positive, const=15, default=None, metavar="BINS", help="ECE, over 15 bins")
     add("--diagram", default=None, metavar="FILE", help="the reliability diagram, as FILE.png or .svg")
     add("--sizes", type=_sizes, default=None, metavar="160,192", help="accuracy at each of these sizes of the pictures")
-    add(
-        "--corruptions",
-        nargs="?",
-        type=_names,
-        const=tuple(KINDS),
-        default=None,
-        metavar="NAMES",
-        help="all fifteen, or those named",
-    )
-    add(
-        "--strengths",
-        type=_strengths,
-        default=STRENGTHS,
-        metavar="1,3,5",
-        help="strengths of the corruptions (all five)",
-    )
+    every = tuple(KINDS)
+    add("--corruptions", nargs="?", type=_names, const=every, default=None, metavar="NAMES", help="all 15, or those named")
+    add("--strengths", type=_strengths, default=STRENGTHS, metavar="1,3,5", help="of the corruptions (all five)")
     add("--frost", default=None, metavar="FOLDER", help="photographs for frost; without them a texture is used")
     add("--baseline", default=None, metavar="FILE|alexnet", help="errors of another network, for the mCE")
     add("--attack", action="append", default=[], help='"fgsm(eps=8/255)", "pgd(8/255, steps=20, norm=l2)"; repeatable')
