@@ -49,7 +49,7 @@ def parser() -> w.Parser:
     add("--diagram", default=None, metavar="FILE", help="the reliability diagram, as FILE.png or .svg")
     add("--sizes", type=_sizes, default=None, metavar="160,192", help="accuracy at each of these sizes of the pictures")
     every = tuple(KINDS)
-    add("--corruptions", nargs="?", type=_names, const=every, default=None, metavar="NAMES", help="all 15, or those named")
+    add("--corruptions", nargs="?", type=_names, const=every, default=None, metavar="NAMES", help="all 15, or some")
     add("--strengths", type=_strengths, default=STRENGTHS, metavar="1,3,5", help="of the corruptions (all five)")
     add("--frost", default=None, metavar="FOLDER", help="photographs for frost; without them a texture is used")
     add("--baseline", default=None, metavar="FILE|alexnet", help="errors of another network, for the mCE")
