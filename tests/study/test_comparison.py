@@ -33,7 +33,7 @@ from odenets.training.command import run as fit
 from schemes import SchemeError
 from study import deeds
 
-EPOCHS = 3
+EPOCHS = 8  # of a comparison that is killed in its first, and notices before it ends
 OVER = ["--over", "model.net.scheme=euler,midpoint", "--seeds", "0..1"]
 
 
@@ -51,7 +51,7 @@ def write_experiment(folder: Path, **trainer) -> Path:
         },
         "data": {"class_path": "odenets.training.Digits", "init_args": {"batch_size": 16}},
         "trainer": {
-            **{"max_epochs": EPOCHS, "accelerator": "cpu", "limit_train_batches": 6, "limit_val_batches": 4},
+            **{"max_epochs": 3, "accelerator": "cpu", "limit_train_batches": 6, "limit_val_batches": 4},
             **{"enable_model_summary": False, "num_sanity_val_steps": 0, "logger": False, **trainer},
         },
     }
@@ -106,7 +106,7 @@ def processes(request):
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Path:
-    return write_experiment(tmp_path_factory.mktemp("comparison"))
+    return write_experiment(tmp_path_factory.mktemp("comparison"), max_epochs=EPOCHS)
 
 
 @pytest.fixture(scope="module")
