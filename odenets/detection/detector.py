@@ -120,11 +120,6 @@ class Detector(NetModule):
                     m.eval()
         return self
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.channels_last:
-            self.head.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
     @property
     def backbone(self) -> nn.Module:
         """The net, for Lightning's ``BackboneFinetuning``."""

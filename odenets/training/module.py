@@ -129,7 +129,7 @@ class NetModule(L.LightningModule):
             check_synchronised(self.trainer)
             check_averages(self.trainer, self)
         if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            self.to(memory_format=torch.channels_last)  # a head beside the net, too
         # This hook runs for each stage, and a second compilation would throw the first away.
         if self.compile_net and not self._compiled:
             self.net.compile()
