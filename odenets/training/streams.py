@@ -180,13 +180,13 @@ class ParquetSource(Source):
             self.groups += [(number, group, count) for group, count in enumerate(rows)]
             if label is not None:
                 labels.append(opened.read(columns=[label], use_threads=False).column(label))
-                check_kinds([(files[n], column.type) for n, column in enumerate(labels)], where)
         self.shards = [rows for _, _, rows in self.groups]
         self.ends = np.cumsum(self.shards)
         total = int(self.ends[-1]) if len(self.ends) else 0
         if not labels:
             self.labels, self.names = torch.full((total,), NONE), []
         else:
+            check_kinds([(file, column.type) for file, column in zip(files, labels, strict=True)], where)
             said = f"{where}: column {label!r}"
             self.labels, self.names = read_column(join_columns(labels, said), first[label], said)
         self._forget()
