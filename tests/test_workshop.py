@@ -171,3 +171,12 @@ def test_lines_are_counted_where_each_test_begins(tmp_path):
         text=True,
     )
     assert re.search(r"^lines.py +10 +2 +80% +6, 10$", done.stdout, re.M), done.stdout + done.stderr
+
+
+def test_the_named_faults_can_still_be_planted():
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "experiments/benchmarks/mutants.py")
+    mutants = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules["mutants"] = mutants  # where its dataclass looks for its module
+    spec.loader.exec_module(mutants)  # type: ignore[union-attr]
+    del sys.modules["mutants"]
+    assert len(list(mutants.named())) == len(mutants.NAMED) > 10

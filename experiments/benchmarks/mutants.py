@@ -67,7 +67,7 @@ NAMED = [
     ("odenets/models/catalogue.py", "(0.229, 0.224, 0.225)", "(0.229, 0.224, 0.22)"),
     ("odenets/training/augment.py", "zero, height, top", "zero, width, top"),
     ("odenets/training/augment.py", "(rows < (top + height)[:, None])", "(rows <= (top + height)[:, None])"),
-    ("odenets/training/classifier.py", "logits.topk(min(5, ", "logits.topk(min(4, "),
+    ("odenets/training/classifier.py", "best_of(logits, 5)[1]", "best_of(logits, 4)[1]"),
     ("odenets/training/classifier.py", ", label_smoothing=self.label_smoothing)", ")"),
     ("odenets/training/classifier.py", "y if y.ndim == 1 else y.argmax(1)", "y if y.ndim == 1 else y.argmin(1)"),
     ("odenets/training/supervision.py", "(logits, y, label_smoothing=self.label_smoothing)", "(logits, y)"),
