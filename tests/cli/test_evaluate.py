@@ -33,7 +33,7 @@ def whole(folder, tmp_path_factory):
     return root
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 def test_errors_under_corruptions_are_those_of_the_corrupted_pictures(capsys, digits):
     out, _ = answer(capsys, "evaluate", str(digits), *"--corruptions fog,contrast --strengths 1,5 --json".split())
     found = json.loads(out)["corruptions"]

@@ -179,6 +179,7 @@ def test_wrong_commands_end_in_two_lines(capsys, digits, folder, args, said):
     assert said in fails(capsys, *(arg.format(ckpt=digits, folder=folder) for arg in args))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "words", [["--ckpt_path", "{}"], ["--ckpt_path={}"], ["--ckpt_path", "last", "--run_dir", "RUN"]]
 )

@@ -237,6 +237,7 @@ def test_rates_decay_from_the_head_to_the_stem(head):
     assert {group["lr"] for group in detector(head, layer_decay=1.0).make_optimizer().param_groups} == {1e-3}
 
 
+@pytest.mark.long
 def test_a_classifier_below_the_head(drawn, tmp_path, capsys):
     classifier = RevCol(channels=(8, 16), blocks=(1, 1), columns=2, num_classes=7)
     save(classifier, tmp_path / "w.safetensors")

@@ -262,6 +262,7 @@ class Fixed(nn.Module):
         return self.linear(x), self.values
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("mode", ["store", "checkpoint", "offload", "reverse", "exact", "auto(memory=1GB)"])
 def test_auxiliary_values_are_tensors_by_their_names(mode, aux):

@@ -41,7 +41,7 @@ def test_compiled_functions(name: str, backend: str) -> None:
     assert all(torch.allclose(b, theirs[k]) for k, b in reverse.named_buffers())
 
 
-@pytest.mark.cases(2)
+@pytest.mark.long
 @FEW
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_stack(name: str, backend: str) -> None:
@@ -83,7 +83,7 @@ class Smooth(nn.Module):
         return 0.3 * self.outer(torch.tanh(self.inner(x)))
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("whole", [False, True])
 def test_memory_stays_flat(whole: bool) -> None:
     peaks = []

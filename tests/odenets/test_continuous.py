@@ -421,6 +421,7 @@ def graphs():
     return made, backend
 
 
+@pytest.mark.long
 def test_a_field_compiles_to_one_graph_for_all_times():
     field, x = scattered(ContinuousWeights(perceptron(), 4, degree=2)), batch(3, 4)
     stack = Stack(field, "rk4", depth=8, step="span/depth")

@@ -179,7 +179,7 @@ def test_exports_and_traces_are_of_torchs_operations(build):
         torch.testing.assert_close(made(x), module(x))
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def families() -> dict[str, str]:
     return found
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("family", list(families()))
 def test_a_family_exports_with_a_dynamic_batch(family):
     net = shared(families()[family])

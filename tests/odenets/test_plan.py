@@ -269,6 +269,7 @@ def test_a_reversed_segment_keeps_nothing_once_it_is_over():
     assert peak(stack, x) <= 1.01 * stack.plan(x).predicted
 
 
+@pytest.mark.long
 def test_auto_keeps_to_its_memory_and_takes_what_is_fastest():
     x = wide_input().requires_grad_()
     most = peak(wide("store"), x)

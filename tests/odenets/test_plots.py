@@ -9,6 +9,7 @@ import torch
 from odenets import plots
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("draw", [plots.heat_maps_by_column, plots.heat_maps])
 @pytest.mark.parametrize("prefix", ["levels.0.steps.1", "backbone.trunk.levels.0.steps.10"])
 def test_names_above_heat_maps_do_not_cover_each_other(draw, prefix, monkeypatch, tmp_path):

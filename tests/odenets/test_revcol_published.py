@@ -43,7 +43,7 @@ def test_every_named_revcol_stands_in_the_table():
     assert set(SIZES) == set(REVCOLS)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_the_published_ones(name):
     backbone, head, supervised, many, tensors, _ = SIZES[name]
@@ -55,7 +55,7 @@ def test_parameters_are_the_published_ones(name):
     assert parameters(meta(name, supervision=True, num_classes=21_841)) == many
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", SIZES)
 def test_multiply_adds_are_the_published_ones(name):
     net = meta(name).eval()

@@ -45,7 +45,7 @@ def test_steps_from_resnet50_cost_what_was_published(number):
         assert row.gflops == {16: 4.46, 17: 4.49}[number]
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("number", RESNET200)
 def test_steps_from_resnet200_cost_what_was_published(number):
     row = roadmap.CONVNEXT["resnet200"][number - 1]
@@ -53,7 +53,7 @@ def test_steps_from_resnet200_cost_what_was_published(number):
     assert row.gflops == RESNET200[number] == pytest.approx(found, abs=5.1e-3)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("step", RDNET)
 def test_steps_from_densenet_have_the_published_sizes(step):
     net = on_meta(roadmap.rdnet, step)
@@ -74,6 +74,7 @@ def test_the_last_step_is_convnext_but_for_gamma(base, name):
     assert gmacs(net, 224) == gmacs(whole, 224)
 
 
+@pytest.mark.long
 def test_the_first_step_is_resnet50_and_the_last_ones_are_densenet201_and_rdnet():
     assert parameters(on_meta(roadmap.convnext, "resnet")) == parameters(meta("resnet50"))
     assert parameters(on_meta(roadmap.rdnet, "a")) == parameters(meta("densenet201"))

@@ -68,7 +68,7 @@ def remedies(text):
     return [{key: value} for key, value in re.findall(r"\b(scheme|block|placement)='([^']+)'", text)]
 
 
-@pytest.mark.cases(38)
+@pytest.mark.cases(19)
 @pytest.mark.parametrize(
     ("make", "scheme"),
     [

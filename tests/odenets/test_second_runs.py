@@ -86,7 +86,7 @@ def by_products(net, x):
     return torch.autograd.functional.hvp(lambda x: net(x).square().sum(), x.detach(), torch.ones_like(x))
 
 
-@pytest.mark.cases(32)
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("mode", [*MODES, "reverse(drift=false)"])
 @pytest.mark.parametrize("way", [*WAYS, by_products])
 def test_gradients_of_gradients_are_given_or_refused(way, mode):
@@ -307,7 +307,7 @@ class Late(nn.Module):
         return torch.tanh(self.linear(x))
 
 
-@pytest.mark.cases(20)
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("mode", ["checkpoint", "checkpoint(2)", "reverse", "exact", "checkpoint + reverse"])
 @pytest.mark.parametrize("what", ["buffer", "attribute", "norm"])
 @pytest.mark.parametrize("at", [0, 1, 2])

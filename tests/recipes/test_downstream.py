@@ -24,6 +24,7 @@ UPERNET = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", UPERNET)
 def test_convnext_below_upernet_has_the_published_size(name):
     recipe = recipes.find(f"ade20k_upernet_convnext_{name}")

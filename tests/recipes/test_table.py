@@ -46,7 +46,7 @@ def test_no_name_stands_twice():
         joined([one, replace(one, size="T again")])
 
 
-@pytest.mark.cases(12)
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_builds_the_published_network(name):
     recipe = recipes.find(name)
@@ -194,7 +194,7 @@ def test_one_of_each_family_is_run():
 
 
 @pytest.mark.filterwarnings("ignore:.*sums residual functions")
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SMALL)
 def test_one_of_each_family_runs(name, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -152,7 +152,7 @@ def test_every_pair_is_a_method(name):
     assert name in schemes.adaptive.PAIRS
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("adjoint", ["true", "false"])
 @pytest.mark.parametrize("method", ["bosh3", "dopri5", "dopri8", "heun2"])
 def test_torchdiffeq_finds_the_same(method, adjoint):

@@ -159,6 +159,7 @@ def test_the_same_call_gives_the_same(call):
     same(CALLS[call](Ours), CALLS[call](theirs), tol)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_odeint_event_and_odeint_adjoint_give_the_same_gradients(adjoint, reverse):
@@ -241,7 +242,7 @@ def test_every_kind_of_method_solves(method):
     assert torch.equal(y[0], START)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("method", PAIRS)
 def test_backwards_is_forwards_of_the_reflected_field(method):
     """Bit by bit: no part of the solver knows which way time goes."""
@@ -567,6 +568,7 @@ def test_counts_are_the_calls():
     assert found.evaluations == len(calls)
 
 
+@pytest.mark.long
 def test_compiled_fields_compile_once():
     from torch._dynamo.testing import CompileCounter
 

@@ -48,6 +48,7 @@ def test_hermite_keeps_the_order_that_its_degree_allows(name):
         assert hermite(tableau, degree).order() == min(degree, tableau.order)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", PAIRS)
 def test_slopes_of_the_error_within_a_step(name):
     """The same in numbers: one step of y' = A y + sin t, halved and halved again, looked at within."""

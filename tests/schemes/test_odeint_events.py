@@ -63,6 +63,7 @@ def test_a_bounce_along_fixed_steps():
         bounce(inputs, method="rk4", options={"step_size": 0.05})
 
 
+@pytest.mark.long
 def test_gradients_of_time_and_state_by_finite_differences():
     def f(a, y0, t0):
         t, y = odeint_event(

@@ -66,7 +66,7 @@ def reference():
     return {c: Case(c).gradients(method="dopri8", rtol=1e-13, atol=1e-13) for c in (False, True)}
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("complex_", [False, True])
 @pytest.mark.parametrize("gradient, method, batch", WAYS)
 def test_every_way_gives_the_gradients(gradient, method, batch, complex_, reference):

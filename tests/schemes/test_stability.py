@@ -17,6 +17,7 @@ from schemes.tableau import compose
 M = tableaux.METHODS
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["euler", "rk4", "gill4", "cooper_verner8", "verner8", "ssprk104"])
 @given(z=st.fractions(-5, 5, max_denominator=20))
 def test_the_polynomial_is_one_step_of_the_linear_equation(name, z):

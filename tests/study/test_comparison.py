@@ -240,7 +240,7 @@ def test_other_settings_are_refused_and_named(tmp_path, capsys):
     assert comparison.settings == find(folder).settings
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -13,6 +13,7 @@ from odenets.study.space import ORDERS, shapes
 from schemes import SchemeError
 
 
+@pytest.mark.long
 @given(
     scheme=st.sampled_from(["euler", "dense", "midpoint", "rk4"]),
     order=st.sampled_from(ORDERS),

@@ -34,6 +34,7 @@ def test_the_same_network_gives_the_same_line_whatever_was_trained_before(study)
     assert all(0 < numerical <= width and 1 <= effective <= width for width, numerical, effective in alone.ranks)
 
 
+@pytest.mark.long
 def test_seed_and_number_decide_the_weights(study):
     c = study.candidates(4)[0]
     losses = [
@@ -44,6 +45,7 @@ def test_seed_and_number_decide_the_weights(study):
     assert len(set(losses)) == 3
 
 
+@pytest.mark.long
 def test_training_leaves_random_state_and_threads_alone(study):
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train(dataclasses.replace(study, threads=2), study.candidates(4)[0])

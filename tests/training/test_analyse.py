@@ -40,7 +40,7 @@ def refused(capsys, *words):
     return lines
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", analyse.KINDS)
 @pytest.mark.parametrize("net", ["revcol", "resnet"])
 def test_every_figure(trained, net, kind, tmp_path, capsys):

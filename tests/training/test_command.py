@@ -47,7 +47,7 @@ def fit(*args: str):
     return run(["fit", *SMALL, *args])
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("args", "first", "second"),
     [

@@ -173,7 +173,7 @@ def _little_memory():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.mark.cases(7)
+@pytest.mark.cases(4)
 @pytest.mark.usefixtures("_little_memory")
 @pytest.mark.parametrize(
     ("text", "words"),

@@ -60,6 +60,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.long
 def test_a_published_file_is_fine_tuned_with_a_rate_for_each_depth(published, capsys):
     """Its head is new, its first convolution sums the channels up, and each group has the rate of its depth."""
     # A rate of zero shows where training begins: what is loaded stays.

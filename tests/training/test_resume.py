@@ -91,6 +91,7 @@ def test_best_resumes_with_the_next_epoch(whole, tmp_path):
     assert kills.differing(want, found) == []
 
 
+@pytest.mark.long
 def test_killed_while_it_writes(whole, tmp_path):
     shutil.copy(whole / "c.yaml", tmp_path)
     for call in (4, 9):  # of those that write a file: in a sync, and before a rename

@@ -47,7 +47,7 @@ def test_every_head_is_smoothed():
     torch.testing.assert_close(loss(Supervised(out.logits, (torch.zeros(4, 3, 8, 8),)), x, y), 0.5 * a + b)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize("backprop", ["store", "reverse"])
 def test_the_losses_fall(backprop, tmp_path):
     torch.manual_seed(0)
