@@ -58,7 +58,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-TRACED = 0.3  # seconds of each test function, with all its cases, in which `--cov` counts lines
+TRACED = 0.1  # seconds of each test function, with all its cases, in which `--cov` counts lines
 _spent: dict[object, float] = defaultdict(float)
 
 

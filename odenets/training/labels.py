@@ -40,13 +40,20 @@ def check_kinds(kinds: Sequence[tuple[str, Any]], where: str) -> None:
             )
 
 
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is one of the three that texts have."""
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def _family(kind: Any) -> str | None:
     """What labels of an Arrow type are; None for nulls, which go with anything."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
         return _family(kind.value_type)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return "names"
     return None if pa.types.is_null(kind) else "numbers" if pa.types.is_integer(kind) else str(kind)
 
@@ -89,8 +96,10 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
     # So parquet stores texts that repeat; the numbers of its dictionary are no labels.
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)  # type: ignore[attr-defined]
+    if pa.types.is_string_view(column.type):  # of which not every function of Arrow knows
+        column = pc.cast(column, pa.large_string())
     kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         names = sorted(name.as_py() for name in pc.unique(column) if name.is_valid)  # type: ignore[attr-defined]
         numbers = pc.index_in(column, value_set=pa.array(names, kind))  # type: ignore[attr-defined]
     elif pa.types.is_boolean(kind):

@@ -19,7 +19,7 @@ import torch
 
 from . import layout as layouts
 from .errors import DataError
-from .labels import NONE, REMEDY, check_kinds, join_columns, read_column
+from .labels import NONE, REMEDY, check_kinds, is_text, join_columns, read_column
 from .sources import Source, Splits, folder, image_column, label_column, open_files
 
 LABEL_SUFFIXES = ("cls", "label", "index", "json")
@@ -249,7 +249,8 @@ def _check_pictures(kind: Any, key: str, where: str) -> None:
 
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string)):
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, is_text)
+    if not any(test(kind) for test in tests):
         raise DataError(
             f"{where}: column {key!r} holds no pictures but {kind}\n  Name another one: --data.image_key COLUMN"
         )
