@@ -81,6 +81,25 @@ def test_gradients_of_time_and_state_by_finite_differences():
     assert torch.autograd.gradcheck(f, (a, times(1.0, 0.5).requires_grad_(), t0), eps=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("of", ["time", "state"])
+def test_the_time_of_an_event_of_time_alone_and_of_the_state_alone(of, gradient):
+    """Growth by e from 2: an event at time p, or where y is p."""
+    p = torch.tensor(2.5, dtype=F64, requires_grad=True)
+    y0 = torch.tensor([2.0], dtype=F64, requires_grad=True)
+    given = {"method": "dopri8", "rtol": 1e-10, "atol": 1e-10, "gradient": gradient}
+    at_time = of == "time"
+    t, y = odeint_event(
+        lambda t, y: y, y0, times(0.0)[0], event_fn=lambda t, y: t - p if at_time else y[0] - p, **given
+    )
+    found = torch.autograd.grad(t, [p, y0], retain_graph=True, materialize_grads=True)
+    wanted = (1.0, 0.0) if at_time else (1 / 2.5, -1 / 2.0)
+    torch.testing.assert_close(torch.stack([g.reshape(()) for g in found]), times(*wanted), rtol=1e-6, atol=1e-8)
+    found = torch.autograd.grad(y[-1], [p, y0], materialize_grads=True)
+    wanted = (2 * math.exp(2.5), math.exp(2.5)) if at_time else (1.0, 0.0)
+    torch.testing.assert_close(torch.stack([g.reshape(()) for g in found]), times(*wanted), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", ["joint", "independent"])
 @pytest.mark.parametrize("direction, want", [(1, [1.5, 3.5]), (-1, [0.5, 2.5]), (0, [0.5, 1.5, 2.5, 3.5])])
