@@ -193,7 +193,7 @@ class Stack(nn.Module):
             and type(self.scheme).readout is Scheme.readout
             and self.after is None
             and self.block is None
-            and not self._takes.time
+            and not (self._takes.time or self._takes.opaque)
             and not isinstance(self.rule, FromError)
         )
 

@@ -205,3 +205,17 @@ def test_every_way_reads_signatures_anew_and_refuses_a_context_that_nobody_reads
     torch.testing.assert_close(way(net, x, t=2.0), way(new, x, t=2.0))
     with pytest.raises(SchemeError, match="no residual function has a parameter named context"):
         way(net, x, context=x)
+
+
+class Opaque(nn.Module):
+    def forward(self, *args, **kwargs):
+        return -args[0]
+
+
+@pytest.mark.parametrize("given", [{"t": 1.0}, {"t": torch.zeros(())}, {"context": 1}, {"t": 0.5, "context": 1}])
+def test_what_may_not_arrive_is_refused(given):
+    """A signature of stars alone does not say whether a time or a context is taken."""
+    net, x = Stack([Opaque(), Opaque()]), torch.ones(1, 2)
+    torch.testing.assert_close(net(x), net(x, t=0.0))
+    with pytest.raises(SchemeError, match=r"does not tell\n? ?whether it takes them"):
+        net(x, **given)

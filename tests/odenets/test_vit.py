@@ -8,7 +8,7 @@ from torch import nn
 from odenets import checkpoints
 from odenets.layers.attention import AttentionFunction, PerceptronFunction
 from odenets.models import RevColViT, ViT, create_model
-from odenets.models.revcol_vit import REVCOL_VITS
+from odenets.models.revcol_vit import REVCOL_VITS, TokenLevel
 from schemes import SchemeError
 
 NESTED = "nested(midpoint, repeat(euler, 2))"
@@ -199,6 +199,19 @@ def test_revcol_vit_is_the_written_out_columns():
     maps = net.maps(x)
     assert [m.shape for m in maps] == [(2, 16, 4, 4)] * 3
     torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), y0)
+
+
+def test_a_level_of_tokens_adds_what_its_functions_give():
+    attention, perceptron = AttentionFunction(8, 2).double().eval(), PerceptronFunction(8).double().eval()
+    above = nn.Linear(8, 8).double()
+    x, y = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    a = above(y) + x
+    b = a + attention(a, mask)
+    torch.testing.assert_close(
+        TokenLevel(nn.Identity(), [above], [attention, perceptron])(x, y, context=mask), b + perceptron(b)
+    )
+    assert not torch.allclose(attention(a, mask), attention(a)), "the mask arrives"
 
 
 def test_cosine_attention_is_the_written_out_sum():

@@ -154,6 +154,9 @@ def test_a_picture_of_a_prediction():
     assert np.asarray(numbered(mask, colors).convert("RGB"))[0, 2].tolist() == [200, 0, 0]
     x = (torch.full((3, 4, 6), 100 / 255) - 0.5) / 0.25
     assert torch.equal(shown(x, [0.5] * 3, [0.25] * 3, (2, 3)), levels)
+    x[:, :, ::4], x[:, :, 1::4] = -2, -2  # black; a third as large, each pixel is of three and more
+    small = shown(x, [0.5] * 3, [0.25] * 3, (4, 2)).float()
+    assert 30 < small.min() and small.max() < 80, "a mean of black and of 100, not one of its pixels"
 
 
 def test_figures_of_each_class():

@@ -164,6 +164,13 @@ def test_a_seed_repeats_and_another_one_does_not():
     assert not torch.equal(first[0], other[0])
 
 
+def test_half_of_the_batches_are_blended_and_half_have_boxes_pasted():
+    x, y = (torch.arange(16) % 2).float().view(16, 1, 1, 1).expand(16, 3, 8, 8), torch.arange(16)
+    augment = A.Augment(mixup=1.0, cutmix=1.0, seed=0)
+    blended = sum(bool((augment(x, y, [0.0] * 3, [1.0] * 3, 16)[0] % 1).any()) for _ in range(400))
+    assert abs(blended - 200) < 5 * 10  # five standard deviations
+
+
 def test_augment_without_options_only_normalises():
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     out, labels = A.Augment()(x, y, [0.5] * 3, [0.5] * 3, 10)
