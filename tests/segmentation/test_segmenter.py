@@ -120,6 +120,8 @@ def test_predictions_are_pictures_and_give_the_figures_of_the_validation(trained
     assert figures["val/aAcc"] == pytest.approx((said == true).mean())
     ious = [((said == c) & (true == c)).sum() / ((said == c) | (true == c)).sum() for c in np.unique([said, true])]
     assert figures["val/mIoU"] == pytest.approx(np.mean(ious), abs=1e-6)
+    tested = run(["test", *where]).trainer.callback_metrics  # on the same pictures: there is no third split
+    assert {name: float(tested[f"test/{name[4:]}"]) for name in figures} == figures
 
 
 def test_pictures_are_seen_together_where_their_sizes_agree():
