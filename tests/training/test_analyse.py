@@ -24,8 +24,8 @@ def trained(tmp_path_factory):
             [
                 *f"fit --model odenets.training.Classifier --model.net odenets.models.{options}".split(),
                 *"--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1 --data odenets.training.Digits".split(),
-                *"--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.accelerator cpu".split(),
-                *f"--trainer.enable_model_summary false --run_dir {folder}".split(),
+                *"--data.split_seed 5 --trainer.max_epochs 1 --trainer.limit_train_batches 1".split(),
+                *f"--trainer.accelerator cpu --trainer.enable_model_summary false --run_dir {folder}".split(),
             ]
         )
         found[name] = folder / "checkpoints" / "last.ckpt"
@@ -69,7 +69,7 @@ def test_the_figure_shows_the_checkpoint_s_own_weights_and_pictures(trained, mon
     pictures, heats, names, out = seen["heat"]
     assert names == ["columns.steps.2:2", "columns.steps.0:1"] and out == path.parent / "layercam.png"
     data = analyse.Pictures.__subclasses__()
-    digits = next(kind for kind in data if kind.__name__ == "Digits")()
+    digits = next(kind for kind in data if kind.__name__ == "Digits")(split_seed=5)
     digits.setup("validate")
     x = torch.stack([digits.sets["val"][i][0] for i in range(3)])
     torch.testing.assert_close(pictures, x)
@@ -85,7 +85,7 @@ def test_class_alignment_draws_the_class_that_was_asked_for(trained, monkeypatch
     label, picture, names, out, title = seen["args"]
     net = RevCol((4, 8), (1, 1), columns=3, patch=2, in_chans=1, num_classes=10)
     checkpoints.load(net, path)
-    digits = Digits(batch_size=40)
+    digits = Digits(batch_size=40, split_seed=5)
     digits.setup("validate")
     batches = [digits.on_after_batch_transfer(b, 0) for b, _ in zip(digits.val_dataloader(), range(2), strict=False)]
     want = analyse.class_alignment(net, batches, names, classes=10)
