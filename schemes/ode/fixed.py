@@ -151,7 +151,7 @@ def solve(
         grid: one grid per interval, or a single one over all of them; None steps on by ``size`` until an event.
         moving: the times as a tensor that needs a gradient; grids are then one per interval.
         size: the step size of an endless solve.
-        interp: "linear" or "cubic" interpolation where values lie within steps.
+        interp: "linear" interpolation where values lie within steps, or a cubic one.
         max_steps: upper bound on the steps of an endless solve.
         dense: whether cubic Hermite pieces are kept.
         events: watches for events.

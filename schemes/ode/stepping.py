@@ -46,7 +46,7 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
         grid,
         moving=moving,
         size=given.step_size,
-        interp=given.interp or (None if onto or grid is None else "cubic"),
+        interp=given.interp,
         max_steps=given.max_steps or 100_000,
         dense=problem.dense,
         events=watch,
