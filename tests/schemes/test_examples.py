@@ -103,6 +103,13 @@ def test_every_tableau_and_its_pruned_form_are_examples():
     assert all(t.cite and len(t.cite) > 8 for t in tableaux.METHODS.values())
 
 
+@pytest.mark.parametrize("name", ["repeat", "substeps"])
+def test_the_limit_itself_is_built(name):
+    assert schemes.get(f"{name}(euler, 4096)").stages == 4096
+    with pytest.raises(schemes.SchemeError, match="a whole number from 1 to 4096"):
+        schemes.get(f"{name}(euler, 4097)")
+
+
 @pytest.mark.cases(25)
 @pytest.mark.parametrize("name", schemes.names())
 def test_no_family_builds_more_than_the_limit(name, monkeypatch):
