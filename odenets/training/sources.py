@@ -246,10 +246,16 @@ def check_parquet(root: Path, files: Sequence[str], label_key: str | None = None
             with pq.ParquetFile(root / file) as opened:
                 rows.append((file, opened.metadata.num_rows))
                 schema = opened.schema_arrow
-                features = datasets.Features.from_arrow_schema(schema)
         except Exception as e:
             raise DataError(
                 f"{root / file} is no whole parquet file ({str(e).splitlines()[0][:120]})\n  Copy or download it again"
+            ) from None
+        try:
+            features = datasets.Features.from_arrow_schema(schema)
+        except ValueError as e:  # an Arrow type that this `datasets` does not know
+            raise DataError(
+                f"{root / file}: {str(e).splitlines()[0][:120]}\n"
+                "  Write the column in another type, or install a newer datasets: pip install -U datasets"
             ) from None
         columns = {k: getattr(f, "names", None) for k, f in features.items()}
         if first is None:

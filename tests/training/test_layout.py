@@ -3,14 +3,17 @@
 import gc
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from odenets.training import DataError, Images
 from odenets.training import layout as L
@@ -19,6 +22,9 @@ from odenets.training.splits import open_splits
 from .pictures import encoded, picture
 
 EXAMPLES = int(os.environ.get("ODENETS_LAYOUTS", 12))
+# Which of Arrow's view types this `datasets` knows.
+STRING_VIEW, BINARY_VIEW = (Version(datasets.__version__) >= Version(least) for least in ("4.1", "4.3"))
+PANDAS_3 = version("pandas") >= "3"
 PNG = encoded(picture(0, (4, 4)))["bytes"]
 # Names of splits, as a word of a longer name too; and names that only look like them.
 train = st.sampled_from(["train", "training", "my_train", "train-2", "old train.1", "set1-training_a"])
@@ -213,6 +219,7 @@ def test_a_subset_is_a_folder_and_splits_are_joined(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not STRING_VIEW and PANDAS_3, reason="texts of pandas 3 are no file names to this datasets")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata.csv open
 def test_readme_and_metadata_are_followed(tmp_path):
     for name in ("one", "two"):
@@ -284,7 +291,7 @@ def test_labels_of_other_types_that_are_some(tmp_path):
             (pa.array([3, 1], pa.uint8()), ["0", "1", "2", "3"]),
             ([0, 999], [str(number) for number in range(1000)]),
             (pa.array(["b", "a"]).dictionary_encode(), ["a", "b"]),
-            (pa.array(["b", "a"], pa.string_view()), ["a", "b"]),
+            *([(pa.array(["b", "a"], pa.string_view()), ["a", "b"])] if STRING_VIEW else []),
         ]
     ):
         table(tmp_path / f"{number}/train.parquet", labels)
@@ -299,8 +306,8 @@ def test_names_and_numbers_do_not_mix(tmp_path):
 
 KINDS = {
     "names": [
-        *(pa.array(["b", "a"]), pa.array(["b", "c"], pa.large_string()), pa.array(["d", "a"], pa.string_view())),
-        pa.array(["c", "a"]).dictionary_encode(),
+        *(pa.array(["b", "a"]), pa.array(["b", "c"], pa.large_string()), pa.array(["c", "a"]).dictionary_encode()),
+        *([pa.array(["d", "a"], pa.string_view())] if STRING_VIEW else []),
     ],
     "numbers": [pa.array([1, 0]), pa.array([2, None], pa.int8()), pa.array([3, 300], pa.uint16())],
     "others": [pa.array([True, False]), pa.array([1.0, 0.0])],
@@ -331,6 +338,12 @@ def test_shards_whose_labels_are_of_two_kinds_are_refused_and_others_are_joined(
             want = [*first.to_pylist(), *second.to_pylist()]
             named = [None if k < 0 else data.classes[k] for k in data.splits["train"].labels.tolist()]
             assert named == [x if x is None else str(x) for x in want]
+
+
+def test_a_column_of_a_type_that_datasets_does_not_know_is_named(tmp_path):
+    cells = {"image": [{"bytes": PNG, "path": None}], "label": [0], "tags": pa.array([[1]], pa.list_view(pa.int8()))}
+    pq.write_table(pa.table(cells), tmp_path / "train.parquet")
+    refused(tmp_path, "train.parquet: Arrow type list_view", "pip install -U datasets")
 
 
 def test_a_torn_file_and_columns_that_differ_are_named(tmp_path):
@@ -369,7 +382,9 @@ def test_predict_takes_pictures_without_labels(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), *([pa.binary_view()] if BINARY_VIEW else [])], ids=str
+)
 def test_pictures_of_every_binary_type_are_read(tmp_path, kind, streaming):
     cells = pa.StructArray.from_arrays([pa.array([PNG, PNG], kind), pa.array(["a", "b"])], ["bytes", "path"])
     pq.write_table(pa.table({"image": cells, "label": ["x", "y"]}), tmp_path / "train.parquet")
