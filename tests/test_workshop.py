@@ -19,12 +19,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 
 
-def lines():
-    spec = importlib.util.spec_from_file_location("lines", ROOT / ".ci/lines.py")
+def script(path: str):
+    """A file outside of the packages as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # where a dataclass looks for its module
+        spec.loader.exec_module(module)
     return module
+
+
+def lines():
+    return script(".ci/lines.py")
 
 
 def test_there_is_one_version(capsys):
@@ -174,9 +181,5 @@ def test_lines_are_counted_where_each_test_begins(tmp_path):
 
 
 def test_the_named_faults_can_still_be_planted():
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "experiments/benchmarks/mutants.py")
-    mutants = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules["mutants"] = mutants  # where its dataclass looks for its module
-    spec.loader.exec_module(mutants)  # type: ignore[union-attr]
-    del sys.modules["mutants"]
+    mutants = script("experiments/benchmarks/mutants.py")
     assert len(list(mutants.named())) == len(mutants.NAMED) > 10

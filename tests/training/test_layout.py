@@ -3,11 +3,11 @@
 import gc
 import os
 import re
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import datasets
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,8 +23,9 @@ from .pictures import encoded, picture
 
 EXAMPLES = int(os.environ.get("ODENETS_LAYOUTS", 12))
 # Which of Arrow's view types this `datasets` knows.
-STRING_VIEW, BINARY_VIEW = (Version(datasets.__version__) >= Version(least) for least in ("4.1", "4.3"))
-PANDAS_3 = version("pandas") >= "3"
+DATASETS = Version(datasets.__version__)
+STRING_VIEW, BINARY_VIEW = DATASETS >= Version("4.1"), DATASETS >= Version("4.3")
+TEXTS_OF_PANDAS = DATASETS >= Version("3.6") or Version(pandas.__version__) < Version("3")
 PNG = encoded(picture(0, (4, 4)))["bytes"]
 # Names of splits, as a word of a longer name too; and names that only look like them.
 train = st.sampled_from(["train", "training", "my_train", "train-2", "old train.1", "set1-training_a"])
@@ -83,8 +84,6 @@ def ours(root: Path) -> dict:
 
 
 def theirs(root: Path) -> dict:
-    import datasets
-
     found = {}
     for name, split in datasets.load_dataset(str(root), streaming=True).items():
         names = getattr(split.features.get("label") if split.features else None, "names", None)
@@ -118,8 +117,6 @@ def parquet_layouts(draw):
 @settings(max_examples=EXAMPLES)
 @given(parquet_layouts())
 def test_parquet_files_are_in_the_splits_of_load_dataset(paths):
-    import datasets
-
     with TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         for number, path in enumerate(paths):
@@ -219,7 +216,7 @@ def test_a_subset_is_a_folder_and_splits_are_joined(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not STRING_VIEW and PANDAS_3, reason="texts of pandas 3 are no file names to this datasets")
+@pytest.mark.skipif(not TEXTS_OF_PANDAS, reason="texts of pandas 3 are no file names to this datasets")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata.csv open
 def test_readme_and_metadata_are_followed(tmp_path):
     for name in ("one", "two"):
@@ -253,8 +250,6 @@ def test_names_mean_the_same_class_in_all_splits(tmp_path):
 
 
 def test_class_labels_that_differ_between_splits_are_matched_by_name(tmp_path):
-    import datasets
-
     for split, names in (("train", ["dog", "cat"]), ("validation", ["emu", "cat"])):
         features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         rows = {"img": [{"bytes": PNG, "path": None}] * 2, "label": [0, 1]}
