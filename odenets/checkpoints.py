@@ -26,6 +26,7 @@ from schemes.errors import SchemeError
 
 from .continuous import expected_shapes
 from .extras import MissingExtra, install
+from .messages import first_line
 
 # In this order: averaged weights before raw ones, as timm takes them.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
@@ -315,7 +316,7 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
             "  Where you trust its origin, save its state_dict alone, then load that."
         ) from None
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        what = str(error).splitlines()[0] if str(error) else "empty"
+        what = first_line(error) if str(error) else "empty"
         kind = "" if isinstance(error, EOFError | OSError | RuntimeError) else f"{type(error).__name__}: "
         raise SchemeError(f"{path} cannot be read: {kind}{what}. Is the file whole?") from None
     if not isinstance(held, Mapping):

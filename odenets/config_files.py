@@ -7,6 +7,8 @@ from typing import Any
 
 from schemes import SchemeError
 
+from .messages import first_line
+
 MOST_NODES = 100_000  # of a file with its aliases written out; a large experiment has some hundreds
 DEEPEST = 100  # levels
 LARGEST = 10 << 20  # bytes
@@ -53,7 +55,7 @@ def check_file(path: Path) -> None:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(e, "problem", None) or str(e).splitlines()[0]
+        problem = getattr(e, "problem", None) or first_line(e)
         remedy = "Every [ and { wants its end, every key a colon and a space."
         if "\\t" in str(problem) or _has_tab(text, mark):
             problem, remedy = "a tab, which YAML does not allow as indentation", "Use spaces."

@@ -40,6 +40,21 @@ def fail(message: str, tip: str = "lightning --help shows how the command is use
     raise Failed(status, first)
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    r"""What an exception says, as far as it fits into a message of one's own: its first line, or its class's name.
+
+    Args:
+        error: What was raised; many have a message of several lines, some have none.
+        most: Characters kept.
+
+    Example:
+        >>> first_line(ValueError("no such file\n  give another")), first_line(EOFError())
+        ('no such file', 'EOFError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[str, str]:
     """Two lines for a parser's message.
 

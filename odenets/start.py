@@ -25,6 +25,7 @@ from schemes import SchemeError
 
 from . import checkpoints
 from .layers.attention import PatchTokens
+from .messages import first_line
 from .models.catalogue import list_models, published_weights, weights_file
 from .names import closest
 
@@ -370,8 +371,9 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None) ->
         name = _only_weights(source, HfApi().list_repo_files(repo, revision=revision))
         return Path(hf_hub_download(repo, name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        what = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise SchemeError(f"{source} cannot be had: {what}\n  Fetch the file by hand, and give its path.") from None
+        raise SchemeError(
+            f"{source} cannot be had: {first_line(error)}\n  Fetch the file by hand, and give its path."
+        ) from None
 
 
 def _only_weights(source: str, files: Iterable[str]) -> str:

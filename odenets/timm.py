@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoints import Renames
+from .messages import first_line
 from .models.catalogue import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -35,7 +36,7 @@ except ImportError as error:
     raise ImportError(f'odenets.timm needs timm ({error}): pip install "odenets[timm]"') from None
 except RuntimeError as error:  # torchvision asks for operators that another build of torch does not have
     raise ImportError(
-        f"odenets.timm: timm imports torchvision, which does not fit this torch ({str(error).splitlines()[0]}).\n"
+        f"odenets.timm: timm imports torchvision, which does not fit this torch ({first_line(error)}).\n"
         "  Install the torchvision of this torch's release and build."
     ) from None
 

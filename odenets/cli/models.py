@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from schemes import MixingWarning, SchemeError
 
 from ..backprop.sizes import show
-from ..messages import fail
+from ..messages import fail, first_line
 from ..models.catalogue import create_model, list_models, model_kind, model_options, published_weights
 from ..planning import outermost, plan
 from . import words as w
@@ -135,7 +135,7 @@ def memory(name: str, size: int, batch: int, scheme: str | None = None) -> dict[
             if mode == "store":
                 raise
             # The scheme has no inverse, or the model no such option.
-            found[title], without[title] = None, str(e).splitlines()[0]
+            found[title], without[title] = None, first_line(e)
             continue
         found[title] = plan(net, x).measured
     return {"batch_size": batch, **found, "without": without}
@@ -158,7 +158,7 @@ def _called(net: nn.Module, x: torch.Tensor, name: str, size: int) -> None:
         # A SchemeError is a ValueError too, and says better what does not fit.
         if isinstance(e, SchemeError):
             raise
-        cause = str(e).splitlines()[0][:150]
+        cause = first_line(e, 150)
         raise SchemeError(f"{name} does not run on pictures of {size} x {size}: {cause}\n  Give --size.") from None
 
 

@@ -9,7 +9,7 @@ import torch
 
 from schemes import SchemeError
 
-from ..messages import fail
+from ..messages import fail, first_line
 from ..training.judge import Prediction
 from ..training.sources import DataError
 from ..training.trained import Trained, open_trained
@@ -42,7 +42,7 @@ def open_network(options: Any) -> Trained:
         # A device that is not there shows at the first tensor, and not when it is named.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise SchemeError(f"--device {device}: {str(e).splitlines()[0][:150]}\n  Give another: --device cpu") from None
+        raise SchemeError(f"--device {device}: {first_line(e, 150)}\n  Give another: --device cpu") from None
     return open_trained(Path(options.ckpt_path), device)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from schemes import SchemeError
 
+from ..messages import first_line
 from .data import Target
 from .heads import Head, Maps, Output
 from .precision import MOST, Found
@@ -27,9 +28,8 @@ def vision() -> Any:
         import torchvision
         import torchvision.models.detection as detection
     except (ImportError, RuntimeError) as e:
-        said = str(e).splitlines()[0]
         raise SchemeError(
-            f"MaskRCNN needs a torchvision that fits torch {torch.__version__} ({said})\n"
+            f"MaskRCNN needs a torchvision that fits torch {torch.__version__} ({first_line(e)})\n"
             "  pip install torchvision, of the release that goes with torch; or take DeformableDETR or RTDETR"
         ) from None
     return torchvision, detection

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..messages import first_line
 from ..training.errors import DataError
 from ..training.layout import PICTURES, SPLITS, walk
 from ..training.sources import find_column, image_column, open_tables
@@ -120,7 +121,7 @@ class TablePairs(Pairs):
                 self.table = self.table.cast_column(key, datasets.Image(decode=False))
             except Exception as e:
                 raise DataError(
-                    f"{where}: column {key!r} holds no pictures ({str(e).splitlines()[0][:120]})\n"
+                    f"{where}: column {key!r} holds no pictures ({first_line(e, 120)})\n"
                     "  Name others: --data.image_key COLUMN --data.mask_key COLUMN"
                 ) from None
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from schemes import SchemeError
 
+from ..messages import first_line
+
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 RETRIES = 3  # after the first time
@@ -147,7 +149,7 @@ def _serve(connection: Connection, work: Any, task: Any, prepare: Callable[[int]
         if isinstance(error, BrokenPipeError) and parent is not None and not parent.is_alive():
             return  # it was ended first: nobody is left to answer
         traceback.print_exc()
-        connection.send((f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", None))
+        connection.send((f"{type(error).__name__}: {first_line(error, LONGEST)}", None))
 
 
 def _follow_the_parent() -> None:
@@ -206,7 +208,7 @@ def by_ray(
     try:
         ray.init(address=address or "local", **options)  # whatever RAY_ADDRESS says
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SchemeError(f"Ray at {address!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise SchemeError(f"Ray at {address!r} cannot be used: {first_line(error)}") from None
     try:
         if address is None:  # a cluster may grow; here Ray would wait for ever
             check_gpus(option, gpus, ray.cluster_resources().get("GPU", 0))
@@ -254,6 +256,6 @@ def _hand_out(
                 outcome = ray.get(ready)
             except ray_error as error:  # its worker died each time, or lacks something that this process has
                 cause = getattr(error, "cause", None)
-                text = repr(cause) if cause is not None else str(error).strip().splitlines()[0]
+                text = repr(cause) if cause is not None else first_line(error)
                 outcome = failed(text[:LONGEST])
             yield task, outcome

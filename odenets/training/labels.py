@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..messages import first_line
 from .errors import DataError
 
 NONE = -1  # of a picture without a label, as on the hub
@@ -76,7 +77,7 @@ def join_columns(columns: Sequence[Any], where: str) -> Any:
     try:
         return pa.chunked_array([chunk for column in columns for chunk in column.cast(kind).chunks], kind)
     except pa.ArrowInvalid as e:
-        raise DataError(f"{where}: {str(e).splitlines()[0]}\n  {REMEDY}") from None
+        raise DataError(f"{where}: {first_line(e)}\n  {REMEDY}") from None
 
 
 def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str] | None]:
@@ -115,7 +116,7 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
     try:
         numbers = pc.fill_null(pc.cast(numbers, pa.int64()), NONE)
     except pa.ArrowInvalid as e:
-        raise DataError(f"{where}: {str(e).splitlines()[0]}\n  {REMEDY}") from None
+        raise DataError(f"{where}: {first_line(e)}\n  {REMEDY}") from None
     labels = torch.from_numpy(
         numbers.to_numpy(zero_copy_only=False).copy() if isinstance(numbers, pa.Array) else numbers.to_numpy().copy()
     )

@@ -13,6 +13,7 @@ from schemes import SchemeError
 from ..evaluation.attacks import Attack
 from ..evaluation.corruption_error import ALEXNET, CorruptionErrors, corruption_error
 from ..evaluation.corruptions import KINDS, STRENGTHS, corrupt, protocol_of
+from ..messages import first_line
 from .judge import wilson
 from .labelled import Labelled, levels_of
 from .sources import DataError
@@ -222,8 +223,9 @@ def size_figures(
         try:
             trained.probabilities(torch.zeros(1, trained.view.channels, size, size, dtype=torch.uint8, device=device))
         except (RuntimeError, ValueError) as e:
-            said = str(e).strip().splitlines()[0][:200]
-            raise SchemeError(f"--sizes {size}: the network does not take it: {said}\n  Give other sizes.") from None
+            raise SchemeError(
+                f"--sizes {size}: the network does not take it: {first_line(e)}\n  Give other sizes."
+            ) from None
     found = []
     for size in sizes:
         pictures, right, count = Labelled(trained, root, split, size, limit), 0, 0

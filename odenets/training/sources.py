@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..messages import first_line
 from . import layout as layouts
 from .decode import Picture
 from .errors import DataError as DataError
@@ -115,7 +116,7 @@ class TableSource(Source):
             self.table = stored.cast_column(self.image_key, datasets.Image(decode=False))
         except Exception as e:
             raise DataError(
-                f"{where}: column {self.image_key!r} holds no pictures ({str(e).splitlines()[0][:120]})\n"
+                f"{where}: column {self.image_key!r} holds no pictures ({first_line(e, 120)})\n"
                 "  Name another one: --data.image_key COLUMN"
             ) from None
 
@@ -248,13 +249,13 @@ def check_parquet(root: Path, files: Sequence[str], label_key: str | None = None
                 schema = opened.schema_arrow
         except Exception as e:
             raise DataError(
-                f"{root / file} is no whole parquet file ({str(e).splitlines()[0][:120]})\n  Copy or download it again"
+                f"{root / file} is no whole parquet file ({first_line(e, 120)})\n  Copy or download it again"
             ) from None
         try:
             features = datasets.Features.from_arrow_schema(schema)
         except ValueError as e:  # an Arrow type that this `datasets` does not know
             raise DataError(
-                f"{root / file}: {str(e).splitlines()[0][:120]}\n"
+                f"{root / file}: {first_line(e, 120)}\n"
                 "  Write the column in another type, or install a newer datasets: pip install -U datasets"
             ) from None
         columns = {k: getattr(f, "names", None) for k, f in features.items()}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..messages import first_line
 from . import layout as layouts
 from .errors import DataError
 from .labels import NONE, REMEDY, check_kinds, is_text, join_columns, read_column
@@ -140,7 +141,7 @@ def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | No
             column = pa.array(texts if plain else labels)
     # Numbers of more than 64 bits, and JSON that is of one kind here and of another there.
     except (pa.ArrowException, OverflowError, ValueError) as e:
-        raise DataError(f"{where}: {str(e).splitlines()[0][:120]}\n  {REMEDY}") from None
+        raise DataError(f"{where}: {first_line(e, 120)}\n  {REMEDY}") from None
     return read_column(column, None, where)
 
 
