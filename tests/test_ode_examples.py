@@ -1,21 +1,10 @@
 """The worked examples of solving ODEs run for a few steps, and learn."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import ROOT, load
 
-FOLDER = Path(__file__).parents[1] / "experiments/ode"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"ode_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+FOLDER = ROOT / "experiments/ode"
 
 
 def test_every_example_has_a_test_and_opens_with_its_command():
@@ -27,7 +16,7 @@ def test_every_example_has_a_test_and_opens_with_its_command():
 
 def test_a_flow_knows_its_density():
     """An untrained flow already is a density: it integrates to one, and sampling undoes it."""
-    flow = load("flow")
+    flow = load("experiments/ode/flow.py")
     torch.manual_seed(0)
     net = flow.Flow(rtol=1e-6)
     side = torch.linspace(-6, 6, 81)
@@ -42,7 +31,7 @@ def test_a_flow_knows_its_density():
 
 
 def test_the_flow_trains(capsys):
-    flow = load("flow")
+    flow = load("experiments/ode/flow.py")
     torch.manual_seed(0)
     _, losses = flow.train(12, batch=64)
     assert losses[-1] < losses[0] - 0.1
@@ -52,7 +41,7 @@ def test_the_flow_trains(capsys):
 
 @pytest.mark.long
 def test_the_rates_come_closer(capsys):
-    example = load("lotka_volterra")
+    example = load("experiments/ode/lotka_volterra.py")
     worst = example.main(["--steps", "6", "--observations", "30", "--noise", "0.01"])
     assert worst < 0.2  # the guess is 25 % off
     assert "predators' death d" in capsys.readouterr().out

@@ -1,37 +1,24 @@
 """What the project says of itself agrees: its version, its checks, what counts as a long function."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from scripts import ROOT, load
 
 import odenets.cli
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 
 
-def script(path: str):
-    """A file outside of the packages as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # where a dataclass looks for its module
-        spec.loader.exec_module(module)
-    return module
-
-
 def lines():
-    return script(".ci/lines.py")
+    return load(".ci/lines.py")
 
 
 def test_there_is_one_version(capsys):
@@ -181,5 +168,5 @@ def test_lines_are_counted_where_each_test_begins(tmp_path):
 
 
 def test_the_named_faults_can_still_be_planted():
-    mutants = script("experiments/benchmarks/mutants.py")
+    mutants = load("experiments/benchmarks/mutants.py")
     assert len(list(mutants.named())) == len(mutants.NAMED) > 10

@@ -1,6 +1,5 @@
 """Training runs as tests need them: a command line in a forked process, or in this one; small nets on the digits."""
 
-import importlib.util
 import os
 import socket
 import sys
@@ -9,19 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from scripts import ROOT as ROOT
+from scripts import load
 
-
-def benchmark(name: str) -> Any:
-    """A script of experiments/benchmarks as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kills = benchmark("kills")
+kills = load("experiments/benchmarks/kills.py")
 
 
 def two_lines(folder: Path, status: int, code: int = 2) -> list[str]:

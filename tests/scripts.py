@@ -1,0 +1,25 @@
+"""Scripts that no package holds, as modules."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path: str) -> Any:
+    """A script of this repository as a module, which nothing else imports.
+
+    Args:
+        path: From the repository's root, e.g. ``"experiments/ode/flow.py"``.
+    """
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # where a dataclass looks for its module
+        spec.loader.exec_module(module)
+    return module
