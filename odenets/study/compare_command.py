@@ -1,6 +1,7 @@
 """The command `odenets compare`: trains the cells of a comparison over several seeds, and reports what they came to."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -18,11 +19,9 @@ from ..names import closest
 from ..packaged import experiments
 from ..packaged import find as find_experiment
 from ..training.sources import DataError
-from .comparison import FILE, Comparison, Progress, carry_out
+from .comparison import Comparison, Progress, carry_out
 from .comparison_report import find, heading, print_report, table_of
-from .runs import RUNS
-from .store import Store
-from .values import assignment, seeds
+from .values import assignment, number, seeds
 
 TIP = "odenets compare --help shows how the command is used"
 HELP = """usage: odenets compare FILE.yaml --over KEY=V1,V2 --dir DIR [--seeds 0..4] [--workers N] [--KEY VALUE ...]
@@ -75,7 +74,7 @@ def _own(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def run(words: Sequence[str]) -> None:
     """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
+        if not words or words[0] == "help" or {"-h", "--help"} & set(words):
             print(HELP, end="")
         elif words[0] == "report":
             _report(words[1:])
@@ -95,6 +94,8 @@ def _report(words: Sequence[str]) -> None:
     parser.add_argument("--metric", default="val/acc")
     parser.add_argument("--target", type=float)
     options = parser.parse_args(list(words))
+    if options.target is not None and not math.isfinite(options.target):
+        raise SchemeError(f"--target {options.target} is no finite number\n  Give a value of --metric: --target 0.9")
     print_report(options.path, options.out, options.metric, options.baseline, options.target)
 
 
@@ -133,7 +134,7 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
         near = closest(experiment, experiments(), cutoff=0.5)
         hint = f"Closest: {', '.join(near)}" if near else f"The first word names its file: {HELP.split(chr(10))[0][7:]}"
         raise SchemeError(f"there is no experiment {experiment!r}\n  {hint}")
-    if not options.over or options.dir is None:
+    if not options.over or not options.dir:
         lacking = "--dir DIR" if options.over else "--over KEY=V1,V2"
         raise SchemeError(f"{lacking} is not given\n  {TIP}.")
     if options.workers < 0 or options.gpus < 0:
@@ -150,13 +151,14 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
         if key in over:
             raise SchemeError(f"--over {key} is given twice\n  Write all of its values behind one: --over {key}=V1,V2")
         over[key] = values
+    seed_list = seeds(options.seeds)
     check_files([experiment, *overrides])
     threads = None
     # Several processes that each take all cores slow each other down. Who sets OMP_NUM_THREADS has decided already, and
     # Ray is told the cores of a run.
     if options.workers > 1 and options.address is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // options.workers)
-    return Comparison(experiment, over, seeds(options.seeds), Path(options.dir), overrides, threads), options
+    return Comparison(experiment, over, seed_list, Path(options.dir), overrides, threads), options
 
 
 @contextmanager
@@ -179,14 +181,15 @@ def _train(words: Sequence[str]) -> None:
     # Before the file is made: a comparison that cannot be trained leaves nothing behind.
     comparison.check()
     # Seeds and cells may be added later, which is the plan; all other settings must stay.
-    with Store(comparison.folder / FILE, comparison.settings, RUNS, growing=("plan",)) as store, _terminable():
-        if options.retry:
-            print(f"{store.forget_failed()} failed runs are trained again", flush=True)
+    with comparison.open_store() as store, _terminable():
         runs = comparison.runs()
-        done = len({run.name for run in runs} & store.done())
-        print(
-            f"{len(comparison.cells())} cells, {len(comparison.seeds)} seeds: {len(runs) - done} runs to do", flush=True
-        )
+        if options.retry:
+            failed = store.forget_failed([run.name for run in runs])
+            print(f"trained again: {number(failed, 'failed run')}", flush=True)
+        left = len(runs) - len({run.name for run in runs} & store.done())
+        cells, seeds = number(len(comparison.cells()), "cell"), number(len(comparison.seeds), "seed")
+        print(f"{cells}, {seeds}: {number(left, 'run')} to do", flush=True)
+        done = len(runs) - left
         began, stopped = time.monotonic(), 0
         who = {"workers": options.workers, "address": options.address, "gpus": options.gpus}
         try:
@@ -205,7 +208,7 @@ def _train(words: Sequence[str]) -> None:
     found = find(comparison.folder)
     print(f"\n# {heading(found)}\n\n{table_of(found)}")
     if failed:
-        print(f"{failed} runs failed: --retry trains them again; what they said is in {comparison.folder}/*/*.log")
+        print(f"{number(failed, 'run')} failed: --retry trains again; what was said is in {comparison.folder}/*/*.log")
     print(f"odenets compare report {comparison.folder}")
     if stopped:
         # 130 is what a shell gives for Ctrl-C: a script can tell it from a failure.

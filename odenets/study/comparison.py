@@ -6,6 +6,7 @@ else is the same for all, which the file of the comparison sees to: it is refuse
 
 import importlib
 import itertools
+import json
 import os
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -21,8 +22,8 @@ from schemes import SchemeError
 
 from ..config_files import flat
 from ..training.command import resolve
-from ..training.options import FREE, short_name
-from .runs import Cost, Outcome, Run, train
+from ..training.options import HARMLESS, short_name
+from .runs import ROOT, RUNS, Cost, Outcome, Run, train
 from .store import Store
 from .values import folder_name
 from .workers import by_processes, by_ray, here
@@ -34,6 +35,7 @@ OWN = {
     "seed_everything": "--seeds",
     "ckpt_path": "no option: runs that have begun go on by themselves",
 }
+SILENT = ("trainer.fast_dev_run", "trainer.barebones")  # runs that log nothing
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,21 @@ class Comparison:
 
     def __post_init__(self) -> None:
         given = [word[2:].partition("=")[0] for word in self.overrides if word.startswith("--")]
-        for name in (*given, *self.over):
+        # An option has two spellings, model.net.scheme and model.init_args.net.init_args.scheme.
+        for name in map(short_name, (*given, *self.over)):
             if name in OWN:
                 raise SchemeError(f"{name} is not for you to set in a comparison\n  It is set by {OWN[name]}.")
+        varies = list(map(short_name, self.over))
         for name in given:
-            if name in self.over:
-                raise SchemeError(f"{name} is given both by --over and by --{name}\n  Leave one of them out.")
+            if short_name(name) in varies:
+                raise SchemeError(
+                    f"{short_name(name)} is given both by --over and by --{name}\n  Leave one of them out."
+                )
+        for key, name in zip(self.over, varies, strict=True):
+            if varies.count(name) > 1:
+                raise SchemeError(
+                    f"--over {key} is given twice, in two spellings\n  Write all of its values behind --over {name}="
+                )
 
     def cells(self) -> dict[str, dict[str, str]]:
         """Name -> options, the first option varying slowest."""
@@ -103,7 +114,7 @@ class Comparison:
         # Appended: the experiment's own callbacks stay.
         cost = f"--trainer.callbacks+={Cost.__module__}.{Cost.__name__}"
         own = [f"--seed_everything={run.seed}", f"--run_dir={folder_of(self.folder, run)}", cost]
-        if self.threads is not None and self._config.get("threads") is None:
+        if self.threads is not None and self._config.get("threads") is None and "threads" not in run.options:
             own.append(f"--threads={self.threads}")
         return [*self.words(run.options), *own]
 
@@ -113,45 +124,98 @@ class Comparison:
 
     @property
     def cores(self) -> int:
-        """How many a run uses, as far as anything says so."""
-        return self._config.get("threads") or self.threads or 1
+        """How many a run uses at most, as far as anything says so."""
+        return max(config.get("threads") or self.threads or 1 for config in self._configs.values())
+
+    @cached_property
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        return {cell: resolve(self.words(options), "odenets") for cell, options in self.cells().items()}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all runs have in common and what determines their results; and, as "plan", which runs there are."""
+        """What determines the results: what all runs have in common; and, as "plan", which runs there are.
+
+        The plan has the options of a cell as they were typed, its seeds, and as "config" what they mean: whatever else
+        of its configuration is not common to all, value by value as JSON.
+        """
+        base = _texts(self._config)
         shared = {
             short_name(name): value
             for name, value in flat(self._config).items()
-            if not self._varies(short_name(name)) and not FREE.fullmatch(short_name(name))
+            if not self._varies(short_name(name)) and not _harmless(short_name(name))
         }
-        plan = {cell: {"options": options, "seeds": list(self.seeds)} for cell, options in self.cells().items()}
+        plan = {}
+        for cell, options in self.cells().items():
+            config = _texts(self._configs[cell])
+            own = {
+                name: config.get(name, "")  # "": an option that this cell does not have
+                for name in {**base, **config}
+                if self._varies(name) or (config.get(name) != base.get(name) and not _harmless(name))
+            }
+            plan[cell] = {"options": options, "seeds": list(self.seeds), "config": own}
         # The file's name alone: at another place it is the same experiment.
         return {"experiment": Path(self.experiment).name, "over": list(self.over), **shared, "plan": plan}
 
+    def open_store(self) -> Store[Run, Outcome]:
+        """The file of this comparison, which refuses other settings as soon as a run has begun; a context manager."""
+        return Store(
+            self.folder / FILE,
+            self.settings,
+            RUNS,
+            growing=("plan",),
+            check=lambda settings: check_plan(settings["plan"]),
+            begun=lambda: any(path.is_dir() for path in self.folder.glob("*/seed-*")),
+        )
+
     def _varies(self, name: str) -> bool:
-        # Where the pictures lie does not determine a result.
-        options = (*map(short_name, self.over), *OWN, "data.root")
-        return any(name == option or name.startswith(f"{option}.") for option in options)
+        return any(name == option or name.startswith(f"{option}.") for option in map(short_name, self.over))
 
     def check(self) -> None:
         """Refuses a cell that cannot be trained, before anything is.
 
         Raises:
-            SchemeError: an option or a value that does not exist, or a net that refuses its arguments, with the cell.
+            SchemeError: an option or a value that does not exist, a net that refuses its arguments, or runs that log
+                nothing, with the cell; two cells that mean the same.
         """
-        configs = {}
-        for cell, options in self.cells().items():
-            config = resolve(self.words(options), "odenets")
+        for cell, config in self._configs.items():
             try:
                 _build(config.get("model", {}).get("init_args", {}).get("net"))
             except SchemeError as error:
                 first, *rest = str(error).splitlines()
                 raise SchemeError("\n".join([f"{cell}: {first}", *rest])) from None
-            # Two spellings of one value, such as 0.1 and 1e-1, would be trained twice and compared with each other.
-            same = [other for other, found in configs.items() if found == config]
-            if same:
-                raise SchemeError(f"{same[0]} and {cell} mean the same\n  Leave one of them out.")
-            configs[cell] = config
+            for name in SILENT:
+                if flat(config).get(name):
+                    raise SchemeError(f"{cell}: under {name} nothing is logged to be compared\n  Leave {name} out.")
+        check_plan(self.settings["plan"])
+
+
+def check_plan(plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses two spellings of one value, such as 0.1 and 1e-1: they would be trained twice and compared.
+
+    Args:
+        plan: of the settings of a comparison.
+
+    Raises:
+        SchemeError: two cells of one meaning.
+    """
+    meant: dict[str, str] = {}
+    for cell, about in plan.items():
+        if "config" not in about:
+            continue  # of an earlier version, which did not write it down
+        meaning = json.dumps(about["config"], sort_keys=True)
+        if meaning in meant:
+            raise SchemeError(f"{meant[meaning]} and {cell} mean the same\n  Leave one of them out.")
+        meant[meaning] = cell
+
+
+def _harmless(name: str) -> bool:
+    """Whether an option leaves all figures as they are, or is what tells runs of a cell apart."""
+    return name in (*OWN, ROOT) or HARMLESS.fullmatch(name) is not None
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """All options by their short names, their values as JSON: 1, 1.0 and true differ."""
+    return {short_name(name): json.dumps(value, default=str) for name, value in flat(config).items()}
 
 
 def folder_of(folder: Path, run: Run) -> Path:

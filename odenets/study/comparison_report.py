@@ -8,20 +8,23 @@ import json
 import math
 import statistics as medians
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemes import SchemeError
 
+from ..messages import first_line
 from ..training.files import write_whole
 from .comparison import FILE, folder_of
-from .runs import RUNS, Run, outcome_of
-from .statistics import Paired, interval_text, markdown, mean, paired, spread
+from .runs import RUNS, Outcome, Run, outcome_of
+from .statistics import Paired, in_cell, interval_text, markdown, mean, paired, spread
 from .store import TRAINED, read
 
 Line = dict[str, Any]
 EXPORT = "runs.json"
+# Of each run in a file; which machine did the work is no result.
+FIELDS = {f.name for kind in (Run, Outcome) for f in fields(kind)} - {"worker"}
 STATUSES = (TRAINED, "diverged", "failed", "unfinished", "missing")
 
 
@@ -66,12 +69,18 @@ def find(path: str | Path) -> Found:
         return _of_folder(path)
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        return Found(held["settings"], held["runs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = Found(held["settings"], held["runs"])
+        whole = found.cells and isinstance(found.settings["experiment"], str)
+        whole = whole and all(FIELDS <= line.keys() and isinstance(line["epochs"], list) for line in found.lines)
+        problem = "" if whole and {line["cell"] for line in found.lines} <= {*found.cells} else "it is not whole"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = type(error).__name__
+    if problem:
         raise SchemeError(
-            f"{path} is neither the folder of a comparison nor a file that its report wrote ({type(error).__name__})\n"
+            f"{path} is neither the folder of a comparison nor a file that its report wrote ({problem})\n"
             f"  Give what --dir was, or its report/{EXPORT}."
-        ) from None
+        )
+    return found
 
 
 def _of_folder(folder: Path) -> Found:
@@ -88,8 +97,7 @@ def _of_folder(folder: Path) -> Found:
             if line is None:
                 outcome = outcome_of(folder_of(folder, run), "unfinished")
                 line = {**asdict(run), **asdict(outcome), "status": "unfinished" if outcome.epochs else "missing"}
-            # Which machine did the work is no result.
-            lines.append({name: value for name, value in line.items() if name != "worker"})
+            lines.append({name: value for name, value in line.items() if name in FIELDS})
     return Found(settings, lines)
 
 
@@ -111,7 +119,7 @@ class Row(NamedTuple):
     Attributes:
         cell: its name.
         counts: runs by status, in the order of STATUSES.
-        figures: the metric after the last epoch, by seed, of runs that were trained.
+        figures: the metric after the last epoch that was judged, by seed, of runs that were trained.
         pairs: against the baseline; None for the baseline itself, and where no seed is in both.
         reached: the number of epochs until the target was reached, by seed; None where it never was.
     """
@@ -166,8 +174,9 @@ def rows_of(
 
 
 def _figures(found: Found, cell: str, metric: str) -> dict[int, float]:
-    last = {line["seed"]: line["epochs"][-1] for line in found.of(cell, TRAINED) if line["epochs"]}
-    return {seed: epoch[metric] for seed, epoch in last.items() if metric in epoch}
+    # Not every epoch is judged: --trainer.check_val_every_n_epoch.
+    judged = {line["seed"]: [e[metric] for e in line["epochs"] if metric in e] for line in found.of(cell, TRAINED)}
+    return {seed: values[-1] for seed, values in judged.items() if values}
 
 
 def _reached(line: Line, metric: str, target: float) -> int | None:
@@ -176,7 +185,9 @@ def _reached(line: Line, metric: str, target: float) -> int | None:
 
 
 def usual_target(found: Found, metric: str, baseline: str | None = None) -> float | None:
-    """A target in steps of 0.05 that every trained run of the baseline reached, as far as it can be; None without one.
+    """A target in steps of 0.05 that every trained run of the baseline reached, as far as it can be.
+
+    None where there is none: without runs, or where it would be an accuracy of zero, which all reach.
 
     It is decided by the baseline alone, so that it favours none of the others.
 
@@ -192,7 +203,8 @@ def usual_target(found: Found, metric: str, baseline: str | None = None) -> floa
     # The billionth takes up the rounding of a product: a multiple of 0.05 is its own target.
     if metric.endswith("loss"):
         return round(math.ceil(max(map(min, reached)) * 20 - 1e-9) / 20, 2)
-    return round(math.floor(min(map(max, reached)) * 20 + 1e-9) / 20, 2)
+    target = round(math.floor(min(map(max, reached)) * 20 + 1e-9) / 20, 2)
+    return None if target == 0 else target
 
 
 def table_of(found: Found, metric: str = "val/acc", baseline: str | None = None, target: float | None = None) -> str:
@@ -218,7 +230,8 @@ def table_of(found: Found, metric: str = "val/acc", baseline: str | None = None,
         line += [_one_of({run[name] for run in ended}) for name in ("parameters", "evaluations")]
         line.append(" / ".join(_minutes([run[name] for run in ended]) for name in ("cpu_s", "wall_s")))
         lines.append(line if target is None else [*line, _epochs(row.reached)])
-    head = f"cell | runs | {metric}{', %' if share else ''} | pairs | less {base}{', points' if share else ''} [95 %]"
+    points = ", points" if share else ""
+    head = f"cell | runs | {metric}{', %' if share else ''} | pairs | less {in_cell(base)}{points} [95 %]"
     head += f" | [all {others} at once] | visible" if others > 1 else " | visible"
     head += " | parameters | evaluations | minutes, CPU / clock"
     return markdown(head + ("" if target is None else f" | epochs to {target:g}"), lines) + _ends(found)
@@ -318,13 +331,20 @@ def print_report(
         SchemeError: no such folder or file, or no such cell.
     """
     found = find(path)
+    out = Path(path) / "report" if out is None and Path(path).is_dir() else out
+    if out is not None:
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SchemeError(
+                f"{out} cannot be written to: {error.strerror or first_line(error)}\n  Give a folder: --out FOLDER"
+            ) from None
     # The slash tells what was measured from "epoch" and "evaluations".
     logged = sorted({name for line in found.lines for epoch in line["epochs"] for name in epoch if "/" in name})
     if logged and metric not in logged:
         raise SchemeError(f"no run has logged {metric!r}\n  Logged are {', '.join(logged)}.")
     text = f"# {heading(found)}\n\n{table_of(found, metric, baseline, target)}"
     print(text)
-    out = Path(path) / "report" if out is None and Path(path).is_dir() else out
     if out is None:
         return
     write_whole(Path(out) / "table.md", text.encode())

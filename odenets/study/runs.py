@@ -20,15 +20,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from schemes import SchemeError
+
 from ..messages import Failed
-from ..training.command import run
-from ..training.files import FolderInUse, FolderLock
+from ..training.command import resolve, run
+from ..training.files import FolderInUse, FolderLock, open_checkpoint
 from ..training.finite import NotFinite
 from ..training.loggers import logged_rows
+from ..training.options import HARMLESS, changes
+from ..training.resume import KEY
 from ..training.sources import DataError
 from .store import TRAINED, Table
 
 LOGGED = re.compile(r"evaluations|(train|val|cost)/.+")
+ROOT = "data.root"  # where the pictures lie determines nothing
 STOPPED = (130, 143)  # statuses of a run that saved what it had when a signal came
 
 
@@ -151,7 +156,10 @@ def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
     """
     _wait_for(Path(folder))
     last = Path(folder) / "checkpoints" / "last.ckpt"
-    words = [*words, "--ckpt_path", "last"] if last.exists() else words
+    if last.exists():
+        if other := _other_options(last, words):
+            return outcome_of(Path(folder), "failed", error=f"{other}; remove its folder to train it anew")
+        words = [*words, "--ckpt_path", "last"]
     parameters, status, error = None, TRAINED, ""
     with _output_to(Path(folder).with_name(f"{Path(folder).name}.log")):
         try:
@@ -168,6 +176,19 @@ def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
             traceback.print_exc()
             status, error = "failed", f"{type(fault).__name__}: {str(fault).strip() or 'no message'}".splitlines()[0]
     return outcome_of(Path(folder), status, parameters, error[:500])
+
+
+def _other_options(checkpoint: Path, words: list[str]) -> str:
+    """What a run would go on with and did not begin with; empty where there is nothing.
+
+    A command that is typed may change an option half-way. Here nobody would see that in the table.
+    """
+    try:
+        before = open_checkpoint(checkpoint, resume=True).held.get(KEY, {}).get("config")
+    except SchemeError:
+        return ""  # the run itself says what is wrong
+    found = changes(before or {}, resolve(words, "odenets"), HARMLESS)
+    return "; ".join(f"{name} was {a} when it began, and is {b} now" for name, (a, b) in found.items() if name != ROOT)
 
 
 def _wait_for(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Means, spreads, and differences with confidence intervals: of two groups within strata, and of pairs by seed."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from schemes import SchemeError
@@ -100,8 +101,8 @@ class Paired(NamedTuple):
         interval: mean and confidence interval.
         together: the same with the confidence shared out over all comparisons of a table (Bonferroni), so that all of
             its intervals hold at once with the confidence that each has alone.
-        visible: the true difference that so many pairs would show with probability 0.8: whose interval would leave zero
-            out.
+        visible: the true difference that so many pairs would show with probability 0.8, if their standard deviation is
+            that of the differences: whose interval would leave zero out.
     """
 
     pairs: int
@@ -133,8 +134,9 @@ def paired(
         None where no seed is in both.
 
     Source:
-        Student 1908, The probable error of a mean, for the interval; the least visible difference is
-        (t_{confidence} + t_{0.8}) s / sqrt(n), as in Bloom 1995, Minimum detectable effects.
+        Student 1908, The probable error of a mean, for the interval; the visible difference is Bloom's minimum
+        detectable effect (1995), here by the noncentral t distribution, as his (t_{confidence} + t_{0.8}) s / sqrt(n)
+        is too small for few pairs.
 
     Example:
         >>> paired({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.6, 1: 0.7, 5: 0.1}).pairs
@@ -153,7 +155,7 @@ def paired(
         half = _student((1 + level) / 2, n - 1) * error
         return Difference(centre, centre - half, centre + half)
 
-    visible = (_student((1 + confidence) / 2, n - 1) + _student(0.8, n - 1)) * error
+    visible = _detected(confidence, n - 1) * error
     # Bonferroni: the chance of an error is shared out, and not the confidence.
     shared = 1 - (1 - confidence) / max(1, comparisons)
     return Paired(n, centre, spread(differences), interval(confidence), interval(shared), visible)
@@ -168,15 +170,45 @@ def _student(level: float, freedom: float) -> float:
     return float(t.ppf(level, freedom))
 
 
+@cache
+def _detected(confidence: float, freedom: int, power: float = 0.8) -> float:
+    """The true mean, in standard errors of it, for which Student's interval leaves zero out with some probability."""
+    from scipy.integrate import quad
+    from scipy.optimize import brentq
+    from scipy.stats import chi, norm
+
+    bound = _student((1 + confidence) / 2, freedom)
+
+    def lacking(shift: float) -> float:
+        # Given the estimated deviation, w times the true one, the mean is seen with a normal's probability. By the
+        # integral over w, since scipy's noncentral t is no number for one degree of freedom.
+        def seen(root: float) -> float:
+            w = root / freedom**0.5
+            return (norm.cdf(shift - bound * w) + norm.cdf(-shift - bound * w)) * chi.pdf(root, freedom)
+
+        return power - quad(seen, 0, freedom**0.5 + 10)[0]
+
+    high = bound
+    while lacking(high) > 0:
+        high *= 2
+    return float(brentq(lacking, 0.0, high))
+
+
+def in_cell(text: str) -> str:
+    """A text as it can stand in a table in Markdown, on one line and in one column."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, all columns but the first flush right.
 
     Args:
         head: names of the columns, with " | " between them.
-        rows: a cell for each column.
+        rows: a cell for each column, of any text.
     """
     names = head.split(" | ")
-    lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
+    cells = [[in_cell(text) for text in row] for row in rows]
+    lines = [names, ["---", *["--:"] * (len(names) - 1)], *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 from schemes import SchemeError
 
 from ..extras import MissingExtra, install
+from ..messages import first_line
 from .space import Candidate
 
 try:
@@ -109,10 +110,13 @@ class Store(Generic[Task, Outcome]):
         settings: what determines the results. A file that holds networks of others is refused.
         table: what the lines hold.
         growing: names of settings that may grow: lists in them are joined with those that are there, and mappings key
-            by key.
+            by key; any other value in them stays as it is.
+        check: raises a SchemeError for settings that cannot be, of what is there and what grows together.
+        begun: whether networks have been trained in part, of which the file has no line yet.
 
     Raises:
-        SchemeError: other settings, another process that writes, or a file that is no such database.
+        SchemeError: other settings, another process that writes, a place that cannot be written to, or a file that is
+            no such database.
     """
 
     def __init__(
@@ -121,18 +125,26 @@ class Store(Generic[Task, Outcome]):
         settings: Mapping[str, Any],
         table: Table[Task, Outcome] = NETWORKS,  # type: ignore[assignment]
         growing: tuple[str, ...] = (),
+        check: Callable[[Mapping[str, Any]], None] | None = None,
+        begun: Callable[[], bool] = lambda: False,
     ):
         self.path, self.settings, self.table, self.growing = Path(path), dict(settings), table, growing
+        self.check, self.begun = check, begun
 
     def __enter__(self) -> "Store[Task, Outcome]":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(f"{self.path}.lock")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(f"{self.path}.lock")
             # At once or not at all: a second driver would train the same networks.
             self.lock.acquire(timeout=0)
         except Timeout:
             raise SchemeError(
                 f"another process writes to {self.path}; wait for it, or give this study a file of its own."
+            ) from None
+        except OSError as error:
+            raise SchemeError(
+                f"{self.path.parent} cannot be written to: {error.strerror or first_line(error)}\n"
+                "  Give a folder that can be: one that is there, or one that can be made."
             ) from None
         try:
             if not self.path.exists():
@@ -164,20 +176,28 @@ class Store(Generic[Task, Outcome]):
         self.connection = sqlite3.connect(self.path, timeout=1, isolation_level=None)
         # Both through JSON, which makes lists of tuples.
         old, new = settings_of(self.connection, self.path, self.table), json.loads(json.dumps(self.settings))
-        for name in self.growing:
-            new[name] = joined(old[name], new[name]) if name in old and name in new else old.get(name, new.get(name))
-        other = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
-        fixed = [text for text in other if text.partition(":")[0] not in self.growing]
-        if fixed and self.done():
+        other = [text for name in {**old, **new} for text in self._other(name, old.get(name), new.get(name))]
+        if other and (self.done() or self.begun()):
             raise SchemeError(
-                f"{self.path} was begun with other settings ({'; '.join(fixed)});\n"
+                f"{self.path} was begun with other settings ({'; '.join(other)});\n"
                 "  go on with the same ones, or give this study a file of its own."
             )
-        if fixed:  # nothing was trained under them yet
-            new |= {name: self.settings[name] for name in self.growing}
-        if other:
+        # Where nothing was trained under the old ones yet, they are forgotten, plan and all.
+        for name in () if other else self.growing:
+            new[name] = joined(old[name], new[name]) if name in old and name in new else old.get(name, new.get(name))
+        if self.check is not None:
+            self.check(new)
+        if new != old:
             self._write("UPDATE study SET settings = ?", [json.dumps(new)])
         self.settings = new
+
+    def _other(self, name: str, old: Any, new: Any) -> list[str]:
+        if name not in self.growing:
+            # As texts: to Python 1, 1.0 and True are equal, and to an option they are not.
+            return [] if json.dumps(old) == json.dumps(new) else [f"{name}: {old!r} there, {new!r} now"]
+        # What one of them lacks is what grows.
+        found = [] if old is None or new is None else conflicts(old, new)
+        return [f"{place}: {a} there, {b} now" for place, a, b in found]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -209,8 +229,11 @@ class Store(Generic[Task, Outcome]):
         line = {**asdict(task), **asdict(outcome)}  # type: ignore[call-overload]
         line |= {name: json.dumps(line[name]) for name in self.table.structured}
         columns = self.table.columns
+        # By name: a file of a later version may have more of them.
+        names = ", ".join(f'"{name}"' for name in columns)
         self._write(
-            f"INSERT INTO {self.table.name} VALUES ({', '.join('?' * len(columns))})", [line[name] for name in columns]
+            f"INSERT INTO {self.table.name} ({names}) VALUES ({', '.join('?' * len(columns))})",
+            [line[name] for name in columns],
         )
 
     def failed(self) -> int:
@@ -218,9 +241,18 @@ class Store(Generic[Task, Outcome]):
         statement = f"SELECT count(*) FROM {self.table.name} WHERE status = 'failed'"
         return patient(lambda: self.connection.execute(statement).fetchone()[0], self.path)
 
-    def forget_failed(self) -> int:
-        """Removes the lines of networks that failed, so that they are trained again; returns how many there were."""
-        return self._write(f"DELETE FROM {self.table.name} WHERE status = 'failed'", [])
+    def forget_failed(self, among: Collection[Any] | None = None) -> int:
+        """Removes the lines of networks that failed, so that they are trained again; returns how many there were.
+
+        Args:
+            among: keys of those that would be trained again; None: of all.
+        """
+        statement = f"DELETE FROM {self.table.name} WHERE status = 'failed'"
+        if among is None:
+            return self._write(statement, [])
+        # As one JSON text, since a statement takes a limited number of values.
+        chosen = f'{statement} AND "{self.table.key}" IN (SELECT value FROM json_each(?))'
+        return self._write(chosen, [json.dumps(list(among))])
 
 
 Value = TypeVar("Value")
@@ -232,15 +264,29 @@ def patient(act: Callable[[], Value], path: Path) -> Value:
     Args:
         act: fails as a whole, or succeeds.
         path: of the database, for the notice after five seconds.
+
+    Raises:
+        SchemeError: the database is damaged, or cannot be written to.
+        sqlite3.IntegrityError: a line is there already.
     """
     began, said = time.monotonic(), False
     while True:
         try:
             return act()
-        except sqlite3.OperationalError as error:
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.DatabaseError as error:
             # Extended codes, such as SQLITE_BUSY_SNAPSHOT, have the plain one in their low byte.
-            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_READONLY:
                 raise
+            if code == sqlite3.SQLITE_NOTADB:
+                raise SchemeError(f"{path} is no file of a study: {first_line(error)}.") from None
+            if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise SchemeError(
+                    f"{path} cannot be read or written: {first_line(error)}\n"
+                    "  See that the disk has room; where the file is damaged, bring back a copy, or remove it."
+                ) from None
             if not said and time.monotonic() - began > 5:
                 said = True
                 print(f"{path} is in use by another process, such as a reader: waiting for it", file=sys.stderr)
@@ -261,6 +307,23 @@ def joined(old: Any, new: Any) -> Any:
     return new
 
 
+def conflicts(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    """What ``joined`` would replace: values at one place that are not both lists or both mappings, and differ.
+
+    Args:
+        old: what was read.
+        new: what comes on top.
+        place: the keys above.
+
+    Returns:
+        For each its keys, the old and the new value.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [c for k in old if k in new for c in conflicts(old[k], new[k], f"{place}, {k}" if place else str(k))]
+    both = isinstance(old, list) and isinstance(new, list)
+    return [] if both or json.dumps(old) == json.dumps(new) else [(place, old, new)]
+
+
 def check_file(path: Path) -> None:
     """Refuses an empty file: SQLite takes it for a new database, and a study would begin again in silence.
 
@@ -268,8 +331,10 @@ def check_file(path: Path) -> None:
         path: of the database.
 
     Raises:
-        SchemeError: a file of no bytes.
+        SchemeError: a file of no bytes, or no file.
     """
+    if not path.is_file():
+        raise SchemeError(f"{path} is no file of a study: it is a folder;\n  give another place, or move it away.")
     if path.stat().st_size == 0:
         raise SchemeError(
             f"{path} is no file of a study: it is empty, as after a full disk or a broken copy;\n"
@@ -293,11 +358,17 @@ def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, An
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not {"study", table.name} <= names:
             raise SchemeError(f"{path} is no file of a study: it has no table {table.name!r}.")
+        there = {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}
+        if lacking := [name for name in table.columns if name not in there]:
+            raise SchemeError(
+                f"{path} is of another version: its table {table.name!r} has no {', '.join(lacking)};\n"
+                "  go on with the version that made it, or give this study a file of its own."
+            )
         return connection.execute("SELECT settings FROM study").fetchone()
 
     try:
         return json.loads(patient(find, path)[0])
-    except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         # A SchemeError is a ValueError too, and says what is wrong already.
         if isinstance(error, SchemeError):
             raise
@@ -318,19 +389,34 @@ def read(path: str | Path, table: Table[Any, Any] = NETWORKS) -> tuple[dict[str,
     if not path.is_file():
         raise SchemeError(f"there is no file {str(path)!r}; a study makes one: odenets study run -c FILE.yaml.")
     check_file(path)
-    # Read-only, so that looking at a running study cannot lock its writer out for longer than a query takes.
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)
+    try:
+        # Read-only, so that looking at a running study cannot lock its writer out for longer than a query takes.
+        settings, lines = _read(path, table, "ro")
+    except sqlite3.OperationalError:
+        # A process that was killed while it wrote has left a journal, which only a writer can take back.
+        try:
+            settings, lines = _read(path, table, "rw")
+        except sqlite3.OperationalError as error:
+            raise SchemeError(
+                f"{path} was left in the middle of a change, which cannot be taken back here: {first_line(error)}\n"
+                "  Make the file and its folder writable, or copy all files of that name to such a folder."
+            ) from None
+    for line in lines:
+        try:
+            line |= {name: json.loads(line[name]) for name in table.structured}
+        except (TypeError, ValueError):
+            raise SchemeError(
+                f"{path} is damaged: the line of {line[table.key]!r} is not whole\n  Bring back a copy of it."
+            ) from None
+    return settings, lines
+
+
+def _read(path: Path, table: Table[Any, Any], mode: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=1)
     connection.row_factory = sqlite3.Row
     try:
         settings = settings_of(connection, path, table)
-        rows = patient(
-            lambda: connection.execute(f'SELECT * FROM {table.name} ORDER BY "{table.key}"').fetchall(), path
-        )
-    except sqlite3.DatabaseError as error:
-        raise SchemeError(f"{path} is no file of a study: {error}.") from None
+        order = f'SELECT * FROM {table.name} ORDER BY "{table.key}"'
+        return settings, [dict(row) for row in patient(lambda: connection.execute(order).fetchall(), path)]
     finally:
         connection.close()
-    lines = [dict(row) for row in rows]
-    for line in lines:
-        line |= {name: json.loads(line[name]) for name in table.structured}
-    return settings, lines

@@ -109,16 +109,32 @@ def seeds(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:\.\.(\d{1,9}))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,10})(?:\.\.(\d{1,10}))?\s*", part, re.ASCII)
         # A range is written out below: 0..999999999 would fill the memory before anything could refuse it.
         if match is None or int(match[2] or match[1]) - int(match[1]) not in range(100_000):
             raise SchemeError(
                 f"--seeds {text!r}: {part!r} is no seed and no range\n  Write --seeds 0..4 or --seeds 0,1,7"
             )
+        if (last := int(match[2] or match[1])) >= 2**32:
+            raise SchemeError(f"--seeds {text!r}: {last} is too large\n  Seeds are 0 to {2**32 - 1}.")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     if (twice := _repeated(found)) is not None:
         raise SchemeError(f"--seeds {text!r} has {twice} twice\n  Write each seed once.")
     return found
+
+
+def number(count: int, what: str) -> str:
+    """How many of what there are.
+
+    Args:
+        count: how many.
+        what: in the singular.
+
+    Example:
+        >>> number(1, "run"), number(0, "run")
+        ('1 run', '0 runs')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def folder_name(text: str) -> str:

@@ -29,12 +29,17 @@ RULES: dict[str, _Rule] = {
     "limit_train_batches": (lambda v: v > 0, "a number of batches, or a share, above 0"),
     "seed_everything": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
 }
-# What may change from run to run without a word: where things are, how much hardware works, what is printed.
+# What no figure of a run depends on: where things are, what is printed and saved.
+HARMLESS = re.compile(
+    r"ckpt_path|run_dir|threads|(checkpoint|last)\..*|data\.(num_workers|download|cache)"
+    r"|trainer\.(accelerator|logger|enable_\w+|default_root_dir|profiler|log_every_n_steps|detect_anomaly|benchmark"
+    r"|inference_mode|num_sanity_val_steps|limit_(test|predict)_batches|model_registry)(\..*)?"
+)
+# What may change without a word when a run goes on: that, how much hardware works, how long, and by what it is judged.
+# Weights are read at the beginning alone.
 FREE = re.compile(
-    r"ckpt_path|weights(_only)?|adapt\..*|run_dir|threads|(checkpoint|last)\..*|data\.(num_workers|download|cache)"
-    r"|trainer\.(accelerator|strategy|devices|num_nodes|logger|enable_\w+|default_root_dir|profiler|log_every_n_steps"
-    r"|fast_dev_run|barebones|plugins|max_time|detect_anomaly|benchmark|inference_mode|use_distributed_sampler"
-    r"|num_sanity_val_steps|limit_(val|test|predict)_batches|reload_dataloaders_every_n_epochs|model_registry)(\..*)?"
+    rf"{HARMLESS.pattern}|weights(_only)?|adapt\..*|trainer\.(strategy|devices|num_nodes|fast_dev_run|barebones|plugins"
+    r"|max_time|use_distributed_sampler|limit_val_batches|reload_dataloaders_every_n_epochs)(\..*)?"
 )
 
 
@@ -79,8 +84,16 @@ def short_name(name: str) -> str:
     return name.replace("init_args.", "")
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Options that determine the result and differ, by their short names: (before, now)."""
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: re.Pattern[str] = FREE
+) -> dict[str, tuple[Any, Any]]:
+    """Options that determine the result and differ, by their short names: (before, now).
+
+    Args:
+        before: a configuration, nested.
+        now: another.
+        free: options that are passed over.
+    """
     old, new = flat(before), flat(now)
     found = {}
     for name in [*new, *(n for n in old if n not in new)]:
@@ -88,9 +101,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
         last = name.rpartition(".")[2]
         # An option that one side lacks is of another release, unless it is a list's element or a class.
         known = (name in old and name in new) or last.isdigit() or last == "class_path"
-        if a != b and known and not FREE.fullmatch(short_name(name)):
+        if differ(a, b) and known and not free.fullmatch(short_name(name)):
             found[short_name(name)] = (a, b)
     return found
+
+
+def differ(a: Any, b: Any) -> bool:
+    """Whether two values of an option do: 1 and 1.0 as well, for one batch and all of them are not the same."""
+    return a != b or (isinstance(a, bool | int | float) and type(a) is not type(b))
 
 
 def given(words: Sequence[str]) -> set[str]:

@@ -207,7 +207,7 @@ def test_nothing_is_trained_twice_and_seeds_and_values_can_be_added(experiment, 
     words = ["--over", "model.net.scheme=midpoint,heun2", "--seeds", "1", "--workers", "0", "--retry"]
     main(["compare", str(experiment), "--dir", str(folder), *words])
     out = capsys.readouterr().out
-    assert "1 failed runs are trained again" in out and "2 runs to do" in out
+    assert "trained again: 1 failed run\n" in out and "2 runs to do" in out
     assert "2/2 scheme=heun2, seed 1 trained: val/acc" in out
     found = find(folder)
     assert found.cells == ["scheme=euler", "scheme=midpoint", "scheme=heun2"] and len(found.lines) == 5
@@ -349,20 +349,19 @@ def test_pairs_are_student_of_the_differences(a, b, confidence, comparisons):
     assert found.spread == pytest.approx(stats.tstd(differences))
 
 
-def test_the_visible_difference_is_seen_eight_times_of_ten():
-    generator = torch.Generator().manual_seed(0)
-    seen = 0
-    for n in range(500):
-        noise = torch.randn(2, 6, generator=generator, dtype=torch.float64)
-        if n == 0:
-            t = stats.t(5)
-            visible = (t.ppf(0.975) + t.ppf(0.8)) * 2**0.5 / 6**0.5  # of differences with variance 2
-        a, b = (dict(enumerate(row.tolist())) for row in (noise[0], noise[1] + visible))
-        seen += paired(a, b).interval.low > 0
-    assert seen / 500 == pytest.approx(0.8, abs=0.06)
-    one = paired({n: 0.0 for n in range(6)}, dict(enumerate([0.1, -0.3, 0.2, 0.5, -0.1, 0.4])))
-    t = stats.t(5)
-    assert one.visible == pytest.approx((t.ppf(0.975) + t.ppf(0.8)) * one.spread / 6**0.5)
+@pytest.mark.parametrize("n", [2, 3, 6, 20])
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_the_visible_difference_is_seen_eight_times_of_ten(n, confidence):
+    """In draws, and by the noncentral t distribution, which scipy has for more than one degree of freedom."""
+    figures = torch.arange(n, dtype=torch.float64) ** 2 / 10
+    one = paired(dict.fromkeys(range(n), 0.0), dict(enumerate(figures.tolist())), confidence)
+    shift, bound = one.visible / (one.spread / n**0.5), stats.t.ppf((1 + confidence) / 2, n - 1)
+    if n > 2:
+        seen = stats.nct.sf(bound, n - 1, shift) + stats.nct.cdf(-bound, n - 1, shift)
+        assert seen == pytest.approx(0.8, abs=1e-6)
+    draws = torch.randn(20_000, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + shift / n**0.5
+    t = draws.mean(1) / (draws.std(1) / n**0.5)
+    assert (t.abs() > bound).double().mean().item() == pytest.approx(0.8, abs=0.01)
 
 
 def made_up(figures, status=None, epochs=4):

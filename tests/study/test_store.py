@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import sqlite3
 import threading
 import time
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from odenets.study import store as module
 from odenets.study.runs import RUNS, Outcome, Run
 from odenets.study.space import SPACES, sample
-from odenets.study.store import NETWORKS, Result, Store, joined, read
+from odenets.study.store import NETWORKS, Result, Store, conflicts, joined, read
 from odenets.study.train import Study, train
 from schemes import SchemeError
 
@@ -150,6 +151,93 @@ def test_settings_grow_where_they_may(tmp_path):
     with pytest.raises(SchemeError, match=r"x: 1 there, 2 now\);"):
         Store(path, {"x": 2, "plan": {"c": [1]}}, RUNS, growing=("plan",)).__enter__()
     assert read(path, RUNS)[0]["plan"] == {"a": [0, 1], "b": [5]}
+
+
+@given(old=NESTED, new=NESTED)
+def test_what_would_be_replaced_is_a_conflict(old, new):
+    """What two have in common stays as it is exactly where there is none: lists grow, and nothing else changes."""
+
+    def kept(before, after):
+        if isinstance(before, dict) and isinstance(after, dict):
+            return all(kept(before[k], after[k]) for k in before)
+        if isinstance(before, list) and isinstance(after, list):
+            return after[: len(before)] == before
+        return before == after
+
+    assert bool(conflicts(old, new)) != kept(old, joined(old, new))
+    for place, a, b in conflicts(old, new):
+        x, y = old, new
+        for key in place.split(", ") if place else ():
+            x, y = x[key], y[key]
+        assert (x, y) == (a, b)
+
+
+def test_what_grows_does_not_change(tmp_path):
+    path, plan = tmp_path / "s.sqlite", {"a": {"seeds": [0], "config": {"lr": "1"}}}
+    with Store(path, {"plan": plan}, RUNS, growing=("plan",)) as store:
+        store.add(RUN, Outcome("trained"))
+    other = {"a": {"seeds": [1], "config": {"lr": "1.0"}}}
+    with pytest.raises(SchemeError, match=r"\(a, config, lr: 1 there, 1\.0 now"):
+        Store(path, {"plan": other}, RUNS, growing=("plan",)).__enter__()
+    assert read(path, RUNS)[0]["plan"] == plan
+
+
+def begun(folder: Path) -> Path:
+    with Store(folder / "s.sqlite", {}, RUNS) as store:
+        store.add(RUN, Outcome("trained", epochs=[{"epoch": 0, "val/acc": 0.5}]))
+    return folder / "s.sqlite"
+
+
+def test_a_change_that_was_cut_off_is_taken_back(tmp_path):
+    """A process that dies while it writes leaves a journal; a reader must not take the file for a foreign one."""
+    path, copy = begun(tmp_path), tmp_path / "copy"
+    before, connection = read(path, RUNS), sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the end of the transaction
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(f"UPDATE runs SET error = '{'x' * 100_000}'")
+    for _ in range(20):
+        connection.execute("INSERT INTO study VALUES (?)", ["y" * 10_000])
+    copy.mkdir()
+    for file in tmp_path.glob("s.sqlite*"):
+        shutil.copy(file, copy / file.name)
+    connection.execute("ROLLBACK")
+    connection.close()
+    assert (copy / "s.sqlite-journal").exists() and (copy / "s.sqlite").read_bytes() != path.read_bytes()
+    assert read(copy / "s.sqlite", RUNS) == before
+    assert not (copy / "s.sqlite-journal").exists()
+
+
+def spoil(path: Path, statement: str) -> None:
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+def test_files_that_are_damaged_or_of_another_version_are_said_to_be(tmp_path):
+    for folder in "abcd":
+        (tmp_path / folder).mkdir()
+    path = begun(tmp_path / "a")
+    spoil(path, "UPDATE runs SET epochs = '[{'")
+    with pytest.raises(SchemeError, match="the line of 'scheme=rk4, seed 3' is not whole"):
+        read(path, RUNS)
+    path = begun(tmp_path / "b")
+    spoil(path, "ALTER TABLE runs DROP COLUMN cpu_s")
+    for act in (lambda: read(path, RUNS), Store(path, {}, RUNS).__enter__):
+        with pytest.raises(SchemeError, match="of another version: its table 'runs' has no cpu_s"):
+            act()
+    path = begun(tmp_path / "c")
+    spoil(path, "ALTER TABLE runs ADD COLUMN later TEXT")
+    with Store(path, {}, RUNS) as store:
+        store.add(dataclasses.replace(RUN, name="another"), Outcome("trained"))
+    assert len(read(path, RUNS)[1]) == 2
+    path = begun(tmp_path / "d")
+    held = bytearray(path.read_bytes())
+    held[2 * 4096 + 100 :] = bytes(len(held) - 2 * 4096 - 100)  # the first pages are whole: the schema can be read
+    held[2 * 4096 : 2 * 4096 + 8] = b"\xff" * 8
+    path.write_bytes(held)
+    with pytest.raises(SchemeError, match="cannot be read or written"):
+        read(path, RUNS)
 
 
 def test_the_pages_average_leaves_out_what_diverged(pictures, tmp_path):
