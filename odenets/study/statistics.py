@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from schemes import SchemeError
 
@@ -191,7 +191,8 @@ def _detected(confidence: float, freedom: int, power: float = 0.8) -> float:
     high = bound
     while lacking(high) > 0:
         high *= 2
-    return float(brentq(lacking, 0.0, high))
+    found: Any = brentq(lacking, 0.0, high)
+    return float(found)
 
 
 def in_cell(text: str) -> str:
