@@ -184,7 +184,7 @@ def _detected(confidence: float, freedom: int, power: float = 0.8) -> float:
         # integral over w, since scipy's noncentral t is no number for one degree of freedom.
         def seen(root: float) -> float:
             w = root / freedom**0.5
-            return (norm.cdf(shift - bound * w) + norm.cdf(-shift - bound * w)) * chi.pdf(root, freedom)
+            return float((norm.cdf(shift - bound * w) + norm.cdf(-shift - bound * w)) * chi.pdf(root, freedom))
 
         return power - quad(seen, 0, freedom**0.5 + 10)[0]
 
