@@ -384,6 +384,7 @@ TABLES = {
     **{f"paper_{file.__name__.rpartition('.')[2]}": partial(paper, file) for file in FILES},
     "campaign_digits": lambda: comparison("campaign_digits"),
     "campaign_small": lambda: comparison("campaign_small"),
+    "campaign_twelve": lambda: comparison("campaign_twelve"),
     **{f"depth_{name}": partial(depth_is_time, name) for name in DEPTH_TABLES},
     "spaces": spaces,
     "choices": choices,
