@@ -196,7 +196,15 @@ def _detected(confidence: float, freedom: int, power: float = 0.8) -> float:
 
 
 def in_cell(text: str) -> str:
-    """A text as it can stand in a table in Markdown, on one line and in one column."""
+    r"""A text as it can stand in a table in Markdown, on one line and in one column.
+
+    Args:
+        text: any.
+
+    Example:
+        >>> in_cell("compose(a | b)")
+        'compose(a \\| b)'
+    """
     return " ".join(text.replace("|", "\\|").split())
 
 

@@ -147,7 +147,9 @@ def test_evaluate_numbers_the_classes_as_the_network_does(capsys, photos, folder
     out, err = answer(capsys, "evaluate", "--ckpt_path", str(photos), str(folder), "--csv", status=1)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert sum(int(row["pictures"]) for row in rows) == 12 and "broken.png" in err
-    assert "intervals of 95 %" in answer(capsys, "evaluate", "--ckpt_path", str(photos), str(tmp_path))[0]
+    # Lines are broken where the path of the folder leaves room.
+    said = answer(capsys, "evaluate", "--ckpt_path", str(photos), str(tmp_path))[0]
+    assert "intervals of 95 %" in " ".join(said.split())
 
 
 def test_a_folder_of_unknown_classes_is_refused(capsys, digits, folder):
