@@ -67,20 +67,20 @@ def find(path: str | Path) -> Found:
     path = Path(path)
     if path.is_dir():
         return _of_folder(path)
+    problem = "it is not whole"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         found = Found(held["settings"], held["runs"])
         whole = found.cells and isinstance(found.settings["experiment"], str)
         whole = whole and all(FIELDS <= line.keys() and isinstance(line["epochs"], list) for line in found.lines)
-        problem = "" if whole and {line["cell"] for line in found.lines} <= {*found.cells} else "it is not whole"
+        if whole and {line["cell"] for line in found.lines} <= {*found.cells}:
+            return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = type(error).__name__
-    if problem:
-        raise SchemeError(
-            f"{path} is neither the folder of a comparison nor a file that its report wrote ({problem})\n"
-            f"  Give what --dir was, or its report/{EXPORT}."
-        )
-    return found
+    raise SchemeError(
+        f"{path} is neither the folder of a comparison nor a file that its report wrote ({problem})\n"
+        f"  Give what --dir was, or its report/{EXPORT}."
+    )
 
 
 def _of_folder(folder: Path) -> Found:
