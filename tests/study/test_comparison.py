@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sqlite3
+import sys
 import time
 from pathlib import Path
 
@@ -65,21 +66,14 @@ def compare(experiment: Path, *words: str) -> None:
 
 
 def start(experiment: Path, *words: str) -> int:
-    """The same in a process of its own, with a group of its own; returns its id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.setsid()
-            number = os.open(experiment.parent / "out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(number, 1), os.dup2(number, 2)
-            compare(experiment, *words)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code if isinstance(code, int) else 1)
-    return pid
+    """The same in a process of its own, with a group of its own; returns its id.
+
+    A new one and no fork of this: a fork would take the forkserver of an earlier test for its own, and end.
+    """
+    command = [sys.executable, "-m", "odenets", "compare", str(experiment), "--dir", str(experiment.parent / "all")]
+    out = (os.POSIX_SPAWN_OPEN, 1, experiment.parent / "out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    files = [out, (os.POSIX_SPAWN_DUP2, 1, 2)]
+    return os.posix_spawn(sys.executable, [*command, *words], os.environ, file_actions=files, setsid=True)
 
 
 def wait_for(what, seconds=300.0):
@@ -95,7 +89,7 @@ def unlocked(folder: Path) -> bool:
     return not list(folder.rglob(".lock"))
 
 
-@pytest.fixture(params=["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.fixture(params=["fork", pytest.param("forkserver", marks=pytest.mark.long)])
 def processes(request):
     """How workers begin: for quick tests as copies of this process, which has imported what they need."""
     before, workers.START = workers.START, request.param
@@ -132,7 +126,7 @@ def finished(experiment, killed) -> Path:
     return experiment.parent / "all"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, finished, tmp_path):
     _, before = read(killed / "runs.sqlite", RUNS)
     _, lines = read(finished / "runs.sqlite", RUNS)
@@ -159,7 +153,7 @@ def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, 
         }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_work_at_the_same_time(finished):
     lines = {line["name"]: line for line in read(finished / "runs.sqlite", RUNS)[1]}
     assert len({line["worker"] for line in lines.values()}) == 4, "a process for each run"
@@ -167,7 +161,7 @@ def test_two_workers_work_at_the_same_time(finished):
     assert all(f"epoch 1/{EPOCHS}" in text for text in log)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_half_finished_folder_is_reported(killed, capsys):
     main(["compare", "report", str(killed)])
     out = capsys.readouterr().out
@@ -183,7 +177,7 @@ def test_a_half_finished_folder_is_reported(killed, capsys):
     shutil.rmtree(killed / "report")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_exported_file_says_what_the_folder_says(finished, tmp_path, capsys):
     main(["compare", "report", str(finished), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -197,7 +191,7 @@ def test_the_exported_file_says_what_the_folder_says(finished, tmp_path, capsys)
     assert str(finished) not in text and os.uname().nodename not in text, "no path and no name of this machine"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_trained_twice_and_seeds_and_values_can_be_added(experiment, finished, tmp_path, capsys):
     folder = shutil.copytree(finished, experiment.parent / "more")
     shutil.copytree(folder / "scheme=midpoint" / "seed-1", tmp_path / "kept")
@@ -448,7 +442,7 @@ def test_a_task_whose_process_dies_is_begun_again_three_times(processes, tmp_pat
     assert (tmp_path / "b").read_text() == "xxxx"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_trains_the_runs(tmp_path, capsys):
     pytest.importorskip("ray", reason='needs Ray: pip install "odenets[study]"')
     path = write_experiment(tmp_path, max_epochs=1)
