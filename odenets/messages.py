@@ -55,6 +55,20 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return lines[0][:most] if lines else type(error).__name__
 
 
+def counted(number: int, one: str) -> str:
+    """A number with its noun.
+
+    Args:
+        number: how many.
+        one: the noun in the singular.
+
+    Example:
+        >>> counted(1, "call"), counted(4, "call")
+        ('1 call', '4 calls')
+    """
+    return f"{number} {one}{'' if number == 1 else 's'}"
+
+
 def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[str, str]:
     """Two lines for a parser's message.
 

@@ -17,7 +17,7 @@ from schemes.scheme import Scheme
 from schemes.tableau import show as exact
 
 from .. import plots
-from ..messages import fail
+from ..messages import counted, fail
 from . import words as w
 from .schemes import known_of
 
@@ -155,8 +155,8 @@ def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     companion = found.get("companion_order")
     yield "order", w.dash(found["order"]) + (f", companion {companion}" if companion else "")
     calls = found["calls"]
-    called = "any number of calls" if calls is None else w.counted(calls, "call")
-    yield "cost", f"{w.counted(found['stages'], 'residual function')} a step, {called}"
+    called = "any number of calls" if calls is None else counted(calls, "call")
+    yield "cost", f"{counted(found['stages'], 'residual function')} a step, {called}"
     if found["span"] != 1:
         yield "time", f"a step moves it on by {found['span']} h, which is the step of the array"
     if found["streams"] > 1:

@@ -171,16 +171,6 @@ def dash(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def counted(number: int, one: str) -> str:
-    """A number with its noun.
-
-    Example:
-        >>> counted(1, "call"), counted(4, "call")
-        ('1 call', '4 calls')
-    """
-    return f"{number} {one}{'' if number == 1 else 's'}"
-
-
 def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
     """The names that a pattern means: by shell wildcards, or those that contain it; capitals do not matter.
 

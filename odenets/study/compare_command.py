@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 from schemes import SchemeError
 
 from ..config_files import check_files
-from ..messages import fail
+from ..messages import counted, fail
 from ..names import closest
 from ..packaged import experiments
 from ..packaged import find as find_experiment
 from ..training.sources import DataError
 from .comparison import Comparison, Progress, carry_out
 from .comparison_report import find, heading, print_report, table_of
-from .values import assignment, number, seeds
+from .values import assignment, seeds
 
 TIP = "odenets compare --help shows how the command is used"
 HELP = """usage: odenets compare FILE.yaml --over KEY=V1,V2 --dir DIR [--seeds 0..4] [--workers N] [--KEY VALUE ...]
@@ -185,10 +185,10 @@ def _train(words: Sequence[str]) -> None:
         runs = comparison.runs()
         if options.retry:
             failed = store.forget_failed([run.name for run in runs])
-            print(f"trained again: {number(failed, 'failed run')}", flush=True)
+            print(f"trained again: {counted(failed, 'failed run')}", flush=True)
         left = len(runs) - len({run.name for run in runs} & store.done())
-        cells, seeds = number(len(comparison.cells()), "cell"), number(len(comparison.seeds), "seed")
-        print(f"{cells}, {seeds}: {number(left, 'run')} to do", flush=True)
+        cells, seeds = counted(len(comparison.cells()), "cell"), counted(len(comparison.seeds), "seed")
+        print(f"{cells}, {seeds}: {counted(left, 'run')} to do", flush=True)
         done = len(runs) - left
         began, stopped = time.monotonic(), 0
         who = {"workers": options.workers, "address": options.address, "gpus": options.gpus}
@@ -208,7 +208,7 @@ def _train(words: Sequence[str]) -> None:
     found = find(comparison.folder)
     print(f"\n# {heading(found)}\n\n{table_of(found)}")
     if failed:
-        print(f"{number(failed, 'run')} failed: --retry trains again; what was said is in {comparison.folder}/*/*.log")
+        print(f"{counted(failed, 'run')} failed: --retry trains again; what was said is in {comparison.folder}/*/*.log")
     print(f"odenets compare report {comparison.folder}")
     if stopped:
         # 130 is what a shell gives for Ctrl-C: a script can tell it from a failure.

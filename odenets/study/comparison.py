@@ -131,7 +131,7 @@ class Comparison:
     def _configs(self) -> dict[str, dict[str, Any]]:
         return {cell: resolve(self.words(options), "odenets") for cell, options in self.cells().items()}
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What determines the results: what all runs have in common; and, as "plan", which runs there are.
 
@@ -183,8 +183,9 @@ class Comparison:
             except SchemeError as error:
                 first, *rest = str(error).splitlines()
                 raise SchemeError("\n".join([f"{cell}: {first}", *rest])) from None
+            given = flat(config)
             for name in SILENT:
-                if flat(config).get(name):
+                if given.get(name):
                     raise SchemeError(f"{cell}: under {name} nothing is logged to be compared\n  Leave {name} out.")
         check_plan(self.settings["plan"])
 
@@ -200,8 +201,6 @@ def check_plan(plan: Mapping[str, Mapping[str, Any]]) -> None:
     """
     meant: dict[str, str] = {}
     for cell, about in plan.items():
-        if "config" not in about:
-            continue  # of an earlier version, which did not write it down
         meaning = json.dumps(about["config"], sort_keys=True)
         if meaning in meant:
             raise SchemeError(f"{meant[meaning]} and {cell} mean the same\n  Leave one of them out.")

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from schemes import SchemeError
 
-from ..messages import first_line
 from ..training.files import write_whole
 from .comparison import FILE, folder_of
 from .runs import RUNS, Outcome, Run, outcome_of
@@ -337,7 +336,7 @@ def print_report(
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SchemeError(
-                f"{out} cannot be written to: {error.strerror or first_line(error)}\n  Give a folder: --out FOLDER"
+                f"{out} cannot be written to: {error.strerror or error}\n  Give a folder: --out FOLDER"
             ) from None
     # The slash tells what was measured from "epoch" and "evaluations".
     logged = sorted({name for line in found.lines for epoch in line["epochs"] for name in epoch if "/" in name})

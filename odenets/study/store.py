@@ -143,7 +143,7 @@ class Store(Generic[Task, Outcome]):
             ) from None
         except OSError as error:
             raise SchemeError(
-                f"{self.path.parent} cannot be written to: {error.strerror or first_line(error)}\n"
+                f"{self.path.parent} cannot be written to: {error.strerror or error}\n"
                 "  Give a folder that can be: one that is there, or one that can be made."
             ) from None
         try:

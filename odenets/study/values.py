@@ -123,20 +123,6 @@ def seeds(text: str) -> list[int]:
     return found
 
 
-def number(count: int, what: str) -> str:
-    """How many of what there are.
-
-    Args:
-        count: how many.
-        what: in the singular.
-
-    Example:
-        >>> number(1, "run"), number(0, "run")
-        ('1 run', '0 runs')
-    """
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def folder_name(text: str) -> str:
     """A name for a folder: the text itself where it is one that needs no quotes, else its letters and a digest of it.
 

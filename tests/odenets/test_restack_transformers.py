@@ -243,10 +243,12 @@ def test_models_are_saved_and_loaded_before_and_after(name, tmp_path):
     assert not isinstance(loaded.get_submodule(MODELS[name][3]), Restacked)
     with torch.no_grad():
         want = net(**given).logits
-        # Not to the bit: weights that lie at other places in memory may be multiplied by other kernels.
         torch.testing.assert_close(loaded(**given).logits, want, rtol=0, atol=1e-12)
         restack(loaded, MODELS[name][3], "bdia", "exact")
-        torch.testing.assert_close(loaded(**given).logits, want, rtol=0, atol=1e-12)
+        # What is loaded may lie unaligned in the file's memory, where other kernels multiply it.
+        for p in loaded.parameters():
+            p.data = p.data.clone()
+        torch.testing.assert_close(loaded(**given).logits, want, rtol=0, atol=0)
         torch.testing.assert_close(unrestack(loaded)(**given).logits, want, rtol=0, atol=1e-12)
 
 
