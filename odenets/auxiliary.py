@@ -1,4 +1,4 @@
-"""What residual functions return beside their value, and log-determinants of couplings: summed over a pass."""
+"""Auxiliary values of residual functions and log-determinants of couplings, summed over a pass."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ ENERGIES = ("kinetic", "jacobian")
 
 
 class Sink:
-    """Takes auxiliary values, in the order in which they come.
+    """Collects auxiliary values in the order in which they come.
 
     Args:
         log_det: whether couplings add the log-determinants of their updates.
@@ -30,21 +30,21 @@ class Sink:
         self._open = True
 
     def add(self, name: str, value: Tensor) -> None:
-        """Takes one value."""
-        # A function that a backward pass runs again has given its values before.
+        """Adds one value."""
+        # A function that a backward pass recomputes has added its values before.
         if not self._open:
             return
         self.names.append(name)
         self.values.append(value)
 
     def extend(self, other: "Sink") -> None:
-        """Takes the values of another sink, which keeps them."""
+        """Adds the values of another sink, which keeps them."""
         for name, value in zip(other.names, other.values, strict=True):
             self.add(name, value)
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Inside, it takes nothing."""
+        """Within it, the sink ignores what is added."""
         before, self._open = self._open, False
         try:
             yield
@@ -52,22 +52,22 @@ class Sink:
             self._open = before
 
     def take(self) -> list[Tensor]:
-        """The values so far, which are then gone."""
+        """Returns the values so far and empties the sink."""
         found, self.names, self.values = self.values, [], []
         return found
 
     def sums(self, wanted: bool | Sequence[str]) -> dict[str, Tensor]:
-        """The sum of all values of each name.
+        """Returns the sum of the values under each name.
 
         Args:
-            wanted: all (True) or these, as `names_of` reads them.
+            wanted: True for all, or some names, as `names_of` reads them.
 
         Raises:
             SchemeError: a wanted name that no function returned.
         """
         found: dict[str, Tensor] = {}
         for name, value in zip(self.names, self.values, strict=True):
-            # Not from 0 on, whose dtype and device would have to be known.
+            # No 0 to start from, whose dtype and device would have to be known.
             found[name] = found[name] + value if name in found else value
         if isinstance(wanted, bool):
             return found
@@ -104,13 +104,13 @@ def names_of(aux: bool | Collection[str]) -> bool | tuple[str, ...]:
 
 
 class Split:
-    """A residual function whose auxiliary values go to a sink, or nowhere.
+    """A residual function whose auxiliary values go to a sink, or are dropped.
 
     Args:
         function: residual function ``i`` of the step.
-        sink: takes the values.
-        step: the step, which is told that there are some.
-        i: its place in the step, for messages.
+        sink: collects the values.
+        step: the step, whose ``auxiliary`` is set once there are values.
+        i: the function's place in the step, for messages.
     """
 
     __slots__ = ("function", "i", "sink", "step")
@@ -123,7 +123,7 @@ class Split:
         if not is_pair(out):
             return out
         value, given = out  # type: ignore[misc]
-        # Always, as a value may be wrong in one call alone; where nobody asked for it, too.
+        # In every call, since a value may be wrong in a single one; also where none are collected.
         self._check(given)  # type: ignore[arg-type]
         self.step.auxiliary = True
         if self.sink is not None:
@@ -154,16 +154,16 @@ def is_pair(out: Any) -> bool:
 def with_energies(
     function: Function, args: tuple, kwargs: dict[str, Any], place: int, names: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""A residual function's value, and with its own auxiliary values the wanted ones of ``ENERGIES``.
+    r"""Returns a residual function's value, and its own auxiliary values together with the wanted ``ENERGIES``.
 
     "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e; in at least 32 bits.
 
     Args:
-        function: is called once.
-        args: what it is given.
-        kwargs: what it is given by name.
-        place: of x among the arguments.
-        names: of ``ENERGIES``; of what the function returns itself, its own counts.
+        function: the residual function, called once.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        place: position of x among ``args``.
+        names: the wanted ``ENERGIES``; a value of the same name that the function itself returns takes precedence.
 
     Source:
         Finlay et al. 2020, How to train your neural ODE, arXiv 2002.02798.
@@ -172,7 +172,7 @@ def with_energies(
     jacobian = "jacobian" in names
     with torch.enable_grad() if jacobian else nullcontext():
         if jacobian:
-            # The Jacobian needs a graph that begins at x, also where x is an input or nothing is recorded outside.
+            # The Jacobian needs a graph that begins at x, even if x is an input or the caller has gradients disabled.
             x = x if wanted and x.requires_grad else x.detach().requires_grad_()
         out = function(*args[:place], x, *args[place + 1 :], **kwargs)
         pair: Any = out if is_pair(out) else (out, {})
@@ -186,23 +186,23 @@ def with_energies(
             found["jacobian"] = _mean_square(g)
     found.update(own)
     if jacobian and not wanted:
-        # The graph that was made for the Jacobian must not leak into a pass without gradients.
+        # The graph built for the Jacobian must not leak into a pass without gradients.
         y, found = y.detach(), {name: value.detach() for name, value in found.items()}
     return y, found
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    # A sum over many evaluations in half precision would swallow the last ones.
+    # Summed over many evaluations in half precision, the last ones would be rounded away.
     return x.to(torch.promote_types(x.dtype, torch.float32)).square().mean()
 
 
 def measured(scheme: Any, fs: Sequence[Function], h: StepSize, streams: int, gs: Sequence, sink: Sink) -> list[Update]:
-    """The updates of a coupling, each of which tells the sink its log-determinant.
+    """Returns the updates of a coupling, each of which adds its log-determinant to the sink.
 
     An update x_d <- scale * x_d + shift(others) has the determinant of its scale: sum log |scale| over the elements.
 
     Raises:
-        SchemeError: no coupling, or one that adds or overwrites streams, so that there is no determinant.
+        SchemeError: not a coupling, or one that adds or overwrites streams, so that there is no determinant.
     """
     if not isinstance(scheme, Coupling) or scheme.streams_added or scheme.byproducts:
         raise SchemeError(
@@ -225,11 +225,11 @@ def measured(scheme: Any, fs: Sequence[Function], h: StepSize, streams: int, gs:
 
 
 def step_measured(scheme: Scheme, fs: Sequence, state: State, h: StepSize, gs: Sequence, sink: Sink) -> State:
-    """The state after a step of couplings, whose log-determinants go to the sink."""
+    """Returns the state after a step of couplings, and adds their log-determinants to the sink."""
     for part, part_fs, part_h, part_gs in scheme.decompose(fs, h, gs):
         for update in measured(part, part_fs, part_h, len(state), part_gs, sink):
             state = apply_update(update, state, part_gs)
-        # A permutation of equal streams has the determinant 1 or -1, and adds nothing.
+        # A permutation of equal streams has determinant 1 or -1, and adds nothing.
         state = rotated(state, part.rotate)  # type: ignore[attr-defined]
     return state
 

@@ -1,4 +1,4 @@
-"""What a Stack works out before it runs: residual functions, steps, shortcuts, and what does not go together."""
+"""Construction of a Stack: residual functions, steps and shortcuts, and checks that they fit together."""
 
 import inspect
 import math
@@ -22,14 +22,14 @@ from .continuous import ContinuousWeights
 from .draws import Draws
 from .step import FunctionModule, PerSlot, Revision, Step
 
-# Above this mixing figure the stage inputs of separate weights keep little of the stream.
+# Above this mixing figure, stage inputs keep little of the stream if the weights are separate.
 MIXING_LIMIT = 30.0
 MAX_DEPTH = 1_000_000  # steps are modules, of a few kB each
-SEEDS = -(2**63), 2**64 - 1  # what torch's generators take
+SEEDS = -(2**63), 2**64 - 1  # the range that torch's generators accept
 
 
 def read(scheme: str | Scheme, block: Any) -> tuple[Scheme, list[nn.Module], nn.Module | None]:
-    """The scheme, the residual functions as modules, and what is shared of them, as far as they go together.
+    """Returns the scheme, the residual functions as modules, and the shared module, if any.
 
     Raises:
         SchemeError: an unknown scheme, or functions that cannot be called as it calls them.
@@ -40,17 +40,17 @@ def read(scheme: str | Scheme, block: Any) -> tuple[Scheme, list[nn.Module], nn.
 
 
 def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
-    """The residual functions as modules, and what is shared: the only one, or those of each slot.
+    """Returns the residual functions as modules, and the shared module: the only function, or the ``PerSlot``.
 
     Raises:
-        SchemeError: what cannot be called, or stands in no order.
+        SchemeError: something that cannot be called, or a collection without an order.
     """
     if isinstance(block, PerSlot):
         return [called(f, f"residual function {i}") for i, f in enumerate(block)], block
-    if callable(block) and not isinstance(block, nn.ModuleList):  # a module list can be called, and raises then
+    if callable(block) and not isinstance(block, nn.ModuleList):  # a module list is callable, but its call raises
         call = called(block, "block")
         return [call], call
-    # Both can be gone through, in an order that means nothing, or over names.
+    # Both can be iterated over, but in a meaningless order, or over names.
     if isinstance(block, (Set, Mapping)):
         raise SchemeError(f"Stack: block is a {type(block).__name__}, want a sequence, in the order of the stages.")
     try:
@@ -63,18 +63,18 @@ def functions_of(block: Any) -> tuple[list[nn.Module], nn.Module | None]:
 
 
 def called(f: Any, what: str) -> nn.Module:
-    """A module or a callable as a module that can be called.
+    """Returns a module or a callable as a module that can be called.
 
     Args:
         f: the module or callable.
         what: its name, for messages.
 
     Raises:
-        SchemeError: it is none, or one that cannot be called: a class, or a mere container.
+        SchemeError: it is neither, or it cannot be called: a class, or a mere container.
     """
     if not callable(f):
         raise SchemeError(f"Stack: {what} is a {type(f).__name__}, want a module or a callable.")
-    # A class can be called too, and would give a module where a tensor is wanted.
+    # A class is callable too, but returns a module instead of a tensor.
     if isinstance(f, type):
         raise SchemeError(
             f"Stack: {what} is the class {f.__name__}, want a module or a callable.\n"
@@ -82,7 +82,7 @@ def called(f: Any, what: str) -> nn.Module:
         )
     if not isinstance(f, nn.Module):
         return FunctionModule(f)  # type: ignore[arg-type]
-    # Looked up and not called for: a scripted module makes its forward when it is asked.
+    # Looked up statically: a scripted module creates its forward on attribute access.
     if inspect.getattr_static(f, "forward", None) is inspect.getattr_static(nn.Module, "forward"):
         raise SchemeError(
             f"Stack: {what} is a {type(f).__name__}, which has no forward.\n"
@@ -92,12 +92,12 @@ def called(f: Any, what: str) -> nn.Module:
 
 
 def whole(what: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number.
+    """Returns a value that is a whole number within its range.
 
     Raises:
-        SchemeError: it is none, or out of its range.
+        SchemeError: it is not a whole number, or out of range.
     """
-    # ``True`` is an int to Python, and no number of anything.
+    # ``True`` is an int in Python, but not a count.
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         limit = f"at least {least}" if most is None else f"from {least} to {most}"
         raise SchemeError(f"Stack: {what} is {shorten(repr(value), 60)}, want a whole number, {limit}.")
@@ -105,7 +105,7 @@ def whole(what: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
-    """The size of each step, after so many others.
+    """Returns the size of each step, after ``offset`` others.
 
     Raises:
         SchemeError: a size that is not finite.
@@ -116,7 +116,7 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
         try:
             found.append(float(rule(n)))
         except OverflowError:
-            # A power of floats raises where a product would give infinity.
+            # A float power raises on overflow, where a product would be infinite.
             found.append(float("inf"))
         if not math.isfinite(found[-1]):
             raise SchemeError(
@@ -127,14 +127,14 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
 
 
 def example_of(given: Any) -> Any:
-    """The input that an example stands for: itself, or zeros of that shape.
+    """Returns the input that an example stands for: the example itself, or zeros of that shape.
 
     Raises:
         SchemeError: neither a tensor nor a shape.
     """
     if isinstance(given, Tensor) or (isinstance(given, tuple) and given and isinstance(given[0], Tensor)):
         return given
-    # What is neither list nor tuple is refused below, as [None] is.
+    # Anything but a list or tuple becomes [None], which is refused below.
     sizes: list[Any] = list(given) if isinstance(given, (list, tuple)) else [None]
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
         raise SchemeError(
@@ -142,14 +142,14 @@ def example_of(given: Any) -> Any:
         )
     try:
         return torch.zeros(tuple(sizes))
-    except (RuntimeError, TypeError):  # torch has several words for more than there is memory for
+    except (RuntimeError, TypeError):  # torch reports sizes beyond memory in several ways
         raise SchemeError(
             f"Stack: example is {shorten(repr(given), 60)}, and a tensor of that shape cannot be made here."
         ) from None
 
 
 def check_arguments(functions: Sequence[nn.Module], scheme: Scheme) -> None:
-    """Refuses functions whose signature tells that they cannot be called with one stream, where that is what they get.
+    """Refuses functions whose signature does not accept one stream, under schemes that call them with one.
 
     Raises:
         SchemeError: with the signature.
@@ -177,7 +177,7 @@ def check_arguments(functions: Sequence[nn.Module], scheme: Scheme) -> None:
 
 
 def check_slots(shared: nn.Module | None, scheme: Scheme) -> None:
-    """Raises a SchemeError where shared functions of each slot are not as many as a step has."""
+    """Raises a SchemeError if the number of functions in a ``PerSlot`` differs from the stages of a step."""
     for part in dict.fromkeys(scheme.plan) if isinstance(shared, PerSlot) else ():
         if part.stages != len(shared):  # type: ignore[arg-type]
             raise SchemeError(
@@ -193,7 +193,7 @@ def fields_shared(shared: nn.Module | None) -> list[ContinuousWeights]:
 
 
 def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: int) -> StepSize:
-    """The rule, told the depth where it asks for it; fields whose weights have a span must be integrated over it.
+    """Returns the rule, bound to the depth if it depends on it; checks that fields are integrated over their span.
 
     Raises:
         SchemeError: no span is known, or the steps end elsewhere.
@@ -208,7 +208,7 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
                     "Stack: step='span/depth' asks for the span of a shared ContinuousWeights; for another function "
                     "write the length of time itself, step='1/depth'."
                 )
-            # Should the fields differ in their spans, the check below refuses all but the first.
+            # If the fields differ in span, the check below refuses the others.
             length = fields[0].span
         rule = rule.of(length, units)
     for field in fields:
@@ -228,7 +228,7 @@ def check_end(fields: Sequence[ContinuousWeights], end: float, scheme: Scheme, d
         SchemeError: they end elsewhere.
     """
     for field in fields:
-        # A sum of floats: to rounding.
+        # Up to rounding, since the end is a sum of floats.
         if abs(end - field.span) > 1e-6 * field.span:
             raise SchemeError(
                 f"Stack: {depth} steps of {scheme} end at t = {end:g}, and the weights are functions on "
@@ -237,8 +237,8 @@ def check_end(fields: Sequence[ContinuousWeights], end: float, scheme: Scheme, d
 
 
 def streams_of(given: Any, scheme: Scheme) -> State:
-    """Streams that are given as a tuple, in place of an input that the scheme makes them of."""
-    # Of the first step, which is the one that is handed them.
+    """Returns streams that are given as a tuple instead of an input from which the scheme makes them; checks them."""
+    # The streams of the first step's scheme, since they are passed to that step.
     count = scheme.at(0).streams
     if count == 1:
         raise SchemeError(f"Stack: the input is a {type(given).__name__}, want a tensor; {scheme} has one stream.")
@@ -255,7 +255,7 @@ def streams_of(given: Any, scheme: Scheme) -> State:
 
 
 def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.Module, ...]]:
-    """The shortcuts of each step that has some."""
+    """Returns the shortcuts of each step that has any."""
     found: dict[int, tuple[nn.Module, ...]]
     if given is None:
         return {}
@@ -264,7 +264,7 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
     if not isinstance(given, (list, tuple, nn.ModuleList)):
         raise SchemeError(f"Stack: shortcut is a {type(given).__name__}, want a module, or a list of modules.")
     given = list(given)
-    # A list of lists is one for each step; a plain one is for the first, where stride and width change.
+    # A list of lists has one per step; a plain list is for the first step, where stride and width change.
     if given and all(isinstance(g, (list, tuple, nn.ModuleList)) for g in given):
         if len(given) != depth:
             raise SchemeError(f"Stack: shortcuts for {len(given)} steps, want {depth}, one list per step.")
@@ -286,7 +286,7 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
 
 
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
-    """The counts of residual functions nearest to n that a scheme can use: n itself, or one below and one above."""
+    """Returns the counts of residual functions nearest to n that a scheme can use: n, or one below and one above."""
     period = scheme.stages
     if n > 0 and n % period == 0:
         return (n,)
@@ -295,9 +295,9 @@ def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:
 
 
 def fitting_mix(scheme: Scheme, n: int) -> str | None:
-    """A mix that uses up n residual functions, by whole steps of a scheme first; None where there is none to suggest.
+    """Returns a mix that uses up n residual functions, as many as possible in steps of the scheme, or None.
 
-    A mix itself has none, nor has a scheme of several streams, which do not become one in between.
+    None for a scheme that is itself a mix, and for one of several streams, which do not become one in between.
     """
     if n < 1 or len(scheme.plan) > 1 or scheme.streams > 1:
         return None
@@ -307,9 +307,9 @@ def fitting_mix(scheme: Scheme, n: int) -> str | None:
 
 
 def depth_of(scheme: Scheme, functions: int | None, depth: int | None) -> int:
-    """The number of steps: that of so many residual functions, or the one given for a shared function (None)."""
+    """Returns the number of steps: from the count of residual functions, or as given for a shared one (None)."""
     if functions is None:
-        # One period unless told otherwise, so that each part of a mix comes in.
+        # One period by default, so that each part of a mix is used.
         return _depth(len(scheme.plan) if depth is None else depth)
     if depth is not None:
         _depth(depth)
@@ -338,10 +338,10 @@ def _depth(depth: Any) -> int:
 
 
 def draws_of(scheme: Scheme, seed: int | None) -> Draws | None:
-    """The generator of a stack whose scheme draws in training, where a seed is given.
+    """Returns the generator of a stack whose scheme draws in training, if a seed is given.
 
     Raises:
-        SchemeError: a seed that is none, or a scheme that draws nothing.
+        SchemeError: not a seed, or a scheme that draws nothing.
     """
     if seed is None:
         return None
@@ -352,14 +352,14 @@ def draws_of(scheme: Scheme, seed: int | None) -> Draws | None:
 
 
 def check_draws(state: Any, draws: Draws | None) -> None:
-    """Raises a SchemeError where a saved state of a generator does not fit the stack's."""
+    """Raises a SchemeError if a saved generator state does not fit the stack's generator."""
     if draws is None:
         raise SchemeError(
             "Stack: this plan state is that of a stack with a seed, and there is none here.\n"
             "  Build it as it was: Stack(..., seed=...)."
         )
     try:
-        # A generator made for this: where the state does not fit, no stack's own has been moved.
+        # Tried on a new generator, so that a state that does not fit leaves the stack's own unchanged.
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError):
         raise SchemeError(
@@ -369,17 +369,17 @@ def check_draws(state: Any, draws: Draws | None) -> None:
 
 
 def functions_made(make: Any, scheme: Scheme, depth: Any, channels: Any, out_channels: Any = None) -> list[nn.Module]:
-    """Residual functions, each made from what its place asks for.
+    """Makes residual functions, each to the requirements of its slot.
 
     Raises:
-        SchemeError: no function that makes some, or numbers that are none.
+        SchemeError: ``make`` cannot be called, or a width or depth that is not a whole number in its range.
     """
     if not callable(make):
         raise SchemeError(f"Stack: make is a {type(make).__name__}, want a function of a Slot that gives a module.")
     whole("channels", channels, 1)
     if out_channels is not None:
         whole("out_channels", out_channels, 1)
-    # Widths go along with the steps: a dense scheme's functions are given more of them each time.
+    # Widths are tracked from step to step: those of a dense scheme grow.
     streams = scheme.stream_widths(channels)
     found: list[Any] = []
     for n in range(depth_of(scheme, None, depth)):
@@ -390,10 +390,10 @@ def functions_made(make: Any, scheme: Scheme, depth: Any, channels: Any, out_cha
 
 
 def rule_kept(rule: StepSize, shared: nn.Module | None, steps: Sequence[Step]) -> StepSize:
-    """The rule by which other steps of the same shared functions end where these do.
+    """Returns the rule under which other steps of the same shared functions end where these do.
 
     Raises:
-        SchemeError: separate weights, shortcuts, or step sizes that are no plain numbers.
+        SchemeError: separate weights, shortcuts, or step sizes that are not plain numbers.
     """
     if shared is None:
         raise SchemeError(
@@ -404,12 +404,12 @@ def rule_kept(rule: StepSize, shared: nn.Module | None, steps: Sequence[Step]) -
         what = "shortcuts" if steps[0].gs is not None else f"step='{rule}'"
         raise SchemeError(f"Stack: rebuilt cannot say what {what} would be in other steps; want a plain step size.")
     if isinstance(rule, PerDepth) and steps[0].scheduled is None:
-        return PerDepth(rule.length)  # and not the rule itself, which has been told the depth of these steps
+        return PerDepth(rule.length)  # not the rule itself, which is bound to the depth of these steps
     return PerDepth(sum(step.h * step.scheme.span for step in steps))
 
 
 def check_traced(who: str, scheme: Scheme, keeps_all: bool, training: bool) -> None:
-    """Refuses a trace by torch.fx of what it would lose: how a stack is differentiated, and what its scheme draws.
+    """Refuses torch.fx traces that would lose how a stack is differentiated or what its scheme draws.
 
     Raises:
         SchemeError: a mode that does not store, or a scheme that draws in training or chooses its own steps.
@@ -435,7 +435,7 @@ def steps_of(
     revision: Revision,
     draws: Draws | None = None,
 ) -> list[Step]:
-    """The steps, one for each size, each with its share of the residual functions."""
+    """Builds the steps, one for each size, each with its share of the residual functions."""
     if isinstance(shared, PerSlot):
         shared.revisions.append(revision)
     steps, start = [], 0
@@ -448,21 +448,21 @@ def steps_of(
 
 
 def warn(scheme: Scheme, rule: StepSize, functions: Sequence[nn.Module], shared: bool) -> None:
-    """Warns of what would run and mean something else than was meant."""
+    """Warns of settings that run but probably mean something other than intended."""
     for f in functions:
         warn_of_own_skip(f)
-    # The stages of a shared function are values of one field: large weights and stages for the error alone are then as
-    # the method means them.
+    # The stages of a shared function are values of one field: large coefficients, and stages used for the error alone,
+    # are then as the method intends.
     if not shared:
         warn_of_mixing(scheme)
         warn_of_unused(scheme, rule)
 
 
 def warn_of_mixing(scheme: Scheme) -> None:
-    """Warns of a scheme whose mixing figure is over the limit."""
+    """Warns of a scheme whose mixing figure is above the limit."""
     mixing = scheme.mixing
     if mixing is not None and mixing > MIXING_LIMIT:
-        # Level 4 is the line that builds the stack, past this function, `warn` and the constructor.
+        # Level 4 is the line that builds the stack, above this function, `warn` and the constructor.
         warnings.warn(
             f"{scheme} sums residual functions with weights of up to {mixing:,.0f} in all (max_i sum_j |a_ij|): with "
             "separate weights its stage inputs keep little of the stream, in half precision nothing.",
@@ -472,7 +472,7 @@ def warn_of_mixing(scheme: Scheme) -> None:
 
 
 def warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
-    """Warns of residual functions that only an error estimate uses, where no step size follows from errors."""
+    """Warns of residual functions that only an error estimate uses, if step sizes do not depend on errors."""
     for part in dict.fromkeys(scheme.plan):
         if part.unused and not isinstance(rule, FromError):
             # A wrapper around an embedded pair has the pair's unused functions, and no error estimate.
@@ -486,7 +486,7 @@ def warn_of_unused(scheme: Scheme, rule: StepSize) -> None:
 
 
 def check_companion(scheme: Scheme) -> None:
-    """Raises a SchemeError where a part of the scheme has no embedded companion."""
+    """Raises a SchemeError if a part of the scheme has no embedded companion."""
     for part in scheme.plan:
         if not isinstance(part, RungeKutta) or part.tableau.b_hat is None:
             raise SchemeError(

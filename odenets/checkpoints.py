@@ -1,9 +1,9 @@
-"""Weights in and out: published state dicts, training checkpoints and files load, or are refused whole.
+"""Loading and saving weights: published state dicts, training checkpoints and files load as a whole, or not at all.
 
-``load`` changes nothing unless every key fits: what a file holds is matched first, all misfits are listed in one error,
-and only then is the model written. A model that knows published layouts has a method ``key_map(keys)``; three examples:
+``load`` changes nothing unless every key fits: it first matches the contents of a file, lists all misfits in one error,
+and only then writes the model. A model that knows published layouts has a method ``key_map(keys)``; three examples:
 
-* a torchvision ResNet says ``layer1.0.conv1.weight``, the model ``levels.0.steps.0.fs.0.conv1.weight``;
+* a torchvision ResNet has ``layer1.0.conv1.weight``, the model ``levels.0.steps.0.fs.0.conv1.weight``;
 * a Lightning checkpoint holds the net under ``state_dict`` with the prefix ``net.``, compiled ones add ``_orig_mod.``;
 * the same net under another scheme groups its residual functions into other steps.
 """
@@ -28,26 +28,26 @@ from .continuous import expected_shapes
 from .extras import MissingExtra, install
 from .messages import first_line
 
-# In this order: averaged weights before raw ones, as timm takes them.
+# In order of preference: averaged weights before raw ones, as in timm.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 CONTAINERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "params")
 PREFIXES = ("module.", "net.", "model.", "backbone.")
-# Where Lightning's callbacks leave the raw weights when averaged ones take their place.
+# Where Lightning's callbacks store the raw weights when averaged ones take their place.
 RAW = "current_model_state"
 COMPILED = "_orig_mod."
-# Files older than BatchNorm's counter lack it, and it only matters with momentum=None; nets with a fixed step size have
-# no learned one, which starts from the same value.
+# Files older than BatchNorm's counter lack it, and it matters only with momentum=None. Files of nets with a fixed step
+# size have no learned one, which starts from the same value.
 OPTIONAL = re.compile(r"(^|\.)(num_batches_tracked|steps\.\d+\.h)$")
 LISTED = 10
 
 
 class KeyMap(NamedTuple):
-    """How the keys of a published layout are called here.
+    """The keys of a published layout and their names in a model.
 
     Attributes:
         layout: its name.
-        names: published key -> key here; None drops a key on purpose (a head that is not wanted).
-        settings: numbers that the layout implies and no tensor holds, by attribute path ("head_norm.eps").
+        names: published key -> key of the model; None drops a key on purpose (a head that is not wanted).
+        settings: numbers that the layout implies but no tensor holds, by attribute path ("head_norm.eps").
     """
 
     layout: str
@@ -60,7 +60,7 @@ class Renames(Protocol):
     """A model that knows published layouts of its weights."""
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """The names of these keys here, or None for an unknown layout; keys without an entry are refused.
+        """Returns the model's names for these keys, or None for an unknown layout; keys without an entry are refused.
 
         Args:
             keys: all keys of a file.
@@ -69,13 +69,13 @@ class Renames(Protocol):
 
 
 class Report(NamedTuple):
-    """What ``load`` did.
+    """The outcome of ``load``.
 
     Attributes:
         loaded: number of tensors written.
         layout: the layout that it found, "own" for the model's own keys.
         dropped: keys of the source that were left out on purpose.
-        kept: keys of the model that the source lacks and may lack; they keep their values.
+        kept: keys of the model that are missing from the source, and optional; they keep their values.
     """
 
     loaded: int
@@ -87,8 +87,8 @@ class Report(NamedTuple):
 def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> Report:
     """Loads weights into a model, all or nothing.
 
-    Unwraps training checkpoints, takes averaged weights where they stand beside raw ones, strips the prefixes of DDP,
-    torch.compile and Lightning, and renames published keys.
+    Unwraps training checkpoints, prefers averaged weights over raw ones, strips the prefixes of DDP, torch.compile and
+    Lightning, and renames published keys.
 
     Args:
         model: the model; written only if everything fits.
@@ -99,7 +99,7 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
         A ``Report``.
 
     Raises:
-        SchemeError: keys without a place, missing keys or other shapes, all listed; an unreadable or unsafe file.
+        SchemeError: unexpected keys, missing keys or other shapes, all listed; an unreadable or unsafe file.
 
     Example:
         >>> import torch
@@ -112,12 +112,12 @@ def load(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> R
 
 
 class Adapting(Protocol):
-    """What may be made to fit where a file is not that of the very model."""
+    """Rules for adapting a file that is not of exactly the same model."""
 
     averaged: bool
 
     def left_out(self, key: str) -> bool:
-        """Whether a tensor of the file that has no place in the model is not missed.
+        """Whether a tensor of the file that has no place in the model may be left out.
 
         Args:
             key: the file's name of the tensor.
@@ -125,17 +125,17 @@ class Adapting(Protocol):
         ...
 
     def fitted(self, key: str, value: Tensor, shape: torch.Size) -> Tensor:
-        """The tensor in the shape that the model wants under this key, or as it is where it cannot be adapted.
+        """Returns the tensor in the shape that the model expects under this key, or unchanged if it cannot be adapted.
 
         Args:
             key: the model's name of the tensor.
             value: the tensor as the file holds it.
-            shape: the shape that the model wants.
+            shape: the shape that the model expects.
         """
         ...
 
     def new(self, fitting: Collection[str]) -> Collection[str]:
-        """Keys of the model that keep its own values, given those for which the file has a tensor that fits.
+        """Returns the keys of the model that keep its own values, given those for which the file has a fitting tensor.
 
         Args:
             fitting: the model's keys for which the file has a tensor that fits.
@@ -144,14 +144,14 @@ class Adapting(Protocol):
 
 
 class Matched:
-    """The tensors of a file that have their places in a model; nothing is written yet.
+    """The tensors of a file, matched to the keys of a model but not written yet.
 
     Args:
-        model: the network that is written to.
-        settings: numbers that a layout implies and no tensor holds, such as an epsilon.
+        model: the network that ``write`` writes to.
+        settings: numbers that a layout implies but no tensor holds, such as an epsilon.
 
     Attributes:
-        report: what ``write`` will have done.
+        report: the outcome that ``write`` will have.
         tensors: by the model's keys.
     """
 
@@ -159,34 +159,34 @@ class Matched:
         self.model, self.report, self.tensors, self.settings = model, report, tensors, settings
 
     def write(self) -> Report:
-        """Writes them, all at once."""
-        # With the model's own values where the file may lack some.
+        """Writes the tensors, all at once."""
+        # Completed by the model's own values for keys that the file may lack.
         self.model.load_state_dict({**self.model.state_dict(), **self.tensors})
         for path, number in self.settings.items():
             module, _, name = path.rpartition(".")
-            # Numbers such as an epsilon, in which layouts differ though no tensor shows it.
+            # Numbers such as an epsilon, in which layouts differ without a tensor that shows it.
             setattr(self.model.get_submodule(module), name, number)
         return self.report
 
 
-# long: each kind of misfit is told in the one pass over the keys
+# long: each kind of misfit is detected in one pass over the keys
 def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adapting | None = None) -> Matched:
-    """Finds the place of everything that a file holds, without writing it.
+    """Matches everything that a file holds to the keys of a model, without writing it.
 
     Args:
         model: the model.
         held: a state dict, or a checkpoint dictionary that holds one.
-        name: of the file, for messages.
-        adapting: what may be made to fit; None wants equal keys and shapes.
+        name: the file's name, for messages.
+        adapting: rules for adapting tensors; None requires equal keys and shapes.
 
     Raises:
         SchemeError: as ``load``.
     """
     state, dropped = _unwrap(held, name, adapting is None or adapting.averaged)
     own = model.state_dict()
-    # Prefixes go first: published layouts are told by their keys, which a wrapper has changed.
+    # Prefixes are stripped first: published layouts are recognised by their keys, which a wrapper has changed.
     state, outside = _strip(model, state, own)
-    # Weights that are functions of depth take the knots of the file: the function counts, not how it was written.
+    # Weights that are functions of depth take the file's knots: the function matters, not the basis it is written in.
     shapes = expected_shapes(model, state, own)
     dropped += outside
     # The model's own keys are never renamed, whatever layout they may look like.
@@ -206,12 +206,12 @@ def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adap
         if adapting and target not in own and adapting.left_out(target):
             dropped.append(key)
             continue
-        # Two keys for one place: which of them was meant cannot be told.
+        # Two keys for one place: there is no telling which was meant.
         if target not in own or target in placed:
             unmatched.append(key)
             continue
         placed.add(target)
-        # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1); the numbers and their order are equal.
+        # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1): the same numbers in the same order.
         if known and value.layout == torch.strided and _without_ones(value.shape) == _without_ones(shapes[target]):
             value = value.reshape(shapes[target])
         if problem := _unusable(value, own[target]):
@@ -236,15 +236,15 @@ def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adap
 def published_keys(
     model: nn.Module, source: Mapping[str, Any] | str | PathLike[str], name: str = "state dict"
 ) -> tuple[dict[str, Tensor], KeyMap | None]:
-    """What a file holds under published keys, without the prefixes of wrappers, and how these are called here.
+    """Returns the tensors of a file under published keys, without the prefixes of wrappers, and the model's names.
 
     Args:
         model: the model.
         source: as in ``load``.
-        name: of the source, for messages.
+        name: the source's name, for messages.
 
     Returns:
-        The tensors, and their names here; None for the model's own keys, and for a layout that it does not know.
+        The tensors, and the map of their keys to the model's; None for the model's own keys, and for unknown layouts.
     """
     state, _ = _unwrap(source if isinstance(source, Mapping) else read(source), name)
     own = model.state_dict()
@@ -254,11 +254,11 @@ def published_keys(
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Writes a model's weights as safetensors: tensors alone, no code; ``load`` reads them.
+    """Writes a model's weights as safetensors, which holds tensors and no code; ``load`` reads them.
 
     Args:
         model: the model.
-        path: the file, ``*.safetensors`` by custom; its folder is made where there is none.
+        path: the file, ``*.safetensors`` by convention; its folder is created if missing.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -277,21 +277,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str]) -> No
         from safetensors.torch import save_file
     except ImportError:
         raise MissingExtra(f"safetensors writes this file: {install('train')}", name="safetensors") from None
-    # A clone each: safetensors refuses tensors that share memory, and wants them contiguous.
+    # Clones, since safetensors refuses tensors that share memory, and requires contiguous ones.
     whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(whole, str(path), metadata={"format": "pt"})
 
 
 def read(path: str | PathLike[str]) -> Mapping[str, Any]:
-    """What a weight file holds, on the CPU; no code in it is run.
+    """Reads a weight file onto the CPU, without running any code in it.
 
     Args:
         path: a .safetensors file, or one written by torch.save.
 
     Raises:
         SchemeError: no such file, a file that cannot be read, or one that holds more than tensors and plain values.
-        ImportError: a .safetensors file, and safetensors is not installed.
+        ImportError: a .safetensors file while safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -307,7 +307,7 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise SchemeError(f"{path} cannot be read: {error}. Is the file whole?") from None
     try:
-        # Beside tensors only these types are made: no code of the file is run.
+        # Only these types are created besides tensors, so that no code of the file is run.
         with torch.serialization.safe_globals(_harmless()), _Bounded(path) as file:
             held = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -325,20 +325,20 @@ def read(path: str | PathLike[str]) -> Mapping[str, Any]:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that is never asked for more bytes than it has: a damaged length would take its memory before failing."""
+    """A file whose reads are capped at its size: a damaged length would be allocated before the read fails."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path))
         self._length = path.stat().st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most ``size`` bytes, all that are left by default."""
+        """Reads at most ``size`` bytes, by default all that are left."""
         left = max(0, self._length - self.tell())
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _harmless() -> list[Any]:
-    """Types that published files hold beside tensors, none of which does anything when it is made."""
+    """Types that published files hold besides tensors; constructing any of them has no side effects."""
     found: list[Any] = [argparse.Namespace, SimpleNamespace, PosixPath, PurePosixPath]
     numpy = sys.modules.get("numpy")
     if numpy is not None:  # numbers such as the best accuracy
@@ -349,7 +349,7 @@ def _harmless() -> list[Any]:
 
 
 def _unusable(value: Tensor, own: Tensor) -> str:
-    """Why a tensor cannot become the other to the number, or "" where it can."""
+    """Returns why a tensor's numbers cannot be copied into another tensor, or "" if they can."""
     if value.is_nested or value.layout != torch.strided:
         return f"not dense ({str(value.layout).removeprefix('torch.')})"
     if value.is_quantized:
@@ -362,21 +362,21 @@ def _unusable(value: Tensor, own: Tensor) -> str:
     if not torch.can_cast(value.dtype, own.dtype):
         return f"{str(value.dtype).removeprefix('torch.')}, want {kind}"
     if own.is_floating_point() and _largest(value.dtype) > _largest(own.dtype):
-        # As doubles: not every format can be asked whether it is finite.
+        # In float64, since isfinite is not implemented for every dtype.
         if bool((~value.to(own.dtype).double().isfinite() & value.double().isfinite()).any()):
             return f"beyond the range of {kind}"
     return ""
 
 
 def _largest(kind: torch.dtype) -> float:
-    """The largest number of a real format."""
+    """Returns the largest number of a real dtype."""
     if kind == torch.bool:
         return 1.0
     return torch.finfo(kind).max if kind.is_floating_point else float(torch.iinfo(kind).max)
 
 
 def _unwrap(held: Mapping[str, Any], name: str, averaged: bool = True) -> tuple[dict[str, Tensor], list[str]]:
-    """The innermost state dict of a training checkpoint, and what weights beside it are left out."""
+    """Returns the innermost state dict of a training checkpoint, and the other weights that are left out."""
     beside: list[str] = []
     order = CONTAINERS if averaged else (RAW, *CONTAINERS[len(AVERAGED) :], *AVERAGED)
     # A Lightning checkpoint around a state dict around a wrapper; deeper nesting is something else.
@@ -397,17 +397,17 @@ def _unwrap(held: Mapping[str, Any], name: str, averaged: bool = True) -> tuple[
 def _strip(
     model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state without the prefixes that wrappers add, and the keys outside of the wrapped net."""
-    # A compiled part of the model has the word in its own keys, and needs it.
+    """Returns the state without the prefixes that wrappers add, and the keys outside the wrapped net."""
+    # If a part of the model is compiled, the prefix belongs to the model's own keys.
     if not any(COMPILED in key for key in own):
         state = {key.replace(COMPILED, ""): value for key, value in state.items()}
     dropped: list[str] = []
-    # Only as long as no key fits: a net may have a part that is called `net`.
+    # Only as long as no key fits, since a net may have a part named `net`.
     while not (state.keys() & own.keys()) and not (isinstance(model, Renames) and model.key_map(state.keys())):
         prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
         if prefix is None:
             break
-        # Such as the buffers of a loss, which stand beside the net in a Lightning module.
+        # For example the buffers of a loss, which is next to the net in a Lightning module.
         dropped += [key for key in state if not key.startswith(prefix)]
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state, dropped

@@ -1,4 +1,4 @@
-"""What a Stack checks once, at its first call or on an example: shapes, writes to arguments, known blocks."""
+"""Checks that a Stack runs once, at its first call or on an example: shapes, writes to arguments, known blocks."""
 
 import warnings
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _WRITES = "{}: writes to its argument; use out-of-place operations (inplace=Fals
 
 
 def warn_of_own_skip(f: object) -> None:
-    """Warns where f is a block of a well-known library with a skip connection of its own."""
+    """Warns if f is a block of a well-known library with a skip connection of its own."""
     for module, names in OWN_SKIP.items():
         if type(f).__module__.startswith(module) and type(f).__name__ in names:
             warnings.warn(
@@ -36,10 +36,10 @@ def warn_of_own_skip(f: object) -> None:
 
 
 def check_given(takes: Takes, t: Any, context: Any) -> None:
-    """Refuses a time or a context that would not arrive.
+    """Refuses a time or a context that may not reach any residual function.
 
     Raises:
-        SchemeError: no residual function reads it, or none tells.
+        SchemeError: no residual function reads it, or a signature does not tell.
     """
     if context is not None and not takes.context and not takes.opaque:
         raise SchemeError(
@@ -64,16 +64,16 @@ class Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
         counted = [a for a in tensors if not a.is_inference()]  # inference mode keeps no version counters
-        # A write is counted by torch even where it leaves the values as they were; comparing values would miss it.
+        # torch counts a write even if it leaves the values unchanged, which a comparison of values would miss.
         versions = [a._version for a in counted]
         where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
         try:
             out = self.function(*args, **kwargs)
         except Exception as error:
-            # Torch itself refuses a write to a leaf; the counter of such an argument never moves.
+            # torch itself refuses an in-place write to a leaf, so that the version counter of such an argument stays.
             if isinstance(error, RuntimeError) and "leaf Variable that requires grad" in str(error):
                 self._check_leaves(where, args, kwargs)
-            # A note, not an error of ours: the user's exception keeps its type and its traceback.
+            # A note instead of an error of ours: the user's exception keeps its type and its traceback.
             error.add_note(f"{where}: residual function was given {[tuple(a.shape) for a in tensors]}")
             raise
         if not isinstance(out, Tensor):
@@ -84,13 +84,13 @@ class Watched:
         if want is not None and out.shape != want:
             if self.due is None or self.i in self.due:
                 raise SchemeError(_misfit(where, out.shape, want))
-            self.due[self.i] = out.shape  # a coupling's shortcut comes after the function, and may give this shape
+            self.due[self.i] = out.shape  # a coupling's shortcut runs after the function, and may produce this shape
         return out
 
     def _check_leaves(self, where: str, args: Any, kwargs: Any) -> None:
-        """Raises a SchemeError where it is to an argument that the function writes, and not to a leaf of its own."""
-        # Copies are neither leaves nor views of one, so that torch lets the write pass, and counts it. What a second
-        # call moves is put back with what the first has moved.
+        """Raises a SchemeError if the function writes to an argument, and not to a leaf of its own."""
+        # Clones are neither leaves nor views of one, so that torch permits the write, and counts it. Side effects of
+        # this second call are undone together with those of the first.
         copies = [a.clone() if isinstance(a, Tensor) and a.requires_grad else a for a in args]
         with suppress(Exception):
             self.function(*copies, **kwargs)
@@ -99,7 +99,7 @@ class Watched:
 
 
 class WatchedShortcut:
-    """A shortcut under the checks: gives a stream the shape that its residual function returned, or raises."""
+    """A shortcut under the checks: it must give its stream the shape that the residual function returned."""
 
     def __init__(self, shortcut: Function, step: Step, i: int, shapes: list[torch.Size], due: dict[int, torch.Size]):
         self.shortcut, self.step, self.i, self.shapes, self.due = shortcut, step, i, shapes, due
@@ -118,7 +118,7 @@ class WatchedShortcut:
         return getattr(self.shortcut, name)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The shortcut's inverse, whose shapes are noted as those of the forward pass are."""
+        """Applies the shortcut's inverse, and records shapes as in the forward pass."""
         x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
         if y.shape != x.shape:
             self.shapes[self.i] = x.shape
@@ -133,7 +133,7 @@ def _misfit(where: str, given: torch.Size, want: torch.Size) -> str:
 
 
 def watch(step: Step, state: State, fs: Sequence[Function], gs: Sequence[Function]) -> Functions:
-    """The residual functions and shortcuts of a step, under the checks."""
+    """Returns the residual functions and shortcuts of a step, wrapped in the checks."""
     shapes = [x.shape for x in state]
     due: dict[int, torch.Size] = {}
     several = len(state) > 1 and len(gs) == len(state)

@@ -1,4 +1,4 @@
-"""Configuration files as they are meant: what a YAML parser would accept in silence, or choke on, is two lines here."""
+"""Checks of configuration files: what a YAML parser would silently accept, or choke on, becomes a two-line error."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from schemes import SchemeError
 
 from .messages import first_line
 
-MOST_NODES = 100_000  # of a file with its aliases written out; a large experiment has some hundreds
+MOST_NODES = 100_000  # of a file with its aliases expanded; a large experiment has some hundreds
 DEEPEST = 100  # levels
 LARGEST = 10 << 20  # bytes
-# What YAML 1.1 reads in base 8 or 60: 010 is 8, and 1:30 is 90.
+# Numbers that YAML 1.1 reads in base 8 or 60: 010 is 8, and 1:30 is 90.
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 OTHER_BASES = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
 
@@ -24,8 +24,8 @@ def check_files(words: Sequence[str]) -> None:
         words: the command line.
 
     Raises:
-        SchemeError: a file that is no UTF-8, has a tab as indentation, a key twice in one mapping, numbers in bases 8
-            or 60, or aliases that would fill the memory.
+        SchemeError: a file that is not UTF-8, or has a tab as indentation, a key twice in one mapping, numbers in bases
+            8 or 60, or aliases that would exhaust memory.
     """
     # Any word may name a file: options of a subcommand take configurations of their own.
     values = [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
@@ -35,7 +35,7 @@ def check_files(words: Sequence[str]) -> None:
             path = Path(value)
             try:
                 found = path.is_file()
-            # A word that is no path at all, such as one with a null byte or of thousands of characters.
+            # A word that is not a path at all, for example with a null byte or thousands of characters.
             except (OSError, ValueError):
                 continue
             if found:
@@ -50,7 +50,7 @@ def check_file(path: Path) -> None:
         raise SchemeError(f"{path} has {path.stat().st_size:,} bytes\n  A configuration has a few thousand.")
     text = _text(path)
     try:
-        # Composed and not loaded: keys that stand twice, and aliases, are gone once there are dictionaries.
+        # Composed and not loaded, since duplicate keys and aliases are gone once dictionaries are built.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -83,10 +83,10 @@ def _has_tab(text: str, mark: Any) -> bool:
 
 
 def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int:
-    """The number of values below a node, aliases written out; raises for a key that stands twice."""
+    """Returns the number of values below a node with aliases expanded; raises for faults such as a duplicate key."""
     if id(node) in above:
         raise SchemeError(f"{path}, line {node.start_mark.line + 1}: an alias of something that it is a part of")
-    # Counted once, however often an alias stands for it: the count must not take the time that it warns of.
+    # Counted once, however often an alias refers to it: the count must not itself take the time that it guards against.
     if id(node) in sizes:
         return sizes[id(node)]
     if len(above) > DEEPEST:
@@ -115,7 +115,7 @@ def _check_keys(pairs: Sequence[tuple[Any, Any]], path: Path) -> None:
     seen: dict[Any, int] = {}
     for key, _ in pairs:
         line = key.start_mark.line + 1
-        # A merge key may stand several times.
+        # A merge key may occur several times.
         if not isinstance(key.value, str) or key.value == "<<":
             continue
         if key.value in seen:
@@ -127,7 +127,7 @@ def _check_keys(pairs: Sequence[tuple[Any, Any]], path: Path) -> None:
 
 
 def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by their dotted names.
+    """Returns the values of a nested configuration by dotted names.
 
     Example:
         >>> flat({"a": {"b": 1, "c": [2, {"d": 3}]}})

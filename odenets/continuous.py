@@ -1,11 +1,11 @@
 """Weights as functions of depth: theta(t) is a B-spline, and a residual network integrates one field.
 
-``ContinuousWeights`` makes a residual function f(t, x) = block(x; theta(t)) of a block. The block stays what it is, a
-module with its own names: each of its parameters gets one dimension more, in front, for the coefficients.
+``ContinuousWeights`` turns a block into a residual function f(t, x) = block(x; theta(t)). The block stays a module with
+its own names: each of its parameters gains a leading dimension for the coefficients.
 
 * a convolution's ``block.conv.weight`` is (knots + degree, out, in, 3, 3);
 * evaluated at t it is the convolution with the weights sum_k B_k(t) c_k, which exist for that call alone;
-* under euler at the knots of a linear spline they are single coefficients, and nothing is computed.
+* under euler, at the knots of a linear spline, these weights are single coefficients, and nothing is computed.
 """
 
 import copy
@@ -30,12 +30,12 @@ from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
 from .knots import KNOTS, count_of, mapped, read_knots, relative_errors, space_of
 
-# Beyond its span a field goes on as its last piece does, as far as the nodes of a step reach: verner8 has one at 4/3.
+# Beyond its span a field continues its last piece, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
 
 
 class Approximation(NamedTuple):
-    """A field that stands for others, and how far it is from them.
+    """A field that approximates given weights, and its distance from them.
 
     Attributes:
         field: the field.
@@ -49,10 +49,10 @@ class Approximation(NamedTuple):
 
 
 class Basis:
-    """What the coefficients of a field are coefficients of: copies that share the parameters share it too.
+    """The basis to which the coefficients of a field refer; copies that share the parameters share it too.
 
     Args:
-        span: the end of the time.
+        span: the end of the time interval.
         space: the splines.
     """
 
@@ -65,21 +65,21 @@ class Basis:
 class ContinuousWeights(nn.Module):
     r"""A residual function f(t, x) = block(x; theta(t)) whose weights are splines in time, theta(t) = sum_k B_k(t) c_k.
 
-    Shared by all stages of a stack it is one vector field: scheme and depth may then change after training, and the
-    results differ by the scheme's error. At first theta is constant, with the weights that the block has. A scheme has
-    its order where f is smooth along a step: with a smooth activation, and knots where steps begin. With ReLU, or knots
-    inside of steps, the order stops at 2.
+    Shared by all stages of a stack, it is one vector field: scheme and depth may then change after training, and the
+    results differ by the scheme's error. Initially theta is constant, with the block's weights. A scheme attains its
+    order where f is smooth along a step: with a smooth activation, and knots where steps begin. With ReLU, or knots
+    inside steps, the order stops at 2.
 
     Cost: one weighted sum of ``degree + 1`` coefficients per parameter and evaluation, none at the knots of a linear
-    spline. The sums are not kept for the backward pass, which makes them again.
+    spline. The sums are not kept for the backward pass, which recomputes them.
 
-    State-dict keys, stable: ``block.*`` as the block names them, with the coefficients in front; ``knots``.
+    Stable state-dict keys: ``block.*`` as the block names them, with the coefficients in front; ``knots``.
 
     Args:
-        block: any module: convolutions, attention, several arguments, a ``context``, a time of its own. It becomes part
-            of the field.
-        knots: number of intervals, or their ends from 0 to ``span``, rising; an inner one that stands m times leaves
-            ``degree - m`` continuous derivatives.
+        block: any module: with convolutions, attention, several arguments, a ``context``, or a time argument of its
+            own. It becomes part of the field.
+        knots: number of intervals, or their ends from 0 to ``span`` in ascending order; an inner knot repeated m times
+            leaves ``degree - m`` continuous derivatives.
         degree: of the splines: 0 (constant on each interval), 1 (lines), 2 or 3.
         span: t runs over [0, span].
 
@@ -87,7 +87,7 @@ class ContinuousWeights(nn.Module):
         t: a number or a scalar; x: whatever the block takes.
 
     Raises:
-        SchemeError: norms with running statistics, parameters that are not there yet, a spline that is none.
+        SchemeError: norms with running statistics, parameters that are still lazy, or an invalid spline.
 
     Source:
         Queiruga et al. 2020, Continuous-in-Depth Neural Networks, arXiv 2008.02389.
@@ -111,12 +111,12 @@ class ContinuousWeights(nn.Module):
         self.basis = Basis(float(span), space_of(knots, degree, float(span)))
         for places in places_of(block):
             p = places[0].value
-            # Basis functions add up to 1, so that equal coefficients are a constant.
+            # Basis functions sum to 1, so that equal coefficients represent a constant.
             held = nn.Parameter(p.detach().expand(self.space.count, *p.shape).clone(), p.requires_grad)
             for place in places:
                 setattr(place.module, place.name, held)
         self.block = block
-        self.energies: frozenset[str] = frozenset()  # what it returns beside its value in training: gather.returning
+        self.energies: frozenset[str] = frozenset()  # auxiliary values to return in training, set by gather.returning
         self._found: tuple[nn.Module, list[list[Place]]] | None = None
         self._read: tuple[nn.Module, Takes] | None = None
         self._compiled: Callable[..., Any] | None = None
@@ -124,7 +124,7 @@ class ContinuousWeights(nn.Module):
 
     @property
     def span(self) -> float:
-        """The end of the time."""
+        """The end of the time interval."""
         return self.basis.span
 
     @property
@@ -144,55 +144,55 @@ class ContinuousWeights(nn.Module):
 
     @property
     def takes(self) -> Takes:
-        """What a stack calls it with: the time first, and a context where the block takes one."""
+        """The arguments that a stack passes: the time first, and a context if the block takes one."""
         inner = self._inner
         return Takes(True, inner.context, True, inner.opaque)
 
     @property
     def _inner(self) -> Takes:
-        """What the block takes, read once."""
+        """The arguments that the block takes, read once."""
         if self._read is None or self._read[0] is not self.block:
             self._read = self.block, signature(self.block)
         return self._read[1]
 
     def _places(self) -> list[list["Place"]]:
-        """Where the block keeps its parameters, those of one parameter together."""
+        """The places where the block keeps its parameters, grouped by parameter."""
         # Found once: walking the block costs more than a small convolution. A replica has a block of its own.
         if self._found is None or self._found[0] is not self.block:
             self._found = self.block, places_of(self.block)
         return self._found[1]
 
     def coefficients(self) -> dict[str, nn.Parameter]:
-        """The coefficients of each of the block's parameters, by its name: (knots + degree, ...)."""
+        """Returns the coefficients of each of the block's parameters, by name: (knots + degree, ...)."""
         return {places[0].key: places[0].now() for places in self._places()}
 
     def weights(self, t: float | Tensor) -> dict[str, Tensor]:
-        """The block's weights at time t, by name; differentiable.
+        """Returns the block's weights at time t, by name; differentiable.
 
         Args:
             t: a time in [0, span].
 
         Raises:
-            SchemeError: a time outside of the span, further than the nodes of a step reach.
+            SchemeError: a time further outside the span than the nodes of a step reach.
         """
         names = [places[0].key for places in self._places()]
         return dict(zip(names, self._at(t)[0], strict=True))
 
     def _at(self, t: float | Tensor) -> "tuple[Sequence[Tensor], Row | None]":
-        """The weights at t, and the basis functions where t is a number to the host."""
+        """Returns the weights at t, and the basis functions where t is a number on the host."""
         coefficients = [places[0].now() for places in self._places()]
         if torch.compiler.is_compiling() or (isinstance(t, Tensor) and (t.requires_grad or t.device.type != "cpu")):
             given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
             if not torch.compiler.is_compiling() and given.device.type == "cpu" and not is_batchedtensor(given):
                 self._checked(float(given.detach()))
-            # A comparison with every knot, but no look at the value: the graph is the same for all times.
+            # Compared with every knot, but never read: the graph is the same for all times.
             basis = self.space.basis((given / self.span).reshape(()))
             return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
         row = self.space.row(self._checked(float(t)) / self.span)
         if not torch.is_grad_enabled():
             return [blend(c, row) for c in coefficients], row
         if peek_interpreter_stack() is not None:
-            # Inside of vmap, grad and their kind tensors have no address by which what is kept could be told.
+            # Inside vmap, grad and similar transforms, tensors have no address by which a kept one could be identified.
             return [blend(c, row) for c in coefficients], None
         used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
         rows = [self._rows(n, c) for n, c in enumerate(coefficients)]
@@ -202,9 +202,9 @@ class ContinuousWeights(nn.Module):
         return found, row  # type: ignore[return-value]
 
     def _rows(self, n: int, c: Tensor) -> Sequence[Tensor]:
-        """The single coefficients of parameter n, as views; the same for all evaluations of a pass.
+        """Returns the single coefficients of parameter n, as views; the same views for all evaluations of a pass.
 
-        Their gradients are then summed one by one, and put together once: not in the size of all for each evaluation.
+        Their gradients are then summed one by one and stacked once, instead of at full size in every evaluation.
         """
         # An optimiser's step, a freeze and a move to a device each make the views stale.
         key = (c._version, c.requires_grad, c.data_ptr())
@@ -212,12 +212,12 @@ class ContinuousWeights(nn.Module):
         if held is not None and held[0] is c and held[1] == key:
             return held[2]
         rows = c.unbind()
-        if c.is_leaf:  # what was computed would be kept alive with its graph
+        if c.is_leaf:  # a computed tensor would be kept alive with its graph
             self._split[n] = c, key, rows
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views have a graph, which deepcopy refuses; they are made again.
+        # Views have a graph, which deepcopy refuses; they are created again on demand.
         return {**self.__dict__, "_split": {}}
 
     def _checked(self, t: float) -> float:
@@ -229,7 +229,7 @@ class ContinuousWeights(nn.Module):
         return t
 
     def forward(self, t: float | Tensor, *args: Any, **kwargs: Any) -> Any:
-        """block(*args) with its weights at time t."""
+        """Calls the block with its weights at time t."""
         if self.energies and self.training:
             return with_energies(partial(self._call, t), args, kwargs, 0, self.energies)
         return self._call(t, *args, **kwargs)
@@ -255,7 +255,7 @@ class ContinuousWeights(nn.Module):
             return self.block(*args, **kwargs)
 
     def module_at(self, t: float) -> nn.Module:
-        """A block of its own with the weights at time t: what a plain network has in that place.
+        """Returns an independent block with the weights at time t: what a plain network has in that place.
 
         Args:
             t: a time in [0, span].
@@ -279,30 +279,30 @@ class ContinuousWeights(nn.Module):
     # Changes of basis ----------------------------------------------------------------------------------------------
 
     def change(self, space: SplineSpace, matrix: Tensor | None = None) -> Tensor:
-        """Writes the weights in another basis, in place; the parameters stay the objects that they are.
+        """Expresses the weights in another basis, in place; the parameters stay the same objects.
 
         Args:
-            space: the splines to come.
-            matrix: the map of coefficients, (new, old); None is the exact one.
+            space: the new splines.
+            matrix: the map of coefficients, (new, old); None computes the exact one.
 
         Returns:
-            The map, for what is kept beside the coefficients, such as an optimiser's moments.
+            The map, for tensors kept beside the coefficients, such as an optimiser's moments.
 
         Raises:
-            SchemeError: the new space does not hold the spline at hand.
+            SchemeError: the new space does not contain the present spline.
         """
         matrix = transfer(self.space, space) if matrix is None else matrix
-        self._split.clear()  # views of the old shape, which the parameters' nodes in the graph would keep
+        self._split.clear()  # views of the old shape, which would keep the parameters' nodes in the graph alive
         with torch.no_grad():
             for places in self._places():
                 p = places[0].now()
-                # Through `data`, so that an optimiser goes on with the same parameter in another shape. The node that
-                # adds up its gradient has the old shape, and lives as long as a graph or a copy of this field that
-                # shares the parameter: torch makes a new one where the number format changes.
+                # Through `data`, so that an optimiser keeps the same parameter in its new shape. The node that
+                # accumulates its gradient has the old shape, and lives as long as a graph or a copy of this field that
+                # shares the parameter; torch makes a new node when the dtype changes.
                 new = mapped(matrix, p.data)
                 p.data = p.data.new_empty(0, dtype=torch.float32 if p.dtype != torch.float32 else torch.float64)
                 p.data = new
-                # It has the old shape.
+                # The gradient has the old shape.
                 p.grad = None
         self.basis.space = space
         return matrix
@@ -313,10 +313,10 @@ class ContinuousWeights(nn.Module):
         return found
 
     def refined(self, knots: int) -> Self:
-        """The same function of depth with more knots, to rounding: a field of its own.
+        """Returns a new field with more knots that is the same function of depth, up to rounding.
 
         Args:
-            knots: number of uniform intervals, whose ends must hold the knots at hand.
+            knots: number of uniform intervals, whose ends must include the present knots.
 
         Raises:
             SchemeError: they do not; the nearest numbers that do are named.
@@ -330,9 +330,9 @@ class ContinuousWeights(nn.Module):
         return self._changed(self.space.refined(knots))
 
     def elevated(self, degree: int) -> Self:
-        """The same function of depth as a spline of a higher degree, to rounding: a field of its own.
+        """Returns a new field of a higher degree that is the same function of depth, up to rounding.
 
-        Each inner knot then stands once more for each degree, since the function is no smoother than it was.
+        Each inner knot is then repeated once more per added degree, since the function is no smoother than it was.
 
         Args:
             degree: of the new splines, at least the old one.
@@ -343,14 +343,14 @@ class ContinuousWeights(nn.Module):
         return self._changed(self.space.elevated(degree))
 
     def projected(self, knots: int, degree: int | None = None) -> Approximation:
-        """The nearest field with other knots, over depth in the mean square: compression after training.
+        """Returns the nearest field with other knots, in the mean square over depth: compression after training.
 
         Args:
             knots: number of uniform intervals.
             degree: of the splines; None keeps it.
 
         Returns:
-            The field, and how far its weights are from those at hand.
+            The field, and the distance of its weights from the present ones.
 
         Example:
             >>> import torch
@@ -376,24 +376,25 @@ class ContinuousWeights(nn.Module):
         span: float = 1.0,
         times: Sequence[float] | None = None,
     ) -> Approximation:
-        """The best spline through the weights of separate modules: the start of fine-tuning a trained network.
+        """Fits a spline to the weights of separate modules: a start for fine-tuning a trained network.
 
-        Least squares at the times of the modules; what they leave free is as little rough as can be. With as many knots
-        as modules it goes through all of them, and the network is the same under the same steps; between them, weights
-        that were trained apart have nothing to say. Buffers are those of the first module.
+        The fit is by least squares at the times of the modules; what they leave undetermined is as smooth as possible.
+        With as many knots as modules the spline interpolates them all, and the network is the same under the same
+        steps; between the modules, weights that were trained separately say nothing. Buffers are those of the first
+        module.
 
         Args:
-            modules: of one kind, in the order of depth.
+            modules: modules of one kind, in the order of depth.
             knots: as in ``ContinuousWeights``; None is one interval per module.
             degree: as in ``ContinuousWeights``.
             span: as in ``ContinuousWeights``.
-            times: where each module is evaluated; None is where the steps of euler begin, n span / len(modules).
+            times: the time of each module; None uses the times where steps of euler begin, n span / len(modules).
 
         Returns:
-            The field, and how far its weights are from those of the modules.
+            The field, and the distance of its weights from those of the modules.
 
         Raises:
-            SchemeError: modules whose parameters have other names or shapes.
+            SchemeError: modules whose parameters differ in names or shapes.
 
         Example:
             >>> import torch
@@ -438,7 +439,7 @@ class ContinuousWeights(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # No buffer: half() would round it, and two fields of as many coefficients would be taken for each other.
+        # Not a buffer: half() would round it, and two fields with equally many coefficients would be confused.
         destination[prefix + KNOTS] = self._knot_vector()
 
     def _load_from_state_dict(
@@ -460,17 +461,17 @@ class ContinuousWeights(nn.Module):
             except SchemeError as error:
                 error_msgs.append(f"{prefix}{KNOTS}: {error}")
             else:
-                if space != self.space:  # a field that was refined while it trained
-                    # For the shape, as the values come out of the state dict in a moment; what it leaves out stays the
-                    # function that it is, or the nearest.
+                if space != self.space:  # a field that was refined during training
+                    # Sets the shapes, since the values are then read from the state dict; parameters that it leaves out
+                    # stay the same function, or the nearest one.
                     self.change(space, None if space.holds(self.space) else projection(self.space, space))
                 self.basis.span = span
-        # torch would report the knots as unexpected, since they are no buffer.
+        # torch would report the knots as unexpected, since they are not a buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Memory formats are meant for the block's own dimensions: channels_last refuses a tensor of five.
+        # Memory formats are meant for the block's own dimensions: channels_last refuses a five-dimensional tensor.
         return super()._apply(lambda x: fn(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.dim() > 3 else fn(x))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -482,7 +483,7 @@ class ContinuousWeights(nn.Module):
             args: as in ``torch.compile``.
             kwargs: as in ``torch.compile``.
         """
-        # A function of the field, not of this object: copies of the field keep it, with weights of their own.
+        # The compiled function takes the field as an argument, so that copies keep it and use their own weights.
         self._compiled = torch.compile(ContinuousWeights._evaluate, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -519,11 +520,11 @@ def _normed_by_iteration(module: nn.Module) -> bool:
     return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
-# What others ask of fields ------------------------------------------------------------------------------------------
+# Queries about fields -----------------------------------------------------------------------------------------------
 
 
 def fields_of(module: nn.Module | None) -> list[ContinuousWeights]:
-    """The fields inside of a module, each once.
+    """Returns the fields inside a module, each once.
 
     Example:
         >>> import torch
@@ -535,20 +536,20 @@ def fields_of(module: nn.Module | None) -> list[ContinuousWeights]:
 
 
 def dimensions(module: nn.Module) -> dict[int, int]:
-    """The number of dimensions of each parameter of a module, by its id, without that of the coefficients."""
+    """Returns the number of dimensions of each parameter of a module, by id, without that of the coefficients."""
     own = {id(p) for field in fields_of(module) for p in field.coefficients().values()}
     return {id(p): p.ndim - (id(p) in own) for p in module.parameters()}
 
 
 def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes that a model takes from a state dict: a field takes any number of coefficients, with its knots."""
+    """Returns the shapes that a model accepts from a state dict: a field, any number of coefficients with its knots."""
     shapes = {key: value.shape for key, value in own.items()}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
             count = count_of(state, prefix, module.space.count)
             span, _ = read_knots(given, count)
-            # Alone it takes any; in a network the steps would go on to end where they do.
+            # A field on its own accepts any span; in a network the steps would still end where they do now.
             if name and abs(span - module.span) > 1e-6 * module.span:
                 raise SchemeError(
                     f"{name}: its weights are functions on [0, {module.span:g}], and those of the file on "

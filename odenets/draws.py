@@ -1,14 +1,14 @@
-"""A generator of a stack's own, from which its scheme draws in training."""
+"""A stack's own random number generator, from which its scheme draws in training."""
 
 import torch
 from torch import nn
 
 
 class Draws(nn.Module):
-    """Holds a generator on the processor; a module, so that runs of a step find it and draw the same again.
+    """Holds a generator on the CPU; a module, so that a step that is run again finds it and draws the same numbers.
 
     Args:
-        seed: what it begins with.
+        seed: the generator's seed.
     """
 
     def __init__(self, seed: int):

@@ -1,8 +1,8 @@
-"""A network as a file that runs without this package: ONNX, or torch.export's .pt2, checked before it is there.
+"""Export of a network to a file that runs without this package: ONNX, or torch.export's .pt2, checked before it exists.
 
-The graph is traced once, by ``torch.export``, in evaluation and without gradients: there every scheme is plain
-arithmetic, whichever way its network was trained (stored, checkpointed, reversed, exact). The file is written beside
-its place, opened again, and compared with the network on batches of other sizes than the one that was traced.
+The graph is traced once, by ``torch.export``, in evaluation mode and without gradients, where every scheme is plain
+arithmetic, however the network was trained (stored, checkpointed, reversed, exact). The file is written to a temporary
+place, read back, and compared with the network, also on batches of other sizes than the traced one.
 """
 
 import json
@@ -22,17 +22,17 @@ from schemes.errors import SchemeError
 
 Format = Literal["onnx", "pt2"]
 TRACED, CHECKED = 2, (1, 3)  # batches: a dimension of one would be traced as fixed
-NOTES = "odenets.json"  # in a .pt2 file, what stands in an ONNX file's metadata
+NOTES = "odenets.json"  # in a .pt2 file, the equivalent of an ONNX file's metadata
 
 
 class Exported(NamedTuple):
-    """What ``export`` wrote.
+    """The result of ``export``.
 
     Attributes:
         path: the file.
         format: "onnx" or "pt2".
         difference: the largest difference between its outputs and the network's, divided by their largest magnitude
-            or 1, whichever is more.
+            or 1, whichever is larger.
         shape: of its input; a name stands for any number.
     """
 
@@ -52,19 +52,19 @@ def export(
     tolerance: float = 1e-5,
     notes: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Writes a network, for any number of pictures, as a file that runs elsewhere.
+    """Writes a network, for any batch size, as a file that runs elsewhere.
 
     Args:
-        net: maps pictures (n, c, h, w) to one tensor; traced in evaluation, and left as it is.
-        path: the file; written only if its outputs are the network's.
-        shape: of a picture: channels, height, width.
-        format: "onnx" or "pt2"; None reads it from the path's suffix.
+        net: maps images (n, c, h, w) to one tensor; traced in evaluation mode, and left unchanged.
+        path: the file; written only if its outputs agree with the network's.
+        shape: of an image: channels, height, width.
+        format: "onnx" or "pt2"; None infers it from the path's suffix.
         dynamic_size: whether height and width may vary, in multiples of the network's ``reduction``.
         tolerance: largest difference of outputs, relative to their largest magnitude where that exceeds 1.
-        notes: plain values that travel with it, as JSON.
+        notes: plain values stored in the file, as JSON.
 
     Raises:
-        SchemeError: an unknown format, a network that cannot be traced, outputs that differ, or no room for the file.
+        SchemeError: an unknown format, a network that cannot be traced, outputs that differ, or a failed write.
         ImportError: ONNX without the extra ``export``.
 
     Example:
@@ -79,23 +79,23 @@ def export(
     kind = _format(path, format)
     if kind == "onnx":
         _require_onnx()
-    # A network in half precision, or on another device, takes no other pictures.
+    # The network's own dtype and device: it takes no other images.
     like = next(net.parameters())
-    # Of its own: an export in the middle of a run must not move the run's random numbers.
+    # A generator of its own: an export in the middle of a run must not advance the run's random state.
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=generator).to(like) for n in (TRACED, *CHECKED)]
     with _in_evaluation(net):
         dims: dict[int, Any] = {0: torch.export.Dim("n", min=1)}
         if dynamic_size:
             dims |= _sizes(net, shape)
-            # One side alone, so that a graph that takes height and width for equal is found out.
+            # Taller alone, to detect a graph that assumes equal height and width.
             taller = torch.randn(1, shape[0], shape[1] + _reduction(net), shape[2], generator=generator)
             batches.append(taller.to(like))
         wanted = [net(x) for x in batches]
         program = _traced(net, batches[0], dims)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, since a rename is all or nothing only within one file system.
+        # In the same folder, since a rename is atomic only within one file system.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             part = Path(folder) / f"net.{kind}"
             text = json.dumps(dict(notes or {}), ensure_ascii=False)
@@ -133,8 +133,8 @@ def _require_onnx() -> None:
 
 @contextmanager
 def _in_evaluation(net: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients; afterwards every part is as it was."""
-    # Part by part: some may be frozen in evaluation while the rest trains.
+    """Within it, evaluation mode without gradients; on exit every module's mode is restored."""
+    # Module by module, since some may be frozen in evaluation mode while the rest trains.
     before = {part: part.training for part in net.modules()}
     try:
         with torch.no_grad():
@@ -155,7 +155,7 @@ def _sizes(net: nn.Module, shape: tuple[int, int, int]) -> dict[int, Any]:
         if side % step:
             raise SchemeError(f"export: pictures of {shape[1]} x {shape[2]}, and sizes vary in multiples of {step}.")
     dims = (torch.export.Dim(name, min=1) for name in ("h", "w"))
-    # A multiple of a free number is how torch.export is told that a side divides evenly.
+    # A multiple of a free dimension tells torch.export that a side divides evenly.
     return {axis: step * dim if step > 1 else dim for axis, dim in zip((2, 3), dims, strict=True)}
 
 
@@ -169,38 +169,38 @@ def _traced(net: nn.Module, x: Tensor, dims: Mapping[int, Any]) -> torch.export.
 
 
 def _pt2(program: Any, path: Path, notes: str) -> Callable[[Tensor], Tensor]:
-    """Writes the file, and gives what runs it."""
+    """Writes the file, and returns a function that runs it."""
     torch.export.save(program, path, extra_files={NOTES: notes})
     with warnings.catch_warnings():
-        # Torch 2.11 reads what it wrote into memory that cannot be written to, and warns whoever asked for that.
+        # torch 2.11 loads its own file into a read-only buffer, and warns about that.
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        # From the file, so that what is checked is what was written.
+        # Loaded from the file, so that the check covers what was written.
         return torch.export.load(path).module()
 
 
 def _onnx(program: Any, path: Path, notes: str) -> Callable[[Tensor], Tensor]:
-    """Writes the file, and gives what runs it, on the CPU."""
+    """Writes the file, and returns a function that runs it on the CPU."""
     import onnx
     import onnxruntime
 
     with warnings.catch_warnings(), _silent("torch.onnx._internal.exporter._registration"):
-        warnings.simplefilter("ignore")  # of the exporter's own parts
+        warnings.simplefilter("ignore")  # warnings about the exporter's own internals
         names: dict[str, Any] = {"input_names": ["pictures"], "output_names": ["logits"]}
         done = torch.onnx.export(program.run_decompositions(), (), dynamo=True, verbose=False, **names)
     assert done is not None
-    # One file that can be moved; the exporter would put large weights into a second one.
+    # One self-contained file; the exporter would put large weights into a second one.
     done.save(path, external_data=False)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {"odenets": notes})
     onnx.save(model, path)
-    # Always on the CPU: the check needs no other device, and others round otherwise.
+    # Always on the CPU: the check needs no other device, and others round differently.
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(["logits"], {"pictures": x.cpu().numpy()})[0])
 
 
 @contextmanager
 def _silent(name: str) -> Iterator[None]:
-    """Without the warnings of a logger: the exporter names each package that it could serve and does not find."""
+    """Silences a logger's warnings: the exporter names each package that it supports but does not find."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -216,7 +216,7 @@ def _outputs(net: nn.Module, run: Callable[[Tensor], Tensor], batches: Sequence[
         try:
             with torch.no_grad():
                 found.append(run(x))
-        except Exception as e:  # a size that was taken for fixed when it was traced
+        except Exception as e:  # a size that the trace took to be fixed
             said = " ".join(str(e).split())[:200]
             raise SchemeError(
                 f"{type(net).__name__} as a file takes no pictures {tuple(x.shape)}, and the network does: {said}\n"
@@ -229,7 +229,7 @@ def _difference(net: nn.Module, kind: str, got: list[Tensor], wanted: list[Tenso
     scale = max(1.0, *(float(y.abs().max()) for y in wanted))
     worst = max(float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in zip(got, wanted, strict=True))
     difference = worst / scale
-    # This way round, so that NaN is refused too.
+    # Written so that NaN is refused too.
     if not difference <= tolerance:
         raise SchemeError(
             f"{type(net).__name__} as {kind}: its outputs differ by {difference:.2g} from the network's, more than "

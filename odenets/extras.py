@@ -1,9 +1,9 @@
-"""Which extra brings what this package imports beside torch and einops: the table behind every message about it."""
+"""The extras that install this package's imports besides torch and einops: the table behind messages about them."""
 
 import importlib.util
 import sys
 
-# By the names under which they are imported; the first extra that brings one, where several do.
+# By import name; the first extra where several install a package.
 EXTRAS = {
     **dict.fromkeys(
         (
@@ -24,11 +24,11 @@ EXTRAS = {
 
 
 class MissingExtra(ModuleNotFoundError):
-    """Something is not installed that an extra brings; the message has the line that installs it."""
+    """A package of an extra is not installed; the message has the line that installs it."""
 
 
 def install(extra: str) -> str:
-    """The line that installs an extra.
+    """Returns the command that installs an extra.
 
     Example:
         >>> install("train")
@@ -38,11 +38,11 @@ def install(extra: str) -> str:
 
 
 def require(extra: str, what: str) -> None:
-    """Refuses to go on where a package of an extra is not installed; nothing is imported.
+    """Refuses to continue if a package of an extra is not installed; imports nothing.
 
     Args:
         extra: the extra.
-        what: who needs it, for the message.
+        what: the feature that needs it, for the message.
 
     Raises:
         MissingExtra: one is missing.
@@ -54,18 +54,18 @@ def require(extra: str, what: str) -> None:
 
 def _installed(module: str) -> bool:
     if module in sys.modules:
-        return sys.modules[module] is not None  # None is how Python notes what must not be imported
+        return sys.modules[module] is not None  # Python marks a blocked import by None
     return importlib.util.find_spec(module) is not None
 
 
 def explained(error: ImportError) -> tuple[str, str] | None:
-    """The two lines that an import error ends a command in: what is missing, and what installs it.
+    """Returns the two lines with which an import error ends a command: what is missing, and what installs it.
 
     Args:
-        error: as Python raises it, or one whose message has the line already.
+        error: as Python raises it, or one whose message already has the command.
 
     Returns:
-        None where no extra brings what is missing: that is a fault of the program, or of the user's own module.
+        None if no extra installs what is missing: a fault of the program, or of the user's own module.
     """
     cause, colon, remedy = str(error).rpartition(": ")
     if colon and remedy.startswith("pip install "):

@@ -1,4 +1,4 @@
-"""Auxiliary values of a whole network: those of all its stacks, whatever its own forward hands on."""
+"""Auxiliary values of a whole network: those of all its stacks, whatever its own forward returns."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from .stack import Stack, StackHolder
 
 
 def outermost(net: nn.Module) -> list[Stack]:
-    """The stacks of a network, each once, and none that is a residual function of another.
+    """Returns the stacks of a network, each once, without those inside the residual functions of another.
 
     Args:
         net: the network, or a stack.
@@ -39,15 +39,15 @@ def outermost(net: nn.Module) -> list[Stack]:
 
 @contextmanager
 def gathered(net: nn.Module, aux: bool | str | Collection[str] = True) -> Iterator[dict[str, Tensor]]:
-    """Inside, auxiliary values of a network's stacks are gathered: at its end the dictionary holds their sums.
+    """Collects the auxiliary values of a network's stacks: on exit, the yielded dictionary holds their sums.
 
-    A model calls its stacks itself and returns logits alone. The values have gradients in every mode of
-    backpropagation, as those of ``stack(x, aux=True)``; of a stack inside of another's residual functions there are
-    none, since a reversed pass has no graph for them.
+    For models that call their stacks themselves and return only logits. The values have gradients in every mode of
+    backpropagation, as those of ``stack(x, aux=True)`` do. A stack inside another's residual functions contributes
+    none, since a reversed pass has no graph for its values.
 
     Args:
         net: a network with stacks in it, or a stack.
-        aux: all (True), or those of this name, or of these.
+        aux: True for all values; a name, or a collection of names, for those.
 
     Raises:
         SchemeError: a network without stacks; at the end, a name that no residual function returned.
@@ -75,20 +75,20 @@ def gathered(net: nn.Module, aux: bool | str | Collection[str] = True) -> Iterat
     try:
         yield found
     finally:
-        # Also after an error: the next pass would add to what nobody reads, and keep its graph alive.
+        # Also after an error: the next pass would add to an abandoned sink, which would keep its graph alive.
         for stack, sinks in zip(stacks, before, strict=True):
             stack.into = sinks
     found.update(sink.sums(names))
 
 
 def returning(net: nn.Module, names: Collection[str]) -> None:
-    """Lets the fields of a network return their energies in training, as ``Regularised`` does it for one function.
+    """Makes the fields of a network return their energies in training, as ``Regularised`` does for one function.
 
-    State-dict keys stay; in evaluation nothing is computed.
+    State-dict keys do not change; nothing is computed in evaluation.
 
     Args:
-        net: its weights are functions of depth; what has none stays as it is.
-        names: "kinetic", the mean of |f|^2, and "jacobian", that of |e^T df/dx|^2; none ends it.
+        net: a network with weights that are functions of depth; parts without such weights stay as they are.
+        names: "kinetic", the mean of |f|^2, and "jacobian", that of |e^T df/dx|^2; an empty collection turns both off.
 
     Raises:
         SchemeError: another name.

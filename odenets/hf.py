@@ -1,8 +1,8 @@
 """The models for transformers: a configuration, a backbone, an image classifier and an image processor.
 
 ``import odenets.hf`` registers them, so that ``AutoConfig``, ``AutoBackbone``, ``AutoModelForImageClassification``,
-``AutoImageProcessor`` and ``pipeline("image-classification")`` load what ``save_pretrained`` wrote. A folder holds
-config.json, model.safetensors, preprocessor_config.json and README.md, a model card.
+``AutoImageProcessor`` and ``pipeline("image-classification")`` load folders written by ``save_pretrained``. A folder
+holds config.json, model.safetensors, preprocessor_config.json and README.md, a model card.
 
 Raises:
     ImportError: transformers is not installed.
@@ -59,19 +59,19 @@ classify = pipeline("image-classification", model="path or name of this reposito
 
 
 class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
-    """What it takes to build a model again, and what pictures it expects.
+    """The settings that rebuild a model, and the images that it expects.
 
     Args:
         name: one of ``odenets.list_models()``.
         options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values.
-        scheme: a scheme for all levels, or one per level; None is the model's own.
-        backprop: as in ``Stack``; None is the model's own.
-        num_channels: channels of the picture.
-        image_size: side of the pictures in evaluation; None is 224, or 32 for models of small pictures.
-        crop_pct: side of the middle that is cut, over the shorter side of the resized picture.
-        image_mean: per channel, subtracted from pictures in [0, 1].
-        image_std: per channel, divided by afterwards.
-        channels_of_maps: widths of the maps; worked out where it is None, and saved.
+        scheme: a scheme for all levels, or one per level; None takes the model's own.
+        backprop: as in ``Stack``; None takes the model's own.
+        num_channels: channels of the images.
+        image_size: side of the images in evaluation; None is 224, or 32 for models of small images.
+        crop_pct: side of the centre crop, over the shorter side of the resized image.
+        image_mean: per channel, subtracted from images in [0, 1].
+        image_std: per channel, by which images are then divided.
+        channels_of_maps: widths of the feature maps; computed if None, and saved.
         kwargs: as in transformers' ``PreTrainedConfig``: ``num_labels``, ``id2label``, ``out_features``,
             ``out_indices``. The number of labels is the model's own unless it is given.
 
@@ -100,14 +100,14 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         own = model_options(self.name)
         self.options = dict(self.options or {})
         if kwargs.get("num_labels") is None:
-            # transformers makes names for so many labels at once, for which None is no number.
+            # transformers creates names for the labels right away, and None is not a number of them.
             kwargs.pop("num_labels", None)
             if self.id2label is None:
                 kwargs["num_labels"] = own.get("num_classes", 1000)
         if self.image_size is None:
             self.image_size = own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
         if self.channels_of_maps is None:
-            # On the meta device no weight is drawn. The widths are saved, so that this happens once.
+            # On the meta device no weights are drawn. The widths are saved, so that this happens only once.
             with torch.device("meta"), _no_mixing():
                 self.channels_of_maps = self.build(0).feature_info.channels()
         count = len(self.channels_of_maps or ())
@@ -118,7 +118,7 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def build(self, num_classes: int) -> Any:
-        """The model.
+        """Builds the model.
 
         Args:
             num_classes: outputs of the head; 0: no head.
@@ -135,17 +135,17 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
 
 @contextmanager
 def _no_mixing() -> Iterator[None]:
-    """Inside, schemes of high mixing are not warned of: whoever built the model was."""
+    """Within it, schemes of high mixing cause no warning, since the build of the model itself gives one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
         yield
 
 
 class OdenetsPreTrainedModel(PreTrainedModel):
-    """What the backbone and the classifier share: one network, ``net``, whose keys are those of the library.
+    """Base of the backbone and the classifier: one network, ``net``, whose keys are those of the library.
 
     Args:
-        config: what the model is built from.
+        config: the model's configuration.
         num_classes: outputs of the head; 0: no head.
     """
 
@@ -160,17 +160,17 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         self.net = config.build(num_classes)
         self._new: dict[str, Tensor] = {}
         for p in self.net.parameters():
-            if not p.is_meta:  # it has its value, and transformers is to draw no other
+            if not p.is_meta:  # it has its value, which transformers must not draw again
                 p._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights that no file held are those of a new network, drawn as the library draws them."""
+        """Initialises weights that no file held, as the library does in a new network."""
         own = {id(p) for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)}
         places = {key: p for key, p in self.net.named_parameters() if id(p) in own}
         if not places:
             return
-        if not self._new:  # once for all modules that miss something
-            # transformers may have set the meta device, on which no number can be drawn.
+        if not self._new:  # once for all modules with missing weights
+            # transformers may have set the meta device, on which no numbers can be drawn.
             with _no_mixing(), torch.device("cpu"):
                 self._new.update(self.config.build(self.net.num_classes).named_parameters())  # type: ignore[union-attr]
         with torch.no_grad():
@@ -181,22 +181,22 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         try:
             return super()._initialize_missing_keys(*args, **kwargs)
         finally:
-            # The spare network is as large as the model, and of no use after this.
+            # The spare network is as large as the model, and no longer needed.
             self._new.clear()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Lets the stacks that store keep one state a step."""
+        """Makes the stacks that store keep one state per step instead."""
         self.net.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Lets them store again."""
+        """Makes these stacks store again."""
         self.net.set_grad_checkpointing(False)
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # type: ignore[assignment]
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers does, and beside it a model card and the image processor's configuration, if there are none.
+        """Saves as transformers does, and adds a model card and the image processor's configuration if missing.
 
         Args:
             save_directory: the folder.
@@ -207,7 +207,7 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         folder, config = Path(save_directory), self.config
         if not (folder / "preprocessor_config.json").exists():
             OdenetsImageProcessor.of(config).save_pretrained(folder)  # type: ignore[arg-type]
-        # A Trainer saves many times, and a card that someone edited must stay.
+        # A Trainer saves many times, and must not overwrite an edited card.
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(
                 CARD.format(
@@ -225,7 +225,7 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
     """A network with its head.
 
     Args:
-        config: what the model is built from; ``num_labels`` is the number of its classes.
+        config: the model's configuration; ``num_labels`` is the number of its classes.
 
     Shapes:
         pixel_values: (n, c, h, w); labels: (n,); logits: (n, num_labels).
@@ -238,8 +238,8 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
         (torch.Size([2, 10]), torch.Size([]))
     """
 
-    # As forward takes any keyword, the Trainer would believe that the loss divides by its count of items, and would not
-    # average over accumulated batches.
+    # forward takes any keyword, from which the Trainer would infer that the loss divides by its count of items; it
+    # would then not average over accumulated batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: OdenetsConfig):
@@ -255,14 +255,14 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits, the loss where there are labels, and the maps where hidden states are asked for.
+        """Returns logits, the loss if there are labels, and the maps if hidden states are requested.
 
         Args:
-            pixel_values: the pictures.
+            pixel_values: the images.
             labels: their classes.
-            output_hidden_states: whether the maps come along.
-            return_dict: False gives a tuple.
-            kwargs: what transformers adds and a network of pictures has no use for.
+            output_hidden_states: whether to return the maps too.
+            return_dict: False returns a tuple.
+            kwargs: arguments that transformers adds and an image network does not use.
         """
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
@@ -280,18 +280,18 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
 
 
 class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[misc]
-    """A network that gives maps: ``stage1`` is the finest. "stem" is the name of what comes before, and has no map.
+    """A network that returns feature maps: ``stage1`` is the finest. "stem" names what comes before, and has no map.
 
     Detectors and segmenters of transformers take it by ``backbone_config=OdenetsConfig(...)``.
 
     Args:
-        config: what the model is built from.
+        config: the model's configuration.
 
     Shapes:
         pixel_values: (n, c, h, w); feature_maps: (n, channels[i], h / reduction, w / reduction) each.
 
     Raises:
-        SchemeError: the stem is asked for.
+        SchemeError: the stem is requested.
 
     Example:
         >>> import torch
@@ -301,7 +301,7 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
     """
 
     has_attentions = False
-    # What a classifier wrote holds its head, which is not missed here.
+    # A classifier's file holds its head, which a backbone does not use.
     _keys_to_ignore_on_load_unexpected = [r"^net\.head"]  # noqa: RUF012
 
     def __init__(self, config: OdenetsConfig):
@@ -310,9 +310,9 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
         rows = [config.stage_names.index(name) - 1 for name in config.out_features or ()]
         if min(rows) < 0:
             raise SchemeError(f"{config.name}: the stem gives no map; want of {', '.join(config.stage_names[1:])}.")
-        # One width per stage name; that of the stem, which has no map, is never asked for.
+        # One width per stage name; that of the stem, which has no map, is never read.
         self.num_features = [config.channels_of_maps[0], *config.channels_of_maps]  # type: ignore[index, misc]
-        # Levels after the last wanted map would be computed for nothing, and get no gradient.
+        # Levels after the last requested map would be computed in vain, and get no gradient.
         self.rows = self.net.prune_intermediate_layers(rows, prune_norm=True)
         self.post_init()
 
@@ -323,13 +323,13 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The maps of the wanted stages.
+        """Returns the maps of the requested stages.
 
         Args:
-            pixel_values: the pictures.
-            output_hidden_states: whether the maps of all stages up to the last wanted one come along.
-            return_dict: False gives a tuple.
-            kwargs: what transformers adds and a network of pictures has no use for.
+            pixel_values: the images.
+            output_hidden_states: whether to return the maps of all stages up to the last requested one too.
+            return_dict: False returns a tuple.
+            kwargs: arguments that transformers adds and an image network does not use.
         """
         every = self.net.forward_intermediates(pixel_values, intermediates_only=True)
         hidden = tuple(every) if output_hidden_states else None
@@ -338,7 +338,7 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
 
 
 class OdenetsImageProcessor(PilBackend):
-    """Pictures as the models are evaluated: the shorter side resized, the middle cut, then mean and deviation.
+    """Preprocesses images for evaluation: resizes the shorter side, crops the centre, then normalises.
 
     Example:
         >>> from PIL import Image
@@ -357,10 +357,10 @@ class OdenetsImageProcessor(PilBackend):
 
     @classmethod
     def of(cls, config: OdenetsConfig) -> "OdenetsImageProcessor":
-        """The processor of a model's pictures.
+        """Returns the processor of a model's images.
 
         Args:
-            config: of the model.
+            config: the model's configuration.
         """
         side = int(config.image_size or 224)
         return cls(
@@ -375,18 +375,18 @@ _from_hub = AutoBackbone.from_pretrained
 
 
 def _backbone_of(name: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' own, which asks the Hub for the name before it looks for a folder; ours need no network."""
+    """As transformers' own, which queries the Hub before it looks for a folder; our folders need no network access."""
     folder = Path(str(name))
     if (folder / "config.json").is_file():
         config = PreTrainedConfig.get_config_dict(folder)[0]
         if config.get("model_type") == OdenetsConfig.model_type:
-            # Meant for AutoBackbone, which takes it out as well: it is no option of a model.
+            # Meant for AutoBackbone, which removes it too: it is not an option of a model.
             kwargs.pop("use_timm_backbone", None)
             return OdenetsBackbone.from_pretrained(name, *args, **kwargs)
     return _from_hub(name, *args, **kwargs)
 
 
-# Folders of these models alone; whatever else is asked of AutoBackbone goes where it went.
+# Only for folders of these models; all other calls of AutoBackbone go to the original.
 AutoBackbone.from_pretrained = _backbone_of  # type: ignore[method-assign]
 AutoConfig.register("odenets", OdenetsConfig)
 AutoBackbone.register(OdenetsConfig, OdenetsBackbone)

@@ -1,7 +1,7 @@
-"""One evaluation of a field: where the weights stand in its block, how they are interpolated, what autograd keeps.
+"""One evaluation of a field: placing weights in its block, interpolating them, and what autograd keeps of them.
 
-The interpolated weights exist for one call alone. Autograd keeps how they are made and not the weights, which would
-otherwise be kept once per evaluation: depth times the size of the block.
+The interpolated weights exist for one call alone. Autograd saves how to recompute them instead of the weights, which
+would otherwise be saved once per evaluation: depth times the size of the block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +24,17 @@ class Place(NamedTuple):
 
     @property
     def holder(self) -> dict[str, Any]:
-        """The dictionary that holds it; replicas of DataParallel keep plain tensors as attributes."""
+        """The dictionary that holds the parameter; replicas of DataParallel keep plain tensors as attributes."""
         own = self.module._parameters
         return own if self.name in own else self.module.__dict__
 
     def now(self) -> Any:
-        """What stands there now: in a reversed pass a leaf in the parameter's stead."""
+        """Returns the current value: in a reversed pass, a leaf that replaces the parameter."""
         return self.holder[self.name]
 
 
 def places_of(block: nn.Module) -> list[list[Place]]:
-    """The places of each parameter that is a number to be interpolated; a tied one has several."""
+    """Returns the places of each parameter that can be interpolated (real or complex); a tied one has several."""
     found: dict[int, list[Place]] = {}
     for prefix, module in block.named_modules():
         names = [k for k, p in module._parameters.items() if p is not None]
@@ -46,7 +46,7 @@ def places_of(block: nn.Module) -> list[list[Place]]:
 
 
 def blend(coefficients: Tensor, row: Row) -> Tensor:
-    """The sum of coefficients with the values of a row; a single one of value 1 is a view."""
+    """Returns the sum of coefficients weighted by the values of a row; a single one, of value 1, is a view."""
     used = [(row.first + k, w) for k, w in enumerate(row.values) if w != 0.0]
     if len(used) == 1:
         return coefficients[used[0][0]]
@@ -54,10 +54,10 @@ def blend(coefficients: Tensor, row: Row) -> Tensor:
 
 
 def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_k weights[k] rows[k], of two or more."""
+    """Returns sum_k weights[k] rows[k] of two or more rows."""
     if len(rows) == 2:
-        return torch.lerp(rows[0], rows[1], weights[1])  # weights of a partition of unity
-    # Summed in place: one tensor of the weights' size, and not one per term.
+        return torch.lerp(rows[0], rows[1], weights[1])  # the weights are a partition of unity
+    # Summed in place: one tensor of the weights' size instead of one per term.
     found = rows[0] * weights[0]
     for r, w in zip(rows[1:], weights[1:], strict=True):
         found.add_(r, alpha=w)
@@ -65,14 +65,14 @@ def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 class Interpolation(torch.autograd.Function):
-    """All weights of a block at one time, as one node of the graph; twice differentiable, forwards too.
+    """All weights of a block at one time, as one node of the graph; twice differentiable, also in forward mode.
 
-    Takes the values of the basis functions, and for each parameter as many coefficients.
+    Takes the values of the basis functions, and as many coefficients for each parameter.
     """
 
     @staticmethod
     def forward(ctx: Any, weights: tuple[float, ...], *rows: Tensor) -> tuple[Tensor, ...]:
-        # Numbers alone are kept: the sum is linear, and its gradients need no coefficients.
+        # Only the numbers are saved: the sum is linear, so its gradients do not need the coefficients.
         ctx.weights = weights
         n = len(weights)
         return tuple(_sum(rows[k : k + n], weights) for k in range(0, len(rows), n))
@@ -92,7 +92,7 @@ class Interpolation(torch.autograd.Function):
 
 @contextmanager
 def standing(places: Sequence[Sequence[Place]], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the block holds these weights."""
+    """Within it, the block holds these weights."""
     before = []
     try:
         for same, w in zip(places, weights, strict=True):
@@ -102,7 +102,7 @@ def standing(places: Sequence[Sequence[Place]], weights: Sequence[Tensor]) -> It
                 holder[place.name] = w
         yield
     finally:
-        # Also after an error: the block would go on with the weights of one time.
+        # Also after an error, or the block would keep the weights of one time.
         for holder, name, value in before:
             holder[name] = value
 
@@ -110,29 +110,29 @@ def standing(places: Sequence[Sequence[Place]], weights: Sequence[Tensor]) -> It
 def kept_out(
     row: Row | None, places: Sequence[Sequence[Place]], weights: Sequence[Tensor]
 ) -> AbstractContextManager[Any]:
-    """Inside, autograd keeps how the weights are made and not the weights: else they would be kept per evaluation."""
+    """Within it, autograd saves how to recompute the weights, which would otherwise be saved in every evaluation."""
     if row is None or not torch.is_grad_enabled():
         return nullcontext()
-    # A checkpoint, or what moves tensors to the host, looks after all tensors itself: hooks of ours would come first.
+    # A checkpoint or an offload to the host handles all saved tensors itself, and hooks of ours would come first.
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
         return nullcontext()
     made: dict[int, Tensor] = {}
     for same, w in zip(places, weights, strict=True):
-        # Empty tensors share the address 0, and would be taken for each other.
+        # Empty tensors share the address 0, and would be mistaken for each other.
         if w.requires_grad and w.numel():
             made[w.untyped_storage().data_ptr()] = same[0].now()
 
     def pack(x: Tensor) -> Any:
         source = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
-        # Detached, since an output that holds itself would never be freed; and with its version, which torch checks
-        # only where there are no hooks.
+        # Detached, since an output that its own node saves would never be freed; and with its version, which torch
+        # checks only without hooks.
         return (x.detach(), x._version) if source is None else _Recipe(source, row, x)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
 
 class _Recipe:
-    """How a weight that autograd asked to keep is made again: the coefficients, the row, the view that was kept."""
+    """How to recompute a weight that autograd wanted to save: the coefficients, the row, and the saved view."""
 
     __slots__ = ("row", "source", "version", "view")
 
@@ -157,5 +157,5 @@ def _unpack(held: Any) -> Tensor:
             "  Change them, or step the optimiser, after the last backward pass."
         )
     with torch.no_grad():
-        # Layers keep a weight transposed or reshaped: the same view of what was made again.
+        # Layers save weights transposed or reshaped: this is the same view of the recomputed weight.
         return blend(held.source, held.row).as_strided(*held.view)

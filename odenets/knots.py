@@ -1,4 +1,4 @@
-"""Knots and coefficients of fields: as users and state dicts write them, under maps, and compared."""
+"""Knots and coefficients of fields: read from arguments and state dicts, mapped, and compared."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -14,7 +14,7 @@ KNOTS = "knots"  # the key of the knots in a state dict
 
 
 def space_of(knots: int | Sequence[float] | SplineSpace, degree: int, span: float) -> SplineSpace:
-    """The spline space on [0, 1] that is meant."""
+    """Returns the spline space on [0, 1] that the knots describe."""
     if isinstance(knots, SplineSpace):
         return knots
     if isinstance(knots, Integral):
@@ -34,10 +34,10 @@ def space_of(knots: int | Sequence[float] | SplineSpace, degree: int, span: floa
 
 
 def read_knots(given: Tensor, count: int) -> tuple[float, SplineSpace]:
-    """The span and the spline space of a knot vector in a state dict, for so many coefficients.
+    """Returns the span and the spline space of a knot vector in a state dict, for so many coefficients.
 
     Raises:
-        SchemeError: it is none.
+        SchemeError: it is not a knot vector of so many coefficients.
     """
     knots = [float(k) for k in given.double().cpu()] if given.dim() == 1 else []
     # A knot vector has one knot per coefficient, and degree + 1 more.
@@ -49,20 +49,20 @@ def read_knots(given: Tensor, count: int) -> tuple[float, SplineSpace]:
 
 
 def count_of(state: Mapping[str, Any], prefix: str, otherwise: int) -> int:
-    """How many coefficients a field has in a state dict."""
+    """Returns the number of coefficients of a field in a state dict; ``otherwise`` if it holds none."""
     counts = [len(v) for k, v in state.items() if k.startswith(f"{prefix}block.") and isinstance(v, Tensor) and v.dim()]
     return counts[0] if counts else otherwise
 
 
 def mapped(matrix: Tensor, coefficients: Tensor) -> Tensor:
-    """Coefficients under a map, (new, old) times (old, ...), computed in float64."""
+    """Applies a map to coefficients, (new, old) times (old, ...), computed in float64."""
     wide = torch.complex128 if coefficients.is_complex() else torch.float64
     found = torch.tensordot(matrix.to(coefficients.device, wide), coefficients.to(wide), 1)
     return found.to(coefficients.dtype)
 
 
 def relative_errors(pairs: Mapping[str, tuple[Tensor, Tensor]], weights: Tensor) -> tuple[float, dict[str, float]]:
-    """Root mean squares of differences over places with weights, relative to the first of each pair: all, and each."""
+    """Returns weighted RMS differences over places, relative to the first of each pair: of all pairs, and of each."""
 
     def square(x: Tensor) -> float:
         return float((weights * x.abs().square().flatten(1).sum(1)).sum())

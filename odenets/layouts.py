@@ -1,4 +1,4 @@
-"""Weights from one key layout to another: what ``checkpoints.load`` takes in under published names goes out again."""
+"""Conversion of weights between key layouts: writes the published layouts that ``checkpoints.load`` reads."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -18,7 +18,7 @@ class Converted(NamedTuple):
     Attributes:
         tensors: by their keys.
         layout: the layout of these keys, "own" for those of the library.
-        left: keys of the layout that are not written, since the model lacks what they name (a head, for example).
+        left: keys of the layout that are not written, since the model has no such part (a head, for example).
     """
 
     tensors: dict[str, Tensor]
@@ -27,15 +27,15 @@ class Converted(NamedTuple):
 
 
 def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) -> Converted:
-    """Weights of any known layout under the keys of the library; the model has them afterwards.
+    """Returns weights of any known layout under the keys of the library; loads them into the model.
 
     Args:
         model: the model; written only if everything fits.
         source: as in ``checkpoints.load``.
 
     Raises:
-        SchemeError: as in ``checkpoints.load``; a layout that implies a number which no tensor holds, and which
-            a new model would not have.
+        SchemeError: as in ``checkpoints.load``; a layout that implies a number that no tensor holds and that a new
+            model would not have.
 
     Example:
         >>> import torch
@@ -43,7 +43,7 @@ def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) ->
         >>> to_own(nn.Linear(1, 1), {"module.weight": torch.ones(1, 1), "module.bias": torch.ones(1)}).tensors.keys()
         dict_keys(['weight', 'bias'])
     """
-    # Before the file is loaded, which sets them: what differs afterwards is what its layout implies.
+    # Read before loading, which sets them: the numbers that differ afterwards are those that the layout implies.
     numbers = _numbers(model)
     report = checkpoints.load(model, source)
     changed = {path: value for path, value in _numbers(model).items() if numbers.get(path) != value}
@@ -53,14 +53,14 @@ def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) ->
 
 
 def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -> Converted:
-    """A model's weights under the keys, and in the shapes, of a published file of the same model.
+    """Returns a model's weights under the keys, and in the shapes, of a published file of the same model.
 
     Args:
         model: the model.
-        like: the file, or its state dict; what its tensors hold is not looked at. The head may be of another width.
+        like: the file, or its state dict; the values of its tensors are not read. The head may have another width.
 
     Raises:
-        SchemeError: a layout that the model does not know, of another model, or without a place for all weights.
+        SchemeError: a layout that the model does not know, that is of another model, or that lacks some weights.
 
     Example:
         >>> from odenets import create_model
@@ -90,7 +90,7 @@ def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -
         else:
             found[key] = own[target].detach().cpu().reshape(shape)
     named = set(known.names.values())
-    # Old files lack the counter of BatchNorm, which they can do without; nothing else may be lost.
+    # Old files lack BatchNorm's counter, which is dispensable; nothing else may be lost.
     wrong += [f"{key} is not in it" for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -106,19 +106,19 @@ def to_layout(model: nn.Module, like: Mapping[str, Any] | str | PathLike[str]) -
 
 
 def _shape(own: Tensor, like: Tensor, head: bool) -> torch.Size | None:
-    """The shape to write: that of the layout, whose matrices may be 1x1 convolutions; None where they do not fit."""
-    # A matrix and a 1x1 convolution differ in axes of length 1 alone, and hold their numbers in the same order.
+    """Returns the shape to write: that of the layout, whose matrices may be 1x1 convolutions; None if they differ."""
+    # A matrix and a 1x1 convolution differ only in axes of length 1, and hold their numbers in the same order.
     sizes = [[n for n in t.shape if n != 1] for t in (own, like)]
     if sizes[0] == sizes[1]:
         return like.shape
-    # As many axes, and all but the number of classes alike.
+    # Equal in all axes but the number of classes.
     if head and own.shape[1:] == like.shape[1:]:
         return own.shape
     return None
 
 
 def _numbers(model: nn.Module) -> dict[str, float]:
-    """The epsilons of a model by their paths: numbers in which layouts differ, though no tensor shows it."""
+    """Returns the epsilons of a model by path: numbers in which layouts differ without a tensor that shows it."""
     found = {f"{path}.eps": getattr(m, "eps", None) for path, m in model.named_modules()}
     return {path: value for path, value in found.items() if isinstance(value, float)}
 

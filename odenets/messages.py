@@ -1,4 +1,4 @@
-"""What every command prints when it fails: two lines, what was given and wanted, and the remedy."""
+"""The error of every command that fails, in two lines: what was given and expected, and the remedy."""
 
 import importlib
 import inspect
@@ -26,11 +26,11 @@ class Failed(SystemExit):
 
 
 def fail(message: str, tip: str = "lightning --help shows how the command is used", status: int = 2) -> NoReturn:
-    """Print an error of exactly two lines and leave.
+    """Prints an error of exactly two lines and exits.
 
     Args:
-        message: its first line names the cause; what follows is the remedy.
-        tip: the second line where the message has but one.
+        message: its first line names the cause; the rest is the remedy.
+        tip: the second line if the message has only one.
         status: exit status.
     """
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
@@ -41,11 +41,11 @@ def fail(message: str, tip: str = "lightning --help shows how the command is use
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    r"""What an exception says, as far as it fits into a message of one's own: its first line, or its class's name.
+    r"""Returns an exception's message, cut to fit into another message: its first line, or the name of its class.
 
     Args:
-        error: What was raised; many have a message of several lines, some have none.
-        most: Characters kept.
+        error: The exception; many have a message of several lines, some have none.
+        most: Number of characters kept.
 
     Example:
         >>> first_line(ValueError("no such file\n  give another")), first_line(EOFError())
@@ -56,7 +56,7 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 
 def counted(number: int, one: str) -> str:
-    """A number with its noun.
+    """Returns a number with its noun.
 
     Args:
         number: how many.
@@ -70,18 +70,18 @@ def counted(number: int, one: str) -> str:
 
 
 def explain(message: str, args: Sequence[str], options: Iterable[str]) -> tuple[str, str]:
-    """Two lines for a parser's message.
+    """Returns two lines for a parser's message.
 
     Args:
-        message: As the parser gives it, of up to a dozen lines.
+        message: The parser's message, of up to a dozen lines.
         args: The command line, for the full name of the key at fault and the files that it names.
         options: The parser's own option names.
     """
-    # By patterns, as parsers hand over nothing but text, and argparse and jsonargparse word the same fault differently.
+    # By patterns, since parsers report nothing but text, and argparse and jsonargparse word the same fault differently.
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
     if found := re.search(r"Option '([^']+)' is not accepted", text):
-        # The option is one of a class that the command line names, so the class's own are those to look among.
+        # The option belongs to a class that the command line names, so the class's own options are the candidates.
         return _unknown(found[1], args, _accepted(args))
     if found := re.search(r"(?:does not accept option '|unrecognized arguments: -*)([^'\s=]+)", text):
         return _unknown(found[1], args, options)
@@ -112,15 +112,15 @@ def _bad_value(key: str, lines: list[str], text: str, args: Sequence[str]) -> tu
         names = [*_class_paths(args), "odenets.models.HOResNet", "odenets.models.ResNet"]
         remedy = _closest(value, names) if given else TIP
         return f"{key}: {value if given else lines[-1]!r} cannot be imported; wanted the path of a class", remedy
-    # A union fails once for each member, and several of them may have wanted the same.
+    # A union fails once for each member, and several members may expect the same.
     wanted = list(dict.fromkeys(re.findall(r"Expected an? (.+?)(?=\. Got value|$)", "\n".join(lines), re.M)))
     choices = [c for w in wanted for c in re.findall(r"'([^']+)'|\b(\d+)\b", w) if w.startswith("typing.Literal")]
     flat = list(dict.fromkeys(a or b for a, b in choices))
     kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", w) for w in wanted if not w.startswith("typing.Literal")]
-    # null would be accepted too, but whoever gave a wrong value did not mean to give none.
+    # null would be accepted too, but a wrong value was not meant as no value.
     kinds = [kind for kind in kinds if kind != "NoneType"]
     listed = " or ".join([*(["one of " + ", ".join(flat)] if flat else []), *kinds]) or " ".join(lines[1:])
-    # Cut, as a value may be a whole mapping and a union has many members: two lines are to stay two.
+    # Cut, since a value may be a whole mapping and a union may have many members: two lines must stay two.
     return f"{key}: got {value[:200]!r}, wanted {listed[:600]}", _closest(value, flat)
 
 
@@ -134,7 +134,7 @@ def _closest(name: str, names: Iterable[str]) -> str:
 
 
 def _full_key(key: str, args: Sequence[str]) -> str:
-    """`model.net.scheme` for `scheme` where the command line has it, else the key as it is."""
+    """Returns `model.net.scheme` for `scheme` if the command line has it, otherwise the key itself."""
     for arg in args:
         option = arg.partition("=")[0].lstrip("-")
         if arg.startswith("--") and (option == key or option.endswith("." + key)):
@@ -143,16 +143,16 @@ def _full_key(key: str, args: Sequence[str]) -> str:
 
 
 def _class_paths(args: Sequence[str]) -> Iterator[str]:
-    """Import paths of classes that the command line or its configuration files name."""
+    """Yields import paths of classes that the command line or its configuration files name."""
     files = [Path(arg) for arg in args if arg.endswith((".yaml", ".yml")) and Path(arg).is_file()]
-    # Read for hints alone: a file in another encoding must not fail here.
+    # Read for hints only, so a file in another encoding must not fail here.
     texts = [*args, *(file.read_text(errors="ignore") for file in files)]
     for text in texts:
         yield from re.findall(r"\b[A-Za-z_]\w*(?:\.\w+)+\.[A-Z]\w*", text)
 
 
 def _accepted(args: Sequence[str]) -> Iterator[str]:
-    """Argument names of those classes."""
+    """Yields the argument names of those classes."""
     for path in dict.fromkeys(_class_paths(args)):
         module, _, name = path.rpartition(".")
         try:

@@ -1,3 +1,3 @@
-"""The closest of known names, for the remedy of an error."""
+"""The closest known names, for the remedy in an error message."""
 
 from schemes.spelling import closest as closest

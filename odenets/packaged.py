@@ -1,6 +1,6 @@
-"""The experiments that come with the package, by name: ``lightning fit -c quickstart`` needs no clone.
+"""The experiments that ship with the package, by name: ``lightning fit -c quickstart`` needs no clone.
 
-A wheel holds them beside this file, a clone in its own folder ``experiments/``; the files are the same.
+A wheel holds them next to this file, a clone in its own folder ``experiments/``; the files are the same.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from .names import closest
 
 CONFIG = ("-c", "--config")
 ENDINGS = (".yaml", ".yml")
-GROUPS = ("", "studies/")  # the folders of experiments, as they stand in a name
+GROUPS = ("", "studies/")  # the folders of experiments, as written in a name
 
 
 def folder() -> Path | None:
-    """Where the experiments lie, or None for a package that somebody has put together without them."""
+    """Returns the folder of the experiments, or None for a package that was built without them."""
     here = Path(__file__).parent
     for place in (here / "experiments", here.parent / "experiments"):
-        # By a file in it: beside an installed package lie the folders of others, and one may be called experiments.
+        # Recognised by a file in it: an installed package has other packages next to it, which may have this name.
         if (place / "quickstart.yaml").is_file():
             return place
     return None
 
 
 def experiments() -> dict[str, Path]:
-    """The files by the names that a command line takes.
+    """Returns the files by the names that a command line accepts.
 
     Example:
         >>> experiments()["quickstart"].name
@@ -39,7 +39,7 @@ def experiments() -> dict[str, Path]:
 
 
 def find(given: str) -> Path | None:
-    """The experiment of that name, with or without ``experiments/`` and ``.yaml`` about it; None where there is none.
+    """Returns the experiment of that name, with or without ``experiments/`` and ``.yaml``; None if there is none.
 
     Example:
         >>> find("experiments/quickstart.yaml") == find("quickstart")
@@ -52,12 +52,12 @@ def find(given: str) -> Path | None:
 
 
 def file_or_experiment(given: str) -> str:
-    """A file as it was given, or else the experiment of that name.
+    """Returns a file as given, or else the experiment of that name.
 
     Raises:
         SchemeError: there is neither; the closest are named.
     """
-    # What lies there under that very name comes first, so that nobody's own file is passed over.
+    # An existing file of exactly that name comes first, so that a user's own file is never passed over.
     path = Path(given)
     if path.is_file():
         return given
@@ -72,12 +72,12 @@ def file_or_experiment(given: str) -> str:
 
 
 def with_files(words: Sequence[str]) -> list[str]:
-    """A command line whose ``-c NAME`` are files.
+    """Returns a command line in which every ``-c NAME`` is replaced by its file.
 
     Raises:
         SchemeError: a name that is neither a file nor an experiment.
     """
-    # Before any parser, as jsonargparse opens what stands behind --config by itself.
+    # Before any parser runs, since jsonargparse itself opens the value of --config.
     found = list(words)
     for i, word in enumerate(words):
         if i and words[i - 1] in CONFIG and _may_be_name(word):
@@ -89,6 +89,6 @@ def with_files(words: Sequence[str]) -> list[str]:
 
 
 def _may_be_name(text: str) -> bool:
-    """Whether a word may be meant as a file's name: configurations may also be written out, as YAML or JSON."""
-    # A NUL or a name that is too long is an error to the system, and not a file that is not there.
+    """Whether a word may be meant as a file name: configurations may also be written inline, as YAML or JSON."""
+    # For a NUL or an overlong name the system raises an error instead of reporting a missing file.
     return bool(text) and not any(c in text for c in "{}[]:\n\0") and len(text) < 4096

@@ -1,29 +1,29 @@
-"""One look for each scheme, model and mode in all figures: a colour, a sign, and a dash where colours are used up."""
+"""One look for each scheme, model and mode in all figures: a colour, a marker, and dashes once colours run out."""
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Okabe and Ito 2008, Color Universal Design: told apart by colour-blind readers too; yellow is too pale for lines.
+# Okabe and Ito 2008, Color Universal Design: distinct for colour-blind readers too; yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", ":", "-.")
 
-# What names have in figures, in this order: colours first, then the same colours dashed. Appending changes no look.
+# Names take looks in this order: colours first, then the same colours dashed. Appending a name changes no look.
 SCHEMES = (
     *("euler", "midpoint", "rk4", "heun2", "dense", "revnet", "verner8"),
     *("leapfrog", "ssprk33", "kutta3", "dopri5", "kutta_nystrom5", "tsit5", "bdia"),
     *("adaptive", "heun3", "rk38", "bosh3", "revcol", "reversible", "dopri8"),
 )
 MODELS = ("resnet", "revnet", "ho_resnet", "convnext", "densenet", "revcol", "vit", "rdnet", "irevnet", "revcol_vit")
-# Of drawings in a light and a dark version, whose words have the colour of their line: 4.5 to 1 against the ground.
+# For drawings in a light and a dark version, whose text has the colour of its line: contrast 4.5 to 1 with the ground.
 MODES = {
     "store": ("#c44601", "#f2a15f"),
     "checkpoint": ("#5b6770", "#a9b2ba"),
     "reverse": ("#0072b2", "#56b4e9"),
     "exact": ("#00735a", "#2fbf9a"),
 }
-# What a study calls the schemes that it compares.
+# The names by which a study calls the schemes that it compares.
 ALIASES = {"add": "euler", "concat": "dense"}
 
 
@@ -42,7 +42,7 @@ class Look(NamedTuple):
 
 
 def look(place: int) -> Look:
-    """The look of a place: 28 differ in colour or dash, and signs repeat after 56.
+    """Returns the look of a place: 28 differ in colour or dash, and with their markers looks repeat after 56.
 
     Args:
         place: from 0.
@@ -55,11 +55,11 @@ def look(place: int) -> Look:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """The look of each name of a figure: its own where it has one, else the first that nobody in the figure has.
+    """Returns the look of each name in a figure: its own if it has one, otherwise the first unused one.
 
-    A name is a mode of backpropagation, a scheme or a model, or says a scheme or a model: ``reverse``, ``rk4``,
-    ``scheme=rk4, step=1.0``, ``ho_resnet26``, ``RevCol-T``. Where two of them say the same, the first has it. ``rk4:
-    width`` and ``rk4: rank`` are two quantities of one name: its colour, and a dash for each.
+    A name is a mode of backpropagation, a scheme or a model, or contains a scheme or a model: ``reverse``, ``rk4``,
+    ``scheme=rk4, step=1.0``, ``ho_resnet26``, ``RevCol-T``. Where two names refer to the same, the first takes its
+    look. ``rk4: width`` and ``rk4: rank`` are two quantities of one name: its colour, and a dash for each.
 
     Args:
         names: in the order of the legend.
@@ -95,7 +95,7 @@ def _place(name: str) -> int | None:
         return None
     word = said[1] if said.lastindex else said[0]
     word = ALIASES.get(word, word)
-    # As schemes are written: RevCol and DenseNet are models.
+    # Case matters for schemes: RevCol and DenseNet are models.
     if word in SCHEMES:
         return SCHEMES.index(word)
     word = word.lower()

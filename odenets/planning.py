@@ -1,4 +1,4 @@
-"""Plans of whole models: how each step of each stack is to be run in training, and what that takes."""
+"""Plans of whole models: how each step of each stack is run in training, and what that takes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,21 +14,23 @@ from .stack import Stack, named_stacks
 
 
 def plan(model: nn.Module, *args: Any, memory: float | str | None = None, **kwargs: Any) -> Report:
-    """What training a model takes, segment by segment of its stacks; with ``memory`` the fastest plan that fits.
+    """Returns a report on the cost of training by segment of a model's stacks; with ``memory``, the fastest plan's.
 
-    Memory is what one forward and backward pass takes at most, above parameters, their gradients, and the input. What
-    is not in stacks is stored, and what it keeps counts; what its operations take while they run, such as the gradient
-    of a large weight, is not foreseen, and ``measured`` of the report has it. A stack within a stack keeps its mode.
-    Nothing is changed but that "auto" makes its choice: ``apply()`` of the report sets the plans.
+    Memory is the peak of one forward and backward pass, above parameters, their gradients, and the input. Modules
+    outside stacks are stored, and the tensors that they keep count. Memory that their operations take while they run,
+    such as the gradient of a large weight, is not predicted, but the report's ``measured`` includes it. A stack within
+    a stack keeps its mode. Nothing is changed except that "auto" makes its choice; the report's ``apply()`` sets the
+    plans.
 
     Args:
         model: a model with stacks in it, or a stack.
-        args: its input, of the size that training has.
-        memory: what all of it may take, such as "2GB", or a number of MiB; None keeps the modes that the stacks have.
+        args: the model's input, of the size used in training.
+        memory: the memory that all of it may take, such as "2GB", or a number of MiB, which the fastest plan must fit;
+            None keeps the modes that the stacks have.
         kwargs: further arguments of the model.
 
     Raises:
-        SchemeError: no plan fits, with what is missing; there is no stack; a stack is called twice.
+        SchemeError: no plan fits (the message says what is missing); there is no stack; a stack is called twice.
 
     Example:
         >>> import torch
@@ -43,15 +45,15 @@ def plan(model: nn.Module, *args: Any, memory: float | str | None = None, **kwar
 
 
 def plan_state(model: nn.Module) -> dict[str, Any]:
-    """``Stack.plan_state`` of all stacks in a model, by their names."""
+    """Returns ``Stack.plan_state`` of all stacks in a model, by name."""
     return {name: found for name, stack in named_stacks(model) if (found := stack.plan_state())}
 
 
 def load_plan_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Takes over what ``plan_state`` gave.
+    """Restores what ``plan_state`` returned.
 
     Raises:
-        SchemeError: it is no such state, or a stack that it names is not there; nothing has changed then.
+        SchemeError: it is not such a state, or a stack that it names does not exist; nothing is changed then.
     """
     if not isinstance(state, Mapping):
         raise SchemeError(
@@ -64,13 +66,13 @@ def load_plan_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise SchemeError(
             f"load_plan_state: the model has no stack {missing[0]!r}; it has {', '.join(stacks) or 'none'}."
         )
-    # Read for all stacks before one is changed.
+    # Read for all stacks before any is changed.
     for load in [stacks[name]._read_plan_state(found) for name, found in state.items()]:
         load()
 
 
 def outermost(model: nn.Module) -> dict[str, Stack]:
-    """The stacks that are in no other one, by their names; those whose steps follow from errors are left out."""
+    """Returns the stacks that are not inside another, by name; omits those whose step sizes follow from errors."""
     found: dict[str, Stack] = {}
     for name, stack in named_stacks(model):
         inside = any(name.startswith(outer + "." if outer else "") for outer in found)

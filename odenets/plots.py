@@ -1,4 +1,4 @@
-"""Figures of analyses, as PNG, SVG or PDF by the name of the file; matplotlib is imported when one is drawn."""
+"""Figures of analyses, as PNG, SVG or PDF by the file's suffix; matplotlib is imported only when one is drawn."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def _figure(width: float, height: float) -> "Figure":
     try:
-        # The object, not pyplot: no window, no global state, no backend that a server lacks.
+        # The class instead of pyplot: no window, no global state, no backend that a server lacks.
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('figures need matplotlib: pip install "odenets[analysis]"') from None
@@ -35,7 +35,7 @@ def _write(figure: "Figure", path: str | Path) -> Path:
 
 
 def alignment_matrix(matrix: Tensor, names: Sequence[str], path: str | Path, title: str = "") -> Path:
-    """A square of alignments between all places.
+    """Draws the alignments between all places as a square.
 
     Args:
         matrix: (n, n), from 0 to 1.
@@ -46,7 +46,7 @@ def alignment_matrix(matrix: Tensor, names: Sequence[str], path: str | Path, tit
     side = max(3.5, 0.22 * len(names) + 2)
     figure = _figure(side + 0.8, side)
     axes = figure.add_subplot()
-    # Unbiased estimates may lie a little outside.
+    # Unbiased estimates may lie slightly outside.
     image = axes.imshow(matrix.clamp(0, 1).cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -58,13 +58,13 @@ def alignment_matrix(matrix: Tensor, names: Sequence[str], path: str | Path, tit
 def alignment_by_column(
     matrix: Tensor, names: Sequence[str], path: str | Path, references: Sequence[str] = ("input", "label")
 ) -> Path:
-    """How alike every level of every column is to the picture and to the label: one panel each, columns to the right.
+    """Draws the alignment of each level of each column with image and label: a panel each, columns from left to right.
 
     Args:
-        matrix: (n, n), as ``odenets.analysis.alignment`` gives it.
-        names: of its rows; ``columns.steps.{n}:{l}`` are taken for columns and levels, others for one row of places.
+        matrix: (n, n), as returned by ``odenets.analysis.alignment``.
+        names: of its rows; ``columns.steps.{n}:{l}`` are read as columns and levels, others as one row of places.
         path: the PNG.
-        references: the rows of the panels.
+        references: the rows of the matrix to draw, one panel each.
     """
     places = [name for name in names if name not in references]
     keys, levels, columns = _by_column(places)
@@ -73,7 +73,7 @@ def alignment_by_column(
     image: Any = None
     for panel, reference in enumerate(references, 1):
         row = matrix[list(names).index(reference)].clamp(0, 1).cpu()
-        # What stays NaN is no place of the network, and is drawn as nothing.
+        # Cells that stay NaN are not places of the network, and are left blank.
         values = [[float("nan")] * len(columns) for _ in levels]
         for i, place in enumerate(places):
             values[levels.index(keys[i][0])][columns.index(keys[i][1])] = float(row[list(names).index(place)])
@@ -92,19 +92,19 @@ def alignment_by_column(
 
 
 def _numbers(axes: Any, values: Sequence[Sequence[float]], most: float, digits: int | None = None) -> None:
-    """Writes values into the fields of a picture whose colours go from 0 to ``most``; none where there is no number."""
+    """Writes values into the cells of an image whose colours range from 0 to ``most``; leaves NaN cells empty."""
     for a, line in enumerate(values):
         for b, value in enumerate(line):
-            # False for NaN alone.
+            # False only for NaN.
             if value == value:
-                # Dark fields are the low ones.
+                # Low values have dark cells.
                 colour = "white" if value < 0.6 * most else "black"
                 shown = f"{value:.2g}" if digits is None else f"{value:.{digits}f}"
                 axes.text(b, a, shown, ha="center", va="center", fontsize=6, color=colour)
 
 
 def _title(name: str, most: int = 18) -> str:
-    """The name of a place above a small panel: in two lines, cut at the dot nearest to its middle, where it is long."""
+    """Returns a place's name as a title of a small panel: if long, in two lines, cut at the dot nearest its middle."""
     dots = [i for i, letter in enumerate(name) if letter == "."]
     if len(name) <= most or not dots:
         return name
@@ -113,10 +113,10 @@ def _title(name: str, most: int = 18) -> str:
 
 
 def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """The (level, column) of each place, all levels and all columns; one level where places are none of columns."""
+    """Returns the (level, column) of each place, all levels, and all columns; one level if places are not columns."""
     # `columns.steps.3:1` is column 3, level 1.
     keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
-    # One item in all is no grid: steps of an ordinary stack end in `1:0`, too.
+    # A single level is not a grid: steps of an ordinary stack end in `1:0`, too.
     if all(len(key) == 2 and key[0].isdigit() for key in keys) and len({key[1] for key in keys}) > 1:
         found = [(int(key[1]), int(key[0])) for key in keys]
     else:
@@ -127,12 +127,12 @@ def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int],
 def class_alignment(
     label: Sequence[float], picture: Sequence[float], names: Sequence[str], path: str | Path, title: str = ""
 ) -> Path:
-    """How alike places are to one class's pictures and to its label: a line per level, columns to the right.
+    """Draws the alignment of places with one class's images and its label: a line per level, over the columns.
 
     Args:
-        label: an alignment for each place.
-        picture: the same.
-        names: of the places; ``columns.steps.{n}:{l}`` are taken for columns and levels, others for one line.
+        label: for each place, the alignment with the label.
+        picture: the same for the images.
+        names: of the places; ``columns.steps.{n}:{l}`` are read as columns and levels, others as one line.
         path: the file.
         title: above the figure.
 
@@ -165,11 +165,11 @@ def class_alignment(
 
 
 def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
-    """Error against parameters and against multiply-adds, a colour and a sign per group.
+    """Draws error against parameters and against multiply-adds, with a colour and a marker per group.
 
     Args:
-        points: rows with "group", "error" from 0 to 1, and "parameters" or "macs"; a panel that no row has a figure for
-            is left out.
+        points: rows with "group", "error" from 0 to 1, and "parameters" or "macs"; a panel for which no row has a
+            number is left out.
         path: the file.
         title: above the figure.
     """
@@ -193,7 +193,7 @@ def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "")
                 label=group,
             )
         values = [row[key] for row in points if row.get(key)]
-        # Over a narrow range a logarithmic axis has hardly a tick.
+        # Over a narrow range a logarithmic axis has hardly any ticks.
         if max(values) > 3 * min(values):
             axes.set_xscale("log")
         axes.set_xlabel(what)
@@ -207,24 +207,24 @@ def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "")
 
 
 def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], path: str | Path) -> Path:
-    """Heat maps of every level of every column, laid over each picture: columns to the right, levels downwards.
+    """Draws heat maps of each level of each column over each image: columns rightwards, levels downwards.
 
     Args:
         pictures: (n, c, h, w) in [0, 1], one or three channels.
         heats: one (n, h, w) per place, from 0 to 1.
-        names: of the places; of other names than ``columns.steps.{n}:{l}`` there is one row.
+        names: of the places; names other than ``columns.steps.{n}:{l}`` make one row.
         path: the file.
     """
     keys, levels, columns = _by_column(names)
     count, shown = len(pictures), cast(Any, None)
     figure = _figure(1.4 * (len(columns) + 1), 1.5 * len(levels) * count + 0.4)
     axes: Any = figure.subplots(count * len(levels), len(columns) + 1, squeeze=False)
-    # Of all panels, since the picture itself fills one of its column alone.
+    # For all panels, since the image itself fills only one in its column.
     for row in axes:
         for one in row:
             one.axis("off")
     for i in range(count):
-        # Three channels, since a single one would be drawn by a colour map.
+        # Three channels, since a single one would be drawn with a colour map.
         picture = pictures[i].clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
         axes[i * len(levels)][0].imshow(picture)
         for heat, (level, column) in zip(heats, keys, strict=True):
@@ -241,7 +241,7 @@ def heat_maps_by_column(pictures: Tensor, heats: Sequence[Tensor], names: Sequen
 
 
 def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], path: str | Path) -> Path:
-    """Pictures, and beside each the heat maps of several places, laid over it.
+    """Draws images, each followed by the heat maps of several places laid over it.
 
     Args:
         pictures: (n, c, h, w) in [0, 1], one or three channels.
@@ -265,15 +265,15 @@ def heat_maps(pictures: Tensor, heats: Sequence[Tensor], names: Sequence[str], p
 
 
 def _numbered(m: "WeightMap") -> bool:
-    """Whether the values are written into their fields."""
+    """Whether the values are written into their cells."""
     return m.values.numel() <= 64 and m.values.shape[1] <= 16
 
 
 def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") -> Path:
-    """Mean absolute weights, a panel per stack with its own scale; white where nothing connects the two.
+    """Draws mean absolute weights, a panel per stack with its own scale; white where there is no connection.
 
     Args:
-        maps: as ``odenets.analysis.weight_maps`` gives them.
+        maps: as returned by ``odenets.analysis.weight_maps``.
         path: the file.
         title: above the figure.
 
@@ -284,21 +284,21 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
     down = -(-len(maps) // across)
     widest, tallest = (max(m.values.shape[i] for m in maps) for i in (1, 0))
     width, height = (min(4.5, max(2.4, 0.17 * n + 1.3)) for n in (widest, tallest))
-    # Room for a number in every field that has one, which is as wide as four digits.
+    # Room for a number, as wide as four digits, in every cell that has one.
     width = max([width, *(0.34 * m.values.shape[1] + 1.3 for m in maps if _numbered(m))])
     figure = _figure(width * across + 0.3, height * down + 0.4)
     for place, m in enumerate(maps, 1):
         axes = figure.add_subplot(down, across, place)
-        # From 0: a scale that begins at the smallest mean would make structure of noise.
+        # From 0: a scale that begins at the smallest mean would turn noise into structure.
         image = axes.imshow(m.values.numpy(), vmin=0, cmap="viridis", aspect="auto", interpolation="nearest")
         for which, names in ((axes.xaxis, m.columns), (axes.yaxis, m.rows)):
-            # First and last, and as many between as can be read.
+            # First and last, and as many in between as are legible.
             every = max(1, -(-len(names) // 12))
             ticks = sorted({*range(0, len(names) - every, every), len(names) - 1})
             long = which is axes.xaxis and max(map(len, names)) > 3
             which.set_ticks(ticks, [names[i] for i in ticks], fontsize=6, rotation=90 if long else 0)
         if _numbered(m):
-            # Values that are close to each other, such as alphas, have one colour.
+            # Values close to each other, such as alphas, have the same colour.
             _numbers(axes, m.values.tolist(), float(m.values.nan_to_num(0).max()))
         axes.set_xlabel(m.column, fontsize=7)
         axes.set_ylabel(m.row, fontsize=7)
@@ -311,7 +311,7 @@ def weight_maps(maps: Sequence["WeightMap"], path: str | Path, title: str = "") 
 
 
 def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> Path:
-    """Width, numerical and effective rank of features by depth.
+    """Draws the width, numerical rank and effective rank of features by depth.
 
     Args:
         profile: place -> its rank, in the order of depth.
@@ -319,7 +319,7 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
         title: above the figure.
     """
     figure = _figure(max(4.5, 0.25 * len(profile) + 2), 3.6)
-    from matplotlib.ticker import MaxNLocator  # after the figure, which says what to install where it is missing
+    from matplotlib.ticker import MaxNLocator  # after the figure, which says what to install if matplotlib is missing
 
     axes, at = figure.add_subplot(), range(len(profile))
     axes.step(at, [r.width for r in profile.values()], where="mid", color="gray", label="width")
@@ -335,14 +335,14 @@ def ranks(profile: Mapping[str, "Rank"], path: str | Path, title: str = "") -> P
     axes.set_ylabel("dimensions", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    # Outside: the curves leave no corner that is free for sure.
+    # Outside, since the curves may occupy any corner.
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     axes.set_title(title, fontsize=9)
     return _write(figure, path)
 
 
 def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title: str = "") -> Path:
-    """Where |R(z)| is at most 1: one curve per method, around the points z = h λ at which it is stable.
+    """Draws where |R(z)| is at most 1: one curve per method, around the points z = h λ at which it is stable.
 
     Args:
         tableaux: name -> method.
@@ -361,7 +361,7 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
         grid = region(tableau, (-left, 0.3 * left), (-up, up), 241)
         colour, line = drawn[name].colour, drawn[name].dash
         axes.contour(grid.re, grid.im, grid.size, levels=[1.0], colors=[colour], linestyles=[line])
-        # A contour has no entry in a legend; a line of no points stands in for it.
+        # A contour has no legend entry; a line without points provides one.
         axes.plot([], [], color=colour, linestyle=line, label=name)
     for line in (axes.axhline, axes.axvline):
         line(0, color="gray", linewidth=0.6)
@@ -374,11 +374,11 @@ def stability_regions(tableaux: Mapping[str, "Tableau"], path: str | Path, title
 
 
 def reliability(bins: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
-    """Accuracy against confidence: a bar per bin, the diagonal where both are equal, and how many pictures lie there.
+    """Draws accuracy against confidence: a bar per bin, the diagonal where they are equal, and each bin's share.
 
     Args:
-        bins: rows with "from", "to", "pictures", "accuracy" and "confidence", as
-            ``odenets.training.calibration.Calibration`` gives them.
+        bins: rows with "from", "to", "pictures", "accuracy" and "confidence", as returned by
+            ``odenets.training.calibration.Calibration``.
         path: the file.
         title: above the figure.
 
@@ -409,7 +409,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], path: str | Path, title: str 
 def design_spaces(
     values: Mapping[str, Sequence[float]], differences: Mapping[str, tuple[float, float, float]], path: str | Path
 ) -> Path:
-    """Accuracies of groups of networks as distribution functions, and differences of means with their intervals.
+    """Draws distribution functions of the accuracies of groups of networks, and differences of means with intervals.
 
     Args:
         values: name of a group -> accuracies from 0 to 1.
@@ -425,13 +425,13 @@ def design_spaces(
     for name, group in values.items():
         ordered = sorted(100 * v for v in group)
         line: dict[str, Any] = {"color": drawn[name].colour, "linestyle": drawn[name].dash}
-        # The empirical distribution itself: smoothing would invent networks that nobody trained.
+        # The empirical distribution itself: smoothing would invent networks that were never trained.
         left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name, **line)
     left.set_xlabel("validation accuracy, per cent")
     left.set_ylabel("share of networks up to it")
     left.grid(alpha=0.3)
     left.legend(fontsize=8)
-    # The axis goes upwards, and the first row belongs at the top.
+    # The axis points upwards, and the first row belongs at the top.
     rows = list(differences.items())[::-1]
     for y, (_, (mean, low, high)) in enumerate(rows):
         right.plot([100 * low, 100 * high], [y, y], color="black", linewidth=1.5)
@@ -453,9 +453,9 @@ def lines(
     log_x: bool = False,
     apart: Sequence[str] = (),
 ) -> Path:
-    """Several curves in one plot, such as memory against the number of columns.
+    """Draws several curves in one plot, such as memory against the number of columns.
 
-    A curve that others cover is drawn wide and pale below them.
+    A curve covered by others is drawn wide and pale beneath them.
 
     Args:
         series: name -> (x values, y values).
@@ -463,8 +463,8 @@ def lines(
         x: label of the x axis.
         y: label of the y axis.
         log: whether the y axis is logarithmic.
-        log_x: whether the x axis is, to the base of 2.
-        apart: names of curves that are close to each other: once more, in a panel of their own.
+        log_x: whether the x axis is logarithmic, in base 2.
+        apart: names of curves that are close to each other; they are drawn again in a panel of their own.
     """
     many = len(series) > 5
     figure = _figure(8.4 if apart else 5, 4.2 if many else 3.4)
@@ -482,13 +482,13 @@ def lines(
         if log_x:
             axes.set_xscale("log", base=2)
         elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
-            # Counts, of steps or columns: no tick at 2.5.
+            # Counts of steps or columns: no tick at 2.5.
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    # Inside of the axes even the best place covers a curve where no corner is free.
+    # Inside the axes, even the best place covers a curve if no corner is free.
     figure.legend(handles, names, loc="outside lower center", ncols=2 if many and not apart else 3, fontsize=8)
     return _write(figure, path)
 
@@ -500,7 +500,7 @@ def _curves(
     log: bool,
     elsewhere: Collection[str],
 ) -> None:
-    """Draws some of the curves, with the looks that they have among all; those shown elsewhere may be covered here."""
+    """Draws some of the curves, with their looks among all curves; those shown elsewhere may be covered here."""
     drawn, above = looks(list(series)), covered([series[name] for name in shown], log)
     for name, count in zip(shown, above, strict=True):
         xs, ys = series[name]
@@ -512,10 +512,10 @@ def _curves(
 
 
 def covered(curves: Sequence[tuple[Sequence[float], Sequence[float]]], log: bool = False) -> list[int]:
-    """How many later curves lie on each: within a fiftieth of the range at half of the places that both have, or more.
+    """Counts the later curves that lie on each: within 1/50 of the range at half or more of the places that both have.
 
     Args:
-        curves: (x values, y values) each, in the order in which they are drawn.
+        curves: (x values, y values) each, in drawing order.
         log: whether the y axis is logarithmic.
 
     Example:
@@ -542,9 +542,9 @@ def bands(
     y: str,
     ends: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Path:
-    """Mean curves of groups of runs, with a band of one standard deviation.
+    """Draws mean curves of groups of runs, with a band of one standard deviation.
 
-    At each place the mean is over the runs of the group that have got there. Where all end within a tenth of the range,
+    The mean at each place is over the runs of the group that have reached it. If all end within a tenth of the range,
     an inset shows the last quarter.
 
     Args:
@@ -552,7 +552,7 @@ def bands(
         path: the PNG.
         x: label of the x axis.
         y: label of the y axis.
-        ends: name of a group -> where runs of it broke off; a cross each.
+        ends: name of a group -> the places where its runs broke off; a cross each.
     """
     figure = _figure(6, 4)
     axes = figure.add_subplot()
@@ -563,7 +563,7 @@ def bands(
     late = [value for place, value in points if place >= left]
     values = [value for _, value in points]
     high, low = max(late, default=0.0), min(late, default=0.0)
-    # Where all have come to nearly the same, the last quarter would be one thick line.
+    # Where all curves end nearly equal, the last quarter would be one thick line.
     if len(curves) > 1 and 0 < high - low < 0.1 * (max(values) - min(values)):
         part = axes.inset_axes((0.36, 0.42, 0.6, 0.34))
         _draw_bands(part, curves, {})
@@ -592,7 +592,7 @@ def _draw_bands(
                 at.setdefault(place, []).append(value)
         places = sorted(at)
         means = [sum(at[p]) / len(at[p]) for p in places]
-        # Of a single run 0 / 1, and not 0 / 0.
+        # 0 / 1 for a single run, instead of 0 / 0.
         spreads = [
             (sum((v - m) ** 2 for v in at[p]) / max(1, len(at[p]) - 1)) ** 0.5
             for p, m in zip(places, means, strict=True)
@@ -606,10 +606,10 @@ def _draw_bands(
 
 
 def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: str) -> Path:
-    """Single figures of groups of runs, a row for each group; a run without one is hollow, at the right margin.
+    """Draws one number per run, a row for each group; a run without a number is hollow, at the right margin.
 
     Args:
-        values: name of a group -> a figure for each of its runs.
+        values: name of a group -> a number for each of its runs.
         path: the PNG.
         x: label of the x axis.
     """
@@ -619,7 +619,7 @@ def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: st
     margin = max(known, default=0) + 1
     for row, group in enumerate(list(values.values())[::-1]):
         for number, value in enumerate(group):
-            y = row + 0.5 * ((number + 0.5) / len(group) - 0.5)  # else equal figures hide each other
+            y = row + 0.5 * ((number + 0.5) / len(group) - 0.5)  # otherwise equal numbers hide each other
             fill = "black" if value is not None else "none"
             axes.plot([margin if value is None else value], [y], "o", color="black", markerfacecolor=fill, markersize=4)
     axes.set_yticks(range(len(values)), list(values)[::-1], fontsize=8)
@@ -630,7 +630,7 @@ def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: st
 
 
 def work_precision(points: Sequence[Any], path: str | Path, title: str = "") -> Path:
-    """Accuracy, and distance of the logits, against evaluations: two panels, a line per scheme.
+    """Draws accuracy, and the distance of the logits, against evaluations: two panels, a line per scheme.
 
     Args:
         points: rows with ``scheme``, ``evaluations``, ``accuracy`` and ``distance``, as in
@@ -642,7 +642,7 @@ def work_precision(points: Sequence[Any], path: str | Path, title: str = "") -> 
     left, right = figure.subplots(1, 2)
     groups: dict[str, list[Any]] = {}
     for point in points:
-        # All tolerances of a solver are points of one line, which is named without them.
+        # All tolerances of a solver are points on one line, whose name omits them.
         groups.setdefault(point.scheme.partition(", rtol")[0].replace("adaptive(", "adaptive "), []).append(point)
     drawn = looks(list(groups))
     for name, group in groups.items():

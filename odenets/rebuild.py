@@ -1,4 +1,4 @@
-"""Trained networks whose weights are functions of depth, run otherwise: other schemes, depths, separate weights."""
+"""Trained networks with weights as functions of depth, run under other schemes or depths, or with separate weights."""
 
 import copy
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .step import in_each_slot
 
 
 def continuous_stacks(model: nn.Module) -> dict[str, Stack]:
-    """The stacks of a model whose weights are functions of depth, by name.
+    """Returns the stacks of a model whose weights are functions of depth, by name.
 
     Args:
         model: any module.
@@ -39,17 +39,17 @@ def rebuilt(
     depth: int | Sequence[int] | None = None,
     backprop: str | Mode | None = None,
 ) -> nn.Module:
-    """A model with the very weights of another, whose continuous stacks run under another scheme, depth or mode.
+    """Returns a model that shares another's weights and runs its continuous stacks under another scheme, depth or mode.
 
     Args:
         model: stays as it is; it shares its parameters and buffers with the result.
         scheme: for all of its continuous stacks; None keeps theirs.
-        scale: the steps of each are as many times those that it has.
-        depth: their steps themselves, one number for all or one each.
+        scale: factor by which the number of steps of each stack is multiplied.
+        depth: the numbers of steps themselves, one for all stacks or one each.
         backprop: as in Stack; None keeps theirs.
 
     Raises:
-        SchemeError: no weights are functions of depth, or steps that are no whole number.
+        SchemeError: no weights are functions of depth, or a number of steps that is not whole.
 
     Example:
         >>> import torch
@@ -59,9 +59,9 @@ def rebuilt(
         >>> [stack.depth for stack in continuous_stacks(fine).values()], fine(x).shape
         ([8, 8, 8], torch.Size([1, 10]))
     """
-    # deepcopy's memo: what stands in it counts as copied, so that the weights are shared.
+    # deepcopy's memo: its entries count as copied already, so that the weights are shared.
     held: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # And with them what they are coefficients of, so that a refinement of the one is one of the other.
+    # Shares the bases too, so that refining one model refines the other.
     held |= {id(field.basis): field.basis for field in fields_of(model)}
     found = copy.deepcopy(model, held)
     stacks = continuous_stacks(found)
@@ -73,7 +73,7 @@ def rebuilt(
     depths = _depths(stacks, scale, depth)
     for (name, stack), steps in zip(stacks.items(), depths, strict=True):
         new = stack.rebuilt(scheme, steps, backprop=backprop)
-        # The model is a stack itself, and has no parent to put the new one into.
+        # The model is itself a stack, without a parent in which to replace it.
         if not name:
             return new
         parent, _, last = name.rpartition(".")
@@ -101,7 +101,7 @@ def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | N
 
 
 def share_of(scale: Any) -> Fraction:
-    """A multiple of numbers of steps as the fraction that it means: 0.1 is a tenth.
+    """Returns a factor for numbers of steps as the fraction that it means: 0.1 is a tenth.
 
     Args:
         scale: a number, or a text such as ``"1/3"``.
@@ -128,12 +128,12 @@ def separated(model: nn.Module) -> nn.Module: ...
 
 
 def separated(model: nn.Module) -> nn.Module:
-    """A stack or a model with plain stacks of separate weights in place of continuous ones, as for export.
+    """Returns a stack or model with plain stacks of separate weights in place of continuous ones, as for export.
 
-    Each residual function has the weights of its time; the result computes the same, and shares nothing.
+    Each residual function has the weights of its time. The result computes the same and shares nothing with the model.
 
     Args:
-        model: a continuous stack, or a model that holds some; their schemes call each function of a step once.
+        model: a continuous stack, or a model that holds some; their schemes must call each function of a step once.
 
     Raises:
         SchemeError: no weights are functions of depth, or a scheme calls a function at several times.
@@ -183,12 +183,12 @@ def _separated(stack: Stack) -> Stack:
 
 def _alone(f: Any, t: float) -> nn.Module:
     found = f.module_at(t) if hasattr(f, "module_at") else copy.deepcopy(f)
-    # A block that takes a time of its own keeps the one at which it stands.
+    # A block that itself takes a time is bound to the time of its place.
     return _AtTime(found, t, f._inner.first) if hasattr(f, "_inner") and f._inner.time else found
 
 
 class _AtTime(nn.Module):
-    """A block that takes a time, at the one where it stands."""
+    """A block that takes a time, bound to the time of its place."""
 
     def __init__(self, block: nn.Module, t: float, first: bool):
         super().__init__()
@@ -199,9 +199,9 @@ class _AtTime(nn.Module):
 
 
 def scheme_distance(stack: Stack, x: Tensor, scheme: str | Scheme = "euler", depth: int | None = None) -> Tensor:
-    """The mean square of what changes at the output under another scheme: small where no step size was learned.
+    """Returns the mean squared change of the output under another scheme: small where no step size was learned.
 
-    A regulariser: added to the loss it keeps a network from learning its step size. It costs one more pass.
+    A regulariser: added to the loss, it keeps a network from learning its step size. It costs one more pass.
 
     Args:
         stack: of shared residual functions.
@@ -223,11 +223,11 @@ def scheme_distance(stack: Stack, x: Tensor, scheme: str | Scheme = "euler", dep
 
 
 class Regularised(nn.Module):
-    r"""A residual function that returns, beside its value, what makes a field easy to integrate.
+    r"""A residual function that also returns regularisers, which make a field easy to integrate.
 
     "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e (Hutchinson: its expectation is
-    the squared Frobenius norm of the Jacobian per element). Both are auxiliary values: ``stack(x, aux=True)`` gives
-    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth come outside,
+    the squared Frobenius norm of the Jacobian per element). Both are auxiliary values: ``stack(x, aux=True)`` returns
+    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth go outside,
     ``ContinuousWeights(Regularised(block))``, or return these values themselves: ``gather.returning``.
 
     Cost: "jacobian" takes one backward pass through the function in each evaluation.
@@ -255,13 +255,13 @@ class Regularised(nn.Module):
 
     @property
     def takes(self) -> Any:
-        """What the block takes."""
+        """The arguments that the block takes."""
         from schemes.scheme import signature
 
         return signature(self.block)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The block's value, and its auxiliary values."""
+        """Returns the block's value, and its auxiliary values."""
         names = [name for name in ENERGIES if getattr(self, name)]
-        # A time that comes first moves x to the second place.
+        # A leading time argument moves x to second place.
         return with_energies(self.block, args, kwargs, 1 if self.takes.first else 0, names)

@@ -1,24 +1,24 @@
-"""Command lines of runs: the options that stand on one, and whether they say what is to run."""
+"""Command lines of runs: the options that they contain, and whether these determine what to run."""
 
 from collections.abc import Sequence
 
-# What tells a run's `predict` from one of pictures, beside a configuration and options of its model, data and trainer.
+# Options that mark the `predict` of a run, not of images, besides a configuration and those of model, data and trainer.
 OF_A_RUN = {"--run_dir", "--threads", "--seed_everything", "--weights", "--return_predictions"}
 
 
 def names(words: Sequence[str]) -> list[str]:
-    """The names of the options on a command line, in order; what is no option stands for itself.
+    """Returns the names of the options on a command line, in order; words that are not options stay as they are.
 
     Example:
         >>> names(["test", "-cphotos.yaml", "--ckpt_path=last"])
         ['test', '-c', '--ckpt_path']
     """
-    # argparse takes the value of a short option with a space, an equals sign, or nothing in between.
+    # argparse accepts the value of a short option after a space, an equals sign, or nothing.
     return ["-c" if word.startswith("-c") else word.partition("=")[0] for word in words]
 
 
 def option(words: Sequence[str], name: str) -> str | None:
-    """The last value of an option on a command line, given as two words or with an equals sign.
+    """Returns the last value of an option on a command line, given as two words or with an equals sign.
 
     Example:
         >>> option(["test", "--ckpt_path", "last", "--ckpt_path=best"], "--ckpt_path")
@@ -34,7 +34,7 @@ def option(words: Sequence[str], name: str) -> str | None:
 
 
 def is_configured(words: Sequence[str]) -> bool:
-    """Whether a command line says what it runs: by a configuration, or by a class for the network and one for the data.
+    """Whether a command line determines what it runs: by a configuration, or by classes for the network and the data.
 
     Example:
         >>> is_configured(["test", "--model=Plain", "--data=Digits"]), is_configured(["test", "--data.root", "new"])
@@ -45,10 +45,10 @@ def is_configured(words: Sequence[str]) -> bool:
 
 
 def is_over_data(words: Sequence[str]) -> bool:
-    """Whether a `predict` is a run's, over a data module, and not one of pictures.
+    """Whether a `predict` is that of a run, over a data module, rather than of images.
 
-    It is configured, has other options of a run, or names a checkpoint, whose configuration is then meant, and no
-    picture.
+    It is if it is configured, has other options of a run, or names a checkpoint, whose configuration is then used, but
+    no image.
 
     Example:
         >>> is_over_data(["predict", "--ckpt_path", "last"]), is_over_data(["predict", "--ckpt_path", "last", "a.png"])

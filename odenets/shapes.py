@@ -1,7 +1,7 @@
-"""Coloured shapes on texture, drawn with their masks and boxes: a data set for segmentation and detection.
+"""Coloured shapes on texture, drawn with their masks and boxes: a synthetic data set for segmentation and detection.
 
-Four kinds of shape, turned, of any size, which may hide a part of each other. Colour is a hint of the kind and no
-proof, since the ranges of hues overlap. Each picture is a function of the seed and its number alone::
+Four kinds of shape, at random angles and sizes, which may partly occlude each other. Colour hints at the kind without
+determining it, since the ranges of hue overlap. Each image is a function of the seed and its number alone::
 
     python -m odenets.shapes FOLDER --train 2000 --val 200 --size 64
 
@@ -24,18 +24,18 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
-MOST = 4  # shapes of a picture
-_HIDDEN = 0.4  # share of a shape that others may hide
-_EMPTY = 1 / 16  # share of pictures without a shape
+MOST = 4  # shapes in an image
+_HIDDEN = 0.4  # fraction of a shape that others may occlude
+_EMPTY = 1 / 16  # fraction of images without a shape
 
 
 class Shape(NamedTuple):
-    """One shape of a picture.
+    """One shape of an image.
 
     Attributes:
         label: its class, from 1 on; 0 is the background.
-        box: left, top, right, bottom of what is seen of it, in edges of pixels: right - left is its width.
-        mask: bool (h, w), the pixels where it is seen.
+        box: left, top, right, bottom of its visible part, in edges of pixels: right - left is its width.
+        mask: bool (h, w), the pixels where it is visible.
     """
 
     label: int
@@ -44,12 +44,12 @@ class Shape(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A picture and what it shows.
+    """An image with its annotations.
 
     Attributes:
         picture: uint8 (h, w, 3).
         mask: uint8 (h, w), the class of each pixel.
-        shapes: from the back to the front; none for some pictures.
+        shapes: from back to front; none for some images.
     """
 
     picture: NDArray[np.uint8]
@@ -58,16 +58,16 @@ class Drawing(NamedTuple):
 
 
 def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Drawing:
-    """Draws a picture.
+    """Draws an image.
 
     Args:
         index: its number.
         size: its side in pixels, 16 or more.
-        seed: of all pictures of a set.
-        texture: strength of the background's colours; 0 is grey, which makes shapes easy to tell from it.
+        seed: of all images in a set.
+        texture: strength of the background's colours; 0 is grey, from which shapes are easy to distinguish.
 
     Raises:
-        ValueError: a size that no shape fits in, or a negative strength.
+        ValueError: a size that is too small for shapes, or a negative strength.
 
     Example:
         >>> drawing = draw(7, size=32)
@@ -76,7 +76,7 @@ def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Dra
     """
     if size < 16 or texture < 0:
         raise ValueError(f"draw: size={size}, texture={texture}; wants 16 pixels or more, and a strength of 0 or more")
-    # By both, so that a picture is the same in a set of any size, and whichever others are drawn.
+    # Seeded by both, so that an image does not depend on the size of the set, nor on which others are drawn.
     random = np.random.default_rng([seed, index])
     levels = 0.5 + texture * (_texture(random, size) - 0.5)
     seen: list[NDArray[np.bool_]] = []
@@ -85,7 +85,7 @@ def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Dra
     for _ in range(0 if random.random() < _EMPTY else int(random.integers(1, MOST + 1))):
         label, inside, light = _shape(random, size)
         left = [mask & ~inside for mask in seen]
-        # One that would hide most of another is left out; the first one never is.
+        # A shape that would occlude too much of another is left out; the first one never is.
         if any(mask.sum() < (1 - _HIDDEN) * pixels for mask, pixels in zip(left, whole, strict=True)):
             continue
         seen, whole, labels = [*left, inside], [*whole, int(inside.sum())], [*labels, label]
@@ -100,7 +100,7 @@ def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Dra
 
 
 def _texture(random: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """Smooth noise of three scales around a colour, (size, size, 3)."""
+    """Draws smooth noise at three scales around a colour, (size, size, 3)."""
     levels = np.broadcast_to(random.uniform(0.25, 0.75, 3), (size, size, 3)).copy()
     for cells, strength in ((3, 0.15), (8, 0.12), (size // 2, 0.06)):
         # One point more than cells, so that the last cell has a corner on either side.
@@ -114,7 +114,7 @@ def _texture(random: np.random.Generator, size: int) -> NDArray[np.float64]:
 
 
 def _shape(random: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool_], NDArray[np.float64]]:
-    """A class, the pixels inside, and the light on each, which falls off across the shape."""
+    """Draws a class, the pixels inside a shape, and the shading of each, which varies across the shape."""
     label = int(random.integers(1, len(CLASSES)))
     radius = size * random.uniform(0.12, 0.28)
     x0, y0 = random.uniform(radius, size - radius, 2)
@@ -128,7 +128,7 @@ def _shape(random: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool
     elif label == 2:
         inside = np.maximum(across, along) < 0.72
     elif label == 3:
-        # Below three lines at distance 1/2 of the middle, at angles of 120 degrees.
+        # Inside three lines at distance 1/2 from the centre, at angles of 120 degrees.
         inside = np.maximum.reduce([-v, (v + np.sqrt(3) * u) / 2, (v - np.sqrt(3) * u) / 2]) < 0.5
     else:
         inside = (np.maximum(across, along) < 0.95) & (np.minimum(across, along) < 0.3)
@@ -136,10 +136,10 @@ def _shape(random: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool
 
 
 def _color(random: np.random.Generator, label: int) -> NDArray[np.float64]:
-    """A colour (3,) whose hue is near that of the class; neighbouring classes share a sixth of theirs."""
+    """Draws a colour (3,) with a hue near that of the class; neighbouring classes share a sixth of their ranges."""
     hue = ((label - 1) / 4 + random.uniform(-0.15, 0.15)) % 1
     value, saturation = random.uniform(0.7, 1.0), random.uniform(0.5, 1.0)
-    # Red is full around 0, green and blue around 1/3 and 2/3 of the circle.
+    # Red saturates around 0, green and blue around 1/3 and 2/3 of the circle.
     away = np.abs((hue - np.array([0, 1 / 3, 2 / 3]) + 0.5) % 1 - 0.5) * 6
     ramp = np.clip(2 - away, 0, 1)
     return value * (1 - saturation * (1 - ramp))
@@ -151,7 +151,7 @@ def _box(inside: NDArray[np.bool_]) -> tuple[float, float, float, float]:
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's run lengths of a mask (h, w): pixels outside, inside, outside and so on, down the columns.
+    """Returns COCO's run lengths of a mask (h, w): pixels outside, inside, outside and so on, down the columns.
 
     Args:
         mask: (h, w), true inside.
@@ -161,18 +161,18 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
         >>> run_lengths(np.array([[False, True], [True, True]]))
         [1, 3]
     """
-    # Outside before the first pixel, as COCO's first run is; after the last one a change, which ends the last run.
+    # Padded by an outside pixel, since COCO's first run is outside, and by a change at the end to end the last run.
     flat = np.concatenate([[False], mask.flatten(order="F"), [not mask[-1, -1]]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     return [int(edge) for edge in np.diff(edges, prepend=0)]
 
 
 def coco(drawings: Sequence[Drawing], names: Sequence[str]) -> dict[str, Any]:
-    """The annotations of some pictures in the format of COCO; the ids of pictures and shapes count from 1.
+    """Returns the annotations of some images in COCO's format; the ids of images and shapes count from 1.
 
     Args:
-        drawings: the pictures with their shapes.
-        names: file names of the pictures.
+        drawings: the images with their shapes.
+        names: file names of the images.
     """
     images, annotations = [], []
     for number, (drawing, name) in enumerate(zip(drawings, names, strict=True), 1):
@@ -195,16 +195,16 @@ def coco(drawings: Sequence[Drawing], names: Sequence[str]) -> dict[str, Any]:
 
 
 def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int = 0) -> None:
-    """Writes pictures, masks and annotations, see the head of this module.
+    """Writes images, masks and annotations; see the module's docstring.
 
     Args:
-        folder: where to; it must be empty, or not there.
-        splits: pictures of each split. They are numbered on from split to split, so that no two are the same.
-        size: side of the pictures.
-        seed: of the pictures.
+        folder: the target, which must be empty or not exist.
+        splits: number of images in each split. Numbering continues from split to split, so that no two are the same.
+        size: side of the images.
+        seed: of the images.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder is not empty.
     """
     from PIL import Image
 
@@ -212,7 +212,7 @@ def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int 
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root} is not empty\n  Give another folder, or empty this one")
     (root / "annotations").mkdir(parents=True, exist_ok=True)
-    # One count for all splits: none of the pictures to validate on is one to train on.
+    # One count for all splits, so that no validation image is also a training image.
     numbers = itertools.count()
     for split, count in splits.items():
         drawings = [draw(next(numbers), size, seed) for _ in range(count)]
@@ -226,10 +226,10 @@ def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int 
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The command, see the head of this module.
+    """Runs the command; see the module's docstring.
 
     Args:
-        words: the command line; None: that of the process.
+        words: the command line; None takes that of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m odenets.shapes", description="Draws coloured shapes on texture.")
     parser.add_argument("folder", type=Path)

@@ -1,4 +1,4 @@
-"""What the adaptive solves of a pass have found: how each ended, its steps, and the values at times asked for."""
+"""Results of the adaptive solves of a pass: how each ended, its steps, and the values at requested times."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Solve(NamedTuple):
     Attributes:
         status: "finished", or what stopped it: "max_steps", "underflow", "not_finite".
         accepted: number of steps that were kept.
-        rejected: number of steps that were tried again.
+        rejected: number of steps that were retried.
         evaluations: calls of the residual function.
     """
 
@@ -28,7 +28,7 @@ class Solve(NamedTuple):
 
 
 class Solves:
-    """The solves of one pass, in order, and the values at some times since its start.
+    """The solves of one pass, in order, and the values at given times since its start.
 
     Args:
         at: the times, in the direction of the steps; none by default.
@@ -41,10 +41,10 @@ class Solves:
         self._start = 0.0
 
     def step(self, scheme: Adaptive, fs: Sequence[Function], state: State, h: Any, gs: Sequence[Function]) -> State:
-        """One step, which is one solve."""
+        """Takes one step, which is one solve."""
         length = float(h.detach()) if isinstance(h, Tensor) else float(h)
         start, end = self._start, self._start + length
-        # By number: the times are in order, and those before this step have their values.
+        # Selected by count: the times are in order, and those before this step already have their values.
         due = [x for x in self.at[len(self.values) :] if (end - x) * math.copysign(1.0, length) >= 0]
         inner = [x - start for x in due if x != start and x != end]
         solved = scheme.solve(fs, state, h, [*inner, length] if inner else None, gs, self._note)

@@ -1,4 +1,4 @@
-"""Stack: residual functions, put together by a scheme."""
+"""Stack: residual functions combined by a scheme."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,41 +31,44 @@ from .tracing import is_traced
 
 
 class Estimate(NamedTuple):
-    """What ``Stack.forward_with_errors`` returns: the output, and one error estimate per step."""
+    """The result of ``Stack.forward_with_errors``: the output, and one error estimate per step."""
 
     output: Tensor
     errors: list[Tensor]
 
 
 class Stack(nn.Module):
-    """Residual functions put together by a scheme: a residual network is a numerical scheme.
+    """Residual functions combined by a scheme: a residual network is a numerical scheme.
 
-    ``block`` is one residual function shared by all stages (a module or a callable; an nn.Sequential is one module), or
-    a sequence of them, one per stage in order, or ``PerSlot([f, g])``, shared ones for the slots of a step. A residual
-    function has no skip of its own (see ``as_residual``), returns the shape of the stream that it updates, never writes
-    to its arguments, and may take a time ``t`` and a ``context`` by those names.
+    ``block`` is one residual function shared by all stages (a module or a callable; an nn.Sequential is one module), a
+    sequence of residual functions, one per stage in order, or ``PerSlot([f, g])``, one shared function for each slot
+    of a step. A residual function has no skip connection of its own (see ``as_residual``), returns a tensor of the
+    shape of the stream that it updates, never writes to its arguments, and may take a time ``t`` and a ``context``
+    under those names.
 
-    State-dict keys, stable: ``steps.{n}.fs.{i}.*`` for residual function i of step n, ``steps.0.gs.{i}.*`` for
+    Stable state-dict keys: ``steps.{n}.fs.{i}.*`` for residual function i of step n, ``steps.0.gs.{i}.*`` for
     shortcuts, ``steps.{n}.h`` for learned step sizes, ``block.*`` for a shared residual function, ``block.{i}.*`` for
-    shared ones per slot, ``after.*`` for ``post_step``.
+    one shared function per slot, ``after.*`` for ``post_step``.
 
     Args:
         block: the residual function, or the residual functions.
         scheme: a name, an expression such as "nested(midpoint, repeat(euler, 2))", or a Scheme.
-        depth: number of steps; given by a sequence, 1 for a shared residual function.
-        shortcut: module used by the first step in place of the identity (stride, projection). The residual functions
-            that see the step's input itself (``Slot.raw``) make the same stride and width. For schemes of several
-            streams one per stream, or a list of those, one per step (learned scales; None where there is none).
-        step: step size: a number, "learned", "decay(rate)", "error(tol)"; "span/depth" or "2/depth" end at that time.
-        step_offset: steps that come before this stack in the whole network; a decay counts from there.
+        depth: number of steps; implied by a sequence; for a shared residual function, by default 1 or a mix's period.
+        shortcut: module that replaces the identity in the first step (stride, projection). The residual functions that
+            see the step's input itself (``Slot.raw``) apply the same stride and width. For schemes of several streams,
+            one module per stream, or a list of such lists, one per step (learned scales; None for no shortcut).
+        step: step size: a number, "learned", "decay(rate)" or "error(tol)"; with "span/depth" or "2/depth" the steps
+            end at that time.
+        step_offset: number of steps before this stack in the whole network; a decay counts from there.
         post_step: applied to the streams after each step (the ReLU on the sum of post-activation networks).
-        backprop: "store" keeps what autograd asks for; "checkpoint" or "checkpoint(k)" the state every k steps, and
-            recomputes the rest with dropout replayed and BatchNorm statistics moved once; "reverse" the last state,
-            from which the scheme's inverse makes the others again; "exact" likewise, to the last bit; "offload" keeps
-            all on the host; "4*store + 8*reverse" is a plan of several; "auto(memory=2GB)" chooses one by measurement.
-        example: a tensor or the shape of one; shapes are then checked here and not at the first call.
-        seed: lets a scheme that draws in training (bdia) draw from a generator of the stack's own, which begins with
-            this seed and whose numbers are the same on every device; None is torch's generator.
+        backprop: "store" keeps what autograd saves; "checkpoint" or "checkpoint(k)" keeps the state every k steps and
+            recomputes the rest, with dropout replayed and BatchNorm statistics updated once; "reverse" keeps the last
+            state, from which the scheme's inverse reconstructs the others; "exact" does so to the last bit; "offload"
+            keeps everything on the host; "4*store + 8*reverse" is a plan of several modes; "auto(memory=2GB)" chooses
+            a plan by measurement.
+        example: a tensor or its shape; shapes are then checked at construction instead of at the first call.
+        seed: seeds a generator of the stack's own, from which a scheme that draws in training (bdia) takes its random
+            numbers, the same on every device; None uses torch's generator.
 
     Shapes:
         x: whatever the residual functions take, e.g. (n, c, h, w); the output likewise.
@@ -74,7 +77,7 @@ class Stack(nn.Module):
         SchemeError: unknown scheme, counts that do not fit (the nearest that do are named), shapes that do not agree.
 
     Warns:
-        MixingWarning: a scheme whose mixing figure is above 30, over separate weights.
+        MixingWarning: a scheme with a mixing figure above 30, used with separate weights.
 
     Example:
         >>> import torch
@@ -86,9 +89,9 @@ class Stack(nn.Module):
     """
 
     block: nn.Module | None
-    steps: Sequence[Step]  # in truth an nn.ModuleList
+    steps: Sequence[Step]  # at runtime an nn.ModuleList
     _solves: tuple[Solve, ...]
-    into: Sink | None = None  # where a pass adds its auxiliary values: ``gather.gathered``
+    into: Sink | None = None  # where passes add their auxiliary values; set by ``gather.gathered``
 
     def __init__(
         self,
@@ -108,45 +111,45 @@ class Stack(nn.Module):
         super().__init__()
         given = renamed_arguments("Stack", old, {"steps_before": "step_offset", "after": "post_step"})
         step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
-        # All is read before anything is made: what is refused leaves nothing behind.
+        # All arguments are read before anything is built, so that a refused one has no side effects.
         mode, start = parse_mode(backprop), None if example is None else build.example_of(example)
         self.scheme, functions, shared = build.read(scheme, block)
         self.depth = build.depth_of(self.scheme, None if shared is not None else len(functions), depth)
         self.rule = build.resolved(step_size(step), shared, self.scheme, self.depth)
         build.warn(self.scheme, self.rule, functions, shared is not None)
-        # One for all: any exchanged function makes the whole stack read its signatures again.
+        # One revision for all steps: replacing any function makes the whole stack read its signatures again.
         self._revision, self._draws = Revision(), build.draws_of(self.scheme, seed)
         self.block = shared
-        # Under the name of its state-dict keys.
+        # The attribute keeps the name of the state-dict keys.
         self.after = None if post_step is None else build.called(post_step, "post_step")
         # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
         self._merged = shared is not None and self.scheme.nodes is None and post_step is None
         shortcuts = build.shortcuts_of(shortcut, self.scheme, self.depth)
         sizes = build.sizes_of(self.rule, step_offset, self.depth)
-        # What ``set_step`` scales: ratios between steps are those of the rule, whatever was set before.
+        # ``set_step`` scales these, so that the ratios between steps stay those of the rule, whatever was set before.
         self._initial = [sizes[0] * self.depth] if self._merged else sizes
         self._check_mode(mode)
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
         self.steps = nn.ModuleList(build.steps_of(*parts, self._revision, self._draws))  # type: ignore[assignment]
-        # Asked of the class, since a call of ``init`` would run residual functions.
+        # Determined from the class, since calling ``init`` would run residual functions.
         self._makes_streams = type(self.scheme).init is not Scheme.init
-        self._calls, self._solves = 0, ()  # of an adaptive solver in the last pass: evaluations, how its solves went
+        self._calls, self._solves = 0, ()  # evaluations and solves of an adaptive solver in the last pass
         self.backprop = mode
         if start is not None:
-            # Without gradients, and everything put back: an example decides shapes and nothing else.
+            # Without gradients, and with side effects undone: an example determines shapes and nothing else.
             with torch.no_grad():
                 self._first_call(start, self._pass(0.0, None), always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # After the assignment went through: what torch refuses must not make the signatures stale.
+        # Only after the assignment succeeded: one that torch refuses must not make the signatures stale.
         if name in ("block", "after"):
             self._revision.stale = True
 
     @property
     def backprop(self) -> Mode:
-        """The way to backpropagate; setting it to a mode or its text checks that it fits the scheme.
+        """The mode of backpropagation; setting it, to a mode or its text, checks that it fits the scheme.
 
         Raises:
             SchemeError: an unknown mode, or one that this scheme cannot run.
@@ -155,7 +158,7 @@ class Stack(nn.Module):
 
     @backprop.setter
     def backprop(self, mode: str | Mode | None) -> None:
-        # Everything that can be refused is refused before the attribute changes.
+        # All checks come before the attribute changes.
         found = parse_mode(mode)
         self._check_mode(found)
         self._backprop = found
@@ -173,7 +176,7 @@ class Stack(nn.Module):
                 )
 
     def _read_functions(self) -> None:
-        """Reads what the residual functions take; they are checked anew."""
+        """Reads which arguments the residual functions take, and makes the next calls check the functions again."""
         for step in self.steps:
             step.read(self.block)
         every = [takes for step in self.steps for takes in step.takes]
@@ -181,11 +184,11 @@ class Stack(nn.Module):
         self._takes = Takes(time, context, opaque=opaque)
         self._fields = build.fields_shared(self.block)
         self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth)) if self._fields else 0.0
-        # In training or not, with gradients or not: functions may write to their arguments in one and not in another.
-        # Emptied with the signatures: another function owes the checks anew.
+        # Pairs (training, gradients enabled): a function may write to its arguments under one pair and not another.
+        # Cleared together with the signatures, since a new function has not been checked.
         self._checked: set[tuple[bool, bool]] = set()
         self._revision.stale = False
-        # Nothing happens before, between or after the steps, which all have residual functions of their own.
+        # True where nothing happens before, between or after the steps, and all have residual functions of their own.
         self._direct = (
             self._backprop.keeps_all
             and self.scheme.streams == 1
@@ -198,17 +201,17 @@ class Stack(nn.Module):
         )
 
     def look_again(self) -> None:
-        """Says that what the residual functions take or return has changed, by no exchange of modules."""
+        """Marks the signatures stale when what functions take or return has changed without a module being replaced."""
         self._revision.stale = True
 
     @property
     def takes(self) -> Takes:
-        """What this stack takes as a residual function of another one."""
+        """The arguments that this stack takes as a residual function of another stack."""
         return self._takes
 
     @property
     def post_step(self) -> nn.Module | None:
-        """What is applied to the streams after each step."""
+        """The module applied to the streams after each step, if any."""
         return self.after
 
     @classmethod
@@ -222,7 +225,7 @@ class Stack(nn.Module):
         out_channels: int | None = None,
         **options: Any,
     ) -> "Stack":
-        """Makes a stack whose residual functions are made one by one, each from what its place asks for.
+        """Builds a stack whose residual functions are made one by one, each to the requirements of its slot.
 
         Args:
             make: called once per slot with ``Slot(step, index, in_channels, out_channels, raw)``.
@@ -246,16 +249,16 @@ class Stack(nn.Module):
     def forward(
         self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None, aux: bool | str | Collection[str] = False
     ) -> Any:
-        """The readout of the last step.
+        """Returns the readout of the last step.
 
         Args:
-            x: the input; or, under a scheme of several streams, a tuple of them, and the result is such a tuple too.
+            x: the input; or, under a scheme of several streams, a tuple of streams, which makes the result a tuple too.
             t: time at the start, for residual functions that take one.
-            context: what residual functions with a parameter ``context`` read.
-            aux: gives a pair, the readout and a dictionary of auxiliary values, each summed over the calls of the
-                residual functions: those that they return beside their value, ``return y, {"balance": loss}`` (True),
-                or those of this name, or of these. "log_det" is the log-determinant of a coupling's steps, (n,). In
-                every mode of backpropagation the values have gradients.
+            context: passed to residual functions that have a parameter ``context``.
+            aux: returns a pair: the readout and a dictionary of auxiliary values, each summed over the calls of the
+                residual functions. True selects all that these return beside their value,
+                ``return y, {"balance": loss}``; a name, or several, selects those. "log_det" is the log-determinant of
+                a coupling's steps, (n,). The values have gradients in every mode of backpropagation.
 
         Raises:
             SchemeError: a name that no function returned, or the log-determinant of a scheme that has none.
@@ -267,12 +270,12 @@ class Stack(nn.Module):
             and (self.training, torch.is_grad_enabled()) in self._checked
             and context is None
             and not self._revision.stale
-        ):  # the walk, spared what it does not need: microseconds on small states
+        ):  # the walk without its overhead, which is microseconds on small states
             state: State = (x,)
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
                 state = step(state)  # type: ignore[misc]
             return state[0]
-        # Who gives streams is given streams.
+        # A tuple of streams as input returns a tuple of streams.
         readout = self.scheme.readout if isinstance(x, Tensor) or is_traced(x) else tuple
         if aux is False:
             return readout(self._walk(x, self._pass(t, context)))
@@ -281,14 +284,14 @@ class Stack(nn.Module):
         return readout(self._walk(x, self._pass(t, context, sink=sink))), sink.sums(names)
 
     def _pass(self, t: Any, context: Any, on_step: Observer | None = None, **collected: Any) -> Pass:
-        """A pass through the steps, with what it shows its states to and collects (``sink``, ``solves``)."""
+        """A pass through the steps, with its observer and what it collects into (``sink``, ``solves``)."""
         if self._revision.stale:
             self._read_functions()
         checks.check_given(self._takes, t, context)
-        if self._fields:  # another field, or a state dict, may have brought another span
+        if self._fields:  # a replaced field or a loaded state dict may have changed the span
             build.check_end(self._fields, self._end, self.scheme, self.depth)
         steps, sizes = self.steps, None
-        if self._merged and on_step is not None:  # a continuous scheme is solved from one whole time to the next
+        if self._merged and on_step is not None:  # a continuous scheme is then solved step by step
             steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
         time = t if self._takes.time else None
         return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, **collected)
@@ -305,7 +308,7 @@ class Stack(nn.Module):
     def _walk(self, x: Tensor | State, given: Pass) -> State:
         """The state after the last step of a pass."""
         if (into := self.into) is not None:
-            # A sink of this pass alone, since a mode may take out of it what it finds.
+            # A sink for this pass alone, since a mode may take out the values that it finds in it.
             self.into, own = None, Sink(into.log_det) if given.sink is None else given.sink
             try:
                 state = self._walk(x, given._replace(sink=own))
@@ -313,24 +316,25 @@ class Stack(nn.Module):
                 self.into = into
             into.extend(own)
             return state
-        if is_traced(x):  # nothing of it can be checked
+        if is_traced(x):  # a proxy has nothing that could be checked
             build.check_traced("Stack", self.scheme, self._backprop.keeps_all, self.training)
             return self._run(x, given)
         seen = (self.training, torch.is_grad_enabled())
-        # Under a compiler or a trace the checks would become part of what is recorded.
+        # Under a compiler or a trace the checks would be recorded in the graph.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
             return self._first_call(x, given)
         return self._run(x, given)
 
     def _first_call(self, x: Tensor | State, given: Pass, always: bool = False) -> State:
-        """A pass under ``checks.watch``; if it fails (or always), buffers and generators are put back."""
+        """Runs a pass under ``checks.watch``; restores buffers and generators if it fails, or always."""
         if not isinstance(x, (Tensor, tuple, list)):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
         # Before the watch: a lazy layer changes its class and its parameters in its first call.
         initialise(self, lambda: self._run(x, given._replace(on_step=None, sink=None, solves=None)))
         for step in self.steps:
-            # Whoever returned some keeps being asked; the others are asked again, as this state may be another.
-            step.auxiliary = step.auxiliary or None  # told by what the functions return now
+            # Steps that have returned auxiliary values stay wrapped. The others are examined again, since functions
+            # may differ in training, or with gradients.
+            step.auxiliary = step.auxiliary or None  # decided by what the functions return now
         with nothing_changed([self], always, (given.time, given.context)):
             state = self._run(x, given._replace(wrap=checks.watch))
         for step in self.steps:
@@ -340,36 +344,36 @@ class Stack(nn.Module):
 
     def _run(self, x: Tensor | State, given: Pass) -> State:
         state = self._start(x, given)
-        # A rule that reads errors wraps the mode, so that no mode has to know of step sizes.
+        # A rule that reads errors wraps the mode, so that no mode needs to know about step sizes.
         mode = WithErrors(self._backprop, self.rule) if isinstance(self.rule, FromError) else self._backprop
         if self.scheme.evaluations is not None:
             return mode.run(given, state)
-        # A list, so that residual functions deep inside of a solver can count into it.
+        # A list, so that residual functions deep inside a solver can increment the count.
         calls, solves = [0], given.solves or Solves()
         if solves.at:
-            # Values within a step are given out, which a mode that runs steps again would not know of.
+            # Values within a step are outputs too, of which a mode that recomputes steps would not know.
             mode = Store()
         try:
             return mode.run(given._replace(calls=calls, solves=solves), state)
         finally:
-            # Of a solve that could not go on too, whose status says why. A backward pass that runs steps again adds to
-            # the list, and not to what is read here.
+            # Also after a solve that could not go on, whose status says why. A tuple, since a backward pass that
+            # recomputes steps appends to the list.
             self._calls, self._solves = calls[0], tuple(solves.found)
 
     def trajectory(
         self, x: Tensor, *, at: Sequence[float] | None = None, t: float | Tensor = 0.0, context: Any = None
     ) -> list[Tensor]:
-        """The readout after each step, ``depth`` tensors, the last one the output; differentiable.
+        """Returns the readout after each step, ``depth`` tensors, the last one the output; differentiable.
 
-        A continuous scheme is solved from one whole time to the next; with ``at`` it is solved as in the forward pass,
-        and gives its values at these times.
+        A continuous scheme is solved step by step; with ``at`` it is solved as in the forward pass, and evaluated at
+        these times.
 
         Args:
             x: the input, or a tuple of streams.
-            at: times since the start, in order, at which the values are wanted in place of those after each step: any
-                under an adaptive scheme; else the ends of steps, and 0.
+            at: times since the start, in order, at which to return values instead of after each step: any times under
+                an adaptive scheme, otherwise 0 and the ends of steps.
             t: time at the start.
-            context: what residual functions with that parameter read.
+            context: passed to residual functions that have this parameter.
 
         Raises:
             SchemeError: times out of order, beyond the steps, or within a step of a scheme that has no values there.
@@ -415,55 +419,56 @@ class Stack(nn.Module):
     ) -> State:
         """Runs the steps, calls ``visitor(n, streams)`` after step n, and returns the last streams; differentiable.
 
-        For heads that read the middle of a network: they see a state while it exists, and none is kept for them.
+        For heads that read intermediate states: they see each state while it exists, and none is kept for them.
 
         Args:
             x: the input, or a tuple of streams.
             visitor: called after each step; None visits nothing.
             t: time at the start.
-            context: what residual functions with that parameter read.
+            context: passed to residual functions that have this parameter.
         """
         return self._walk(x, self._pass(t, context, visitor))
 
     def final_state(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> State:
-        """All streams after the last step, before the readout: what ``inverse`` can start from.
+        """Returns all streams after the last step, before the readout; ``inverse`` can start from them.
 
         Args:
             x: the input, or a tuple of streams.
             t: time at the start.
-            context: what residual functions with that parameter read.
+            context: passed to residual functions that have this parameter.
         """
         return self._walk(x, self._pass(t, context))
 
     def forward_with_errors(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Estimate:
-        """The output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
+        """Returns the output and each step's error estimate h sum_i (b_hat_i - b_i) k_i, of the shape of the stream.
 
-        Differentiable: log its size, add it to the loss, or let ``step="error(tol)"`` choose the step sizes by it.
+        The estimates are differentiable: log their size, add them to the loss, or let ``step="error(tol)"`` choose the
+        step sizes by them.
 
         Args:
             x: the input, or a tuple of streams.
             t: time at the start.
-            context: what residual functions with that parameter read.
+            context: passed to residual functions that have this parameter.
 
         Raises:
             SchemeError: the scheme has no embedded companion.
         """
         build.check_companion(self.scheme)
         given = self._pass(t, context)
-        # Steps from errors walk as they always do, so that the errors are those of the steps taken.
+        # Under step="error(tol)" the rule chooses the sizes here too, so that the errors are those of the steps taken.
         rule = self.rule if isinstance(self.rule, FromError) else None
         state, errors = WithErrors(self._backprop, rule).estimates(given, self._start(x, given))
         return Estimate(self.scheme.readout(state), errors)
 
     def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Diagnosis:
-        """Runs each step forward and back without gradients, and reports what is finite, drifts and grows errors.
+        """Runs each step forward and back without gradients, and reports finiteness, drift and growth of errors.
 
-        Statistics and generators are left as they were.
+        Leaves statistics and generators unchanged.
 
         Args:
             x: the input, or a tuple of streams.
             t: time at the start.
-            context: what residual functions with that parameter read.
+            context: passed to residual functions that have this parameter.
 
         Raises:
             SchemeError: the scheme has no inverse.
@@ -483,20 +488,20 @@ class Stack(nn.Module):
     def plan(
         self, x: Tensor, *, memory: float | str | None = None, t: float | Tensor = 0.0, context: Any = None
     ) -> Report:
-        """What training takes, segment by segment, predicted and measured; printed, a table.
+        """Returns a report on the cost of training by segment, predicted and measured; printed, it is a table.
 
-        Of the mode at hand; "auto" makes its choice here, if it has not yet, and trains by it. With ``memory`` the
-        fastest plan that fits, which ``apply()`` of the report sets. Gradients, statistics and generators are left
-        as they were. For a whole model see ``odenets.plan``.
+        The report is on the current mode; "auto" makes its choice here, if it has not yet, and trains by it. With
+        ``memory``, it is on the fastest plan that fits, which its ``apply()`` sets. Gradients, statistics and
+        generators are left as they were. For a whole model see ``odenets.plan``.
 
         Args:
-            x: an input of the size that training has.
-            memory: what training may take, such as "2GB", or a number of MiB.
+            x: an input of the size used in training.
+            memory: the memory that training may take, such as "2GB", or a number of MiB.
             t: time at the start.
-            context: what residual functions with a parameter ``context`` read.
+            context: passed to residual functions that have a parameter ``context``.
 
         Raises:
-            SchemeError: no plan fits; with what is missing.
+            SchemeError: no plan fits; the message says what is missing.
 
         Example:
             >>> import torch
@@ -509,27 +514,27 @@ class Stack(nn.Module):
         return Planning(self, stacks, (x,), {"t": t, "context": context}).report(memory)
 
     def plan_state(self) -> dict[str, Any]:
-        """What decides how training runs, as plain values and a tensor, to be saved with a checkpoint.
+        """Returns what determines how training runs, as plain values and a tensor, to be saved with a checkpoint.
 
-        The plan that "auto" has chosen, and where "reverse" keeps anchors; empty before the first training pass. With
-        a seed, the state of its generator.
+        This is the plan that "auto" has chosen and where "reverse" keeps anchors; empty before the first training pass.
+        With a seed, it includes the state of the stack's generator.
         """
         own = {} if self._draws is None else {"draws": self._draws.generator.get_state()}
         return {**self.monitor.state(), **own}
 
     def load_plan_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``plan_state`` gave, so that a resumed run goes on exactly.
+        """Restores what ``plan_state`` returned, so that a resumed run continues exactly.
 
         Args:
-            state: what ``plan_state`` of a stack of the same steps gave.
+            state: what ``plan_state`` of a stack with the same steps returned.
 
         Raises:
-            SchemeError: it is no such state, or that of another stack; nothing has changed then.
+            SchemeError: it is not such a state, or it is that of another stack; nothing is changed then.
         """
         self._read_plan_state(state)()
 
     def _read_plan_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """Reads what ``plan_state`` gave, and changes nothing; returns what takes it over."""
+        """Reads what ``plan_state`` returned without changing anything; returns a function that applies it."""
         draws = None
         if isinstance(state, Mapping) and "draws" in state:
             draws, state = state["draws"], {k: v for k, v in state.items() if k != "draws"}
@@ -549,13 +554,13 @@ class Stack(nn.Module):
         return found
 
     def inverse(self, y: Tensor | State, *, t: float | Tensor = 0.0, context: Any = None, streams: bool = False) -> Any:
-        """The input whose output is y; differentiable, under backprop="reverse" in memory flat in depth.
+        """Returns the input whose output is y; differentiable, under backprop="reverse" in memory constant in depth.
 
         Args:
-            y: an output, where the readout loses nothing (revnet); else all streams, from ``final_state``.
+            y: an output, if the readout loses nothing (revnet); otherwise all streams, from ``final_state``.
             t: time at the start of the forward pass.
             context: as in the forward pass.
-            streams: gives the tuple of streams before the first step, in place of the input that they were made of.
+            streams: returns the tuple of streams before the first step instead of the input that they were made from.
 
         Raises:
             SchemeError: the scheme has no inverse, or the readout does not determine its streams.
@@ -570,7 +575,7 @@ class Stack(nn.Module):
             starts.append(step.end(starts[-1]))
         given = given._replace(steps=list(self.steps)[::-1], monitor=self._inverse_monitor, runner=_invert)
         given = given._replace(time=None, times=starts[-2::-1], inverted=True)
-        # Exact arithmetic has no part in this: what it would round was not rounded on the way here.
+        # Exact arithmetic is not used here: the values that it would round were not rounded on the way to y.
         mode = self._backprop if self._backprop.inverts else Store()
         state = mode.run(given, state)
         return state if streams else self.scheme.input_from_state(state)
@@ -587,9 +592,9 @@ class Stack(nn.Module):
         *,
         backprop: str | Mode | None = None,
     ) -> "Stack":
-        """A stack of the same shared residual functions, the very modules, under another scheme, depth or mode.
+        """Returns a stack of the same shared modules, not copies, under another scheme, depth or mode.
 
-        It ends at the same time: twice the depth means half the step size. What is left out stays.
+        It ends at the same time: twice the depth means half the step size. Arguments left out stay as they are.
 
         Args:
             scheme: as in Stack.
@@ -597,8 +602,8 @@ class Stack(nn.Module):
             backprop: as in Stack.
 
         Raises:
-            SchemeError: separate weights, which are no function of time; step sizes that are no plain numbers; or what
-                Stack refuses.
+            SchemeError: separate weights, which are not a function of time; step sizes that are not plain numbers; or
+                anything that Stack refuses.
 
         Example:
             >>> import torch
@@ -621,7 +626,7 @@ class Stack(nn.Module):
         return found.train(self.training)
 
     def set_step(self, h: float) -> None:
-        """Sets the size of every step, as a schedule over the epochs does; a decay keeps its ratios.
+        """Sets the size of every step, for a schedule over the epochs; a decay keeps its ratios.
 
         Args:
             h: size of the first step.
@@ -637,29 +642,29 @@ class Stack(nn.Module):
         first = self.rule(0)
         for step, h0 in zip(self.steps, self._initial, strict=True):
             step.h = h * h0 / first
-            # No buffer: state dicts of scheduled and plain stacks are the same.
+            # Not a buffer, so that scheduled and plain stacks have the same state dict.
             step.scheduled = torch.tensor(step.h, dtype=torch.float64)
 
     @property
     def solves(self) -> tuple[Solve, ...]:
-        """How the adaptive solves of the last forward pass went, one after another; of other schemes none.
+        """The adaptive solves of the last forward pass, in order; empty for other schemes.
 
-        There is one for the whole depth, or with separate functions one for each; of ``backend=torchdiffeq`` none.
+        There is one for the whole depth, or with separate functions one for each; with ``backend=torchdiffeq`` none.
         Where a solve could not go on, which is an error, the last one says why.
         """
         return self._solves
 
     @property
     def evaluations(self) -> int:
-        """Calls of residual functions in one forward pass; of an adaptive solver, those of the last one."""
+        """The number of calls of residual functions in a forward pass; for an adaptive solver, in the last one."""
         if self.scheme.evaluations is None:
             return self._calls
-        # The companion of an embedded pair reads all of them.
+        # The companion of an embedded pair reads all stages.
         every = isinstance(self.rule, FromError)
         return sum(s.scheme.stages if every else s.scheme.evaluations or 0 for s in self.steps)
 
     def extra_repr(self) -> str:
-        # Lazy ones have no number of elements yet, and asking raises.
+        # Lazy parameters have no number of elements yet, and numel raises.
         count = sum(p.numel() for p in self.parameters() if not is_lazy(p))
         parts = [str(self.scheme), f"depth={self.depth}"]
         parts.append("evaluations=adaptive" if self.scheme.evaluations is None else f"evaluations={self.evaluations}")
@@ -672,9 +677,9 @@ class Stack(nn.Module):
 
 
 class StackHolder(ABC):
-    """A module that runs a stack which is not among its children: its blocks are, under the names they had before."""
+    """A module that runs a stack which is not its child: the stack's blocks are, under the names they had before."""
 
-    __slots__ = ()  # an object may then become one: its layout stays
+    __slots__ = ()  # keeps the layout, so that an existing object can be given a class that inherits from this one
 
     @property
     @abstractmethod
@@ -683,7 +688,7 @@ class StackHolder(ABC):
 
 
 def named_stacks(module: nn.Module) -> Iterator[tuple[str, Stack]]:
-    """All stacks of a module, by their names; one that is no child has the name of the module that runs it.
+    """Yields all stacks of a module with their names; one that is not a child has the name of the module that runs it.
 
     Example:
         >>> from torch import nn
@@ -708,10 +713,10 @@ adopt(Stack, {"visit": "visit_states"})
 
 @contextmanager
 def keeping_all(module: nn.Module) -> Iterator[None]:
-    """Inside, all stacks of a module keep their tensors: a recomputed state has no graph to what its step makes of it.
+    """Within it, all stacks of a module store: a recomputed state has no graph to what its step computes from it.
 
     Args:
-        module: the module whose stacks are meant, itself included.
+        module: the module that holds the stacks, or a stack.
 
     Example:
         >>> from torch import nn

@@ -1,12 +1,12 @@
-"""Start from weights: those of another head, number of channels, picture size or kernel are made to fit a network.
+"""Starting from weights for another head, number of channels, image size or kernel, adapted to fit a network.
 
-``checkpoints.load`` wants the very network; ``start`` is for fine-tuning. Three examples of what it does:
+``checkpoints.load`` requires the same network; ``start`` is for fine-tuning. Three examples of what it does:
 
-* 21,841 classes there, 10 here: the head keeps its new weights, and everything else is loaded;
-* RGB there, grey here: the first convolution sums its weights over the channels;
-* positions of 14 x 14 patches there, 24 x 24 here: they are interpolated.
+* 21,841 classes in the file, 10 in the network: the head keeps its new weights, and everything else is loaded;
+* RGB in the file, grey in the network: the first convolution sums its weights over the channels;
+* positions of 14 x 14 patches in the file, 24 x 24 in the network: they are interpolated.
 
-What is left over on either side is listed, or refused, before anything is written.
+Whatever is left over on either side is listed, or refused, before anything is written.
 """
 
 import math
@@ -31,21 +31,21 @@ from .names import closest
 
 HUB = re.compile(r"hf(?:[-_]hub)?:(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[^@]+))?")
 WEIGHTS = "model.safetensors"  # as transformers and timm name them
-# In the order in which a repository's files are preferred: safetensors come first, as they hold no code.
+# In order of preference among a repository's files: safetensors first, as they hold no code.
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-# Layers that give logits, where a model does not say how its own is called.
+# Names of the layer that returns logits, for models that do not name their own.
 CLASSIFIERS = ("head", "fc", "classifier", "linear")
 
 
 @dataclass(frozen=True)
 class Adapt:
-    """What of a file may be made to fit a network, beside channels and positions.
+    """Which tensors of a file may be adapted to a network, besides channels and positions.
 
     Args:
         averaged: Take averaged weights where a file holds both; False takes the raw ones.
-        new_head: True keeps the network's new head even if the file's would fit, False wants the file's; None takes
-            the file's where it has as many classes.
-        pad_kernels: Put a depthwise or other padded kernel in the middle of a larger one of zeros.
+        new_head: True keeps the network's new head even if the file's would fit, False requires the file's; None takes
+            the file's if it has as many classes.
+        pad_kernels: Place a depthwise or other padded kernel in the centre of a larger one of zeros.
     """
 
     averaged: bool = True
@@ -55,7 +55,7 @@ class Adapt:
 
 @dataclass(frozen=True)
 class Started:
-    """What ``start`` did.
+    """The outcome of ``start``.
 
     Attributes:
         source: the name of the file.
@@ -63,8 +63,8 @@ class Started:
         loaded: number of tensors written.
         count: number of tensors of the network.
         new: keys of the network that keep its own values.
-        adapted: what was made to fit, in words.
-        dropped: what of the file was left out.
+        adapted: what was adapted, in words.
+        dropped: parts of the file that were left out.
     """
 
     source: str
@@ -76,7 +76,7 @@ class Started:
     dropped: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A few lines for people: what was loaded, and everything that was not.
+        """Returns a few readable lines: how much was loaded, and everything that was not.
 
         Example:
             >>> Started("a.pth", "own", 3, 5, ("head.weight", "head.bias")).lines()
@@ -88,20 +88,20 @@ class Started:
 
 
 def start(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], adapt: Adapt | None = None) -> Started:
-    """Loads weights for fine-tuning; all that fits, or nothing.
+    """Loads weights for fine-tuning, all that fits or nothing.
 
     Args:
         model: the network, with the head, channels, size and kernels that it is to have.
         source: a file, or a folder that holds one; a published tag such as ``resnet50.v1``; a Hub repository such as
-            ``hf:OWNER/NAME``; or what a file holds.
-        adapt: what may be made to fit.
+            ``hf:OWNER/NAME``; or the contents of a file.
+        adapt: which adaptations are allowed.
 
     Returns:
         What was loaded, adapted and left out.
 
     Raises:
-        SchemeError: no such source; or tensors without a place, missing ones, other shapes that no rule brings
-            together, or numbers that are not finite. The network is then as it was.
+        SchemeError: no such source; or unexpected tensors, missing ones, shapes that no rule reconciles, or numbers
+            that are not finite. The network is then unchanged.
 
     Example:
         >>> from odenets import create_model
@@ -120,30 +120,30 @@ class Prepared:
 
     Args:
         matched: the tensors, and where each goes.
-        started: what will be reported.
+        started: the report that ``write`` will return.
     """
 
     def __init__(self, matched: checkpoints.Matched, started: Started) -> None:
         self._matched, self.started = matched, started
 
     def write(self) -> Started:
-        """Writes them, all at once."""
+        """Writes the weights, all at once."""
         self._matched.write()
         return self.started
 
 
 def prepared(model: nn.Module, held: Mapping[str, Any], name: str, adapt: Adapt | None = None) -> Prepared:
-    """As ``start``, of what a file holds, without writing anything.
+    """Prepares ``start`` from the contents of a file, without writing anything.
 
     Args:
         model: the network.
-        held: what the file holds, as it was read.
-        name: of the file, for messages.
-        adapt: what may be made to fit; None: the defaults.
+        held: the contents of the file, as they were read.
+        name: the file's name, for messages.
+        adapt: which adaptations are allowed; None takes the defaults.
     """
     rules = _Rules(model, adapt or Adapt())
     matched = checkpoints.matched(model, held, name, rules)
-    # A run that starts from them would end at its first step, and an evaluation would be of no network.
+    # A run from non-finite weights would end at its first step, and an evaluation of them would be meaningless.
     if lost := [key for key, value in matched.tensors.items() if not bool(value.isfinite().all())]:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise SchemeError(
@@ -152,7 +152,7 @@ def prepared(model: nn.Module, held: Mapping[str, Any], name: str, adapt: Adapt 
         )
     report = matched.report
     adapted = [f"{text} ({n})" if n > 1 else text for text, n in Counter(rules.adapted.values()).items()]
-    # Counters of norms that old files lack are no news.
+    # Norm counters that old files lack are not worth reporting.
     new = tuple(key for key in report.kept if key in rules.kept or not key.endswith("num_batches_tracked"))
     count = len(model.state_dict())
     started = Started(name, report.layout, report.loaded, count, new, tuple(adapted), report.dropped)
@@ -161,7 +161,7 @@ def prepared(model: nn.Module, held: Mapping[str, Any], name: str, adapt: Adapt 
 
 @dataclass
 class _Rules:
-    """How tensors are made to fit one network; the rules of ``Adapt``, applied."""
+    """Adapts tensors to one network by the rules of ``Adapt``."""
 
     model: nn.Module
     adapt: Adapt
@@ -174,7 +174,7 @@ class _Rules:
         self.heads = heads(self.model)
 
     def left_out(self, key: str) -> bool:
-        # A file with a head, or with heads between the columns, for a network that has none.
+        # The file has a head, or heads between the columns, and the network has none.
         return self.adapt.new_head is not False and key.startswith(("head.", "supervision."))
 
     def fitted(self, key: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -189,8 +189,8 @@ class _Rules:
         if path == self.first and value.shape[1] != shape[1]:
             text = f"{path} from {value.shape[1]} channels to {shape[1]}"
             value = self._noted(key, with_channels(value, shape[1]), text)
-        # With another padding the middle of the kernel would meet another pixel, and zeros around it would move the
-        # map.
+        # With any other padding the centre of the kernel would meet another pixel, and padding it with zeros would
+        # shift the map.
         if self.adapt.pad_kernels and value.shape != shape and _padded_by_half(part):
             sides = ["x".join(map(str, s[2:])) for s in (value.shape, shape)]
             value = self._noted(key, with_kernel(value, shape[2], shape[3]), f"kernels from {sides[0]} to {sides[1]}")
@@ -206,23 +206,23 @@ class _Rules:
         own = self.model.state_dict()
         for prefix in self.heads:
             keys = [key for key in own if key.startswith(prefix + ".")]
-            # Whole, or not at all: a weight of one task with the bias of another would be neither.
+            # As a whole or not at all: a weight from one task with the bias of another would be neither.
             if (self.adapt.new_head and prefix in self.heads[:1]) or not all(key in fitting for key in keys):
                 self.kept.update(keys)
-        # What stays new was not adapted after all.
+        # Tensors that stay new were not adapted after all.
         self.adapted = {key: text for key, text in self.adapted.items() if key not in self.kept}
         return self.kept
 
 
 def heads(model: nn.Module) -> list[str]:
-    """The parts of a network that may be new: the layer that gives logits, then its norm, and heads in the middle.
+    """Returns the parts of a network that may be new: the layer of the logits, then its norm, and intermediate heads.
 
     Args:
         model: the network.
     """
     modules = dict(model.named_modules())
     given = getattr(model, "classifier", None)
-    # Under that name torchvision's networks have the layer itself, and not its name.
+    # torchvision's networks have the layer itself under this name, instead of its name.
     name = given if isinstance(given, str) else next((n for n in CLASSIFIERS if n in modules), None)
     found = [] if name is None else [name]
     found += [n for n in ("head.norm", "head_norm") if n in modules]
@@ -232,14 +232,14 @@ def heads(model: nn.Module) -> list[str]:
 
 
 def with_channels(weight: Tensor, channels: int) -> Tensor:
-    """The weight of a first convolution for pictures of another number of channels, as timm does it.
+    """Returns the weight of a first convolution for images with another number of channels, by the rule of timm.
 
-    For one channel the sum over all; else the channels over and over, times old / new, so that a picture whose channels
-    are equal gives what it gave.
+    For one channel, the sum over all; otherwise the channels repeated in turn, times old / new. An image with equal
+    channels gives the same output as before for one channel, and for multiples of the old number.
 
     Args:
         weight: (out, in, h, w).
-        channels: what is wanted in place of ``in``.
+        channels: the number of channels that replaces ``in``.
 
     Example:
         >>> import torch
@@ -257,12 +257,12 @@ def with_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def with_kernel(weight: Tensor, height: int, width: int) -> Tensor:
-    """A kernel (out, in, h, w) in the middle of a larger one of zeros; as it is where it has no middle there.
+    """Returns a kernel (out, in, h, w) centred in a larger one of zeros, or unchanged if it cannot be centred there.
 
     Args:
         weight: (out, in, h', w').
-        height: the height that is wanted.
-        width: the width that is wanted.
+        height: the new height.
+        width: the new width.
     """
     (tall, odd), (wide, odd_too) = divmod(height - weight.shape[2], 2), divmod(width - weight.shape[3], 2)
     if odd or odd_too or tall < 0 or wide < 0:
@@ -271,17 +271,17 @@ def with_kernel(weight: Tensor, height: int, width: int) -> Tensor:
 
 
 def _padded_by_half(conv: nn.Conv2d) -> bool:
-    """Whether a pixel stays in the middle of the kernel when that grows, and its padding with it."""
+    """Whether a pixel stays at the centre of the kernel when the kernel grows together with its padding."""
     sides = zip(conv.kernel_size, conv.dilation, strict=True)
     return conv.padding == "same" or conv.padding == tuple(d * (k - 1) // 2 for k, d in sides)
 
 
 def summed(keys: Iterable[str], most: int = 4) -> list[str]:
-    """Keys, those of a part together where there are many of them.
+    """Summarises keys: those of one part together if there are many.
 
     Args:
         keys: names with dots.
-        most: of how many at most each is named.
+        most: the largest number of keys that are listed one by one.
 
     Example:
         >>> summed(["a.b", *(f"decoders.{i}.w" for i in range(9))])
@@ -297,10 +297,10 @@ def summed(keys: Iterable[str], most: int = 4) -> list[str]:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is written as a published tag or a Hub repository, and not as a file.
+    """Whether a source is written as a published tag or a Hub repository, rather than as a file.
 
     Args:
-        source: as it was typed.
+        source: as typed.
 
     Example:
         >>> is_remote("resnet50.v1"), is_remote("hf:owner/name"), is_remote("resnet50.pth")
@@ -311,17 +311,17 @@ def is_remote(source: str) -> bool:
 
 
 def find(source: str | PathLike[str]) -> Path:
-    """The file that a source means: one that is there, or one that is fetched because the source asks for it.
+    """Returns the file of a source: a local one, or one that is downloaded because the source asks for it.
 
-    The network is asked only for ``NAME.TAG`` or ``NAME`` of a model with published weights that are not there yet, and
-    for ``hf:OWNER/NAME``, ``hf:OWNER/NAME@REVISION`` or ``hf:OWNER/NAME/FILE``.
+    Downloads only for ``NAME.TAG`` or ``NAME`` of a model with published weights that are not stored yet, and for
+    ``hf:OWNER/NAME``, ``hf:OWNER/NAME@REVISION`` or ``hf:OWNER/NAME/FILE``.
 
     Args:
         source: a path, a tag, or a repository.
 
     Raises:
-        SchemeError: neither, or what cannot be had.
-        ImportError: a Hub repository, and huggingface_hub is not installed.
+        SchemeError: none of these, or a file that cannot be downloaded.
+        ImportError: a Hub repository while huggingface_hub is not installed.
 
     Example:
         >>> find("nowhere.pth")
@@ -330,7 +330,7 @@ def find(source: str | PathLike[str]) -> Path:
           Give a file, a published tag such as resnet50.v1, or a Hub repository: hf:OWNER/NAME
     """
     path, text = Path(source), str(source)
-    # A file that is there wins over a tag or a repository: no request is made that was not meant.
+    # An existing file wins over a tag or a repository, so that no unintended request is made.
     if path.is_file():
         return path
     if m := HUB.fullmatch(text):
@@ -338,7 +338,7 @@ def find(source: str | PathLike[str]) -> Path:
     if is_remote(text):
         name, _, tag = text.partition(".")
         return weights_file(name, tag or True)
-    # After the tags, as a folder of results may well have the name of its network.
+    # After the tags, since a folder of results may well have the name of its network.
     if text and path.is_dir():
         files = [file.name for file in path.iterdir() if file.is_file()]
         return path / (WEIGHTS if WEIGHTS in files else _only_weights(text, files))
@@ -364,7 +364,7 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None) ->
             # The usual name is tried before the files are listed, which would be one more request.
             return Path(hf_hub_download(repo, file or WEIGHTS, revision=revision))
         except LocalEntryNotFoundError:
-            raise  # the Hub was not reached: it is another kind of a missing entry
+            raise  # the Hub was not reached; this is a subclass of EntryNotFoundError
         except EntryNotFoundError:
             if file is not None:
                 raise SchemeError(f"{source}: {repo} has no file {file}\n  Look at its files on the Hub.") from None
@@ -377,7 +377,7 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None) ->
 
 
 def _only_weights(source: str, files: Iterable[str]) -> str:
-    """The one file of weights of a repository or folder, by the first suffix that there is."""
+    """Returns the only weight file of a repository or folder, by the first suffix that occurs."""
     for suffix in SUFFIXES:
         found = sorted(name for name in files if name.endswith(suffix))
         if len(found) == 1:

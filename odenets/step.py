@@ -37,14 +37,14 @@ class FunctionModule(nn.Module):
 
 
 class Revision:
-    """Whether residual functions of a stack were exchanged since their signatures were read; its steps share it."""
+    """Records whether residual functions of a stack were replaced since their signatures were read; steps share it."""
 
     def __init__(self) -> None:
         self.stale = True
 
 
 class ResidualFunctions(nn.ModuleList):
-    """The residual functions of a step; one that is exchanged is noticed, since its signature must be read anew."""
+    """The residual functions of a step; replacing one marks the stack's signatures stale, to be read again."""
 
     def __init__(self, functions: Sequence[nn.Module], revision: Revision):
         super().__init__()
@@ -58,13 +58,13 @@ class ResidualFunctions(nn.ModuleList):
 
 
 class PerSlot(nn.ModuleList):
-    """Shared residual functions, one for each slot of a step: what a stack takes where one for all will not do.
+    """Shared residual functions, one for each slot of a step, for a stack where a single shared one does not suffice.
 
     A RevNet's step has two residual functions, F and G. ``PerSlot([F, G])`` as the block of a stack uses these two in
     every step. State-dict keys: ``block.{i}.*``.
 
     Args:
-        functions: as many as a step of the scheme has, in their order.
+        functions: one for each residual function of a step of the scheme, in order.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ class PerSlot(nn.ModuleList):
 
     def __init__(self, functions: Iterable[nn.Module] = ()):
         super().__init__()
-        self.revisions: list[Revision] = []  # of the stacks that these are shared by
+        self.revisions: list[Revision] = []  # of the stacks that share these functions
         self.extend(functions)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -88,7 +88,7 @@ class PerSlot(nn.ModuleList):
 
 
 def in_each_slot(shared: nn.Module, stages: int) -> tuple[nn.Module, ...]:
-    """The shared residual functions of a step with so many: one for all, or one each."""
+    """The shared residual functions of a step with so many stages: the same for all, or one each (``PerSlot``)."""
     return tuple(shared._modules.values()) if isinstance(shared, PerSlot) else (shared,) * stages  # type: ignore[return-value]
 
 
@@ -117,24 +117,24 @@ class Step(nn.Module):
         self.gs = nn.ModuleList(gs) if gs else None
         self.h = nn.Parameter(torch.tensor(h)) if learned else h
         self.scheduled: Tensor | None = None  # h as a tensor, once a schedule has set it
-        # None wraps every function, since only its value tells; False spares all later calls the wrapper.
+        # None wraps every function, since only a returned value tells; False spares all later calls the wrapper.
         self.auxiliary: bool | None = None  # whether a function returns auxiliary values; None before a first call
         self.read(shared)
 
     def read(self, shared: nn.Module | None) -> None:
-        """Reads from the signatures of the residual functions what they take."""
-        # Behind a plain callable's module stands the callable, whose signature is the one that counts.
+        """Reads from their signatures which arguments the residual functions take."""
+        # For a plain callable its own signature counts, not that of the module that wraps it.
         fs = self._plain_functions(shared)
         self.takes = tuple(signature(f.function if isinstance(f, FunctionModule) else f) for f in fs)  # type: ignore
         self.timed = any(t.time for t in self.takes)
         self.plain = self.scheme.nodes is not None and not any(t.time or t.context for t in self.takes)
-        # What the shortest path of ``forward`` asks, decided here once instead of at every call.
+        # The condition of the shortest path in ``forward``, evaluated once here instead of in every call.
         self.bare = self.plain and self.gs is None and self.fs is not None and not self.scheme.training_differs
 
     @property
     def size(self) -> Any:
-        """The step size; a tensor where a compiler would take a scheduled number for a constant."""
-        # As a number it would be burnt into the code, which a schedule then compiles anew for every value.
+        """The step size; a tensor where a compiler would treat a scheduled number as a constant."""
+        # A number would be baked into the graph, which would then be recompiled for every value of a schedule.
         return self.scheduled if self.scheduled is not None and torch.compiler.is_compiling() else self.h
 
     def functions(
@@ -146,12 +146,12 @@ class Step(nn.Module):
         calls: list[int] | None = None,
         sink: Sink | None = None,
     ) -> Functions:
-        """The residual functions, with time and context filled in where they take them, and the shortcuts.
+        """Returns the residual functions, with time and context bound where they take them, and the shortcuts.
 
         Args:
             shared: the residual function of all steps, where there is only one.
             t: time at the start of the step.
-            context: what functions with a parameter ``context`` read.
+            context: passed to functions that have a parameter ``context``.
             h: step size.
             calls: counts the evaluations of an adaptive solver.
             sink: takes the auxiliary values of the functions; None drops them.
@@ -159,7 +159,7 @@ class Step(nn.Module):
         fs = self._plain_functions(shared)
         if not self.plain:
             fs = bind(fs, self.takes, self.scheme.nodes, t, h, context, calls)
-        # Where they are asked for, functions that have returned none so far may begin to.
+        # Where auxiliary values are collected, functions that have returned none so far may start to.
         if self.auxiliary is not False or sink is not None:
             fs = tuple(Split(f, sink, self, i) for i, f in enumerate(fs))
         return fs, () if self.gs is None else tuple(self.gs)
@@ -170,7 +170,7 @@ class Step(nn.Module):
         return in_each_slot(shared, self.scheme.stages) if fs is None else tuple(fs._modules.values())  # type: ignore
 
     def start(self, shared: nn.Module | None, t: Any, context: Any) -> Sequence[Function]:
-        """The residual functions at the start of the step in time, as ``Scheme.init`` calls them."""
+        """The residual functions at the time where the step starts, as ``Scheme.init`` calls them."""
         fs = self._plain_functions(shared)
         if not self.plain:
             fs = bind(fs, self.takes, (0.0,) * len(fs), t, 1.0, context)
@@ -181,10 +181,11 @@ class Step(nn.Module):
         return None if t is None else t + self.scheme.span * (self.size if h is None else h)
 
     def scheme_on(self, state: State) -> Scheme:
-        """The scheme, or in training what stands for it there (bdia draws)."""
-        # Not whether gradients are on: what ran forward must be what is differentiated, in a reentrant checkpoint too.
+        """The scheme, or in training its training scheme where that differs (bdia draws)."""
+        # Not decided by whether gradients are enabled: a reentrant checkpoint runs the forward pass without them, and
+        # must differentiate the same scheme.
         if self.training and self.scheme.training_differs:
-            # Where there is one alone: a scheme of a user's own need not know of generators.
+            # Passed only if there is one: a user-defined scheme need not accept a generator.
             generator = () if self.draws is None else (self.draws.generator,)
             return self.scheme.training_scheme(self.index, state[-1], *generator)
         return self.scheme
@@ -198,21 +199,22 @@ class Step(nn.Module):
         h: Any = None,
         runner: Runner | None = None,
     ) -> State:
-        """The streams after the step.
+        """Returns the streams after the step.
 
         Args:
             state: the streams before it.
             shared: the residual function of all steps, where there is only one.
             t: time at the start, None where no function reads it.
-            context: what functions with a parameter ``context`` read.
-            h: step size; None is the step's own.
-            runner: what runs the step in its stead (a mode of backpropagation), here where the hooks of FSDP hang.
+            context: passed to functions that have a parameter ``context``.
+            h: step size; None uses the step's own.
+            runner: runs the step in place of ``evaluate`` (for a mode of backpropagation), here inside the module's
+                call, to which the hooks of FSDP are attached.
         """
         try:
             if runner is not None:
                 return runner(self, state, shared, t, context, h)
             if self.bare and h is None and self.auxiliary is False:
-                # The usual step; reading _modules spares the attribute search of nn.Module, a microsecond on small
+                # The common case; reading _modules avoids nn.Module's attribute lookup, a microsecond on small
                 # states.
                 h = self.h if self.scheduled is None else self.size
                 return self.scheme._step(tuple(self._modules["fs"]._modules.values()), state, h)  # type: ignore
@@ -222,13 +224,13 @@ class Step(nn.Module):
             raise
 
     def _refuse_late(self, error: Exception) -> None:
-        """Says what has happened where a residual function has begun to return something else than a tensor.
+        """Explains an error if a residual function has started to return something other than a tensor.
 
         Raises:
-            SchemeError: it has, so that the arithmetic of the scheme met a tuple; the next call looks for pairs.
+            SchemeError: it has, and the arithmetic of the scheme met a tuple; the next call looks for pairs.
         """
-        # Its functions are called bare, since no call so far has returned auxiliary values: a wrapper for each call
-        # would cost those who never do.
+        # The functions run unwrapped, since no call so far has returned auxiliary values: a wrapper for each call would
+        # slow down those that never do.
         where = error.__traceback__
         while where is not None and where.tb_next is not None:
             where = where.tb_next
@@ -255,13 +257,13 @@ class Step(nn.Module):
         sink: Sink | None = None,
         solves: Solves | None = None,
     ) -> State:
-        """The step by plain evaluation, its functions wrapped by what a pass collects or checks."""
+        """Evaluates the step itself, its functions wrapped by what a pass collects or checks."""
         h = self.size if h is None else h
         fs, gs = self.functions(shared, t, context, h, calls, sink)
         if wrap is not None:
             fs, gs = wrap(self, state, fs, gs)
         scheme = self.scheme_on(state)
-        # Only where it is asked for: the general step of couplings costs more than a scheme's own.
+        # Only on request: the general step of couplings costs more than a scheme's own.
         if sink is not None and sink.log_det:
             return step_measured(scheme, fs, state, h, gs, sink)
         if solves is not None and isinstance(scheme, Adaptive):

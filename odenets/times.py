@@ -1,4 +1,4 @@
-"""Times since the start of a pass at which its values are wanted, and the steps that have them."""
+"""Times since the start of a pass at which values are requested, and the steps that have them."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from .step import Step
 
 
 def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
-    """How much time each step takes.
+    """Returns the length of each step in time.
 
     Raises:
-        SchemeError: nobody knows before the steps are taken.
+        SchemeError: the lengths are unknown before the steps are taken.
     """
     if isinstance(rule, FromError):
         raise SchemeError(
@@ -29,7 +29,7 @@ def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
 
 
 def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Times since the start of steps of these sizes, checked.
+    """Returns times since the start, checked against steps of these sizes.
 
     Raises:
         SchemeError: they are not in order, or lie beyond the steps.
@@ -53,13 +53,13 @@ def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
 
 
 def at_ends(times: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """The times; one that rounding keeps from the end of a step is the very number of that end."""
+    """Returns the times; one that differs from the end of a step by rounding alone is replaced by that end."""
     ends = [*accumulate(sizes, initial=0.0)]
     return [next((e for e in ends if abs(e - x) <= 1e-9 * abs(ends[-1])), x) for x in times]
 
 
 def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> list[int]:
-    """Which ends of steps these times are, as numbers of steps; 0 is the start.
+    """Returns the number of steps that end at each time; 0 is the start.
 
     Raises:
         SchemeError: a time lies within a step.
@@ -69,7 +69,7 @@ def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> l
     for x in times:
         n = min(range(len(ends)), key=lambda i: abs(ends[i] - x))
         if abs(ends[n] - x) > 1e-9 * abs(ends[-1]):
-            # Of the ends in order: the one before and the one behind.
+            # The two nearest ends, in order.
             near = sorted(sorted(ends, key=lambda e: abs(e - x))[:2])
             raise SchemeError(
                 f"Stack: {scheme} has values at the ends of its steps, and {x:g} is none; take {near[0]:g} or "

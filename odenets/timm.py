@@ -1,6 +1,6 @@
-"""Every model for timm: after ``import odenets.timm`` there is ``timm.create_model("odenets_resnet50")``.
+"""Registers every model with timm: ``import odenets.timm`` adds ``timm.create_model("odenets_resnet50")``.
 
-Names are those of ``odenets.list_models()`` after ``odenets_``. All that timm does with a model by name works:
+Names are those of ``odenets.list_models()``, prefixed by ``odenets_``. All that timm does with a model by name works:
 ``pretrained`` with a tag, ``features_only``, ``num_classes``, ``in_chans``, and what builds on it, such as the encoders
 of segmentation_models_pytorch ("tu-odenets_resnet50").
 
@@ -34,7 +34,7 @@ try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
     raise ImportError(f'odenets.timm needs timm ({error}): pip install "odenets[timm]"') from None
-except RuntimeError as error:  # torchvision asks for operators that another build of torch does not have
+except RuntimeError as error:  # torchvision needs operators that another build of torch does not have
     raise ImportError(
         f"odenets.timm: timm imports torchvision, which does not fit this torch ({first_line(error)}).\n"
         "  Install the torchvision of this torch's release and build."
@@ -44,7 +44,7 @@ PREFIX = "odenets_"
 
 
 def config(name: str, weights: Weights | None = None) -> dict[str, Any]:
-    """What timm notes of a model: the size of its pictures, its classes, its first convolution and its head."""
+    """Returns timm's configuration of a model: the size of its images, its classes, first convolution and head."""
     given = model_options(name)
     classes = weights.num_classes if weights else given.get("num_classes", 1000)
     side = given.get("size", 224 if classes >= 1000 else 32)
@@ -61,7 +61,7 @@ def config(name: str, weights: Weights | None = None) -> dict[str, Any]:
 
 
 def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Published weights under the names and in the shapes of the model; what its layout implies is set there."""
+    """Returns published weights in the names and shapes of the model, on which it sets what their layout implies."""
     own = model.state_dict()
     known = model.key_map(state.keys()) if isinstance(model, Renames) and state.keys() != own.keys() else None
     if known is None:
@@ -79,13 +79,13 @@ def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _maps(model: Any, out_indices: Sequence[int] | int | None = None) -> FeatureNet:
-    """A network that gives its maps, all of them unless ``out_indices`` says which, or how many of the last."""
+    """Returns a network that outputs feature maps: all, those in ``out_indices``, or so many of the last."""
     return FeatureNet(model, chosen(out_indices, len(model.feature_info)))
 
 
 def _entry(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        # timm's word for our `size`.
+        # timm's name for our `size`.
         if "img_size" in kwargs and "size" in model_options(name):
             size = kwargs.pop("img_size")
             kwargs["size"] = size if isinstance(size, int) else size[0]
@@ -111,7 +111,7 @@ def _configs() -> dict[str, Any]:
     return found
 
 
-# register_model looks for this name in the module of the function, so it comes before the loop.
+# register_model looks up this name in the function's module, so it must be set before the loop.
 default_cfgs = generate_default_cfgs(_configs())
 
 for _name in list_models():
