@@ -1,7 +1,7 @@
-"""What the processes of a training run decide as one: the first to decide writes it down, the others read it.
+"""Decisions shared by the processes of a training run: the first process to decide publishes, the others read.
 
-Through the key-value store of torch.distributed, where a key is written once: nobody waits for anybody, so that a
-process that measures alone, or again, stops nothing.
+They go through the key-value store of torch.distributed, where each key is written once. No process waits for another,
+so a process that measures alone, or repeatedly, cannot block the run.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ _counts: dict[str, int] = {}
 
 
 def agreed(what: Any, steps: Sequence[Step], state: State, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the process decided that was the first to do so; the own decision where there is but one process.
+    """Returns the decision of the first process to make one; with a single process, its own.
 
     Args:
         what: names the question.
-        steps: those that it is about; their shapes tell stacks apart.
+        steps: the steps that it is about; their shapes tell stacks apart.
         state: their streams, of any batch size.
-        decide: gives plain values.
+        decide: returns the decision as plain values.
 
     Raises:
         SchemeError: the first process raised one.
@@ -37,14 +37,14 @@ def agreed(what: Any, steps: Sequence[Step], state: State, decide: Callable[[], 
     shapes = [(str(step.scheme), tuple(p.numel() for p in step.parameters())) for step in steps]
     like = repr((what, shapes, [tuple(x.shape[1:]) for x in state], state[0].dtype))
     key = "odenets/" + hashlib.sha256(like.encode()).hexdigest()[:24]
-    # Stacks of one shape ask in the same order in every process.
+    # Each call has its own entry: stacks of equal shape ask in the same order in every process.
     _counts[key] = _counts.get(key, 0) + 1
     try:
-        # Plain values: what comes from another process is parsed, and never unpickled.
+        # Plain values, since data from another process must be parsed, never unpickled.
         mine = json.dumps(decide())
     except SchemeError as error:
         mine = json.dumps({"error": str(error)})
-    # Writes where nothing is, and returns what is there then: the first process wins, and none waits.
+    # Sets the key only if it is absent and returns the stored value: the first process wins, and none waits.
     found = json.loads(store.compare_set(f"{key}/{_counts[key]}", "", mine))
     if "error" in found:
         raise SchemeError(found["error"])
@@ -52,7 +52,7 @@ def agreed(what: Any, steps: Sequence[Step], state: State, decide: Callable[[], 
 
 
 def shared_store() -> Any:
-    """The store of torch.distributed, where it is initialised and there are several processes."""
+    """The store of torch.distributed, or None unless it is initialised with several processes."""
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None

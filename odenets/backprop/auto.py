@@ -29,13 +29,13 @@ class Auto(Limits, Mode):
     alone = True
 
     def options(self) -> dict[str, Any]:
-        """Its arguments that are not the usual ones, as they are written."""
+        """The arguments that differ from their defaults, as they are written."""
         found = super().options()
         return found if self.memory is None else {**found, "memory": format_size(self.memory)}
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
-        """Refuses exact arithmetic where the scheme cannot run in it; all else is left to the choice."""
-        from . import uncompiled as uncompiled  # not in a trace: see _ByInverse.check
+        """Refuses exact arithmetic where the scheme cannot run in it; everything else is left to the choice."""
+        from . import uncompiled as uncompiled  # not within a trace: see _ByInverse.check
 
         if self.exact:
             Exact().check(scheme, post_step)
@@ -43,9 +43,9 @@ class Auto(Limits, Mode):
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
         if given.post_step is None and all(s.scheme.reversible_in_training for s in given.steps):
-            state = stream_precision(state)  # whatever is chosen: the output does not tell
-        # Nothing would be kept here, or nothing can be measured: tensors of torch.func have no storage of their own,
-        # and dual numbers and batches of gradients pass no backward pass.
+            state = stream_precision(state)  # so that the output's dtype does not depend on the choice
+        # Cases in which nothing would be kept, or nothing can be measured: tensors of torch.func have no storage of
+        # their own, and there is no backward pass for dual numbers and batches of gradients.
         inside = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         if not needs_graph() or inside or not _measurable(state):
             return given.keep(state)
@@ -55,7 +55,7 @@ class Auto(Limits, Mode):
 
 
 def _measurable(state: State) -> bool:
-    """Whether streams take memory that can be counted."""
+    """Whether the streams take memory that can be counted."""
     return not has_no_values(state) and all(x.layout is torch.strided for x in state)
 
 

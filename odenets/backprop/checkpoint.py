@@ -1,4 +1,4 @@
-"""Checkpointed steps: torch's checkpoint, run again under what the call read."""
+"""Checkpointed steps: torch's checkpoint, with a recomputation that reads the same values as the call."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,12 +21,12 @@ from .surroundings import Read, Surroundings, torch_functions
 
 
 class _Saved(saved_tensors_hooks):
-    """Inside, what autograd saves is checked for later writes, which torch's checkpoint keeps without a look.
+    """Inside, tensors that autograd saves are checked for later in-place writes, which torch's checkpoint does not do.
 
     Args:
         where: name of the steps, for messages.
-        keep: what the checkpoint does with a saved tensor.
-        unpack: how it gives it back.
+        keep: the pack hook of the checkpoint.
+        unpack: its unpack hook.
     """
 
     def __init__(self, where: str, keep: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
@@ -51,7 +51,7 @@ class _Saved(saved_tensors_hooks):
 
 
 class Rerun:
-    """The context of a recomputation; entered once for each, and again while one is under way."""
+    """The context of a recomputation; entered once for each, possibly while another is under way."""
 
     def __init__(
         self,
@@ -66,26 +66,26 @@ class Rerun:
         self.members, self.where, self.sink = members, where, sink
         self.lock = lock or nullcontext()
         self.flags = Flags(self.members, given, held)
-        # Statistics too, though a training pass does not read what they are: they must not move twice.
+        # Statistics too, although a training pass does not read them: they must not be updated twice.
         self.statistics = self.members.statistics()
         self.before: Surroundings | Read = Surroundings(state[0].device, self.members, given)
         self.entered: list[ExitStack] = []
 
     def over(self) -> None:
-        """The call is over: what it left alone need not be kept."""
+        """Ends the call: what it left unchanged need not be kept."""
         notes: list[Surroundings | None] = []
         assert isinstance(self.before, Surroundings)
         self.before.moved(notes)
         if notes[0] is None:
             self.before = self.before.read()
         else:
-            self.members.forget()  # for the next pass, which begins with other values
+            self.members.forget()  # the next pass begins with other values
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            # Another thread's pass must not meet what is put back here.
+            # A pass of another thread must not see what is restored here.
             stack.enter_context(self.lock)
-            # Before anything is put back: a parameter that was written to cannot be made as it was.
+            # Checked before anything is restored: a parameter that was written to cannot be restored.
             self.flags.check(self.where)
             if not torch._C._is_torch_function_enabled():
                 stack.enter_context(torch_functions())
@@ -95,14 +95,15 @@ class Rerun:
             else:
                 self.before.check(self.where)
                 stack.enter_context(self.before.restored())
-            # Written to by the second run, and then dropped with the copies.
+            # The recomputation updates copies of the statistics, which are then dropped.
             stack.enter_context(swapped(self.statistics, [slot.value.clone() for slot in self.statistics]))
             if self.sink is not None:
-                # A function that differentiates within itself is run again while the sink still takes values.
+                # A function that differentiates inside itself is run again while the sink still takes values.
                 stack.enter_context(self.sink.closed())
+            # The hooks of torch's recomputation are on top here; a check for in-place writes is added to them.
             if (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:  # type: ignore[attr-defined]
                 stack.enter_context(_Saved(self.where, *hooks))
-            # A stack of contexts, since a recomputation may set off another of the same steps (a graph of gradients).
+            # A stack of contexts, since one recomputation may trigger another of the same steps (a graph of gradients).
             self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
@@ -111,7 +112,7 @@ class Rerun:
 
 
 class Solve(Rerun):
-    """What the adjoint equation of a solve is solved under, backwards in time; as ``schemes.ode.reads.AROUND``."""
+    """The context of solving an adjoint equation, backwards in time; set as ``schemes.ode.reads.AROUND``."""
 
     def __init__(self, modules: Sequence[nn.Module], state: State, given: Any, where: str):
         members = Members(modules)
@@ -120,10 +121,10 @@ class Solve(Rerun):
         self.left: list[tuple[dict[str, Any], str]] = []
 
     def evaluated(self) -> None:
-        """Looks at what the field has left behind, after an evaluation with a graph.
+        """Collects what the field has left behind, after an evaluation with a graph.
 
         Raises:
-            SchemeError: a tensor in a list or dictionary that could be differentiated.
+            SchemeError: a tensor in a list or dictionary could be differentiated.
         """
         new = {id(x) for x in leftovers(self.members)} - self.known
         self.left = [(vars(m), k) for m in self.members.modules for k, v in vars(m).items() if id(v) in new]
@@ -134,14 +135,14 @@ class Solve(Rerun):
             )
 
     def over(self) -> None:
-        """The solve is over.
+        """Ends the solve.
 
         Raises:
             SchemeError: the field has drawn random numbers.
         """
         guard = Guard(self.where, "an adjoint keeps no graph of it.\n  Use adjoint=false, or detach it")
         for attributes, name in self.left:
-            # To be read, and logged; whoever differentiates it is told.
+            # It can be read and logged, but differentiating it raises an error.
             if isinstance(x := attributes.get(name), Tensor) and x.grad_fn is None:
                 with torch.enable_grad():
                     (attributes[name],) = guard.behind((x,))
@@ -156,7 +157,7 @@ class Solve(Rerun):
 
 @contextmanager
 def as_called(modules: Sequence[nn.Module], state: State, given: Any, where: str, sink: Sink | None) -> Iterator[None]:
-    """Inside, solves note what their adjoint equations are to be solved under; other arguments as in ``checkpointed``.
+    """Inside, solves record the context for their adjoint equations; other arguments as in ``checkpointed``.
 
     Args:
         modules: all modules that the solves use.
@@ -166,7 +167,8 @@ def as_called(modules: Sequence[nn.Module], state: State, given: Any, where: str
         sink: takes auxiliary values, which are refused.
 
     Raises:
-        SchemeError: a residual function draws, or returns auxiliary values, of which an adjoint has no gradient.
+        SchemeError: a residual function draws random numbers, or returns auxiliary values, for which an adjoint has no
+            gradient.
     """
     solve = Solve(modules, state, given, where)
     token = AROUND.set(solve)
@@ -189,21 +191,22 @@ def checkpointed(
     sink: Sink | None = None,
     lock: AbstractContextManager[Any] | None = None,
 ) -> State:
-    """``run(*state)``, whose inner tensors are dropped, and made again in the backward pass.
+    """``run(*state)``, whose inner tensors are dropped, and recomputed in the backward pass.
 
     Args:
-        run: what is computed; a function of the streams alone.
+        run: the function to be checkpointed, of the streams alone.
         state: the streams.
-        members: gives all modules that ``run`` uses, and what they hold: buffers, flags and parameters are as at the
-            call the second time. Not asked where a compiler records the run.
+        members: returns all modules that ``run`` uses, and what they hold: in the recomputation, buffers, flags and
+            parameters are as they were at the call. Not called where a compiler traces the run.
         given: a tree of tensors that they read besides the streams.
         where: name of the steps, for messages.
-        sink: takes the auxiliary values of the first run, and none of a second.
-        lock: held while it runs.
+        sink: takes the auxiliary values of the first run, but none of a recomputation.
+        lock: held while the function runs.
     """
-    if torch.compiler.is_compiling():  # which refuses a context made here, and has recomputation rules of its own
+    # A compiler refuses a context that is made here, and has its own rules of recomputation.
+    if torch.compiler.is_compiling():
         return checkpoint(run, *state, use_reentrant=False)  # type: ignore[return-value]
-    # One object instead of a generator: torch enters the context once per backward pass, as often as there are any.
+    # An object instead of a generator: torch enters the context once per backward pass, of which there may be several.
     rerun = Rerun(*members(), state, given, where, sink, lock)
 
     def steps(*streams: Tensor) -> State:
@@ -213,13 +216,13 @@ def checkpointed(
         try:
             return run(*streams)
         finally:
-            # What a function hangs on its argument hangs there since the first run.
+            # Hooks that the function registers on its arguments are there already, from the first run.
             for x, before in zip(streams, hooks, strict=True):
                 for key in {*(x._backward_hooks or ())} - before:
                     del x._backward_hooks[key]  # type: ignore[index]
 
-    # ``rerun`` puts back the generators of the processor and of one device, and does so under the lock; torch would set
-    # them before it comes there, while another thread draws.
+    # ``rerun`` restores the generators of the CPU and of one device, and does so under the lock; torch would set them
+    # before the lock is taken, while another thread may draw.
     devices = {x.device for x in state}
     others = len(devices) > 1 or devices.pop().type not in ("cpu", "cuda")
     contexts = nullcontext(), rerun

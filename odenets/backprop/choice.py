@@ -1,6 +1,6 @@
-"""Mode "auto": measures, chooses the fastest plan that fits, and says what it comes to.
+"""Mode "auto": measures the steps, chooses the fastest plan that fits, and reports its cost.
 
-With several processes the first that has measured decides for all.
+With several processes, the first to finish measuring decides for all.
 """
 
 import logging
@@ -29,22 +29,22 @@ from .survey import Namer, Survey, modules_of, readout_of, surveyed
 from .walk import Pass
 
 log = logging.getLogger("odenets.backprop")
-LOSS = 4  # times the output: its gradient, and what y.square().mean() takes to make it
+LOSS = 4  # times the bytes of the output: its gradient, and what y.square().mean() takes to compute it
 WAYS = ("store", "offload", "checkpoint", "reverse")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be chosen.
+    """The limits within which a plan is chosen.
 
     Attributes:
-        memory: what the stack may take in training, in MiB, or a text such as "2GB"; None stands for a share of what
-            the device has free.
+        memory: memory that the stack may take in training, in MiB, or a text such as "2GB"; None stands for a share of
+            the device's free memory.
         share: that share.
-        bound: relative error that states made again by the inverse keep to; None stands for 1e-5 in fp32, 1e-11 in
-            fp64.
+        bound: largest relative error allowed in states that the inverse reconstructs; None stands for 1e-5 in fp32,
+            1e-11 in fp64.
         exact: whether the whole stack may run in exact arithmetic, whose outputs are rounded to a grid.
-        offload: whether kept states may go to the host.
+        offload: whether saved tensors may be moved to the host.
     """
 
     memory: Any = None
@@ -55,7 +55,7 @@ class Limits:
 
     def __post_init__(self):
         if self.memory is not None:
-            # Frozen, so that modes compare and hash by value; "2GB" and 2000 MB must be one mode.
+            # Modes compare and hash by value, so "2GB" and 2000 MB must become the same number.
             object.__setattr__(self, "memory", mebibytes(self.memory, "auto(memory)"))
         number = isinstance(self.share, (int, float, Fraction)) and not isinstance(self.share, bool)
         if not number or not 0 < self.share <= 1:
@@ -70,8 +70,8 @@ class Chosen(NamedTuple):
 
     Attributes:
         plan: the plan.
-        size: bytes of the streams that it was made for; larger ones are measured again.
-        final: whether what was measured was finite; otherwise the next pass measures again.
+        size: bytes of the streams that it was made for; larger streams are measured again.
+        final: whether the measured values were finite; otherwise the next pass measures again.
     """
 
     plan: Plan
@@ -84,10 +84,10 @@ class Chosen(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Chosen":
-        """The choice that gave these values.
+        """The choice whose ``state`` gave these values.
 
         Raises:
-            SchemeError: they are of no choice.
+            SchemeError: they do not describe a choice.
         """
         try:
             segments = tuple((n, parse_mode(str(m))) for n, m in state["plan"])
@@ -95,7 +95,7 @@ class Chosen(NamedTuple):
             if not isinstance(final, bool) or isinstance(size, bool) or size < 0:
                 raise TypeError
         except (LookupError, TypeError, ValueError) as error:
-            # It is a ValueError too, and says more exactly which mode cannot be read.
+            # A SchemeError is a ValueError too; it says more precisely which mode cannot be read.
             if isinstance(error, SchemeError):
                 raise
             raise SchemeError(
@@ -106,13 +106,13 @@ class Chosen(NamedTuple):
 
 
 def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Measured] | None" = None) -> Plan:
-    """The plan of a stack, which is measured where it has none, or one for a smaller input.
+    """The plan of a stack; measures the stack where it has none, or only one for a smaller input.
 
     Args:
-        limits: what may be chosen.
+        limits: the limits of the choice.
         given: the pass.
         state: the streams before it.
-        measured: gives the measurement, where there is one.
+        measured: returns the measurement, where there is one already.
 
     Raises:
         SchemeError: no plan fits.
@@ -122,17 +122,17 @@ def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Me
     def choose() -> Chosen:
         found = measure(limits, given, state) if measured is None else measured()
         plan = found.choose()
-        if given.inverted:  # the steps of a plan are counted as the stack counts them
+        if given.inverted:  # a plan lists its segments in the stack's order
             plan = Plan(plan.segments[::-1])
         return Chosen(plan, size, found.survey.finite)
 
     monitor = given.monitor
-    # One thread measures, and those that come meanwhile wait for what it finds.
+    # One thread measures; others that arrive meanwhile wait for its result.
     with monitor.planning:
-        # A smaller input keeps the plan: it fits all the more, and results of one stack should not change with each
+        # A smaller input keeps the plan: it still fits, and the results of a stack should not change from batch to
         # batch.
         found: Chosen | None = monitor.plan
-        # Several processes keep what they have agreed on: a larger input of one is no news to the others.
+        # Several processes keep what they have agreed on: a larger input in one of them is unknown to the others.
         larger = found is not None and size > found.size and shared_store() is None
         if found is None or not found.final or larger:
             said = agreed(("plan", str(limits)), given.steps, state, lambda: choose().state())
@@ -142,13 +142,13 @@ def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Me
 
 
 class Measured:
-    """A stack's steps as measured, and the plans that follow.
+    """The measured steps of a stack, and the plans that follow from them.
 
     Args:
-        limits: what may be chosen.
+        limits: the limits of the choice.
         survey: the measurement.
         end: bytes live at the loss.
-        given: names of the input's storages, which somebody else holds.
+        given: names of the input's storages, which the caller holds.
     """
 
     def __init__(self, limits: Limits, survey: Survey, end: int, given: Sequence[int]):
@@ -167,11 +167,11 @@ class Measured:
 
     @property
     def bound(self) -> float:
-        """The relative error that states made again keep to; none where the measurement was not finite."""
+        """The largest relative error allowed in reconstructed states; infinity where the measurement was not finite."""
         if not self.survey.finite:
-            # Errors that are not finite say nothing of the inverse; the next pass measures again.
+            # Errors that are not finite say nothing about the inverse; the next pass measures again.
             return float("inf")
-        # In the precision of the streams, in which the states are made again.
+        # By the dtype of the streams, in which the states are reconstructed.
         return float(self.limits.bound or BOUNDS.get(self.survey.start[0].dtype, 1e-5))
 
 
@@ -179,18 +179,18 @@ def fastest(chain: Chain, limits: Limits, memory: float, bound: float) -> list[P
     """The pieces of the fastest plan.
 
     Raises:
-        SchemeError: none fits; with what is missing.
+        SchemeError: no plan fits; the message says how much memory is missing.
     """
     ways = (*WAYS, "fixed")
     found = chain.fastest(ways, memory, bound)
     if limits.exact and all("exact" in p.costs for p in chain.profiles):
-        # Rounding to a grid is another arithmetic: all steps or none, whatever the memory.
+        # Rounding to a grid changes the arithmetic, so all steps use it or none, whatever the memory.
         whole = [chain.piece(0, len(chain.profiles), "exact")]
         time = whole[0].time
         if chain.outcomes(whole)[1] <= memory and (found is None or time < found[1]):
             return whole
     if found is None:
-        # Searched only now: the message owes the user the number that would have done.
+        # Searched for only now: the message tells the user how much memory would have been enough.
         least = chain.least(ways, bound)
         raise SchemeError(
             f"Stack: no plan fits into {show(memory)}; the least that one takes is {show(least)}, "
@@ -201,12 +201,12 @@ def fastest(chain: Chain, limits: Limits, memory: float, bound: float) -> list[P
 
 def budget(limits: Limits, device: torch.device) -> float:
     """The bytes that training may take."""
-    # Half of what is free by default: what the model keeps outside of its stacks is not known here.
+    # Only a share of the free memory, since the model's needs outside of its stacks are unknown here.
     return limits.memory * 2**20 if limits.memory is not None else limits.share * free(device)
 
 
 def ways_for(limits: Limits, state: State) -> list[str]:
-    """How steps may be run."""
+    """The ways in which steps may be run."""
     ways = [way for way in WAYS if way != "offload" or (limits.offload and state[0].is_cuda)]
     return [*ways, "exact"] if limits.exact else ways
 
@@ -215,26 +215,26 @@ def measure(limits: Limits, given: Pass, state: State) -> Measured:
     """Measures the steps of a pass."""
     namer = Namer(outside_of(modules_of(given), given.context))
     names = namer.names(state)
-    # The forward pass was not rounded, so an inverse on the grid would not lead back to where it came from.
+    # The original forward pass was not rounded, so an inverse on the grid would not lead back to its start.
     ways = [way for way in ways_for(limits, state) if way != "exact" or not given.inverted]
     survey, last = surveyed(given, state, namer, ways, budget(limits, state[0].device))
     return Measured(limits, survey, end_of(given, last), tuple(names))
 
 
 def outside_of(modules: Sequence[nn.Module], *given: Any) -> list[Tensor]:
-    """The tensors that are there before a pass, and do not count."""
+    """The tensors that exist before a pass and are therefore not counted."""
     tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
     return [*tensors, *tensors_in(given)]
 
 
 def end_of(given: Pass, state: State) -> int:
-    """Bytes of the output, where it is no stream itself, and of what a loss such as y.square().mean() takes."""
+    """Bytes of the output, unless it is one of the streams, and of what a loss such as y.square().mean() takes."""
     output, copied = readout_of(given, state)
     return (output if copied else 0) + LOSS * output
 
 
 def free(device: torch.device) -> float:
-    """Bytes that a device has free, with what torch's allocator holds unused."""
+    """Bytes that are free on a device, including those that torch's allocator has reserved but does not use."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -245,7 +245,7 @@ def free(device: torch.device) -> float:
 
 
 def segments_of(pieces: Sequence[Piece]) -> Iterator[tuple[int, Mode]]:
-    """The segments of a plan: neighbours of one way in one, where that runs the same."""
+    """The segments of a plan: neighbouring pieces of the same way are merged where the merged segment runs the same."""
     run: list[Piece] = []
     for piece in (*pieces, None):
         if run and not (piece is not None and _joins(run, piece)):
@@ -256,7 +256,7 @@ def segments_of(pieces: Sequence[Piece]) -> Iterator[tuple[int, Mode]]:
 
 
 def _joins(run: Sequence[Piece], piece: Piece) -> bool:
-    """Whether a piece carries on: stored ones do, others where all but the last are of one length."""
+    """Whether a piece continues a run: stored ones always, others if all but the last have the same length."""
     if piece.way != run[0].way:
         return False
     lengths = {p.last - p.first for p in run}
@@ -270,7 +270,7 @@ def _mode_of(run: Sequence[Piece]) -> Mode:
         case "checkpoint":
             return Checkpoint(length)
         case "reverse":
-            # One run needs no anchor: it is undone from its own end.
+            # A single piece needs no anchor: it is undone from its own end.
             return Reverse(every=length if len(run) > 1 else 0)
         case "exact":
             return Exact()
@@ -285,7 +285,7 @@ def pieces_of(chain: Chain, plan: Plan, first: int, monitor: Any, refused: Mappi
         way, every = _way_of(mode, count, monitor.part(i), chain.profiles[first].before)
         if any(way not in p.costs for p in chain.profiles[first : first + count]):
             raise SchemeError(f"Stack: {mode} cannot be measured here: {refused.get(way, 'it does not run')}")
-        # The same cuts as the mode itself makes, so that prediction and measurement speak of one thing.
+        # The same cuts as the mode makes, so that prediction and measurement describe the same pieces.
         places = [*range(first, first + count, every), first + count]
         yield [chain.piece(a, b, way) for a, b in pairwise(places)]
         first += count
@@ -298,7 +298,7 @@ def _way_of(mode: Mode, count: int, monitor: Any, streams: Mapping[int, int]) ->
         case Reverse():
             every = mode.every
             if mode.memory is not None:
-                # As ``reverse._anchors`` works it out when the pass runs.
+                # As ``reverse._anchors`` computes it when the pass runs.
                 every = -(-count // max(1, int(float(mode.memory) * 2**20 / max(1, sum(streams.values())))))
             elif every is None:
                 every = monitor.every
@@ -318,15 +318,15 @@ class Row(NamedTuple):
     """One segment in a report.
 
     Attributes:
-        stack: name of its stack, "" where there is one alone.
+        stack: name of its stack, "" if it is the only one.
         first: its first step.
         last: its last step.
         mode: how it is run.
-        live: bytes live after its forward pass, as predicted.
-        measured: the same, as measured.
-        peak: the most bytes that are live while it runs, forward and backward, as predicted.
-        seconds: of both, as predicted.
-        error: relative error of the states that it makes again, as predicted.
+        live: predicted bytes live after its forward pass.
+        measured: the same, measured.
+        peak: predicted peak of live bytes while it runs, forward and backward.
+        seconds: predicted time of both passes.
+        error: predicted relative error of the states that it reconstructs.
     """
 
     stack: str
@@ -342,18 +342,18 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """What a plan comes to; printed, a table.
+    """The cost of a plan, predicted and measured; prints as a table.
 
     Attributes:
         rows: one for each segment.
         plans: the plan of each stack, by its name.
-        predicted: peak in bytes, without parameters, their gradients, and the input.
-        measured: the same, of one pass.
-        seconds: of a forward and backward pass through the stacks, as predicted.
-        measured_seconds: of one pass; of a whole model, with all that is not in stacks.
-        memory: bytes that it was to keep to, None where nothing was asked.
-        error: largest relative error of a state that is made again, as predicted.
-        drift: the same, as measured; None where none was made again, or it is not known yet.
+        predicted: predicted peak in bytes, without parameters, their gradients, and the input.
+        measured: the same, measured in one pass.
+        seconds: predicted time of a forward and backward pass through the stacks.
+        measured_seconds: measured time of one pass; for a whole model it includes everything outside of stacks.
+        memory: memory limit in bytes, None where none was given.
+        error: largest predicted relative error of a reconstructed state.
+        drift: the same, measured; None where no state was reconstructed, or the value has not arrived yet.
     """
 
     rows: list[Row]
@@ -368,13 +368,13 @@ class Report:
 
     @property
     def plan(self) -> Plan:
-        """The plan, where there is one stack."""
+        """The plan, if there is only one stack."""
         (plan,) = self.plans.values()
         return plan
 
     @property
     def error(self) -> float:
-        """The largest of the rows."""
+        """The largest error of the rows."""
         return max((row.error for row in self.rows), default=0.0)
 
     def apply(self) -> None:
@@ -412,7 +412,7 @@ class Report:
 
 
 class Marked(Mode):
-    """Runs a mode, and marks its end."""
+    """Runs a mode, then sets a mark on the meter."""
 
     def __init__(self, mode: Mode, meter: Meter):
         self.mode, self.meter, self.by_inverse = mode, meter, mode.by_inverse

@@ -1,7 +1,7 @@
-"""What residual functions can reach and change besides parameters and buffers, noted as it was and put back.
+"""Snapshots of what residual functions can reach and change besides parameters and buffers, to be restored later.
 
-Lists, dictionaries and plain objects among a module's attributes, what a closure has captured, arrays, generators of
-random numbers: what a step did to them, it must not do twice, and what it read there must be read again.
+It comprises lists, dictionaries and plain objects among a module's attributes, what a closure has captured, arrays, and
+random number generators. What a step did to them must not be done twice, and a replay must read what the step read.
 """
 
 import itertools
@@ -22,26 +22,26 @@ from torch import Tensor, nn
 
 from schemes.errors import SchemeError
 
-_LARGEST = 4096  # elements of containers that are looked at
-_BYTES = 2**22  # of arrays
-_HOPS = 3  # plain objects and callables within each other: who refers to a whole program is not followed through it
+_LARGEST = 4096  # containers that are searched, and elements of one that is
+_BYTES = 2**22  # of the largest array that is copied
+_HOPS = 3  # nesting of plain objects and callables: a reference into a whole program is not followed through it
 _EVERY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
-# Objects of these libraries look after their own state, or are the engine's.
+# Objects of these libraries manage their own state, or belong to the engine.
 _LIBRARIES = ("torch", "odenets", "schemes", "lightning", "pytorch_lightning", "logging", "threading", "_thread")
-# Whose objects among the attributes of modules are configurations.
+# Objects of these libraries among the attributes of modules are configurations.
 _CONSTANT = ("transformers", "timm", "torchvision", "peft", "accelerate")
 _PLAIN = (str, bytes, int, float, complex, type(None), type, Tensor)
 
 
 def is_container(value: Any) -> bool:
-    """Whether it is a collection, or a dataclass that may be changed."""
+    """Whether the value is a collection, or a dataclass that may be changed."""
     return isinstance(value, (list, dict, set, deque, tuple, SimpleNamespace)) or (
         is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
     )
 
 
 def is_generator(value: Any) -> bool:
-    """Whether it is a generator of random numbers whose state can be read and set."""
+    """Whether the value is a random number generator whose state can be read and set."""
     if isinstance(value, (torch.Generator, random.Random)):
         return True
     numpy = _numpy()
@@ -54,12 +54,12 @@ def generator_state(generator: Any) -> Any:
         return generator.get_state()
     if isinstance(generator, random.Random):
         return generator.getstate()
-    # NumPy's older class has methods, its newer one an attribute.
+    # NumPy's older class has methods, the newer one an attribute.
     return generator.get_state(legacy=False) if hasattr(generator, "get_state") else generator.bit_generator.state
 
 
 def set_generator(generator: Any, state: Any) -> None:
-    """Sets a generator to a state of ``generator_state``."""
+    """Sets a generator to a state that ``generator_state`` returned."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif hasattr(generator, "set_state"):
@@ -78,11 +78,11 @@ def same_state(a: Any, b: Any) -> bool:
 
 
 def holds(value: Any, attribute: bool = False) -> bool:
-    """Whether a function that is given something, or has it as an attribute, may find or change other things in it.
+    """Whether a function that has access to a value may read or change other objects through it.
 
     Args:
         value: a context, or something in it.
-        attribute: whether a module holds it.
+        attribute: whether a module holds the value as an attribute.
     """
     if isinstance(value, _PLAIN) or is_generator(value):
         return False
@@ -99,21 +99,21 @@ def holds(value: Any, attribute: bool = False) -> bool:
         return False
     if hasattr(value, "__length_hint__") and isinstance(value, Iterator):
         return True
-    # Also an object that holds nothing yet: counters often begin as an attribute of the class.
+    # Even an object that holds nothing yet: counters often start as an attribute of the class.
     return hasattr(value, "__dict__") or bool(_attributes(value))
 
 
 class Contents:
-    """What containers hold at one moment, and those within them: caches of keys and values, lists of past states.
+    """A snapshot of containers and of those nested in them, such as key-value caches and lists of past states.
 
     Args:
         containers: attributes of modules.
-        given: what functions are given.
-        known: says of a module whether others look after it.
+        given: the arguments of the functions.
+        known: tells whether a module is handled elsewhere.
 
     Attributes:
-        tensors: the tensors in it.
-        generators: the generators of random numbers in it.
+        tensors: the tensors in the containers.
+        generators: the random number generators in them.
     """
 
     __slots__ = ("found", "generators", "tensors")
@@ -127,15 +127,15 @@ class Contents:
         queue, seen = [*((c, True, 0, False) for c in containers), *((c, False, 0, False) for c in given)], set[int]()
         while queue and len(seen) < _LARGEST:
             c, attribute, hops, apart = queue.pop()
-            # By identity: containers may hold themselves, and comparing their contents could raise.
+            # By identity: containers may contain themselves, and comparing their contents could raise.
             if id(c) in seen or (isinstance(c, nn.Module) and known is not None and known(c)):
                 continue
             seen.add(id(c))
             content = _content(c)
-            # A data set among the attributes: looking at all of it would cost more than the step.
+            # Probably a data set among the attributes: searching all of it would cost more than the step.
             if isinstance(content, (dict, list)) and len(content) > _LARGEST:
                 continue
-            # What a function has captured is read: lists in which it counts are mostly there to be looked at, and stay.
+            # Captured objects are searched, not restored: lists in which a function counts are mostly for inspection.
             apart = apart or isinstance(c, FunctionType)
             # A tuple cannot change, but the lists and tensors in it can.
             if not (apart or isinstance(c, (tuple, partial, MethodType))):
@@ -150,7 +150,7 @@ class Contents:
                     queue.append((v, attribute, hops, apart))
 
     def same(self) -> bool:
-        """Whether the containers hold the very same objects still."""
+        """Whether the containers still hold the same objects."""
         for c, content in self.found:
             now = _content(c)
             if not isinstance(content, (dict, list)):
@@ -159,7 +159,7 @@ class Contents:
                 continue
             if len(now) != len(content):
                 return False
-            # The keys too, and in their order: what iterates over the dictionary next time must meet the same.
+            # The keys too, in order: a later iteration over the dictionary must see the same sequence.
             if isinstance(content, dict) and [*now] != [*content]:
                 return False
             values = (now.values(), content.values()) if isinstance(content, dict) else (now, content)
@@ -168,10 +168,10 @@ class Contents:
         return True
 
     def refuse_advanced(self, where: str = "a residual function") -> None:
-        """Refuses iterators that have moved on since, which nothing sets back.
+        """Refuses iterators that have advanced since the snapshot, since they cannot be set back.
 
         Raises:
-            SchemeError: with their type.
+            SchemeError: with the type of the iterator.
         """
         for c, content in self.found:
             if isinstance(c, Iterator) and _content(c) != content:
@@ -181,13 +181,13 @@ class Contents:
                 )
 
     def put(self) -> None:
-        """Makes the containers hold this again."""
+        """Restores the contents of the containers."""
         for c, content in self.found:
             _refill(c, content)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the containers hold this; outside nobody sees it."""
+        """Inside, the containers hold the contents of the snapshot; afterwards those from before."""
         before = [(c, _content(c)) for c, _ in self.found]
         self.put()
         try:
@@ -198,7 +198,7 @@ class Contents:
 
 
 def _numpy() -> Any:
-    # Where nobody has imported NumPy nobody has an array; importing it here would take longer than the step.
+    # Unless NumPy is imported already, there is no array; importing it here would take longer than the step.
     return sys.modules.get("numpy")
 
 
@@ -208,7 +208,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _attributes(x: Any) -> dict[str, Any]:
-    """What a plain object holds, in its dictionary or its slots."""
+    """The attributes of a plain object, from its dictionary or its slots."""
     if hasattr(x, "__dict__"):
         return dict(vars(x))
     names = [n for kind in type(x).__mro__ for n in _slots_of(kind)]
@@ -236,10 +236,10 @@ def _content(c: Any) -> Any:
     if isinstance(c, nn.Module):
         return {k: v for k, v in vars(c).items() if k not in _EVERY_MODULE}
     if isinstance(c, itertools.count):
-        # A counter shows where it stands in its text alone.
+        # Only the repr of a counter tells where it is.
         return repr(c)
     if isinstance(c, Iterator):
-        # What is left of it tells whether it has moved, and is asked without moving it.
+        # The remaining length tells whether the iterator has moved, and can be read without advancing it.
         return operator.length_hint(c, -1)
     if _is_array(c):
         return c.copy()
@@ -247,7 +247,7 @@ def _content(c: Any) -> Any:
 
 
 def cells_of(function: FunctionType) -> Iterator[Any]:
-    """What the cells of a closure hold."""
+    """The contents of the cells of a closure."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -256,7 +256,7 @@ def cells_of(function: FunctionType) -> Iterator[Any]:
 
 
 def _captured(function: FunctionType) -> dict[Any, Any]:
-    """What a function reads from around it: the cells of a closure, and those globals that could change."""
+    """The variables that a function captures: the cells of its closure, and those globals that could change."""
     if (function.__module__ or "").partition(".")[0] in (*_LIBRARIES, *_CONSTANT):
         return {}
     found: dict[Any, Any] = dict(enumerate(cells_of(function)))
@@ -273,7 +273,7 @@ def _refill(c: Any, content: Any) -> None:
     if isinstance(c, (list, bytearray)):
         c[:] = content
     elif isinstance(c, Iterator):
-        return  # refused as soon as it moved
+        return  # refused as soon as it has advanced, see ``refuse_advanced``
     elif isinstance(c, nn.Module):
         attributes = vars(c)
         for k in [k for k in attributes if k not in _EVERY_MODULE and k not in content]:
@@ -284,14 +284,14 @@ def _refill(c: Any, content: Any) -> None:
             c[...] = content
     elif not isinstance(c, (dict, set, deque)) and not hasattr(c, "__dict__"):  # a class with slots
         for name, value in content.items():
-            # A frozen dataclass refuses any other way.
+            # The only way that works for a frozen dataclass.
             object.__setattr__(c, name, value)
     else:
         _refill_collection(c if isinstance(c, (dict, set, deque)) else vars(c), content)
 
 
 def _refill_collection(target: Any, content: Any) -> None:
-    # Refilled and not replaced: whoever else holds the collection must see it, too.
+    # Refilled and not replaced, since other objects may hold the same collection.
     target.clear()
     if isinstance(target, dict):
         for k, v in content.items():  # outputs of transformers refuse update()

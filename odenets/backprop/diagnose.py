@@ -1,4 +1,4 @@
-"""A report on each step of a stack that is run back: what is not finite, what drifts, what grows errors."""
+"""Reports on each step of a stack under inversion: which is not finite, which drifts, which amplifies errors."""
 
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ class StepReport(NamedTuple):
         step: its number.
         scheme: its scheme.
         finite: whether its streams are finite after it.
-        drift: relative error of the state that its inverse makes again.
-        growth: by how much its inverse grows a relative error of the state.
+        drift: relative error of the state that its inverse reconstructs.
+        growth: factor by which its inverse grows a relative error of the state.
     """
 
     step: int
@@ -32,7 +32,7 @@ class StepReport(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What ``Stack.diagnose`` returns: a report for each step; printed, a table that names the guilty one.
+    """The result of ``Stack.diagnose``: a report for each step; prints as a table that names the guilty one.
 
     Args:
         steps: a report for each step, in order.
@@ -42,7 +42,7 @@ class Diagnosis(NamedTuple):
 
     @property
     def predicted(self) -> float:
-        """Relative error of the first state, made again from the last one without anchors."""
+        """Predicted relative error of the first state, reconstructed from the last one without anchors."""
         error = 0.0
         for r in reversed(self.steps):
             error = r.drift + r.growth * error
@@ -50,7 +50,7 @@ class Diagnosis(NamedTuple):
 
     @property
     def guilty(self) -> StepReport | None:
-        """The first step that is not finite, else the one that grows errors most, if they grow too much."""
+        """The first step that is not finite; else the one that grows errors most, if errors grow too much."""
         for r in self.steps:
             if not r.finite:
                 return r
@@ -68,16 +68,16 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(given: Pass, state: State) -> Diagnosis:
-    """Runs each step forward and back, without gradients; statistics and generators stay as they are."""
+    """Runs each step forward and back without gradients; statistics and generators stay as they are."""
     trial, reports, before = Trial(), [], [state]
 
     def on_step(n: int, state: State) -> None:
         step = given.steps[n]
-        # Step by step, though windows measure growth better: a report has to name the one that is guilty.
+        # Step by step, although windows measure growth better: the report has to name the guilty step.
         growth, (drift,) = growth_of([step], trial, [before[0], state])
         finite = all(bool(torch.isfinite(x).all()) for x in state)
         reports.append(StepReport(n, str(step.scheme), finite, drift, growth))
-        # Only the last two states are alive, whatever the depth.
+        # Only the last two states are alive, whatever the depth of the stack.
         before[0] = state
 
     given._replace(on_step=on_step).walk(state, trial.run)

@@ -1,4 +1,4 @@
-"""Tensors in what a pass is given, its time and its context: in any nesting of containers and plain objects."""
+"""Tensors in the time and the context that a pass is given, in any nesting of containers and plain objects."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 
 def tensors_in(given: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors in a nesting of containers, dataclasses and plain objects, in the order in which they stand.
+    """The tensors in a nesting of containers, dataclasses and plain objects, in their order.
 
     Example:
         >>> import torch
@@ -18,7 +18,7 @@ def tensors_in(given: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         >>> [x.numel() for x in tensors_in((torch.ones(1), {"a": SimpleNamespace(b=[torch.ones(2)])}, None, 3))]
         [1, 2]
     """
-    seen = set() if seen is None else seen  # objects may lead back to themselves
+    seen = set() if seen is None else seen  # objects may refer back to themselves
     for leaf in pytree.tree_leaves(given):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -28,7 +28,7 @@ def tensors_in(given: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def with_tensors(given: Any, make: Callable[[Tensor], Tensor], copies: dict[int, Any] | None = None) -> Any:
-    """The same nesting with ``make(x)`` in place of each tensor x; what holds no tensor is not copied."""
+    """The same nesting with ``make(x)`` in place of each tensor x; objects that hold no tensor are not copied."""
     copies = {} if copies is None else copies
 
     def replaced(leaf: Any) -> Any:
@@ -39,25 +39,25 @@ def with_tensors(given: Any, make: Callable[[Tensor], Tensor], copies: dict[int,
         content = attributes_of(leaf)
         if content is None or next(tensors_in(content), None) is None:
             return leaf
-        # Noted before its content is replaced, as that may lead back to it.
+        # Noted before its content is replaced, since the content may refer back to it.
         new = copies[id(leaf)] = copy.copy(leaf)
         for name, value in with_tensors(content, make, copies).items():
             if isinstance(new, Mapping):
                 new[name] = value  # type: ignore[index]
             else:
-                object.__setattr__(new, name, value)  # frozen dataclasses, too: the copy is ours
+                object.__setattr__(new, name, value)  # frozen dataclasses too: the copy is ours
         return new
 
     return pytree.tree_map(replaced, given)
 
 
 def attributes_of(x: Any) -> dict[Any, Any] | None:
-    """What an object holds, if it is one that merely holds things: no tensor, module, class or function."""
+    """The attributes of an object that is a mere container: not a tensor, module, class or function; else None."""
     if isinstance(x, Mapping):  # of a type that pytree does not know
         return dict(x)
     if is_dataclass(x) and not isinstance(x, type):
         return {f.name: getattr(x, f.name) for f in fields(x)}
-    # What computes has a state of its own, which others look after; only what merely holds is looked into.
+    # An object that computes has state of its own, which is handled elsewhere; only mere containers are searched.
     if isinstance(x, (Tensor, nn.Module, type)) or callable(x):
         return None
     return dict(vars(x)) if hasattr(x, "__dict__") else None

@@ -1,10 +1,10 @@
-"""Exact arithmetic on a binary grid: a coupling's inverse gives back every bit.
+"""Exact arithmetic on a binary grid: a coupling's inverse recovers every bit.
 
-Streams and the shifts that are added to them are rounded to multiples of 2^-bits, straight through for gradients. Sums
+Streams and the shifts that are added to them are rounded to multiples of 2^-bits, with straight-through gradients. Sums
 and differences of such numbers are exact while they stay below a limit, so an update with scale 1 or -1 loses nothing.
-An update with another scale a keeps floor(|a| n) of the integer n that an element is, and beside it which of the
-at most ceil(1/|a|) integers with that floor it was: 1 bit per element for a = 1/2, none for |a| >= 1. This is the least
-that any inverse needs.
+An update with another scale a maps the integer n of an element to floor(|a| n), and keeps beside it which of the at
+most ceil(1/|a|) integers with that floor n was: 1 bit per element for a = 1/2, none for |a| >= 1. No inverse can do
+with less.
 
 Prior art: Zhang et al. 2024 (BDIA), arXiv 2407.09093, for transformers and a = 1/2; MacKay et al. 2018, Reversible
 recurrent neural networks, arXiv 1810.10999, for fixed-point numbers.
@@ -25,24 +25,24 @@ DEFAULT_BITS = {torch.float32: 14, torch.float64: 40}
 
 
 def _digits(dtype: torch.dtype) -> int:
-    """The significand's length: what must hold the integer part and the binary places together."""
+    """The length of the significand, which must hold the integer part and the binary places together."""
     return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 
 def most_bits(dtype: torch.dtype) -> int:
-    """The most binary places of a grid: at least two digits are left for the integer part."""
+    """The largest number of binary places of a grid; it leaves at least two digits for the integer part."""
     return _digits(dtype) - 3
 
 
 class Spilled(NamedTuple):
-    """What an update did not keep: for each element a number of ``width`` bits, as packed planes."""
+    """The bits that an update did not keep: for each element a number of ``width`` bits, as packed planes."""
 
     planes: list[Tensor]
     shape: torch.Size
 
 
 class _Straight(torch.autograd.Function):
-    """``value`` going forward, and the gradient of ``surrogate`` going back."""
+    """``value`` in the forward pass; the gradient goes to ``surrogate`` in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
@@ -51,16 +51,16 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # Rounding has the derivative 0 almost everywhere; straight through, gradients are those of the unrounded sum.
+        # Rounding has derivative 0 almost everywhere; the straight-through gradient is that of the unrounded sum.
         return grad.to(ctx.dtype), None
 
 
 class Grid:
-    """Multiples of 2^-bits, in one floating-point format.
+    """The multiples of 2^-bits in one floating-point format.
 
     Args:
         bits: binary places.
-        dtype: format of the streams; single or double precision.
+        dtype: dtype of the streams; single or double precision.
 
     Raises:
         SchemeError: half precision, or more places than the format has.
@@ -77,12 +77,12 @@ class Grid:
         self.unit, self.per_unit = 2.0**-self.bits, 2.0**self.bits
         # A sum of two multiples below this bound is exact.
         self.limit = 2.0 ** (digits - 1 - self.bits)
-        # Adding this number leaves no bit below the unit, so that the format's own rounding does the work of `round`
-        # in two passes over the memory instead of three.
+        # Adding this number leaves no bit below the unit: the rounding of the addition does the work of `round`, in two
+        # passes over memory instead of three.
         self.rounder = 1.5 * self.limit
 
     def round(self, x: Tensor) -> Tensor:
-        """x on the grid, ties to even (beyond half of the limit, on every other point of it); straight through."""
+        """x rounded to the grid, ties to even (beyond half of the limit, to every other point); straight through."""
         value = torch.add(x.detach(), self.rounder).sub_(self.rounder)
         return _Straight.apply(x, value) if x.requires_grad else value  # type: ignore[return-value]
 
@@ -90,11 +90,12 @@ class Grid:
         """Whether x leaves the range in which sums are exact, or is not finite; a flag on its device."""
         if not x.numel():
             return torch.zeros((), dtype=torch.bool, device=x.device)
-        low, high = torch.aminmax(x.detach())  # NaN passes through, and is in no range
+        # NaN passes through ``aminmax``; the negated comparison counts it as out of range.
+        low, high = torch.aminmax(x.detach())
         return ~((low > -self.limit) & (high < self.limit))
 
     def apply(self, update: Update, state: State, gs: Sequence[Function], spills: list[Spilled | None]) -> State:
-        """The state after an elementary update on the grid; notes what it did not keep."""
+        """The state after an elementary update on the grid; appends the bits that it did not keep to ``spills``."""
         d = update.dst
         scale, shift, *byproducts = update.terms(state)
         if shift.is_complex():
@@ -107,6 +108,7 @@ class Grid:
             spills.append(None)
             return (*state, self.round(shift.to(state[0].dtype)))
         x, g = state[d], shortcut_of(update, gs)
+        # Both terms must be on the grid, or their sum would be rounded.
         shift = self.round(shift.to(x.dtype))
         if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
             spills.append(None)
@@ -116,6 +118,7 @@ class Grid:
             kept, spill = self._shrink(x.detach(), factor)
             spills.append(spill)
             if torch.is_grad_enabled():
+                # The gradient is that of the unrounded product; only the value is rounded.
                 kept = _Straight.apply(g(x) if g is not None else x * scale, kept)
             new = kept + shift
         out = list(state)
@@ -125,7 +128,7 @@ class Grid:
         return tuple(out)
 
     def invert(self, update: Update, state: State, gs: Sequence[Function], spills: list[Spilled | None]) -> State:
-        """The state before an elementary update on the grid; takes what it did not keep from the end of ``spills``."""
+        """The state before an elementary update on the grid; pops the bits that it did not keep from ``spills``."""
         d, spill = update.dst, spills.pop()
         if update.appends:
             return state[:d]
@@ -134,24 +137,25 @@ class Grid:
         return (*state[:d], x, *state[d + 1 :])
 
     def before(self, update: Update, scale: Any, shift: Tensor, y: Tensor, g: Any, spill: Spilled | None) -> Tensor:
-        """The stream before an update, from the stream after it, the update's terms and what was kept beside."""
-        # Both on the grid, so the difference is exact; rounding the shift again gives the same bits as the first time.
+        """The stream before an update, from the stream after it, the update's terms and the spilled bits."""
+        # Both are on the grid, so the difference is exact; rounding the shift again gives the same bits as before.
         rest = y - self.round(shift.detach().to(y.dtype))
         if g is None and isinstance(scale, (int, float)) and abs(scale) == 1:
             return rest if scale == 1 else -rest
         return self._grow(rest, _factor(update, scale, g, y), spill)
 
     def _shrink(self, x: Tensor, factor: Tensor) -> tuple[Tensor, Spilled | None]:
-        """sign(a) floor(|a| n) for the integers n of x, and the place of n among those with that floor."""
+        """sign(a) floor(|a| n) for the integers n of x, and the place of n among the integers with that floor."""
         a = factor.detach()
         low, high = _range_of(a)
         width = _width(low)
         if _is_power_of_two(low, high):
             n = x * self.per_unit
             m = torch.floor(n * low)
+            # m / low is exact here, and the smallest integer with this floor where low <= 1.
             spill = Spilled(_planes(n - m / low, width), x.shape) if width else None
             return (m * self.unit) * a.to(x.dtype).sign(), spill
-        # A product with a factor that is no power of two has more digits than single precision can hold.
+        # A product with a factor that is not a power of two has more digits than single precision can hold.
         n, a = x.double() * self.per_unit, a.double()
         size = a.abs()
         m = torch.floor(size * n)
@@ -159,7 +163,7 @@ class Grid:
         return (torch.sign(a) * m * self.unit).to(x.dtype), spill
 
     def _grow(self, x: Tensor, factor: Tensor, spill: Spilled | None) -> Tensor:
-        """The x that ``_shrink`` was given, from what it returned."""
+        """The inverse of ``_shrink``."""
         a = factor.detach()
         low, high = _range_of(a)
         if _is_power_of_two(low, high):
@@ -185,36 +189,37 @@ def _factor(update: Update, scale: Any, g: Any, x: Tensor) -> Tensor:
 
 
 def _range_of(factor: Tensor) -> tuple[float, float]:
-    """The smallest and the largest size of a factor; 1 where there is none, as one per sample of an empty batch."""
+    """The smallest and largest absolute value of a factor; 1 for an empty one (one per sample of an empty batch)."""
     if not factor.numel():
         return 1.0, 1.0
-    low, high = torch.stack(torch.aminmax(factor.abs())).tolist()  # the width of what is kept beside waits for them
+    # This waits for the device: the number of spilled bits must be known on the host.
+    low, high = torch.stack(torch.aminmax(factor.abs())).tolist()
     return low, high
 
 
 def _is_power_of_two(low: float, high: float) -> bool:
-    """Whether all factors are one power of two, products with which are exact and need no double precision."""
+    """Whether all factors are the same power of two, so that products are exact without double precision."""
     return low == high and math.frexp(low)[0] == 0.5
 
 
 def _width(low: float) -> int:
-    """Bits for the place of an integer among those that share floor(size * n): at most ceil(1 / size) of them."""
+    """Bits for the place of an integer among those with equal floor(size * n), of which there are <= ceil(1 / size)."""
     return (math.ceil(1 / low) - 1).bit_length()
 
 
 def _first(m: Tensor, size: Tensor) -> Tensor:
-    """The smallest integer n with floor(size * n) >= m; the quotient is right but for its last rounding."""
-    # A quotient rounded the wrong way is off by one, which is as wrong as any other number on a grid of integers.
+    """The smallest integer n with floor(size * n) >= m."""
+    # The quotient may be rounded the wrong way and n then be off by one, so both neighbours are checked.
     n = torch.ceil(m / size)
     n = torch.where(size * (n - 1) >= m, n - 1, n)
     return torch.where(size * n < m, n + 1, n)
 
 
 def _planes(place: Tensor, width: int) -> list[Tensor]:
-    """Numbers of ``width`` bits as ``width`` tensors of bytes, 8 elements in one."""
-    # One byte holds eight elements: a bool tensor would take eight times what the scheme promises.
+    """Packs numbers of ``width`` bits into ``width`` tensors of bytes, eight elements to a byte."""
+    # Bytes instead of bools, which would take eight times the memory that the scheme promises.
     flat = torch.nn.functional.pad(place.reshape(-1), (0, -place.numel() % 8)).view(-1, 8)
-    # A product with powers of two packs eight elements at once; sums below 256 are exact in any format.
+    # A product with powers of two packs eight elements at once; sums below 256 are exact in float32.
     weights = torch.exp2(torch.arange(8, device=place.device, dtype=torch.float32))
     whole = flat if width == 1 else flat.to(torch.int32)
     return [((whole if width == 1 else whole >> i & 1).float() @ weights).to(torch.uint8) for i in range(width)]

@@ -1,8 +1,8 @@
-"""A forward pass without a graph leaves no gradient behind silently: what escapes from a residual function is watched.
+"""Detects tensors that escape from residual functions run without a graph, whose gradients would be lost silently.
 
 An auxiliary loss kept as an attribute, or an activation that a hook collects, has no graph in a reversed pass, and its
-gradient would be missing without a word. So an update runs with a graph, whose saved tensors are dropped as soon as the
-update is over, and its streams enter through a delayed error: whoever differentiates a leftover gets that error.
+gradient would be missing without a warning. So an update runs with a graph, whose saved tensors are dropped as soon as
+the update is over, and its streams enter through a delayed error, which is raised when a leftover is differentiated.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ _WHY = (
 
 
 class Guard:
-    """Applies updates such that nothing they leave behind can be differentiated without an error.
+    """Applies updates so that differentiating anything they leave behind raises an error.
 
     Args:
         where: the step, for messages.
@@ -54,18 +54,18 @@ class Guard:
         self.boxes: list[_Box] = []
 
     def apply(self, run: Callable[[State], State], state: State) -> State:
-        """What ``run``, an update, makes of the state, without a graph."""
+        """The state after ``run``, an update, without a graph."""
         with torch.enable_grad():
             behind = self.behind(state)
         return self._apply(run, behind, state)
 
     def alone(self, run: Callable[[State], State], state: State, refuse: Callable[[Sequence[Tensor]], None]) -> State:
-        """As ``apply`` where neither a stream nor a parameter needs a gradient: no backward pass will come here.
+        """As ``apply``, where neither a stream nor a parameter needs a gradient, so that no backward pass will come.
 
         Args:
             run: an update.
             state: the streams.
-            refuse: is given the streams after it, to raise where a captured tensor has made them need a gradient.
+            refuse: called with the streams after it, to raise where a captured tensor makes them need a gradient.
         """
         return self._apply(run, tuple(x.detach() for x in state), state, refuse)
 
@@ -76,10 +76,11 @@ class Guard:
         given: State,
         look: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> State:
-        # A graph is made after all, for the leftovers to hang on; boxes let go of what it saved, so memory stays flat.
-        # The boxes are all that the graph holds of its saved tensors, so emptying them frees the memory at once.
+        # A graph is built after all, so that leftovers lead to the error. It holds its saved tensors in boxes only, so
+        # emptying these frees the memory at once.
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             new = run(state)
+        # These tensors were created for this update, so a hook on one comes from the function.
         for x in state:
             if x._backward_hooks:
                 refuse_hook(self.where)
@@ -88,14 +89,14 @@ class Guard:
         for box in self.boxes:
             box.tensor = None
         self.boxes.clear()
-        # The streams go on without the graph; only what a function put aside still holds it. Those that are handed on
-        # are the very tensors that came in: a write to one must be counted in all states that it belongs to.
+        # The streams leave without the graph, which only leftovers still hold. Streams that the update passes through
+        # stay the same tensor objects: a write to one must be counted in all states that contain it.
         came = {_place(x): x for x in given if x.numel()}
         return tuple(same if (same := came.get(_place(x))) is not None else x.detach() for x in new)
 
     def behind(self, state: State) -> State:
-        """The streams, behind an error that is raised where a gradient arrives."""
-        # One error a stream, as several in one call come back in another form than one.
+        """The streams, behind an error that is raised when a gradient arrives."""
+        # One error per stream, since a call with several returns another type than a call with one.
         error = torch._C._functions.DelayedError  # type: ignore[attr-defined]
         return tuple(
             error(self.message, 1)(x.detach().requires_grad_()).as_subclass(type(x))
@@ -115,34 +116,35 @@ class Guard:
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common that are one: a view of another shape, or a conjugate, is another tensor."""
+    """A key that is equal for two tensors that are the same; a view of another shape, or a conjugate, is different."""
     return x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_conj(), x.is_neg()
 
 
 def needed(members: Members, held: Held) -> bool:
     """Whether something could escape from the functions of a step.
 
-    Before a first run anything could; later only hooks, closures, and attributes that were seen to be left behind.
+    Before the first run anything could; later only through hooks, closures, and functions that were seen to leave
+    something behind.
     """
-    # A guarded update costs time, so a function that was seen to leave nothing is trusted until it is exchanged.
-    # Hooks and closures are not: what they hold cannot be looked at.
-    # Those that ask for a graph are given one in every pass, as they are in the backward pass.
+    # A guarded update costs time, so a function that was seen to leave nothing is trusted until it is replaced.
+    # Hooks and closures are not trusted: what they hold cannot be inspected.
+    # Functions that ask for a graph get one in every forward pass, as they do in the backward pass.
     return members.leaves_behind or members.asks or held.hooked
 
 
 def left_behind(members: Members) -> bool:
-    """Whether an attribute holds a tensor with a graph, by itself or in a list or dictionary."""
+    """Whether an attribute holds a tensor with a graph, directly or in a list or dictionary."""
     return any(True for _ in leftovers(members))
 
 
 def leftovers(members: Members) -> Iterator[Tensor]:
-    """The tensors with a graph that attributes hold: a loss may differentiate them later."""
+    """The tensors with a graph that attributes hold, which a loss may differentiate later."""
     held = pytree.tree_leaves([vars(m) for m in members.modules])
     return (v for v in held if isinstance(v, Tensor) and v.grad_fn is not None)
 
 
 def refuse_hook(where: str) -> None:
-    """Refuses hooks on streams: they are for the gradient of all that is made of a stream, and here it comes in parts.
+    """Refuses hooks on streams: they expect the whole gradient of a stream, which arrives in parts here.
 
     Raises:
         SchemeError: always.
@@ -155,7 +157,7 @@ def refuse_hook(where: str) -> None:
 
 
 def refuse_retained(left: Sequence[Tensor]) -> None:
-    """Refuses leftovers that a gradient is to be kept at, as none arrives there.
+    """Refuses leftovers that are to retain their gradient, since none arrives there.
 
     Raises:
         SchemeError: there is one.
@@ -172,8 +174,8 @@ class Leftover(NamedTuple):
     """A tensor that a residual function has left behind.
 
     Attributes:
-        tensor: it, as long as anybody holds it.
-        hooks: how many hooks it had when the call was over; those come from the function, which hangs them again.
+        tensor: a weak reference to it.
+        hooks: the number of its hooks at the end of the call; those come from the function, which registers them again.
     """
 
     tensor: ref[Tensor]
@@ -181,12 +183,12 @@ class Leftover(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Leftover":
-        """It, as it is now."""
+        """The leftover, as it is now."""
         return cls(ref(x), len(x._backward_hooks or ()))
 
 
 def refuse_awaited(left: Sequence[Leftover], where: str) -> None:
-    """Refuses leftovers that depend on a stream and that somebody awaits the gradient of since the call.
+    """Refuses leftovers that depend on a stream and have been set to receive a gradient since the call.
 
     Raises:
         SchemeError: there is one.
@@ -204,7 +206,7 @@ def refuse_awaited(left: Sequence[Leftover], where: str) -> None:
 
 
 def _behind_an_error(x: Tensor) -> bool:
-    """Whether a tensor was made of a stream, and not of parameters alone, whose graph is whole."""
+    """Whether a tensor depends on a stream, and not on parameters alone, whose graph is complete."""
     seen, queue = set(), [x.grad_fn]
     while queue:
         node = queue.pop()
@@ -218,14 +220,14 @@ def _behind_an_error(x: Tensor) -> bool:
 
 
 def learn(members: Members, elsewhere: bool = False) -> list[Tensor]:
-    """Notes whether a guarded run has left something behind, or holds closures, which cannot be looked into.
+    """Notes whether a guarded run has left something behind, or involves closures, which cannot be inspected.
 
     Args:
         members: the modules that ran.
-        elsewhere: whether it has left something in what it was given.
+        elsewhere: whether the run has left something in its arguments.
 
     Returns:
-        What it has left in attributes.
+        The tensors that it has left in attributes.
     """
     closures = any(isinstance(m, FunctionModule) for m in members.modules)
     left = [*leftovers(members)]

@@ -1,4 +1,4 @@
-"""A step run backwards as a step of its own: the inverse of a list of elementary updates is one too."""
+"""Inverted steps as steps in their own right: the inverse of a list of elementary updates is such a list too."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ class Inverted:
     """The inverse of a scheme, as the parts that the engine runs, undoes and differentiates.
 
     Raises:
-        SchemeError: the scheme adds or overwrites streams, or is no list of elementary updates.
+        SchemeError: the scheme adds or overwrites streams, or is not a list of elementary updates.
     """
 
     def __init__(self, scheme: Scheme):
@@ -32,8 +32,8 @@ class Inverted:
 class _Part(Coupling):
     """x_d' = s x_d + b backwards: x_d = (1/s) x_d' - b/s, from the last update to the first.
 
-    A coupling rotates its streams after its updates, so its inverse would have to begin with that. Instead the updates
-    look for their streams where the rotation has left them, and the streams are turned back at the end.
+    A coupling rotates its streams after its updates, so its inverse would have to begin with a rotation. Instead the
+    updates index their streams where the forward rotation has left them, and the streams are rotated back at the end.
     """
 
     def __init__(self, scheme: Any, gs: Sequence[Function]):
@@ -60,12 +60,12 @@ class _Part(Coupling):
             scale, shift = update.terms(rotated(state, self.rotate))
             g = shortcut_of(update, self.gs)
             scale = scale if g is None else g.scale  # type: ignore[union-attr]
-            # The float 1.0 is what the engine looks for to skip a division, and it keeps -b exact.
+            # The engine skips the division for exactly the float 1.0, and without division -b is exact.
             if isinstance(scale, float) and scale == 1.0:
                 return 1.0, -shift
             return 1 / scale, -shift / scale
 
-        # Where the forward rotation has left the stream; ``rotate`` is negative here.
+        # The index where the forward rotation has left the stream; ``self.rotate`` is its negative.
         return Update((update.dst + self.rotate) % streams, terms)
 
     def __str__(self) -> str:

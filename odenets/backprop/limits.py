@@ -1,4 +1,4 @@
-"""What torch itself cannot do inside of a pass that watches saved tensors or is run again, said in our words."""
+"""Error messages of our own for what torch cannot do in a pass that watches saved tensors or is run again."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from schemes.errors import SchemeError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# What torch's error says, and what it means for a residual function.
+# A mark in the text of torch's error, and its meaning for a residual function.
 _MEANINGS = {
     "don't yet support saved tensor hooks": (
         "torch.func.grad, vjp, jacrev and hessian inside of a residual function run under backprop='store' alone: all "
@@ -26,7 +26,7 @@ _MEANINGS = {
         "  Use backprop='store', and write jvp for Functions of your own."
     ),
 }
-# The same of what is said where a backward pass runs functions again.
+# The same for errors raised where a backward pass runs functions again.
 _AGAIN = {
     "calling random operations inside of vmap": (
         "a batch of gradients (is_grads_batched=True, vectorize=True) runs the residual functions again inside of "
@@ -38,10 +38,10 @@ _AGAIN = {
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose errors are torch's own no more where they tell of a limit that a user can go round.
+    """Decorates a function to replace torch's errors by ours where they report a known limit that has a workaround.
 
     Raises:
-        SchemeError: such a limit was met; all other errors stay what they are.
+        SchemeError: such a limit was met; all other errors are unchanged.
     """
 
     @functools.wraps(function)
@@ -56,10 +56,10 @@ def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def raise_in_our_words(error: BaseException | None) -> None:
-    """Says in our words what has ended the second run of a function, where it is a known limit.
+    """Replaces the error that has ended the second run of a function by ours, where it reports a known limit.
 
     Raises:
-        SchemeError: it is one.
+        SchemeError: it does.
     """
     if isinstance(error, RuntimeError):
         _raise(error, _AGAIN)
@@ -69,5 +69,5 @@ def _raise(error: RuntimeError, meanings: dict[str, str]) -> None:
     text = str(error)
     meaning = next((meaning for mark, meaning in meanings.items() if mark in text), None)
     if meaning is not None and not isinstance(error, SchemeError):
-        # With its cause, whose traceback shows the line in the residual function.
+        # Chained to its cause, whose traceback shows the line in the residual function.
         raise SchemeError(f"Stack: {meaning}") from error

@@ -1,4 +1,4 @@
-"""What the modules of a step hold, and what of it a call read: so that a second run reads the same."""
+"""Records what the modules of a step hold and what a call reads of it, so that a replay reads the same values."""
 
 import dis
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,21 +22,21 @@ from ..step import FunctionModule
 from .contents import cells_of, holds, is_generator
 from .given import tensors_in
 
-# Hooks are part of what a module computes; those of all modules stand in tables of torch.
+# Hooks are part of what a module computes; global ones are in tables of torch.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _GLOBAL_HOOKS = [
     v for name in (*_HOOKS, *_HOOK_OPTIONS) if (v := getattr(torch_modules, "_global" + name, None)) is not None
 ]
-# Modules from here keep no tensors as plain attributes, so nobody need look for any.
+# Modules from these packages keep no tensors as plain attributes, so there is no need to search them.
 _OURS = ("torch.nn.modules", "odenets.stack", "odenets.step", "odenets.continuous")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
-# What tells a function whether it runs with a graph, or needs one.
+# Names by which a function finds out whether it runs with a graph, or requires one.
 _ASKED = {"is_grad_enabled", "requires_grad", "grad_fn", "register_hook", "retain_grad", "retains_grad"}
 
 
 class Slot(NamedTuple):
-    """A place where a module keeps a value: a dictionary of parameters, buffers or attributes, the name, the value."""
+    """A place where a module holds a value: a dictionary of parameters, buffers or attributes, the name, the value."""
 
     holder: dict[str, Any]
     name: str
@@ -45,8 +45,8 @@ class Slot(NamedTuple):
 
 @contextmanager
 def swapped(slots: Sequence[Slot], values: Sequence[Any]) -> Iterator[None]:
-    """Inside, the modules hold ``values`` in these places; what they held comes back, the very objects."""
-    # Through the dictionaries: setattr of a module would register and check, and costs far more.
+    """Inside, the modules hold ``values`` in these places; afterwards the same objects as before."""
+    # Through the dictionaries, since setattr of a module registers and checks, which costs far more.
     before = [s.holder.get(s.name) for s in slots]
     try:
         for slot, value in zip(slots, values, strict=True):
@@ -58,17 +58,17 @@ def swapped(slots: Sequence[Slot], values: Sequence[Any]) -> Iterator[None]:
 
 
 def _is_own(hook: Any) -> bool:
-    """Whether a hook is the user's, and not one by which torch computes weights or gathers their shards."""
+    """Whether a hook is the user's, rather than one with which torch computes weights or gathers their shards."""
     function = getattr(hook, "func", hook)  # behind a partial
     return not (getattr(function, "__module__", None) or type(function).__module__).startswith("torch.")
 
 
 @contextmanager
 def hooks_set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a user's hooks do not run: a measurement is no pass that anybody wants to be told of.
+    """Inside, a user's hooks do not run, since a measurement is not a pass that they should observe.
 
-    Nor do dispatch modes see its operations, such as a counter's, or those of a selective checkpoint around the stack,
-    which takes them for part of what it is to run again.
+    Dispatch modes do not see its operations either, such as that of a counter, or of a selective checkpoint around the
+    stack, which would take them for part of what it has to recompute.
     """
     with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
         yield from _hooks_set_aside(modules)
@@ -92,14 +92,14 @@ def _hooks_set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Namespace:
-    """What some dictionaries of modules (attributes, buffers, parameters, children) hold at one moment.
+    """A snapshot of some dictionaries of modules: attributes, buffers, parameters, children.
 
     Args:
         dicts: the dictionaries.
-        beside: others, which change only where one of these does.
+        beside: further dictionaries, which change only where one of ``dicts`` does.
 
     Attributes:
-        tensors: the tensors among it.
+        tensors: the tensors among the values.
         containers: lists, objects, closures and the like among a user's attributes, which may be changed in place.
         generators: random number generators among them.
     """
@@ -108,7 +108,7 @@ class Namespace:
 
     def __init__(self, dicts: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]] = ()):
         self._dicts, self.contents = [*dicts, *beside], [dict(d) for d in (*dicts, *beside)]
-        # Most dictionaries are empty, of hooks above all, and that they still are is told by their lengths.
+        # Most dictionaries are empty, above all those of hooks, and their lengths tell whether they still are.
         self._full, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         self._values = self._now()
         self.tensors = [v for v in self._values if isinstance(v, Tensor) and not is_lazy(v)]
@@ -120,22 +120,22 @@ class Namespace:
         return [*chain.from_iterable(map(dict.values, self._full))]
 
     def same(self) -> bool:
-        """Whether the dictionaries hold the very same objects still; numbers and texts of equal value will do."""
+        """Whether the dictionaries still hold the same objects; for numbers and strings equal values suffice."""
         if any(map(len, self._empty)):
             return False
         try:
-            return self._now() == self._values  # compares objects first
-        except (RuntimeError, ValueError, TypeError):  # arrays and tensors do not compare to a truth value
+            return self._now() == self._values  # list equality compares by identity first
+        except (RuntimeError, ValueError, TypeError):  # arrays and tensors do not compare to a single truth value
             return False
 
     def put(self) -> None:
-        """Makes the dictionaries hold this again."""
+        """Restores the contents of the dictionaries."""
         for d, content in zip(self._dicts, self.contents, strict=True):
             _put(d, content)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the dictionaries hold this; outside nobody sees it."""
+        """Inside, the dictionaries hold the contents of the snapshot; afterwards those from before."""
         unchanged = self.same()
         before = self.contents if unchanged else [dict(d) for d in self._dicts]
         if not unchanged:
@@ -143,7 +143,7 @@ class Namespace:
         try:
             yield
         finally:
-            # Counts of calls too: training in reverse must leave behind what training by storing does.
+            # Including changes made inside, such as counts of calls: "reverse" must leave behind what "store" does.
             if not (unchanged and self.same()):
                 for d, now in zip(self._dicts, before, strict=True):
                     _put(d, now)
@@ -151,12 +151,12 @@ class Namespace:
 
 @cache
 def asks_for_a_graph(kind: type) -> bool:
-    """Whether modules of this class ask in their forward pass if gradients are on."""
+    """Whether the forward pass of this class of modules asks whether gradients are on."""
     return _asks(kind.forward, kind)  # type: ignore[attr-defined]
 
 
 def _asks(function: Any, kind: type | None = None) -> bool:
-    """Whether a function asks if gradients are on, or one that it calls: of its class, its module or its own."""
+    """Whether a function, or one that it calls from its class, its module or its closure, asks if gradients are on."""
     seen, queue = set[Any](), [function]
     while queue:
         f = queue.pop()
@@ -172,15 +172,15 @@ def _asks(function: Any, kind: type | None = None) -> bool:
         queue += [around[n] for n in names if isinstance(around.get(n), FunctionType)]
         queue += [v for v in cells_of(f) if isinstance(v, (FunctionType, MethodType))]
         if kind is not None:
-            # In all base classes, as super().forward(x) calls one of those.
+            # From all base classes, since super().forward(x) calls one of those.
             queue += [vars(base)[n] for base in kind.__mro__ for n in names & vars(base).keys()]
     return False
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """What is read in a function's code, and in the functions that it defines; not what is only assigned to."""
+    """The names that a function's code, and the functions defined in it, read; not those that are only assigned to."""
     read = {*code.co_names}
-    if read & _ASKED:  # rare, and then looked at closely: p.requires_grad = False asks nothing
+    if read & _ASKED:  # rare, and then inspected closely: p.requires_grad = False does not ask
         read = {i.argval for i in dis.get_instructions(code) if not i.opname.startswith("STORE")} & read
     yield from read
     for inner in code.co_consts:
@@ -189,7 +189,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
-    if [*d] != [*content]:  # in their order, which is that of parameters()
+    if [*d] != [*content]:  # including the order, which is that of parameters()
         d.clear()
         d.update(content)
         return
@@ -199,10 +199,10 @@ def _put(d: dict[str, Any], content: dict[str, Any]) -> None:
 
 
 class Held(Namespace):
-    """All that the modules of a step hold.
+    """A snapshot of everything that the modules of a step hold.
 
     Attributes:
-        slots: its parameters, in their places.
+        slots: the parameters, in their places.
         hooked: whether there are forward hooks on what is called inside the step.
     """
 
@@ -217,13 +217,13 @@ class Held(Namespace):
         self._wanting: tuple[list[Slot], list[Tensor]] = ([], [])
 
     def wanting(self, wanted: list[bool]) -> tuple[list[Slot], list[Tensor]]:
-        """The places of the parameters that are wanted, and those parameters, each once.
+        """The places of the parameters that need a gradient, and those parameters, each once.
 
         Args:
-            wanted: of each place, whether its parameter needs a gradient.
+            wanted: for each place, whether its parameter needs a gradient.
         """
         if wanted != self._wanted:
-            # Each place, not each parameter: a leaf has to stand in every place where a tied one is read.
+            # By place, not by parameter: a leaf has to replace a tied parameter in every place where it is read.
             slots = [slot for slot, need in zip(self.slots, wanted, strict=True) if need]
             self._wanting = slots, [*{id(slot.value): slot.value for slot in slots}.values()]
             self._wanted = wanted
@@ -231,15 +231,15 @@ class Held(Namespace):
 
 
 class Members:
-    """The modules below some roots, found once: traversal dominates the cost of what is done with them.
+    """The modules below some roots, found once, since traversal dominates the cost of using them.
 
     Attributes:
-        modules: all of them, each once.
+        modules: all of the modules, each once.
         norms: BatchNorm layers with running statistics.
         leaves_behind: whether their forward pass may leave something behind that could be differentiated.
-        draws: whether their forward pass draws from the generators of Python or NumPy, in training or not, if known.
-        may_capture: whether a function may read tensors beside its parameters, which torch's own modules do not.
-        asks: whether a function asks if gradients are on, or hangs hooks on tensors, by what stands in its code.
+        draws: whether their forward pass draws from the generators of Python or NumPy, by training flag, if known.
+        may_capture: whether a function may read tensors besides its parameters, which torch's own modules do not.
+        asks: whether a function asks if gradients are on, or registers hooks on tensors, judging by its code.
     """
 
     def __init__(self, roots: Iterable[nn.Module | None]):
@@ -253,10 +253,10 @@ class Members:
             if id(m) not in seen:
                 seen.add(id(m))
                 self.modules.append(m)
-                # Reversed onto a stack: the order is that of ``nn.Module.modules()``.
+                # Pushed in reverse, so that the order is that of ``nn.Module.modules()``.
                 queue.extend(reversed([child for child in m._modules.values() if child is not None]))
         self._children = [*self._now()]
-        # A subclass with a forward of its own may read its statistics in training.
+        # A subclass with its own forward may read its statistics in training, so it does not count here.
         self.norms = [
             m
             for m in self.modules
@@ -265,17 +265,17 @@ class Members:
             and type(m).forward.__module__ == _BatchNorm.__module__
         ]
         self._holders = [m for m in self.modules if m._buffers and m not in self.norms]
-        # Modules of a user's own may keep tensors as plain attributes: potentials, auxiliary losses.
+        # User-defined modules may keep tensors as plain attributes: potentials, auxiliary losses.
         self._own = [m for m in self.modules if not type(m).__module__.startswith(_OURS)]
         self._dicts = [d for m in self.modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self._dicts += [*(m.__dict__[name] for m in self.modules for name in _HOOKS), *_GLOBAL_HOOKS]
         self._beside = [m.__dict__[name] for m in self.modules for name in _HOOK_OPTIONS]
-        # Lazy modules come into being in their first call, and must not be put back.
+        # Lazy modules are initialised in their first call, which must not be undone.
         own = set(self._own)
         self._moving = [m.__dict__ for m in self._own if not isinstance(m, LazyModuleMixin)]
-        # Torch's own modules register nothing while they run: without buffers there is nothing to look at.
+        # Torch's own modules register nothing while they run: without buffers there is nothing to watch.
         self._moving += [m._buffers for m in self.modules if m not in self.norms and (m._buffers or m in own)]
-        # Of plain callables what they have captured.
+        # Of plain callables, what they have captured.
         self._moving += [
             m.__dict__ for m in self.modules if isinstance(m, FunctionModule) and holds(m.function, attribute=True)
         ]
@@ -292,16 +292,16 @@ class Members:
         return chain.from_iterable(m._modules.values() for m in self.modules)
 
     def _kinds_now(self) -> list[Any]:
-        """What decides where a module's values are looked for: its class, which lazy ones change, and its buffers."""
+        """What determines where the values of modules are found: their classes, which lazy ones change, and buffers."""
         return [(type(m), *m._buffers, getattr(m, "track_running_stats", None)) for m in self.modules]
 
     def held_by(self, *roots: nn.Module | None) -> Held | None:
-        """What is held now; None where these are not the roots, or a module has come, gone or changed its place."""
+        """The present contents; None if these are not the roots, or a module was added, removed or moved."""
         if len(roots) != len(self.roots) or not all(map(is_, roots, self.roots)):
             return None
         if self._everything is not None and self._everything.same():  # the children are part of everything
             return self._everything
-        # By identity of children: a surgery on modules calls no hook that could be relied upon.
+        # By identity of the children, since surgery on modules calls no hook that could be relied upon.
         now = [*self._now()]
         if (
             len(now) != len(self._children)
@@ -312,7 +312,7 @@ class Members:
         return self.everything()
 
     def everything(self) -> Held:
-        """All that the modules hold now; the same object while it is the same."""
+        """Everything that the modules hold now; the same object as long as nothing changes."""
         if self._everything is None or not self._everything.same():
             hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in self.modules if m is not self.roots[-1]]
             hooked = any(d for pair in hooks for d in pair) or any(_GLOBAL_HOOKS)
@@ -320,16 +320,16 @@ class Members:
         return self._everything
 
     def names(self) -> Namespace:
-        """What functions may change: attributes of a user's modules, and buffers; one object until one changes."""
+        """What functions may change: attributes of a user's modules, and buffers; the same object until one changes."""
         if self._names is None or not self._names.same():
             self._names = Namespace(self._moving)
-            # What a user's classes read from around them, as closures do.
+            # Forward methods of a user's classes capture variables, too.
             forwards = {f: None for m in self._own if isinstance(f := type(m).forward, FunctionType) and holds(f)}
             self._names.containers += forwards
         return self._names
 
     def looks_after(self, module: nn.Module) -> bool:
-        """Whether a module is among these, or holds one of the roots: what a network holds besides is not theirs."""
+        """Whether a module is one of these, or contains a root: the rest of an enclosing network is not theirs."""
         if id(module) in self._ids:
             return True
         if module not in self._looks_after:
@@ -338,19 +338,19 @@ class Members:
         return self._looks_after[module]
 
     def forget(self) -> None:
-        """Lets go of what was held once and is no longer."""
+        """Drops the snapshots."""
         self._everything = self._names = None
 
     def parameters(self) -> list[Slot]:
-        """All places that hold a parameter now; a tied one has several. Replicas of DataParallel hold plain tensors."""
+        """All places that hold a parameter now, several for a tied one; replicas of DataParallel hold plain tensors."""
         own = [Slot(m._parameters, k, p) for m in self.modules for k, p in m._parameters.items() if p is not None]
-        # Where DataParallel puts what it copied to a device: plain attributes of the replica.
+        # DataParallel puts its copies for a device into plain attributes of the replica.
         for m in self.modules:
             own += [Slot(m.__dict__, k, m.__dict__[k]) for k in m.__dict__.get("_former_parameters", ())]
         return own
 
     def buffers(self) -> Sequence[Slot]:
-        """All places that hold a buffer now, but for running statistics, which training does not read."""
+        """All places that hold a buffer now, except running statistics, which training does not read."""
         if not self._holders:
             return ()
         found = (Slot(m._buffers, k, b) for m in self._holders for k, b in m._buffers.items())
@@ -372,13 +372,13 @@ def remembered(
     roots: Sequence[nn.Module | None],
     make: Callable[[Sequence[nn.Module | None]], Members] = Members,
 ) -> tuple[Members, Held]:
-    """The modules below some roots, found by an earlier pass where they are the same still, and what they hold.
+    """The modules below some roots, from an earlier pass if they are still the same, and what they hold.
 
     Args:
         known: what earlier passes have found.
-        first: the number under which it stands there.
-        roots: the modules.
-        make: finds them.
+        first: the key in ``known``.
+        roots: the roots.
+        make: finds the modules.
     """
     found = known.get(first)
     held = None if found is None else found.held_by(*roots)
@@ -389,7 +389,7 @@ def remembered(
 
 
 class Flags:
-    """What modules held, which parameters wanted a gradient, and the versions of all that was read."""
+    """Records what modules held, which parameters needed a gradient, and the versions of all tensors that were read."""
 
     __slots__ = ("names", "read", "storages", "tensors", "versions", "wanted")
 
@@ -400,21 +400,21 @@ class Flags:
         self.wanted = [p.requires_grad for p in self.tensors]
         if any(x is not None for x in given):
             self.tensors += [x for x in tensors_in(given) if not x.is_inference()]
-        if members.norms:  # in evaluation their statistics are read
+        if members.norms:  # in evaluation mode their statistics are read
             self.tensors += [
                 slot.value for m, slot in members.statistics_of() if not m.training and not slot.value.is_inference()
             ]
         self.versions = [x._version for x in self.tensors]
-        # ``p.data = other`` leaves the version as it was. The storage object, not its address, which FSDP2 changes.
+        # ``p.data = other`` does not change the version. The storage object, not its address, which FSDP2 changes.
         self.storages = [x.untyped_storage()._cdata for x in self.tensors]
 
     def check(self, where: str) -> None:
         """Raises where a tensor is no longer what the call read.
 
         Raises:
-            RuntimeError: a parameter or a tensor of the context was written to since.
+            RuntimeError: a parameter, a running statistic, or a tensor of the time or context was written to since.
         """
-        # The usual case in one comparison; which tensor it is, is looked for only when one was written to.
+        # The usual case takes one comparison; the tensor is searched for only if one was written to.
         storages = [x.untyped_storage()._cdata for x in self.tensors]
         if self.versions == [x._version for x in self.tensors] and self.storages == storages:
             return
@@ -424,14 +424,14 @@ class Flags:
                 raise changed((names or ["the context, the time or a running statistic"])[0], where, tensor)
 
     def changed(self) -> bool:
-        """Whether a module holds something else now than at the call, or a parameter has another flag."""
+        """Whether a module holds something else now than at the call, or ``requires_grad`` of a parameter differs."""
         return not self.names.same() or [p.requires_grad for p in self.tensors[: len(self.wanted)]] != self.wanted
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the modules hold what they did, and their parameters want a gradient or not, as at the call."""
+        """Inside, the modules hold what they held at the call, and their parameters need a gradient or not, as then."""
         parameters = zip(self.tensors, self.wanted, strict=False)
-        # A tied parameter is listed once for each of its places.
+        # By identity, since a tied parameter is listed once for each of its places.
         grads = {id(p): p for p, was in parameters if p.requires_grad != was and p.is_leaf}.values()
         for p in grads:
             p.requires_grad_(not p.requires_grad)
@@ -444,7 +444,7 @@ class Flags:
 
 
 def changed(what: str, where: str, tensor: Tensor) -> RuntimeError:
-    """The error of a tensor that is no longer what the call read."""
+    """The error for a tensor that is no longer what the call read."""
     return RuntimeError(
         f"Stack: {what} of {where}, {tuple(tensor.shape)}, was changed in place between the forward and the backward "
         "pass, which runs the step again.\n"

@@ -1,8 +1,8 @@
-"""How much memory some code takes, in the intervals between marks: live bytes, and the most that was live.
+"""Measures the memory that some code takes in the intervals between marks: live bytes, and their peak.
 
-On a GPU the allocator's own count, whose peak is reset. On the processor the allocator's events, as torch's profiler
-records them in one thread; where a profiler is on already, the storages of all tensors that operations return, which
-leaves out what a kernel allocates for itself.
+On a GPU it reads the allocator's own count, whose peak is reset. On the CPU it reads the allocator's events, as torch's
+profiler records them in one thread. Where a profiler is running already, it counts the storages of all tensors that
+operations return, which leaves out what a kernel allocates for itself.
 """
 
 import weakref
@@ -19,8 +19,8 @@ class Interval(NamedTuple):
     """Bytes above the level before the first mark.
 
     Attributes:
-        start: live at the mark.
-        most: the most that was live from there to the next mark, or the end.
+        start: bytes live at the mark.
+        most: the most bytes that were live from there to the next mark, or the end.
     """
 
     start: int
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
 
 class Meter(ABC):
-    """A context that measures; ``mark`` begins an interval, and ``intervals`` holds them all once it is left."""
+    """A context that measures memory; ``mark`` begins an interval, and ``intervals`` holds them all after the exit."""
 
     def __init__(self) -> None:
         self.intervals: list[Interval] = []
@@ -45,7 +45,7 @@ class Meter(ABC):
 
     @property
     def peak(self) -> int:
-        """The most bytes that were live in any interval."""
+        """The most bytes that were live at once in any interval."""
         return max((i.most for i in self.intervals), default=0)
 
 
@@ -61,7 +61,7 @@ class _CudaMeter(Meter):
     def mark(self) -> None:
         self._close()
         self.start = torch.cuda.memory_allocated(self.device) - self.base
-        # The allocator keeps one peak, so each interval begins a new one.
+        # The allocator keeps a single peak, so it is reset for each interval.
         torch.cuda.reset_peak_memory_stats(self.device)
         self.open = True
 
@@ -78,7 +78,7 @@ class _CudaMeter(Meter):
 
 
 class _EventMeter(Meter):
-    """Reads the allocator's events of this thread, in their order."""
+    """Reads the allocator's events of this thread, in order."""
 
     MARK = "odenets::mark"
 
@@ -96,14 +96,14 @@ class _EventMeter(Meter):
         return self
 
     def mark(self) -> None:
-        # A mark is an event among the others: their order alone says which interval an allocation belongs to.
+        # A mark is an event among the others: their order alone tells which interval an allocation belongs to.
         with torch.autograd.profiler.record_function(self.MARK):
             pass
 
     def __exit__(self, *error: Any) -> None:
         from torch.autograd.profiler_legacy import _disable_profiler_legacy  # type: ignore[attr-defined]
 
-        # Events are differences; what was live before the first mark is taken off at the end.
+        # Events are differences; what was live at the first mark is subtracted at the end.
         live = 0
         found: list[list[int]] = []
         for event in (e for thread in _disable_profiler_legacy() for e in thread):
@@ -118,7 +118,7 @@ class _EventMeter(Meter):
 
 
 class _StorageMeter(TorchDispatchMode, Meter):
-    """Counts the storages that operations make, until they are gone."""
+    """Counts the storages that operations create, until they are freed."""
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -142,20 +142,20 @@ class _StorageMeter(TorchDispatchMode, Meter):
         key = storage._cdata
         if key in self.seen:
             return
-        # A storage that is seen first as an argument was there before, and costs nothing when it goes.
+        # A storage that is first seen as an argument existed before, so freeing it changes no count.
         size = storage.nbytes() if new else 0
 
         def gone(_: Any) -> None:
             self.seen.pop(key, None)
             self.live -= size
 
-        # Called when the last tensor on it is gone, so that the count falls when memory is given back, and not later.
+        # Called when the last tensor on it is gone, so that the count falls when the memory is freed, and not later.
         self.seen[key] = weakref.ref(storage, gone)
         self.live += size
         self.found[-1][1] = max(self.found[-1][1], self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Arguments first: what an operation returns may be a view of them, which takes no memory.
+        # Arguments first, since what an operation returns may be a view of them, which takes no memory.
         for x in pytree.tree_leaves((args, kwargs)):
             self._see(x, False)
         out = func(*args, **(kwargs or {}))
@@ -165,7 +165,7 @@ class _StorageMeter(TorchDispatchMode, Meter):
 
 
 def meter_on(device: torch.device) -> Meter:
-    """What measures the memory of a device.
+    """The meter for the memory of a device.
 
     Example:
         >>> import torch
@@ -179,7 +179,7 @@ def meter_on(device: torch.device) -> Meter:
     """
     if device.type == "cuda":
         return _CudaMeter(device)
-    # The user's profiler is running, and there can be only one.
+    # There can be only one profiler, and the user's is running.
     if torch._C._autograd._profiler_enabled():  # type: ignore[attr-defined]
         return _StorageMeter()
     return _EventMeter()

@@ -1,4 +1,4 @@
-"""Ways to backpropagate through a stack, one class each, and their texts: "checkpoint(4)", "4*store + 8*reverse"."""
+"""Modes of backpropagation through a stack, one class each, and their texts: "checkpoint(4)", "4*store + 8*reverse"."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -28,14 +28,14 @@ from .walk import AGAIN, Pass, has_no_values, needs_graph
 
 
 class Mode(ABC):
-    """A way to run the steps of a pass, such that its output can be differentiated.
+    """A way to run the steps of a pass so that its output can be differentiated.
 
     Attributes:
-        keeps_all: whether all that autograd asks for is kept, so that nothing needs to know of the pass.
-        alone: whether it cannot be part of a plan.
+        keeps_all: whether everything that autograd saves is kept, so that nothing else needs to know of the pass.
+        alone: whether the mode cannot be part of a plan.
         inverts: whether the steps may be run backwards under this mode.
-        by_inverse: whether states are made again by the scheme's inverse, which needs streams in single precision.
-        rounds: whether its sums are others than those of a run that keeps all.
+        by_inverse: whether states are reconstructed by the scheme's inverse, which needs streams in single precision.
+        rounds: whether its sums differ from those of a run that stores everything.
     """
 
     keeps_all: ClassVar[bool] = False
@@ -49,34 +49,34 @@ class Mode(ABC):
         """The state after the last step."""
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:  # noqa: B027  most modes refuse nothing
-        """Refuses what this mode cannot run, when a stack is built.
+        """Refuses, when a stack is built, what this mode cannot run.
 
         Raises:
             SchemeError: with the remedy.
         """
 
     def check_depth(self, steps: int) -> None:  # noqa: B027  most modes take any number
-        """Refuses a number of steps, when a stack is built.
+        """Refuses, when a stack is built, a number of steps that this mode cannot run.
 
         Raises:
             SchemeError: with the remedy.
         """
 
     def options(self) -> dict[str, Any]:
-        """Its arguments that are not the usual ones, as they are written."""
-        # Only what differs from the defaults: a mode that is written and read again is the same mode.
+        """The arguments that differ from their defaults, as they are written."""
+        # Leaving out the defaults is safe: parsing the text restores an equal mode.
         found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}  # type: ignore[arg-type]
         return {k: str(v).lower() if isinstance(v, bool) else v for k, v in found.items()}
 
     @property
     def needed(self) -> bool:
-        """Whether this pass may be differentiated; or its sums at least be those of one that will be."""
-        # Inside of a reversed step, which runs without a graph first, and must make the same numbers the second time.
+        """Whether this pass may be differentiated, or must at least give the same sums as one that will be."""
+        # Inside a reversed step, which first runs without a graph and must give the same numbers when it is replayed.
         return needs_graph() or (self.rounds and AGAIN.inside)
 
     @property
     def name(self) -> str:
-        """Its name, as it is written."""
+        """The name of the mode, as it is written."""
         return type(self).__name__.lower()
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Mode(ABC):
 
 @dataclass(frozen=True)
 class Store(Mode):
-    """Keep all that autograd asks for."""
+    """Keep everything that autograd saves."""
 
     keeps_all = True
 
@@ -96,7 +96,7 @@ class Store(Mode):
 
 @dataclass(frozen=True)
 class Offload(Mode):
-    """Keep all that autograd asks for, in the memory of the host."""
+    """Keep everything that autograd saves, in host memory."""
 
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
@@ -107,10 +107,10 @@ class Offload(Mode):
 
 @dataclass(frozen=True)
 class Checkpoint(Mode):
-    """Keep the state every so many steps, and recompute the steps between in the backward pass.
+    """Keep the state every so many steps, and recompute the steps in between in the backward pass.
 
     Attributes:
-        every: number of steps; where somebody looks at each state, each is kept.
+        every: number of steps; under an observer of the states, every state is kept.
     """
 
     every: int = 1
@@ -120,16 +120,16 @@ class Checkpoint(Mode):
 
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
-        # Transforms of torch.func have no saved tensors that could be dropped.
+        # Under torch.func transforms there are no saved tensors that could be dropped.
         if not needs_graph() or torch._C._are_functorch_transforms_active():
             return given.keep_alone(state)
-        # An observer inside of a run would be called again when the run is repeated. It is called between runs, so
-        # where there is one, each step is a run of its own.
+        # An observer inside a checkpointed run would be called again at recomputation. It is called between runs, so
+        # each step becomes a run of its own when there is an observer.
         for part in given.parts(1 if given.on_step is not None else self.every):
             modules = [*part.steps, *(m for m in (given.shared, given.post_step) if m is not None)]
             where = " and ".join(str(n) for n in dict.fromkeys((part.first, part.first + len(part.steps) - 1)))
             state = checkpointed(
-                # Bound now, as the backward pass calls it after the loop has gone on to the last part.
+                # Bound now, since the backward pass calls it after the loop has moved on to the last part.
                 lambda *streams, part=part: part.keep(streams),
                 state,
                 partial(remembered, given.monitor.parts, part.first, modules),
@@ -144,13 +144,15 @@ class Checkpoint(Mode):
 
 
 class _ByInverse(Mode):
-    """Keep the last state, and make those before it again by the scheme's inverse."""
+    """Keep the last state, and reconstruct those before it by the scheme's inverse."""
 
     by_inverse = True
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
         """Refuses schemes without an inverse, and projections between the steps."""
-        from . import reverse as reverse  # loads torch's compiler, to be kept out of it: at no import, nor in a trace
+        # Imported here since it loads torch's compiler, which must happen neither at import of the package nor within
+        # a trace.
+        from . import reverse as reverse
 
         if not scheme.reversible_in_training:
             raise SchemeError(
@@ -165,27 +167,27 @@ class _ByInverse(Mode):
 
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
-        state = stream_precision(state)  # with gradients and without: the output has one type
+        state = stream_precision(state)  # with and without gradients, so that the output always has the same dtype
         if not self.needed or has_no_values(state) or not all(s.scheme.invertible or s.training for s in given.steps):
-            return given.keep_alone(state)  # bdia at inference is Euler's scheme, which has no inverse
+            return given.keep_alone(state)  # at inference bdia is Euler's scheme, which has no inverse
         return self._by_inverse(given, state)
 
     @abstractmethod
     def _by_inverse(self, given: Pass, state: State) -> State:
-        """The state after the last step, of a pass that will be differentiated."""
+        """The state after the last step of a pass that will be differentiated."""
 
 
 @dataclass(frozen=True)
 class Reverse(_ByInverse):
-    """Keep the last state, and make those before it again by the scheme's inverse.
+    """Keep the last state, and reconstruct those before it by the scheme's inverse.
 
     Attributes:
         every: keep a state (an anchor) every so many steps; None lets the engine choose from the measured
             amplification of rounding errors, 0 keeps none.
         memory: MiB that anchors may take, in place of ``every``.
-        bound: relative error of states made again that the chosen anchors keep to; that of gradients is smaller, as
-            a rule. None stands for 1e-5 in fp32, 1e-11 in fp64.
-        drift: whether to compare made-again states with kept ones, and to warn at the next forward pass.
+        bound: largest relative error of reconstructed states that the choice of anchors allows; that of gradients is
+            usually smaller. None stands for 1e-5 in fp32, 1e-11 in fp64.
+        drift: whether to compare reconstructed states with kept ones, and to warn at the next forward pass.
         check_finite: whether to check every step for NaN and infinity; this waits for the device at each step.
     """
 
@@ -212,11 +214,11 @@ class Reverse(_ByInverse):
 
 @dataclass(frozen=True)
 class Exact(_ByInverse):
-    """As Reverse, in exact arithmetic on a binary grid: states made again are equal to the last bit.
+    """As Reverse, in exact arithmetic on a binary grid: reconstructed states are equal to the last bit.
 
     Attributes:
         bits: streams and residual outputs are multiples of 2^-bits; None stands for 14 in fp32, 40 in fp64.
-        store: keep all states instead, on the same grid: the run that exact gradients are compared with.
+        store: keep all states instead, on the same grid: the reference run for exact gradients.
     """
 
     inverts = False
@@ -227,20 +229,21 @@ class Exact(_ByInverse):
 
     def __post_init__(self):
         if self.bits is not None:
-            # What no format has; a narrower one than the widest is refused at the first pass, which knows it.
+            # Refuses what no format has. What only a narrower format lacks is refused at the first pass, where the
+            # dtype is known.
             _count("exact(bits)", self.bits, 1, max(map(most_bits, DEFAULT_BITS)))
         check_flags("exact", self)
 
     def check(self, scheme: Scheme, post_step: nn.Module | None) -> None:
         """Refuses what Reverse refuses, and schemes whose inverse loses bits."""
-        # The first step may be of another kind (it appends a stream); all later ones are like the second.
+        # The first step may differ (it may append a stream); all later ones are like the second.
         for part in (scheme.at(0), scheme.at(1)):
             fs = [nn.Identity()] * part.stages
-            with torch.random.fork_rng([]):  # bdia draws, and a stack that is built must not
+            with torch.random.fork_rng([]):  # bdia draws, and building a stack must not move the generator
                 trained = part.training_scheme(0, torch.zeros(1, 1))
             for p, *_ in trained.decompose(fs, 1.0):
-                # A scale that follows from the streams can be of any size, and the smaller it is, the more bits an
-                # update spills.
+                # A scale computed from the streams can have any size, and the smaller it is, the more bits an update
+                # spills.
                 if not isinstance(p, Coupling) or not p.exact:
                     raise SchemeError(
                         f"Stack: {p} cannot be undone bit by bit, which backprop='exact' needs: use backprop='reverse'."
@@ -255,7 +258,7 @@ class Exact(_ByInverse):
 
 @dataclass(frozen=True)
 class Plan(Mode):
-    """Several modes one after the other, each for some steps: "4*store + 8*reverse".
+    """Several modes in sequence, each for some steps: "4*store + 8*reverse".
 
     Attributes:
         segments: pairs of a number of steps and their mode.
@@ -274,22 +277,22 @@ class Plan(Mode):
             segments.append((count, mode))
         if not segments:
             raise SchemeError("backprop: a plan has at least one segment, such as '4*store + 8*reverse'.")
-        # Frozen, so that modes can be compared and hashed; texts among the segments are parsed here all the same.
+        # The class is frozen so that modes can be compared and hashed; the parsed segments are therefore set like this.
         object.__setattr__(self, "segments", tuple(segments))
 
     @property
     def by_inverse(self) -> bool:  # type: ignore[override]
-        """Whether any of its modes is."""
+        """Whether any of its modes works by the inverse."""
         return any(mode.by_inverse for _, mode in self.segments)
 
     @property
     def rounds(self) -> bool:  # type: ignore[override]
-        """Whether any of its modes does."""
+        """Whether any of its modes rounds."""
         return any(mode.rounds for _, mode in self.segments)
 
     @property
     def inverts(self) -> bool:  # type: ignore[override]
-        """Whether all of its modes do."""
+        """Whether all of its modes invert."""
         return all(mode.inverts for _, mode in self.segments)
 
     @property
@@ -310,12 +313,12 @@ class Plan(Mode):
     def run(self, given: Pass, state: State) -> State:
         """The state after the last step."""
         if self.by_inverse:
-            state = stream_precision(state)  # in all segments: the output does not tell how it was come by
+            state = stream_precision(state)  # in all segments, so that the output's dtype does not depend on the plan
         if not self.needed:
             return given.keep_alone(state)
         for mode, part in self.parts(given):
             state = mode.run(part, state)
-        # Each segment has a monitor of its own; the stack's shows the worst of them.
+        # Each segment has its own monitor; the stack's monitor shows the worst of them.
         given.monitor.gather()
         return state
 
@@ -325,14 +328,13 @@ class Plan(Mode):
         Args:
             given: the pass through all steps.
         """
-        # By the step's number in the stack and not by its place in the pass: an inverted pass begins at the last
-        # segment.
+        # By the step's number in the stack, not its place in the pass: an inverted pass begins in the last segment.
         ends = [*accumulate(count for count, _ in self.segments)]
         owners = [next(i for i, end in enumerate(ends) if step.index < end) for step in given.steps]
         runs = [(i, len([*group])) for i, group in groupby(owners)]
         for (i, _), part in zip(runs, given.parts([count for _, count in runs]), strict=True):
-            # ``parts`` leaves the observer out, as checkpointed parts show their states themselves; a segment shows its
-            # own.
+            # ``parts`` drops the observer, since checkpointed parts report their states themselves; a segment needs it
+            # back.
             yield self.segments[i][1], part._replace(on_step=given.on_step, monitor=given.monitor.part(i))
 
 
@@ -352,12 +354,12 @@ class WithErrors(Mode):
         return self.estimates(given, state)[0]
 
     def estimates(self, given: Pass, state: State) -> tuple[State, list[Tensor]]:
-        """The state after the last step, and the error estimate of each step, of the shape of the stream."""
+        """The state after the last step, and the error estimate of each step, in the shape of the stream."""
         errors: list[Tensor] = []
-        # A cell, which the observer writes after a step and the generator below reads before the next.
+        # A mutable cell: the observer writes it after a step, and the generator below reads it before the next.
         size: list[Any] = [None if self.rule is None else given.steps[0].h]
 
-        # The estimate rides along as one more stream, so that each mode keeps it or makes it again as it does a state.
+        # The estimate is carried as one more stream, so that every mode stores or recomputes it like a state.
         def runner(step: Step, state: State, shared: Any, t: Any, context: Any, h: Any) -> State:
             h = step.h if h is None else h
             fs, gs = step.functions(shared, t, context, h, sink=given.sink)
@@ -384,7 +386,7 @@ class WithErrors(Mode):
 
 
 def _count(what: str, value: Any, least: int, most: float = float("inf")) -> None:
-    # ``True`` is an int to Python, and no number of steps to anybody.
+    # ``True`` is an int in Python, but not a number of steps.
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         limit = f"at least {least}" + ("" if most == float("inf") else f" and at most {most}")
         raise SchemeError(f"backprop: {what} is {value}, want a whole number, {limit}.")
@@ -399,15 +401,15 @@ def positive(what: str, value: Any) -> None:
 
 
 def check_flags(name: str, mode: Any) -> None:
-    """Raises a SchemeError where an option of a mode that is a truth value is anything else."""
-    # Told by the defaults, so that an option which is added is checked without a word here.
+    """Raises a SchemeError where a boolean option of a mode is not a bool."""
+    # Boolean options are recognised by their defaults, so that new ones are checked without a change here.
     for f in fields(mode):
         if isinstance(f.default, bool) and not isinstance(value := getattr(mode, f.name), bool):
             raise SchemeError(f"backprop: {name}({f.name}) is {value!r}, want true or false.")
 
 
 _NAMES = {"store": Store(), "offload": Offload()}
-# "auto" enters itself, as it stands on all that measures modes.
+# "auto" registers itself: it depends on the code that measures the modes, which imports this module.
 FAMILIES: dict[str, type[Mode]] = {"checkpoint": Checkpoint, "reverse": Reverse, "exact": Exact}
 
 
@@ -441,7 +443,7 @@ def parse_mode(given: "str | Mode | None") -> Mode:
 
 
 def format_mode(mode: Mode) -> str:
-    """The mode as one writes it.
+    """Returns the text of a mode, as ``parse_mode`` reads it.
 
     Example:
         >>> format_mode(Reverse(every=8, drift=False)), format_mode(Checkpoint(4)), format_mode(Store())
@@ -454,7 +456,7 @@ def format_mode(mode: Mode) -> str:
         return " + ".join(f"{count}*{part}" if count > 1 or alone else str(part) for count, part in mode.segments)
     changed = mode.options()
     name = mode.name
-    # The one argument that everybody gives is written without its name.
+    # The only argument of checkpoint is written without its name.
     if isinstance(mode, Checkpoint):
         return f"{name}({mode.every})" if changed else name
     given = ", ".join(f"{k}={v}" for k, v in changed.items())

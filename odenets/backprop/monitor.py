@@ -1,4 +1,4 @@
-"""What a stack remembers of its reconstruction from pass to pass: growth of errors, spacing of anchors, drift."""
+"""Monitors the reconstruction of a stack from pass to pass: growth of errors, spacing of anchors, drift."""
 
 import math
 import threading
@@ -19,7 +19,7 @@ DRIFT_LIMIT = 1e-3
 
 
 class PendingScalar(NamedTuple):
-    """A scalar on its way from the device, the event that tells its arrival, and whether it must be zero."""
+    """A scalar on its way from the device, the event that signals its arrival, and whether it must be zero."""
 
     value: Tensor
     event: Any
@@ -27,21 +27,21 @@ class PendingScalar(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor, must_be_zero: bool = False) -> "PendingScalar":
-        """Sends a scalar on its way, without waiting for it."""
+        """Starts the transfer of a scalar to the host, without waiting for it."""
         if not value.is_cuda:
             return cls(value, None, must_be_zero)
-        # Asked for at once, the value would make the host wait for all work that is queued on the device.
+        # Reading the value at once would make the host wait for all work that is queued on the device.
         value, event = value.to("cpu", non_blocking=True), torch.cuda.Event()
         event.record()
         return cls(value, event, must_be_zero)
 
     def ready(self) -> bool:
-        """Whether it has arrived."""
+        """Whether the scalar has arrived."""
         return self.event is None or self.event.query()
 
 
 class _Anchors(NamedTuple):
-    """Where anchors are kept, and what is known of the growth of errors, as it is saved."""
+    """The spacing of anchors and the known growth of errors, as they are saved."""
 
     every: int | None
     growth: float
@@ -53,7 +53,7 @@ class _Anchors(NamedTuple):
             every, growth, drifts = state["every"], state["growth"], [float(d) for d in state.get("drifts", ())]
             if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
                 raise TypeError
-            if not math.isfinite(growth):  # else it would count as measured for ever
+            if not math.isfinite(growth):  # it would count as measured for ever
                 raise TypeError
             return cls(every, float(growth), drifts)
         except (LookupError, TypeError, ValueError, AttributeError):
@@ -67,21 +67,21 @@ def _no_state(what: str, given: Any) -> SchemeError:
 
 
 class Monitor:
-    """What a stack remembers of its reconstruction: how often it needs anchors, and how far it drifts.
+    """The memory of a stack about its reconstruction: how often it needs anchors, and how far it drifts.
 
     Attributes:
-        every: the spacing of anchors that was chosen, None for no anchors.
-        growth: factor by which a rounding error grows per step undone, as measured.
-        drift: relative error of made-again states in the last backward pass whose figure has arrived.
-        pending: drifts on their way.
-        overflow: whether a stream left the range of exact arithmetic; on their way.
-        searched: (step, update) whose graphs have been searched for tensors that a function reads unseen.
-        members: of each step, as found by an earlier pass.
+        every: the chosen spacing of anchors, None for no anchors.
+        growth: measured factor by which a rounding error grows per step undone.
+        drift: relative error of reconstructed states in the last backward pass whose figure has arrived.
+        pending: drifts on their way from the device.
+        overflow: flags on their way from the device: whether a stream left the range of exact arithmetic.
+        searched: (step, update) pairs whose graphs have been searched for tensors that a function captures.
+        members: members of each step, as found by an earlier pass.
         parts: members of the steps that are checkpointed together, by the first of them.
-        lock: held while a step runs or is run again, since its modules are changed for that.
-        plan: what mode "auto" has chosen, None before it has.
-        planning: held while it chooses.
-        warned: whether a drift was warned of, which happens once.
+        lock: held while a step runs or is run again, since its modules are modified for that.
+        plan: the choice of mode "auto", None before there is one.
+        planning: held while "auto" chooses.
+        warned: whether a warning of drift was issued, which happens once.
     """
 
     def __init__(self) -> None:
@@ -100,41 +100,41 @@ class Monitor:
         self.warned = False
 
     def __deepcopy__(self, memo: Any) -> "Monitor":
-        # Locks cannot be copied, and a copy of a net may train on other data: it measures by itself.
+        # Locks cannot be copied, and a copy of a network may train on other data: it takes its own measurements.
         return Monitor()
 
     def __reduce__(self) -> Any:
         return Monitor, ()
 
     def part(self, i: int) -> "Monitor":
-        """What is remembered of segment i of a plan, whose anchors and drift are its own."""
+        """The monitor of segment i of a plan, which has its own anchors and drift."""
         if i not in self._parts:
             part = self._parts[i] = Monitor()
-            # What belongs to the steps is shared; a step's modules are changed during a pass, whichever segment runs
-            # it.
+            # What belongs to the steps is shared, and so is the lock: a step's modules are modified during a pass,
+            # whichever segment runs it.
             part.searched, part.members, part.parts = self.searched, self.members, self.parts
             part.lock = self.lock
         return self._parts[i]
 
     def state(self) -> dict[str, Any]:
-        """What was chosen, as plain values: the plan, the spacing of anchors, those of segments."""
+        """The choices so far as plain values: the plan, the spacing of anchors, and the choices of the segments."""
         own: dict[str, Any] = {} if self.plan is None else {"auto": self.plan.state()}
         if self.growth is not None:
-            # With the drifts that nobody has read yet, which may move the anchors at the next pass.
+            # Unread drifts are saved too, since they may change the spacing of anchors at the next pass.
             drifts = [float(scalar.value) for scalar in self.pending]
             own["anchors"] = {"every": self.every, "growth": self.growth, "drifts": drifts}
         parts = {str(i): found for i, part in self._parts.items() if (found := part.state())}
         return {**own, **({"parts": parts} if parts else {})}
 
     def reader(self, state: Mapping[str, Any], chosen: Callable[[Any], Any]) -> Callable[[], None]:
-        """Reads what ``state`` gave, and changes nothing; returns what takes it over.
+        """Parses what ``state`` returned without changing anything; returns a function that loads it.
 
         Args:
             state: plain values.
-            chosen: makes a choice of its plain values.
+            chosen: builds a choice from its plain values.
 
         Raises:
-            SchemeError: they are no such state.
+            SchemeError: the values are not such a state.
         """
         if not isinstance(state, Mapping) or not {*state} <= {"auto", "anchors", "parts"}:
             raise _no_state("this", state)
@@ -143,7 +143,7 @@ class Monitor:
         parts = state.get("parts", {})
         if not isinstance(parts, Mapping) or not all(isinstance(i, str) and i.isdecimal() for i in parts):
             raise _no_state("'parts' in it", parts)
-        # A part is looked at by a monitor of no stack, as asking for one of our own would make it.
+        # Parsed by a temporary monitor, since ``self.part(i)`` would create the part.
         readers = {int(i): Monitor().reader(part, chosen) and part for i, part in parts.items()}
 
         def load() -> None:
@@ -158,28 +158,29 @@ class Monitor:
         return load
 
     def forget_parts(self) -> None:
-        """Forgets what segments have found."""
+        """Forgets the monitors of the segments."""
         self._parts.clear()
 
     def gather(self) -> None:
-        """Takes over the largest drift of the segments of a plan."""
+        """Adopts the largest drift of the segments of a plan."""
         drifts = [part.drift for part in self._parts.values() if part.drift is not None]
         self.drift = max(drifts, default=self.drift)
 
     def read(self, bound: float | None, depth: int) -> None:
-        """Reads what earlier passes found, where the device has it ready: overflow, drift. Warns of drift once.
+        """Reads the overflow flags and drifts of earlier passes that have arrived from the device; warns of drift once.
 
         Args:
-            bound: anchors are moved closer together where the drift is above it; None leaves them where they are.
+            bound: anchors are moved closer together if the drift exceeds three times this bound; None leaves them
+                where they are.
             depth: number of steps.
 
         Raises:
-            SchemeError: in exact arithmetic a stream left the range, or a state came back different.
+            SchemeError: in exact arithmetic a stream left the range, or a state was not reconstructed exactly.
         """
-        # In the order in which they were sent: where one has not arrived, later ones have not either.
+        # In the order in which they were sent: if one has not arrived, later ones have not either.
         while self.overflow and self.overflow[0].ready():
             if bool(self.overflow.pop(0).value):
-                # The user may train on with other options: the rest of a spoiled pass must not raise again.
+                # The user may train on with other options: further flags of a spoiled pass must not raise again.
                 self.overflow.clear()
                 raise SchemeError(
                     "Stack: a stream left the range in which backprop='exact' adds without rounding; "
@@ -196,7 +197,7 @@ class Monitor:
             # Several processes keep the anchors that they have agreed on.
             moved = bound is not None and shared_store() is None
             if moved and 3 * bound < self.drift < math.inf and self.every != 1:  # type: ignore[operator]
-                # Learned scales move during training, and the growth of errors with them.
+                # Learned scales change during training, and the growth of errors with them.
                 self.every = max(1, (self.every or depth) // 2)
             if self.drift <= DRIFT_LIMIT:
                 continue
@@ -211,11 +212,11 @@ class Monitor:
 
 
 def distance(a: State, b: State) -> Tensor:
-    """|a - b| / |b| over all streams together, on their device; streams that an inverse leaves empty do not count."""
+    """|a - b| / |b| over all streams together, on their device; streams that an inverse leaves empty are left out."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.shape == y.shape]
     error = torch.stack([torch.linalg.vector_norm(_single(x - y)) for x, y in pairs])
     size = torch.stack([torch.linalg.vector_norm(_single(y)) for _, y in pairs])
-    # A norm of norms: streams may differ in shape, and joining them would copy all of them.
+    # A norm of norms, since streams may differ in shape, and concatenating them would copy all of them.
     return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(size).clamp_min(1e-30)
 
 

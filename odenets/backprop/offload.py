@@ -1,4 +1,4 @@
-"""Kept tensors on the host: what autograd saves goes there in the forward pass, and comes back when it is used."""
+"""Offloading: tensors that autograd saves go to the host in the forward pass, and return when they are used."""
 
 import weakref
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .limits import in_our_words
 
-SMALLEST = 4096  # bytes that are worth a copy
+SMALLEST = 4096  # bytes; smaller tensors are not worth a copy
 
 
 class _Kept:
-    """A saved tensor that stays where it is; it must not be written to, as for any saved tensor."""
+    """A saved tensor that stays where it is; like any saved tensor it must not be written to."""
 
     __slots__ = ("tensor", "version")
 
@@ -37,9 +37,9 @@ class _OnHost:
 
     def __init__(self, tensor: Tensor):
         self.device = tensor.device
-        # Pinned, so that the way back can overlap with what the device is doing.
+        # Pinned, so that the transfer back can overlap with work of the device.
         self.copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        # Waits for the copy: afterwards the device's memory may be given to another tensor at once.
+        # A blocking copy: afterwards the device memory may be reused at once.
         self.copy.copy_(tensor)
 
     def back(self) -> Tensor:
@@ -47,7 +47,7 @@ class _OnHost:
 
 
 class Offloading(saved_tensors_hooks):
-    """Inside, what autograd saves is kept on the host; parameters and small tensors stay where they are.
+    """Inside, tensors that autograd saves are kept on the host; parameters and small tensors stay where they are.
 
     A tensor that several operations save is copied once.
     """
@@ -58,11 +58,11 @@ class Offloading(saved_tensors_hooks):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        # The graph holds the copies that it needs; this table would keep the others.
+        # The graph holds the copies that it needs; this table would keep the others alive.
         self.copies.clear()
 
     def _pack(self, x: Tensor) -> Any:
-        # A leaf is a parameter or an input, which is there all the time. On the host there is nowhere else to go.
+        # A leaf is a parameter or an input, which exists all the time. A tensor on the host has nowhere else to go.
         stays = x.device.type == "cpu" or x.layout != torch.strided or x.nbytes < SMALLEST or x.is_inference()
         if (
             stays
@@ -71,10 +71,10 @@ class Offloading(saved_tensors_hooks):
         ):
             return _Kept(x)
         storage = x.untyped_storage()
-        # With the version: written to in between, the same memory holds another tensor.
+        # The version is part of the key: after an in-place write, the same memory holds other values.
         key = (storage._cdata, x._version, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
         known = self.copies.get(key)
-        # An address may be used again; the weak reference tells whether it is still the same storage.
+        # An address may be reused; the weak reference tells whether it is still the same storage.
         if known is not None and known[0]() is storage:
             return known[1]
         copy = _OnHost(x)
@@ -88,6 +88,6 @@ def _back(kept: Any) -> Tensor:
 
 @in_our_words
 def offloaded(run: Callable[[], Any]) -> Any:
-    """What ``run()`` returns, all that it saves on the host."""
+    """Returns ``run()``, with everything that autograd saves in it kept on the host."""
     with Offloading():
         return run()

@@ -1,4 +1,4 @@
-"""Measures a model with stacks in it, and says what their plans come to."""
+"""Measures a model that contains stacks, and reports the cost of their plans."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,11 +49,11 @@ class _Surveying(Mode):
 
 
 class Planning:
-    """The measurement of a model, and what follows from it.
+    """The measurement of a model, and the plans and the report that follow from it.
 
     Args:
         model: the model.
-        stacks: its stacks, by their names, none in another one.
+        stacks: its stacks, by name, none inside another.
         args: its input.
         kwargs: further arguments.
     """
@@ -69,7 +69,7 @@ class Planning:
         self.namer = Namer([*model.parameters(), *model.buffers(), *tensors])
         self.profiles: list[Profile] = []
         self.outside: dict[int, int] = {}
-        self.measured: dict[str, tuple[int, Measured]] = {}  # the place of its first step, and the stack's measurement
+        self.measured: dict[str, tuple[int, Measured]] = {}  # the place of a stack's first step, and its measurement
         self.modes: dict[str, Mode] = {name: stack.backprop for name, stack in self.stacks.items()}
 
     def report(self, memory: float | str | None) -> Report:
@@ -95,11 +95,11 @@ class Planning:
     # Measuring
 
     def _survey(self) -> int:
-        """Runs the model once, its stacks being measured; returns the bytes that its loss takes."""
-        # The stacks measure themselves when the model calls them: only then is their input known.
+        """Runs the model once, measuring its stacks; returns the bytes that its loss takes."""
+        # The stacks are measured when the model calls them, since only then their input is known.
         modes = {name: _Surveying(self, name) for name in self.stacks}
         with torch.enable_grad(), nothing_changed([self.model], True, (self.args, self.kwargs)), self._set(modes):
-            # Inside of a stack its own hooks are on top of these, so what is noted here was saved outside of stacks.
+            # Inside a stack, the survey's hooks are on top of these, so what is noted here was saved outside of stacks.
             with self.namer.saving(self.outside):
                 outputs = self.model(*self.args, **self.kwargs)
             outputs = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
@@ -115,10 +115,10 @@ class Planning:
             raise SchemeError(f"plan: the stack {name!r} is called twice, which no plan counts: plan its own calls.")
         mode = self.modes[name]
         if isinstance(mode, Auto) or mode.by_inverse:
-            # As the mode itself does before its first step; sizes in half precision would be half of the truth.
+            # As the mode itself does before its first step; sizes in half precision would be half the true ones.
             state = stream_precision(state)
         self._pass_by(state)
-        # Storing comes first: what other ways cost is told from it.
+        # Storing comes first, since the costs of the other ways are derived from it.
         ways = ["store", *dict.fromkeys(ways_of(mode, state))]
         survey, out = surveyed(given, state, self.namer, ways, 0.0)
         auto = mode if isinstance(mode, Auto) else Auto()
@@ -129,10 +129,10 @@ class Planning:
         return out
 
     def _pass_by(self, tensors: Sequence[Tensor]) -> None:
-        """Notes what the model has saved outside of stacks since the last one."""
+        """Adds a profile for what the model has saved outside of stacks since the last stack."""
         before = self.profiles[-1].after if self.profiles else {}
         saved = dict(self.outside)
-        # Emptied and not replaced: the hooks hold this very dictionary.
+        # Emptied and not replaced, since the hooks write into this dictionary.
         self.outside.clear()
         nothing = Cost(0.0, 0.0, 0, 0, 0)
         self.profiles.append(Profile(before, self.namer.names(tensors), saved, {"fixed": nothing}, ends=True))
@@ -140,7 +140,7 @@ class Planning:
     # Choosing
 
     def _in_use(self, name: str, stack: Any) -> Plan:
-        """The plan of a stack whose mode is at hand; "auto" makes its choice where it has none for this input."""
+        """The plan that a stack's present mode amounts to; "auto" chooses one if it has none for this input."""
         mode, count = self.modes[name], len(stack.steps)
         if isinstance(mode, Plan):
             return mode
@@ -160,7 +160,7 @@ class Planning:
     # Running
 
     def _run(self, found: Report) -> list[Interval]:
-        """Measures a pass under the plans; returns the intervals between the ends of segments."""
+        """Measures a pass under the plans; returns the intervals between the marks, at the start and after segments."""
         with (
             nothing_changed([self.model], True, (self.args, self.kwargs)),
             torch.enable_grad(),
@@ -179,17 +179,17 @@ class Planning:
                         "plan: no output needs a gradient, so there is no training to be measured.\n"
                         "  Give an input that needs one, or parameters that are not frozen."
                     )
-                # Into the stand-ins alone: the model's own gradients, and their hooks, stay as they are.
+                # Into the replacements only: the model's own gradients are untouched, and their hooks do not run.
                 loss.backward(inputs=[x for x in (*inputs, *stand.leaves) if x.requires_grad])  # type: ignore[union-attr]
 
             with self._set(found.plans):
-                once()  # what is set up at a first pass does not count
+                once()  # a warm-up: what is set up in the first pass does not count
             with meter_on(self.device) as meter, self._set({k: marked(p, meter) for k, p in found.plans.items()}):
                 meter.mark()
                 once()
             with self._set(found.plans):
                 wait(self.device)
-                # A pass of its own: the meter slows operations down, and its marks would be in the time.
+                # In a separate pass, since the meter slows operations down, and its marks would add to the time.
                 begin = time.perf_counter()
                 once()
                 wait(self.device)
@@ -221,7 +221,7 @@ class Planning:
         while place < len(self.profiles):
             name = starts.get(place)
             if name is None:
-                # Between stacks the model runs as it is, at no choice of ours, but at a cost in memory.
+                # Between stacks there is nothing to choose, but what the model saves there takes memory.
                 pieces.append(chain.piece(place, place + 1, "fixed"))
                 place += 1
                 continue
@@ -233,7 +233,7 @@ class Planning:
                 pieces += run
                 place += count
         outcomes, found.predicted = chain.outcomes(pieces)
-        # A mark begins an interval; the first was set before the model, the others at the end of each segment.
+        # A mark begins an interval; the first was set before the model ran, the others at the end of each segment.
         ends = iter(marks[1:])
         for name, mode, step, a, b in segments:
             run, mark = outcomes[a:b], next(ends, None)
@@ -246,7 +246,7 @@ class Planning:
 
 
 def ways_of(mode: Mode, state: State) -> list[str]:
-    """How the steps under a mode may be run, as measured."""
+    """The ways in which steps may be run under a mode."""
     if isinstance(mode, Plan):
         return [way for _, part in mode.segments for way in ways_of(part, state)]
     if isinstance(mode, Auto):
@@ -255,7 +255,7 @@ def ways_of(mode: Mode, state: State) -> list[str]:
 
 
 def marked(plan: Plan, meter: Meter) -> Plan:
-    """The plan, the end of each segment marked."""
+    """The plan, with a mark at the end of each segment."""
     return Plan(tuple((count, Marked(mode, meter)) for count, mode in plan.segments))
 
 

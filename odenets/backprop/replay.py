@@ -1,7 +1,7 @@
-"""One step as it ran: run, undone, and run again with what its functions saw the first time.
+"""One step: run, undone, and replayed under the conditions of its first run.
 
-What a residual function saw is seen again: random states and buffers (noted per update, where they moved), autocast,
-parameters, training flags, context. Running statistics are left alone the second time.
+A replayed residual function reads what it read before: random states and buffers (recorded per update, where they
+changed), autocast, parameters, training flags, context. Running statistics are not updated in a replay.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,31 +27,31 @@ from .surroundings import Read, Surroundings
 
 Around = Callable[[Callable[[State], State], State], State]
 Autocast = list[tuple[str, bool, torch.dtype | None]]
-NOTHING = nullcontext()  # entered where there is nothing to do, as making one would cost more than entering it
+NOTHING = nullcontext()  # shared, since creating a context costs more than entering one
 Part = tuple[Any, Sequence[Function], Any, Any]  # an elementary scheme, its residual functions, step size, shortcuts
 
 
 class StepRecord:
-    """All that a step's recomputation needs besides the state.
+    """Everything that the recomputation of a step needs besides the state.
 
     Attributes:
         step: the step.
-        shared: the residual function of all steps, where there is only one.
+        shared: the residual function of all steps, if there is only one.
         t: time at the start.
-        context: what its functions read.
-        scheme: the step's, or what stands for it in training.
+        context: the context that its functions read.
+        scheme: the scheme of the step, its training scheme, or its inverse.
         members: its modules.
-        slots: the places of parameters that need a gradient; a tied one has several.
+        slots: the places of parameters that need a gradient; a tied parameter has several.
         parameters: those parameters, each once.
         flags: what else of its modules must be as it was.
         autocast: device, whether autocast was on there, and its precision.
         grid: exact arithmetic, or None.
         notes: one per elementary update, None where nothing was drawn or written.
-        read: buffers and attributes that the step read and left alone, or None where it moved some.
+        read: buffers and attributes that the step read and left unchanged, or None where it changed some.
         spills: one per elementary update on the grid: the bits that it did not keep.
         overflow: whether a stream left the range of the grid, per elementary update.
         sink: takes the auxiliary values of the step, or None.
-        counts: how many of them each elementary update gave.
+        counts: the number of auxiliary values of each elementary update.
         alone: whether neither a stream nor anything that the step is given needs a gradient.
         left: what its functions have left behind.
     """
@@ -88,7 +88,7 @@ class StepRecord:
         held: Held | None = None,
     ):
         self.step, self.shared, self.t, self.context = step, shared, t, context
-        # What trains by another scheme draws it here, once: run, inverse and gradient must be of the same draw.
+        # A random training scheme is drawn here, once: run, inverse and gradient must use the same draw.
         self.scheme: Any = Inverted(step.scheme) if inverted else step.scheme_on(state)
         self.members, self.grid = members, grid
         held = members.everything() if held is None else held
@@ -99,7 +99,7 @@ class StepRecord:
         self.notes: list[Surroundings | None] = []
         self.spills: list[Spilled | None] = []
         self.overflow: list[Tensor] = []
-        # A sink of its own, as the values leave through the step's node and not through the function.
+        # The record has its own sink, since the values leave through the step's node and not through the function.
         self.sink = None if sink is None else Sink(sink.log_det)
         self.counts: list[int] = []
         self.alone = False
@@ -119,14 +119,14 @@ class StepRecord:
 
 
 def members_of(step: Step, shared: nn.Module | None, mode: str = "reverse") -> Members:
-    """What a step and a shared residual function hold.
+    """The members of a step and a shared residual function.
 
     Raises:
-        SchemeError: a module inside the step is sharded by itself.
+        SchemeError: a module inside the step is sharded on its own.
     """
     members = Members((shared, step))
     for m in members.modules:
-        # By name: FSDP's classes are made at run time, and importing its module would load distributed.
+        # By name: FSDP creates its classes at run time, and importing its module would load torch.distributed.
         if m is not step and m is not shared and type(m).__name__.startswith("FSDP"):
             name = next(name for name, inner in step.named_modules() if inner is m)
             raise SchemeError(
@@ -138,7 +138,7 @@ def members_of(step: Step, shared: nn.Module | None, mode: str = "reverse") -> M
 
 def parts_of(record: StepRecord, t: Any, context: Any, wrap: Wrap | None = None, state: State = ()) -> list[Part]:
     """The step as elementary schemes."""
-    # A size from outside never comes here: rules by errors need embedded pairs, and those have no inverse.
+    # A step size from outside never arrives here: rules that use errors need embedded pairs, which have no inverse.
     h = record.step.h
     fs, gs = record.step.functions(record.shared, t, context, h, sink=record.sink)
     if wrap is not None:
@@ -147,17 +147,17 @@ def parts_of(record: StepRecord, t: Any, context: Any, wrap: Wrap | None = None,
 
 
 def updates_of(record: StepRecord, scheme: Coupling, fs: Any, h: Any, streams: int, gs: Any) -> list[Update]:
-    """The elementary updates of a part of the step; they tell their log-determinants where these are wanted."""
+    """The elementary updates of a part of the step; they record their log-determinants where these are wanted."""
     if record.sink is not None and record.sink.log_det:
         return measured(scheme, fs, h, streams, gs, record.sink)
     return scheme.updates(fs, h, streams)
 
 
 def autocast_now(state: State) -> Autocast:
-    """Device, whether autocast is on there, and its precision: for the processor and the state's device."""
+    """Device, whether autocast is on there, and its precision: for the CPU and the state's device."""
     device = state[0].device.type
     found = []
-    # Plainly, as compilers trace no assignment within a list. What has no values has no autocast.
+    # A plain loop, since compilers do not trace an assignment within a list. The meta device has no autocast.
     for d in ("cpu",) if device in ("cpu", "meta") else ("cpu", device):
         enabled = torch.is_autocast_enabled(d)
         found.append((d, enabled, torch.get_autocast_dtype(d) if enabled else None))
@@ -165,7 +165,7 @@ def autocast_now(state: State) -> Autocast:
 
 
 def autocast_as(states: Autocast) -> AbstractContextManager[None]:
-    """Inside, autocast is as it was when ``autocast_now`` gave these states."""
+    """Inside, autocast is as it was when ``autocast_now`` returned these states."""
     if not any(enabled or torch.is_autocast_enabled(device) for device, enabled, _ in states):
         return NOTHING
     return _autocast_as(states)
@@ -176,42 +176,42 @@ def _autocast_as(states: Autocast) -> Iterator[None]:
     with ExitStack() as contexts:
         for device, enabled, dtype in states:
             if enabled or torch.is_autocast_enabled(device):
-                # Without the cache: it would keep weights cast without a graph, and hand them to a pass that needs one.
+                # Without the cache, which would pass weights that were cast without a graph to a pass that needs one.
                 contexts.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))
         yield
 
 
 def in_single_precision(state: State) -> State:
-    """Streams in half precision as float32: an inverse subtracts what was added, so sums must not be rounded more."""
+    """The streams, with half precision cast to float32: an inverse subtracts what was added, so sums need precision."""
     return tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in state)
 
 
 def stream_precision(state: State) -> State:
-    """The streams in the precision in which they are summed: under autocast at least float32."""
+    """The streams in the precision in which they are summed, at least float32 under autocast."""
     return in_single_precision(state) if any(enabled for _, enabled, _ in autocast_now(state)) else state
 
 
 def replayed(note: Surroundings | None) -> Any:
-    """Inside, an update draws and reads what it did; nothing where it did neither."""
+    """Inside, an update draws and reads what it did before; does nothing where there is no note."""
     return NOTHING if note is None else note.replayed()
 
 
 def lost(x: Tensor) -> Tensor:
-    """What stands for a by-product that an inverse does not bring back: of a shape that no stream has."""
-    # A shape rather than None, so that it stays a tensor in every tuple and through every detach.
+    """A placeholder for a byproduct that an inverse does not recover; its shape is one that no stream has."""
+    # A tensor rather than None, so that code over all streams, such as a detach, needs no special case.
     return x.new_empty((0,) * 12)
 
 
 def is_lost(x: Tensor) -> bool:
-    """Whether x stands for a lost by-product."""
+    """Whether x is the placeholder of a lost byproduct."""
     return x.dim() == 12 and x.numel() == 0
 
 
 @contextmanager
 def statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, BatchNorm layers in training leave their statistics alone, which they do not read there."""
+    """Inside, BatchNorm layers in training do not update their statistics, which they do not read there either."""
     told = [m for m in norms if m.training and m.track_running_stats]
-    # A flag, not a copy of the statistics: the layer then normalises by the batch, as it did, and updates nothing.
+    # A flag, not a copy of the statistics: the layer normalises by the batch as before, and updates nothing.
     for m in told:
         m.track_running_stats = False  # type: ignore[assignment]
     try:
@@ -226,20 +226,20 @@ def as_it_ran(record: StepRecord) -> AbstractContextManager[Any]:
 
     Raises:
         RuntimeError: a parameter or the context was written to since.
-        SchemeError: the parameters are not there (sharded away).
+        SchemeError: the parameters are not available (sharded away).
     """
     record.flags.check(record.where)
     if record.read is not None:
         record.read.check(record.where)
     if _sharded():
         _check_there(record)
-    # A context that has nothing to do is not entered: there is one of each a step, and most steps need none.
+    # A context that has nothing to do is not entered: they would add up over the steps, most of which need none.
     contexts: list[AbstractContextManager[Any]] = []
     if record.flags.changed():
         contexts.append(record.flags.restored())
     if record.read is not None and record.read.contents is not None:
         contexts.append(record.read.restored())
-    if record.members.norms:  # which of them train is asked inside, where flags are those of the call
+    if record.members.norms:  # reads ``training`` when it is entered, after the flags of the call are restored
         contexts.append(statistics_kept(record.members.norms))
     autocast = autocast_as(record.autocast)
     if autocast is not NOTHING:
@@ -259,14 +259,14 @@ def _together(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]
 
 @contextmanager
 def _copied_buffers(members: Members) -> Iterator[None]:
-    """Inside, buffers are copies of what they are when this is entered, and may be written to."""
+    """Inside, buffers are replaced by copies of their values at entry, and may be written to."""
     buffers = members.buffers()
     with swapped(buffers, [slot.value.detach().clone() for slot in buffers]):
         yield
 
 
 def _sharded() -> bool:
-    """Whether parameters may be sharded at all."""
+    """Whether parameters may be sharded at all: torch.distributed is initialised."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -281,24 +281,24 @@ def _check_there(record: StepRecord) -> None:
 
 
 def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around: Around | None = None) -> State:
-    """The state after the step; notes the surroundings of each elementary update that moved them.
+    """The state after the step; records the surroundings of each elementary update that changed them.
 
     Args:
-        record: what the step runs with.
+        record: the record of the step, which is filled.
         state: the streams before it.
-        wrap: what its functions are wrapped in.
+        wrap: wraps its functions.
         around: runs each update, where something could escape from it.
     """
-    # A record that is run again starts from nothing.
+    # A record that is run again starts empty.
     for noted in (record.notes, record.spills, record.overflow, record.counts):
         noted.clear()
     around = around or _as_it_is
     before = start = Surroundings(state[0].device, record.members, (record.t, record.context))
-    # Beside the surroundings, which leave statistics out: a function that raises must not have moved them.
+    # The surroundings leave statistics out, but a function that raises must not have moved them either.
     statistics = [(b.value, b.value.clone()) for b in record.members.statistics()] if record.members.norms else ()
     half = any(enabled for _, enabled, _ in record.autocast)
     try:
-        # A part that is no list of updates, such as a step inside a wrapper, is run and undone in one piece.
+        # A part that is not a list of updates, such as a step inside a wrapper, is run and undone in one piece.
         for scheme, fs, h, gs in parts_of(record, record.t, record.context, wrap, state):
             if not isinstance(scheme, Coupling):
                 state = around(partial(scheme._step, fs, h=h, gs=gs), state)
@@ -309,18 +309,18 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around:
                     state = around(partial(apply_update, update, gs=gs), state)
                 else:
                     state = around(partial(record.grid.apply, update, gs=gs, spills=record.spills), state)
-                    # A flag on the device: asking for it here would wait for the device at every update.
+                    # The flag stays on the device: reading it here would synchronise at every update.
                     record.overflow.append(record.grid.over(state[update.dst]))
-                # A new stream comes from a function in half precision, and would be the only one that is summed so.
+                # A new stream comes from a function in half precision, and would be the only one summed in it.
                 if half and update.appends:
                     state = in_single_precision(state)
                 before = _note(record, before)
-            # Streams change places once, after all updates, which name their streams as they stood before.
+            # The streams are rotated once, after all updates, whose indices refer to the order before the rotation.
             state = rotated(state, scheme.rotate)
     except Exception as error:
         start.restore()
         for b, value in statistics:
-            # Through ``data``: a counted write would make autograd refuse a graph that saved this buffer.
+            # Through ``data``: a write that bumps the version would make autograd refuse a graph that saved the buffer.
             b.data.copy_(value)
         error.add_note(
             f"{record.step.scheme}, {record.where}, update {len(record.notes)}: a residual function raised; "
@@ -331,7 +331,7 @@ def run_step(record: StepRecord, state: State, wrap: Wrap | None = None, around:
     record.read = None if before.apart else start.read()
     if before.apart:
         record.members.forget()
-        # What a later update has moved, an earlier one may have read as it was.
+        # Updates before the first change may have read what changed, so they are replayed from the start of the step.
         record.notes[:] = [start if note is None else note for note in record.notes]
     return state
 
@@ -341,29 +341,30 @@ def _as_it_is(run: Callable[[State], State], state: State) -> State:
 
 
 def _note(record: StepRecord, before: Surroundings) -> Surroundings:
-    """Notes what an update that has just run moved, and how many auxiliary values it gave."""
+    """Records what an update that has just run changed, and the number of its auxiliary values."""
     if record.sink is not None:
-        # Counted per update, since the backward pass takes their gradients off the end, update by update.
+        # Counted per update, since the backward pass takes their gradients from the end, update by update.
         record.counts.append(len(record.sink.values) - sum(record.counts))
     return before.moved(record.notes)
 
 
 def as_leaves(state: State) -> State:
-    """The streams as leaves that need a gradient, where they can have one."""
+    """The streams as leaves that need a gradient, where their dtype allows one."""
     return tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in state)
 
 
 def invert_step(record: StepRecord, state: State) -> State:
     """The state before the step, without gradients."""
+    # A function that asks for a graph had one in the forward pass, and must take the same branch here.
     if record.members.asks:
         state = as_leaves(state)
-    # The parameters of the run, whatever the modules hold by now (``functional_call`` and FSDP exchange them).
+    # With the parameters of the run, whatever the modules hold by now (``functional_call`` and FSDP replace them).
     with (
         torch.set_grad_enabled(record.members.asks),
         as_it_ran(record),
         swapped(record.slots, [slot.value for slot in record.slots]),
     ):
-        # Copies to pop from: a second backward pass starts from the full lists again.
+        # Copies to pop from, since a second backward pass needs the full lists again.
         notes, spills = list(record.notes), list(record.spills)
         for scheme, fs, h, gs in reversed(parts_of(record, record.t, record.context)):
             if not isinstance(scheme, Coupling):
@@ -371,16 +372,16 @@ def invert_step(record: StepRecord, state: State) -> State:
                     state = scheme._inverse(fs, state, h, gs)
                 continue
             state = rotated(state, -scheme.rotate)
-            # The list is that of the forward step, which began with fewer streams.
+            # The updates are those of the forward step, which began with fewer streams.
             for update in reversed(scheme.updates(fs, h, len(state) - scheme.streams_added)):
                 with replayed(notes.pop()):
                     if record.grid is None:
                         state = invert_update(update, state, gs)
                     else:
                         state = record.grid.invert(update, state, gs, spills)
-                if update.byproduct is not None:  # what stood there before is lost, and read by no step
+                if update.byproduct is not None:  # what the byproduct overwrote is lost, and no step reads it
                     state = (*state[: update.byproduct], lost(state[0]), *state[update.byproduct + 1 :])
     if record.sink is not None:
-        # Undoing calls the functions again, and they return their auxiliary values again.
+        # Undoing calls the functions again, which return their auxiliary values again; they are dropped.
         record.sink.take()
     return tuple(x.detach() for x in state) if record.members.asks else state

@@ -1,7 +1,7 @@
-"""Passes whose states are made again by the inverse: rounded as always, or exact on a grid.
+"""Passes whose states are reconstructed by the inverse: in ordinary floating point, or exactly on a grid.
 
-They run outside torch's compiler, which must not take their autograd nodes apart. Decorating for that loads the
-compiler, which takes as long as torch itself: this module is imported when a stack asks for such a pass.
+They run outside torch's compiler, which must not take their autograd nodes apart. The decorator for that loads the
+compiler, which takes as long as torch itself, so this module is imported only when a stack needs such a pass.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def run_reversed(
     check_finite: bool,
 ) -> State:
     """The state after the last step; see ``modes.Reverse`` for the options."""
-    # What cannot be undone is refused before the first function runs, while nothing has moved.
+    # What cannot be undone is refused before the first function runs, while nothing has changed.
     state = _start(given, state, "reverse")
     bound = float(bound or BOUNDS.get(state[0].dtype, 1e-5))
     tape = Tape(_anchors(given, state, every, memory, bound), drift, None, given)
@@ -51,7 +51,7 @@ def run_reversed(
         given = given._replace(on_step=on_step)
     state = _walk(given, state, tape)
     tape.close(state)
-    # Set after the walk: a pass that raised reports nothing.
+    # Set after the walk, so that a pass that raised reports nothing.
     tape.report = given.monitor.pending if drift else None
     return state
 
@@ -64,13 +64,13 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
     _refuse_compiled(given)
     monitor.read(None, len(given.steps))
     grid = Grid(bits, state[0].dtype)
-    # The first state is kept to be compared bit by bit: a function that is not deterministic shows there.
+    # The first state is kept to be compared bit by bit, which reveals a function that is not deterministic.
     tape = Tape(1 if store else None, True, grid, given)
     state = _walk(given, tuple(grid.round(x) for x in state), tape)
     tape.close(state)
     tape.report = monitor.pending
     monitor.overflow.append(PendingScalar.of(tape.over(state)))
-    if not state[0].is_cuda:  # elsewhere the flag is read at the next pass, without waiting for it
+    if not state[0].is_cuda:  # on CUDA the flag is read at the next pass, without waiting for it
         monitor.read(None, len(given.steps))
     return state
 
@@ -78,24 +78,24 @@ def run_exact(given: Pass, state: State, bits: int | None, store: bool) -> State
 def _start(given: Pass, state: State, mode: str) -> State:
     if torch._C._are_functorch_transforms_active():
         raise SchemeError(f"Stack: torch.func transforms cannot pass backprop='{mode}'; use backprop='store'.")
-    # Of an open level and not of the streams: parameters and what a function closes over may be dual numbers too.
+    # Tests for an open level, not for dual streams: parameters and captured tensors may be dual numbers, too.
     if forward_ad._current_level >= 0:
         raise SchemeError(f"Stack: forward-mode differentiation cannot pass backprop='{mode}'; use backprop='store'.")
-    # The cache is filled in a forward pass without a graph, and its weights would then have no gradient.
+    # The cache would be filled in a forward pass without a graph, and its weights would have no gradient.
     if parametrize._cache_enabled and any("parametrizations" in m._modules for m in _modules(given)):
         raise SchemeError(
             f"Stack: parametrize.cached() keeps weights without their graph in backprop='{mode}', which runs each step "
             "twice.\n  Call the stack outside of that context, or use backprop='store'."
         )
     for x in state:
-        # What is made again is a sum of floating-point numbers, laid out as they are.
+        # The reconstruction is a sum of dense floating-point tensors.
         if not (x.is_floating_point() or x.is_complex()) or x.layout is not torch.strided:
             kind = str(x.dtype if x.layout is torch.strided else x.layout).removeprefix("torch.")
             raise SchemeError(
                 f"Stack: a stream of {kind} is not made again as it was by an inverse, which backprop='{mode}' needs.\n"
                 "  Give a dense tensor of floating-point numbers, or use backprop='store' or 'checkpoint'."
             )
-    # An inference tensor could not be made a leaf, from which a step is differentiated when it is run again.
+    # Cloned, since an inference tensor cannot be made a leaf, which the replay of a step differentiates from.
     return stream_precision(tuple(x.clone() if x.is_inference() else x for x in state))
 
 
@@ -103,10 +103,10 @@ def _walk(given: Pass, state: State, tape: Tape) -> State:
     """The state after the last step.
 
     Raises:
-        SchemeError: a function began to draw from a generator of Python or NumPy, of which nobody took notes.
+        SchemeError: a function began to draw from a generator of Python or NumPy, whose states were not recorded.
     """
     members = given.monitor.members.values()
-    # Their states are large and slow to read, so they are noted per update only where functions were seen to draw.
+    # These states are large and slow to read, so they are recorded per update only where functions were seen to draw.
     quiet = bool(members) and all(m.draws.get(m.modules[0].training, True) is False for m in members)
     before = python_generators() if quiet else None
     state = given.walk(state, tape.run)
@@ -128,19 +128,19 @@ def _modules(given: Pass) -> Iterator[nn.Module]:
 
 def _anchors(given: Pass, state: State, every: int | None, memory: float | None, bound: float) -> int | None:
     """The spacing of anchors, given or chosen."""
-    # Anchors that somebody asked for are not moved by what drift was seen.
+    # A spacing that the user asked for is not adapted to the observed drift.
     auto = every is None and memory is None
     given.monitor.read(bound if auto else None, len(given.steps))
-    # Counted from this batch, so a larger one gets its anchors further apart.
+    # Computed from this batch, so a larger batch has its anchors further apart.
     if memory is not None:
-        # Rounded up to whole steps, so that the anchors never take more than was given.
+        # Rounded up to whole steps, so that the anchors do not take more memory than was given.
         size = sum(x.numel() * x.element_size() for x in state) / 2**20
         return max(1, -(-len(given.steps) // max(1, int(float(memory) / size))))
     if not auto:
-        # 0 is how a user writes "no anchors".
+        # A user writes 0 for "no anchors".
         return every or None
     if given.monitor.growth is None:
-        # The lock: another thread's pass must not meet the statistics that measuring moves and puts back.
+        # Under the lock: a pass of another thread must not see the statistics that measuring changes and restores.
         with given.monitor.lock:
             if given.monitor.growth is None:
                 measure(given, state, bound)

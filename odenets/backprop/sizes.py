@@ -1,4 +1,4 @@
-"""Sizes of memory as one writes them: 2GB, 512MiB; a plain number counts MiB."""
+"""Memory sizes in text form, such as 2GB or 512MiB; a plain number is in MiB."""
 
 from fractions import Fraction
 from typing import Any
@@ -11,26 +11,26 @@ _BYTES = {
     **{name: 1000**n for n, name in enumerate(("kB", "MB", "GB", "TB"), 1)},
     **{name: 1024**n for n, name in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)},
 }
-# MiB in one of each: GB counts in thousands, GiB in 1024s.
+# MiB in each unit: GB and the like are powers of 1000, GiB and the like powers of 1024.
 UNITS = {**{name: Fraction(size, _MEBI) for name, size in _BYTES.items()}, "KB": Fraction(1000, _MEBI)}
 
 
 def mebibytes(given: Any, what: str) -> float:
-    """A size in MiB, from a number of MiB or a text.
+    """Converts a number of MiB, or the text of a size, to MiB.
 
     Args:
         given: the size.
         what: its name, for messages.
 
     Raises:
-        SchemeError: anything else, or nothing positive.
+        SchemeError: anything else, or a size that is not positive.
 
     Example:
         >>> mebibytes("1.5GiB", "memory"), mebibytes(64, "memory")
         (1536.0, 64.0)
     """
     value = given
-    # A text without a digit is no size: the reader would look for a name, of which there are none here.
+    # A text without a digit is not a size: the reader would look for a name, and there are none here.
     if isinstance(given, str) and any(c.isdigit() for c in given):
         value = Reader({}, {}, what="size", units=UNITS).read(given)
     if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 < value < float("inf"):
@@ -39,7 +39,7 @@ def mebibytes(given: Any, what: str) -> float:
 
 
 def format_size(mib: float) -> str:
-    """The size as one writes it, so that it is read as the same number.
+    """Formats a size in MiB so that ``mebibytes`` reads the same number.
 
     Example:
         >>> format_size(2048.0), format_size(mebibytes("2GB", "memory")), format_size(0.3)
@@ -54,7 +54,7 @@ def format_size(mib: float) -> str:
 
 
 def show(size: float) -> str:
-    """Some bytes, for messages and tables.
+    """Formats a number of bytes for messages and tables.
 
     Example:
         >>> show(3 * 2**20), show(5000)

@@ -1,4 +1,4 @@
-"""What an update reads besides arguments and parameters: random states, kept tensors; noted where it moves them."""
+"""Records what an update reads besides arguments and parameters, if it changes it: random states, held tensors."""
 
 import random
 import sys
@@ -18,8 +18,8 @@ from .members import Members, Namespace, Slot, changed, swapped
 
 
 def python_generators() -> tuple[Any, ...]:
-    """The states of Python's generator, and of NumPy's where it is there."""
-    # Where nobody has imported NumPy, nobody has drawn from it; importing it here would take longer than the step.
+    """The states of Python's generator, and of NumPy's if it is imported."""
+    # Unless NumPy is imported already, nothing has drawn from it; importing it here would take longer than the step.
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=True)
 
@@ -35,22 +35,22 @@ def same_python(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether two states of ``python_generators`` are equal."""
     if a[0] != b[0]:
         return False
-    # NumPy's state is a name, an array of keys, and scalars; the scalars differ first, and compare cheaply.
+    # NumPy's state is a name, an array of keys, and scalars; the scalars usually differ, and are cheap to compare.
     return a[1] is None or (a[1][2:] == b[1][2:] and bool((a[1][1] == b[1][1]).all()))
 
 
 def _digest(state: Tensor) -> bytes:
-    """What changes of a state of torch's generator on the processor with every draw, of its 5 kB.
+    """The parts of the 5 kB state of torch's CPU generator of which every draw changes some.
 
-    Its head counts the numbers that are left of a block of 624, and holds the first of them, which change with the
-    block; its tail holds the normal numbers that were drawn in pairs and given one by one.
+    The head counts the numbers that are left of a block of 624, and holds the first of them, which change with the
+    block; the tail holds normal numbers, which are drawn in pairs and returned one by one.
     """
-    place = state.data_ptr()  # read as it lies, since slices of a tensor cost more than the draw that they look for
+    place = state.data_ptr()  # raw memory, since slicing the tensor would cost more than the draw to be detected
     return string_at(place, 64) + string_at(place + state.numel() - 64, 64)
 
 
 _NOTHING = nullcontext()
-_latest: list[tuple[bytes, Tensor]] = []  # the last state of torch's generator, shared until it moves
+_latest: list[tuple[bytes, Tensor]] = []  # the last state of torch's generator, shared until it changes
 
 
 def _generator_state() -> tuple[bytes, Tensor]:
@@ -62,21 +62,21 @@ def _generator_state() -> tuple[bytes, Tensor]:
 
 
 def torch_functions() -> Any:
-    """Inside, subclasses of tensors are what they are: a backward pass that was asked for by one takes them as plain.
+    """Inside, tensor subclasses behave as such, since a backward pass called on one of them treats them as plain.
 
-    Only where it was asked for so; a user who has switched their functions off in the forward pass too sees them on.
+    Switches __torch_function__ on only where it is off; also for a user who had it off in the forward pass.
     """
     return _NOTHING if torch._C._is_torch_function_enabled() else torch._C._EnableTorchFunction()
 
 
 def name_of(names: Namespace | None, x: Tensor) -> str:
-    """The name under which a module holds a tensor."""
+    """The name under which a module holds a tensor, for messages."""
     held = ((k, v) for d in (names.contents if names else ()) for k, v in d.items())
     return next((f"the buffer or attribute {k}" for k, v in held if v is x), "a tensor in an attribute")
 
 
 class Read(NamedTuple):
-    """Tensors that modules held when they ran, and their versions."""
+    """The tensors that modules held when they ran, and their versions."""
 
     names: Namespace | None
     tensors: list[Tensor]
@@ -84,10 +84,10 @@ class Read(NamedTuple):
     contents: Contents | None
 
     def check(self, where: str) -> None:
-        """Raises where one was written to since.
+        """Raises where a tensor was written to since.
 
         Raises:
-            RuntimeError: with its name.
+            RuntimeError: with the name of the tensor.
         """
         if self.versions == [_version(x) for x in self.tensors]:
             return
@@ -101,10 +101,10 @@ class Read(NamedTuple):
 
 
 class Surroundings:
-    """The random states of the processor and of one CUDA device, and what a user's modules hold.
+    """The random states of the CPU and of one CUDA device, and what a user's modules hold.
 
-    Random states of Python and NumPy are among them where ``members.draws`` does not say that they are left alone. So
-    is what the containers hold that functions are given, such as a context.
+    The random states of Python and NumPy are included unless ``members.draws`` says that they are not used. So are the
+    contents of containers among the functions' arguments, such as a context.
     """
 
     __slots__ = (
@@ -127,7 +127,7 @@ class Surroundings:
 
     def __init__(self, device: torch.device, members: Members | None, given: tuple[Any, ...] = ()):
         self.device, self.members, self.given = device, members, given
-        # 5 kB on the processor: kept only where an update drew, see ``moved``.
+        # 5 kB on the CPU: kept only where an update drew, see ``moved``.
         self.digest, self.generator = _generator_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.end: Surroundings | None = None
@@ -142,8 +142,7 @@ class Surroundings:
         self.versions: list[int] = []
         if members is None:
             return
-        # Python's and NumPy's states are tuples that take microseconds to copy: only until a pass has shown no use of
-        # them.
+        # The states of Python and NumPy take microseconds to copy, so they are left out once a pass did not use them.
         if members.draws.get(members.modules[0].training, True):
             self.python = python_generators()
         self.names, self.buffers = members.names(), members.buffers()
@@ -152,7 +151,7 @@ class Surroundings:
             self.contents = Contents(self.names.containers, given, members.looks_after)
         generators = self.names.generators + (self.contents.generators if self.contents else [])
         self.own = [(g, generator_state(g)) for g in generators]
-        # Copies, as functions write to buffers in place. An attribute is mostly replaced, and may be large: no copy.
+        # Copies, since functions write to buffers in place. Attributes are mostly replaced and may be large: no copies.
         self.values = [slot.value.detach().clone() for slot in self.buffers]
         self.tensors = [*self.names.tensors, *(self.contents.tensors if self.contents else ())]
         self.versions = [_version(x) for x in self.tensors]
@@ -162,7 +161,7 @@ class Surroundings:
         return self.digest != now.digest or (self.cuda is not None and not torch.equal(self.cuda, now.cuda))  # type: ignore[arg-type]
 
     def _kept(self) -> bool:
-        """Whether the modules still hold the very same values."""
+        """Whether the modules still hold the same values."""
         return (
             (self.names is None or self.names.same())
             and self.versions == [_version(x) for x in self.tensors]
@@ -180,26 +179,27 @@ class Surroundings:
         )
 
     def moved(self, notes: "list[Surroundings | None]") -> "Surroundings":
-        """Notes these surroundings if they have changed since, else None; returns those of now."""
+        """Appends these surroundings to ``notes`` if they have changed since, else None; returns the present ones."""
         kept = self._kept()
         if kept and not self._drawn():
-            # What an earlier update of the step moved, this one may have read.
+            # This update may have read what an earlier update of the step changed.
             notes.append(self if self.apart else None)
             return self
         if self.contents is not None:
             self.contents.refuse_advanced()
         notes.append(self)
         self.end = Surroundings(self.device, self.members, self.given)
+        # Draws do not count: an update that draws has a note of its own.
         self.end.apart = self.apart or not kept
         return self.end
 
     def learn(self, start: "Surroundings") -> None:
-        """Notes for later passes whether functions drew from the generators of Python and NumPy since ``start``."""
+        """Records for later passes whether functions drew from the generators of Python and NumPy since ``start``."""
         if self.members is not None and start.python is not None and self.python is not None:
             self.members.draws[self.members.modules[0].training] = not same_python(start.python, self.python)
 
     def read(self) -> "Read":
-        """What of it is needed to tell whether a tensor was written to since."""
+        """The part that is needed to tell whether a tensor was written to since."""
         return Read(self.names, self.tensors, self.versions, self.contents)
 
     def set_generators(self) -> None:
@@ -213,13 +213,13 @@ class Surroundings:
             set_python_generators(self.python)
 
     def restore(self) -> None:
-        """Puts generators, buffers and attributes back."""
+        """Restores generators, buffers and attributes."""
         self.set_generators()
         for slot, value in zip(self.buffers, self.values, strict=True):
             if slot.value.shape == value.shape:
-                slot.value.data.copy_(value)  # in place, and unseen by autograd, which may have saved it
+                slot.value.data.copy_(value)  # in place, and hidden from autograd, which may have saved the buffer
             else:
-                slot.value.data = value.clone()  # an observer has given it its shape
+                slot.value.data = value.clone()  # an observer has changed its shape
         if self.names is not None:
             self.names.put()
         if self.contents is not None:
@@ -227,12 +227,12 @@ class Surroundings:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, functions draw and read as they did at that moment; outside nobody sees that they did.
+        """Inside, functions draw and read what they did at that moment; afterwards no side effect remains.
 
         Raises:
             RuntimeError: what they read is gone, or they drew other numbers than the first time.
         """
-        # What is kept as a copy may have been written to since; the copy is what the function will see.
+        # Buffers may have been written to since, because the function will read their copies.
         copied = {id(slot.value) for slot in self.buffers}
         for x, version in zip(self.tensors, self.versions, strict=True):
             if _version(x) != version and id(x) not in copied:
@@ -240,7 +240,7 @@ class Surroundings:
                     f"Stack: {name_of(self.names, x)} was written to in place by a residual function that reads it, "
                     "so that the step cannot be run again.\n  Make it a buffer: self.register_buffer(...)."
                 )
-        # Whoever calls ``backward`` may go on drawing: for them no number must be used up.
+        # The caller of ``backward`` may draw afterwards, so the replay must not advance its generators.
         before = Surroundings(self.device, None)
         before.own = [(g, generator_state(g)) for g, _ in self.own]
         before.python = None if self.python is None else python_generators()
@@ -251,13 +251,13 @@ class Surroundings:
                     stack.enter_context(self.names.restored())
                 if self.contents is not None:
                     stack.enter_context(self.contents.restored())
-                # Copies of the copies: a second replay must read the same.
+                # Copies of the copies, since a second replay must read the same values.
                 stack.enter_context(swapped(self.buffers, [v.clone() for v in self.values]))
                 yield
             end = Surroundings(self.device, None)
         finally:
             before.set_generators()
-        # Only where the second run drew at all and ended elsewhere than the first: a run that draws less is no error.
+        # Only if the replay drew at all and ended elsewhere than the first run: not drawing is not an error.
         if self.end is not None and self.drew(end) and self.end.drew(end):
             raise RuntimeError(
                 "Stack: a residual function drew other random numbers when it was run again: another thread drew from "
@@ -267,20 +267,20 @@ class Surroundings:
 
 @contextmanager
 def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: tuple[Any, ...] = ()) -> Iterator[None]:
-    """Puts buffers, attributes and random number generators back if the body raises, or always.
+    """Restores buffers, attributes and random number generators if the body raises, or always.
 
     Args:
-        modules: whose.
-        always: also where it does not raise.
-        given: what they are given; containers in it get back what they held.
+        modules: the modules that hold them.
+        always: also restore them if the body does not raise.
+        given: the arguments of the modules; the contents of containers in it are restored, too.
     """
     modules = [*modules]
     members = Members(modules)
     buffers = [*members.buffers(), *members.statistics()]
     saved = [slot.value.clone() for slot in buffers]
     held = [slot.value for slot in (*buffers, *members.parameters())]
-    # Of parameters too: a module without buffers may draw on a device all the same.
-    # All devices, as a model in parts may draw on several; ``Surroundings`` knows of one.
+    # The devices of parameters too, since a module without buffers may also draw on a device.
+    # All of them, since a model in parts may draw on several; ``Surroundings`` covers only one.
     devices = sorted({x.device.index for x in held if x.device.type == "cuda"})
     before = Surroundings(torch.device("cpu"), members, given)
     written = _Written(
@@ -300,7 +300,7 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
                     slot.holder[slot.name] = slot.value
                 before.restore()
                 written.restore()
-                # Layers that the body has made stay; what they began to count is as when they were made.
+                # Layers that the body has created stay; their running statistics are reset.
                 for m in {*Members(modules).norms} - {*members.norms}:
                     m.reset_running_stats()
             for d, state in zip(devices, states, strict=True):
@@ -308,14 +308,14 @@ def nothing_changed(modules: Iterable[nn.Module], always: bool = False, given: t
 
 
 class _Written:
-    """Tensors that are no buffers, as they were: those that a function writes to in place are put back.
+    """A snapshot of tensors that are not buffers, to restore those that a function writes to in place.
 
     Args:
         tensors: attributes and parameters.
-        others: which of them are put back elsewhere, by identity.
+        others: ids of those that are restored elsewhere.
     """
 
-    LARGEST = 2**18  # elements that are copied: running quantities are small, and weights are not to be doubled
+    LARGEST = 2**18  # elements of a tensor that is copied: running quantities are small, weights must not be doubled
 
     def __init__(self, tensors: Iterable[Tensor], others: set[int]):
         found = {id(x): x for x in tensors if id(x) not in others and not is_lazy(x) and not x.is_inference()}
@@ -325,10 +325,10 @@ class _Written:
         }
 
     def restore(self) -> None:
-        """Puts them back.
+        """Restores the tensors.
 
         Raises:
-            SchemeError: one that was too large to be copied, or a trained parameter.
+            SchemeError: a tensor was written to that was too large to be copied, or is a trained parameter.
         """
         lost = None
         for x, version in self.versions:
@@ -354,7 +354,7 @@ def initialise(module: nn.Module, run: Callable[[], Any]) -> None:
     with torch.no_grad(), nothing_changed([module], always=True):
         run()
     for m in lazy:
-        # The run was undone for buffers that existed; a lazy BatchNorm made its own in that run, and moved them.
+        # The run was undone for existing buffers only; a lazy BatchNorm has created its own in it, and updated them.
         if hasattr(m, "reset_running_stats"):
             m.reset_running_stats()  # type: ignore
 

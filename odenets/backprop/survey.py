@@ -1,10 +1,10 @@
-"""Measures a pass step by step: what each saves, takes and costs in each way it may be run.
+"""Measures a pass step by step: the memory and time of each step in each way it may be run.
 
-Every residual function runs forward once, with a graph that is dropped as soon as its storages are named; where plain
-storing will not fit, and the scheme has an inverse, its steps are undone twice as well, for the growth of errors. Time
-and transient memory are measured on one step of each kind: the same scheme, modules and shapes. One step is alive at a
-time. Parameters stand aside for copies that share their memory, so that no gradient, and no hook of one, is touched;
-buffers, attributes and generators are put back.
+Every residual function runs forward once, with a graph that is dropped as soon as its storages are named. Where plain
+storing will not fit, and the scheme has an inverse, the steps are also undone twice, for the growth of errors. Time and
+transient memory are measured on one step of each kind: the same scheme, modules and shapes. One step is alive at a
+time. Parameters are replaced by leaves that share their memory, so that no gradient or gradient hook is touched;
+buffers, attributes and generators are restored.
 """
 
 import math
@@ -42,14 +42,14 @@ MODES: dict[str, Mode] = {
     "reverse": Reverse(every=0),
     "exact": Exact(),
 }
-ROUNDS, ENOUGH = 5, 0.02  # timed runs of a kind at most, and seconds that are enough; the fastest counts
+ROUNDS, ENOUGH = 5, 0.02  # the most timed runs of a kind, and seconds after which they end; the fastest counts
 
 
 class Namer:
-    """Gives each storage a number, for as long as it lives; 0 to those that do not count.
+    """Assigns each storage a number for its lifetime, and 0 to those that are not counted.
 
     Args:
-        outside: tensors that do not count.
+        outside: tensors that are not counted.
     """
 
     def __init__(self, outside: Sequence[Tensor] = ()):
@@ -57,7 +57,7 @@ class Namer:
         self.count = 0
         for x in outside:
             if x.layout == torch.strided:
-                # An address is used again once its storage is gone; the weak reference tells the old one from the new.
+                # An address may be reused once its storage is gone; the weak reference tells the old from the new one.
                 self.known[x.untyped_storage()._cdata] = (weakref.ref(x.untyped_storage()), 0)
 
     def name(self, x: Tensor) -> int:
@@ -70,32 +70,31 @@ class Namer:
         return found[1]
 
     def names(self, tensors: Sequence[Any]) -> dict[int, int]:
-        """The storages of some tensors, and their bytes."""
+        """The storages of some tensors, by number, and their bytes."""
         found = {
             self.name(x): x.untyped_storage().nbytes()
             for x in tensors
             if isinstance(x, Tensor) and x.layout == torch.strided
         }
-        # All that do not count share the number 0.
+        # All storages that are not counted share the number 0.
         found.pop(0, None)
         return found
 
     @contextmanager
     def saving(self, found: dict[int, int]) -> Iterator[None]:
-        """Inside, what autograd saves is named into ``found``."""
+        """Inside, the storages of what autograd saves are added to ``found``."""
 
         def pack(x: Tensor) -> Tensor:
             found.update(self.names([x]))
             return x
 
         with saved_tensors_hooks(pack, lambda x: x):
-            # The other half of the hooks changes nothing: tensors are looked at on their way into the graph, and kept
-            # as they are.
+            # Both hooks return the tensor unchanged: it is only inspected on its way into the graph.
             yield
 
 
 class _Source(torch.autograd.Function):
-    """A loss of some streams, whose gradients are new tensors, as those of most losses are."""
+    """A loss of some streams whose gradients are new tensors, like those of most losses."""
 
     @staticmethod
     def forward(ctx: Any, *streams: Tensor) -> Tensor:
@@ -104,12 +103,12 @@ class _Source(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        # Filled, not expanded: a gradient of stride 0 would take no memory, and kernels may take another path for it.
+        # Filled, not expanded: a gradient of stride 0 would take no memory, and kernels may treat it differently.
         return tuple(torch.full(s, 1.0 / max(1, s.numel()), dtype=d, device=v) for s, d, v in ctx.like)
 
 
 class _Entry(torch.autograd.Function):
-    """The streams before a step, as a step before it would give them: their gradients are summed up by the engine."""
+    """The streams before a step, as a previous step would return them: autograd's engine sums their gradients."""
 
     @staticmethod
     def forward(ctx: Any, *streams: Tensor) -> tuple[Tensor, ...]:
@@ -117,19 +116,19 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        # The leaves get no gradients: adding those up would count memory that a step in the middle does not take.
+        # The leaves get no gradients: accumulating them would count memory that a step in the middle does not take.
         return (None,) * len(grads)
 
 
 def entered(state: State) -> tuple[State, State]:
-    """Leaves for the streams that need a gradient, and all streams behind them."""
+    """Leaves for the streams that need a gradient, and all streams, computed from the leaves where there is one."""
     leaves = tuple(x.detach().requires_grad_() for x in state if x.requires_grad)
     behind = iter(_Entry.apply(*leaves) if leaves else ())  # type: ignore[arg-type]
     return leaves, tuple(next(behind) if x.requires_grad else x.detach() for x in state)
 
 
 def differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
-    """A backward pass from the outputs to the inputs alone, which nothing else notices."""
+    """Prepares a backward pass from the outputs to the inputs only, without other side effects."""
     wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     loss = _Source.apply(*wanted) if wanted else None
     leaves = [x for x in inputs if x.requires_grad]
@@ -137,12 +136,12 @@ def differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callab
 
 
 class Aside(NamedTuple):
-    """Stand-ins for what a pass reads.
+    """Replacements for what a pass reads.
 
     Attributes:
-        leaves: those of the parameters.
-        context: that of the context.
-        time: that of the time.
+        leaves: the replacements of the parameters.
+        context: the replacement of the context.
+        time: the replacement of the time.
     """
 
     leaves: list[Tensor]
@@ -152,14 +151,14 @@ class Aside(NamedTuple):
 
 @contextmanager
 def aside(modules: Sequence[nn.Module], context: Any = None, time: Any = None) -> Iterator[Aside]:
-    """Inside, the modules hold parameters that share the memory of theirs and drop their gradients."""
+    """Inside, the modules hold leaves that share the memory of their parameters and drop their gradients."""
     slots = Members(modules).parameters()
     leaf_of: dict[int, Tensor] = {}
     for slot in slots:
         if id(slot.value) not in leaf_of:
             leaf = leaf_of[id(slot.value)] = slot.value.detach().requires_grad_(slot.value.requires_grad)
             if leaf.requires_grad:
-                # Gradients of parameters do not count: in training they are added to tensors that are there already.
+                # Gradients of parameters are not counted: in training they are added to tensors that exist already.
                 leaf.register_post_accumulate_grad_hook(_drop)
 
     context, time = with_tensors((context, time), lambda x: x.detach().requires_grad_(x.requires_grad))
@@ -194,8 +193,8 @@ class Survey:
         given: the pass.
         state: the streams before it.
         namer: names storages.
-        ways: how its steps may be run.
-        enough: bytes that storing may take; other ways are measured where it seems to take more.
+        ways: the ways in which its steps may be run.
+        enough: bytes that storing may take; other ways are measured if it seems to take more.
     """
 
     def __init__(self, given: Pass, state: State, namer: Namer, ways: Sequence[str], enough: float):
@@ -239,7 +238,7 @@ class Survey:
 
     @property
     def pressed(self) -> bool:
-        """Whether storing all steps seems to take too much."""
+        """Whether storing all steps seems to take too much memory, extrapolated from the steps seen so far."""
         done = max(1, len(self.kinds))
         return sum(self.saved.values()) * len(self.given.steps) / done > 0.9 * self.enough
 
@@ -248,13 +247,13 @@ class Survey:
         trial = _GraphTrial(given.wrap, given.inverted) if "reverse" in self.ways else None
         states, steps = [_plain(state)], []
         for part in given.parts(1):
-            # Each step has a graph of its own, which goes before the next step begins.
+            # Each step has its own graph, which is freed before the next step begins.
             leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
             before, saved = self.namer.names(leaves), {}
             with torch.enable_grad(), self.namer.saving(saved):
                 out = (part if trial is None else part._replace(runner=trial.run)).keep(leaves)
             self.saved.update(saved)
-            # In training the guard would raise at the loss; here the way is not offered at all.
+            # In training the guard would raise in the backward pass; here the way is not offered at all.
             if trial is not None and left_behind(members_of(part.steps[0], part.shared)):
                 self._refuse("reverse", "a residual function leaves something behind that can be differentiated")
             state = tuple(x.detach().requires_grad_(x.requires_grad) for x in out)
@@ -280,7 +279,7 @@ class Survey:
             tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in state),
             tuple((type(m), m.training) for m in modules),
             tuple((tuple(p.shape), p.requires_grad) for p in parameters),
-            # What was saved, too: modules of one type and shape may take different branches.
+            # What was saved, too: modules of the same type and shape may take different branches.
             tuple(sorted(saved.values())),
         )
 
@@ -289,7 +288,7 @@ class Survey:
             return
         self.costs[kind] = {}
         self._measure(kind, part, state, profile, self.ways if self.pressed else ["store"])
-        # Storing fits so far: the other ways are measured later if that changes, on this sample.
+        # Storing fits so far. If that changes, the other ways are measured later on this sample.
         if not self.pressed:
             self.samples[kind] = (part, _plain(state), profile)
 
@@ -299,7 +298,7 @@ class Survey:
                 try:
                     self.costs[kind][way] = self._cost(kind, part, state, profile, way)
                 except SchemeError as error:
-                    # These two run what training without a plan would run, so their errors are the user's to see.
+                    # These two run what training without a plan would run, so the user should see their errors.
                     if way in ("store", "checkpoint"):
                         raise
                     self._refuse(way, str(error))
@@ -310,21 +309,21 @@ class Survey:
 
     # long: one measurement, whose order of runs is what it measures
     def _cost(self, kind: Any, part: Pass, state: State, profile: Profile, way: str) -> Cost:
-        # A monitor of its own: what the stack has learned of its reconstruction must not come from a measurement.
+        # A separate monitor, since what a stack knows of its reconstruction must not come from a measurement.
         mode, monitor, known = MODES[way], Monitor(), self.costs[kind].get("store")
         members = members_of(part.steps[0], part.shared)
-        learn(members)  # of its run with a graph: the first time is not to be another one
+        learn(members)  # from its run with a graph, so that the first run here is not guarded as a first one
         monitor.members[part.steps[0].index], monitor.warned = members, True
         part = part._replace(monitor=monitor, wrap=None, sink=None)
         names: dict[int, int] = {}
-        passed: dict[int, int] = {}  # streams that the step hands on, which its inverse begins with too
+        passed: dict[int, int] = {}  # streams that the step passes through, from which its inverse starts, too
         with aside(modules_of(part), part.context, part.time) as stand:
             part = part._replace(context=stand.context, time=stand.time)
 
             def once(meter: Meter | None) -> tuple[float, float]:
                 leaves, streams = entered(state)
                 mark = meter.mark if meter is not None else (lambda: None)
-                # A device runs behind: without waiting, the time of one pass would be charged to the next.
+                # A device runs asynchronously: without waiting, the time of one pass would be charged to the next.
                 wait(self.device)
                 begin = time.perf_counter()
                 mark()
@@ -335,7 +334,7 @@ class Survey:
                 if meter is not None:
                     names.update(Namer([*streams, *stand.leaves]).names(out))
                     passed.update(Namer(stand.leaves).names([x for x in out if not Namer(streams).names([x])]))
-                # In training nobody holds them either: ``back`` alone keeps what the step saved.
+                # They are not held in training either: only ``back`` keeps what the step saved.
                 del out, streams
                 mark()
                 back()
@@ -347,29 +346,29 @@ class Survey:
                 with meter_on(self.device) as meter:
                     once(meter)
                 times: list[tuple[float, float]] = []
-                # At least twice, since the first run of a kernel is slow; a checkpoint's time follows from storing.
+                # At least twice, since the first run of a kernel is slow; a checkpoint's time is derived from storing.
                 while way != "checkpoint" and len(times) < ROUNDS and (len(times) < 2 or sum(map(sum, times)) < ENOUGH):
                     times.append(once(None))
         forward, backward = self._times(way, times, known)
         rise, kept, most = meter.intervals[0].most, meter.intervals[1].start, meter.intervals[1].most
-        # The streams before the step are counted by name, by whoever keeps them; only what is new here is this step's.
+        # The streams before the step are counted by name where they are kept; this step only adds what is new.
         new = sum(size for name, size in profile.saved.items() if name not in profile.before)
         out = sum(names.values())
         rounded = sum(x.nbytes for x in state)  # the exact run's own copy of its first state
         named = {"store": new, "reverse": out, "exact": out + rounded}
-        # What the meter saw and names do not explain: notes, spilled bits, what a kernel keeps for itself.
+        # What the meter saw but names do not explain: notes, spilled bits, what a kernel keeps for itself.
         extra = max(0, kept - named.get(way, 0))
-        # What pieces count by name: saved storages of a step, also where it is run again, and the first state.
+        # What pieces count by name: saved storages of a step, even if it is run again, and the first state.
         counted = {"store": new, "checkpoint": new, "exact": rounded}
         first = rounded if way == "exact" else 0
         fall = most - extra - counted.get(way, 0) + (sum(passed.values()) if way == "reverse" else 0)
         return Cost(forward, backward, rise - first, fall, extra, first)
 
     def _times(self, way: str, times: Sequence[tuple[float, float]], stored: Cost | None) -> tuple[float, float]:
-        """Seconds forward and backward; what runs a step again takes a forward pass more than what does not."""
+        """Seconds forward and backward; a way that runs a step again takes at least one more forward pass."""
         if way in ("store", "offload") or stored is None:
             return min(t for t, _ in times), min(t for _, t in times)
-        # Noise can make a run that repeats a step seem faster than one that does not; a plan must not be built on that.
+        # Noise can make a run that repeats a step seem faster than one that does not; a plan must not rely on that.
         forward, backward = stored.forward, stored.time
         if times:
             forward, backward = max(forward, min(t for t, _ in times)), max(backward, min(t for _, t in times))
@@ -388,33 +387,33 @@ class Survey:
 
     def _finish(self, state: State) -> None:
         output, copied = readout_of(self.given, state)
-        # The gradients of streams that were joined are parts of one tensor, and stay until the last is used.
+        # The gradients of streams that the readout joined are parts of one tensor, which lives until the last is used.
         tail = max(0, output - max(x.nbytes for x in state)) if copied else 0
         for n, (profile, kind) in enumerate(zip(self.steps, self.kinds, strict=True)):
             costs = {way: cost for way, cost in self.costs[kind].items() if way not in self.refused}
             growth, errors = self.growths.get(n, (math.inf, [math.inf]))
-            # The error of one step such that the sum of those of a window is no less than what was measured.
+            # The least error per step for which the accumulated error of a window is no less than what was measured.
             sums = [sum(growth**i for i in range(k + 1)) for k in range(len(errors))]
             error = max(e / s if s < math.inf else math.inf for e, s in zip(errors, sums, strict=True))
             ends = n == len(self.steps) - 1
             if ends:
-                # A step that is undone lets go of the gradients of its streams one by one.
+                # Not for ways that undo steps, which release the gradients of the streams one by one.
                 late = [way for way in ("store", "offload", "checkpoint") if way in costs]
                 costs.update({way: costs[way]._replace(fall=costs[way].fall + tail) for way in late})
             self.steps[n] = profile._replace(costs=costs, error=error, growth=growth, ends=ends)
-        # A batch that overflows says nothing about the next one: the plan is made again.
+        # A batch that overflows says nothing about the next one, so the plan is made again.
         if any(growth == math.inf for growth, _ in self.growths.values()):
             self.finite = False
 
 
 def wait(device: torch.device) -> None:
-    """Waits until the device has done what it was asked to."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def readout_of(given: Pass, state: State) -> tuple[int, bool]:
-    """Bytes of the output, and whether it is a tensor of its own rather than one of the streams."""
+    """Bytes of the output, and whether it has its own storage rather than that of a stream."""
     with torch.no_grad():
         output = given.steps[-1].scheme.readout(state)
     return output.nbytes, output.untyped_storage()._cdata not in {x.untyped_storage()._cdata for x in state}
@@ -440,7 +439,7 @@ def surveyed(*options: Any) -> tuple[Survey, State]:
             return survey, survey.run()
     except SchemeError:
         raise
-    except Exception:  # a function that cannot do without its hooks
+    except Exception:  # a function may depend on its hooks
         survey = Survey(*options)
         return survey, survey.run()
 

@@ -1,12 +1,12 @@
-"""Backpropagation that keeps one state instead of all: the states before are made again by the scheme's inverse.
+"""Backpropagation that keeps one state instead of all: earlier states are reconstructed by the scheme's inverse.
 
-One autograd node per step, chained. A node's backward pass takes the state after its step, undoes the step's elementary
-updates from the last to the first, and differentiates each on the way: every residual function runs once forward and
-once backward, one function's graph is alive at a time, and no scheme carries backward code of its own. Parameters are
-inputs of the nodes, so their gradients leave as soon as they exist.
+Each step is an autograd node; the nodes form a chain. A node's backward pass takes the state after its step, undoes the
+elementary updates from the last to the first, and differentiates each on the way. Every residual function then runs
+once forward and once backward, one function's graph is alive at a time, and no scheme needs backward code of its own.
+Parameters are inputs of the nodes, so their gradients leave a node as soon as they exist.
 
-The nodes share a tape that knows the state before one step. A node that finds it elsewhere (a loss on a middle output,
-a second backward pass) moves it there first; nothing depends on the order in which autograd runs the nodes.
+The nodes share a tape that holds the state before one step. A node that finds the tape elsewhere (a loss on a middle
+output, a second backward pass) moves it first; nothing depends on the order in which autograd runs the nodes.
 """
 
 from collections.abc import Collection, Sequence
@@ -51,12 +51,12 @@ _ENGINE: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-de
 
 
 class Tape:
-    """The states of one forward pass: the last one, some anchors, and the one where the backward pass stands.
+    """The states of one forward pass: the last one, some anchors, and the one where the backward pass is.
 
     Args:
         every: keep a state every so many steps; None keeps none.
-        keep_first: whether to keep the first state, to compare with what is made again.
-        grid: exact arithmetic.
+        keep_first: whether to keep the first state, to compare it with its reconstruction.
+        grid: exact arithmetic, or None.
         given: the pass.
     """
 
@@ -65,28 +65,29 @@ class Tape:
         self.mode = "reverse" if grid is None else "exact"  # for messages
         self.wrap, self.monitor, self.sink, self.inverted = given.wrap, given.monitor, given.sink, given.inverted
         self.records: list[StepRecord] = []
-        self.left: list[tuple[int, int]] = []  # the places and versions of the streams that the last node gave
+        self.left: list[tuple[int, int]] = []  # addresses and versions of the streams that the last node returned
         self.kept: dict[int, State] = {}  # n: the state before step n, as it was
-        self.versions: dict[int, list[int]] = {}  # of what is kept: somebody else may hold it, and write to it
-        self.first: State = ()  # ways to what the first state was made from
+        self.versions: dict[int, list[int]] = {}  # of the kept states, which others may hold and write to
+        self.first: State = ()  # leads the graph to what the first state was computed from
         self.observed = given.on_step is not None
         self.shown: list[ref[Tensor]] = []  # the streams within the pass that a user may hold
-        self.complex = False  # whether the first streams are
+        self.complex = False  # whether the first streams are complex
+        # The state before step ``position`` is where the backward pass is; None where the tape holds no such state.
         self.position: int | None = None
         self.state: State = ()
         self.drift: Tensor | None = None
-        self.report: list[PendingScalar] | None = None  # where the drift goes when the pass is over
+        self.report: list[PendingScalar] | None = None  # receives the drift at the end of the backward pass
 
     def run(self, step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
-        """One step as a node on this tape."""
-        # Nodes are numbered by the tape and not by the stack: a plan may begin one in the middle.
+        """Runs one step as a node on this tape."""
+        # Nodes are numbered by the tape and not by the stack, since a plan may start a tape in the middle.
         n, added = len(self.records), step.scheme.streams_added
         self._same_streams(state)
         if n == 0:
             self.complex = all(x.is_complex() for x in state)
-            # The graph before the first step leads to no node of this tape. Leaves cost nothing where no state is kept.
+            # The graph before the first step contains no node of this tape. Leaves cost nothing where no state is kept.
             self.first = state if self.keep_first or all(x.is_leaf for x in state) else (_Way.apply(*state),)  # type: ignore
-        # Undoing a step that appends streams drops them, and their errors with them: the state after it is kept too.
+        # Undoing a step that appends streams drops them with their errors, so the state after it is kept, too.
         first = n == 0 or (n == 1 and self.records[0].step.scheme.streams_added > 0 == added)
         if (first and self.keep_first) or (n > 0 and self.every is not None and n % self.every == 0):
             self._keep(n, state)
@@ -97,16 +98,16 @@ class Tape:
         if t is not None or context is not None:
             # Only what needs a gradient: each input of a node costs an edge, and a context may hold many tensors.
             inputs += [x for x in tensors_in((t, context)) if x.requires_grad]
-        # Then no backward pass will come here, in which captured tensors are looked for.
+        # If so, no backward pass will come here and search for captured tensors: the forward pass must do it.
         record.alone = not inputs and not any(x.requires_grad for x in state)
-        # Past ``Function.apply``, which looks for wrappers of torch.func, refused when the pass began.
+        # Bypasses ``Function.apply``, which checks for torch.func transforms; these were refused when the pass began.
         state = super(torch.autograd.Function, _Node).apply(self, n, len(state), *state, *inputs)  # type: ignore
         self.left = _places(state)
         if self.observed or step._forward_hooks or _global_forward_hooks:
             self.shown += map(ref, state)
         if self.sink is None:
             return state
-        # The node gives the step's auxiliary values after its streams.
+        # The node returns the step's auxiliary values after its streams.
         count = len(state) - len(record.sink.names)  # type: ignore[union-attr]
         self.left = self.left[:count]
         for name, value in zip(record.sink.names, state[count:], strict=True):  # type: ignore[union-attr]
@@ -119,7 +120,7 @@ class Tape:
         )
 
     def _same_streams(self, state: State) -> None:
-        """Refuses streams that are not those of the step before, whose inverse starts from them."""
+        """Refuses streams other than those that the previous step returned, from which its inverse starts."""
         if self.records and self.left != _places(state):
             raise SchemeError(
                 f"Stack: a hook on {self.records[-1].where} changes its streams, which backprop='{self.mode}' cannot "
@@ -135,11 +136,11 @@ class Tape:
                 f"Stack: a residual function makes real streams complex, which backprop='{self.mode}' cannot undo.\n"
                 "  Give a complex input, x.to(torch.complex64), or use backprop='store' or 'checkpoint'."
             )
-        # The output itself, not a copy: it costs nothing, and a write to it is seen by its version.
+        # The output itself, not a copy: this costs nothing, and the version reveals a write to it.
         self._keep(len(self.records), state)
 
     def _keep(self, n: int, state: State) -> None:
-        # Detached: the graph leads to the node of this step, and a state with it would keep all nodes before alive.
+        # Detached: with its graph, a state would keep its own node and all nodes before it alive.
         self.kept[n] = kept = tuple(x.detach() for x in state)
         self.versions[n] = [x._version for x in kept]
 
@@ -147,7 +148,7 @@ class Tape:
         return [x._version for x in self.kept[n]] == self.versions[n]
 
     def sources(self) -> list[Tensor]:
-        """What the gradients of this pass depend on: the first state, those shown, parameters, time and context."""
+        """The tensors that gradients of this pass depend on: first state, states shown, parameters, time, context."""
         given = [x for record in self.records for x in (*record.parameters, *tensors_in((record.t, record.context)))]
         shown = [x for seen in self.shown if (x := seen()) is not None]
         return [x for x in {id(x): x for x in (*self.first, *shown, *given)}.values() if x.requires_grad]
@@ -159,8 +160,8 @@ class Tape:
         return torch.stack([f for record in self.records for f in record.overflow] + flags).any()
 
     def before(self, n: int) -> State:
-        """The state before step n, made again from the nearest one above it."""
-        # A state can be made again from any above it; the position is where the backward pass has got to.
+        """The state before step n, reconstructed from the nearest known state at or after it."""
+        # A state can be reconstructed from any later one: a kept state, or the one at the current position.
         places = [p for p in self.kept if p >= n]
         if self.position is not None and self.position >= n:
             places.append(self.position)
@@ -169,10 +170,11 @@ class Tape:
                 "Trying to backward through a stack a second time: its states are freed. "
                 "Specify retain_graph=True if you need to backward through it again."
             )
-        # The nearest from above: each step between costs an evaluation of its functions.
+        # The nearest one: each step in between costs an evaluation of its functions.
         start = min(places)
         last = len(self.records)
         given = self.kept.get(start)
+        # A reconstruction at the position is valid even if the kept state there was written to.
         if given is not None and (start != self.position or self.state is given) and not self._unchanged(start):
             what = "output" if start == last else f"state before step {self.records[start].step.index}"
             raise RuntimeError(
@@ -182,34 +184,35 @@ class Tape:
         assert state is not None
         while start > n:
             start -= 1
-            # Undone for the state alone; its own node will undo it again if a gradient arrives there.
+            # Undone for the state only; the step's own node will undo it again if a gradient arrives there.
             state = invert_step(self.records[start], state)
         return state
 
     def take(self, n: int, free: bool) -> State:
-        """The state before step n; with ``free`` the tape lets go of it, and of all that lies above."""
+        """The state before step n; with ``free`` the tape releases it and all later states."""
         state = self.before(n)
         if free:
-            # Before the step is undone, so that the states above are gone while its graphs are alive.
+            # Released before the step is undone, so that later states do not add to the memory of its graphs.
             self.position, self.state = None, ()
             for p in [p for p in self.kept if p >= n]:
                 del self.kept[p]
         return state
 
     def move(self, n: int, state: State) -> None:
-        """Sets the tape to the state before step n, and compares with what was kept there."""
+        """Moves the tape to the state before step n, and compares it with the state that was kept there, if any."""
         kept = self.kept.get(n)
-        # A state that was written to since tells nothing of drift; the one made again is as it was.
+        # A kept state that was written to since says nothing about drift; the reconstruction is used instead.
         if kept is not None and self._unchanged(n):
             drift = distance(state, kept)
+            # The maximum stays on the device: reading it here would wait for the backward pass.
             self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
-            # The kept state goes on in its place, so that errors begin anew here.
+            # The kept state replaces the reconstruction, so that errors do not grow past an anchor.
             state = kept
-        # Nothing is made from the state before the first step, which a graph that lives on would hold.
+        # No state is reconstructed from the one before the first step; a retained graph would keep it alive.
         self.position, self.state = (n, state) if n else (None, ())
         if n == 0 and self.report is not None and self.drift is not None:
             self.report.append(PendingScalar.of(self.drift, self.grid is not None))
-            # Nobody may read them for long, where passes are many and forward calls few.
+            # Bounded, since with many backward passes and few forward calls they may not be read for long.
             del self.report[:-4]
 
 
@@ -218,19 +221,19 @@ def _places(state: State) -> list[tuple[int, int]]:
 
 
 def _keep_graph() -> bool:
-    """Whether the backward pass that runs now was asked to keep its graph."""
+    """Whether the current backward pass retains its graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
 class _Way(torch.autograd.Function):
-    """An empty tensor that is made of others: it leads to them in the graph, and keeps none of them."""
+    """An empty tensor computed from others: it leads to them in the graph, but keeps none of them alive."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         return tensors[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pragma: no cover  an error stands before it
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pragma: no cover  an error is raised before it
         return tuple(None for _ in ctx.needs_input_grad)
 
 
@@ -241,7 +244,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, tape: Tape, n: int, streams: int, *tensors: Tensor) -> State:
         record = tape.records[n]
         ctx.tape, ctx.n, ctx.extras = tape, n, tensors[streams:]
-        # None must stay None: streams that no loss reached are told from those whose gradient is zero.
+        # None must stay None: it distinguishes streams that no loss depends on from those with a gradient of zero.
         ctx.set_materialize_grads(False)
         watched = needed(record.members, record.flags.names)
         unseen = record.alone and record.members.may_capture
@@ -249,11 +252,12 @@ class _Node(torch.autograd.Function):
         around = None if guard is None else guard.apply
         if guard is not None and unseen:
             around = partial(guard.alone, refuse=partial(refuse_captured, record, tape.mode))
-        # Off inside of an autograd function, which sets it back itself; a residual function may use it within.
+        # Forward mode is off inside an autograd function, which restores it itself; a residual function may use it.
         torch._C._set_fwd_grad_enabled(True)
-        # Weights that autocast casts here, without a graph, must not be found by a later pass that needs one.
+        # Tells nested stacks that round that their sums must be those of the replay, see ``Mode.needed``.
         outer, AGAIN.inside = AGAIN.inside, True
         try:
+            # Autocast without its cache: weights cast here, without a graph, must not reach a pass that needs one.
             with tape.monitor.lock, autocast_as(record.autocast):
                 state = run_step(record, tensors[:streams], tape.wrap, around)
                 if watched:
@@ -265,18 +269,18 @@ class _Node(torch.autograd.Function):
         ctx.streams = len(state)
         if record.sink is not None:
             names = record.sink.names
-            # Taken, so that the record keeps none of them alive; the names stay, as the tape reads them next.
+            # Taken out, so that the record keeps none of them alive; the names stay, since the tape reads them next.
             state = (*state, *(x.detach() for x in record.sink.take()))
             record.sink.names = names
         return state
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        twice = torch.is_grad_enabled()  # the pass was asked for a graph of itself
-        # With a way to all that they depend on, or who asks for one of them alone would be given none, without a word.
-        # Now, as what is undone lets go of it.
+        twice = torch.is_grad_enabled()  # the backward pass was called with create_graph=True
+        # The results must depend on all sources, or a second derivative with respect to one would be missing silently.
+        # Collected now, since undoing a step releases them.
         ways = [*ctx.tape.sources(), *(g for g in grads if g is not None and g.requires_grad)] if twice else []
-        # The lock, since another thread's forward pass would see the leaves that stand for parameters here.
+        # Under the lock, since a forward pass of another thread would see the leaves that replace parameters here.
         with torch.no_grad(), ctx.tape.monitor.lock, torch_functions():
             try:
                 found = _Node.once(ctx, grads)
@@ -285,7 +289,7 @@ class _Node(torch.autograd.Function):
                 raise
         if not twice:
             return found
-        # Always, not only where the incoming gradients need one: the graph through the states would be missing.
+        # Always, even if the incoming gradients need no graph: the graph through the states would be missing.
         leaves = [None if g is None else g.detach().requires_grad_() for g in found]
         scheme = ctx.tape.records[ctx.n].step.scheme
         message = (
@@ -297,20 +301,22 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def once(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """The gradients of one step's inputs."""
+        """The gradients of the inputs of one step."""
         tape, n, extras = ctx.tape, ctx.n, ctx.extras
         none = (None, None, None)
+        # No gradient arrives: nothing is undone, and the tape stays where it is.
         if all(g is None for g in grads):
             return (*none, *(None for _ in ctx.needs_input_grad[3:]))
         refuse_awaited(tape.records[n].left, tape.records[n].where)
-        # The extra inputs come last.
+        # Counted from the end, where the extra inputs are.
         wanted = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(extras) :]
-        # A list, which the step empties as it goes: a tuple would keep all streams of the state alive to the end.
+        # A list, whose streams are replaced one by one: a tuple would keep all of them alive to the end.
         streams = list(tape.take(n + 1, free=not _keep_graph()))
         step = _StepBackward(tape, n, extras, wanted, list(grads[ctx.streams :]))
         found, extra = step.run(streams, list(grads[: ctx.streams]))
         tape.move(n, tuple(streams))
         if n == 0 and not _keep_graph():
+            # Only the first state is left: ``take`` has released the later ones.
             tape.kept.clear()
             tape.first = ()
         return (*none, *found, *extra)
@@ -323,8 +329,8 @@ class _StepBackward:
         tape: the tape.
         n: number of the step.
         extras: the extra inputs: parameters, then tensors of the time and the context.
-        wanted: which of them need a gradient.
-        auxiliary: the gradients of its auxiliary values.
+        wanted: which of the extra inputs need a gradient.
+        auxiliary: the gradients of the step's auxiliary values.
     """
 
     def __init__(
@@ -338,9 +344,9 @@ class _StepBackward:
         self.auxiliary, self.counts = auxiliary, list(tape.records[n].counts)
         self.tape, self.n, self.record = tape, n, tape.records[n]
         record, count = self.record, len(self.record.parameters)
-        # A gradient can be asked of a parameter itself where nobody would notice: no hook, no tensor in its stead.
+        # Parameters can serve as leaves themselves if this has no side effects: no hooks, nothing else in their place.
         self.direct = all(_untouched(slot) for slot in record.slots)
-        # Asking of a parameter itself spares a leaf and a swap for each, most of what a step's bookkeeping costs.
+        # That saves a leaf and a swap for each, most of the cost of a step's bookkeeping.
         own = count if self.direct else 0
         leaves = [
             *extras[:own],
@@ -349,23 +355,23 @@ class _StepBackward:
         self.leaf_of = {id(x): leaf for x, leaf in zip(extras[count:], leaves[count:], strict=True)}
         self.leaves: list[Tensor] = []
         if not self.direct:
-            # By identity: a tied parameter stands in several places and must be one leaf in all of them.
+            # By identity: a tied parameter has several places and must be the same leaf in all of them.
             leaf_of = {id(p): leaf for p, leaf in zip(record.parameters, leaves, strict=False)}
             self.leaves = [leaf_of[id(slot.value)] for slot in record.slots]
         self.given, self.wanted = leaves, wanted
         self.ask = [x for x, w in zip(leaves, wanted, strict=True) if w]
-        # A step size or a time that needs a gradient is part of the graph of all that is computed from it, and a graph
-        # is gone once it was used: the parts are then made anew for each update.
+        # What is computed from a step size or a time that needs a gradient has a graph, which a backward pass frees:
+        # the parts are then rebuilt for each update.
         self.anew = any(isinstance(x, Tensor) and x.requires_grad for x in (record.step.h, record.t))
-        # Leaves stand in a copy of the context, which is of the moment at which it is made.
+        # A context with leaves is a copy, of its contents at that moment: one per update if the step changes any.
         self.anew = self.anew or (bool(self.leaf_of) and record.read is None)
         self.sums: list[Tensor | None] = [None] * len(self.ask)
         self.asks = record.members.asks
 
     def parts(self) -> list[Any]:
-        """The step's elementary schemes, on the leaves; a learned step size enters functions and updates here."""
+        """The step's elementary schemes, with the leaves; a learned step size enters functions and updates here."""
         record = self.record
-        # Filled in here, where a context holds what it held when the step, or one of its updates, ran.
+        # Substituted here, where a context holds what it held when the step, or one of its updates, ran.
         given = record.t, record.context
         if self.leaf_of:
             given = with_tensors(given, lambda x: self.leaf_of.get(id(x), x))
@@ -375,8 +381,8 @@ class _StepBackward:
     def run(self, streams: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The gradients of the streams before the step, and of the extra inputs.
 
-        ``streams``, the state after the step, becomes the state before it, one stream after the other, so that no
-        stream outlives its use.
+        ``streams``, the state after the step, becomes the state before it, one stream at a time, so that no stream
+        outlives its use.
         """
         record = self.record
         notes, spills = list(record.notes), list(record.spills)
@@ -392,13 +398,14 @@ class _StepBackward:
                             scheme, fs, h, gs = self.parts()[k]
                     grads = self._whole(scheme, fs, h, gs, streams, grads, note)
                     continue
-                # The step ended with the rotation, so undoing begins with it; gradients sit at the places of their
+                # The step ended with the rotation, so undoing begins with its inverse; gradients move with their
                 # streams.
                 streams[:], grads = rotated(tuple(streams), -scheme.rotate), [*rotated(tuple(grads), -scheme.rotate)]  # type: ignore
                 count = len(streams) - scheme.streams_added
                 with torch.enable_grad() if anew else NOTHING:
                     updates = updates_of(record, scheme, fs, h, count, gs)
                 for i in reversed(range(len(updates))):
+                    # One note per update, in order of the forward pass: the last one belongs to this update.
                     with replayed(notes.pop()):
                         if anew:
                             _, fs, h, gs = self.parts()[k]
@@ -410,12 +417,12 @@ class _StepBackward:
         return grads, [next(found) if w else None for w in self.wanted]
 
     def _gradients(self, place: int, pairs: list[tuple[Any, Tensor]], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed up; empties ``pairs``."""
+        """Gradients of (edge, gradient) pairs at the inputs, those of the extra inputs summed; empties ``pairs``."""
         count = len(inputs)
         if not pairs:
             return [None] * count
-        searched = (self.record.step.index, place)  # of the stack: a tape may begin at any of its steps
-        # A user's own functions are searched every time: what they have captured may need a gradient from now on.
+        searched = (self.record.step.index, place)  # the index in the stack: a tape may begin at any of its steps
+        # A user's own functions are searched every time, since what they capture may begin to need a gradient.
         if self.record.members.may_capture or searched not in self.tape.monitor.searched:
             known = {id(x) for x in (*self.given, *inputs)}
             refuse_captured(self.record, self.tape.mode, [edge.node for edge, _ in pairs], known)
@@ -425,9 +432,10 @@ class _StepBackward:
                 refuse_hook(self.record.where)
         edges, grads = zip(*pairs, strict=True)
         pairs.clear()
-        # One call for streams and parameters together: the graph is walked once, and freed as it goes. It is the last
-        # line of torch.autograd.grad, whose checks of shapes and types cost as much as a small layer.
+        # One call for streams and parameters together: the graph is traversed once, and freed on the way. This is the
+        # last line of torch.autograd.grad, whose checks of shapes and dtypes cost as much as a small layer.
         inputs = (*inputs, *self.ask)
+        # Unlike ``backward``, this accumulates nothing in ``grad``: the engine does so for the inputs of the node.
         found = _ENGINE.run_backward(edges, grads, False, False, inputs, True, accumulate_grad=False)
         self.sums = [
             b if a is None else a if b is None else a + b for a, b in zip(self.sums, found[count:], strict=True)
@@ -444,12 +452,13 @@ class _StepBackward:
         grads: list[Tensor | None],
         note: Surroundings | None,
     ) -> list[Tensor | None]:
-        """Undoes and differentiates a scheme that is no list of updates: its whole graph is alive."""
+        """Undoes and differentiates a scheme that is not a list of updates: its whole graph is alive."""
+        # The note is replayed twice, so that the inverse and the step draw the same numbers.
         with replayed(note), torch.set_grad_enabled(self.asks):
-            # Without elementary updates there is nothing finer than the step to take apart.
+            # Without elementary updates, the step is undone as a whole before it is run with a graph.
             streams[:] = [x.detach() for x in scheme._inverse(fs, tuple(streams), h, gs)]
         with replayed(note), torch.enable_grad():
-            # New leaves: the step runs a second time, from the state that its inverse has just given.
+            # New leaves: the step is replayed from the state that its inverse has just returned.
             inputs = [x.detach().requires_grad_() for x in streams]
             outputs = scheme._step(fs, tuple(inputs), h, gs)
         pairs = [
@@ -460,14 +469,14 @@ class _StepBackward:
         return self._gradients(-1, pairs, inputs)
 
     def _auxiliary_gradients(self) -> list[Tensor | None]:
-        """The gradients of the auxiliary values of the update that comes next, on the way back."""
+        """Removes and returns the gradients of the auxiliary values of the next update on the way back."""
         count = self.counts.pop() if self.counts else 0
         found = self.auxiliary[len(self.auxiliary) - count :]
         del self.auxiliary[len(self.auxiliary) - count :]
         return found
 
     def _auxiliary_pairs(self, grads: list[Tensor | None]) -> list[tuple[Any, Tensor]]:
-        """Edges of the auxiliary values that the functions have just given, with their gradients."""
+        """Edges of the auxiliary values that the functions have just returned, with their gradients."""
         sink = self.record.sink
         if sink is None:
             return []
@@ -485,61 +494,67 @@ class _StepBackward:
         gs: Sequence[Any],
         spill: Spilled | None,
     ) -> None:
-        """Undoes one elementary update, x_d' = scale * x_d + shift, and sends its gradients on; changes both lists.
+        """Undoes one elementary update, x_d' = scale * x_d + shift, and propagates its gradients; changes both lists.
 
-        The shift is computed once, with a graph: its value gives x_d back, its graph the gradients of what it read.
+        The shift is computed once, with a graph: its value recovers x_d, its graph the gradients of what it read.
         """
         d, e = update.dst, update.byproduct
         grad, byproduct_grad = grads[d], None
         if e is not None:
-            # The stream that stood at e before was overwritten, so nothing reached the output through it.
+            # The stream at e before the update was overwritten, so no gradient reaches it from later updates.
             byproduct_grad, grads[e] = grads[e], None
         auxiliary = self._auxiliary_gradients()
         live = any(g is not None for g in (grad, byproduct_grad, *auxiliary))
         if update.appends and not live:
             del streams[d:], grads[d:]
             return
-        # What is not live is undone without a graph: most streams of a loss on one output have no gradient yet.
+        # Without a gradient the update is undone without a graph: for a loss on one output, most streams have none yet.
         graph = live or self.asks  # a function that asks for a graph has computed with one
+        # Leaves for all streams but x_d, which no term reads: the update could not be undone otherwise.
         places = [i for i, x in enumerate(streams) if graph and i != d and _differentiable(x) and not is_lost(x)]
         others = [x.detach() if i != d else x for i, x in enumerate(streams[:d] if update.appends else streams)]
         inputs = [others[i].requires_grad_() for i in places]
         with torch.set_grad_enabled(graph):
             scale, shift, *byproducts = update.terms(tuple(others))
-        del others
-        # An edge, not the tensor: the value can then go before the gradient is computed.
+        del others  # it would keep x_d' alive after its replacement
+        # Edges, not tensors, so that the values can be freed before the gradients are computed.
         pairs: list[tuple[Any, Tensor]] = []
         if byproduct_grad is not None and byproducts[0].requires_grad:
             pairs.append(_pair(byproducts[0], byproduct_grad))
         if grad is not None and shift.requires_grad:
             pairs.append(_pair(shift, grad))
         pairs += self._auxiliary_pairs(auxiliary)
+        # The edges hold its graph from here on; undoing needs its value only.
         shift = shift.detach()
         byproducts.clear()
         if update.appends:
             del streams[d:], grads[d:]
         else:
+            # Undone first: the gradients of the scale and the shortcut are taken at x_d, not at x_d'.
             x = self._undo(update, scale, shift, streams, gs, spill)
             if grad is not None:
                 grads[d] = self._through_scale(update, scale, x, grad, gs, pairs, inputs)
             del x
+        # Freed before the backward call, so that it can use their memory.
         del scale, shift, grad, byproduct_grad
-        # On a grid, what the streams have of later updates goes in first: sums come out bit by bit as autograd's own.
+        # On a grid, gradients from later updates enter the same backward call, so that sums match autograd's own bits.
         for i, x in zip(places, inputs, strict=False) if self.record.grid is not None and pairs else ():
             if grads[i] is not None:
                 pairs.append((get_gradient_edge(x), grads[i]))  # type: ignore[arg-type]
                 grads[i] = None
         found = self._gradients(place, pairs, inputs)
+        # The leaf of a shortcut was appended last.
         if len(found) > len(places):
             grads[d] = found.pop()
         for i, g in zip(places, found, strict=True):
+            # Out of place, since autograd may share an incoming gradient with other nodes.
             old = grads[i]
             grads[i] = g if old is None else old if g is None else old + g
 
     def _undo(
         self, update: Update, scale: Any, shift: Tensor, streams: list[Tensor], gs: Sequence[Any], spill: Spilled | None
     ) -> Tensor:
-        """Puts x_d = (x_d' - shift) / scale where x_d' was, and returns it."""
+        """Replaces x_d' by x_d = (x_d' - shift) / scale, and returns it."""
         d, g = update.dst, shortcut_of(update, gs)
         if self.record.grid is not None:
             streams[d] = x = self.record.grid.before(update, scale, shift, streams[d], g, spill)
@@ -548,8 +563,9 @@ class _StepBackward:
             if g is not None:
                 streams[d] = x = g.inverse(x)
             elif not _is_one(scale):
+                # In place: the difference is a new tensor.
                 streams[d] = x = x.div_(scale)
-        if update.byproduct is not None:  # what stood there before is lost, and read by no step
+        if update.byproduct is not None:  # what the byproduct overwrote is lost, and no step reads it
             streams[update.byproduct] = lost(x)
         return x
 
@@ -563,14 +579,15 @@ class _StepBackward:
         pairs: list[tuple[Any, Tensor]],
         inputs: list[Tensor],
     ) -> Tensor | None:
-        """The gradient of x_d where it is known at once; what a graph must tell is added to ``pairs``."""
+        """The gradient of x_d where it is explicit; what needs the graph is added to ``pairs``."""
         g = shortcut_of(update, gs)
         if g is not None:
             inputs.append(x.detach().requires_grad_())
             with torch.enable_grad():
                 pairs.append((get_gradient_edge(g(inputs[-1])), grad))
-            return grad  # replaced by what the graph of the shortcut gives
+            return grad  # a placeholder: ``_update`` replaces it by the gradient through the shortcut's graph
         if isinstance(scale, Tensor) and scale.requires_grad:
+            # The product rule by hand: x_d stays out of the graph. The conjugate is autograd's convention.
             pairs.append((get_gradient_edge(scale), (grad * x.conj()).sum_to_size(scale.shape).to(scale.dtype)))
         if _is_one(scale):
             return grad
@@ -578,13 +595,13 @@ class _StepBackward:
 
 
 def refuse_captured(record: StepRecord, mode: str, found: Sequence[Any], known: Collection[int] = ()) -> None:
-    """Finds tensors that need a gradient and that a residual function reads without being given them.
+    """Finds captured tensors: those that a residual function reads without being given them, and that need a gradient.
 
     Args:
         record: the step.
         mode: the mode of backpropagation, for messages.
         found: nodes of a graph, or tensors.
-        known: the tensors that are given, by identity.
+        known: ids of the tensors that the function is given.
 
     Raises:
         SchemeError: there is one.
@@ -597,7 +614,7 @@ def refuse_captured(record: StepRecord, mode: str, found: Sequence[Any], known: 
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
-            # Its gradient would go to a leaf that nobody asked for, and be lost without a word.
+            # The tensor is not an input of the node, so its gradient would be lost silently.
             if record.left_in_context():
                 raise SchemeError(
                     f"{record.step.scheme}, {record.where}: a residual function reads a tensor of shape "
@@ -610,21 +627,21 @@ def refuse_captured(record: StepRecord, mode: str, found: Sequence[Any], known: 
                 f"{tuple(variable.shape)} that needs a gradient and is neither its parameter nor its argument.\n"
                 "  Register it in the residual function's module, or pass it as context: stack(x, context=...)."
             )
-        # A loop and not a recursion: graphs of deep functions are longer than Python's stack.
+        # A loop instead of a recursion, since graphs of deep functions exceed Python's recursion limit.
         queue += [following for following, _ in node.next_functions]
 
 
 def _pair(x: Tensor, grad: Tensor) -> tuple[Any, Tensor]:
-    """Where a tensor stands in its graph, and its gradient in its format."""
+    """The gradient edge of a tensor, and its gradient in the dtype of the tensor."""
     node = x.grad_fn
-    # Nodes written in Python do not keep their graph alive, which get_gradient_edge sees to.
+    # A node written in Python does not keep its graph alive, which get_gradient_edge takes care of.
     plain = node is not None and not isinstance(node, torch._C._FunctionBase)
     edge = GradientEdge(node, x.output_nr) if plain else get_gradient_edge(x)  # type: ignore[arg-type]
     return edge, grad if grad.dtype is x.dtype else grad.to(x.dtype)
 
 
 def _untouched(slot: Slot) -> bool:
-    """Whether the module still holds the very tensor, and a gradient can be asked of it without side effects."""
+    """Whether the module still holds the same tensor, and its gradient can be computed without side effects."""
     return slot.holder.get(slot.name) is slot.value and slot.value.is_leaf and not slot.value._backward_hooks
 
 

@@ -1,4 +1,4 @@
-"""Choosing a plan outside torch's compiler, which decorating loads: imported when a stack asks for mode "auto"."""
+"""Chooses a plan outside torch's compiler; imported only for mode "auto", since the decorator loads the compiler."""
 
 import torch
 

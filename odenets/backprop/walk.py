@@ -1,4 +1,4 @@
-"""The one walk through the steps of a stack: time moves on, projections are applied, each state is shown."""
+"""The walk through the steps of a stack: time advances, projections are applied, each state is shown to an observer."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,25 +21,25 @@ Observer = Callable[[int, State], None]
 
 
 class Pass(NamedTuple):
-    """One pass through some steps, and what it runs with; a mode of backpropagation decides how.
+    """One pass through some steps, and what it runs with; a mode of backpropagation decides how it is run.
 
     Attributes:
         steps: the steps, in order.
         monitor: what the stack knows of its own reconstruction.
-        shared: the residual function of all steps, where there is only one.
+        shared: the residual function of all steps, if there is only one.
         post_step: applied to each stream after each step, or None.
-        time: time at the start, None where no function reads it.
-        context: what functions with a parameter ``context`` read.
-        sizes: a step size for each step, in place of its own; asked for when the step begins.
+        time: time at the start, None if no function reads it.
+        context: read by functions with a parameter ``context``.
+        sizes: a step size for each step, in place of its own; read when the step begins.
         on_step: called with the number of a step and the state after it.
-        runner: what evaluates a step where its states are kept, in place of the step itself.
-        wrap: what each step's functions are wrapped in.
+        runner: evaluates a step in place of the step itself, where its states are kept.
+        wrap: wraps the functions of each step.
         calls: counts the evaluations of an adaptive solver.
-        solves: takes what each adaptive solve has found.
+        solves: takes the result of each adaptive solve.
         sink: takes auxiliary values; None drops them.
         first: number of the first step.
-        extras: how many of the last entries of a state are no streams, but ride along.
-        times: when each step starts, where it is known; else time moves on from ``time``.
+        extras: number of last entries of a state that are not streams, but are carried along.
+        times: the start time of each step, if known; else time advances from ``time``.
         inverted: whether the steps are run backwards.
     """
 
@@ -62,17 +62,16 @@ class Pass(NamedTuple):
     inverted: bool = False
 
     def walk(self, state: State, runner: Runner | None = None) -> State:
-        """The state after the last step; ``runner`` is what runs each of them, by default the step itself."""
+        """The state after the last step; ``runner`` runs each step, by default the step itself."""
         time = self.time
-        # Not strict, and read one by one: the sizes may be an endless iterator, whose next value follows from the error
+        # Not strict, and read one by one: the sizes may be an endless iterator, whose next value depends on the error
         # of the step before and does not exist until that step is over.
         for n, (step, h) in enumerate(zip(self.steps, self.sizes or repeat(None)), self.first):  # noqa: B905
-            # An inverted pass is given its times: going back by subtraction would not meet the numbers of the forward
-            # pass.
+            # An inverted pass is given its times: subtracting step sizes would not reproduce those of the forward pass.
             time = time if self.times is None else self.times[n]
             state = step(state, self.shared, time, self.context, h, runner)
             if self.post_step is not None:
-                # An error estimate that rides along is no stream, and a projection would spoil it.
+                # An error estimate that is carried along is not a stream, and a projection would spoil it.
                 streams = len(state) - self.extras
                 state = (*(self.post_step(x) for x in state[:streams]), *state[streams:])
             time = step.end(time, h)
@@ -81,14 +80,14 @@ class Pass(NamedTuple):
         return state
 
     def keep(self, state: State) -> State:
-        """The state after the last step, each state kept by autograd as far as it needs it."""
-        # The step itself is the path that a compiler traces into one graph; the detour is for what a pass collects.
+        """The state after the last step, with autograd keeping of each state what it needs."""
+        # The step itself is the path that a compiler traces into one graph; ``_evaluate`` is for what a pass collects.
         plain = self.wrap is None and self.calls is None and self.sink is None
         return self.walk(state, self.runner or (None if plain else self._evaluate))
 
     def keep_alone(self, state: State) -> State:
-        """As ``keep``, while no other thread runs a step again and has its modules hold what they held before."""
-        if torch.compiler.is_compiling():  # which knows no locks; and there are no threads in a graph
+        """As ``keep``, under the lock: no other thread replays a step meanwhile, with old values in its modules."""
+        if torch.compiler.is_compiling():  # a compiler cannot trace locks, and there are no threads in a graph
             return self.keep(state)
         with self.monitor.lock:
             return self.keep(state)
@@ -103,12 +102,12 @@ class Pass(NamedTuple):
             return step.evaluate(state, shared, t, context, h, self.wrap, self.calls, self.sink, self.solves)
 
     def parts(self, every: int | Sequence[int]) -> "Iterator[Pass]":
-        """Passes through ``every`` steps each, or so many as it lists, one after the other, without the observer."""
-        # Sizes that follow from errors are endless and must not come here: a stack refuses such a rule under modes in
-        # parts.
+        """Successive passes through ``every`` steps each, or through the numbers it lists, without the observer."""
+        # Sizes that depend on errors are endless and must not come here: a stack refuses such a rule for modes that run
+        # in parts.
         time, sizes = self.time, None if self.sizes is None else list(self.sizes)
         if isinstance(every, int):
-            # The last part is as long as what is left: a slice may end beyond the steps.
+            # The last part has the remaining steps: a slice may end beyond them.
             every = [every] * -(-len(self.steps) // every)
         for first, count in zip(accumulate((0, *every[:-1])), every, strict=True):
             steps = list(self.steps)[first : first + count]
@@ -120,7 +119,7 @@ class Pass(NamedTuple):
 
 
 class _Again(threading.local):
-    """Whether this thread runs a step without a graph that will be run again with one."""
+    """Whether this thread is running a step without a graph that will be run again with one."""
 
     inside = False
 
@@ -129,7 +128,7 @@ AGAIN = _Again()
 
 
 def has_no_values(state: State) -> bool:
-    """Whether the streams have shapes alone, so that nothing can be measured of them, and nothing compared."""
+    """Whether the streams have shapes only, so that nothing can be measured or compared."""
     return state[0].is_meta or type(state[0]).__name__ == "FakeTensor"
 
 
