@@ -1,4 +1,4 @@
-"""What a network has learned: features at named places, their similarity, and the pixels that a class rests on."""
+"""What a network has learned: features at named places, their similarity, and the pixels that a class depends on."""
 
 from .alignment import Alignment as Alignment
 from .alignment import alignment as alignment

@@ -1,4 +1,4 @@
-"""Centered kernel alignment: how alike two representations are, up to rotation and scale, batch by batch."""
+"""Centered kernel alignment: the similarity of two representations, up to rotation and scale, batch by batch."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,9 +13,9 @@ from .features import Features, evaluating, places
 
 
 def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """The unbiased estimate of the Hilbert-Schmidt independence criterion, of two kernel matrices over n samples.
+    """Returns the unbiased estimate of the Hilbert-Schmidt independence criterion of two kernels over n samples.
 
-    With k~ and l~ the matrices without their diagonals:
+    With k~ and l~ the matrices with their diagonals set to zero:
     (tr(k~ l~) + sum(k~) sum(l~) / ((n-1)(n-2)) - 2 / (n-2) sum(k~ l~)) / (n (n-3)).
 
     Args:
@@ -23,7 +23,7 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
         l: the same shape.
 
     Raises:
-        SchemeError: fewer than 4 samples, or not equally many.
+        SchemeError: fewer than 4 samples, or different numbers of them.
 
     Source:
         Song et al. 2012, Feature Selection via Dependence Maximization, JMLR 13, equation 5.
@@ -54,12 +54,12 @@ class Alignment:
     .. math:: CKA(X, Y) = HSIC(X X^T, Y Y^T) / \sqrt{HSIC(X X^T, X X^T) \, HSIC(Y Y^T, Y Y^T)}
 
     Each HSIC is the mean over batches of its unbiased estimate, whose expectation does not depend on the batch size;
-    the weight of a batch is its number of samples. Memory is one matrix of batch x batch per representation, whatever
-    the size of the data set and of the features. In double precision, and in units of the first batch, so that no scale
-    of the features over- or underflows.
+    the weight of a batch is its number of samples. Memory is one batch x batch matrix per representation, whatever the
+    size of the data set and of the features. Sums are in double precision and in units of the first batch, so that no
+    scale of the features over- or underflows.
 
     Args:
-        names: of the representations, in order.
+        names: names of the representations, in order.
 
     Source:
         Kornblith et al. 2019, Similarity of Neural Network Representations Revisited, arXiv 1905.00414; in minibatches:
@@ -77,7 +77,7 @@ class Alignment:
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self.sums = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)
-        # What rounding leaves of a sum of this size is no similarity.
+        # What rounding leaves of a sum of this size is not similarity.
         self.sizes = torch.zeros(len(self.names), dtype=torch.float64)
         self.units: dict[int, float] = {}
         self.batches = 0
@@ -102,7 +102,7 @@ class Alignment:
             if not math.isfinite(size):
                 raise SchemeError(f"Alignment: {name} holds values that are not finite.\n  Try model.float().")
         for i, size in enumerate(sizes):
-            # A batch of zeros has no unit to give.
+            # A batch of zeros does not set a unit.
             if size and i not in self.units:
                 self.units[i] = size
         kernels = [_kernel(x, self.units.get(i, 1.0)) for i, x in enumerate(rows)]
@@ -117,10 +117,10 @@ class Alignment:
         self.batches += 1
 
     def compute(self) -> Tensor:
-        """The alignments, (names, names), 1 on the diagonal.
+        """Returns the alignments (names, names), with 1 on the diagonal.
 
-        NaN in the row and column of a representation that has none: it is the same for all samples, or its HSIC with
-        itself is not above 0, which an estimate from few samples can be.
+        NaN in the row and column of a representation without alignments: it is the same for all samples, or the
+        estimate of its HSIC with itself is not above 0, which can happen with few samples.
 
         Raises:
             SchemeError: no batch was given.
@@ -136,10 +136,10 @@ def _kernel(x: Tensor, unit: float) -> Tensor:
     """The products of all pairs of centred rows, (n, n) in double precision, of features measured in a unit."""
     flat = x.reshape(len(x), -1)
     k = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
-    # Some columns at a time: a copy in double precision of large features would be twice as large.
+    # In blocks of columns: a double-precision copy of large features would take twice their memory.
     for part in flat.split(max(1, 2**22 // len(x)), dim=1):
-        # Less the first row: exactly 0 where a column is constant. Centering does not change the estimate, and keeps
-        # the products free of a large common part.
+        # Minus the first row, which makes a constant column exactly 0. Centering does not change the estimate, and
+        # keeps the products free of a large common part.
         rows = part.double() / unit
         rows = rows - rows[:1]
         rows = rows - rows.mean(0)
@@ -156,21 +156,21 @@ def alignment(
     classes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Alignment of a network's features with each other, with the pictures and with the labels.
+    """Returns the alignment of a network's features with each other, with the pictures and with the labels.
 
     Args:
         model: any network; runs in evaluation mode, and is left as it was.
-        batches: of (pictures, labels), such as a data loader; a batch of fewer than 4 samples is left out. Labels are
-            classes (n,), or a value per class (n, classes).
-        names: places, see ``Features``; ``places(model)`` where left out.
-        classes: number of classes, which labels are held to; any are taken where left out.
+        batches: batches of (pictures, labels), such as a data loader; those of fewer than 4 samples are left out.
+            Labels are classes (n,), or a value per class (n, classes).
+        names: places, see ``Features``; ``places(model)`` if left out.
+        classes: number of classes, against which labels are checked; if left out, there is no upper limit.
         progress: called with the number of batches done.
 
     Returns:
         The matrix of alignments, and the names of its rows: the places, then "input" and "label".
 
     Raises:
-        SchemeError: a place that does not run, a label that is no class, or features that are not finite.
+        SchemeError: a place that does not run, a label that is not a class, or features that are not finite.
 
     Example:
         >>> import torch
@@ -217,5 +217,5 @@ def _one_hot(y: Tensor, classes: int | None) -> Tensor:
             f"alignment: label {int(wrong[0])} is no class of 0 to {upto}.\n"
             "  Leave out pictures without a label: labelled = y >= 0; x[labelled], y[labelled]."
         )
-    # Of the classes in this batch alone: the column of another is zero, and adds nothing to the products.
+    # Only the classes in this batch: the column of any other is zero, and adds nothing to the products.
     return (y[:, None] == y.unique()).double()

@@ -1,4 +1,4 @@
-"""How alike features are to one class's label and to its pictures, place by place."""
+"""The similarity of features to each class's label and to its pictures, place by place."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ class ClassAlignment(NamedTuple):
     """Alignments of places with each class.
 
     Attributes:
-        names: of the places.
-        label: (places, classes), with "is this class" against "is another", over all pictures.
-        picture: (places, classes), with the pictures themselves, among those of the class. NaN in both where there is
-            none: too few pictures, or features that are the same for all.
-        counts: pictures of each class (classes,).
+        names: names of the places.
+        label: (places, classes), with the indicator of the class, over all pictures.
+        picture: (places, classes), with the pictures themselves, among those of the class. Both are NaN if undefined
+            (too few pictures, or features that are the same for all).
+        counts: number of pictures of each class (classes,).
     """
 
     names: list[str]
@@ -31,12 +31,12 @@ class ClassAlignment(NamedTuple):
     counts: Tensor
 
     def best(self) -> int:
-        """The class whose label some place is most like.
+        """Returns the class whose label has the highest alignment with any place.
 
         Raises:
             SchemeError: no class has an alignment.
         """
-        # A maximum hands on NaN, which a class without pictures has in every place.
+        # A maximum propagates NaN, which a class without pictures has in every place.
         most = self.label.nan_to_num(-1).amax(0)
         if not int(self.counts.sum()):
             raise SchemeError(
@@ -60,20 +60,20 @@ def class_alignment(
     r"""Centered kernel alignment of places with the label and with the pictures of each class.
 
     With the label of class k: CKA of the features with the indicator :math:`[y = k]`, over all pictures of a batch.
-    With its pictures: CKA of the features with the pixels, over groups of 16 pictures of that class. Both from unbiased
-    estimates, which are added up and weighed by their samples, as in ``alignment``. The paper compares with the images
-    and labels of each category and gives no formula; this is how we read it.
+    With its pictures: CKA of the features with the pixels, over groups of 16 pictures of that class. Both use unbiased
+    estimates, summed with their numbers of samples as weights, as in ``alignment``. The paper compares with the images
+    and labels of each category and gives no formula; this is our reading.
 
     Args:
         model: any network; runs in evaluation mode, and is left as it was.
-        batches: of (pictures, classes (n,)); a batch of fewer than 4 samples is left out. Pictures are kept until 16 of
-            their class are there.
-        names: places, see ``Features``; ``places(model)`` where left out.
+        batches: batches of (pictures, classes (n,)); those of fewer than 4 samples are left out. Pictures are kept
+            until there are 16 of their class.
+        names: places, see ``Features``; ``places(model)`` if left out.
         classes: number of classes.
         progress: called with the number of batches done.
 
     Raises:
-        SchemeError: a label that is no class, or features that are not finite.
+        SchemeError: a label that is not a class, or features that are not finite.
 
     Source:
         Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, appendix E.
@@ -95,7 +95,7 @@ def class_alignment(
     def close(k: int, features: Features) -> None:
         x = torch.stack(waiting[k])
         waiting[k] = []
-        # Run again by themselves: keeping pictures and not features takes the memory of a few pictures a class.
+        # Run again on their own: keeping pictures instead of features takes the memory of a few pictures per class.
         model(x.to(device))
         pictures[k].update({**dict(features.items()), "input": x})
 
@@ -106,7 +106,7 @@ def class_alignment(
             y = _classes_of(y, classes)
             # A copy: a network may write into its input.
             model(x.to(device, copy=True))
-            # Before any group is closed, whose pass through the network takes the place of these features.
+            # Before any group is closed: its pass through the network replaces these features.
             label.update([value for _, value in features.items()], y)
             counts += torch.bincount(y, minlength=classes)
             for picture, k in zip(x, y.tolist(), strict=True):
@@ -116,7 +116,7 @@ def class_alignment(
             if progress is not None:
                 progress(done)
         for k in range(classes):
-            # The unbiased estimate exists from four samples on.
+            # The unbiased estimate needs at least four samples.
             if len(waiting[k]) >= 4:
                 close(k, features)
     # Each place against "input", which is the last row and the last column.
@@ -152,8 +152,8 @@ class _WithLabel:
             if not bool(x.isfinite().all()):
                 raise SchemeError("class_alignment: features hold values that are not finite.\n  Try model.float().")
             most = float(x.abs().amax())
-            # The first unit stays, since the sums of all batches must be measured alike; a batch of zeros has none to
-            # give.
+            # The first unit stays, since the sums of all batches must be in the same unit; a batch of zeros does not
+            # set one.
             unit = self.units.setdefault(i, most) if most else self.units.get(i, 1.0)
             k = _kernel(x, unit)
             self.cross[i] += n * unbiased_hsic(k, of_labels)
@@ -161,7 +161,7 @@ class _WithLabel:
             self.size[i] += n * k.square().sum() / (n * (n - 3))
 
     def compute(self) -> Tensor:
-        # So little is what rounding leaves of features that are the same for all samples.
+        # Anything smaller is rounding, of features that are the same for all samples.
         own = torch.where(self.own > 1e-12 * self.size, self.own, torch.nan).sqrt()
         labels = torch.where(self.labels > 0, self.labels, torch.nan).sqrt()
         return self.cross / (own[:, None] * labels)

@@ -1,4 +1,4 @@
-"""What a trained network gives under other schemes and depths: accuracy and distance of logits against evaluations."""
+"""A trained network under other schemes and depths: accuracy and distance of logits against evaluations."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +21,11 @@ class Point(NamedTuple):
     """A network under one scheme with one number of steps.
 
     Attributes:
-        scheme: of all its continuous stacks.
-        steps: of each stack; empty where a solver chooses them.
-        evaluations: calls of residual functions in those stacks, in one forward pass (of an adaptive solver the mean).
+        scheme: scheme of all its continuous stacks.
+        steps: number of steps of each stack; empty if a solver chooses them.
+        evaluations: calls of residual functions in those stacks, in one forward pass (for an adaptive solver the mean).
         accuracy: share of samples whose label has the largest logit.
-        distance: of the logits from the reference, relative: |y - y*| / |y*| over all samples.
+        distance: relative distance of the logits from the reference: |y - y*| / |y*| over all samples.
     """
 
     scheme: str
@@ -36,14 +36,14 @@ class Point(NamedTuple):
 
 
 class Convergence(NamedTuple):
-    """What ``convergence`` found.
+    """The result of ``convergence``.
 
     Attributes:
         points: one per scheme and number of steps that fits, in order.
-        slopes: rate at which the distance falls with the steps, per scheme; nan where fewer than two points tell.
-        reference: scheme and steps of the logits that distances are from.
-        accuracy: of the reference.
-        samples: how many were looked at.
+        slopes: rate at which the distance falls with the steps, per scheme; nan if fewer than two points show it.
+        reference: scheme and steps of the reference logits.
+        accuracy: accuracy of the reference.
+        samples: number of samples.
     """
 
     points: list[Point]
@@ -53,13 +53,13 @@ class Convergence(NamedTuple):
     samples: int
 
     def fewest(self, within: float = 0.001) -> Point:
-        """The point of fewest evaluations whose accuracy is at most so far below the best.
+        """Returns the point of fewest evaluations whose accuracy is at most ``within`` below the best.
 
         Args:
             within: the accuracy that may be lost, as a share.
         """
         best = max(p.accuracy for p in self.points)
-        # The 1e-12 takes up rounding: accuracies are shares of one count, and their difference may be a little off.
+        # The 1e-12 absorbs rounding: accuracies are shares of one count, and their difference may be slightly off.
         return min((p for p in self.points if p.accuracy >= best - within - 1e-12), key=lambda p: p.evaluations)
 
     def __str__(self) -> str:
@@ -84,15 +84,15 @@ def convergence(
     tolerances: Sequence[float] = (),
     reference: str = "rk4",
 ) -> Convergence:
-    """Runs a network whose weights are functions of depth under schemes and depths.
+    """Runs a network whose weights are functions of depth under several schemes and depths.
 
     Args:
-        net: gives logits (n, classes); it is put into evaluation and left as it was.
-        batches: gives the samples anew at each call, pairs of an input and labels (n,).
-        schemes: to run under.
-        scales: numbers of steps, as multiples of those that each stack has; one that is no whole number is left out.
-        tolerances: relative ones, for the adaptive solver ``adaptive(dopri5)``.
-        reference: the scheme of the logits that distances are from, with four times the most steps.
+        net: returns logits (n, classes); runs in evaluation mode, and is left as it was.
+        batches: returns the samples anew at each call, as pairs of an input and labels (n,).
+        schemes: the schemes to run it under.
+        scales: numbers of steps, as multiples of each stack's own; multiples that give no whole number are left out.
+        tolerances: relative tolerances for the adaptive solver ``adaptive(dopri5)``.
+        reference: the scheme of the reference logits, with four times the most steps.
 
     Raises:
         SchemeError: no weights are functions of depth, or no number of steps fits.
@@ -115,7 +115,7 @@ def convergence(
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
-        # Four times as fine as the finest, so that the reference's own error is small beside those that are measured.
+        # Four times as fine as the finest, so that the reference's own error is small compared with those measured.
         fine = rebuilt(net, reference, scale=4 * max(shares))
         want, labels = _logits(fine, batches)
         runs = [(scheme, rebuilt(net, scheme, scale=share)) for scheme in schemes for share in shares]
@@ -152,7 +152,7 @@ def _point(
 def _logits(
     net: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], after: Callable[[], None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits in double precision, and labels, of all samples."""
+    """Returns the logits, in double precision, and the labels of all samples."""
     device = next(net.parameters()).device
     found, labels = [], []
     for x, y in batches():
@@ -172,7 +172,7 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def _slope(points: Sequence[Point]) -> float:
-    """The rate by least squares over points above rounding, in the logarithms of steps and distances."""
+    """The rate by least squares in log steps and log distances, over the points above rounding."""
     told = [(math.log(sum(p.steps)), math.log(p.distance)) for p in points if p.distance > FLOOR]
     if len({x for x, _ in told}) < 2:
         return math.nan

@@ -1,4 +1,4 @@
-"""Features of a network at named places, of any model, without a change to it."""
+"""Features of any model at named places, without a change to the model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ READOUT = "readout"
 
 
 class Place(NamedTuple):
-    """What the name of a place says.
+    """The parsed name of a place.
 
     Attributes:
         path: the module's name.
-        call: which of its calls in a forward pass, from 0; None where it must be the only one.
-        item: which item of what it returns, or "readout"; None where it returns one tensor.
+        call: which of its calls in a forward pass, from 0; None if it must be the only one.
+        item: which item of what it returns, or "readout"; None if it returns one tensor.
     """
 
     path: str
@@ -32,14 +32,14 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was seen at a place.
+    """What was found at a place.
 
     Attributes:
-        value: a copy of its own, in the graph of what the network computed.
-        given: the tensor itself, where it has a gradient; later modules may write into it.
-        version: of that tensor when it was given.
-        edge: where its gradient arrives, whatever is written into it later.
-        parts: of a readout where gradients are recorded, the streams it is made of, with which the network goes on.
+        value: a copy, in the graph of what the network computed.
+        given: the tensor itself, if it has a gradient; later modules may write into it.
+        version: version counter of that tensor when it was returned.
+        edge: its gradient edge, which does not depend on what is written into it later.
+        parts: for a readout with gradients enabled, the streams it is computed from; the network continues with these.
     """
 
     value: Tensor
@@ -54,19 +54,19 @@ class Features:
 
     A place is a module's name, as ``named_modules`` gives it; ``name:i`` is item i of what it returns, for steps, which
     return a tuple of streams: level l of column n of a RevCol is ``columns.steps.{n}:{l + 1}``. ``name:readout`` is
-    what the scheme makes of all of a step's streams, such as all that a DenseNet has joined so far. A module that runs
+    the scheme's readout of all of a step's streams, such as all that a DenseNet has joined so far. A module that runs
     several times in a forward pass has a place per call, ``name@k`` or ``name@k:i``, k from 0.
 
-    What is kept is a copy, so that a later module which writes in place, such as ``nn.ReLU(inplace=True)``, does not
-    change it; the network computes what it computes without. Each forward pass of the network begins anew, and what
-    runs again in a backward pass is not looked at. Cost: one copy per place.
+    Features are copies, so that a later in-place module, such as ``nn.ReLU(inplace=True)``, does not change them; the
+    network's own computation is unaffected. Each forward pass of the network begins anew, and what is recomputed in a
+    backward pass is ignored. Cost: one copy per place.
 
     Args:
         model: the network.
         names: the places.
 
     Raises:
-        SchemeError: no such module (the nearest are named), no such item or call, or several calls and none is chosen.
+        SchemeError: no such module (some are named), no such item or call, or several calls and none is chosen.
 
     Example:
         >>> import torch
@@ -83,12 +83,12 @@ class Features:
         self._found: dict[str, Found] = {}
         self._handles: list[Any] = []
         self._calls: dict[str, int] = {}
-        # A module that is held under several names answers to each of them.
+        # A module that is registered under several names can be given by each of them.
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._places = {name: self._parse(name) for name in self.names}
 
     def _parse(self, name: str) -> Place:
-        # The whole name first: keys of a ModuleDict may hold these signs themselves.
+        # The whole name first: keys of a ModuleDict may contain these signs themselves.
         if name in self._modules:
             return Place(name, None, None)
         head, colon, item = name.rpartition(":") if ":" in name else (name, "", "")
@@ -109,9 +109,9 @@ class Features:
 
     def __enter__(self) -> "Features":
         self.clear()
-        # The network's own forward pass begins anew, before any module runs.
+        # Each forward pass of the network clears the features, before any module runs.
         self._handles.append(self.model.register_forward_pre_hook(self._begin))
-        # Readouts last: they hand the streams on as new tensors, which no other place shall see.
+        # Readouts last: their hooks replace the streams by new tensors, which no other place may see.
         for name, place in sorted(self._places.items(), key=lambda pair: pair[1].item == READOUT):
             self._handles.append(self._modules[place.path].register_forward_hook(self._hook(name, place)))
         return self
@@ -121,7 +121,7 @@ class Features:
             self.clear()
 
     def clear(self) -> None:
-        """Forgets what was found; for networks that are run otherwise than by calling them."""
+        """Clears what was found; for networks that are run in another way than by calling them."""
         self._found.clear()
         self._calls.clear()
 
@@ -140,8 +140,8 @@ class Features:
             if place.call in (None, call):
                 found = _copied(_item(name, place, output, module))
                 if place.item == READOUT and torch.is_grad_enabled():
-                    # As new tensors: a stream that the step hands on as it is has been read before, and only what
-                    # comes after the step counts.
+                    # As new tensors: a stream that the step passes through unchanged has been read before, and only
+                    # what comes after the step counts.
                     output = tuple(stream.view_as(stream) for stream in output)
                     self._found[name] = found._replace(parts=tuple(_copied(stream) for stream in output))
                     return output
@@ -168,21 +168,21 @@ class Features:
         return self._found[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        """What the place gave; where the network did not write into it since, the tensor that the network went on with.
+        """Returns the features of a place: the tensor itself if it has a gradient and is unchanged since, else a copy.
 
         Raises:
             SchemeError: the module did not run.
         """
         value, given, version, *_ = self._of(name)
-        # A write by ``.data`` leaves the version as it was.
+        # A write through ``.data`` leaves the version as it was.
         if given is not None and given._version == version and torch.equal(given.detach(), value.detach()):
             return given
         return value
 
     def edge(self, name: str) -> GradientEdge | None:
-        """Where the gradient of a place arrives, for ``torch.autograd.grad(score, edge)``; None: it has none.
+        """Returns the gradient edge of a place, for ``torch.autograd.grad(score, edge)``; None if it has no gradient.
 
-        It is that of what the module returned, also where a later module writes into it.
+        The edge is that of the tensor that the module returned, even if a later module writes into it.
 
         Args:
             name: the name of a place.
@@ -202,11 +202,11 @@ class Features:
         return self._of(name).edge
 
     def parts(self, name: str) -> list[tuple[Tensor, GradientEdge | None]]:
-        """The streams that a readout is made of, each with where its gradient arrives; of another place itself alone.
+        """Returns the streams behind a readout, each with its gradient edge; for any other place, that place alone.
 
-        A network goes on with a step's streams and not with what a reader makes of them, so that the readout of a step
-        of several streams has no gradient. Streams are kept where gradients are recorded, and their gradients are those
-        by what comes after the step.
+        A network continues with a step's streams and not with their readout, so that the readout of a step of several
+        streams has no gradient. Streams are kept if gradients are enabled, and their gradients come only from what
+        follows the step.
 
         Args:
             name: the name of a place.
@@ -227,7 +227,7 @@ class Features:
         return [(part.value, part.edge) for part in found.parts] or [(self[name], found.edge)]
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """Names and tensors, in the order in which the places were given.
+        """Returns names and tensors, in the order in which the places were given.
 
         Raises:
             SchemeError: a module did not run.
@@ -236,13 +236,13 @@ class Features:
 
 
 def _in_backward() -> bool:
-    """Whether autograd runs: what checkpoints and inverses run again there is no new pass."""
+    """Whether a backward pass is running: what checkpoints and inverses recompute there is not a new pass."""
     # Private, but torch offers no other way to ask.
     return torch._C._current_graph_task_id() != -1
 
 
 def _item(name: str, place: Place, output: Any, module: nn.Module) -> Tensor:
-    """The tensor that a place names, of what its module returned."""
+    """Selects the tensor that a place names from what its module returned."""
     if place.item == READOUT and isinstance(module, Step):
         return module.scheme.readout(tuple(output))
     if isinstance(place.item, int):
@@ -261,13 +261,13 @@ def _item(name: str, place: Place, output: Any, module: nn.Module) -> Tensor:
 def _copied(output: Tensor) -> Found:
     if not (torch.is_grad_enabled() and output.requires_grad):
         return Found(output.detach().clone())
-    # Asked for now: a module that writes into the tensor later gives it another node.
+    # Taken now: a later in-place write gives the tensor another node.
     return Found(output.clone(), output, output._version, get_gradient_edge(output))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a network is in evaluation mode; after it, every module is as it was, frozen norms too.
+    """Puts a network into evaluation mode; on exit, every module is as it was, frozen norms included.
 
     Args:
         model: the network.
@@ -292,15 +292,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _readout_of(step: nn.Module) -> str:
-    """What of a step's state is its readout: the first stream, or what the scheme makes of all."""
+    """The item of a step's state that is its readout: the first stream, or the scheme's readout of all."""
     return READOUT if isinstance(step, Step) and type(step.scheme).readout is not Scheme.readout else "0"
 
 
 def places(model: nn.Module) -> list[str]:
-    """Places worth a look in any model.
+    """Returns the places worth a look in any model.
 
-    Every level of every column and the readout of every step of its stacks, which is its one stream (``:0``) or made of
-    several (``:readout``); or, in a network without stacks, the modules that ``feature_info`` names.
+    These are every level of every column, and the readout of every step of other stacks: one stream (``:0``), or
+    computed from several (``:readout``). In a network without stacks, they are the modules that ``feature_info`` names.
 
     Args:
         model: the network.
@@ -311,7 +311,7 @@ def places(model: nn.Module) -> list[str]:
         ['columns.steps.0:1', 'columns.steps.0:2', 'columns.steps.1:1', 'columns.steps.1:2']
     """
     found = []
-    inside: list[str] = []  # stacks inside of residual functions are not looked into
+    inside: list[str] = []  # stacks inside residual functions are skipped
     for name, module in model.named_modules():
         if not isinstance(module, Stack) or any(name.startswith(f"{outer}.") for outer in inside):
             continue

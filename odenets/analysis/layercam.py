@@ -1,4 +1,4 @@
-"""LayerCAM: which pixels a class rests on, at any layer of a network."""
+"""LayerCAM: the pixels that a class depends on, at any layer of a network."""
 
 from collections.abc import Sequence
 
@@ -20,16 +20,16 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         model: any network that classifies pictures; runs in evaluation mode, and is left as it was.
         x: (n, c, h, w).
         names: places, see ``Features``; maps (n, c', h', w') or tokens (n, t, c'), where one token beyond a grid of
-            patches is taken to be a class token in front. ``name:readout`` is the map of all of a step's streams: the
-            sum runs over the channels of each, as the network goes on with them and not with their readout. Of streams
-            that are joined (DenseNet, RevNet) that is the map of what they are joined to.
-        target: the class whose score is looked at, for all pictures or one each; the best one where left out.
+            patches is taken for a leading class token. ``name:readout`` is the map of all of a step's streams: the sum
+            runs over the channels of each, since the network continues with them and not with their readout. For
+            streams that are joined (DenseNet, RevNet), this is the map of the joined tensor.
+        target: the class whose score is explained, for all pictures or one each; the best one if left out.
 
     Returns:
         One tensor (n, h, w) per place, at least in single precision; 0 where no value is positive.
 
     Raises:
-        SchemeError: a place that gives no map, or that the score does not depend on; a target that is no class; values
+        SchemeError: a place that has no map, or that the score does not depend on; a target that is not a class; values
             that are not finite.
 
     Source:
@@ -50,8 +50,8 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
         raise SchemeError(
             "layer_cam: in torch.inference_mode nothing has a gradient.\n  Call it outside, with x.clone()."
         )
-    # The input asks for a gradient, so that features have a graph even in a frozen network; the network gets a copy
-    # that is no leaf, so that it may write into it.
+    # The input requires a gradient, so that features have a graph even in a frozen network. The network gets a copy
+    # that is not a leaf, so that it may write into it.
     given = x.detach().requires_grad_()
     with evaluating(model), torch.enable_grad(), keeping_all(model), Features(model, names) as features:
         logits = model(given.clone())
@@ -65,7 +65,7 @@ def layer_cam(model: nn.Module, x: Tensor, names: Sequence[str], target: Tensor 
     found = []
     for name, parts in zip(names, places, strict=True):
         values = [(value.detach(), next(grads)) for value, _ in parts]
-        # A stream that nothing reads any more adds nothing.
+        # A stream that nothing reads any more contributes nothing.
         used = [(a, g) for a, g in values if g is not None]
         if not used:
             raise SchemeError(f"layer_cam: the score does not depend on {name}; choose a place before the head.")
@@ -105,12 +105,12 @@ def _chosen(target: Tensor | int | None, logits: Tensor) -> Tensor:
 
 
 def _gradients(score: Tensor, edges: Sequence[GradientEdge | None]) -> list[Tensor | None]:
-    """Gradients of the score, up to one factor, which no heat map sees; None: it does not depend on the place."""
+    """Gradients of the score, up to a factor that cancels in heat maps; None if it does not depend on the place."""
     wanted = [edge for edge in edges if edge is not None]
     if not wanted or not score.requires_grad:
         return [None] * len(edges)
-    # In half precision the gradients of a mean over a map are near the smallest numbers: they are taken times a power
-    # of two, the largest under which none is infinite. Elsewhere such a factor changes no digit.
+    # In half precision the gradients of a mean over a map are near the smallest numbers, so they are scaled by the
+    # largest of these powers of two that leaves all of them finite. Elsewhere such a factor changes no digit.
     grads: Sequence[Tensor | None] = ()
     for scale in (2.0**15, 2.0**10, 2.0**5, 1.0):
         factor = torch.full_like(score, scale)
@@ -139,7 +139,7 @@ def _or_one(x: Tensor) -> Tensor:
 
 
 def _as_map(y: Tensor, name: str, x: Tensor) -> Tensor:
-    """A map (n, c, h, w), from one or from tokens of a picture x."""
+    """Returns a map (n, c, h, w), from a map or from the tokens of a picture x."""
     if y.dim() == 4:
         return y
     if y.dim() == 3:

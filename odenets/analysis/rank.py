@@ -10,11 +10,11 @@ from schemes import SchemeError
 
 
 class Rank(NamedTuple):
-    """How many directions features span.
+    """The number of directions that features span.
 
     Attributes:
         width: number of channels, which bounds the rank.
-        numerical: singular values above ``tolerance`` times the largest.
+        numerical: number of singular values above ``tolerance`` times the largest.
         effective: exp of the entropy of the singular values' shares; from 1 to the width.
     """
 
@@ -24,16 +24,16 @@ class Rank(NamedTuple):
 
 
 def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int | None = None) -> Rank:
-    """Numerical and effective rank of the matrix whose rows are the feature vectors of all pictures and pixels.
+    """Returns the numerical and effective rank of the matrix of the feature vectors of all pictures and pixels.
 
     numerical = #{i: s_i > tolerance s_1}; effective = exp(-sum p_i log p_i), p_i = s_i / sum s. In double precision.
 
     Args:
         x: features (n, c), maps (n, c, h, w) and the like, or tokens (n, t, c).
         tolerance: what counts as zero, relative to the largest singular value.
-        rows: of more feature vectors than this, so many are taken: one at random of each of so many equal parts. The
-            choice is the same at every call, and leaves torch's random state alone.
-        dim: where the channels are; the last of three dimensions and otherwise the second, where left out.
+        rows: the most feature vectors to use. Of more, this many are taken, one at random from each of as many equal
+            parts. The choice is the same at every call, and leaves torch's random state alone.
+        dim: the dimension of the channels; if left out, the last of three dimensions and otherwise the second.
 
     Raises:
         SchemeError: no channels, or values that are not finite.
@@ -62,7 +62,7 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int 
         flat = flat[_spread(len(flat), rows).to(flat.device)]
     if not flat.isfinite().all():
         raise SchemeError("feature_rank: features hold values that are not finite.\n  Try model.float().")
-    # In single precision the rounding of the large singular values fills up the small ones, and the rank comes out
+    # In single precision the rounding errors of the large singular values swamp the small ones, and the rank comes out
     # full.
     values = torch.linalg.svdvals(flat.to(torch.complex128 if flat.is_complex() else torch.float64))
     # No channels, or nothing but zeros: the shares would be 0 / 0.
@@ -74,16 +74,16 @@ def feature_rank(x: Tensor, tolerance: float = 1e-3, rows: int = 4096, dim: int 
 
 
 def _spread(count: int, rows: int) -> Tensor:
-    """One place at random in each of so many equal parts: even steps see few columns of a map that they divide."""
+    """One random index in each of ``rows`` equal parts: a fixed stride sees few columns of a map that it divides."""
     edges = torch.arange(rows + 1) * count // rows
     drawn = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return edges[:-1] + (drawn * edges.diff()).long()
 
 
 def rank_profile(trajectory: Sequence[Tensor], tolerance: float = 1e-3, dim: int | None = None) -> list[Rank]:
-    """The rank of features at every place, e.g. of ``stack.trajectory(x)``: after every step.
+    """Returns the rank of features at every place, e.g. of ``stack.trajectory(x)``: after every step.
 
-    A sum of streams keeps its width, so that its rank cannot exceed it; joined streams grow, and with them the bound.
+    A sum keeps its width, which its rank cannot exceed; joined streams grow, and the bound with them.
 
     Args:
         trajectory: features, one per place.

@@ -1,4 +1,4 @@
-"""Which sources a network's weights rest on: mean absolute weights, by where they read and where they stand."""
+"""Mean absolute weights of a network, by the source that they read and the function that they belong to."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,11 +18,11 @@ class WeightMap(NamedTuple):
     """Means of absolute weights of one stack.
 
     Attributes:
-        name: of the stack, as ``named_modules`` gives it.
+        name: name of the stack, as ``named_modules`` gives it.
         values: (rows, columns), in double precision; NaN where nothing connects the two.
-        rows: what each row is.
-        columns: what each column is.
-        row: what rows are, as a label of an axis.
+        rows: label of each row.
+        columns: label of each column.
+        row: what rows are, as the label of an axis.
         column: what columns are.
     """
 
@@ -35,19 +35,19 @@ class WeightMap(NamedTuple):
 
 
 def weight_maps(model: nn.Module) -> list[WeightMap]:
-    """Mean absolute weights of each stack of a network.
+    """Returns the mean absolute weights of each stack of a network.
 
-    - Of streams that are joined (DenseNet, RDNet): by the source whose channels the weights read, and the function that
-      reads them. It is the first layer that mixes channels, so of a function that begins with a depthwise convolution
-      the pointwise one after it. The last column reads what the level gives: the transition, or the head.
-    - Of columns (RevCol): the learned scales alpha by level and column; the first column has none.
-    - Of anything else: the convolutions and linear layers of each residual function, by stage and step.
+    - Joined streams (DenseNet, RDNet): by the source whose channels the weights read, and the function that reads them.
+      The weights are those of the first layer that mixes channels: if a function begins with a depthwise convolution,
+      of the pointwise one after it. The last column is what reads the level's output: the transition, or the head.
+    - Columns (RevCol): the learned scales alpha by level and column; the first column has none.
+    - Anything else: the convolutions and linear layers of each residual function, by stage and step.
 
     Args:
         model: a network of stacks.
 
     Raises:
-        SchemeError: a network without stacks, or a function of joined streams that mixes them in no layer.
+        SchemeError: a network without stacks, or a function of joined streams without a layer that mixes them.
 
     Source:
         Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, section 5 and figure 5.
@@ -60,7 +60,7 @@ def weight_maps(model: nn.Module) -> list[WeightMap]:
     """
     found: list[WeightMap] = []
     for name, module in model.named_modules():
-        # Stacks inside of residual functions are part of them.
+        # Stacks inside residual functions are part of them.
         if isinstance(module, Stack) and not any(name.startswith(f"{one.name}.") for one in found if one.name):
             found.append(_of_stack(model, name, module))
     if not found:
@@ -98,7 +98,7 @@ def _functions(stack: Stack, step: Step) -> list[nn.Module]:
 
 
 def _of_sources(model: nn.Module, name: str, readers: list[tuple[str, nn.Module]], growth: int) -> WeightMap:
-    """Sources downwards, from the input of the level; readers to the right, the transition or the head the last."""
+    """Rows are sources, beginning with the level's input; columns are readers, the transition or the head last."""
     count, columns = len(readers), [*_counted(len(readers))]
     if follower := _follower(model, name):
         readers = [*readers, follower]
@@ -114,7 +114,7 @@ def _of_sources(model: nn.Module, name: str, readers: list[tuple[str, nn.Module]
                 f"{reader}: no layer reads all {first + n * growth} channels that are joined there; "
                 f"the first that mixes channels reads {width}.\n  Let a convolution or a linear layer read them."
             )
-        # Each channel counts the same in its source, and each weight in its channel.
+        # Each channel counts equally in its source, and each weight in its channel.
         of_channel = layer.weight.detach().double().abs().movedim(1, 0).flatten(1).mean(1)
         for source, part in enumerate(of_channel.split([first] + [growth] * n)):
             values[source, n] = part.mean()
@@ -122,7 +122,7 @@ def _of_sources(model: nn.Module, name: str, readers: list[tuple[str, nn.Module]
 
 
 def _follower(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
-    """What reads a level: the transition after it, or the head."""
+    """The name and module of what reads a level: the transition after it, or the head."""
     outer, _, level = name.rpartition(".")
     modules = dict(model.named_modules())
     if not outer.endswith("levels") or not level.isdigit():
@@ -142,7 +142,7 @@ def _layers(f: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
 
 
 def _mixing(f: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
-    """The layers that mix channels, in order: not those that take each for itself."""
+    """Yields the layers that mix channels, in order, without grouped convolutions."""
     for layer in _layers(f):
         if isinstance(layer, nn.Linear) or layer.groups == 1:
             yield layer

@@ -1,4 +1,4 @@
-"""The commands `odenets` and `lightning`: training, and what is done with a trained network."""
+"""The commands `odenets` and `lightning`: training, and the use of trained networks."""
 
 from .entry import main as main
 from .entry import repair_torchvision as repair_torchvision

@@ -1,4 +1,4 @@
-"""`odenets analyse`: figures of a trained network, and of what result files hold."""
+"""`odenets analyse`: figures of a trained network, and of files of results."""
 
 import csv
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Exit status: 0; 2 if nothing was drawn."""
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     if "cost" not in args:
         from ..training.analyse import run as run_analyse
 
@@ -29,7 +29,7 @@ def run(args: Sequence[str]) -> None:
     found = w.Parser(prog="odenets analyse FILE... cost", description=COST)
     found.add_argument("files", nargs="+", metavar="FILE", help="files of results, then the word cost")
     found.add_argument("--out", default="cost.png", metavar="FILE", help="the figure: .png, .svg or .pdf (cost.png)")
-    # The word `cost` stands behind the files, so that the parser takes it for one of them.
+    # The word `cost` comes after the files, so the parser takes it for one of them.
     options = found.parse(args)
     try:
         print(draw([name for name in options.files if name != "cost"], options.out))
@@ -39,10 +39,10 @@ def run(args: Sequence[str]) -> None:
 
 
 def draw(files: Sequence[str], out: str) -> Path:
-    """The figure of some result files.
+    """Draws the figure of some files of results.
 
     Raises:
-        SchemeError: No file, one of no known kind, or one without a trained network.
+        SchemeError: No file, one of unknown kind, or one without a trained network.
     """
     if not out.lower().endswith(ENDINGS):
         raise SchemeError(f"--out {out}: want a name that ends in {', '.join(ENDINGS)}")
@@ -53,16 +53,16 @@ def draw(files: Sequence[str], out: str) -> Path:
         found = read_points(Path(name))
         if not found:
             raise SchemeError(f"{name}: no trained network in it has an error and a cost\n  Give another file.")
-        # Groups of several files may have one name, such as a scheme's.
+        # Groups of different files may have the same name, such as a scheme's.
         points += [{**p, "group": f"{Path(name).stem}: {p['group']}"} for p in found] if len(files) > 1 else found
     return plots.cost(points, out, f"{len(points)} networks")
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:
-    """Error, parameters and multiply-adds of each trained network of a file, and the group that it belongs to.
+    """Reads error, parameters, multiply-adds and group of each trained network in a file.
 
     Raises:
-        SchemeError: The file cannot be read, or is of no known kind.
+        SchemeError: The file cannot be read, or is of unknown kind.
     """
     if not path.is_file():
         raise SchemeError(f"there is no file {str(path)!r}\n  Give results: FILE.sqlite, runs.json or FILE.csv.")
@@ -73,7 +73,7 @@ def read_points(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_study(path: Path) -> list[dict[str, Any]]:
-    # Here and not above: the file of a study needs an extra, which CSV does without.
+    # Imported here: the file of a study needs an extra, and CSV does not.
     from ..study.store import TRAINED, read
 
     _, lines = read(path)
@@ -101,7 +101,7 @@ def _of_table(path: Path) -> list[dict[str, Any]]:
     found = []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            # From 2, as the header is line 1.
+            # From 2, since the header is line 1.
             for number, row in enumerate(csv.DictReader(file), 2):
                 found.append(_point(row, number))
     except (OSError, UnicodeDecodeError, csv.Error) as e:

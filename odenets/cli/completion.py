@@ -1,7 +1,7 @@
 """`odenets completion SHELL`: a script that completes the commands, their options, and the names that these take.
 
-The script is written once and holds all words, so that a press of the tab key starts no Python: importing torch and
-Lightning to answer it would take seconds.
+The script is written once and holds all words, so that pressing Tab starts no Python: importing torch and Lightning for
+an answer would take seconds.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ABOUT = {
     "test": "the same on the test pictures",
     "predict": "the classes of pictures",
 }
-# What stands for a file where an option says what it takes.
+# Words in a metavar, or names of options, that mean a file.
 FILES = set("CHECKPOINT CKPT CKPT_PATH DIR FILE FOLDER OUT OUTPUT PLOT PUBLISHED RUN_DIR STORE WEIGHTS".split())
 BASH = """_odenets_config() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}"""
 ZSH = """_odenets_config() {{ _alternative 'experiments:experiment:({names})' 'files:file:_files'; }}"""
@@ -53,7 +53,7 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     options = parser().parse(args)
     try:
         sys.stdout.write(script(options.shell, options.prog) + "\n")
@@ -62,7 +62,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def script(shell: str, prog: str = "odenets") -> str:
-    """The script of a shell.
+    """Returns the completion script for a shell.
 
     Args:
         shell: one of ``shtab.SUPPORTED_SHELLS``.
@@ -74,7 +74,7 @@ def script(shell: str, prog: str = "odenets") -> str:
 
 
 def whole(prog: str) -> argparse.ArgumentParser:
-    """All commands with all of their options, as one parser that only says what there is."""
+    """Returns all commands with all of their options as one parser, which only describes them."""
     found = argparse.ArgumentParser(prog=prog)
     found.add_argument("--version", action="store_true", help="the version of odenets")
     commands = found.add_subparsers()
@@ -92,7 +92,7 @@ def whole(prog: str) -> argparse.ArgumentParser:
 
 
 def _parser(place: str) -> Any:
-    """The parser of a command of our own: it stands beside the function that runs it, under the same name."""
+    """The parser of a command of our own: beside the function that runs it, with "parser" for "run" in its name."""
     module, _, function = place.partition(":")
     return getattr(importlib.import_module(module), re.sub("run|command", "parser", function))()
 
@@ -109,7 +109,7 @@ class _Asked(command.Command):
 
 
 def _lightning(prog: str) -> dict[str, Any]:
-    """The parsers of Lightning's commands, by their names."""
+    """The parsers of Lightning's commands, by name."""
     try:
         command._command(_Asked, [], prog)
     except _Found as found:
@@ -118,7 +118,7 @@ def _lightning(prog: str) -> dict[str, Any]:
 
 
 def _copy(target: argparse.ArgumentParser, source: Iterable[Any]) -> None:
-    """Gives a parser options of the same names, words and choices, which do nothing."""
+    """Adds options of the same names, words and choices to a parser; they do nothing."""
     taken: set[str] = set()
     for action in source:
         if isinstance(action.choices, dict) and not action.option_strings:  # subcommands
@@ -143,7 +143,7 @@ def _copy(target: argparse.ArgumentParser, source: Iterable[Any]) -> None:
 
 
 def _plain(text: str | None) -> str:
-    """A help text without what argparse would expand in it."""
+    """The first line of a help text, with the percent signs escaped that argparse would expand."""
     return "" if text in (None, argparse.SUPPRESS) else str(text).split("\n")[0].replace("%", "%%")
 
 

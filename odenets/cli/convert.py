@@ -1,4 +1,4 @@
-"""`odenets convert`: weight files from published keys to ours, and back."""
+"""`odenets convert`: converts weight files from published keys to ours, and back."""
 
 import os
 import tempfile
@@ -43,7 +43,7 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     options = parser().parse(args)
     try:
         _run(options)
@@ -58,7 +58,7 @@ def _run(options: Any) -> None:
     held = checkpoints.read(options.weights)
     given = {"in_chans": options.in_chans, "scheme": options.scheme}
     classes = options.num_classes
-    # Built twice where need be: which tensors of a file are its head, only a model's names can tell.
+    # Built twice if need be: only a model's names tell which tensors of a file are its head.
     net = create_model(options.model, num_classes=classes, **given)
     if classes is None and (found := _classes(net, held)) is not None:
         net = create_model(options.model, num_classes=found, **given)
@@ -71,12 +71,12 @@ def _run(options: Any) -> None:
 
 
 def _classes(net: nn.Module, held: Mapping[str, Any]) -> int | None:
-    """The number of classes of a file, where its head is of another width than the model's."""
+    """The number of classes of a file whose head has another width than the model's; else None."""
     own = net.state_dict()
     state, known = checkpoints.published_keys(net, held)
     for key, value in state.items():
         target = (known.names.get(key) if known else key) or ""
-        # Of the head's tensors the one that has an entry for each class, and nothing else.
+        # The tensor of the head that has one entry for each class, and no other dimension.
         if target.startswith("head.") and own[target].shape == (net.num_classes,) != value.shape and value.ndim == 1:
             return len(value)
     return None
@@ -85,13 +85,13 @@ def _classes(net: nn.Module, held: Mapping[str, Any]) -> int | None:
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it, and put into its place at once: whoever reads the file never sees half of it.
+        # Written beside the file and moved into its place at once: a reader never sees half of it.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             part = Path(folder) / path.name
             if path.suffix.lower() == ".safetensors":
                 checkpoints.save_tensors(tensors, part)
             else:
-                # A clone each: the file is not to hold more memory than is theirs.
+                # Cloned: torch.save writes the whole storage of a view.
                 torch.save({key: value.detach().cpu().clone() for key, value in tensors.items()}, part)
             os.replace(part, path)
     except OSError as e:

@@ -1,7 +1,7 @@
 """The console scripts `lightning` and `odenets`: `lightning fit|validate|test|predict -c FILE.yaml [--KEY VALUE ...]`.
 
 This file imports nothing heavy: `--help` and `--version` answer at once, and a torchvision that does not fit the
-installed torch is repaired before Lightning, which imports it, can trip over it.
+installed torch is repaired before Lightning imports it.
 """
 
 import importlib
@@ -58,7 +58,7 @@ many networks
 """
 
 LIGHTNING = ("fit", "validate", "test", "predict")
-# Where each command of our own is: a module, and its function of the words behind the command's name.
+# The module of each command of our own, and its function, which takes the words after the command's name.
 COMMANDS = {
     "analyse": "odenets.cli.analyse:run",
     "compare": "odenets.study.compare_command:run",
@@ -76,11 +76,11 @@ COMMANDS = {
     "study": "odenets.study.subcommands:run",
 }
 
-_torchvision_ops = []  # a torch.library.Library takes its operators with it when it is collected
+_torchvision_ops = []  # keeps each torch.library.Library alive: its operators vanish when it is collected
 
 
 def repair_torchvision() -> None:
-    """Make a torchvision built for another torch importable, without its compiled operators.
+    """Makes a torchvision built for another torch importable, without its compiled operators.
 
     Lightning imports torchmetrics, which imports any torchvision it finds; a mismatched one fails with "operator
     torchvision::nms does not exist" and takes Lightning down. Declaring the two operators lets the import through.
@@ -92,7 +92,7 @@ def repair_torchvision() -> None:
     except RuntimeError as e:
         import torch
 
-        # The failed import has left submodules behind, which the next one would take for whole.
+        # The failed import has left submodules behind, which the next import would take for complete.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")
@@ -104,9 +104,9 @@ def repair_torchvision() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; returns None, since a script's return value becomes its exit status."""
+    """Runs the command line; returns None, since a script's return value becomes its exit status."""
     words = sys.argv[1:] if args is None else args
-    # One command under two names; help and errors speak of the one that was typed.
+    # One command under two names; help and errors use the one that was typed.
     prog = "odenets" if sys.argv[0].endswith(("odenets", "__main__.py")) else "lightning"
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(prog=prog), end="")
@@ -117,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         _run(words, prog)
     except KeyboardInterrupt:
-        # While modules are imported, or in a command that has nothing to save.
+        # Raised while modules are imported, or in a command that has nothing to save.
         fail("interrupted", "What was written before is whole; nothing else is changed", 130)
     except ImportError as e:
         lines = explained(e)
@@ -146,5 +146,5 @@ def _run(words: Sequence[str], prog: str) -> None:
     run(list(words), prog)
 
 
-# These import no Lightning, so that there is nothing to repair.
+# These do not import Lightning, so there is nothing to repair.
 LIGHT = {f"odenets.cli.{name}" for name in ("convert", "experiments", "models", "recipe", "schemes", "show")}

@@ -1,4 +1,4 @@
-"""`odenets evaluate`: how often a trained network is right, also about corrupted and attacked pictures."""
+"""`odenets evaluate`: the accuracy of a trained network, also on corrupted and attacked pictures."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ Exit status: 0; 1 if a picture could not be read (the others are counted); 2 if 
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     run_over("evaluate", run_evaluate, args)
 
 
@@ -85,7 +85,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _options(args: Sequence[str]) -> Any:
-    """The options, with `ckpt_path` and `folder` out of what stands without a name; what does not fit is refused."""
+    """The options, with `ckpt_path` and `folder` taken from the positional arguments; refuses what does not fit."""
     found = parser().parse(args)
     given = list(found.paths)
     if found.ckpt_path is None:
@@ -106,7 +106,7 @@ def _options(args: Sequence[str]) -> Any:
     if form_of(found) == "csv" and len(tables) > 1:
         raise SchemeError(f"CSV holds one table, not those of {' and '.join(tables)}\n  Give --json, or one of them.")
     if found.diagram is not None:
-        # The diagram is drawn from the bins, so it asks for them.
+        # The diagram is drawn from the bins, so it implies --calibration.
         found.calibration = found.calibration or 15
         if not found.diagram.lower().endswith((".png", ".svg", ".pdf")):
             raise SchemeError(f"--diagram {found.diagram}\n  Want a name that ends in .png, .svg or .pdf.")
@@ -114,10 +114,10 @@ def _options(args: Sequence[str]) -> Any:
 
 
 def run_evaluate(args: Sequence[str]) -> list[Prediction]:
-    """`odenets evaluate`; the pictures that could not be read."""
+    """Runs `odenets evaluate`; returns the pictures that could not be read."""
     options = _options(args)
     form = form_of(options)
-    # Everything that can be refused is, before a picture is read.
+    # Everything that can be refused is refused before a picture is read.
     options.attacks = [read_attack(text) for text in options.attack]
     options.photographs = read_frost(options.frost) if options.frost else []
     options.base = read_baseline(options.baseline) if options.baseline else None
@@ -141,7 +141,7 @@ def run_evaluate(args: Sequence[str]) -> list[Prediction]:
 
 
 def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, Any]:
-    """All that is asked for, as plain values."""
+    """All requested figures, as plain values."""
     counts, real = Figures(trained.classes, options.confidence), None
     if options.real:
         real = RealFigures(read_real(options.real), trained.classes, options.confidence)
@@ -153,7 +153,7 @@ def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, An
         probabilities = trained.probabilities(x)
         if others is not None:
             probabilities = probabilities * ~others
-            # Where all of the probability lay with the other classes nothing is left, and 0 / 0 would be NaN.
+            # If the other classes had all of the probability, nothing is left, and 0 / 0 would be NaN.
             probabilities /= probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         counts.add(probabilities, labels)
         if real is not None:
@@ -181,20 +181,20 @@ def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, An
 
 
 def _others(trained: Trained, pictures: Labelled) -> torch.Tensor:
-    """Which classes the pictures do not have."""
+    """The mask of the classes that the pictures do not have."""
     others = torch.ones(len(trained.classes), dtype=torch.bool)
     others[pictures.labels.unique()] = False
     return others
 
 
 def _progress(what: str, count: int) -> Callable[[int], None] | None:
-    """Says on a terminal how far the slow parts are."""
-    # In a log file a line that is written over and over is one of endless length.
+    """Returns a callback that shows on a terminal how far the slow parts are."""
+    # In a log file, a line that is overwritten again and again becomes endlessly long.
     if not sys.stderr.isatty():
         return None
 
     def say(done: int) -> None:
-        # chr(10), since before Python 3.12 an expression in an f-string can hold no backslash.
+        # chr(10), since before Python 3.12 an expression in an f-string cannot contain a backslash.
         sys.stderr.write(f"\r{what}: {done:,} of {count:,} pictures{chr(10) if done >= count else ''}")
         sys.stderr.flush()
 
@@ -205,8 +205,8 @@ class _Part(NamedTuple):
     """A table of some figures.
 
     Attributes:
-        title: Above it.
-        rows: What it shows, and what CSV holds.
+        title: Text above the table.
+        rows: Its rows, as shown and as written to CSV.
     """
 
     title: str
@@ -214,7 +214,7 @@ class _Part(NamedTuple):
 
 
 def _parts(figures: Mapping[str, Any]) -> list[_Part]:
-    """Tables of what was asked for beside the classes."""
+    """Tables of what was requested besides the classes."""
     found = []
     if "sizes" in figures:
         found.append(_Part("by size of the pictures", [_flat(row) for row in figures["sizes"]]))
@@ -236,7 +236,7 @@ def _parts(figures: Mapping[str, Any]) -> list[_Part]:
 
 
 def _rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows for CSV: of the one table that was asked for beside the classes, else of the classes."""
+    """Rows for CSV: of the one table that was requested besides the classes, else of the classes."""
     parts = _parts(figures)
     return parts[0].rows if parts else [_flat(row) for row in figures["classes"]]
 

@@ -1,4 +1,4 @@
-"""`odenets experiments`: the experiments that `-c NAME` knows, and what is in one of them."""
+"""`odenets experiments`: lists the experiments that `-c NAME` knows, or prints one of them."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines."""
+    """Runs one command line; errors that the user can fix end in two lines."""
     options = parser().parse(args)
     known = packaged.experiments()
     if not known:
@@ -37,7 +37,7 @@ def run(args: Sequence[str]) -> None:
     try:
         file = packaged.find(options.name) if options.name else None
         if file is not None and not options.json:
-            # Written and not printed, which would add a line: the copy is to be the file itself.
+            # Written, not printed, which would add a line: the copy must equal the file.
             sys.stdout.write(file.read_text(encoding="utf-8"))
             return
         names = [options.name] if file else w.matching(options.name or "*", known, "experiment")
@@ -57,7 +57,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def about(file: Path) -> str:
-    """The first sentence of what a file says of itself, behind the command."""
+    """Returns the first sentence of a file's opening comment, after the command."""
     head: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -65,5 +65,5 @@ def about(file: Path) -> str:
         head.append(line.removeprefix("#").strip())
     paragraphs = "\n".join(head).split("\n\n")
     text = " ".join(paragraphs[1 if len(paragraphs) > 1 else 0].split())
-    # "et al." ends no sentence.
+    # "et al." does not end a sentence.
     return re.split(r"(?<=\.)(?<!al\.)\s+(?=[A-Z])", text)[0]

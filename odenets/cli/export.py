@@ -32,12 +32,12 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     options = parser().parse(args)
     try:
         _run(options.checkpoint, options.output, options.format, options)
     except ImportError as e:
-        # What is said of a missing extra reads "who needs what: how it is installed".
+        # The message about a missing extra reads "who needs what: how it is installed".
         cause, _, remedy = str(e).partition(": ")
         fail(cause, remedy)
     except (SchemeError, DataError) as e:

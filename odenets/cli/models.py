@@ -1,4 +1,4 @@
-"""`odenets models`: the models that there are, and what they cost."""
+"""`odenets models`: lists the models, and what they cost."""
 
 import inspect
 import warnings
@@ -29,8 +29,8 @@ shown with its costs, several with --costs; --memory runs them, which takes a fe
   Reverse      the same, with states recomputed by the inverse; – without one (for a single model, with the reason)
 
 Exit status: 0; 1 if nothing matches; 2 if the command cannot be read, or a model cannot run at that size."""
-MODES = {"stored": "store", "checkpoint": "checkpoint", "reverse": "reverse"}  # columns, and how each trains
-SMALL, LARGE = 32, 224  # sides of pictures: of ten classes or a hundred, and of ImageNet's thousand
+MODES = {"stored": "store", "checkpoint": "checkpoint", "reverse": "reverse"}  # columns, and the backprop mode of each
+SMALL, LARGE = 32, 224  # sides of pictures: for ten or a hundred classes, and for ImageNet's thousand
 
 
 def parser() -> w.Parser:
@@ -49,11 +49,11 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines."""
+    """Runs one command line; errors that the user can fix end in two lines."""
     options = parser().parse(args)
     try:
         known = list_models()
-        # A whole name means itself alone, though resnet50 is a part of ho_resnet50 too.
+        # A full name means only itself, although resnet50 is also a part of ho_resnet50.
         chosen = [options.pattern] if options.pattern in known else w.matching(options.pattern, known, "model")
         costs = options.costs or options.memory or len(chosen) == 1
         rows = []
@@ -72,7 +72,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def listed(name: str) -> dict[str, Any]:
-    """What is known of a model without building it."""
+    """Returns what is known of a model without building it."""
     kind, given = model_kind(name), model_options(name)
     classes = given.get("num_classes")
     size = given.get("size") or (SMALL if classes is not None and classes < 1000 else LARGE)
@@ -89,18 +89,18 @@ def listed(name: str) -> dict[str, Any]:
 
 
 def cost(name: str, size: int, scheme: str | None = None) -> dict[str, Any]:
-    """Parameters, multiply-adds for one picture and evaluations; the model has no memory and no numbers.
+    """Returns parameters, multiply-adds for one picture and evaluations, computed on the meta device.
 
     Args:
         name: the model.
         size: side of the picture.
-        scheme: in place of the model's own.
+        scheme: a scheme in place of the model's own.
 
     Raises:
-        SchemeError: it does not run at that size.
+        SchemeError: the model does not run at that size.
     """
     with torch.device("meta"):
-        # In evaluation mode: BatchNorm in training refuses a single value per channel, which one picture may come to.
+        # In evaluation mode: in training BatchNorm refuses a single value per channel, which one picture may leave.
         net = _build(name, scheme).eval()
         x = torch.empty(1, _channels(name), size, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -115,15 +115,15 @@ def cost(name: str, size: int, scheme: str | None = None) -> dict[str, Any]:
 
 
 def memory(name: str, size: int, batch: int, scheme: str | None = None) -> dict[str, Any]:
-    """Bytes that a training step takes, as measured: stored, with a state per step, and by the inverse.
+    """Measures the bytes that a training step takes: with all stored, with a state per step, and by the inverse.
 
-    A mode that the model cannot train in is None, and the reason stands under ``without``.
+    A mode that the model cannot train in is None, and the reason is given under ``without``.
 
     Args:
         name: the model.
         size: side of the pictures.
-        batch: their number.
-        scheme: in place of the model's own.
+        batch: number of pictures.
+        scheme: a scheme in place of the model's own.
     """
     x = torch.rand(batch, _channels(name), size, size)
     found: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def memory(name: str, size: int, batch: int, scheme: str | None = None) -> dict[
         except SchemeError as e:
             if mode == "store":
                 raise
-            # The scheme has no inverse, or the model no such option.
+            # The scheme has no inverse, or the model does not have the option.
             found[title], without[title] = None, first_line(e)
             continue
         found[title] = plan(net, x).measured
@@ -143,7 +143,7 @@ def memory(name: str, size: int, batch: int, scheme: str | None = None) -> dict[
 
 def _build(name: str, scheme: str | None, **options: Any) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MixingWarning)  # the list shows what there is, and recommends nothing
+        warnings.simplefilter("ignore", MixingWarning)  # the list shows what exists, and recommends nothing
         return create_model(name, scheme=scheme, **options)
 
 
@@ -155,7 +155,7 @@ def _called(net: nn.Module, x: torch.Tensor, name: str, size: int) -> None:
     try:
         net(x)
     except (RuntimeError, ValueError) as e:
-        # A SchemeError is a ValueError too, and says better what does not fit.
+        # A SchemeError is a ValueError too, and says more clearly what does not fit.
         if isinstance(e, SchemeError):
             raise
         cause = first_line(e, 150)

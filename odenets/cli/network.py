@@ -1,4 +1,4 @@
-"""What the commands share that open a trained network and judge pictures."""
+"""Shared by the commands that open a trained network and judge pictures."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from . import words as w
 
 
 def common_parser(prog: str, text: str, required: bool = True) -> w.Parser:
-    """The options of every such command.
+    """Returns a parser with the options of every such command.
 
     Args:
-        prog: What it is called.
-        text: What it does.
+        prog: Name of the command.
+        text: What the command does.
         required: Whether --ckpt_path must be given.
     """
     found = w.Parser(prog=prog, description=text)
@@ -36,10 +36,10 @@ def common_parser(prog: str, text: str, required: bool = True) -> w.Parser:
 
 
 def open_network(options: Any) -> Trained:
-    """The network of --ckpt_path on --device."""
+    """Opens the network of --ckpt_path on --device."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # A device that is not there shows at the first tensor, and not when it is named.
+        # A missing device fails at the first tensor, not when it is named.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise SchemeError(f"--device {device}: {first_line(e, 150)}\n  Give another: --device cpu") from None
@@ -47,7 +47,7 @@ def open_network(options: Any) -> Trained:
 
 
 def form_of(options: Any) -> str:
-    """What is written: "json", "csv" or "table"."""
+    """The form of the output: "json", "csv" or "table"."""
     if options.json and options.csv:
         raise SchemeError("--json and --csv exclude each other\n  Give one of them.")
     if options.output is not None:
@@ -56,11 +56,11 @@ def form_of(options: Any) -> str:
 
 
 def run_over(name: str, command: Callable[[Sequence[str]], list[Prediction]], args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2.
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2.
 
     Args:
-        name: Of the command.
-        command: Takes the words after it, and gives the pictures that could not be read.
+        name: Name of the command.
+        command: Takes the words after the name, and returns the pictures that could not be read.
         args: These words.
     """
     try:

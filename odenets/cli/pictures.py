@@ -1,4 +1,4 @@
-"""`odenets predict`: what a trained network says of pictures, by its checkpoint alone."""
+"""`odenets predict`: classifies pictures with a trained network, from its checkpoint alone."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Exit status: 0; 1 if a picture could not be read (the others are written); 2 if 
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     run_over("predict", run_predict, args)
 
 
@@ -33,15 +33,15 @@ def parser() -> w.Parser:
 
 
 def run_predict(args: Sequence[str]) -> list[Prediction]:
-    """`odenets predict`; the pictures that could not be read."""
+    """Runs `odenets predict`; returns the pictures that could not be read."""
     options = _options(args)
     form = form_of(options)
-    # Before the network is opened, which takes longer than to say that a path is not there.
+    # Before the network is opened, which takes longer than reporting a missing path.
     source, notes = pictures_at(options.paths)
     trained = open_network(options)
     for note in notes:
         sys.stderr.write(f"{note}\n")
-    # All of them before the first is written: a file of answers is whole, or is not there.
+    # All of them before the first is written: a file of predictions is complete, or does not exist.
     found = list(predict(trained, source, options.top, options.batch_size, options.num_workers))
     most = min(options.top, len(trained.classes))
     if form == "json":
@@ -55,7 +55,7 @@ def run_predict(args: Sequence[str]) -> list[Prediction]:
 
 
 def _options(args: Sequence[str]) -> Any:
-    """The options, with `ckpt_path` out of what stands without a name, as `odenets evaluate` reads them."""
+    """The options, with `ckpt_path` taken from the positional arguments, as `odenets evaluate` reads them."""
     found = parser().parse(args)
     if found.ckpt_path is None and found.paths:
         found.ckpt_path = found.paths.pop(0)

@@ -1,4 +1,4 @@
-"""`odenets recipe`: the rows of the papers as configurations."""
+"""`odenets recipe`: rows of the papers' tables as configurations."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def parser() -> w.Parser:
 
 
 def run(words: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     options = parser().parse(words)
     if (options.name is None) == (options.list is None):
         fail("wanted the name of one recipe, or --list", "odenets recipe --list names them all")

@@ -1,4 +1,4 @@
-"""`odenets schemes`: the schemes that there are, and what each of them costs and gives."""
+"""`odenets schemes`: lists the schemes, with the cost and the properties of each."""
 
 import inspect
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines."""
+    """Runs one command line; errors that the user can fix end in two lines."""
     options = parser().parse(args)
     try:
         chosen = w.matching(options.pattern, schemes.names(), "scheme")
@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def known_of(text: str) -> dict[str, Any]:
-    """What is known of a scheme, as plain values: those of the columns."""
+    """Returns what is known of a scheme as plain values, one for each column."""
     scheme = schemes.get(text)
     return {
         "scheme": text,
@@ -66,11 +66,11 @@ def known_of(text: str) -> dict[str, Any]:
 
 
 def source(scheme: Scheme) -> str:
-    """Where a scheme was published: by its tableau, or by the documentation of its class."""
+    """Returns where a scheme was published, from its tableau or from the docstring of its class."""
     tableau = scheme.tableau
     if tableau is not None and tableau.cite:
         return tableau.cite
-    # Under python -OO there is no documentation to read.
+    # Under python -OO there is no docstring to read.
     lines = (inspect.getdoc(type(scheme)) or "").splitlines()
     at = next((i for i, line in enumerate(lines) if line.startswith("Source:")), None)
     if at is None:

@@ -27,7 +27,7 @@ functions F0, F1, ..., each update sees the result of those above it. --plot dra
 
 Exit status: 0; 2 if there is no such scheme, or it has no stability function to plot."""
 ENDINGS = (".png", ".svg", ".pdf")
-LARGEST = 24  # stages up to which the order of a composed method is worked out
+LARGEST = 24  # stages up to which the order of a composed method is computed
 
 
 def parser() -> w.Parser:
@@ -40,11 +40,11 @@ def parser() -> w.Parser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines."""
+    """Runs one command line; errors that the user can fix end in two lines."""
     options = parser().parse(args)
     try:
         scheme = schemes.get(options.scheme)
-        # Drawn first: where that fails, nothing has been printed yet.
+        # Drawn first: if that fails, nothing has been printed yet.
         if options.plot is not None:
             _plot(scheme, options.plot)
         if options.json:
@@ -74,9 +74,9 @@ def _plot(scheme: Scheme, path: Path) -> None:
 
 
 def described(scheme: Scheme) -> dict[str, Any]:
-    """All that is known of a scheme, as plain values; numbers of the array are exact, as texts."""
+    """Returns all that is known of a scheme as plain values; numbers of the array are exact, as text."""
     found = {**known_of(str(scheme)), "streams": scheme.streams, "span": scheme.span, "gain": scheme.gain}
-    # Of step 1, which stands for all later ones: the first step may be another method.
+    # From step 1, which represents all later ones: the first step may be another method.
     found["amplification"] = _training(scheme, 1).amplification if scheme.reversible_in_training else None
     tableau = scheme.tableau
     if tableau is not None:
@@ -104,7 +104,7 @@ def described(scheme: Scheme) -> dict[str, Any]:
 
 
 def updates(scheme: Scheme) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """What a step does, under a title: one list, or one for the first step and one for the others; and in training."""
+    """Yields titled lists of updates: one, or one for the first step and one for the others; also those in training."""
     if len(scheme.plan) == 1:  # the parts of a mix are shown by their own names
         yield from _two_steps(scheme.at(0), scheme.at(1), "")
     if scheme.training_differs:
@@ -122,8 +122,8 @@ def _two_steps(first: Scheme, second: Scheme, when: str) -> Iterator[tuple[str, 
 
 
 def _training(scheme: Scheme, n: int) -> Scheme:
-    """What stands for step n of a scheme in training, for one sample."""
-    # A generator of its own, so that looking at a scheme draws nothing from others.
+    """Returns the training scheme of step n of a scheme, for one sample."""
+    # A generator of its own, so that showing a scheme draws nothing from others.
     return scheme.training_scheme(n, torch.zeros(1, 1), torch.Generator().manual_seed(0))
 
 
@@ -143,7 +143,7 @@ def _print(scheme: Scheme) -> None:
 
 
 def _array(text: str) -> Iterator[str]:
-    """The lines of an array; long ones are broken as `Tableau.parse` reads them: what has no bar continues a row."""
+    """Yields an array's lines, long ones broken as `Tableau.parse` reads them: one without a bar continues a row."""
     for line in text.splitlines():
         indent = " " * (line.index("|") + 2)
         yield from textwrap.wrap(
@@ -168,7 +168,7 @@ def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         real, imaginary = (f"{limits[axis]:.4g}" for axis in ("real", "imaginary"))
         across = f"[-{imaginary} i, {imaginary} i]" if limits["imaginary"] else "0 alone"
         yield "stability", f"[-{real}, 0] on the real axis, {across} on the imaginary one"
-        # Longer ones fill lines and are no help to anybody; JSON has them.
+        # Longer polynomials fill lines without being of use; JSON has them.
         if len(limits.get("polynomial", ())) in range(1, 10):
             yield "R(z)", _polynomial(limits["polynomial"])
     if found["mixing"] is not None:

@@ -1,4 +1,4 @@
-"""What the commands beside Lightning's share: options whose errors are two lines, and output as table, CSV or JSON."""
+"""Shared by the commands that are not Lightning's: options with errors of two lines; output as table, CSV or JSON."""
 
 import argparse
 import csv
@@ -20,7 +20,7 @@ from ..names import closest
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that ends in two lines where argparse prints its usage."""
+    """A parser whose errors are two lines, where argparse prints its usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # No abbreviations: a later option would make one ambiguous, and break the scripts that use it.
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         self.given: Sequence[str] = ()
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """The options of a command line; options and names may be mixed."""
+        """Parses a command line, in which options and positional arguments may be mixed."""
         self.given = words
         return self.parse_intermixed_args(list(words))
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, as the type of an option."""
+    """The type of an option: a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
@@ -47,7 +47,7 @@ def positive(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """A whole number from 0 on, as the type of an option."""
+    """The type of an option: a whole number of at least 0."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
@@ -55,7 +55,7 @@ def count(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """A number between 0 and 1, as the type of an option."""
+    """The type of an option: a number strictly between 0 and 1."""
     number = float(text)
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -63,21 +63,21 @@ def share(text: str) -> float:
 
 
 def output_file(text: str) -> Path:
-    """A file that ends in .csv or .json, as the type of an option."""
+    """The type of an option: a file that ends in .csv or .json."""
     if Path(text).suffix.lower() not in (".csv", ".json"):
         raise argparse.ArgumentTypeError(f"{text} ends neither in .csv nor in .json")
     return Path(text)
 
 
 def as_json(value: Any) -> str:
-    """JSON for other programs: numbers that are not finite are refused, since JSON has none."""
+    """Formats JSON for other programs; refuses numbers that are not finite, since JSON has none."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """CSV with a header; what a row lacks is empty."""
+    """Formats CSV with a header; values that a row lacks are empty."""
     text = io.StringIO()
-    # csv's own line end is \r\n, whose first half other tools take for a part of the last column.
+    # csv ends lines with \r\n by default, and other tools take the \r for a part of the last column.
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -85,7 +85,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 def write(text: str, path: Path | None) -> None:
-    """Writes to a file, whose folder is made where there is none, or to the standard output."""
+    """Writes to a file, making its folder if there is none, or to standard output."""
     if path is None:
         sys.stdout.write(text)
         return
@@ -98,18 +98,18 @@ def write(text: str, path: Path | None) -> None:
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[str] = ()) -> None:
-    """A table on the standard output, as wide as the terminal; off a terminal as wide as it needs.
+    """Prints a table on standard output, as wide as the terminal; off a terminal, as wide as it needs to be.
 
-    Where the terminal is too narrow for the longest word of each column, a row becomes a paragraph: its first cell, and
+    If the terminal is too narrow for the longest word of each column, a row becomes a paragraph: its first cell, and
     below it a line for each of the others.
 
     Args:
-        title: above the table; "" for none.
-        columns: their names.
+        title: text above the table; "" for none.
+        columns: names of the columns.
         rows: cells, one per column; None is empty.
-        numbers: the columns that are set flush right.
+        numbers: the columns that are aligned right.
     """
-    # Here: most commands print no table, and are not to wait for this import.
+    # Imported here: most commands print no table, and should not wait for this import.
     from rich.console import Console
     from rich.table import Table
 
@@ -138,7 +138,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numb
 
 
 def _paragraphs(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """The rows as lines of text, without what is empty."""
+    """Yields the rows as lines of text, without empty cells."""
     if title:
         yield title
     for first, *others in rows:
@@ -158,7 +158,7 @@ def width() -> int | None:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> None:
-    """Names and what there is to say of each, on the standard output; long texts are wrapped under themselves."""
+    """Prints names, each with its text, on standard output; long texts are wrapped in their own column."""
     pairs = list(pairs)
     left = 2 + max(len(name) for name, _ in pairs)
     for name, text in pairs:
@@ -167,23 +167,23 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def dash(value: Any) -> str:
-    """The value in writing, or a dash for none."""
+    """The value as text, or a dash for None."""
     return "–" if value is None else str(value)
 
 
 def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
-    """The names that a pattern means: by shell wildcards, or those that contain it; capitals do not matter.
+    """Returns the names that a pattern matches by shell wildcards, or else those that contain it; ignores case.
 
     Args:
         pattern: as it was given.
-        names: those that there are.
+        names: all names.
         what: what they name, for the message.
 
     Raises:
-        Failed: none, with exit status 1; the closest are named.
+        Failed: no name matches; with exit status 1, and the closest names.
     """
     names = list(names)
-    # Folded by hand, since fnmatch folds capitals on Windows alone.
+    # Case is folded here, since fnmatch folds it on Windows alone.
     folded = pattern.casefold()
     wild = folded if any(c in folded for c in "*?[") else f"*{folded}*"
     found = [name for name in names if fnmatch.fnmatchcase(name.casefold(), wild)]
@@ -195,5 +195,5 @@ def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
 
 
 def closed_output() -> None:
-    """Who reads has seen enough, as in `| head`; what is left to flush goes nowhere."""
+    """Discards what is left to flush once the reader has closed the pipe, as in `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

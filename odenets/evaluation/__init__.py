@@ -1,4 +1,4 @@
-"""How a network holds out: common corruptions and attacks of pictures, and the errors that they cause."""
+"""Robustness of a network: common corruptions and attacks of pictures, and the errors that they cause."""
 
 from .attacks import Attack as Attack
 from .attacks import fgsm as fgsm

@@ -1,8 +1,8 @@
-"""Pictures that a network takes for another class although hardly a pixel moved: FGSM and projected gradient descent.
+"""Adversarial attacks by small changes of a picture: FGSM and projected gradient descent.
 
-An attack moves pictures of [0, 1] within a ball of radius eps and within [0, 1], so as to raise the cross-entropy of
-their labels; normalisation is a part of the network that it attacks. The network is in evaluation mode while it runs
-(frozen statistics, no dropout), and keeps its parameters' gradients as they were.
+An attack moves pictures in [0, 1] within a ball of radius eps, and within [0, 1], to raise the cross-entropy of their
+labels; normalisation is part of the attacked network. During the attack the network is in evaluation mode (frozen
+statistics, no dropout), and its parameters' gradients are left as they were.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +27,12 @@ class Attack(NamedTuple):
     """Projected gradient descent; one step of the whole radius from the picture itself is FGSM.
 
     Attributes:
-        eps: Radius of the ball, of levels in [0, 1]: 8/255.
-        steps: Gradients that are taken.
-        step_size: Of each step.
+        eps: Radius of the ball, for levels in [0, 1], such as 8/255.
+        steps: Number of gradient steps.
+        step_size: Length of each step.
         random: Whether it starts at a random point of the ball.
         norm: "linf", the largest change of a level, or "l2", over all levels of a picture.
-        name: As it is written.
+        name: The attack as it is written.
     """
 
     eps: float
@@ -45,17 +45,18 @@ class Attack(NamedTuple):
     def __call__(
         self, logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Attacked pictures.
+        """Returns the attacked pictures.
 
-        Each step goes up the gradient of each picture's own loss, whose sign (linf) or direction (l2) is taken, and is
-        then brought back into the ball and into [0, 1]. An l2 projection of both alternates once: the ball is held
-        exactly, as cutting to [0, 1] brings no picture farther from one inside.
+        Each step follows the sign (linf) or the direction (l2) of the gradient of each picture's own loss, and is then
+        projected back into the ball and into [0, 1]. For l2 these two projections alternate once: the ball is held
+        exactly, since clamping to [0, 1] moves no picture farther from one inside.
 
         Args:
-            logits: Of pictures in [0, 1], (n, classes). A module runs in evaluation mode, and is left as it was.
+            logits: Maps pictures in [0, 1] to logits (n, classes). A module runs in evaluation mode, and is left as it
+                was.
             x: Pictures (n, c, h, w) in [0, 1], floats.
             labels: (n,).
-            seeds: Of each picture's random start; 0 to n - 1 where left out.
+            seeds: Seeds of the pictures' random starts; 0 to n - 1 if left out.
 
         Raises:
             SchemeError: Pictures of another kind, or a gradient that is not finite.
@@ -71,10 +72,10 @@ class Attack(NamedTuple):
         return moved
 
     def _gradient(self, logits: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
-        # No leaf is handed on: a network may write into its input. No parameter's gradient is touched.
+        # The network gets a non-leaf copy, since it may write into its input. No parameter's gradient is touched.
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            # A sum: in a mean each picture's gradient would depend on how many others there are.
+            # A sum: with a mean, each picture's gradient would depend on the size of the batch.
             loss = F.cross_entropy(logits(leaf.clone()).float(), labels, reduction="sum")
             [grad] = torch.autograd.grad(loss, leaf)
         if not bool(grad.isfinite().all()):
@@ -86,11 +87,11 @@ class Attack(NamedTuple):
             return x.clone()
         drawn = []
         for seed in seeds:
-            # On the CPU, and one for each picture: a start depends on neither device nor batch.
+            # On the CPU, and one generator per picture: a start depends on neither device nor batch.
             g = torch.Generator().manual_seed(seed_of(seed, "attack"))
             if self.norm == "linf":
                 drawn.append(2 * torch.rand(x.shape[1:], generator=g) - 1)
-            else:  # uniform in the ball: a direction, and a radius whose power of the dimension is uniform
+            else:  # uniform in the ball: a direction, and a radius whose d-th power is uniform, in d dimensions
                 way = torch.randn(x.shape[1:], generator=g)
                 drawn.append(way / way.norm() * float(torch.rand((), generator=g)) ** (1 / way.numel()))
         return self._inside(x + self.eps * torch.stack(drawn).to(x), x)
@@ -98,7 +99,7 @@ class Attack(NamedTuple):
     def _direction(self, grad: Tensor) -> Tensor:
         if self.norm == "linf":
             return grad.sign()
-        # Scaled first: squares of small gradients would be 0.
+        # Scaled first: squares of small gradients would underflow to 0.
         most = grad.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
         scaled = grad / torch.where(most > 0, most, 1)
         return scaled / scaled.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
@@ -121,7 +122,7 @@ def _positive(what: str, value: object) -> float:
 
 
 def fgsm(eps: float = 8 / 255) -> Attack:
-    """The fast gradient sign method: x + eps sign(gradient), cut to [0, 1].
+    """The fast gradient sign method: x + eps sign(gradient), clamped to [0, 1].
 
     Args:
         eps: The largest change of a level.
@@ -152,9 +153,9 @@ def pgd(
 
     Args:
         eps: Radius of the ball.
-        steps: How many.
-        step_size: Of each; 2.5 eps / steps where left out, which reaches the edge from any point of the ball.
-        random: A random start.
+        steps: Number of steps.
+        step_size: Length of each; 2.5 eps / steps if left out, which reaches the edge from any point of the ball.
+        random: Whether to start at a random point of the ball.
         norm: "linf" or "l2".
 
     Source:
@@ -181,13 +182,13 @@ pgd.words = {"norm": NORMS}  # type: ignore[attr-defined]
 
 
 def read_attack(text: str) -> Attack:
-    """An attack as one types it: ``fgsm(eps=4/255)``, ``pgd(8/255, steps=20, norm=linf)``; parsed, never evaluated.
+    """Parses a typed attack, ``fgsm(eps=4/255)`` or ``pgd(8/255, steps=20, norm=linf)``; never evaluates the text.
 
     Args:
         text: the name, with its settings in parentheses.
 
     Raises:
-        SchemeError: It says anything else.
+        SchemeError: The text is anything else.
 
     Example:
         >>> read_attack("pgd(eps=8/255, steps=20)").steps

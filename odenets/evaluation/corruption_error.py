@@ -1,4 +1,4 @@
-"""Errors under corruptions in one figure: the mean, and mean and relative corruption error against a baseline."""
+"""Summaries of errors under corruptions: their mean, and the mCE and relative mCE against a baseline."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,15 +9,15 @@ from .corruptions import STRENGTHS
 
 
 class CorruptionErrors(NamedTuple):
-    """Errors of a network.
+    """Errors of a network under corruptions.
 
     Attributes:
-        clean: On pictures as they are, from 0 to 1.
-        errors: Of each corruption, a mean over strengths, or one error per strength.
-        strengths: Which.
-        frost: "photographs", or "texture" where one stood in for them.
+        clean: Error on pictures as they are, from 0 to 1.
+        errors: For each corruption, a mean over strengths, or one error per strength.
+        strengths: The strengths.
+        frost: "photographs", or "texture" if one was used in their place.
         protocol: Whose constants: "cifar" or "imagenet".
-        name: Of the network.
+        name: Name of the network.
     """
 
     clean: float
@@ -28,7 +28,7 @@ class CorruptionErrors(NamedTuple):
     name: str = ""
 
     def mean(self, name: str, strengths: Sequence[int] | None = None) -> float:
-        """The error under a corruption, averaged over its strengths, or over some of them."""
+        """Returns the error under a corruption, averaged over its strengths, or over some of them."""
         value = self.errors[name]
         if isinstance(value, int | float):
             return float(value)
@@ -36,14 +36,14 @@ class CorruptionErrors(NamedTuple):
         return sum(value[self.strengths.index(s)] for s in at) / len(at)
 
     def has(self, strengths: Sequence[int]) -> bool:
-        """Whether errors at these strengths are known: of means over all strengths no part is."""
+        """Whether errors at these strengths are known; from means over all strengths, no part is."""
         if any(isinstance(value, int | float) for value in self.errors.values()):
             return set(strengths) == set(self.strengths)
         return set(strengths) <= set(self.strengths)
 
 
 # At strengths 1 to 5 (github.com/hendrycks/robustness, issue 10; their means are those in github.com/google-research/
-# augmix); clean: that of torchvision's weights, which were corrupted (issue 38), 56.522 % top-1 by its documentation.
+# augmix). Clean: that of torchvision's weights, which were used there (issue 38), 56.522 % top-1 by its documentation.
 ALEXNET = CorruptionErrors(
     0.43478,
     {
@@ -68,22 +68,22 @@ ALEXNET = CorruptionErrors(
 
 
 def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None = None) -> dict[str, Any]:
-    """Mean error, and against a baseline mCE and relative mCE.
+    """Returns the mean error and, against a baseline, mCE and relative mCE.
 
-    CE_c = sum_s E_sc / sum_s B_sc; mCE is its mean over corruptions. Relative: sum_s (E_sc - E) / sum_s (B_sc - B), of
-    errors E and B on clean pictures. 1 is as good as the baseline.
+    CE_c = sum_s E_sc / sum_s B_sc; mCE is its mean over corruptions. Relative: sum_s (E_sc - E) / sum_s (B_sc - B),
+    with errors E and B on clean pictures. 1 is as good as the baseline.
 
     Args:
-        found: The network's.
-        baseline: Another's, under these corruptions and strengths at least. Frost is left out of the comparison where
-            one of the two had photographs and the other a texture in their place.
+        found: The network's errors.
+        baseline: Another network's errors, under at least these corruptions and strengths. Frost is left out of the
+            comparison if one of the two had photographs and the other a texture in their place.
 
     Returns:
         "mean" over all corruptions; with a baseline "baseline", "ce", "relative" (by corruption; None where the
         baseline loses nothing), "mce", "relative_mce", and "left_out".
 
     Raises:
-        SchemeError: The baseline was not corrupted alike.
+        SchemeError: The baseline was corrupted differently.
 
     Source:
         Hendrycks and Dietterich 2019, arXiv 1903.12261, section 4.
@@ -111,7 +111,7 @@ def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None 
     relative: dict[str, float | None] = {}
     for name in means:
         if name not in left_out:
-            # None where there is no ratio, and not infinity, which JSON does not have.
+            # None if there is no ratio; not infinity, which JSON lacks.
             base = baseline.mean(name, found.strengths)
             lost = base - baseline.clean
             ce[name] = means[name] / base if base > 0 else None
@@ -122,6 +122,6 @@ def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None 
 
 
 def _mean(values: Mapping[str, float | None]) -> float | None:
-    """None where one of them is: a mean of others would be another figure."""
+    """The mean; None if a value is None, since the mean of the others would be a different figure."""
     known = [v for v in values.values() if v is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,12 +1,12 @@
 """The fifteen common corruptions of pictures at five strengths, as CIFAR-C and ImageNet-C were made.
 
-A corruption is a function of a batch in double precision, its constants at a strength, and random numbers of each
-picture's own; ``CONSTANTS`` is the published table. What follows a law of another library there (scikit-image, SciPy,
-OpenCV, ImageMagick, Pillow) is written here by that law. Three instances:
+A corruption is a function of a batch in double precision, its constants at a strength, and random numbers per picture;
+``CONSTANTS`` is the published table. Where the published code calls another library (scikit-image, SciPy, OpenCV,
+ImageMagick, Pillow), the operation is written out here by that library's definition. Three examples:
 
 * contrast draws nothing: (x - mean) c + mean;
 * fog draws a texture of the picture's size, and adds it;
-* jpeg_compression is Pillow's, picture by picture: a codec is no filter.
+* jpeg_compression is Pillow's own, picture by picture: a codec is not a filter.
 
 Source:
     Hendrycks and Dietterich 2019, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR,
@@ -35,14 +35,14 @@ SMALL = 96  # pixels a side: up to here the constants are those of CIFAR-C
 
 
 class Setting(NamedTuple):
-    """What a corruption reads beside pictures.
+    """What a corruption reads besides the pictures.
 
     Attributes:
         c: Its constants at a strength.
-        draws: Random numbers, a picture each.
+        draws: Random numbers, one generator per picture.
         scale: The picture's shorter side over that of the published constants.
-        shrink: Of photographs of frost.
-        frost: Photographs, uint8 (3, h, w); none: a texture stands in.
+        shrink: Scale factor for photographs of frost.
+        frost: Photographs, uint8 (3, h, w); if there are none, a texture is used.
     """
 
     c: tuple[float, ...]
@@ -82,9 +82,9 @@ def _glass_blur(x: Tensor, s: Setting) -> Tensor:
 def _shuffled(x: Tensor, reach: int, draws: Draws) -> Tensor:
     """Each pixel takes the value of a random one up to ``reach`` away, from the last pixel to the first.
 
-    A pixel that comes later reads what earlier ones have taken: chains of such reads are followed by doubling. The
-    published loop means to exchange two pixels; as NumPy hands out views of them, the second keeps its value, and the
-    published pictures are made so.
+    A later pixel reads the values that earlier ones have taken; chains of such reads are resolved by pointer doubling.
+    The published loop is meant to swap two pixels. Since NumPy returns views, the second pixel keeps its value, and the
+    published pictures were made this way.
     """
     n, _, height, width = x.shape
     down, across = (torch.arange(size - reach, reach, -1) for size in (height, width))
@@ -96,7 +96,7 @@ def _shuffled(x: Tensor, reach: int, draws: Draws) -> Tensor:
     size = height * width
     turn = torch.full((size,), -1)
     turn[here[0]] = torch.arange(here.shape[1])
-    # Places 0 ... size - 1 are pixels after the loop, those from size on pixels before it.
+    # Indices 0 ... size - 1 are pixels after the loop, those from size on are pixels before it.
     source = torch.arange(2 * size).expand(n, -1).clone()
     source[:, :size] += size
     # A pixel whose turn came before has its new value already; all others have the old one.
@@ -117,13 +117,13 @@ def _motion_blur(x: Tensor, s: Setting) -> Tensor:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Whole levels, a hair above, so that cutting to integers keeps them."""
+    """Rounds to whole levels, plus a tiny margin, so that truncation to integers keeps them."""
     return ((x * 255).round() + 1e-6) / 255
 
 
 def _zoom_blur(x: Tensor, s: Setting) -> Tensor:
     stop, step = s.c
-    # As numpy.arange gives them, to the last bit: sizes are rounded from them.
+    # As numpy.arange computes them, to the last bit: sizes are rounded from them.
     factors = [1 + i * ((1 + step) - 1) for i in range(math.ceil((stop - 1) / step))]
     total = sum((f.clipped_zoom(x, factor) for factor in factors), x)
     return total / (len(factors) + 1)
@@ -132,7 +132,7 @@ def _zoom_blur(x: Tensor, s: Setting) -> Tensor:
 def _snow(x: Tensor, s: Setting) -> Tensor:
     mean, std, zoom, least, radius, sigma, keep = s.c
     flakes = f.clipped_zoom(s.draws.normal(mean, std, (1, *x.shape[2:])), zoom)
-    # To 8 bits and back, as the published code hands the flakes to ImageMagick as a picture.
+    # To 8 bits and back, since the published code passes the flakes to ImageMagick as a picture.
     flakes = (torch.where(flakes < least, 0, flakes).clamp(0, 1) * 255).floor() / 255
     angles = s.draws.uniform(-135, -45)
     flakes = ((f.motion(flakes, int(radius), sigma, angles) * 255).round() / 255).to(x)
@@ -157,8 +157,8 @@ def _frost(x: Tensor, s: Setting) -> Tensor:
 
 
 def _photograph(s: Setting, i: int, height: int, width: int) -> Tensor:
-    """A random cut of a random photograph, in [0, 1]."""
-    # By the picture's own generator, so that its cut does not depend on the batch.
+    """Returns a random crop of a random photograph, in [0, 1]."""
+    # From the picture's own generator, so that its crop does not depend on the batch.
     own = Draws(())
     own.generators = [s.draws.generators[i]]
     # Six were published; the index is drawn from the first five.
@@ -171,7 +171,7 @@ def _photograph(s: Setting, i: int, height: int, width: int) -> Tensor:
         )
     levels = picture.double()[None]
     if s.shrink != 1:
-        # OpenCV steps by 1 / shrink, also where this is not the ratio of the sizes, which are rounded.
+        # OpenCV steps by 1 / shrink, even if this is not the ratio of the rounded sizes.
         rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / s.shrink - 0.5 for n in (high, wide))
         grid = torch.meshgrid(rows, columns, indexing="ij")
         levels = f.sample(levels, grid[0][None], grid[1][None], f.nearest).round()
@@ -186,7 +186,7 @@ def _fog(x: Tensor, s: Setting) -> Tensor:
 
 
 def _brightness(x: Tensor, s: Setting) -> Tensor:
-    # The value of HSV is the largest channel; with hue and saturation kept, all are scaled alike. Black stays grey.
+    # The value of HSV is the largest channel; with hue and saturation kept, all channels scale alike. Black stays grey.
     value = x.amax(1, keepdim=True)
     more = (value + s.c[0]).clamp(0, 1)
     return torch.where(value > 0, x * (more / torch.where(value > 0, value, 1)), more)
@@ -205,7 +205,7 @@ def _elastic_transform(x: Tensor, s: Setting) -> Tensor:
     given = middle + arm * signs  # three points, which an affine map takes to others
     moved = given + s.draws.uniform(-jitter, jitter, (3, 2))
     ones = torch.ones(n, 3, 1, dtype=torch.float64)
-    back = torch.linalg.solve(torch.cat([moved, ones], 2), given.expand(n, -1, -1))  # from new places to old ones
+    back = torch.linalg.solve(torch.cat([moved, ones], 2), given.expand(n, -1, -1))  # from new positions to old ones
     rows, columns = torch.meshgrid(*(torch.arange(m).double() for m in (height, width)), indexing="ij")
     grid = torch.stack([columns, rows, torch.ones_like(rows)], -1)  # (h, w, 3)
     old = grid @ back[:, None]
@@ -345,11 +345,11 @@ CONSTANTS: dict[str, dict[Protocol, Any]] = {
 
 
 def protocol_of(height: int, width: int) -> Protocol:
-    """Whose constants pictures of a size are corrupted by: CIFAR-C's up to 96 pixels, ImageNet-C's above.
+    """Returns whose constants apply to pictures of a size: CIFAR-C's up to 96 pixels, ImageNet-C's above.
 
     Args:
-        height: of the pictures.
-        width: of the pictures.
+        height: height of the pictures.
+        width: width of the pictures.
     """
     return "cifar" if min(height, width) <= SMALL else "imagenet"
 
@@ -363,21 +363,21 @@ def corrupt(
     protocol: Protocol | None = None,
     frost: Sequence[Tensor] = (),
 ) -> Tensor:
-    """A batch of pictures with a common corruption.
+    """Applies a common corruption to a batch of pictures.
 
-    Random numbers are drawn from a generator of each picture's own, seeded by ``seed``, the corruption, the strength
-    and the picture's index: the result is the same in any batch. Levels are cut to whole ones, as published. The
+    Random numbers come from one generator per picture, seeded by ``seed``, the corruption, the strength and the
+    picture's index: the result is the same in any batch. Levels are truncated to whole ones, as published. The
     constants are in pixels, for pictures of 32 and 224; only those of elastic_transform grow with the picture.
 
     Args:
         x: Levels, uint8 (n, c, h, w), 1 or 3 channels.
         name: One of ``KINDS``.
         strength: From 1 to 5.
-        indices: Of the pictures in their data set; 0 to n - 1 where left out.
-        seed: Of all random numbers.
-        protocol: "cifar" or "imagenet", whose constants are used; by the size where left out.
-        frost: Photographs of frost, uint8 (3, h, w), as the benchmark's authors publish them. Where there are none a
-            texture stands in, and the figure is not that of the benchmark.
+        indices: Indices of the pictures in their data set; 0 to n - 1 if left out.
+        seed: Seed of all random numbers.
+        protocol: "cifar" or "imagenet", whose constants are used; chosen by the size if left out.
+        frost: Photographs of frost, uint8 (3, h, w), as the benchmark's authors publish them. Without them a texture is
+            used, and the figure is not that of the benchmark.
 
     Returns:
         Levels, uint8 (n, c, h, w).
@@ -415,11 +415,11 @@ def corrupt(
     draws = Draws([seed_of(seed, name, strength, int(i)) for i in places])
     scale, shrink = min(height, width) / SIDES[protocol], 0.2 if protocol == "cifar" else 1.0
     setting = Setting(CONSTANTS[name][protocol][strength - 1], draws, scale, shrink, frost)
-    # In double precision, as NumPy made the published pictures: fractions are dropped, and a hair too little costs a
-    # level.
+    # In double precision, as NumPy made the published pictures: fractions are dropped, and a value slightly too small
+    # costs a level.
     return _cut(KINDS[name](x.double() / 255, setting))
 
 
 def _cut(x: Tensor) -> Tensor:
-    """Whole levels, cut as NumPy's uint8 does and not rounded."""
+    """Truncates to whole levels, as NumPy's uint8 does, without rounding."""
     return (x.clamp(0, 1) * 255).to(torch.uint8)

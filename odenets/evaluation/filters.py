@@ -1,6 +1,6 @@
-"""Linear filters and samplings of batches of pictures (n, c, h, w), with the edges that the published code has.
+"""Linear filters and resampling of batches of pictures (n, c, h, w), with the boundaries of the published code.
 
-What lies beyond the edge of a picture a b c d: ``nearest`` a a | a b c d | d d, ``reflect`` b a | a b c d | d c,
+The pixels beyond the edges of a line a b c d: ``nearest`` a a | a b c d | d d, ``reflect`` b a | a b c d | d c,
 ``mirror`` c b | a b c d | c b.
 """
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 def nearest(i: Tensor, size: int) -> Tensor:
-    """The place inside of 0 ... size - 1 that stands for place i: the edge goes on.
+    """Maps index i to one in 0 ... size - 1, repeating the edge.
 
     Args:
-        i: places, beyond the edges too.
+        i: indices, also beyond the edges.
         size: pixels of the line.
     """
     return i.clamp(0, size - 1)
 
 
 def reflect(i: Tensor, size: int) -> Tensor:
-    """The same, mirrored at the edge of the last pixel, which so stands twice.
+    """The same, mirrored at the outer edge of the last pixel, which therefore appears twice.
 
     Args:
-        i: places, beyond the edges too.
+        i: indices, also beyond the edges.
         size: pixels of the line.
     """
     i = i.remainder(2 * size)
@@ -37,7 +37,7 @@ def mirror(i: Tensor, size: int) -> Tensor:
     """The same, mirrored at the centre of the last pixel.
 
     Args:
-        i: places, beyond the edges too.
+        i: indices, also beyond the edges.
         size: pixels of the line.
     """
     i = i.remainder(max(1, 2 * size - 2))
@@ -48,15 +48,15 @@ Fold = Callable[[Tensor, int], Tensor]
 
 
 def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Tensor:
-    """The Gaussian filter of a line of ``size`` pixels as a matrix (size, size), in double precision.
+    """Returns the Gaussian filter of a line of ``size`` pixels as a matrix (size, size), in double precision.
 
-    Row i holds exp(-k^2 / 2 sigma^2) / Z at fold(i + k), |k| up to round(truncate sigma); the unit matrix for sigma 0.
+    Row i holds exp(-k^2 / 2 sigma^2) / Z at fold(i + k), |k| up to round(truncate sigma); the identity for sigma 0.
 
     Args:
         size: pixels of the line.
         sigma: standard deviation in pixels.
-        fold: which pixel stands for one beyond the edge.
-        truncate: the filter ends at so many standard deviations.
+        fold: maps indices beyond the edges to pixels.
+        truncate: radius of the filter, in standard deviations.
 
     Example:
         >>> gaussian_matrix(3, 1.0, nearest, 4.0).sum(1).round(decimals=9).tolist()
@@ -70,7 +70,7 @@ def gaussian_matrix(size: int, sigma: float, fold: Fold, truncate: float) -> Ten
     weights = torch.exp(-0.5 * (k.double() / sigma) ** 2)
     weights = (weights / weights.sum()).expand(size, -1)
     places = fold(torch.arange(size)[:, None] + k, size)
-    # Added, as at the edge several weights fold onto one pixel.
+    # Added, since at the edges several weights fold onto one pixel.
     return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, places, weights)
 
 
@@ -80,16 +80,16 @@ def gaussian(x: Tensor, sigma: float, fold: Fold = nearest, truncate: float = 4.
     Args:
         x: (..., h, w).
         sigma: standard deviation in pixels.
-        fold: which pixel stands for one beyond the edge.
-        truncate: the filter ends at so many standard deviations.
+        fold: maps indices beyond the edges to pixels.
+        truncate: radius of the filter, in standard deviations.
     """
     down, across = (gaussian_matrix(n, sigma, fold, truncate).to(x) for n in x.shape[-2:])
-    # Two products of matrices: edges need no padding, and a filter as wide as the picture costs no more.
+    # Two matrix products: the edges need no padding, and a filter as wide as the picture costs no more.
     return down @ x @ across.T
 
 
 def disk(radius: float, alias_blur: float) -> Tensor:
-    """The kernel of a lens out of focus: a disk on whole pixels, blurred a little; its sum is 1.
+    """Returns the kernel of an out-of-focus lens: a disk on whole pixels, blurred slightly, with sum 1.
 
     Pixels (i, j) with i^2 + j^2 <= radius^2, filtered by a Gaussian of 3 x 3 pixels, 5 x 5 for a radius above 8.
 
@@ -97,7 +97,7 @@ def disk(radius: float, alias_blur: float) -> Tensor:
         radius: in pixels.
         alias_blur: standard deviation of the Gaussian, in pixels.
     """
-    # As published: small disks lie on a grid of 17 pixels, larger ones on one that just holds them.
+    # As published: small disks use a grid of 17 pixels a side, larger ones the smallest grid that holds them.
     half = 8 if radius <= 8 else int(radius)
     i = torch.arange(-half, half + 1, dtype=torch.float64)
     inside = (i[:, None] ** 2 + i**2 <= radius**2).double()
@@ -112,7 +112,7 @@ def disk(radius: float, alias_blur: float) -> Tensor:
 
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """Each channel with one odd kernel, mirrored at the edges; rows and columns of zeros around it are left out.
+    """Correlates each channel with one odd kernel, mirrored at the edges; skips rows and columns of zeros around it.
 
     Args:
         x: (n, c, h, w).
@@ -134,13 +134,13 @@ def motion(x: Tensor, radius: int, sigma: float, angles: Tensor) -> Tensor:
     """Motion blur: the weighted mean of each pixel and those ahead of it on a line, as ImageMagick defines it.
 
     y(p) = sum_i w_i x(p + d_i), w_i ~ exp(-i^2 / 2 sigma^2), i = 0 ... 2 radius; d_i is i steps in the direction of the
-    angle, each coordinate rounded, halves downwards. The edge goes on.
+    angle, each coordinate rounded, halves downwards. Edge pixels are repeated.
 
     Args:
         x: (n, c, h, w).
         radius: In pixels.
-        sigma: Of the weights, in pixels.
-        angles: In degrees (n,); 0 looks to the right, 90 downwards.
+        sigma: Standard deviation of the weights, in pixels.
+        angles: In degrees (n,); 0 points to the right, 90 downwards.
 
     Source:
         ImageMagick, MagickCore/effect.c, MotionBlurImage and GetMotionBlurKernel.
@@ -160,7 +160,7 @@ def motion(x: Tensor, radius: int, sigma: float, angles: Tensor) -> Tensor:
 
 
 def clipped_zoom(x: Tensor, factor: float) -> Tensor:
-    """The middle of a picture, enlarged (bilinear, corners on corners) to the picture's own size.
+    """Enlarges the middle of a picture to the picture's own size (bilinear, corners aligned).
 
     Args:
         x: (n, c, h, w).
@@ -171,13 +171,13 @@ def clipped_zoom(x: Tensor, factor: float) -> Tensor:
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     x = x[..., top : top + inner[0], left : left + inner[1]]
     x = F.interpolate(x, [round(n * factor) for n in inner], mode="bilinear", align_corners=True)
-    # The cut was rounded up, so that what it was enlarged to may be a little too large.
+    # The crop was rounded up, so the enlarged picture may be slightly too large.
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
 
 
 def box_matrix(given: int, wanted: int) -> Tensor:
-    """Pillow's BOX filter of a line as a matrix (wanted, given): the mean of the whole pixels of each box.
+    """Returns Pillow's BOX filter of a line as a matrix (wanted, given): the mean of the whole pixels of each box.
 
     Args:
         given: pixels of the line.
@@ -191,13 +191,13 @@ def box_matrix(given: int, wanted: int) -> Tensor:
         low, high = max(0, int(centre - support + 0.5)), min(given, int(centre + support + 0.5))
         for j in range(low, high):
             at = (j - centre + 0.5) / max(scale, 1.0)
-            # Half open, as Pillow has it: a pixel on the border of two boxes counts in one of them.
+            # Half-open, as in Pillow: a pixel on the border of two boxes counts in one of them.
             found[i, j] = float(-0.5 < at <= 0.5)
     return found / found.sum(1, keepdim=True)
 
 
 def box_resize(levels: Tensor, size: Sequence[int]) -> Tensor:
-    """Resizes whole levels (n, c, h, w) by Pillow's BOX filter: across, then down, rounded after each.
+    """Resizes whole levels (n, c, h, w) by Pillow's BOX filter: horizontally, then vertically, rounding after each.
 
     Args:
         levels: (n, c, h, w), whole numbers from 0 to 255.
@@ -208,13 +208,13 @@ def box_resize(levels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def sample(x: Tensor, rows: Tensor, columns: Tensor, fold: Fold) -> Tensor:
-    """Bilinear values of pictures (n, c, h, w) at places (n, h', w') in pixels.
+    """Samples pictures (n, c, h, w) bilinearly at positions (n, h', w') in pixels.
 
     Args:
         x: (n, c, h, w).
         rows: (n, h', w'), from the centre of the first pixel.
         columns: the same.
-        fold: which pixel stands for one beyond the edge.
+        fold: maps indices beyond the edges to pixels.
     """
     height, width = x.shape[-2:]
     top, left = rows.floor(), columns.floor()

@@ -1,9 +1,9 @@
 """Studies: many networks, trained alike, to compare schemes.
 
-Of random networks of one budget, ``space`` draws some, ``net`` builds one, ``train`` trains one, ``engine`` has many
-trained, ``report`` compares. Of one experiment, ``comparison`` makes runs for several values and seeds, ``runs`` trains
-one, ``comparison_report`` compares. Both share ``store`` (a line for each network), ``workers`` (processes, or Ray on
-many machines) and ``statistics``. Training needs the extra ``train``.
+For random networks of one budget, ``space`` draws them, ``net`` builds one, ``train`` trains one, ``engine`` trains
+many, and ``report`` compares them. For one experiment, ``comparison`` makes runs for several values and seeds, ``runs``
+trains one, and ``comparison_report`` compares them. Both share ``store`` (one row per network), ``workers`` (processes,
+or Ray on many machines) and ``statistics``. Training needs the extra ``train``.
 """
 
 from .net import RandomFunction as RandomFunction

@@ -1,4 +1,4 @@
-"""The command `odenets compare`: trains the cells of a comparison over several seeds, and reports what they came to."""
+"""The command `odenets compare`: trains the cells of a comparison over several seeds, and reports the outcomes."""
 
 import argparse
 import math
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _own(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that are this command's, and all others in order, which are those of `fit`."""
+    """Splits the words into those of this command and, in order, all others, which are those of `fit`."""
     ours: list[str] = []
     others: list[str] = []
     take = False
@@ -72,7 +72,7 @@ def _own(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(words: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     try:
         if not words or words[0] == "help" or {"-h", "--help"} & set(words):
             print(HELP, end="")
@@ -82,7 +82,7 @@ def run(words: Sequence[str]) -> None:
             _train(words)
     except (SchemeError, DataError) as error:
         fail(str(error), TIP)
-    except BrokenPipeError:  # who reads has seen enough, as in `| head`; what is left to flush goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe, as in `| head`; what is left to flush is discarded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -118,13 +118,13 @@ def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
-    """The comparison that a command line means, and the options of who carries it out.
+    """Returns the comparison that a command line describes, and the options for carrying it out.
 
     Args:
         words: what follows ``odenets compare``.
 
     Raises:
-        SchemeError: no experiment, no option that varies, no folder, or a number that cannot be.
+        SchemeError: no experiment, no option that varies, no folder, or an invalid number.
     """
     options, others = _options(words)
     experiment, *overrides = others or [""]
@@ -139,7 +139,7 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
         raise SchemeError(f"{lacking} is not given\n  {TIP}.")
     if options.workers < 0 or options.gpus < 0:
         raise SchemeError(f"--workers {options.workers}, --gpus {options.gpus:g}: wanted 0 or more\n  {TIP}.")
-    # Processes take turns with the GPUs of this machine; only Ray divides one.
+    # Processes are assigned the GPUs of this machine in turn; only Ray divides one.
     if options.gpus and options.address is None:
         raise SchemeError(
             f"--gpus {options.gpus:g} is a share for runs on a Ray cluster, and --address is not given\n"
@@ -154,8 +154,8 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
     seed_list = seeds(options.seeds)
     check_files([experiment, *overrides])
     threads = None
-    # Several processes that each take all cores slow each other down. Who sets OMP_NUM_THREADS has decided already, and
-    # Ray is told the cores of a run.
+    # Several processes that each take all cores slow each other down. A user who sets OMP_NUM_THREADS has decided
+    # already, and Ray is told the cores of a run.
     if options.workers > 1 and options.address is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // options.workers)
     return Comparison(experiment, over, seed_list, Path(options.dir), overrides, threads), options
@@ -163,10 +163,10 @@ def planned(words: Sequence[str]) -> tuple[Comparison, argparse.Namespace]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Has SIGTERM end this process in order, as Ctrl-C does."""
+    """Makes SIGTERM end this process in an orderly way, as Ctrl-C does."""
 
     def stop(signum: int, frame: Any) -> None:
-        # An exception, so that what stands in `finally` runs: the workers are told to stop, and waited for.
+        # An exception, so that `finally` blocks run: the workers are told to stop, and waited for.
         raise SystemExit(128 + signum)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -180,7 +180,7 @@ def _train(words: Sequence[str]) -> None:
     comparison, options = planned(words)
     # Before the file is made: a comparison that cannot be trained leaves nothing behind.
     comparison.check()
-    # Seeds and cells may be added later, which is the plan; all other settings must stay.
+    # Seeds and cells, which are the plan, may be added later; all other settings must stay the same.
     with comparison.open_store() as store, _terminable():
         runs = comparison.runs()
         if options.retry:
@@ -197,7 +197,7 @@ def _train(words: Sequence[str]) -> None:
             with closing(carry_out(comparison, store, **who)) as progress:
                 for p in progress:
                     stopped += p.outcome is None
-                    # By the runs of this call alone; none of them may have ended yet where a signal stopped one, hence
+                    # From the runs of this call alone. If a signal stopped one, none of them may have ended yet, hence
                     # the 1.
                     left = (time.monotonic() - began) / max(1, p.done - done) * (p.total - p.done) / 60
                     print(_line(p, left), flush=True)
@@ -211,7 +211,7 @@ def _train(words: Sequence[str]) -> None:
         print(f"{counted(failed, 'run')} failed: --retry trains again; what was said is in {comparison.folder}/*/*.log")
     print(f"odenets compare report {comparison.folder}")
     if stopped:
-        # 130 is what a shell gives for Ctrl-C: a script can tell it from a failure.
+        # 130 is a shell's status for Ctrl-C: a script can tell it from a failure.
         fail("stopped before all runs had ended; what they have is kept", "The same command goes on", 130)
 
 

@@ -1,7 +1,7 @@
-"""Comparisons: one experiment, some of its options over some values, several seeds; each run in a folder of its own.
+"""Comparisons: one experiment over several option values and seeds, each run in a folder of its own.
 
 A comparison is the product of cells and seeds. A cell is one choice of a value for each option that varies. Everything
-else is the same for all, which the file of the comparison sees to: it is refused where it was begun otherwise.
+else is the same for all runs; the comparison's file enforces this by refusing settings that it was not begun with.
 """
 
 import importlib
@@ -29,26 +29,26 @@ from .values import folder_name
 from .workers import by_processes, by_ray, here
 
 FILE = "runs.sqlite"  # in a comparison's folder
-# What a comparison decides itself, and the option of its own that does.
+# Options that a comparison sets itself, and its own option that controls each.
 OWN = {
     "run_dir": "--dir",
     "seed_everything": "--seeds",
     "ckpt_path": "no option: runs that have begun go on by themselves",
 }
-SILENT = ("trainer.fast_dev_run", "trainer.barebones")  # runs that log nothing
+SILENT = ("trainer.fast_dev_run", "trainer.barebones")  # under these a run logs nothing
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which runs there are, and how each is made.
+    """The runs of a comparison, and how each is made.
 
     Args:
         experiment: the YAML file.
-        over: the options that vary, with their values; the first of each makes the first cell.
-        seeds: of every cell.
-        folder: where everything goes.
+        over: the options that vary, with their values; the first value of each makes up the first cell.
+        seeds: seeds of every cell.
+        folder: the folder for all output.
         overrides: further words of the command line, for all runs.
-        threads: CPU threads of a run where neither the file nor the command line says; None leaves torch's choice.
+        threads: CPU threads of a run if neither the file nor the command line sets them; None leaves torch's choice.
     """
 
     experiment: str
@@ -77,9 +77,8 @@ class Comparison:
                 )
 
     def cells(self) -> dict[str, dict[str, str]]:
-        """Name -> options, the first option varying slowest."""
-        # Names are read by people and name folders: the last part of an option is enough where it is the only such
-        # part.
+        """Maps each cell's name to its options; the first option varies slowest."""
+        # Names are for readers and folders: the last part of an option is enough if no other option ends in it.
         tails = [key.rpartition(".")[2] for key in self.over]
         short = {key: tail if tails.count(tail) == 1 else key for key, tail in zip(self.over, tails, strict=True)}
         found = {}
@@ -89,7 +88,7 @@ class Comparison:
         return found
 
     def runs(self) -> list[Run]:
-        """All of them, seed by seed: whatever stops them, most seeds are there in every cell or in none."""
+        """Returns all runs, seed by seed: whatever stops them, most seeds have run in every cell or in none."""
         return [
             Run(f"{cell}, seed {seed}", cell, seed, options)
             for seed in self.seeds
@@ -97,21 +96,21 @@ class Comparison:
         ]
 
     def words(self, options: Mapping[str, str] | None = None) -> list[str]:
-        """The command line of all runs, or of those of a cell.
+        """Returns the command line that all runs share, or that the runs of a cell share.
 
         Args:
-            options: of the cell; None: those that all runs share.
+            options: options of the cell; None for what all runs share.
         """
         words = ["fit", "-c", str(Path(self.experiment).absolute()), *self.overrides]
         return words + [f"--{key}={value}" for key, value in (options or {}).items()]
 
     def words_of(self, run: Run) -> list[str]:
-        """The command line of a run.
+        """Returns the command line of a run.
 
         Args:
             run: the run.
         """
-        # Appended: the experiment's own callbacks stay.
+        # Appended, so that the experiment's own callbacks stay.
         cost = f"--trainer.callbacks+={Cost.__module__}.{Cost.__name__}"
         own = [f"--seed_everything={run.seed}", f"--run_dir={folder_of(self.folder, run)}", cost]
         if self.threads is not None and self._config.get("threads") is None and "threads" not in run.options:
@@ -124,7 +123,7 @@ class Comparison:
 
     @property
     def cores(self) -> int:
-        """How many a run uses at most, as far as anything says so."""
+        """The most cores that a run uses, as far as the options say."""
         return max(config.get("threads") or self.threads or 1 for config in self._configs.values())
 
     @cached_property
@@ -133,10 +132,10 @@ class Comparison:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What determines the results: what all runs have in common; and, as "plan", which runs there are.
+        """What determines the results: the settings that all runs share and, as "plan", the runs.
 
-        The plan has the options of a cell as they were typed, its seeds, and as "config" what they mean: whatever else
-        of its configuration is not common to all, value by value as JSON.
+        For each cell, the plan has its options as they were typed, its seeds and, as "config", what the options mean:
+        the values of the cell's configuration that not all runs share, each as JSON.
         """
         base = _texts(self._config)
         shared = {
@@ -153,11 +152,11 @@ class Comparison:
                 if self._varies(name) or (config.get(name) != base.get(name) and not _harmless(name))
             }
             plan[cell] = {"options": options, "seeds": list(self.seeds), "config": own}
-        # The file's name alone: at another place it is the same experiment.
+        # The file's name alone: moved to another place, it is the same experiment.
         return {"experiment": Path(self.experiment).name, "over": list(self.over), **shared, "plan": plan}
 
     def open_store(self) -> Store[Run, Outcome]:
-        """The file of this comparison, which refuses other settings as soon as a run has begun; a context manager."""
+        """Returns the file of this comparison, which refuses other settings once a run has begun; a context manager."""
         return Store(
             self.folder / FILE,
             self.settings,
@@ -171,11 +170,11 @@ class Comparison:
         return any(name == option or name.startswith(f"{option}.") for option in map(short_name, self.over))
 
     def check(self) -> None:
-        """Refuses a cell that cannot be trained, before anything is.
+        """Refuses a cell that cannot be trained, before any run is.
 
         Raises:
             SchemeError: an option or a value that does not exist, a net that refuses its arguments, or runs that log
-                nothing, with the cell; two cells that mean the same.
+                nothing (the cell is named); two cells that mean the same.
         """
         for cell, config in self._configs.items():
             try:
@@ -194,10 +193,10 @@ def check_plan(plan: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses two spellings of one value, such as 0.1 and 1e-1: they would be trained twice and compared.
 
     Args:
-        plan: of the settings of a comparison.
+        plan: the "plan" in the settings of a comparison.
 
     Raises:
-        SchemeError: two cells of one meaning.
+        SchemeError: two cells mean the same.
     """
     meant: dict[str, str] = {}
     for cell, about in plan.items():
@@ -208,27 +207,27 @@ def check_plan(plan: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _harmless(name: str) -> bool:
-    """Whether an option leaves all figures as they are, or is what tells runs of a cell apart."""
+    """Whether an option leaves all figures unchanged, or is what distinguishes the runs of a cell."""
     return name in (*OWN, ROOT) or HARMLESS.fullmatch(name) is not None
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """All options by their short names, their values as JSON: 1, 1.0 and true differ."""
+    """Maps the short names of all options to their values as JSON, in which 1, 1.0 and true differ."""
     return {short_name(name): json.dumps(value, default=str) for name, value in flat(config).items()}
 
 
 def folder_of(folder: Path, run: Run) -> Path:
-    """The folder of a run.
+    """Returns the folder of a run.
 
     Args:
-        folder: of the comparison.
+        folder: folder of the comparison.
         run: the run.
     """
     return Path(folder) / folder_name(run.cell) / f"seed-{run.seed}"
 
 
 def _build(config: Any) -> Any:
-    """What a part of a configuration means, on the meta device; None where it needs what only a run knows."""
+    """Builds a part of a configuration on the meta device; None if that needs what only a run knows."""
     if not isinstance(config, Mapping) or "class_path" not in config:
         return config
     arguments = {name: _build(value) for name, value in (config.get("init_args") or {}).items()}
@@ -240,19 +239,19 @@ def _build(config: Any) -> Any:
         except SchemeError:
             raise
         except Exception:
-            # It may lack only what a run links to it, such as the number of classes; a SchemeError would come in the
-            # run too.
+            # The part may only lack what a run links to it, such as the number of classes. A SchemeError would be
+            # raised in the run too.
             return None
 
 
 class Progress(NamedTuple):
-    """After each run.
+    """The progress of a comparison, reported after each run.
 
     Attributes:
-        done: runs that are recorded, those of earlier calls included.
-        total: runs of this call's plan.
+        done: number of recorded runs, including those of earlier calls.
+        total: number of runs in this call's plan.
         run: the run.
-        outcome: what it came to; None where a signal stopped it.
+        outcome: its outcome; None if a signal stopped it.
     """
 
     done: int
@@ -269,22 +268,22 @@ def carry_out(
     address: str | None = None,
     gpus: float = 0.0,
 ) -> Generator[Progress, None, None]:
-    """Trains the runs that the store lacks, records each as soon as it has ended, and yields it.
+    """Trains the runs that the store lacks; records and then yields each as soon as it has ended.
 
     Args:
-        comparison: says which runs there are.
-        store: open; what it holds is skipped.
-        workers: processes; 0 trains here, one run after the other.
-        address: of a running Ray cluster, at most ``workers`` of whose workers are used; they see the folder, the file
-            and the pictures under the same paths.
-        gpus: per run, under Ray; a fraction lets several runs share one.
+        comparison: defines the runs.
+        store: an open store; runs that it holds are skipped.
+        workers: number of processes; 0 trains in this process, one run after the other.
+        address: address of a running Ray cluster, of which at most ``workers`` workers are used; they see the folder,
+            the file and the pictures under the same paths.
+        gpus: GPUs per run, under Ray; a fraction lets several runs share one.
 
     Raises:
-        SchemeError: Ray is needed and missing, or not to be reached.
+        SchemeError: Ray is needed and is missing, or cannot be reached.
     """
     runs, done = comparison.runs(), store.done()
     left = [run for run in runs if run.name not in done]
-    # Paths and words, made here: any worker can be sent them, and none has to resolve the comparison again.
+    # Paths and words are made here: they can be sent to any worker, and none has to resolve the comparison again.
     work = partial(_work, {run.name: str(folder_of(comparison.folder, run)) for run in left}, _lines(comparison, left))
     if address is not None:
         results = by_ray(
@@ -329,11 +328,11 @@ def _failed(error: str) -> Outcome:
 
 
 def _take_gpu(place: int) -> None:
-    """Gives a process one of the GPUs, in turn; several share one where there are fewer."""
-    # Counting does not initialise CUDA, so that it still reads the variable set here.
+    """Assigns a process one of the GPUs, in turn; several processes share one if there are fewer GPUs."""
+    # Counting does not initialise CUDA, which therefore still reads the variable set here.
     count = torch.cuda.device_count()
     if count > 1:
-        # Those that are visible already, by their own names: on a shared machine they need not begin at 0.
+        # The GPUs that are visible already, by their own names: on a shared machine these need not begin at 0.
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = [name for name in seen.split(",") if name] or [str(n) for n in range(count)]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[place % len(names)]

@@ -1,7 +1,7 @@
-"""What a comparison found, at any time: one table of cells, the runs that did not end well, and figures.
+"""The report of a comparison, at any time: one table of cells, the runs that did not end well, and figures.
 
-Cells are compared with a baseline by pairs of runs with the same seed. What ended otherwise than trained has no part in
-means and differences, and is counted and named beside them.
+Cells are compared with a baseline by pairs of runs with the same seed. Runs that ended in any other way than trained
+are left out of means and differences, and are counted and named separately.
 """
 
 import json
@@ -22,18 +22,18 @@ from .store import TRAINED, read
 
 Line = dict[str, Any]
 EXPORT = "runs.json"
-# Of each run in a file; which machine did the work is no result.
+# What a file holds of each run; which machine did the work is not a result.
 FIELDS = {f.name for kind in (Run, Outcome) for f in fields(kind)} - {"worker"}
 STATUSES = (TRAINED, "diverged", "failed", "unfinished", "missing")
 
 
 class Found(NamedTuple):
-    """What a comparison holds.
+    """The contents of a comparison.
 
     Attributes:
         settings: what all runs have in common, and "plan".
-        lines: a mapping for each run of the plan, in its order: the fields of Run and Outcome but for the worker. Of a
-            run that has not ended, "status" is "unfinished", with the epochs so far, or "missing".
+        lines: a mapping for each run of the plan, in order: the fields of Run and Outcome except the worker. For a run
+            that has not ended, "status" is "unfinished", with the epochs so far, or "missing".
     """
 
     settings: dict[str, Any]
@@ -41,27 +41,27 @@ class Found(NamedTuple):
 
     @property
     def cells(self) -> list[str]:
-        """Names, in the order of the plan."""
+        """Names of the cells, in the order of the plan."""
         return list(self.settings["plan"])
 
     def of(self, cell: str, *statuses: str) -> list[Line]:
-        """The runs of a cell, or those with one of some statuses.
+        """Returns the runs of a cell, or those of them with one of the given statuses.
 
         Args:
             cell: the name of the cell.
-            *statuses: such as ``failed``; none: all runs.
+            *statuses: such as ``failed``; all runs if none is given.
         """
         return [line for line in self.lines if line["cell"] == cell and (not statuses or line["status"] in statuses)]
 
 
 def find(path: str | Path) -> Found:
-    """What the folder of a comparison holds, or a file that a report has written.
+    """Reads the folder of a comparison, or a file that a report has written.
 
     Args:
-        path: the folder, while runs are under way or after; or ``runs.json``.
+        path: the folder, during the runs or after them; or ``runs.json``.
 
     Raises:
-        SchemeError: neither of them.
+        SchemeError: the path is neither of them.
     """
     path = Path(path)
     if path.is_dir():
@@ -88,7 +88,7 @@ def _of_folder(folder: Path) -> Found:
     settings, found = read(folder / FILE, RUNS)
     recorded = {line["name"]: line for line in found}
     lines = []
-    # By the plan and not by the lines of the file: a run that has not begun must be seen to be missing.
+    # By the plan, not by the rows of the file: a run that has not begun must show as missing.
     for cell, about in settings["plan"].items():
         for seed in about["seeds"]:
             run = Run(f"{cell}, seed {seed}", cell, seed, about["options"])
@@ -101,7 +101,7 @@ def _of_folder(folder: Path) -> Found:
 
 
 def export(found: Found, path: Path) -> None:
-    """Writes all that is known as JSON, a line for each run, so that versions of the file differ where runs do.
+    """Writes all that is known as JSON, one line per run, so that versions of the file differ where runs do.
 
     Args:
         found: the runs of a comparison.
@@ -118,9 +118,9 @@ class Row(NamedTuple):
     Attributes:
         cell: its name.
         counts: runs by status, in the order of STATUSES.
-        figures: the metric after the last epoch that was judged, by seed, of runs that were trained.
-        pairs: against the baseline; None for the baseline itself, and where no seed is in both.
-        reached: the number of epochs until the target was reached, by seed; None where it never was.
+        figures: the metric after the last epoch that has it, by seed, of runs that were trained.
+        pairs: differences from the baseline; None for the baseline itself, and if no seed is in both.
+        reached: the number of epochs until the target was reached, by seed; None if it never was.
     """
 
     cell: str
@@ -131,12 +131,12 @@ class Row(NamedTuple):
 
 
 def better(metric: str, value: float, target: float) -> bool:
-    """Whether a value is as good as a target: as high, or as low where the metric is a loss.
+    """Whether a value is as good as a target: at least as high, or at least as low if the metric is a loss.
 
     Args:
-        metric: its name; a loss is better where it is lower.
-        value: what a run reached.
-        target: what is asked for.
+        metric: its name; a lower loss is better.
+        value: the value that a run reached.
+        target: the value to reach.
     """
     return value <= target if metric.endswith("loss") else value >= target
 
@@ -144,17 +144,17 @@ def better(metric: str, value: float, target: float) -> bool:
 def rows_of(
     found: Found, metric: str = "val/acc", baseline: str | None = None, target: float = 0.5, confidence: float = 0.95
 ) -> list[Row]:
-    """The lines of the table.
+    """Returns the lines of the table.
 
     Args:
-        found: of ``find``.
+        found: the result of ``find``.
         metric: a figure that is logged after each epoch.
         baseline: the cell that the others are compared with; None takes the first.
-        target: of ``reached``.
-        confidence: of intervals.
+        target: target for ``reached``.
+        confidence: level of the intervals.
 
     Raises:
-        SchemeError: a baseline that is no cell.
+        SchemeError: the baseline is not a cell.
     """
     baseline = found.cells[0] if baseline is None else baseline
     if baseline not in found.cells:
@@ -166,14 +166,14 @@ def rows_of(
         pairs = None
         if cell != baseline:
             pairs = paired(figures[baseline], figures[cell], confidence, len(found.cells) - 1)
-        # With those that diverged: they may have got there before, and leaving them out would flatter their cell.
+        # With runs that diverged: they may have reached the target before, and omitting them would flatter their cell.
         reached = {line["seed"]: _reached(line, metric, target) for line in found.of(cell, TRAINED, "diverged")}
         rows.append(Row(cell, counts, figures[cell], pairs, reached))
     return rows
 
 
 def _figures(found: Found, cell: str, metric: str) -> dict[int, float]:
-    # Not every epoch is judged: --trainer.check_val_every_n_epoch.
+    # Not every epoch is validated: --trainer.check_val_every_n_epoch.
     judged = {line["seed"]: [e[metric] for e in line["epochs"] if metric in e] for line in found.of(cell, TRAINED)}
     return {seed: values[-1] for seed, values in judged.items() if values}
 
@@ -184,22 +184,22 @@ def _reached(line: Line, metric: str, target: float) -> int | None:
 
 
 def usual_target(found: Found, metric: str, baseline: str | None = None) -> float | None:
-    """A target in steps of 0.05 that every trained run of the baseline reached, as far as it can be.
+    """Returns the most demanding multiple of 0.05 that every trained run of the baseline reached.
 
-    None where there is none: without runs, or where it would be an accuracy of zero, which all reach.
+    None if there is no target: without runs, or if it would be an accuracy of zero, which all reach.
 
-    It is decided by the baseline alone, so that it favours none of the others.
+    The baseline alone decides, so that the target favours none of the other cells.
 
     Args:
         found: the runs of a comparison.
-        metric: which figure is compared.
+        metric: the figure that is compared.
         baseline: the cell that decides; None: the first.
     """
     ended = found.of(baseline or found.cells[0], TRAINED)
     reached = [[epoch[metric] for epoch in line["epochs"] if metric in epoch] for line in ended]
     if not reached or not all(reached):
         return None
-    # The billionth takes up the rounding of a product: a multiple of 0.05 is its own target.
+    # The billionth absorbs the rounding of the product, so that a multiple of 0.05 is its own target.
     if metric.endswith("loss"):
         return round(math.ceil(max(map(min, reached)) * 20 - 1e-9) / 20, 2)
     target = round(math.floor(min(map(max, reached)) * 20 + 1e-9) / 20, 2)
@@ -207,13 +207,13 @@ def usual_target(found: Found, metric: str, baseline: str | None = None) -> floa
 
 
 def table_of(found: Found, metric: str = "val/acc", baseline: str | None = None, target: float | None = None) -> str:
-    """The report's table, with 95 % intervals, and below it the runs that did not end well.
+    """Returns the report's table, with 95 % intervals, and below it the runs that did not end well.
 
     Args:
         found: the runs of a comparison.
-        metric: which figure is compared.
+        metric: the figure that is compared.
         baseline: the cell to compare with; None: the first.
-        target: for the epochs until it is reached; None: the usual one.
+        target: target of the column of epochs; None: the usual one.
     """
     target = usual_target(found, metric, baseline) if target is None else target
     base, others = baseline or found.cells[0], len(found.cells) - 1
@@ -237,7 +237,7 @@ def table_of(found: Found, metric: str = "val/acc", baseline: str | None = None,
 
 
 def _counts(counts: Sequence[int]) -> str:
-    """The number of runs that were trained, and of all others by what became of them."""
+    """The number of runs that were trained, and of all others by status."""
     others = [f"{n} {status}" for n, status in zip(counts[1:], STATUSES[1:], strict=True) if n]
     return ", ".join([str(counts[0]), *others])
 
@@ -257,7 +257,7 @@ def _paired_cells(pairs: Paired | None, factor: float, digits: int) -> list[str]
 
 
 def _one_of(values: set[Any]) -> str:
-    """A figure that all runs of a cell share; both ends where they do not."""
+    """A figure that all runs of a cell share; the ends of its range if they do not."""
     known = sorted(value for value in values if value is not None)
     return "–" if not known else " to ".join(f"{value:,.0f}" for value in sorted({known[0], known[-1]}))
 
@@ -268,10 +268,10 @@ def _minutes(seconds: Sequence[float | None]) -> str:
 
 
 def _epochs(reached: Mapping[int, int | None]) -> str:
-    """The median number of epochs, a run that never got there counted as the slowest, and how many got there."""
+    """The median number of epochs, runs that never reached the target counted as slowest, and how many reached it."""
     if not reached:
         return "–"
-    # The higher of the two in the middle: their mean would be infinite as soon as one of them never got there.
+    # The higher of the two in the middle: their mean would be infinite if one of them never reached the target.
     middle = medians.median_high([float("inf") if n is None else n for n in reached.values()])
     there = sum(n is not None for n in reached.values())
     text = "never" if middle == float("inf") else f"{middle:g}"
@@ -279,14 +279,14 @@ def _epochs(reached: Mapping[int, int | None]) -> str:
 
 
 def _ends(found: Found) -> str:
-    """Runs that crashed or became no number, with what was said."""
+    """The runs that failed or diverged, with their errors."""
     bad = [line for line in found.lines if line["status"] in ("diverged", "failed")]
     said = (f"- {line['name']}: {line['status']} after {len(line['epochs'])} epochs; {line['error']}\n" for line in bad)
     return "".join(["\n", *said]) if bad else ""
 
 
 def hours(found: Found) -> tuple[float, float]:
-    """Hours of processor time and of the clock that all runs took, those that have not ended included.
+    """Returns the hours of processor time and of wall-clock time that all runs took, including unfinished ones.
 
     Args:
         found: the runs of a comparison.
@@ -296,7 +296,7 @@ def hours(found: Found) -> tuple[float, float]:
 
 
 def heading(found: Found) -> str:
-    """One line: the experiment, how many cells and runs, how many of them have ended, and the time that they took.
+    """Returns one line: the experiment, how many cells and runs, how many runs have ended, and the time they took.
 
     Args:
         found: the runs of a comparison.
@@ -321,10 +321,10 @@ def print_report(
     Args:
         path: as in ``find``.
         out: folder for ``table.md``, ``runs.json`` and the pictures; None takes ``report`` inside a comparison's
-            folder, and none for a file.
+            folder, and writes nothing for a file.
         metric: a figure that is logged after each epoch.
         baseline: the cell that the others are compared with; None takes the first.
-        target: of the column of epochs; None takes one that the baseline's runs reach.
+        target: target of the column of epochs; None takes one that the baseline's runs reach.
 
     Raises:
         SchemeError: no such folder or file, or no such cell.
@@ -338,7 +338,7 @@ def print_report(
             raise SchemeError(
                 f"{out} cannot be written to: {error.strerror or error}\n  Give a folder: --out FOLDER"
             ) from None
-    # The slash tells what was measured from "epoch" and "evaluations".
+    # The slash distinguishes measured figures from "epoch" and "evaluations".
     logged = sorted({name for line in found.lines for epoch in line["epochs"] for name in epoch if "/" in name})
     if logged and metric not in logged:
         raise SchemeError(f"no run has logged {metric!r}\n  Logged are {', '.join(logged)}.")
@@ -357,10 +357,10 @@ def draw(found: Found, out: Path, metric: str, target: float | None) -> list[Pat
     """Writes the figures of a comparison; returns their paths.
 
     Args:
-        found: of ``find``.
+        found: the result of ``find``.
         out: the folder.
         metric: a figure that is logged after each epoch.
-        target: of the third figure, which is left out without one.
+        target: target of the third figure; None leaves that figure out.
     """
     from .. import plots
 

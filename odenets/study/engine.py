@@ -1,7 +1,7 @@
-"""Trains the networks of a study: one after the other here, or by workers of Ray, on this machine or on many.
+"""Trains the networks of a study: one after the other in this process, or in Ray workers on one machine or many.
 
-One process hands out the work and writes the results; Ray finds the workers, brings them work, and gives a network to
-another worker where one dies. What is recorded is not trained again, so that a study that was stopped goes on.
+One process hands out the work and writes the results. Ray finds the workers, sends them work, and moves a network to
+another worker if its own dies. Recorded networks are not trained again, so a study that was stopped resumes.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ Trainer = Callable[[Study, Candidate], Result]
 
 
 class Progress(NamedTuple):
-    """After each network.
+    """The progress of a study, reported after each network.
 
     Attributes:
-        done: networks that are recorded, those of earlier runs included.
-        total: networks of the study.
+        done: number of recorded networks, including those of earlier runs.
+        total: number of networks of the study.
         candidate: the network.
-        result: what training it gave.
+        result: the result of training it.
     """
 
     done: int
@@ -42,23 +42,24 @@ def run(
     address: str | None = None,
     trainer: Trainer = train,
 ) -> Iterator[Progress]:
-    """Trains what the store lacks, records every network as soon as it is trained, and yields it.
+    """Trains the networks that the store lacks; records and then yields each as soon as it is trained.
 
     Args:
-        study: says what to train.
-        store: open; what it holds is skipped.
-        workers: 0 trains here, one after the other; otherwise so many processes of Ray on this machine, or, with an
-            ``address``, at most so many on its machines. None: as many as the cores (``study.threads`` each) allow.
-        address: of a running Ray cluster ("auto" finds it), whose machines have the pictures under the same path.
-        trainer: what trains one network.
+        study: defines the networks and their training.
+        store: an open store; networks that it holds are skipped.
+        workers: 0 trains in this process, one network after the other. Otherwise the number of Ray processes on this
+            machine or, with an ``address``, the most on its machines. None: as many as the cores allow, at
+            ``study.threads`` each.
+        address: address of a running Ray cluster ("auto" finds it); its machines have the pictures under the same path.
+        trainer: trains one network.
 
     Raises:
-        SchemeError: Ray is needed and missing, or not to be reached.
+        SchemeError: Ray is needed and is missing, or cannot be reached.
     """
     candidates = study.candidates(study.data().num_classes)
     done = store.done()
     left = [c for c in candidates if c.number not in done]
-    # Before any worker is asked for: a study that is done needs neither Ray nor a GPU to say so.
+    # Before any worker is started: a study that is done needs neither Ray nor a GPU.
     if not left:
         return
     work = partial(trainer, study)
@@ -79,7 +80,7 @@ def run(
         )
     finished = len(candidates) - len(left)
     for candidate, result in results:
-        # Recorded before it is yielded: who stops at the report of a network loses nothing of it.
+        # Recorded before it is yielded: a consumer that stops at a network's report does not lose its result.
         store.add(candidate, result)
         finished += 1
         yield Progress(finished, len(candidates), candidate, result)

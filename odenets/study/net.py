@@ -1,4 +1,4 @@
-"""The random network of a study: a stem, one stack of like residual functions, pooling, a head."""
+"""The random network of a study: a stem, one stack of residual functions of one kind, pooling, a head."""
 
 from typing import Any
 
@@ -27,13 +27,13 @@ class RandomFunction(nn.Sequential):
     """A bottleneck 1x1 - k x k - 1x1 with norm and activation before or after each convolution.
 
     ``pre``: three times norm-act-conv; ``post``: conv-norm-act-conv-norm-act-conv-norm; ``post_linear`` is the same,
-    and differs in what the network does with the result (``RandomNet``).
+    but the network treats the result differently (``RandomNet``).
 
     Args:
-        in_channels: width of the argument.
-        candidate: says the rest.
-        last_act: whether an activation ends it, for results that are appended and not added.
-        drop_path: probability that a sample's result is zero while training.
+        in_channels: width of the input.
+        candidate: the network; supplies all other settings.
+        last_act: whether to end in an activation, for results that are appended rather than added.
+        drop_path: probability that a sample's result is zeroed in training.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, candidate.width, h, w).
@@ -43,7 +43,7 @@ class RandomFunction(nn.Sequential):
         act, norm = _ACTIVATIONS[candidate.activation], _NORMS[candidate.norm]
         widths, kernels = (in_channels, candidate.middle, candidate.middle, candidate.width), (1, candidate.kernel, 1)
         layers: list[nn.Module] = []
-        # Not strict: the pairs of neighbours end with the shorter list.
+        # Not strict: `widths` is longer by one.
         for i, (before, after, k) in enumerate(zip(widths, widths[1:], kernels, strict=False)):
             conv = nn.Conv2d(before, after, k, padding=k // 2, bias=False)
             if candidate.order == "pre":
@@ -55,11 +55,11 @@ class RandomFunction(nn.Sequential):
 
 
 class RandomNet(LevelNet):
-    """Conv3x3 of stride 2 - a ``Stack`` of ``RandomFunction`` - mean - linear: what a ``Candidate`` says.
+    """Conv3x3 of stride 2 - a ``Stack`` of ``RandomFunction`` - mean - linear, as a ``Candidate`` specifies.
 
-    The first stage of a ResNet alone, as in the pilot study of the RDNet paper. Under ``euler`` the results are added
-    to a stream of ``width`` channels; under ``dense`` they are appended, ``width`` at a time. In the order "post" an
-    activation follows the sum, or ends what is appended; in "pre", norm and activation stand before the pooling.
+    The first level of a ResNet alone, as in the pilot study of the RDNet paper. Under ``euler`` the results are added
+    to a stream of ``width`` channels; under ``dense`` they are appended, ``width`` at a time. With order "post", an
+    activation follows the sum, or ends each appended result; with "pre", norm and activation precede the pooling.
 
     Args:
         candidate: the network.
@@ -72,9 +72,9 @@ class RandomNet(LevelNet):
         SchemeError: a depth that the scheme's stages do not divide.
 
     Source:
-        Kim et al. 2024, DenseNets Reloaded, arXiv 2403.19588, section 5.1. What the paper leaves open (the stem, the
-        form of a block) is a reading: with this one, its bounds in millions of parameters and in billions of
-        multiply-adds hold for the same networks.
+        Kim et al. 2024, DenseNets Reloaded, arXiv 2403.19588, section 5.1. The paper leaves the stem and the form of a
+        block open; under this reading, its bounds in millions of parameters and in billions of multiply-adds hold for
+        the same networks.
 
     Example:
         >>> import torch
@@ -104,7 +104,7 @@ class RandomNet(LevelNet):
         steps = steps_that_fit(scheme, c.depth, 1)
         self.transitions.append(nn.Identity())
         self.levels.append(Stack.from_factory(make, scheme, steps, channels=c.width, post_step=after))
-        # Under "dense" the stream has grown by every function.
+        # Under "dense" every function widens the stream.
         last = width_after(scheme, c.width, steps)
         if pre:
             self.norm = nn.Sequential(norm(last), act())
@@ -112,7 +112,7 @@ class RandomNet(LevelNet):
         self.finish_levels([last], [2])
 
     def trajectory(self, x: Tensor) -> list[Tensor]:
-        """The stem's result, and the stream (joined, where streams are appended) after every step.
+        """Returns the stem's result, and the stream after every step (joined, where streams are appended).
 
         Args:
             x: (n, c, h, w).

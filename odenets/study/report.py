@@ -1,4 +1,4 @@
-"""What a study found: means, differences with confidence intervals, ranks by depth; as tables and as figures."""
+"""The report of a study: means, differences with confidence intervals, ranks by depth; as tables and as figures."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,19 +13,19 @@ from .store import read
 Line = dict[str, Any]
 NAMES = {"euler": "add", "dense": "concat"}
 STRATA = ("order", "augment")  # what the sampler balances
-# Norms are drawn, not balanced, and matter more than most: so once more with chance in their shares taken out.
+# Norms are drawn, not balanced, and matter more than most: the second row removes chance imbalances in their shares.
 OVERALL = {"all": STRATA, "all, norms apart": (*STRATA, "norm")}
 
 
 class ComparisonRow(NamedTuple):
-    """One line of a comparison: networks that share a value of one column.
+    """One row of a comparison: networks that share a value of one column.
 
     Attributes:
         name: that value, or "all".
-        counts: networks with the first scheme and with the second.
-        means: of the metric.
-        spreads: standard deviations.
-        difference: second less first.
+        counts: number of networks with the first scheme and with the second.
+        means: means of the metric.
+        spreads: its standard deviations.
+        difference: second minus first.
     """
 
     name: str
@@ -45,15 +45,15 @@ def compare(
 ) -> list[ComparisonRow]:
     """Compares two schemes on a metric, over all networks (the mean difference within strata) or by a column.
 
-    Values of the column with fewer than two networks of a scheme are left out.
+    Values of the column with fewer than two networks of either scheme are left out.
 
     Args:
-        lines: of ``read``, of networks that were trained.
-        first: scheme that the other is compared with.
-        second: the other.
+        lines: rows from ``read``, of networks that were trained.
+        first: the scheme to compare with.
+        second: the scheme that is compared with it.
         metric: a column of figures, "accuracy" or "loss".
         by: a column such as "order" or "norm"; None for all networks in one row.
-        within: columns that make the strata of that row; the default is what the sampler balances.
+        within: columns that define the strata of that one row; the default is what the sampler balances.
     """
 
     def pair(of: Callable[[Line], bool]) -> tuple[list[float], list[float]]:
@@ -65,7 +65,7 @@ def compare(
         values = sorted({line[column] for line in lines})
         rows = [(str(v), [pair(lambda line, v=v: line[column] == v)]) for v in values]
     else:
-        # Compared within each stratum, so that what the strata differ by is no part of the difference.
+        # Compared within each stratum, so that differences between strata do not enter.
         kinds = sorted({tuple(line[name] for name in within) for line in lines})
         rows = [("all", [pair(lambda line, k=k: tuple(line[name] for name in within) == k) for k in kinds])]
     found = []
@@ -81,12 +81,12 @@ def compare(
 
 
 class RankRow(NamedTuple):
-    """The ranks of features after one step, as means over the networks that are so deep.
+    """The ranks of features after one step, as means over the networks of one depth.
 
     Attributes:
-        scheme: of the networks.
+        scheme: scheme of the networks.
         step: 0 is the stem.
-        networks: so many.
+        networks: their number.
         width: channels.
         numerical: numerical rank.
         effective: effective rank.
@@ -101,27 +101,27 @@ class RankRow(NamedTuple):
 
 
 def ranks(lines: Sequence[Line], depth: int) -> list[RankRow]:
-    """Mean ranks after every step, over the networks of one depth, for every scheme.
+    """Returns the mean ranks after every step, over the networks of one depth, for every scheme.
 
     Args:
-        lines: of the study's networks.
-        depth: of the networks that are counted.
+        lines: rows of the study's networks.
+        depth: depth of the networks to average over.
     """
     found = []
     for scheme in dict.fromkeys(line["scheme"] for line in lines):
         chosen = [
             line["ranks"] for line in lines if line["scheme"] == scheme and line["depth"] == depth and line["ranks"]
         ]
-        # Only of one depth: step n of a deeper network is another place, and a mean over both would say nothing.
+        # One depth only: step n of a deeper network is another place, and a mean over both would mean nothing.
         for step, values in enumerate(zip(*chosen, strict=True)):
             found.append(RankRow(scheme, step, len(chosen), *(mean([v[i] for v in values]) for i in range(3))))
     return found
 
 
 def print_report(store: str | Path, out: str | Path | None = None) -> None:
-    """Prints the comparison as tables in Markdown, and draws its figures.
+    """Prints the comparison as Markdown tables, and draws its figures.
 
-    Networks that failed or diverged have no part in the means; they are counted for each scheme.
+    Networks that failed or diverged are left out of the means; they are counted for each scheme.
 
     Args:
         store: the file of a study.
@@ -133,7 +133,7 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
     settings, lines = read(store)
     trained = [line for line in lines if line["status"] == "trained"]
     first, *rest = settings["schemes"]
-    # Asked before any table is made, since a report may be printed while the study has hardly begun.
+    # Checked before any table is made, since a report may be printed when the study has hardly begun.
     if not any(compare(trained, first, second, "accuracy") for second in rest):
         raise SchemeError(f"{store} holds too few networks to compare: want two of every scheme and block order.")
     text = [f"# space {settings['space']}, seed {settings['seed']}: {len(lines)} networks\n"]
@@ -145,7 +145,7 @@ def print_report(store: str | Path, out: str | Path | None = None) -> None:
 
 
 def _rows(lines: Sequence[Line], first: str, second: str, metric: str, columns: Sequence[str]) -> list[ComparisonRow]:
-    """All networks, in every way of OVERALL, and then by each column; named by the way, or by column and value."""
+    """Rows for all networks, one per entry of OVERALL, then by each column; named by entry, or by column and value."""
     found = [
         row._replace(name=name)
         for name, within in OVERALL.items()
@@ -192,10 +192,10 @@ def _ranks(lines: Sequence[Line]) -> str:
 
 
 def common_depth(lines: Sequence[Line]) -> int:
-    """The largest depth that a tenth of every scheme's networks have; where there is none, the smallest depth.
+    """Returns the largest depth that at least a tenth of every scheme's networks have; else the smallest depth.
 
     Args:
-        lines: of the study's networks.
+        lines: rows of the study's networks.
     """
     schemes = {line["scheme"] for line in lines}
 
@@ -211,8 +211,8 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
     """Writes the two figures of a study; returns their paths.
 
     Args:
-        schemes: what is compared.
-        lines: of networks that were trained.
+        schemes: the schemes that are compared.
+        lines: rows of networks that were trained.
         out: the folder.
     """
     from .. import plots
@@ -222,7 +222,7 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
     intervals = {}
     for second in schemes[1:]:
         for row in _rows(lines, first, second, "accuracy", ("order", "norm")):
-            # Of two schemes the axis says which is taken from which; of more, each interval has to say whose it is.
+            # With two schemes the axis says which is subtracted from which; with more, each interval must name its own.
             name = row.name if len(schemes) == 2 else f"{NAMES.get(second, second)}: {row.name}"
             intervals[name] = row.difference
     paths = [plots.design_spaces(accuracies, intervals, out / "accuracy.png")]
@@ -236,7 +236,7 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
             series[f"{name}: width"] = (steps, [r.width for r in own])
             series[f"{name}: numerical rank"] = (steps, [r.numerical for r in own])
             series[f"{name}: effective rank"] = (steps, [r.effective for r in own])
-        # A sum fills its width: its curves lie on each other below those of what joins.
+        # A sum fills its width: its curves coincide, below those of joined streams.
         close = [name for name in series if name.startswith("add: ")] if len(schemes) > 1 else []
         path, x = out / "ranks.png", f"step (networks of depth {depth})"
         paths.append(plots.lines(series, path, x, "directions", apart=close))

@@ -1,4 +1,4 @@
-"""One run of a comparison: a training run in a folder of its own, and what it came to."""
+"""One run of a comparison: a training run in a folder of its own, and its outcome."""
 
 import contextlib
 import math
@@ -33,8 +33,8 @@ from ..training.sources import DataError
 from .store import TRAINED, Table
 
 LOGGED = re.compile(r"evaluations|(train|val|cost)/.+")
-ROOT = "data.root"  # where the pictures lie determines nothing
-STOPPED = (130, 143)  # statuses of a run that saved what it had when a signal came
+ROOT = "data.root"  # the location of the pictures does not affect the results
+STOPPED = (130, 143)  # exit statuses of a run that saved its progress when a signal came
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Run:
     """One training run of a comparison.
 
     Attributes:
-        name: of the cell and the seed.
+        name: the name, from the cell and the seed.
         cell: the name that all runs with the same options share.
-        seed: of weights, order and augmentation.
-        options: what tells this cell from others: option -> value, as they were written.
+        seed: seed of weights, order and augmentation.
+        options: the options that distinguish this cell: option -> value, as they were written.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
-        status: "trained", "diverged" (a loss or a weight became no number), or "failed".
-        parameters: of the net.
-        evaluations: of residual functions, in one forward pass.
-        samples: that were trained on.
-        wall_s: seconds of training and validation; what was lost to kills is not in it.
-        cpu_s: the same, of processor time.
-        epochs: what was logged after each epoch.
+        status: "trained", "diverged" (a loss or a weight became non-finite), or "failed".
+        parameters: number of parameters of the net.
+        evaluations: evaluations of residual functions in one forward pass.
+        samples: number of samples that were trained on, summed over epochs.
+        wall_s: wall-clock seconds of training and validation, without what was lost to kills.
+        cpu_s: the same in processor time.
+        epochs: the figures logged after each epoch.
         error: what went wrong.
         worker: machine and process.
     """
@@ -85,9 +85,9 @@ RUNS = Table("runs", Run, Outcome, "name")
 
 
 class Cost(Callback):
-    """Logs, once per epoch and from the run's beginning: cost/samples, cost/wall_s and cost/cpu_s.
+    """Logs cost/samples, cost/wall_s and cost/cpu_s once per epoch, counted from the run's beginning.
 
-    They are kept in checkpoints, so that a run that is resumed goes on with them.
+    The counts are kept in checkpoints, so that a resumed run continues them.
     """
 
     def __init__(self) -> None:
@@ -95,14 +95,14 @@ class Cost(Callback):
         self._since: tuple[float, float] | None = None
 
     def _count(self) -> None:
-        """Adds the time since it was last called."""
+        """Adds the time since the last call."""
         now = time.perf_counter(), time.process_time()
         if self._since is not None:
             self.wall, self.cpu = self.wall + now[0] - self._since[0], self.cpu + now[1] - self._since[1]
         self._since = now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # From here on: what passed between two processes of a resumed run was no training.
+        # Time counts from here: what passed between two processes of a resumed run was not training.
         self._since = None
         self._count()
 
@@ -113,7 +113,7 @@ class Cost(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._count()
-        # In double precision: of a number `log` makes single, which above 2^24 no longer counts one by one.
+        # As double tensors: `log` converts plain numbers to single precision, which cannot count by ones above 2^24.
         for name, value in (("samples", self.samples), ("wall_s", self.wall), ("cpu_s", self.cpu)):
             pl_module.log(f"cost/{name}", torch.tensor(float(value), dtype=torch.float64), sync_dist=True)
 
@@ -127,10 +127,10 @@ class Cost(Callback):
 
 
 def epochs_of(folder: Path) -> list[dict[str, float]]:
-    """The finite figures that a run has logged, a mapping for each epoch; learning rates are left out.
+    """Returns the finite figures that a run has logged, one mapping per epoch, without learning rates.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
     found: dict[int, dict[str, float]] = {}
     for row in logged_rows(folder):
@@ -138,21 +138,21 @@ def epochs_of(folder: Path) -> list[dict[str, float]]:
         figures = {k: float(f"{float(v):.7g}") for k, v in row.items() if v and LOGGED.fullmatch(k or "")}
         figures = {k: v for k, v in figures.items() if math.isfinite(v)}
         if figures and row.get("epoch"):
-            # The figures of training and of validation stand in rows of their own.
+            # Figures of training and of validation are logged in separate rows.
             found.setdefault(int(row["epoch"]), {}).update(figures)
     return [{"epoch": epoch, **found[epoch]} for epoch in sorted(found)]
 
 
 def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
-    """Trains one run, or goes on where it stopped; its output goes to a file beside its folder.
+    """Trains one run, or resumes it where it stopped; its output goes to a file beside its folder.
 
     Args:
-        run_: which.
-        folder: of the run.
+        run_: the run.
+        folder: folder of the run.
         words: the command line that trains it from the beginning.
 
     Returns:
-        None where a signal stopped it, and what it had is saved.
+        The outcome; None if a signal stopped the run, whose progress is then saved.
     """
     _wait_for(Path(folder))
     last = Path(folder) / "checkpoints" / "last.ckpt"
@@ -167,7 +167,7 @@ def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
             assert command is not None
             parameters = sum(p.numel() for p in getattr(command.model, "net", command.model).parameters())
         except SystemExit as stop:
-            # The command ends as it does for a user, by SystemExit; here that is an outcome, and the process goes on.
+            # The command ends by SystemExit, as it does for a user; here that is an outcome, and the process continues.
             if stop.code in STOPPED:
                 return None
             status = "diverged" if _not_finite(stop) else "failed"
@@ -179,9 +179,9 @@ def train(run_: Run, folder: str, words: list[str]) -> Outcome | None:
 
 
 def _other_options(checkpoint: Path, words: list[str]) -> str:
-    """What a run would go on with and did not begin with; empty where there is nothing.
+    """Names the options that a resumed run would change; empty if there are none.
 
-    A command that is typed may change an option half-way. Here nobody would see that in the table.
+    A command that is typed may change an option midway. In a comparison, the table would not show the change.
     """
     try:
         before = open_checkpoint(checkpoint, resume=True).held.get(KEY, {}).get("config")
@@ -192,7 +192,7 @@ def _other_options(checkpoint: Path, words: list[str]) -> str:
 
 
 def _wait_for(folder: Path) -> None:
-    """Waits, two minutes at most, for a run that was left by a command that was killed, and is about to save."""
+    """Waits, two minutes at most, for a run that a killed command has left behind and that is about to save."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         lock = FolderLock(folder)
@@ -208,13 +208,13 @@ def _wait_for(folder: Path) -> None:
 
 
 def outcome_of(folder: Path, status: str, parameters: int | None = None, error: str = "") -> Outcome:
-    """A run's outcome, with the figures that its folder holds.
+    """Returns a run's outcome, with the figures that its folder holds.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         status: ``trained``, ``failed`` or ``diverged``.
-        parameters: of the net, if known.
-        error: what was said.
+        parameters: number of parameters of the net, if known.
+        error: the error message.
     """
     epochs = epochs_of(folder)
     # The latest of each figure, since not every epoch logs all of them.
@@ -231,22 +231,22 @@ def outcome_of(folder: Path, status: str, parameters: int | None = None, error: 
 
 
 def _not_finite(error: BaseException | None) -> bool:
-    """Whether a loss that is no number is among the causes of an error."""
+    """Whether ``NotFinite`` is among the causes of an error."""
     while error is not None and not isinstance(error, NotFinite):
-        # Where the command did not say `from`, the fault is the context of what it became.
+        # If the command raised without `from`, the original error is the context of the new one.
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 @contextlib.contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Sends what the process and its children print to the end of a file."""
+    """Appends the output of the process and its children to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What is buffered belongs to where it was going.
+    # Buffered output belongs to the previous destination.
     sys.stdout.flush()
     sys.stderr.flush()
-    # The descriptors, since child processes and libraries in C write past `sys.stdout`; and the streams below, which
-    # under pytest or in a notebook do not end in these descriptors.
+    # The descriptors, since child processes and C libraries bypass `sys.stdout`; and, below, the Python streams, which
+    # under pytest or in a notebook do not write to these descriptors.
     kept = [os.dup(1), os.dup(2)]
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     streams = sys.stdout, sys.stderr

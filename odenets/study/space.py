@@ -1,8 +1,8 @@
-"""Design spaces of random networks, and networks drawn from them: no two alike, all inside the budget, by a seed.
+"""Design spaces of random networks, and seeded draws from them: no two networks alike, all inside the budget.
 
-A space says which depths, widths and parts a network may have and how many parameters and multiply-adds it must have.
-The networks inside the budget are counted out, not found by trial: a draw is uniform over them and cannot fail, and the
-space knows how many there are.
+A space lists the depths, widths and parts that a network may have, and bounds its parameters and multiply-adds. The
+networks inside the budget are enumerated, not found by rejection: a draw is uniform over them and cannot fail, and
+their number is known.
 """
 
 import itertools
@@ -28,20 +28,20 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One network of a study, and all that is needed to build it and to tell it from the others.
+    """One network of a study: all that is needed to build it and to tell it from the others.
 
     Attributes:
         number: its place in the study, from 0.
-        scheme: how the residual functions are put together: "euler" adds, "dense" concatenates.
-        order: where norms and activations stand: "pre", "post", or "post_linear" (no activation after the last norm).
+        scheme: how the residual functions are combined: "euler" adds, "dense" concatenates.
+        order: placement of norms and activations: "pre", "post", or "post_linear" (no activation after the last norm).
         depth: number of residual functions.
         middle: channels inside a residual function.
         width: channels that a residual function returns.
         kernel: side of the middle convolution.
-        activation: its kind.
-        norm: its kind.
-        augment: the one augmentation beside crop and flip, "" for none.
-        strength: of that augmentation.
+        activation: kind of activation.
+        norm: kind of norm.
+        augment: the one augmentation besides crop and flip; "" for none.
+        strength: strength of that augmentation.
         params: number of parameters.
         macs: multiply-adds of the convolutions and of the head, for one picture.
     """
@@ -63,21 +63,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """Ranges of a design space, its budget, and the recipe that belongs to it.
+    """Ranges of a design space, its budget, and its recipe.
 
     Attributes:
-        params: bounds of the number of parameters, both excluded.
-        macs: bounds of the multiply-adds of one picture, both excluded.
+        params: bounds on the number of parameters, both exclusive.
+        macs: bounds on the multiply-adds for one picture, both exclusive.
         depths: choices of the number of residual functions.
         middles: choices of the channels inside.
         widths: choices of the channels that are added or appended.
         kernels: choices of the kernel.
-        orders: choices of the block order; every order gets equally many networks.
+        orders: choices of the block order; each gets the same number of networks.
         activations: choices of the activation.
         norms: choices of the norm.
-        augments: names of augmentations and their strengths; every one gets equally many networks. Empty: none.
-        epochs: of the recipe.
-        optimizer: of the recipe.
+        augments: names of augmentations and their strengths; each gets the same number of networks. Empty for none.
+        epochs: training epochs of the recipe.
+        optimizer: optimizer of the recipe.
     """
 
     params: tuple[float, float]
@@ -136,14 +136,14 @@ SPACES: dict[str, Space] = {
 
 
 def scheme_of(name: str, width: int) -> Scheme:
-    """The scheme of a study's word, for functions that return so many channels.
+    """Returns the scheme that a name means in a study, for functions that return ``width`` channels.
 
     Args:
         name: "dense", or a scheme.
         width: channels that a function returns.
 
     Raises:
-        SchemeError: not "dense", and no fixed-step scheme of one stream.
+        SchemeError: neither "dense" nor a fixed-step scheme of one stream.
     """
     if name == "dense":
         return Dense(width)
@@ -164,7 +164,7 @@ def count(
     size: int,
     classes: int,
 ) -> tuple[int, int]:
-    """Parameters and multiply-adds of a network, by formula: what ``RandomNet`` of these arguments has.
+    """Returns the parameters and multiply-adds of a ``RandomNet`` with these arguments, by formula.
 
     Args:
         scheme: "dense", or a scheme of one stream.
@@ -185,7 +185,7 @@ def count(
     last = width * (depth + 1) if dense else width
     # The stem has 3 x 3 x 3 weights for each channel; then the three convolutions of each function.
     weights = 27 * width + sum(c * middle + kernel**2 * middle**2 + middle * width for c in inputs)
-    if order == "pre":  # norms stand before the convolutions, and one before the pooling
+    if order == "pre":  # norms precede the convolutions, and one precedes the pooling
         norms = sum(c + 2 * middle for c in inputs) + last
     else:
         norms = width + depth * (2 * middle + width)
@@ -194,13 +194,13 @@ def count(
     return weights + 2 * norms + (last + 1) * classes, weights * pixels + last * classes
 
 
-# Kinds that differ in their augmentation alone have the same shapes, and counting them out takes a while.
+# Kinds that differ only in their augmentation have the same shapes, and enumerating those takes a while.
 @lru_cache(maxsize=256)
 def shapes(
     space: Space, scheme: str, order: Order, size: int, classes: int
 ) -> tuple[tuple[int, int, int, int, int, int], ...]:
     """All (depth, middle, width, kernel, params, macs) of a space inside its budget."""
-    # Of any width: how many stages a step has does not depend on it.
+    # Any width will do: the number of stages does not depend on it.
     stages = scheme_of(scheme, 1).stages
     found = []
     for depth, middle, width, kernel in itertools.product(space.depths, space.middles, space.widths, space.kernels):
@@ -222,7 +222,7 @@ def _kind(
     size: int,
     classes: int,
 ) -> tuple[int, Iterator[Candidate]]:
-    """Number of networks of one kind, and all of them in a random order, each once."""
+    """The number of networks of one kind, and an iterator over them in random order, each once."""
     inside = shapes(space, scheme, order, size, classes)
     choices = (len(inside), len(space.activations), len(space.norms), len(strengths))
     total, drawn = math.prod(choices), partial(Candidate, -1, scheme, order)
@@ -231,13 +231,13 @@ def _kind(
         # A string seeds Python's generator by its SHA-512: the same on every machine.
         generator = random.Random(f"{seed} {scheme} {order} {augment}")
         seen: set[int] = set()
-        # Drawn and not shuffled: a space may hold millions of networks, of which a study takes a few hundred.
+        # Drawn, not shuffled: a space may hold millions of networks, of which a study takes a few hundred.
         while len(seen) < total:
             i = generator.randrange(total)
             if i in seen:
                 continue
             seen.add(i)
-            # The number of a network, written in digits of these bases, says which it is.
+            # The digits of the index, in these bases, are the network's choices.
             i, a = divmod(i, choices[1])
             i, n = divmod(i, choices[2])
             i, s = divmod(i, choices[3])
@@ -251,21 +251,21 @@ def _kind(
 def sample(
     space: Space, schemes: Sequence[str], per_kind: int, *, seed: int = 0, size: int = 64, classes: int = 200
 ) -> list[Candidate]:
-    """Draws equally many networks of every kind: scheme, block order and, where the space has some, augmentation.
+    """Draws the same number of networks of every kind: scheme, block order and, if the space has any, augmentation.
 
-    Draws are uniform over the networks of that kind inside the budget, without repetition. The kinds take turns, so
-    that any beginning of the list is balanced; a larger ``per_kind`` gives the same list, continued.
+    Draws are uniform over the networks of that kind inside the budget, without repetition. The kinds alternate, so that
+    any prefix of the list is balanced; a larger ``per_kind`` continues the same list.
 
     Args:
         space: one of ``SPACES``, or one of your own.
-        schemes: what is compared, e.g. ("euler", "dense").
-        per_kind: networks of every kind.
-        seed: of the draws.
+        schemes: the schemes to compare, e.g. ("euler", "dense").
+        per_kind: number of networks of every kind.
+        seed: seed of the draws.
         size: side of the pictures, which the multiply-adds depend on.
         classes: width of the head.
 
     Raises:
-        SchemeError: a kind has fewer networks inside the budget than are asked for.
+        SchemeError: a kind has fewer than ``per_kind`` networks inside the budget.
 
     Example:
         >>> [c.scheme for c in sample(SPACES["A"], ("euler", "dense"), 1)]
@@ -277,13 +277,13 @@ def sample(
             total, draws = _kind(space, scheme, order, augment, strengths, seed, size, classes)
             if total < per_kind:
                 name = ", ".join(filter(None, (scheme, order, augment)))
-                # Without a network at all the budget is not one of such pictures: multiply-adds grow with their size.
+                # With no network at all, the budget does not suit pictures of this size: multiply-adds grow with it.
                 remedy = f"take {total:,} or fewer" if total else "take pictures of another size, or another space"
                 raise SchemeError(
                     f"the space has {total:,} networks of {name} inside its budget (pictures of {size}, {classes} "
                     f"classes); per_kind is {per_kind:,}: {remedy}."
                 )
             kinds.append(draws)
-    # In turns, so that a study that is stopped early has as many of each kind.
+    # The kinds alternate, so that a study that is stopped early has as many of each.
     found = [next(kind) for _ in range(per_kind) for kind in kinds]
     return [Candidate(**{**vars(c), "number": i}) for i, c in enumerate(found)]

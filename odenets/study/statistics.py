@@ -11,7 +11,7 @@ from ..extras import MissingExtra, install
 
 
 class Difference(NamedTuple):
-    """Mean of one group of networks against that of another.
+    """The mean of one group of networks less that of another.
 
     Attributes:
         mean: the difference.
@@ -53,17 +53,17 @@ def spread(values: Sequence[float]) -> float:
 
 
 def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Difference:
-    """Difference of means, b - a, averaged over strata that count alike, with a confidence interval.
+    """Returns the difference of means, b - a, averaged over equally weighted strata, with a confidence interval.
 
-    In each stratum the variance of the difference is s_a^2 / n_a + s_b^2 / n_b, with unequal variances; the interval is
-    Student's, with the degrees of freedom of Welch and Satterthwaite. One stratum gives Welch's interval.
+    Variances may be unequal: in each stratum that of the difference is s_a^2 / n_a + s_b^2 / n_b. The interval is
+    Student's, with Welch-Satterthwaite degrees of freedom; a single stratum gives Welch's interval.
 
     Args:
-        strata: pairs (a, b) of at least two figures each.
-        confidence: of the interval.
+        strata: pairs (a, b) of groups, of at least two figures each.
+        confidence: level of the interval.
 
     Raises:
-        SchemeError: a group of fewer than two.
+        SchemeError: a group of fewer than two figures.
 
     Source:
         Welch 1947, The generalization of Student's problem when several different population variances are involved.
@@ -79,31 +79,31 @@ def difference(strata: Sequence[tuple[Sequence[float], Sequence[float]]], confid
                 f"an interval needs two networks in every group; here are {len(pair[0])} and {len(pair[1])}."
             )
         means.append(mean(pair[1]) - mean(pair[0]))
-        # The variance of a mean and its degrees of freedom, of either group in each stratum.
+        # The variance of each group's mean, and its degrees of freedom.
         parts += [(variance(x) / len(x), len(x) - 1) for x in pair]
     total = sum(v for v, _ in parts)
     centre = mean(means)
-    # Equal figures everywhere: no interval, and no division by zero.
+    # Every group is constant: an interval of width zero, and no division by zero.
     if total == 0:
         return Difference(centre, centre, centre)
     freedom = total**2 / sum(v**2 / n for v, n in parts)
-    # The mean over strata has the sum of their variances, divided by the square of their number.
+    # The variance of the mean over strata is the sum of theirs, divided by the square of their number.
     half = _student((1 + confidence) / 2, freedom) * total**0.5 / len(means)
     return Difference(centre, centre - half, centre + half)
 
 
 class Paired(NamedTuple):
-    """The differences of two groups of runs whose seeds are the same.
+    """The differences between two groups of runs, paired by seed.
 
     Attributes:
-        pairs: seeds that both groups have.
-        mean: of the differences.
-        spread: their standard deviation; None of fewer than two pairs, as all that follows.
+        pairs: number of seeds that both groups have.
+        mean: mean of the differences.
+        spread: their standard deviation; None for fewer than two pairs, like all that follows.
         interval: mean and confidence interval.
-        together: the same with the confidence shared out over all comparisons of a table (Bonferroni), so that all of
-            its intervals hold at once with the confidence that each has alone.
-        visible: the true difference that so many pairs would show with probability 0.8, if their standard deviation is
-            that of the differences: whose interval would leave zero out.
+        together: the same with a Bonferroni correction for all comparisons of a table, so that all of its intervals
+            hold at once with the confidence that each has alone.
+        visible: the true difference that this many pairs would show with probability 0.8, by an interval that excludes
+            zero, if their standard deviation were that of the differences.
     """
 
     pairs: int
@@ -120,24 +120,24 @@ def paired(
     confidence: float = 0.95,
     comparisons: int = 1,
 ) -> Paired | None:
-    """The mean difference, second - first, of the figures of equal seeds, with Student's interval.
+    """Returns the mean difference, second - first, over the seeds in both, with Student's interval.
 
-    The half-width is t s / sqrt(n), of n differences with standard deviation s, with t the quantile of n - 1 degrees of
-    freedom. What the seeds have in common, such as the order of the samples, does not widen it.
+    The half-width is t s / sqrt(n) for n differences with standard deviation s, where t is the quantile for n - 1
+    degrees of freedom. What the runs of a seed share, such as the order of the samples, does not widen it.
 
     Args:
         first: figures by seed.
         second: figures by seed.
-        confidence: of the interval.
-        comparisons: intervals in the table.
+        confidence: level of the interval.
+        comparisons: number of intervals in the table.
 
     Returns:
-        None where no seed is in both.
+        The statistics; None if no seed is in both.
 
     Source:
         Student 1908, The probable error of a mean, for the interval; the visible difference is Bloom's minimum
-        detectable effect (1995), here by the noncentral t distribution, as his (t_{confidence} + t_{0.8}) s / sqrt(n)
-        is too small for few pairs.
+        detectable effect (1995), here by the noncentral t distribution, since his (t_{confidence} + t_{0.8}) s /
+        sqrt(n) is too small for few pairs.
 
     Example:
         >>> paired({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.6, 1: 0.7, 5: 0.1}).pairs
@@ -157,14 +157,14 @@ def paired(
         return Difference(centre, centre - half, centre + half)
 
     visible = _detected(confidence, n - 1) * error
-    # Bonferroni: the chance of an error is shared out, and not the confidence.
+    # Bonferroni divides the error probability, not the confidence.
     shared = 1 - (1 - confidence) / max(1, comparisons)
     return Paired(n, centre, spread(differences), interval(confidence), interval(shared), visible)
 
 
 def _student(level: float, freedom: float) -> float:
     try:
-        # Imported where it is needed: a report over one seed has no intervals, and does without scipy.
+        # Imported here: a report over one seed has no intervals, and does not need scipy.
         from scipy.stats import t
     except ImportError:
         raise MissingExtra(f"intervals need scipy: {install('study')}", name="scipy") from None
@@ -173,10 +173,10 @@ def _student(level: float, freedom: float) -> float:
 
 @cache
 def _detected(confidence: float, freedom: int, power: float = 0.8) -> float:
-    """The true mean, in standard errors of it, for which Student's interval leaves zero out with some probability."""
+    """The true mean, in units of its standard error, for which Student's interval excludes zero with a given power."""
     bound = _student((1 + confidence) / 2, freedom)
-    # Given the estimated deviation, w times the true one, the mean is seen with a normal's probability. Simpson's rule
-    # over w, since scipy's noncentral t is no number for one degree of freedom.
+    # Given an estimated deviation of w times the true one, the probability of detection is that of a normal variable.
+    # It is integrated over w by Simpson's rule, since scipy's noncentral t is NaN for one degree of freedom.
     step = (1 + 10 / freedom**0.5) / 1000
     scale = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
     weights = []
@@ -185,7 +185,7 @@ def _detected(confidence: float, freedom: int, power: float = 0.8) -> float:
         density = math.exp(scale + (freedom - 1) * math.log(w) - freedom * w * w / 2)
         weights.append((bound * w, density * step / 3 * (1 if k == 1000 else 4 if k % 2 else 2)))
     if freedom == 1:
-        weights.append((0.0, math.exp(scale) * step / 3))  # elsewhere the density begins at zero
+        weights.append((0.0, math.exp(scale) * step / 3))  # otherwise the density is zero at w = 0
 
     def seen(shift: float) -> float:
         return sum(weight * (_normal(shift - at) + _normal(-shift - at)) for at, weight in weights)
@@ -204,10 +204,10 @@ def _normal(x: float) -> float:
 
 
 def in_cell(text: str) -> str:
-    r"""A text as it can stand in a table in Markdown, on one line and in one column.
+    r"""Returns a text in the form of one cell of a Markdown table: on one line, with bars escaped.
 
     Args:
-        text: any.
+        text: any text.
 
     Example:
         >>> in_cell("compose(a | b)")
@@ -217,11 +217,11 @@ def in_cell(text: str) -> str:
 
 
 def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, all columns but the first flush right.
+    """Returns a Markdown table, with all columns but the first aligned right.
 
     Args:
-        head: names of the columns, with " | " between them.
-        rows: a cell for each column, of any text.
+        head: names of the columns, separated by " | ".
+        rows: a cell of any text for each column.
     """
     names = head.split(" | ")
     cells = [[in_cell(text) for text in row] for row in rows]
@@ -230,11 +230,11 @@ def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def interval_text(d: Difference, factor: float, digits: int) -> str:
-    """A difference and its interval: "+1.48 [+0.54, +2.43]".
+    """Formats a difference and its interval: "+1.48 [+0.54, +2.43]".
 
     Args:
         d: the difference.
-        factor: by which the figures are multiplied, such as 100.
-        digits: behind the point.
+        factor: multiplies the figures, such as 100.
+        digits: number of digits after the point.
     """
     return f"{factor * d.mean:+.{digits}f} [{factor * d.low:+.{digits}f}, {factor * d.high:+.{digits}f}]"

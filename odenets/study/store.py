@@ -1,4 +1,4 @@
-"""One line per trained network in an SQLite file, written as soon as it is known."""
+"""An SQLite file with one row per trained network, written as soon as its result is known."""
 
 import json
 import os
@@ -27,17 +27,17 @@ TRAINED = "trained"  # the one status whose figures may be averaged
 
 @dataclass(frozen=True)
 class Result:
-    """What training one network gave.
+    """The result of training one network.
 
     Attributes:
-        status: "trained", "diverged" (the loss became no number), or "failed".
-        accuracy: share of validation pictures whose class came first; None unless it was trained.
+        status: "trained", "diverged" (the loss is not finite), or "failed".
+        accuracy: top-1 accuracy on the validation pictures, as a share; None unless it was trained.
         loss: mean cross-entropy on them.
         train_loss: mean cross-entropy of the last epoch.
-        seconds: of training.
+        seconds: training time.
         kept_mib: what a training step keeps for its backward pass, in MiB.
         ranks: (width, numerical rank, effective rank) of the features after the stem and after every step.
-        error: the last line of what went wrong.
+        error: the last line of the error.
         worker: machine and process.
     """
 
@@ -59,13 +59,13 @@ _TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
 
 @dataclass(frozen=True)
 class Table(Generic[Task, Outcome]):
-    """What the lines of a file hold: the fields of two dataclasses; lists and mappings are JSON.
+    """A table whose columns are the fields of two dataclasses; lists and mappings are JSON.
 
     Attributes:
-        name: of the table.
-        task: what was trained.
-        outcome: what that gave; has a field "status".
-        key: the field of the task that tells it from all others.
+        name: name of the table.
+        task: class of what is trained.
+        outcome: class of its result; has a field "status".
+        key: the field that identifies a task.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Table(Generic[Task, Outcome]):
 
     @property
     def columns(self) -> list[str]:
-        """Names, in order."""
+        """Names of the columns, in order."""
         return [f.name for kind in (self.task, self.outcome) for f in fields(kind)]  # type: ignore[arg-type]
 
     @property
     def structured(self) -> list[str]:
-        """The columns that are JSON."""
+        """Names of the columns that hold JSON."""
         return [name for name, hint in self._hints().items() if get_origin(hint) in (list, dict)]
 
     def _hints(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class Table(Generic[Task, Outcome]):
 
     @property
     def declared(self) -> str:
-        """The columns as SQL."""
+        """The declaration of the columns in SQL."""
         hints = self._hints()
-        # No type for what may be None or is JSON: SQLite then keeps the value as it comes.
+        # No type for what may be None or is JSON: SQLite then stores the value as given.
         kinds = {name: _TYPES.get(hints[name], "") for name in self.columns}
         return ", ".join(f'"{n}" {k}{" PRIMARY KEY" if n == self.key else ""}' for n, k in kinds.items())
 
@@ -99,24 +99,24 @@ NETWORKS = Table("networks", Candidate, Result, "number")
 
 
 class Store(Generic[Task, Outcome]):
-    """The results of a study in an SQLite file, one line per network; a context manager.
+    """The results of a study in an SQLite file, one row per network; a context manager.
 
-    One process writes: the one that hands out the work. Each line is its own transaction, so that whatever stops the
-    process, what was recorded stays; a network is recorded once, or the database refuses. Other processes may read at
-    any time: where one is at it for long, the line waits for it, however long it takes, and a notice says so.
+    Only the process that hands out the work writes. Each row is its own transaction, so recorded rows survive whatever
+    stops the process; the database refuses to record a network twice. Other processes may read at any time. If a reader
+    holds the file for long, a write waits for as long as that takes, and a notice says so.
 
     Args:
-        path: the file; where there is none it is made beside its place and renamed, so that what is there is whole.
-        settings: what determines the results. A file that holds networks of others is refused.
-        table: what the lines hold.
-        growing: names of settings that may grow: lists in them are joined with those that are there, and mappings key
-            by key; any other value in them stays as it is.
-        check: raises a SchemeError for settings that cannot be, of what is there and what grows together.
-        begun: whether networks have been trained in part, of which the file has no line yet.
+        path: the file; a new one is made beside its place and renamed, so that a file at that place is complete.
+        settings: what determines the results. A file that holds networks trained with other settings is refused.
+        table: the table that holds the rows.
+        growing: names of settings that may grow: lists in them are joined with the recorded ones, and mappings key by
+            key; any other value in them stays as it is.
+        check: raises a SchemeError for invalid settings; called with recorded and new ones joined.
+        begun: returns whether some networks are partly trained and have no row yet.
 
     Raises:
         SchemeError: other settings, another process that writes, a place that cannot be written to, or a file that is
-            no such database.
+            not such a database.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Store(Generic[Task, Outcome]):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(f"{self.path}.lock")
-            # At once or not at all: a second driver would train the same networks.
+            # No waiting: a second driver would train the same networks.
             self.lock.acquire(timeout=0)
         except Timeout:
             raise SchemeError(
@@ -151,7 +151,7 @@ class Store(Generic[Task, Outcome]):
                 self._make()
             self._begin()
         except BaseException:
-            # `__exit__` is not called where `__enter__` raises, and the lock would stay with this process.
+            # `__exit__` is not called if `__enter__` raises, and this process would keep the lock.
             if hasattr(self, "connection"):
                 self.connection.close()
             self.lock.release()
@@ -171,10 +171,10 @@ class Store(Generic[Task, Outcome]):
 
     def _begin(self) -> None:
         check_file(self.path)
-        # Without an isolation level no transaction is open between two statements. The timeout is short, as `patient`
-        # waits.
+        # Without an isolation level no transaction is open between two statements. The timeout is short, since
+        # `patient` does the waiting.
         self.connection = sqlite3.connect(self.path, timeout=1, isolation_level=None)
-        # Both through JSON, which makes lists of tuples.
+        # Both have gone through JSON, which turns tuples into lists.
         old, new = settings_of(self.connection, self.path, self.table), json.loads(json.dumps(self.settings))
         other = [text for name in {**old, **new} for text in self._other(name, old.get(name), new.get(name))]
         if other and (self.done() or self.begun()):
@@ -182,7 +182,7 @@ class Store(Generic[Task, Outcome]):
                 f"{self.path} was begun with other settings ({'; '.join(other)});\n"
                 "  go on with the same ones, or give this study a file of its own."
             )
-        # Where nothing was trained under the old ones yet, they are forgotten, plan and all.
+        # If nothing has been trained under the old settings yet, they are dropped, plan included.
         for name in () if other else self.growing:
             new[name] = joined(old[name], new[name]) if name in old and name in new else old.get(name, new.get(name))
         if self.check is not None:
@@ -193,9 +193,9 @@ class Store(Generic[Task, Outcome]):
 
     def _other(self, name: str, old: Any, new: Any) -> list[str]:
         if name not in self.growing:
-            # As texts: to Python 1, 1.0 and True are equal, and to an option they are not.
+            # Compared as text: 1, 1.0 and True are equal in Python, but differ as values of an option.
             return [] if json.dumps(old) == json.dumps(new) else [f"{name}: {old!r} there, {new!r} now"]
-        # What one of them lacks is what grows.
+        # A setting that one of them lacks is growth, not a conflict.
         found = [] if old is None or new is None else conflicts(old, new)
         return [f"{place}: {a} there, {b} now" for place, a, b in found]
 
@@ -206,11 +206,11 @@ class Store(Generic[Task, Outcome]):
         self.lock.release()
 
     def _write(self, statement: str, values: list[Any]) -> int:
-        """One statement as a transaction of its own; the number of lines that it changed."""
+        """Runs one statement as a transaction of its own; returns the number of rows that it changed."""
         return patient(lambda: self.connection.execute(statement, values).rowcount, self.path)
 
     def done(self) -> set[Any]:
-        """Keys (numbers) of the networks that are recorded."""
+        """Returns the keys (numbers) of the recorded networks."""
         rows = patient(
             lambda: self.connection.execute(f'SELECT "{self.table.key}" FROM {self.table.name}').fetchall(), self.path
         )
@@ -221,15 +221,15 @@ class Store(Generic[Task, Outcome]):
 
         Args:
             task: what was to be trained.
-            outcome: what came of it.
+            outcome: the result.
 
         Raises:
-            sqlite3.IntegrityError: it is recorded already.
+            sqlite3.IntegrityError: the network is recorded already.
         """
         line = {**asdict(task), **asdict(outcome)}  # type: ignore[call-overload]
         line |= {name: json.dumps(line[name]) for name in self.table.structured}
         columns = self.table.columns
-        # By name: a file of a later version may have more of them.
+        # By name: a file of a later version may have more columns.
         names = ", ".join(f'"{name}"' for name in columns)
         self._write(
             f"INSERT INTO {self.table.name} ({names}) VALUES ({', '.join('?' * len(columns))})",
@@ -237,15 +237,15 @@ class Store(Generic[Task, Outcome]):
         )
 
     def failed(self) -> int:
-        """Number of networks that failed."""
+        """Returns the number of networks that failed."""
         statement = f"SELECT count(*) FROM {self.table.name} WHERE status = 'failed'"
         return patient(lambda: self.connection.execute(statement).fetchone()[0], self.path)
 
     def forget_failed(self, among: Collection[Any] | None = None) -> int:
-        """Removes the lines of networks that failed, so that they are trained again; returns how many there were.
+        """Removes the rows of networks that failed, so that they are trained again; returns how many there were.
 
         Args:
-            among: keys of those that would be trained again; None: of all.
+            among: keys of the networks that may be removed; None removes all that failed.
         """
         statement = f"DELETE FROM {self.table.name} WHERE status = 'failed'"
         if among is None:
@@ -259,15 +259,15 @@ Value = TypeVar("Value")
 
 
 def patient(act: Callable[[], Value], path: Path) -> Value:
-    """Does something with a database, again and again while another process has it locked.
+    """Runs an operation on a database, retrying while another process has it locked.
 
     Args:
-        act: fails as a whole, or succeeds.
-        path: of the database, for the notice after five seconds.
+        act: the operation; succeeds, or fails as a whole.
+        path: path of the database, for the notice after five seconds.
 
     Raises:
         SchemeError: the database is damaged, or cannot be written to.
-        sqlite3.IntegrityError: a line is there already.
+        sqlite3.IntegrityError: the row exists already.
     """
     began, said = time.monotonic(), False
     while True:
@@ -294,11 +294,11 @@ def patient(act: Callable[[], Value], path: Path) -> Value:
 
 
 def joined(old: Any, new: Any) -> Any:
-    """Lists with what the second has and the first lacks at the end, mappings key by key; else the second.
+    """Joins two values: lists by appending what only the second has, mappings key by key; else takes the second.
 
     Args:
-        old: what was read.
-        new: what comes on top.
+        old: the value that was read.
+        new: the value that is joined to it.
     """
     if isinstance(old, list) and isinstance(new, list):
         return [*old, *(value for value in new if value not in old)]
@@ -308,15 +308,15 @@ def joined(old: Any, new: Any) -> Any:
 
 
 def conflicts(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """What ``joined`` would replace: values at one place that are not both lists or both mappings, and differ.
+    """Returns what ``joined`` would replace: differing values at one place, not both lists or both mappings.
 
     Args:
-        old: what was read.
-        new: what comes on top.
-        place: the keys above.
+        old: the value that was read.
+        new: the value that would be joined to it.
+        place: the keys that lead to these values.
 
     Returns:
-        For each its keys, the old and the new value.
+        The keys, the old value and the new value of each conflict.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         return [c for k in old if k in new for c in conflicts(old[k], new[k], f"{place}, {k}" if place else str(k))]
@@ -325,13 +325,13 @@ def conflicts(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]
 
 
 def check_file(path: Path) -> None:
-    """Refuses an empty file: SQLite takes it for a new database, and a study would begin again in silence.
+    """Refuses an empty file: SQLite takes it for a new database, and a study would silently begin again.
 
     Args:
-        path: of the database.
+        path: path of the database.
 
     Raises:
-        SchemeError: a file of no bytes, or no file.
+        SchemeError: the file is empty, or is not a file.
     """
     if not path.is_file():
         raise SchemeError(f"{path} is no file of a study: it is a folder;\n  give another place, or move it away.")
@@ -343,15 +343,15 @@ def check_file(path: Path) -> None:
 
 
 def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, Any]) -> dict[str, Any]:
-    """The settings in a database, which has to hold a table.
+    """Reads the settings from a database, which must hold a given table.
 
     Args:
         connection: the open database.
         path: its file, for messages.
-        table: the one that it has to hold.
+        table: the table that it must hold.
 
     Raises:
-        SchemeError: a database of something else, or none.
+        SchemeError: the database is of something else, or not a database.
     """
 
     def find() -> Any:
@@ -369,31 +369,31 @@ def settings_of(connection: sqlite3.Connection, path: Path, table: Table[Any, An
     try:
         return json.loads(patient(find, path)[0])
     except (TypeError, ValueError) as error:
-        # A SchemeError is a ValueError too, and says what is wrong already.
+        # A SchemeError is a ValueError too, and already says what is wrong.
         if isinstance(error, SchemeError):
             raise
         raise SchemeError(f"{path} is no file of a study: {error}.") from None
 
 
 def read(path: str | Path, table: Table[Any, Any] = NETWORKS) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A study's settings and its lines in the order of their keys; also of one that is still running.
+    """Reads a study's settings and its rows, ordered by their keys; the study may still be running.
 
     Args:
-        path: of the database.
-        table: which of its tables.
+        path: path of the database.
+        table: the table to read.
 
     Raises:
-        SchemeError: no such file, or no study.
+        SchemeError: no such file, or not a study.
     """
     path = Path(path)
     if not path.is_file():
         raise SchemeError(f"there is no file {str(path)!r}; a study makes one: odenets study run -c FILE.yaml.")
     check_file(path)
     try:
-        # Read-only, so that looking at a running study cannot lock its writer out for longer than a query takes.
+        # Read-only, so that reading a running study locks its writer out for no longer than a query takes.
         settings, lines = _read(path, table, "ro")
     except sqlite3.OperationalError:
-        # A process that was killed while it wrote has left a journal, which only a writer can take back.
+        # A process that was killed while writing has left a journal, which only a writer can roll back.
         try:
             settings, lines = _read(path, table, "rw")
         except sqlite3.OperationalError as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-# First: it names the extra that is missing, where the imports below would only name a module.
+# Imported first: it names the extra that is missing, where the imports below would only name a module.
 from ..training import needed as needed
 
 # isort: split
@@ -33,7 +33,7 @@ class StudyParser(ArgumentParser):
     command_line: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # An error inside a subcommand carries the subcommand's parser, whose options a misspelt one is near to.
+        # An error inside a subcommand carries that subcommand's parser, whose options resemble a misspelt one.
         names = [action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions]
         first, second = explain(message, self.command_line, names)
         fail(first, HELP if second == TIP else second)
@@ -63,9 +63,9 @@ def parser() -> ArgumentParser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     try:
-        # On the class: whichever of the subcommands' parsers fails has to know the whole command line.
+        # On the class: whichever subcommand's parser fails needs the whole command line.
         StudyParser.command_line = args = with_files(args)
         check_files(args)
         options = parser().parse_args(list(args))
@@ -80,7 +80,7 @@ def run(args: Sequence[str]) -> None:
                 _train(study, chosen)
     except (SchemeError, DataError) as error:
         fail(str(error), HELP)
-    except BrokenPipeError:  # who reads has seen enough, as in `| head`; what is left to flush goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe, as in `| head`; what is left to flush is discarded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -97,8 +97,8 @@ def _show(study: Study) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's report of every single training."""
-    # Lightning's two halves log under names of their own.
+    """Silences Lightning's messages about each training."""
+    # Lightning's two halves log under separate names.
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -118,7 +118,7 @@ def _train(study: Study, options: Namespace) -> None:
         try:
             for p in engine.run(study, store, workers=options.workers, address=options.address):
                 c, r = p.candidate, p.result
-                # By the networks of this run alone: those of earlier ones took no time today.
+                # From the networks of this run alone: those of earlier runs took none of its time.
                 left = (time.monotonic() - start) / (p.done - before) * (p.total - p.done) / 60
                 what = f"accuracy {r.accuracy:.3f}" if r.accuracy is not None else r.error
                 print(

@@ -1,4 +1,4 @@
-"""A study: which networks are drawn, on which pictures and by which recipe each is trained; and the training of one."""
+"""A study's settings (the networks drawn, their pictures and recipe), and the training of one of its networks."""
 
 import math
 import os
@@ -27,7 +27,7 @@ from .net import RandomNet
 from .space import SPACES, Candidate, Space, sample
 from .store import TRAINED, Result
 
-# What may differ between two runs of one study: where the pictures lie, how much is trained and by how much hardware.
+# May differ between two runs of one study: where the pictures are, how many networks are trained, on what hardware.
 _FREE = ("root", "per_kind", "threads", "gpus")
 
 
@@ -37,23 +37,23 @@ class Study:
 
     Args:
         space: design space: A to E of the RDNet paper, or mini.
-        schemes: what is compared; the first is what the others are compared with. "euler" adds, "dense" concatenates.
-        per_kind: networks of every scheme, block order and augmentation.
-        seed: of the draws and, with a network's number, of its weights and pictures.
+        schemes: the schemes to compare; the first is the baseline. "euler" adds, "dense" concatenates.
+        per_kind: number of networks for each combination of scheme, block order and augmentation.
+        seed: seed of the draws and, with a network's number, of its weights and pictures.
         root: folder of the pictures, as in odenets.training.Images.
         size: side of the pictures.
-        classes: the first so many classes are used; null for all.
-        epochs: length of training; null takes the space's.
+        classes: number of classes to use, from the first on; null for all.
+        epochs: training epochs; null takes the space's.
         optimizer: sgd (momentum 0.9, Nesterov) or adamw; null takes the space's.
         lr: peak learning rate; null takes 0.1 for sgd and 0.001 for adamw.
         weight_decay: null takes 0.0001 for sgd and 0.05 for adamw.
-        schedule: steps (a tenth after each third) or cosine (after half an epoch of warm-up).
+        schedule: steps (to a tenth after each third) or cosine (after half an epoch of warm-up).
         batch_size: pictures per step.
-        crop: pixels that a training picture is shifted by at most.
-        flip: probability of a mirror image.
-        precision: of training.
-        rank_pictures: validation pictures whose features' rank is taken after training; 0 for none.
-        threads: CPU threads (and, of several machines, cores) per network.
+        crop: largest shift of a training picture, in pixels.
+        flip: probability of a left-right flip.
+        precision: precision of training.
+        rank_pictures: number of validation pictures for the feature ranks after training; 0 for none.
+        threads: CPU threads per network, and the cores that Ray reserves for it.
         gpus: GPUs per network; a fraction lets several networks share one.
     """
 
@@ -91,26 +91,26 @@ class Study:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the results: two runs of one study agree in it."""
+        """The settings that determine the results; two runs of one study agree in them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE}
 
     @property
     def ranges(self) -> Space:
-        """The design space itself."""
+        """The design space."""
         return SPACES[self.space]
 
     def candidates(self, classes: int) -> list[Candidate]:
-        """The study's networks, for pictures of so many classes.
+        """Returns the study's networks, for pictures of a number of classes.
 
         Args:
-            classes: of the pictures.
+            classes: number of classes of the pictures; the study's own ``classes`` takes precedence.
         """
         return sample(
             self.ranges, self.schemes, self.per_kind, seed=self.seed, size=self.size, classes=self.classes or classes
         )
 
     def data(self) -> Images:
-        """The pictures; opened anew."""
+        """Opens the pictures, anew at each call."""
         images = Images(root=self.root, size=self.size, batch_size=self.batch_size, cache=True, smallest_crop=0)
         if self.classes is not None and not 2 <= self.classes <= images.num_classes:
             raise SchemeError(f"classes is {self.classes}, want 2 to {images.num_classes}, as the pictures have.")
@@ -131,7 +131,7 @@ def _pictures(study: Study) -> Images:
 
 
 def train(study: Study, candidate: Candidate) -> Result:
-    """Trains one network of a study; what goes wrong on the way is its result, not an error.
+    """Trains one network of a study; an exception on the way becomes its result and is not raised.
 
     The same study and candidate give the same result on the same kind of machine, whatever was trained before. The
     random state of the process is left as it was.
@@ -145,11 +145,11 @@ def train(study: Study, candidate: Candidate) -> Result:
     start = time.perf_counter()
     try:
         torch.set_num_threads(study.threads)
-        # Whoever trains one network in a notebook must not find the random state of the process moved.
+        # Training one network in a notebook must not advance the random state of the process.
         with isolate_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _train(study, candidate, worker)
-    except Exception as error:  # e.g. out of memory; an interrupt is no such thing, and goes through
+    except Exception as error:  # e.g. out of memory; an interrupt is not an Exception, and propagates
         text = (str(error).strip() or type(error).__name__).splitlines()[-1]
         return Result("failed", seconds=time.perf_counter() - start, error=text[:500], worker=worker)
     finally:
@@ -157,7 +157,7 @@ def train(study: Study, candidate: Candidate) -> Result:
 
 
 def _train(study: Study, candidate: Candidate, worker: str) -> Result:
-    # The weights depend on the network's number alone, and neither on the order of training nor on the machine.
+    # The weights depend on the network's number alone, not on the order of training or the machine.
     L.seed_everything(study.seed * 1_000_003 + candidate.number, verbose=False)
     data = _pictures(study)
     data.augment = Augment(crop=study.crop, flip=study.flip, **_augmentation(candidate))
@@ -171,7 +171,7 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
     if trainer.interrupted:
         raise KeyboardInterrupt
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    # By the losses: an accuracy is a number even where the loss is none, and would enter the means.
+    # Judged by the losses: an accuracy is finite even where the loss is not, and would enter the means.
     finite = all(math.isfinite(figures[name]) for name in ("val/loss", "train/loss"))
     x = data.on_after_batch_transfer(_batch(data, "val", study.rank_pictures or 1), 0)[0].to(module.device)
     net.to(module.device).eval()
@@ -180,7 +180,7 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
         with torch.no_grad():
             ranks = [(r.width, r.numerical, round(r.effective, 4)) for r in rank_profile(net.trajectory(x))]
     return Result(
-        # The kept bytes come last: they take a pass in training mode, which moves the norms' statistics.
+        # Kept bytes are measured last: they take a pass in training mode, which updates the norms' statistics.
         TRAINED if finite else "diverged",
         figures["val/acc"] if finite else None,
         figures["val/loss"] if finite else None,
@@ -201,7 +201,7 @@ def _trainer(study: Study) -> L.Trainer:
         # Not "auto": a study that asks for no GPU gives the same result on a machine that has one.
         accelerator="gpu" if study.gpus else "cpu",
         precision=study.precision,
-        # Once, at the end: a study compares networks as they are trained out.
+        # Once, at the end: a study compares fully trained networks.
         check_val_every_n_epoch=epochs,
         num_sanity_val_steps=0,
         logger=False,
@@ -232,17 +232,17 @@ def _batch(data: Images, name: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def kept_bytes(net: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Bytes that one training step keeps for its backward pass, parameters not counted; on any device.
+    """Returns the bytes that one training step keeps for its backward pass, without parameters; on any device.
 
     Args:
         net: the classifier, in training mode.
         x: pictures (n, c, h, w), uint8 or floats.
         y: labels (n,).
     """
-    # By storages and not by tensors: views of one storage keep it once.
+    # Counted by storage, not by tensor: several views of one storage keep it once.
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept: dict[int, int] = {}
-    held = []  # a storage that is freed meanwhile could come back under the same address
+    held = []  # keeps storages alive: one freed meanwhile could come back at the same address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""What the words of a comparison's command line mean: `key=v1,v2`, `0..4,7`."""
+"""Parses the words of a comparison's command line: `key=v1,v2`, `0..4,7`."""
 
 import hashlib
 import re
@@ -13,15 +13,15 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def split(text: str) -> list[str]:
-    """Values between commas, where a comma inside brackets or quotes is a part of a value.
+    """Splits a text at its commas, except those inside brackets or quotes.
 
-    A quote begins where no word is under way, as in YAML: the one in ``don't`` is a letter.
+    As in YAML, a quote begins only outside a word: the one in ``don't`` is a letter.
 
     Args:
         text: the values.
 
     Raises:
-        SchemeError: a bracket or a quote without its other half, no value between two commas, or a value twice.
+        SchemeError: an unmatched bracket or quote, no value between two commas, or a value twice.
 
     Example:
         >>> split("euler, nested(midpoint, rk4),'a,b',[4, 4]")
@@ -39,23 +39,23 @@ def split(text: str) -> list[str]:
 
 
 def _repeated(values: Sequence[Any]) -> Any:
-    """The first value that occurs more than once; None where there is none."""
+    """The first value that occurs more than once; None if there is none."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def _commas(text: str) -> Iterator[int]:
-    """The places of the commas outside of brackets and quotes."""
+    """Yields the positions of the commas outside brackets and quotes."""
     closing: list[str] = []
     quote, place = "", 0
     while place < len(text):
         letter = text[place]
         if quote:
-            # As in YAML, a backslash escapes in double quotes alone.
+            # As in YAML, a backslash escapes only in double quotes.
             if quote == '"' and letter == "\\":
                 place += 1
             elif letter == quote:
                 quote = ""
-        # At the beginning the slice is text[-1:0], which is empty: no letter stands before.
+        # At the beginning the slice is text[-1:0], which is empty: no letter precedes.
         elif letter in "'\"" and not re.match(r"\w", text[place - 1 : place]):
             quote = letter
         elif letter in PAIRS:
@@ -73,13 +73,13 @@ def _commas(text: str) -> Iterator[int]:
 
 
 def assignment(text: str) -> tuple[str, list[str]]:
-    """The option and its values in ``key=v1,v2``.
+    """Splits ``key=v1,v2`` into the option and its values.
 
     Args:
         text: as it was typed.
 
     Raises:
-        SchemeError: no such pair.
+        SchemeError: the text is not such a pair.
 
     Example:
         >>> assignment("model.net.scheme=euler,rk4")
@@ -95,13 +95,13 @@ def assignment(text: str) -> tuple[str, list[str]]:
 
 
 def seeds(text: str) -> list[int]:
-    """Seeds, in the order in which they are written: single ones, and ranges with both ends.
+    """Returns seeds in the order in which they are written: single ones, and ranges that include both ends.
 
     Args:
         text: such as ``0..4`` or ``0,1,7``.
 
     Raises:
-        SchemeError: what is no such list, or a seed twice.
+        SchemeError: the text is not such a list, or has a seed twice.
 
     Example:
         >>> seeds("0..3,7")
@@ -124,7 +124,7 @@ def seeds(text: str) -> list[int]:
 
 
 def folder_name(text: str) -> str:
-    """A name for a folder: the text itself where it is one that needs no quotes, else its letters and a digest of it.
+    """Returns a folder name for a text: the text itself if it needs no quotes, else its letters and a digest of it.
 
     Args:
         text: what the folder stands for.
@@ -133,8 +133,8 @@ def folder_name(text: str) -> str:
         >>> folder_name("scheme=rk4"), folder_name("step=decay(9/10)")
         ('scheme=rk4', 'step=decay-9-10-eb556f')
     """
-    # No dot in front, which would hide the folder; and cut, since file systems refuse names of more than 255 bytes. Two
-    # long texts are still told apart by their digests.
+    # No leading dot, which would hide the folder. Cut, since file systems refuse names of more than 255 bytes; the
+    # digest still tells two long texts apart.
     plain = re.sub(r"[^\w=.,+-]+", "-", text, flags=re.ASCII).strip("-.")[:80]
     if plain == text:
         return text

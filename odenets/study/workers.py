@@ -1,7 +1,7 @@
-"""Who does the work of a study: this process, processes of this machine, or workers of Ray on one machine or many.
+"""Executors for the work of a study: this process, processes of this machine, or Ray workers on one machine or many.
 
-All three take tasks and a function, and yield each task with what the function made of it, as soon as it is there. What
-a worker that dies leaves undone is given to another, up to three times; then the task has failed.
+All three take tasks and a function, and yield each task with the function's result as soon as that is known. If a
+worker dies, its task is given to another, up to three times; then the task has failed.
 """
 
 import multiprocessing
@@ -20,9 +20,9 @@ from ..messages import first_line
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
-RETRIES = 3  # after the first time
-LONGEST = 500  # characters of an error
-# How processes begin: from a server that has no locks, files or threads of the one that hands out the work.
+RETRIES = 3  # after the first attempt
+LONGEST = 500  # characters of an error message
+# Start method: fork from a server that has none of the locks, files or threads of the process that hands out the work.
 START = "forkserver"
 
 
@@ -30,19 +30,19 @@ def check_gpus(option: str, wanted: float, found: float) -> None:
     """Refuses to wait for GPUs that a machine does not have.
 
     Args:
-        option: the one that asked for them.
-        wanted: how many each worker gets.
-        found: how many there are.
+        option: the option that asked for them.
+        wanted: GPUs per worker.
+        found: GPUs of the machine.
     """
     if wanted > found:
         raise SchemeError(f"{option} is {wanted:g}, and this machine has {found:g} GPUs; 0 trains on the CPU.")
 
 
 def here(tasks: Sequence[Task], work: Callable[[Task], Outcome]) -> Generator[tuple[Task, Outcome], None, None]:
-    """One after the other, in this process.
+    """Does tasks one after the other, in this process.
 
     Args:
-        tasks: what is to be done.
+        tasks: the tasks.
         work: does one of them.
     """
     # Lazily: each outcome is recorded before the next task begins.
@@ -53,10 +53,10 @@ class _Running(NamedTuple):
     """A process at work.
 
     Attributes:
-        process: so.
-        task: what it does.
-        deaths: of processes before it that had the same task.
-        place: 0 to workers - 1; no two that run have the same.
+        process: the process.
+        task: its task.
+        deaths: number of earlier processes that died at the same task.
+        place: 0 to workers - 1, different for all running processes.
     """
 
     process: Any
@@ -74,16 +74,17 @@ def by_processes(
     prepare: Callable[[int], None] | None = None,
     preload: Sequence[str] = (),
 ) -> Generator[tuple[Task, Outcome], None, None]:
-    """By processes of this machine, a new one for each task, so that no task is touched by another's.
+    """Does tasks in processes of this machine, a new one for each task, so that tasks do not affect one another.
 
-    They are forks of a server that has imported what they need and has done nothing else. Where the consumer stops, or
-    an exception comes, they are sent SIGTERM and waited for; where this process is killed, each sends it to itself.
+    The processes are forked from a server that has imported what they need and has done nothing else. If the consumer
+    stops or an exception is raised, they are sent SIGTERM and waited for; if this process is killed, each sends SIGTERM
+    to itself.
 
     Args:
-        tasks: begun in this order.
-        work: what is done with a task; importable by its name.
-        failed: makes an outcome of the error of a process that died, or of work that raised.
-        workers: processes at a time.
+        tasks: the tasks, begun in this order.
+        work: does a task; importable by its name.
+        failed: turns the error of a process that died, or of work that raised, into an outcome.
+        workers: number of processes at a time.
         prepare: called in the process, before the work, with a number below ``workers`` that no other process has at
             the time.
         preload: modules that the server imports.
@@ -98,37 +99,37 @@ def by_processes(
         while waiting or running:
             while waiting and len(running) < workers:
                 task, deaths = waiting.popleft()
-                # The smallest that is free: places stand for GPUs, and so the work is spread over them.
+                # The smallest free one: places stand for GPUs, and this spreads the work over them.
                 place = min(set(range(workers)) - {r.place for r in running.values()})
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_serve, args=(theirs, work, task, prepare, place))
                 process.start()
-                # The child has its own copy. While this one is open, its death would not end the pipe, and `wait` would
-                # wait for ever.
+                # The child has its own copy. While this one is open, the child's death would not close the pipe, and
+                # `wait` would never return.
                 theirs.close()
                 running[ours] = _Running(process, task, deaths, place)
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
                 ended = running.pop(connection)
                 found = _received(connection)
-                # Its exit status is known only when it has been waited for.
+                # The exit status is known only after the process has been waited for.
                 ended.process.join()
                 if found is None and ended.deaths < RETRIES:
-                    # To the front, where it was: tasks are begun in their order.
+                    # Back to the front: tasks are begun in order.
                     waiting.appendleft((ended.task, ended.deaths + 1))
                     continue
                 error, outcome = found or (f"its process ended with status {ended.process.exitcode}", None)
                 yield ended.task, failed(error[:LONGEST]) if error else outcome  # type: ignore[misc]
     finally:
         for left in running.values():
-            # All are told before any is waited for, so that they save at the same time.
+            # All are signalled before any is waited for, so that they save at the same time.
             left.process.terminate()
         for left in running.values():
             left.process.join()
 
 
 def _received(connection: Connection) -> tuple[str, Any] | None:
-    """What a process sent before it ended: an error or "", and an outcome; None where it died without."""
+    """Returns what a process sent before it ended: an error or "", and an outcome; None if it died without sending."""
     with connection:
         try:
             return connection.recv()
@@ -138,7 +139,7 @@ def _received(connection: Connection) -> tuple[str, Any] | None:
 
 def _serve(connection: Connection, work: Any, task: Any, prepare: Callable[[int], None] | None, place: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the work has a handler of its own
-    os.setsid()  # Ctrl-C is the parent's, which passes on one signal
+    os.setsid()  # Ctrl-C reaches only the parent, which passes on one signal
     threading.Thread(target=_follow_the_parent, daemon=True).start()
     try:
         if prepare is not None:
@@ -147,7 +148,7 @@ def _serve(connection: Connection, work: Any, task: Any, prepare: Callable[[int]
     except Exception as error:
         parent = multiprocessing.parent_process()
         if isinstance(error, BrokenPipeError) and parent is not None and not parent.is_alive():
-            return  # it was ended first: nobody is left to answer
+            return  # the parent ended first, and no one is left to report to
         traceback.print_exc()
         connection.send((f"{type(error).__name__}: {first_line(error, LONGEST)}", None))
 
@@ -155,8 +156,8 @@ def _serve(connection: Connection, work: Any, task: Any, prepare: Callable[[int]
 def _follow_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # A parent that is killed sends no signal to its children: somebody has to wait for its end. Then SIGTERM, and
-        # not an exit, since the work may have a handler by now that saves what it has.
+        # A parent that is killed sends no signal to its children, so this thread waits for its end. Then SIGTERM, not
+        # an exit: by now the work may have a handler that saves its progress.
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -174,27 +175,27 @@ def by_ray(
     otherwise: str,
     fresh: bool = False,
 ) -> Generator[tuple[Task, Outcome], None, None]:
-    """By workers of Ray.
+    """Does tasks in Ray workers.
 
     Args:
-        tasks: begun in this order.
-        work: what is done with a task.
-        failed: makes an outcome of the error of a worker that died each time, or that lacks something.
-        workers: so many processes on this machine; with an address at most so many on its machines; None: as many as
-            the cores allow.
-        address: of a running cluster ("auto" finds it); None starts one on this machine.
-        threads: cores of a worker.
-        gpus: of a worker; a fraction lets several share one.
-        option: the name of that number, for the error.
+        tasks: the tasks, begun in this order.
+        work: does a task.
+        failed: turns the error of a worker that died on every attempt, or that lacks something, into an outcome.
+        workers: number of processes on this machine, or with an address the most on its machines; None: as many as the
+            cores allow.
+        address: address of a running cluster ("auto" finds it); None starts one on this machine.
+        threads: cores per worker.
+        gpus: GPUs per worker; a fraction lets several share one.
+        option: the name of the option for ``gpus``, for the error.
         otherwise: what to do without Ray, for the error.
-        fresh: whether a worker ends after each task, and another takes its place.
+        fresh: whether a worker ends after each task and is replaced.
 
     Raises:
-        SchemeError: Ray is missing, or not to be reached.
+        SchemeError: Ray is missing, or cannot be reached.
     """
-    # Ray reports its use to its makers unless it is told not to.
+    # Ray sends usage statistics to its makers unless it is told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default to be, which Ray warns about
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future default, which Ray warns about
     try:
         import ray
         from ray.exceptions import RayError
@@ -203,19 +204,19 @@ def by_ray(
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         own = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
-        # Results are a line each: the smallest store of objects will do.
+        # Each result is one row: the smallest object store will do.
         options |= {"num_cpus": own * threads, "include_dashboard": False, "object_store_memory": 100 << 20}
     try:
         ray.init(address=address or "local", **options)  # whatever RAY_ADDRESS says
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SchemeError(f"Ray at {address!r} cannot be used: {first_line(error)}") from None
     try:
-        if address is None:  # a cluster may grow; here Ray would wait for ever
+        if address is None:  # a cluster may grow; on this machine Ray would wait forever
             check_gpus(option, gpus, ray.cluster_resources().get("GPU", 0))
-        # A worker that dies is no error of the work: its task is given to another.
-        each = ray.remote(max_calls=int(fresh))(_call)  # 0 is no limit
+        # A worker's death is not an error of the work: its task is given to another.
+        each = ray.remote(max_calls=int(fresh))(_call)  # 0: no limit
         remote = each.options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
-        # On this machine Ray runs no more at a time than the cores that it was given; on a cluster it would take all
+        # On this machine Ray runs no more tasks at a time than its cores allow; on a cluster it would take all cores
         # there are.
         limit = workers if address is not None else None
         yield from _hand_out(ray, RayError, remote, tasks, work, failed, workers, limit, threads)
@@ -238,11 +239,11 @@ def _hand_out(
     limit: int | None,
     threads: int,
 ) -> Generator[tuple[Task, Outcome], None, None]:
-    """Keeps the workers busy, and yields each result when it comes; at most `limit` tasks are under way."""
+    """Keeps the workers busy, and yields each result when it arrives; at most `limit` tasks are under way."""
     waiting = iter(tasks)
     flying: dict[Any, Task] = {}
     while True:
-        # Twice what can run at once, so that no worker waits; counted anew, since a cluster may grow.
+        # Twice what can run at once, so that no worker idles; counted anew, since a cluster may grow.
         room = workers or max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
         while len(flying) < (limit or 2 * room):
             if (task := next(waiting, None)) is None:
@@ -254,7 +255,7 @@ def _hand_out(
             task = flying.pop(ready)
             try:
                 outcome = ray.get(ready)
-            except ray_error as error:  # its worker died each time, or lacks something that this process has
+            except ray_error as error:  # its worker died on every attempt, or lacks something that this process has
                 cause = getattr(error, "cause", None)
                 text = repr(cause) if cause is not None else first_line(error)
                 outcome = failed(text[:LONGEST])
