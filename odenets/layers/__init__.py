@@ -1,4 +1,4 @@
-"""Parts of networks that know nothing of schemes: residual functions, shortcuts, stochastic depth, pooling."""
+"""Parts of networks that are independent of schemes: residual functions, shortcuts, stochastic depth, pooling."""
 
 from .conv import DepthwiseConv2d as DepthwiseConv2d
 from .conv import PatchConv2d as PatchConv2d

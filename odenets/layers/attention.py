@@ -15,14 +15,14 @@ NormPlace = Literal["pre", "post"]
 
 
 class AttentionFunction(nn.Module):
-    """Multi-head self-attention: F(x) = W softmax(Q K^T / sqrt(d)) V of LN(x), or LN of that of x.
+    """Multi-head self-attention: F(x) = W softmax(Q K^T / sqrt(d)) V, with LayerNorm before or after it.
 
     Args:
         dim: width of a token.
         heads: number of heads, a divisor of ``dim``.
         norm: "pre" normalises the argument, "post" the result.
-        cosine: queries and keys of length 1, and a learned factor per head in place of 1 / sqrt(d).
-        drop: dropout of the result.
+        cosine: whether queries and keys have unit length, with a learned factor per head in place of 1 / sqrt(d).
+        drop: dropout rate of the result.
         drop_path: probability that a sample's result is zero while training.
 
     Shape:
@@ -58,13 +58,13 @@ class AttentionFunction(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        # As a logarithm, so that the factor stays positive; it begins at 10, as published.
+        # Stored as a logarithm, so that the factor stays positive; it starts at 10, as published.
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10))) if cosine else None
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path) if drop_path else None
 
     def scale_output(self, factor: float) -> None:
-        """Multiplies what the function returns, once and for good: the last weights, or the norm's after them."""
+        """Scales the function's output permanently: the last linear layer, or with "post" the norm after it."""
         _scale_output(self.proj if self.pre else self.norm, factor)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class AttentionFunction(nn.Module):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             # Bounded, as published: a larger factor makes the softmax one-hot, and its gradient zero.
             q, scale = q * self.log_scale.clamp(max=math.log(100)).exp(), 1.0
-        # Where a context is given it is the mask of tokens that are there: (n, t), true for those that may be read.
+        # The context, where given, is a mask (n, t) of the tokens: true for those that may be attended to.
         mask = None if context is None else context[:, None, None, :]
         y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         y = self.proj(y.transpose(1, 2).reshape(n, t, dim))
@@ -85,13 +85,13 @@ class AttentionFunction(nn.Module):
 
 
 class PerceptronFunction(nn.Module):
-    """A perceptron of one hidden layer at each token: F(x) = W2 GELU(W1 LN(x)), or LN of that of x.
+    """A one-hidden-layer perceptron at each token: F(x) = W2 GELU(W1 LN(x)), or the LN of W2 GELU(W1 x).
 
     Args:
         dim: width of a token.
         ratio: hidden width over ``dim``.
         norm: "pre" normalises the argument, "post" the result.
-        drop: dropout of the result.
+        drop: dropout rate of the result.
         drop_path: probability that a sample's result is zero while training.
 
     Shape:
@@ -118,7 +118,7 @@ class PerceptronFunction(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else None
 
     def scale_output(self, factor: float) -> None:
-        """Multiplies what the function returns, once and for good: the last weights, or the norm's after them."""
+        """Scales the function's output permanently: the last linear layer, or with "post" the norm after it."""
         _scale_output(self.fc2 if self.pre else self.norm, factor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ def _scale_output(last: nn.Linear | nn.LayerNorm, factor: float) -> None:
 class TransformerFunction(nn.Module):
     """A whole transformer block without its skip: F(x) = a + P(x + a) with a = A(x), attention and then a perceptron.
 
-    Under euler with a step of 1 it is the block, x + F(x); as one function it is a vector field that any scheme
-    integrates.
+    Under euler with a step size of 1, x + F(x) is the block itself; as one function it is a vector field that any
+    scheme can integrate.
 
     Args:
         attention: A.
@@ -165,15 +165,15 @@ class TransformerFunction(nn.Module):
 class PatchTokens(nn.Module):
     """Cuts a picture into patches, one token each, and adds learned positions.
 
-    For another picture size than ``size`` the positions are interpolated (bicubic).
+    For picture sizes other than ``size`` the positions are interpolated (bicubic).
 
     Args:
         dim: width of a token.
         patch: side of a patch.
         size: side of the pictures that the positions are made for.
         in_chans: channels of the picture.
-        class_token: whether a learned token comes before those of the picture.
-        norm: whether LayerNorm follows the patches' linear map, before the positions.
+        class_token: whether a learned token precedes those of the picture.
+        norm: whether LayerNorm follows the linear map of the patches, before the positions are added.
 
     Shape:
         x: (n, in_chans, h, w), h and w multiples of ``patch``; the result is (n, t, dim), row by row.
@@ -193,13 +193,13 @@ class PatchTokens(nn.Module):
         self.patch, self.grid = patch, size // patch
         self.proj = PatchConv2d(in_chans, dim, patch)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
-        # Zero: its learned position is drawn already.
+        # Zero, since its learned position is random already.
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.grid**2 + int(class_token), dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)
-        # Before the map is flattened: its height and width are not told afterwards.
+        # Before the map is flattened, which loses its height and width.
         positions = self._positions(x.shape[2], x.shape[3])
         x = self.norm(x.flatten(2).transpose(1, 2))
         if self.class_token is not None:
@@ -207,13 +207,13 @@ class PatchTokens(nn.Module):
         return x + positions
 
     def _positions(self, height: int, width: int) -> Tensor:
-        # In a trace no size is known; at the size that they are made for the interpolation gives them unchanged.
+        # In a trace the size is unknown, so positions are always interpolated; at their own size that changes nothing.
         if not is_traced(height) and height == width == self.grid:
             return self.positions
         return interpolated(self.positions, self.grid, height, width)
 
     def fitted(self, positions: Tensor) -> Tensor:
-        """Positions of another square picture brought to the size of this one's; others are given back as they are.
+        """Resizes the positions of another square picture to this grid; any others are returned unchanged.
 
         Args:
             positions: (1, t, dim), with as many tokens before those of the picture as here.
@@ -226,10 +226,10 @@ class PatchTokens(nn.Module):
 
 
 def interpolated(positions: Tensor, grid: int, height: int, width: int) -> Tensor:
-    """Positions (1, first + grid^2, dim) for height x width patches, bicubic; the first ones are left as they are."""
+    """Resizes positions (1, first + grid^2, dim) to height x width patches, bicubic; the first ones are unchanged."""
     first = positions.shape[1] - grid**2
     of_picture = positions[:, first:].transpose(1, 2).unflatten(2, (grid, grid))
-    # Half precision has no kernel of its own on every device, and single precision rounds the weights once.
+    # Not every device has a half-precision kernel, and single precision rounds the positions only once.
     wide = of_picture if of_picture.dtype is torch.float64 else of_picture.float()
     wide = F.interpolate(wide, (height, width), mode="bicubic", antialias=True, align_corners=False)
     of_picture = wide.to(of_picture.dtype)

@@ -1,4 +1,4 @@
-"""The residual function of a level in a multi-column network: fuse the neighbours, then a few residual blocks."""
+"""The residual function of a level in a multi-column network: it fuses the neighbours, then applies residual blocks."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ from .norm import LayerNorm2d
 
 
 class Down(nn.Module):
-    """From the finer level below: a 2x2 convolution of stride 2, then LayerNorm over the channels.
+    """Maps from the finer level below: a 2x2 convolution of stride 2, then LayerNorm over the channels.
 
     Shape:
         x: (n, in_channels, h, w) with even h and w; the result is (n, out_channels, h / 2, w / 2).
@@ -27,7 +27,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """From a coarser level: a linear layer and LayerNorm at each pixel, then every pixel repeated.
+    """Maps from a coarser level: a linear layer and LayerNorm at each pixel, then nearest-neighbour upsampling.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, factor h, factor w).
@@ -40,13 +40,13 @@ class Up(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        # With the channels last a linear layer needs no copy, and the norm is over the last axis.
+        # With channels last the linear layer needs no copy, and the norm is over the last axis.
         x = self.norm(self.linear(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return F.interpolate(x, scale_factor=float(self.factor), mode="nearest")
 
 
 class LevelFunction(nn.Module):
-    """What one level adds: F(lower, upper...) = blocks(down(lower) + sum of up(upper)).
+    """The change that one level adds: F(lower, upper...) = blocks(down(lower) + sum of up(upper)).
 
     Args:
         below: the map from the level below: a ``Down``, or the identity at the first level.
@@ -54,7 +54,7 @@ class LevelFunction(nn.Module):
         blocks: residual functions that follow, each added to its own argument.
 
     Shape:
-        lower: the level below, as ``below`` takes it; upper: as ``above`` take them; the result is the level's shape.
+        lower: the level below, as ``below`` takes it; upper: as ``above`` take them; the result has the level's shape.
 
     Source:
         Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, section 2.3 and figure 2 (c).
@@ -92,7 +92,7 @@ class NormedHead(nn.Module):
         return self.from_pooled(pooled(x))
 
     def from_pooled(self, x: Tensor) -> Tensor:
-        """Logits from the mean (n, channels)."""
+        """Returns logits from the pooled features (n, channels)."""
         return self.fc(self.drop(self.norm(x)))
 
 
@@ -102,13 +102,13 @@ def pooled(x: Tensor) -> Tensor:
 
 
 class PictureDecoder(nn.Module):
-    """From the last level back to the picture: per level a 1x1 convolution, LayerNorm, GELU, twice the size, a block.
+    """Decodes the last level to the picture: per level a 1x1 convolution, LayerNorm, GELU, 2x upsampling and a block.
 
-    Returns logits of the pixels, for a binary cross entropy against the picture in [0, 1].
+    Returns logits of the pixels, for binary cross-entropy against the picture in [0, 1].
 
     Args:
         channels: widths of the levels, fine to coarse.
-        patch: pixels per side of the finest level's pixel.
+        patch: picture pixels per side of one pixel of the finest level.
         colours: channels of the picture.
 
     Shape:
@@ -130,18 +130,18 @@ class PictureDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for proj, block in zip(self.proj, self.blocks, strict=True):
-            # Corners aligned, as in the released code; the weights were trained with it.
+            # Corners aligned, as in the released code, with which the published weights were trained.
             x = F.interpolate(proj(x), scale_factor=2.0, mode="bilinear", align_corners=True)
             x = x + block(x)
         return F.pixel_shuffle(self.pixels(x), self.patch)
 
 
 class PatchDecoder(nn.Module):
-    """From the last level back to the picture in one linear layer; for large numbers of classes.
+    """Decodes the last level to the picture with one linear layer; for large numbers of classes.
 
     Args:
         channels: width of the last level.
-        patch: pixels per side of the last level's pixel.
+        patch: picture pixels per side of one pixel of the last level.
         colours: channels of the picture.
 
     Shape:

@@ -1,6 +1,6 @@
-"""Convolutions that do on a CPU what torch's do, in less time: of single channels, and of patches.
+"""Depthwise and patch convolutions that run faster on a CPU than torch's own.
 
-Keys, parameters and results are those of ``nn.Conv2d``, and elsewhere the code is too.
+Keys, parameters and results are those of ``nn.Conv2d``; on other devices, so is the code.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from ..tracing import is_traced
 
 Pair = Sequence[int]  # vertical and horizontal
 
-# oneDNN's depthwise kernels are for x86; elsewhere torch loops over the groups.
+# oneDNN has depthwise kernels for x86 only; elsewhere torch loops over the groups.
 _VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and torch.backends.mkldnn.is_available()
 
-# Up to this padding oneDNN's depthwise kernel pads by itself; above it another one, many times slower, takes its place.
+# Up to this padding oneDNN's depthwise kernel pads on its own; above it oneDNN uses another, many times slower.
 _OWN_PADDING = 4
 
-# Elements of a map in one step of the weight gradient: 4 MiB.
+# Elements of a map in one chunk of the weight gradient: 4 MiB.
 _AT_A_TIME = 2**20
 
 
 class _Depthwise(torch.autograd.Function):
-    """conv(join(xs)) with one kernel a channel; keeps the maps xs alone. Every part of it is differentiable again."""
+    """conv(join(xs)) with one kernel per channel; it saves no map but xs, and its gradients are differentiable."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, padding: Pair, *xs: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Depthwise(torch.autograd.Function):
         # A backward pass inside an autocast region would round the operands again.
         with torch.autocast("cpu", enabled=False):
             if any(ctx.needs_input_grad[3:]):
-                # The padding that keeps the size is the same in both directions.
+                # The padding that keeps the size is the same forward and backward.
                 turned = weight.to(grad.dtype).flip(2, 3)
                 grad_x = F.conv2d(grad, turned, padding=ctx.padding, groups=len(weight))
                 parts = grad_x.to(xs[0].dtype).split([x.shape[1] for x in xs], 1)
@@ -58,22 +58,22 @@ class _Depthwise(torch.autograd.Function):
 
 
 def joined(xs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """The maps joined along the channels, without a copy of a single one."""
+    """Joins the maps along the channels; a single map is returned as it is, not copied."""
     return xs[0] if len(xs) == 1 else torch.cat(xs, 1)
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: Pair, padding: Pair) -> Tensor:
-    """The gradient by the weight of a depthwise convolution of stride 1, written as a depthwise convolution.
+    """The weight gradient of a depthwise convolution of stride 1, written as a depthwise convolution.
 
         dL/dw[c, i, j] = sum over n, y, x of g[n, c, y, x] * X[n, c, y + i - p, x + j - p]
 
-    For every sample and channel that is the map X correlated with the kernel g, so all of them are one convolution of
-    n c groups, in single precision also for maps of half precision. oneDNN's own weight gradient spends 16 x 16
-    products where a channel needs one, unless the kernel is at most 3 wide.
+    For every sample and channel this is the map X correlated with g as the kernel, so together they are one convolution
+    with n c groups. It runs in single precision even for half-precision maps. oneDNN's own weight gradient spends
+    16 x 16 products where a channel needs one, unless the kernel is at most 3 wide.
 
     Args:
         x: the convolution's argument.
-        grad: the gradient by its result.
+        grad: the gradient with respect to its result.
         kernel: size (i, j) of the kernel.
         padding: p, vertical and horizontal.
 
@@ -88,7 +88,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: Pair, padding: Pair) -> Ten
                 [24., 32., 24.],
                 [18., 24., 18.]])
     """
-    # Some samples at a time, so that the copies stay small and their memory is used again; a compiler plans by itself.
+    # A few samples at a time, so that the copies stay small and reuse memory; a compiler plans its memory itself.
     parts = 1 if torch.compiler.is_compiling() else min(len(x), 1 + x.numel() // _AT_A_TIME)
     pairs = zip(x.chunk(parts), grad.chunk(parts), strict=True)
     found = [_correlation(a.float(), b.float(), padding) for a, b in pairs]
@@ -96,8 +96,8 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: Pair, padding: Pair) -> Ten
 
 
 def _correlation(x: Tensor, g: Tensor, padding: Pair) -> Tensor:
-    """Every map of x correlated with the map of g at its place."""
-    # A kernel no wider than the padding is a case for which oneDNN has slow code only, so both maps grow by zeros.
+    """Correlates every map of x with the map of g for the same sample and channel."""
+    # For a kernel no wider than the padding oneDNN has only slow code, so both maps are extended by zeros.
     more = [max(0, p + 1 - size) for p, size in zip(padding, g.shape[2:], strict=True)]
     if any(more):
         x, g = (F.pad(t, (0, more[1], 0, more[0])) for t in (x, g))
@@ -109,10 +109,10 @@ def _correlation(x: Tensor, g: Tensor, padding: Pair) -> Tensor:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A convolution with one kernel a channel, and a zero border that keeps the size of the map.
+    """A convolution with one kernel per channel, and zero padding that keeps the size of the map.
 
-    On a CPU with AVX2 or AVX-512 the weight gradient of a kernel wider than 3 is taken by ``weight_gradient``, with the
-    same result to rounding: forward and backward at 7x7 take 0.2 to 0.6 of torch's time, with bfloat16 a quarter.
+    On a CPU with AVX2 or AVX-512 the weight gradient of a kernel wider than 3 is computed by ``weight_gradient``, with
+    the same result up to rounding: forward and backward at 7x7 take 0.2 to 0.6 of torch's time, a quarter in bfloat16.
     Elsewhere (other devices, double precision, forward mode, functorch transforms, traces) this is ``nn.Conv2d``.
 
     Args:
@@ -120,7 +120,7 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel: size of the kernel, odd.
 
     Shape:
-        xs: one map (n, channels, h, w), or several of that width together, which are joined; the result is
+        xs: one map (n, channels, h, w), or several with that total width, which are joined; the result is
             (n, channels, h, w).
 
     Raises:
@@ -170,16 +170,16 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class PatchConv2d(nn.Conv2d):
-    """A convolution of patches that do not overlap (kernel = stride); patches of one pixel make it pointwise.
+    """A convolution of non-overlapping patches (kernel = stride); with patches of one pixel it is pointwise.
 
-    On a CPU it is one matrix product over all patches, where that needs no copy of the whole map into another layout;
-    a compiler chooses the layout of what it makes, so there it is one for pixels of channels-first maps. torch's own
-    code takes one product a sample, or several, and is up to twice as slow on small maps.
+    On a CPU it is one matrix product over all patches, where that needs no copy of the whole map into another layout.
+    A compiler chooses its own layouts, so there only one-pixel patches of channels-first maps are a matrix product.
+    torch's own code takes one or more products per sample, and is up to twice as slow on small maps.
 
     Args:
         in_channels: width of the map.
         out_channels: width of the result.
-        patch: side of a patch in pixels; rows and columns that fill no patch are left out.
+        patch: side of a patch in pixels; rows and columns that do not fill a patch are left out.
         bias: whether a bias is added.
 
     Shape:
@@ -198,7 +198,7 @@ class PatchConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         side = self.kernel_size[0]
         if side == 1 and _is_compiled_product(input):
-            # Not the form below: from permuted maps inductor makes code that is slower than the convolution.
+            # Not the form below: for permuted maps inductor generates code that is slower than the convolution.
             x = (self.weight.flatten(1) @ input.flatten(2)).unflatten(2, input.shape[2:])
             return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]
         if not is_product(input, side):
@@ -211,7 +211,7 @@ class PatchConv2d(nn.Conv2d):
 
 
 def is_product(x: Tensor, patch: int = 1) -> bool:
-    """Whether a convolution of patches is taken as one matrix product: where that is faster."""
+    """Whether a convolution of patches is computed as one matrix product, since that is faster."""
     return (
         not is_traced(x)
         and x.device.type == "cpu"
@@ -223,7 +223,7 @@ def is_product(x: Tensor, patch: int = 1) -> bool:
 
 
 def _is_compiled_product(x: Tensor) -> bool:
-    """Whether dynamo traces a map for whose pixels a matrix product is faster; an exported graph keeps convolutions."""
+    """Whether dynamo traces a map on whose pixels a matrix product is faster; an exported graph keeps convolutions."""
     return (
         torch.compiler.is_dynamo_compiling()
         and x.device.type == "cpu"

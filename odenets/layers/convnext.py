@@ -12,7 +12,7 @@ from .drop_path import DropPath
 class ChannelGate(nn.Module):
     """A factor per sample and channel from the map's mean: hard_sigmoid(W mean(x) + b), "effective squeeze-excitation".
 
-    It returns the factor, not the product, so that a caller can put it together with a scale of its own.
+    Returns the factor, not the product, so that a caller can combine it with its own scale.
 
     Args:
         channels: width of the map.
@@ -43,23 +43,23 @@ class ConvNeXtFunction(nn.Module):
     .. math:: F(x) = \gamma \, W_2 \, \mathrm{GELU}(W_1 \, \mathrm{LN}(\mathrm{dwconv}(x)))
 
     The hidden layer is ``expansion`` times as wide as the argument; the result may be narrower (RDNet). From the norm
-    on the channels come last, so that the two linear layers are plain matrix products without copies.
+    onwards the channels come last, so that the two linear layers are plain matrix products without copies.
 
     Args:
         in_channels: width of the argument.
-        out_channels: width of the result; None means that of the argument.
+        out_channels: width of the result; None means the argument's.
         kernel: size of the depthwise convolution, odd.
         expansion: hidden width over the argument's width, rounded down to a multiple of ``divisor``.
         divisor: see ``expansion``.
-        hidden: hidden width itself, in place of ``expansion``.
+        hidden: the hidden width itself, in place of ``expansion``.
         layer_scale: initial value of gamma, one number per channel; None leaves gamma out.
-        gate: whether the result is weighed by a ``ChannelGate``.
+        gate: whether the result is multiplied by a ``ChannelGate``.
         drop_path: probability that a sample's result is zero while training.
         recompute: whether only the depthwise convolution's result is kept for the backward pass; the joined argument,
-            the norm, the first product and the GELU are made again, the convolution and the second product are not.
+            the norm, the first product and the GELU are recomputed, the convolution and the second product are not.
 
     Shape:
-        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is
+        xs: one map (n, in_channels, h, w), or several with that total width, which are joined; the result is
             (n, out_channels, h, w), channels-last in memory.
 
     Raises:
@@ -107,13 +107,13 @@ class ConvNeXtFunction(nn.Module):
     def forward(self, *xs: Tensor) -> Tensor:
         x = self.dwconv(*xs, recompute=self.recompute)
         if self.recompute and torch.is_grad_enabled():
-            # A recomputation stops where the last saved tensor is there again: before the second product.
+            # The recomputation stops once the last saved tensor is restored: before the second product.
             x = checkpoint(self._perceive, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
         else:
             x = self._perceive(x)
         scale = self.gamma
         if self.gate is not None:
-            # One small product first: the map itself is then multiplied once.
+            # The small factors are combined first, so that the map is multiplied only once.
             scale = self.gate(x) if scale is None else self.gate(x) * scale
         if scale is not None:
             x = x * scale

@@ -15,15 +15,15 @@ class DenseFunction(nn.Module):
     Args:
         in_channels: width of the concatenation that it reads.
         out_channels: number of new channels, the growth rate.
-        bottleneck: the 1x1 convolution is so many times wider than the result; 0 leaves it out.
-        drop_rate: dropout after every convolution.
-        drop_path: probability that a sample's new channels are all zero while training; the concatenation passes on.
+        bottleneck: width of the 1x1 convolution over that of the result; 0 leaves the convolution out.
+        drop_rate: dropout rate after every convolution.
+        drop_path: probability that a sample's new channels are all zero while training; the concatenation is unchanged.
         layer_scale: initial value of a factor gamma per new channel; None leaves gamma out.
-        recompute: whether the joined argument and the results of norms and ReLUs are made again in the backward pass
-            and not kept; convolutions are not run again.
+        recompute: whether the joined argument and the results of norms and ReLUs are recomputed in the backward pass
+            instead of kept; convolutions are not run again.
 
     Shape:
-        xs: one map (n, in_channels, h, w), or several of that width together, which are joined; the result is
+        xs: one map (n, in_channels, h, w), or several with that total width, which are joined; the result is
             (n, out_channels, h, w).
 
     Source:
@@ -68,8 +68,8 @@ class DenseFunction(nn.Module):
     def forward(self, *xs: Tensor) -> Tensor:
         x = self._part(self.norm1, self.conv1, *xs)
         if self.bottleneck:
-            # The published ports of the bottleneck drop out before and after the 3x3 convolution, or after it alone;
-            # this is the paper's: after every convolution.
+            # Published ports of the bottleneck apply dropout before and after the 3x3 convolution, or only after it;
+            # this is the paper's rule: after every convolution.
             x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
             x = self._part(self.norm2, self.conv2, x)
         x = F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
@@ -80,13 +80,13 @@ class DenseFunction(nn.Module):
 class DenseTransition(nn.Module):
     """BN-ReLU-conv1x1, then the mean of 2x2 pixels.
 
-    Both of the last are linear, so in training without dropout the mean comes first, and the convolution has a quarter
-    of the pixels. Elsewhere the order, and the number of multiply-adds, are the paper's.
+    The convolution and the mean are linear and commute, so in training without dropout the mean comes first, and the
+    convolution sees a quarter of the pixels. Otherwise the order, and the number of multiply-adds, are the paper's.
 
     Args:
         in_channels: width before.
         out_channels: width after.
-        drop_rate: dropout after the convolution.
+        drop_rate: dropout rate after the convolution.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, h // 2, w // 2).
@@ -102,7 +102,7 @@ class DenseTransition(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place: the norm's backward pass needs its argument and not its result.
+        # In place is safe: the norm's backward pass needs its argument, not its result.
         x = F.relu(self.norm(x), inplace=True)
         if self.training and torch.is_grad_enabled() and not self.drop_rate:
             return self.conv(F.avg_pool2d(x, 2))

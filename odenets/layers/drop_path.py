@@ -1,4 +1,4 @@
-"""Stochastic depth: the result of a residual function is left out for random samples."""
+"""Stochastic depth: the result of a residual function is dropped for random samples."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class DropPath(nn.Module):
     r"""Sets whole samples to zero with probability p while training, and scales the others: y_i = x_i m_i / (1 - p).
 
-    It stands at the end of a residual function, so that a dropped sample keeps its stream unchanged. At p = 1 nothing
-    is left, and nothing is scaled.
+    It belongs at the end of a residual function, so that a dropped sample leaves its stream unchanged. At p = 1 the
+    result is zero, and nothing is scaled.
 
     Args:
         p: probability of dropping a sample, in [0, 1].
@@ -17,10 +17,10 @@ class DropPath(nn.Module):
         x: (n, ...) of any rank; the result has the same shape.
 
     Raises:
-        ValueError: p is no probability.
+        ValueError: p is not a probability.
 
     Source:
-        Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv 1603.09382; per sample as is common since.
+        Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv 1603.09382; per sample, as has become common.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class DropPath(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         keep = 1.0 - self.p
-        # Of x's own dtype: a mask in single precision would make a result of single precision from a half one.
+        # In x's own dtype: a single-precision mask would promote a half-precision x.
         mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
         # At p = 1 the mask is zero everywhere, and 0 / 0 would be NaN.
         return x * (mask.div_(keep) if keep else mask)
@@ -58,5 +58,5 @@ def linear_rates(rate: float, count: int) -> list[float]:
         >>> linear_rates(0.2, 3)
         [0.0, 0.1, 0.2]
     """
-    # A function that is alone is the first, with a rate of 0.
+    # A single function counts as the first, with a rate of 0.
     return [rate * i / max(count - 1, 1) for i in range(count)]

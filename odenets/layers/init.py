@@ -9,7 +9,7 @@ def init_kaiming(module: nn.Module, mode: Literal["fan_in", "fan_out"] = "fan_ou
     """Draws every convolution's weights from He's normal distribution; biases and norms keep torch's defaults.
 
     Args:
-        module: everything inside it is drawn anew.
+        module: its convolutions, nested ones too, are drawn anew.
         mode: the fan that sets the variance 2 / fan; published ImageNet ResNets use fan_out, the CIFAR ones fan_in.
         linear: whether linear layers are drawn too; otherwise they keep torch's default.
 
@@ -22,11 +22,11 @@ def init_kaiming(module: nn.Module, mode: Literal["fan_in", "fan_out"] = "fan_ou
 
 
 def init_truncated(module: nn.Module, std: float = 0.02) -> None:
-    """Draws the weights of every convolution and linear layer from a normal distribution cut at 2; biases are zero.
+    """Draws every convolution's and linear layer's weights from a normal distribution truncated at 2; biases are zero.
 
     Args:
-        module: everything inside it is drawn anew.
-        std: the spread before the cut (which lies a hundred spreads away: at 2, not at 2 std).
+        module: its layers, nested ones too, are drawn anew.
+        std: the standard deviation before truncation (which is at 2, a hundred standard deviations, not at 2 std).
 
     Source:
         Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545, as released; the paper's 0.2 is a misprint.

@@ -1,4 +1,4 @@
-"""The residual functions between ResNet's and ConvNeXt's: one class with a switch for each step of the way."""
+"""The residual functions between ResNet's and ConvNeXt's: one class with a switch for each change on the way."""
 
 from typing import Literal
 
@@ -13,12 +13,12 @@ Act = Literal["relu", "gelu"]
 
 
 def make_norm(kind: Norm, channels: int) -> nn.Module:
-    """BatchNorm or LayerNorm over the channels of a map."""
+    """Returns a BatchNorm, or a LayerNorm over the channels of a map."""
     return nn.BatchNorm2d(channels) if kind == "batch" else LayerNorm2d(channels)
 
 
 def make_act(kind: Act) -> nn.Module:
-    """ReLU or GELU."""
+    """Returns a ReLU or a GELU."""
     return nn.ReLU(inplace=True) if kind == "relu" else nn.GELU()
 
 
@@ -33,12 +33,12 @@ class ModernFunction(nn.Module):
         in_channels: width of the argument.
         out_channels: width of the result.
         stride: stride of the k x k convolution.
-        kernel: its size k.
-        depthwise: whether it has one group per channel.
+        kernel: size k of that convolution.
+        depthwise: whether that convolution has one group per channel.
         inverted: whether the middle is four times as wide as the result; otherwise it is a quarter as wide.
         dw_first: whether the k x k convolution comes first; it then has the argument's width.
-        one_act: one activation in all, and none in the result's place.
-        one_norm: one norm in all.
+        one_act: whether there is one activation in all, with none on the result.
+        one_norm: whether there is one norm in all.
         norm: "batch" or "layer".
         act: "relu" or "gelu".
         layer_scale: initial value of a factor gamma per channel of the result; None leaves gamma out.
@@ -83,10 +83,10 @@ class ModernFunction(nn.Module):
         for i, (name, before, after, size) in enumerate(parts):
             spatial = i == (0 if dw_first else 1)
             has_norm = spatial if one_norm else True
-            # The activation in the middle of the pointwise convolutions, or one after each but the last.
+            # One activation between the pointwise convolutions, or one after each convolution but the last.
             has_act = i == 1 if one_act else i < 2
             groups, own = (after if depthwise else 1, stride) if spatial else (1, 1)
-            # BatchNorm would take a bias off again, channel by channel; LayerNorm, over the channels, does not.
+            # BatchNorm would cancel a bias, channel by channel; LayerNorm, over the channels, does not.
             bias = not has_norm or norm == "layer"
             self.layers.add_module(name, nn.Conv2d(before, after, size, own, size // 2, groups=groups, bias=bias))
             if has_norm:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class LayerNorm2d(nn.LayerNorm):
     """Normalises every pixel over its channels: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    The kernel of torch wants the channels last, so the map is seen that way: one in channels-last memory is normalised
-    without a copy, another is copied once, and the result is channels-last in memory either way.
+    torch's kernel expects the channels last, so the map is viewed that way: a channels-last map is normalised without a
+    copy, any other is copied once, and the result is channels-last in memory either way.
 
     Args:
         channels: width of the map.

@@ -1,4 +1,4 @@
-"""BatchNorm, ReLU and a convolution as one node of the graph, which keeps neither the norm's nor the ReLU's result."""
+"""BatchNorm, ReLU and a convolution as one node of the graph, which saves neither the norm's nor the ReLU's result."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .conv import is_product, joined
 
 
 class _NormReluConv(torch.autograd.Function):
-    """conv(relu(norm([x_0, x_1, ...]))), from which only the maps x_j and the batch's statistics are kept."""
+    """conv(relu(norm([x_0, x_1, ...]))), saving only the maps x_j and the batch statistics."""
 
     @staticmethod
     def forward(
@@ -21,10 +21,10 @@ class _NormReluConv(torch.autograd.Function):
         y, mean, rstd = torch.native_batch_norm(
             x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum or 0.0, norm.eps
         )
-        # The maps as they were given, which are kept as the streams anyway; x would be a copy of them all.
+        # The maps as given: as streams they stay alive anyway, whereas x would be a copy of them all.
         ctx.save_for_backward(weight, bias, kernel, mean, rstd, *xs)
         ctx.eps, ctx.padding = norm.eps, conv.padding[0]
-        # In place: y is made here, and made again in the backward pass.
+        # In place is safe: y is created here, and recomputed in the backward pass.
         out = conv(y.relu_())
         ctx.dtype = out.dtype  # under autocast that of the product, which may differ from the map's
         return out
@@ -35,13 +35,13 @@ class _NormReluConv(torch.autograd.Function):
         (grad,) = grads
         weight, bias, kernel, mean, rstd, *xs = ctx.saved_tensors
         x = joined(xs)
-        # With given statistics the norm is one pass over the map; the variance is the one that has this rstd.
+        # With known statistics the norm is one pass over the map; the variance follows from rstd.
         var = rstd.square().reciprocal_().sub_(ctx.eps)
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps).relu_()
-        # The maps begin behind the five arguments before them.
+        # The maps come after five other arguments.
         need_x = any(ctx.needs_input_grad[5:])
         grad_y, grad_kernel = _convolve_backward(grad, y.to(ctx.dtype), kernel.to(ctx.dtype), ctx.padding)
-        # The ReLU's result will do as its argument: it is 0 wherever that was not positive.
+        # The ReLU's result serves as its argument here: it is 0 wherever the argument was not positive.
         grad_y = torch.ops.aten.threshold_backward(grad_y.to(y.dtype), y, 0)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, weight, None, None, mean, rstd, True, ctx.eps, [need_x, True, True]
@@ -51,7 +51,7 @@ class _NormReluConv(torch.autograd.Function):
 
 
 def _convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    """The gradients by the map and by the kernel."""
+    """Returns the gradients with respect to the map and to the kernel."""
     if kernel.shape[2:] == (1, 1) and is_product(y):
         rows = grad.permute(0, 2, 3, 1)
         grad_y = (rows @ kernel.flatten(1)).permute(0, 3, 1, 2)
@@ -64,11 +64,11 @@ def _convolve_backward(grad: Tensor, y: Tensor, kernel: Tensor, padding: int) ->
 def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor:
     """conv(relu(norm(x))) of the joined maps x, keeping only the maps for the backward pass.
 
-    Running statistics move once. Where a plain run is needed (evaluation, synchronised or cumulative statistics, a
-    compiler, which chooses by itself what to keep), it is one, with the same value.
+    Running statistics are updated once. Where the plain operations are needed (evaluation, synchronised or cumulative
+    statistics, a compiler, which itself chooses what to keep), those run, with the same value.
 
-    Cost: one joined copy and one pass of the norm and the ReLU more in the backward pass; no convolution and no
-    statistics are computed again. Second derivatives raise an error.
+    Cost: one additional joined copy and one additional pass of the norm and the ReLU, in the backward pass; no
+    convolution and no statistics are computed again. Second derivatives raise an error.
 
     Args:
         norm: the norm.
@@ -83,7 +83,7 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         True
     """
     if (
-        # Exactly this class: another may take its statistics in another way.
+        # Exactly this class: a subclass may compute its statistics differently.
         type(norm) is nn.BatchNorm2d
         and isinstance(conv, nn.Conv2d)
         and norm.training
@@ -92,7 +92,7 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     ):
-        # The kernel moves the running statistics and not the counter, which is the work of the norm's own forward.
+        # The kernel updates the running statistics but not the counter, which the norm's own forward increments.
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         return _NormReluConv.apply(norm.weight, norm.bias, conv.weight, norm, conv, *xs)  # type: ignore

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 
 def as_residual(module: nn.Module) -> nn.Module:
-    """Makes a residual function of a module that has a skip of its own: x -> module(x) - x.
+    """Turns a module that has its own skip connection into a residual function: x -> module(x) - x.
 
     Args:
-        module: keeps the shape of its one argument, and adds it to its result.
+        module: a module that keeps the shape of its one argument, and adds it to its result.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""The residual functions of ResNet: basic and bottleneck, post-activated or pre-activated, without a skip of their own.
+"""The residual functions of ResNet: basic and bottleneck, post-activation or pre-activation, without their own skip.
 
-None writes to its argument: the only operations in place are ReLUs on the result of a norm made here.
+None writes to its argument: the only in-place operations are ReLUs on the result of a norm computed here.
 """
 
 import math
@@ -16,7 +16,7 @@ Act = Literal["relu", "silu"]
 
 
 def _norm(kind: Norm, channels: int) -> nn.Module:
-    # As many groups as divide both: 8 for all usual widths.
+    # The greatest common divisor of 8 and the width, so 8 groups for all usual widths.
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
 
 
@@ -27,7 +27,7 @@ def _act(kind: Act) -> nn.Module:
 class BasicFunction(nn.Module):
     """Two 3x3 convolutions.
 
-    ``post``: conv-BN-ReLU-conv-BN (the sum gets its ReLU from the stack); ``pre``: BN-ReLU-conv-BN-ReLU-conv.
+    ``post``: conv-BN-ReLU-conv-BN (the stack applies ReLU to the sum); ``pre``: BN-ReLU-conv-BN-ReLU-conv.
 
     Args:
         in_channels: width of the argument.
@@ -35,7 +35,7 @@ class BasicFunction(nn.Module):
         stride: stride of the first convolution.
         order: "post" or "pre".
         drop_path: probability that a sample's result is zero while training.
-        norm: "batch", or "group", which has no statistics beside its argument's.
+        norm: "batch", or "group", which uses no statistics but its argument's.
         act: "relu", or "silu", which is smooth.
 
     Shape:
@@ -65,7 +65,7 @@ class BasicFunction(nn.Module):
         self.norm1 = _norm(norm, in_channels if pre else out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.norm2 = _norm(norm, out_channels)
-        # One for all places, as it has no parameters; the name is ResNet's, whatever it is.
+        # One module for all places, since it has no parameters; the name is ResNet's whichever activation it is.
         self.relu = _act(act)
         self.drop_path = DropPath(drop_path) if drop_path else None
         self.pre = pre
@@ -81,7 +81,7 @@ class BasicFunction(nn.Module):
 
 
 class BottleneckFunction(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions; the middle is a quarter as wide as the result, and the 3x3 has the stride.
+    """1x1, 3x3 and 1x1 convolutions; the middle is a quarter as wide as the result, and the 3x3 carries the stride.
 
     ``post``: conv-BN-ReLU-conv-BN-ReLU-conv-BN; ``pre``: three times BN-ReLU-conv.
 
@@ -91,18 +91,18 @@ class BottleneckFunction(nn.Module):
         stride: stride of the 3x3 convolution.
         order: "post" or "pre".
         drop_path: probability that a sample's result is zero while training.
-        norm: "batch", or "group", which has no statistics beside its argument's.
+        norm: "batch", or "group", which uses no statistics but its argument's.
         act: "relu", or "silu", which is smooth.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
 
     Raises:
-        ValueError: the result's width is no multiple of 4.
+        ValueError: the result's width is not a multiple of 4.
 
     Source:
-        He et al. 2016, arXiv 1512.03385 (post) and arXiv 1603.05027 (pre); the stride stands in the 3x3 convolution, as
-        in the published weights, and not in the first 1x1, as in the paper.
+        He et al. 2016, arXiv 1512.03385 (post) and arXiv 1603.05027 (pre); the stride is in the 3x3 convolution, as in
+        the published weights, and not in the first 1x1, as in the paper.
     """
 
     expansion = 4

@@ -1,4 +1,4 @@
-"""A learned scale per channel that can be undone: the alpha of reversible columns."""
+"""A learned, invertible scale per channel: the alpha of reversible columns."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class ChannelScale(nn.Module):
         ndim: number of dimensions of the input; alpha has as many, all 1 but one.
 
     Shape:
-        x: (n, channels, h, w), or whatever ``dim`` and ``ndim`` say; the result likewise.
+        x: (n, channels, h, w), or as set by ``dim`` and ``ndim``; the result has the same shape.
 
     Source:
         Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, section 2.2.2. The public code clamps the
@@ -43,7 +43,7 @@ class ChannelScale(nn.Module):
     def scale(self) -> Tensor:
         """The scale that is applied."""
         a = self.alpha
-        # Of alpha's dtype, as numbers in where() would be single precision; a - a.detach() is exactly 0 and has the
+        # In alpha's dtype, since scalars in where() would be single precision; a - a.detach() is exactly 0 and has the
         # gradient of a.
         smallest = torch.full_like(a, self.smallest, requires_grad=False)
         bound = torch.where(a < 0, -smallest, smallest) + (a - a.detach())
@@ -53,7 +53,7 @@ class ChannelScale(nn.Module):
         return x * self.scale
 
     def inverse(self, y: Tensor) -> Tensor:
-        """What ``forward`` made y of."""
+        """Returns the x for which ``forward`` returns y."""
         return y / self.scale
 
     def extra_repr(self) -> str:

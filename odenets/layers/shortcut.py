@@ -25,7 +25,7 @@ class _Padded(nn.Module, ABC):
 
     @abstractmethod
     def _fewer(self, x: Tensor) -> Tensor:
-        """A map of ``stride`` times fewer rows and columns."""
+        """Returns a map with ``stride`` times fewer rows and columns."""
 
     def extra_repr(self) -> str:
         return f"before={self.before}, after={self.after}, stride={self.stride}"
@@ -59,14 +59,14 @@ class PadShortcut(_Padded):
 
 
 class Projection(nn.Module):
-    """A 1x1 convolution with a stride, then BatchNorm unless told otherwise ("option B").
+    """A strided 1x1 convolution, then BatchNorm unless ``norm`` is false ("option B").
 
     Args:
         in_channels: width of the stream before.
         out_channels: width after.
         stride: step in height and width.
         norm: whether BatchNorm follows; fully pre-activated networks have none.
-        kernel: size of the convolution, odd; 3 where no residual function sees the pixels between the strides.
+        kernel: size of the convolution, odd; 3 where no residual function sees the pixels that the stride skips.
 
     Shape:
         x: (n, in_channels, h, w); the result is (n, out_channels, ceil(h / stride), ceil(w / stride)).
@@ -87,7 +87,7 @@ class Projection(nn.Module):
 class SpaceToDepth(nn.Module):
     """Moves the pixels of every square into the channels: half the height and width, four times the channels.
 
-    No number is changed or lost, so ``inverse`` is exact: the shortcut of a reversible step that downsamples.
+    No value is changed or lost, so ``inverse`` is exact: the shortcut of a reversible step that downsamples.
 
     Args:
         factor: side of the squares.
@@ -110,12 +110,12 @@ class SpaceToDepth(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        # n c (h a) (w b) -> n (a b c) h w, by torch alone, which a trace can follow.
+        # n c (h a) (w b) -> n (a b c) h w, by torch operations alone, which a trace can follow.
         x = x.unflatten(3, (-1, self.factor)).unflatten(2, (-1, self.factor))
         return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """What ``forward`` made y of.
+        """Returns the x for which ``forward`` returns y.
 
         Args:
             y: (n, factor^2 c, h / factor, w / factor).

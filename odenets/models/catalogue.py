@@ -1,4 +1,4 @@
-"""Models by name: ``create_model("resnet50", num_classes=10)``, ``list_models("ho_*")``, and where weights lie."""
+"""Models by name: ``create_model("resnet50", num_classes=10)``, ``list_models("ho_*")``, and published weights."""
 
 import fnmatch
 import hashlib
@@ -27,11 +27,11 @@ Builder = Callable[..., nn.Module]
 
 
 class OptionError(SchemeError, TypeError):
-    """An option that a model does not have; a TypeError too, as a wrong keyword is anywhere in Python."""
+    """Raised for an option that a model does not have; also a TypeError, as for any wrong keyword in Python."""
 
 
 class Weights(NamedTuple):
-    """Published weights of a model: where they lie, how the file is recognised, what pictures they expect.
+    """Published weights of a model: where to download them, how the file is verified, which pictures they expect.
 
     Attributes:
         tag: short name, as in ``pretrained="v1"``.
@@ -40,7 +40,7 @@ class Weights(NamedTuple):
         top1: published accuracy in per cent.
         num_classes: width of the published head.
         mean: per channel, subtracted from pictures in [0, 1].
-        std: per channel, divided by afterwards.
+        std: per channel, by which they are then divided.
     """
 
     tag: str
@@ -59,7 +59,7 @@ class Registered(NamedTuple):
         build: takes keyword arguments, returns the model.
         weights: published weights, the default first.
         kind: the class that a variant configures; None where a function builds the model.
-        options: what the variant gives to the class.
+        options: the options that the variant passes to the class.
     """
 
     build: Builder
@@ -78,11 +78,11 @@ def register_model(*, name: str | None = None, weights: Sequence[Weights] = ()) 
 def register_model(
     build: Builder | None = None, /, *, name: str | None = None, weights: Sequence[Weights] = ()
 ) -> Builder | Callable[[Builder], Builder]:
-    """Gives a function that builds a model a name that ``create_model`` knows; a decorator, with or without options.
+    """Registers a function that builds a model, for ``create_model``; a decorator, with or without options.
 
     Args:
         build: takes keyword arguments, returns the model.
-        name: the model's name; the function's name where it is left out.
+        name: the model's name; defaults to the function's name.
         weights: published weights, the default first.
 
     Raises:
@@ -123,7 +123,7 @@ def register_variants(
         SchemeError: a name is taken.
     """
     for name, config in variants.items():
-        # Bound now, as the loop goes on to the next variant.
+        # Bound now, since the loop moves on to the next variant.
         def build(*, _config: Mapping[str, Any] = config, **kwargs: Any) -> nn.Module:
             return kind(**{**_config, **kwargs})
 
@@ -135,7 +135,7 @@ def register_variants(
 
 
 def torchvision_weights(name: str, tag: str, sha256: str, top1: float) -> Weights:
-    """Weights that torchvision publishes: a file's name ends in the first eight digits of its SHA-256.
+    """Returns weights that torchvision publishes: the file's name ends in the first eight digits of its SHA-256.
 
     Accuracies are those of torchvision's model page.
 
@@ -147,10 +147,10 @@ def torchvision_weights(name: str, tag: str, sha256: str, top1: float) -> Weight
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-    """Names of the registered models, numbers in their natural order.
+    """Returns the names of the registered models, numbers in their natural order.
 
     Args:
-        pattern: with shell wildcards.
+        pattern: a pattern with shell wildcards.
         pretrained: only those with published weights.
 
     Example:
@@ -163,10 +163,10 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
 
 def published_weights(name: str) -> tuple[Weights, ...]:
-    """The published weights of a registered model, the default first; empty where none are known.
+    """Returns the published weights of a registered model, the default first; empty where none are known.
 
     Args:
-        name: of the model.
+        name: the model's name.
 
     Example:
         >>> [w.tag for w in published_weights("resnet50")]
@@ -176,20 +176,20 @@ def published_weights(name: str) -> tuple[Weights, ...]:
 
 
 def weights_file(name: str, tag: bool | str = True) -> Path:
-    """The file of published weights, downloaded once into torch.hub's folder and checked by hash.
+    """Returns the file of published weights, downloaded once into torch.hub's folder and checked by hash.
 
     Args:
-        name: of the model.
-        tag: of the weights; True takes the default.
+        name: the model's name.
+        tag: the weights' tag; True takes the default.
 
     Raises:
-        SchemeError: an unknown name or tag, or a file that cannot be had, or is not the one it should be.
+        SchemeError: an unknown name or tag, or a file that cannot be downloaded, or has another hash.
     """
     return _download(name, _choose(name, _registered(name), tag))
 
 
 def model_kind(name: str) -> type[Conventions] | None:
-    """The class of a registered model; None where a function builds it, or it is no class of ours.
+    """Returns the class of a registered model; None where a function builds it, or the class is not ours.
 
     Raises:
         SchemeError: an unknown name.
@@ -199,7 +199,7 @@ def model_kind(name: str) -> type[Conventions] | None:
 
 
 def variant(name: str) -> dict[str, Any]:
-    """The options that a registered model gives to its class; empty where a function builds it.
+    """Returns the options that a registered model passes to its class; empty where a function builds it.
 
     Raises:
         SchemeError: an unknown name.
@@ -212,7 +212,7 @@ def variant(name: str) -> dict[str, Any]:
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """The options of a registered model and their values; empty where a function builds it.
+    """Returns the options of a registered model and their values; empty where a function builds it.
 
     Raises:
         SchemeError: an unknown name.
@@ -242,26 +242,26 @@ def create_model(
     out_indices: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds a registered model; what is left out keeps the model's default.
+    """Builds a registered model; options that are left out keep the model's defaults.
 
     Args:
         name: one of ``list_models()``.
-        num_classes: width of the head; 0 gives pooled features, with ``global_pool=""`` the map.
+        num_classes: width of the head; 0 returns pooled features, or with ``global_pool=""`` the map.
         in_chans: channels of the picture.
         scheme: a scheme for all levels, or one per level.
-        drop_rate: dropout before the head.
+        drop_rate: dropout rate before the head.
         drop_path_rate: stochastic depth, growing over the depth to this rate.
         global_pool: "avg", "max" or "".
         pretrained: True or a tag such as "v1" loads published weights, downloaded once into torch.hub's folder and
-            checked by hash; the head is replaced where ``num_classes`` asks for another width.
-        features_only: gives a ``FeatureNet``, which returns the maps of the levels as a list.
-        out_indices: which of them; None means one map per resolution.
+            checked by hash; the head is replaced where ``num_classes`` is another width.
+        features_only: returns a ``FeatureNet``, whose output is the list of the levels' maps.
+        out_indices: which maps; None means one per resolution.
         kwargs: passed to the model.
 
     Raises:
         OptionError: an option that the model does not have; the closest are named.
-        SchemeError: an unknown name (the closest are named), a wrong value, or weights that are not published, not
-            reachable, or not the file they should be.
+        SchemeError: an unknown name (the closest are named), a wrong value, or weights that are not published, cannot
+            be downloaded, or have another hash.
 
     Example:
         >>> import torch
@@ -278,7 +278,7 @@ def create_model(
         "drop_path_rate": drop_path_rate,
         "global_pool": global_pool,
     }
-    # What was left out is not passed on, so that each model keeps its own default.
+    # Options that were left out are not passed on, so that each model keeps its own default.
     kwargs |= {key: value for key, value in options.items() if value is not None}
     _check_options(name, entry, kwargs)
     if not features_only:
@@ -299,7 +299,7 @@ def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[st
             "repeat or mix the picture's channels."
         )
     classes, pool = kwargs.pop("num_classes", weights.num_classes), kwargs.pop("global_pool", None)
-    # Built with the published head, so that every key has its place; the wanted head comes after.
+    # Built with the published head, so that every key matches; the requested head replaces it afterwards.
     model = entry.build(**kwargs, num_classes=weights.num_classes)
     checkpoints.load(model, _download(name, weights))
     if classes != weights.num_classes or pool is not None:
@@ -308,9 +308,9 @@ def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[st
 
 
 def _check_options(name: str, entry: Registered, given: Mapping[str, Any]) -> None:
-    """Refuses options that the model does not have, where its signature says which it has."""
+    """Rejects options that the model does not have, where its signature lists them."""
     parameters = inspect.signature(entry.kind or entry.build).parameters
-    # A function that takes any keyword may hand it on to anything; its own call will refuse what is wrong.
+    # A function that takes any keyword may pass it on to anything; the call itself will reject a wrong one.
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     wrong = [key for key in given if key not in parameters]
@@ -349,8 +349,8 @@ def _choose(name: str, entry: Registered, pretrained: bool | str) -> Weights:
 
 
 def _download(name: str, weights: Weights) -> Path:
-    """The file of published weights in torch.hub's folder, downloaded where it is not there yet, and checked."""
-    # torchvision keeps the same files under the same names there, so none is fetched twice.
+    """Returns the file of published weights in torch.hub's folder, downloaded if missing, and checked."""
+    # torchvision keeps the same files there under the same names, so none is downloaded twice.
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     by_hand = f"fetch it by hand and use odenets.checkpoints.load(create_model({name!r}), path)"
     if not path.exists():
@@ -364,7 +364,7 @@ def _download(name: str, weights: Weights) -> Path:
         except RuntimeError as error:  # the hash differs; torch.hub has removed what it got
             raise SchemeError(f"{weights.url} is not the published file: {error}.") from None
     with path.open("rb") as file:
-        # Of a file that was there already too: somebody may have put another one in its place.
+        # Also of a file that was already there: it may have been replaced by another.
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(weights.sha256):
         raise SchemeError(

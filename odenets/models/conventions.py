@@ -1,4 +1,4 @@
-"""What users of timm call on any network: intermediate maps, checkpointing, groups of parameters."""
+"""Methods that timm's users call on any network: intermediate maps, checkpointing, groups of parameters."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from ..stack import Stack
 from .depth import matched_depths
 from .feature_info import FeatureInfo, chosen, place
 
-LAST = (99999,)  # timm's mark of what goes into the group before
-# Matrices and more that are scales or places, not weights of a linear map.
+LAST = (99999,)  # timm's marker for parameters that join the preceding group
+# Parameters of two or more dimensions that are scales or positions, not weights of a linear map.
 UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|log_scale)$|^idle\.")
 
 
@@ -22,8 +22,8 @@ class Conventions(nn.Module):
     """Methods of timm's models that work on every network with maps; none needs timm.
 
     Attributes:
-        first_conv: the convolution that reads the picture, by its name; None where there is none.
-        classifier: the linear layer that gives the logits, by its name.
+        first_conv: name of the convolution that reads the picture; None where there is none.
+        classifier: name of the linear layer that computes the logits.
     """
 
     first_conv: ClassVar[str | None] = "stem.conv"
@@ -34,7 +34,7 @@ class Conventions(nn.Module):
     head_hidden_size: int
 
     def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        """The maps of the levels, fine to coarse; ``feature_info`` says their widths and reductions.
+        """Returns the maps of the levels, fine to coarse; ``feature_info`` lists their widths and reductions.
 
         Args:
             x: (n, in_chans, h, w).
@@ -43,7 +43,7 @@ class Conventions(nn.Module):
         raise NotImplementedError
 
     def features_and_maps(self, x: Tensor, norm: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``forward_features`` and ``maps`` give, of one pass; with ``norm`` the last map is normalised.
+        """Returns the results of ``forward_features`` and ``maps`` from one pass.
 
         Args:
             x: (n, c, h, w).
@@ -53,18 +53,18 @@ class Conventions(nn.Module):
         return found[-1], found
 
     def cut_levels(self, last: int) -> None:
-        """Takes out what comes after map number ``last``.
+        """Removes everything after map number ``last``.
 
         Args:
             last: the number of the last map that stays, from 0.
         """
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new head in.
+        """Replaces the head.
 
         Args:
-            num_classes: its outputs; 0: no head.
-            global_pool: the pooling from now on; None leaves it.
+            num_classes: number of its outputs; 0 means no head.
+            global_pool: the new pooling; None keeps the present one.
         """
         raise NotImplementedError
 
@@ -77,21 +77,21 @@ class Conventions(nn.Module):
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The features, and the maps on the way to them, of one pass.
+        """Returns the features, and the maps on the way to them, from one pass.
 
         Args:
             x: (n, in_chans, h, w).
-            indices: which rows of ``feature_info``: None is all, a number the last so many.
-            norm: whether the last map is normalised, where the network does so before it pools.
+            indices: which rows of ``feature_info``: None means all, an integer n the last n.
+            norm: whether the last map is normalised, where the network does so before pooling.
             stop_early: whether levels after the last wanted one are left out; the features are then that map.
             output_fmt: "NCHW", or "NLC" for (n, h w, c).
-            intermediates_only: gives the maps alone.
+            intermediates_only: whether to return the maps alone.
 
         Returns:
             A pair, ``(features, maps)``; or the maps.
 
         Raises:
-            SchemeError: numbers out of range, or another format.
+            SchemeError: indices out of range, or an unknown format.
 
         Example:
             >>> import torch
@@ -104,7 +104,7 @@ class Conventions(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise SchemeError(f"output_fmt is {output_fmt!r}, want 'NCHW' or 'NLC'.")
         rows = chosen(indices, len(self.feature_info))
-        # Where the last map is wanted nothing can be left out, and a whole pass gives the features with it.
+        # If the last map is wanted, nothing can be left out, and a whole pass also yields the features.
         if stop_early and max(rows) < len(self.feature_info) - 1:
             last = place(self.feature_info[max(rows)])
             maps = self.maps(x, last)
@@ -119,16 +119,16 @@ class Conventions(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Takes out what the wanted maps do not need, and returns their numbers in ``feature_info``.
+        """Removes what the wanted maps do not need, and returns the maps' numbers in ``feature_info``.
 
         Args:
             indices: as in ``forward_intermediates``.
-            prune_norm: whether the norm before the pooling goes too.
-            prune_head: whether the head goes too; it does where levels go.
+            prune_norm: whether the norm before the pooling is removed too.
+            prune_head: whether the head is removed too; it always is where levels are removed.
         """
         rows = chosen(indices, len(self.feature_info))
         shorter = max(rows) < len(self.feature_info) - 1
-        # The head, and the norms below, are as wide as the map that they were made for.
+        # The head, and the norms below, have the width of the map that they were built for.
         if prune_head or shorter:
             self.reset_classifier(0)
         self.cut_levels(place(self.feature_info[max(rows)]))
@@ -139,9 +139,9 @@ class Conventions(nn.Module):
         return rows
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Lets the stacks that store keep one state a step and run the step again (or store, where it is off).
+        """Switches stacks that store to keeping one state per step and recomputing the step, or back where disabled.
 
-        Stacks under any other mode, such as "reverse", stay as they are. For plans by measurement: ``odenets.plan``.
+        Stacks under any other mode, such as "reverse", stay as they are. For measured plans, see ``odenets.plan``.
 
         Args:
             enable: whether it is on.
@@ -159,10 +159,10 @@ class Conventions(nn.Module):
                 m.backprop = after
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that order parameters by depth, for learning rates that decay from layer to layer, as timm reads.
+        """Returns patterns that order parameters by depth, in timm's format, for layer-wise learning-rate decay.
 
         Args:
-            coarse: one group a level, or a column; else one a step, or a level of a column.
+            coarse: one group per level, or per column; otherwise one per step, or per level of a column.
         """
         if coarse:
             blocks: list[Any] = [(r"^columns\.steps\.(\d+)", None), (r"^(?:transitions|levels)\.(\d+)", None)]
@@ -176,16 +176,16 @@ class Conventions(nn.Module):
         return {"stem": r"^(?:stem|idle)\.", "blocks": [*blocks, (r"^(?:norm|head_norm)\.", LAST)]}
 
     def parameter_depths(self) -> dict[str, int]:
-        """How deep each parameter lies, from 0 for the stem to the head; see ``odenets.models.depth``."""
+        """Returns the depth of each parameter, from 0 for the stem up to the head; see ``odenets.models.depth``."""
         return matched_depths(self, self.group_matcher())
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay beside vectors: positions, class tokens, factors of channels."""
+        """Names of parameters without weight decay, besides vectors: positions, class tokens, channel factors."""
         return {name for name, _ in self.named_parameters() if UNDECAYED.search(name)}
 
 
 def without_norms(model: nn.Module) -> None:
-    """Takes out what normalises the last map, or what is pooled of it."""
+    """Removes the norms of the last map and of the pooled features."""
     for name in ("norm", "head_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())

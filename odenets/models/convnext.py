@@ -1,7 +1,7 @@
-"""ConvNeXt: depthwise convolutions and perceptrons, under any scheme; under euler it is the published net.
+"""ConvNeXt: depthwise convolutions and perceptrons, under any scheme; under euler it is the published network.
 
-A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a transition of its own before the level, so that a
-level of four functions runs under rk4, of two under midpoint, with the same weights.
+A level is a ``Stack`` of ``ConvNeXtFunction``s; downsampling is a separate transition before the level, so that a level
+of four functions can run under rk4, and one of two under midpoint, with the same weights.
 
 Source: Liu et al. 2022, A ConvNet for the 2020s, arXiv 2201.03545.
 """
@@ -39,10 +39,10 @@ from .levels import (
 class ConvNeXt(LevelNet):
     """ConvNeXt; the defaults are ConvNeXt-T: 28,589,128 parameters, 4.456 GMACs at 224 x 224.
 
-    One level alone is the isotropic form, with ``patch=16`` and ``stem_norm=False``.
+    With a single level, ``patch=16`` and ``stem_norm=False`` it is the isotropic form.
 
     Args:
-        functions: residual functions per level; a multiple of the level's scheme's stages.
+        functions: residual functions per level, a multiple of the stages of the level's scheme.
         widths: width per level.
         scheme: one scheme for all levels, or a list with one per level.
         kernel: size of the depthwise convolutions.
@@ -52,11 +52,11 @@ class ConvNeXt(LevelNet):
         layer_scale: initial value of gamma; None leaves gamma out.
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
-        recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
-            the backward pass; a number: in the first so many levels only.
+        recompute: keep only the results of depthwise convolutions, and recompute norms, first products and GELUs in the
+            backward pass; an integer n restricts this to the first n levels.
         continuous: number of knots of weights that are functions of depth, one field per level, over a span of the
-            level's number of steps; None is separate weights.
-        degree: of their splines.
+            level's number of steps; None means separate weights.
+        degree: degree of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -75,7 +75,7 @@ class ConvNeXt(LevelNet):
         torch.Size([2, 10])
     """
 
-    depth_group = 3  # as published: the 27 blocks of a base's third level make nine groups
+    depth_group = 3  # as published: the 27 blocks in ConvNeXt-B's third level make nine groups
 
     # long: options, checks and levels of one network
     def __init__(
@@ -110,7 +110,7 @@ class ConvNeXt(LevelNet):
         with warned_once():
             for level, (scheme_, depth, width) in enumerate(zip(found, depths, widths, strict=True)):
                 check_streams(scheme_, depth, width, "ConvNeXt")
-                # A step size that decays goes on from level to level.
+                # A decaying step size continues from level to level.
                 options = {"step": step, "step_offset": before, "backprop": backprop}
                 of_level = partial(make, rates=rates[level], recompute=again[level])
                 self.transitions.append(patch_transition(widths[level - 1], width, 2) if level else nn.Identity())
@@ -129,7 +129,7 @@ class ConvNeXt(LevelNet):
         init_truncated(head)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here: facebookresearch's, timm's, torchvision's, or a twin's under another scheme."""
+        """Maps published keys to ours: facebookresearch's, timm's, torchvision's, or a twin's under another scheme."""
         own = self.state_dict().keys()
         return keys_of_convnext.published(own, keys) or twin(own, keys)
 
@@ -151,13 +151,13 @@ CONVNEXTS: dict[str, dict[str, Any]] = {
     "convnext_base": {"functions": (3, 3, 27, 3), "widths": (128, 256, 512, 1024)},
     "convnext_large": {"functions": (3, 3, 27, 3), "widths": (192, 384, 768, 1536)},
     "convnext_xlarge": {"functions": (3, 3, 27, 3), "widths": (256, 512, 1024, 2048)},
-    # Section 3.3: one level at stride 16, as a vision transformer has; only the large one was trained with gamma.
+    # Section 3.3: one level at stride 16, as in a vision transformer; only the large one was trained with gamma.
     "convnext_isotropic_small": {"functions": (18,), "widths": (384,), "layer_scale": None, **_ISOTROPIC},
     "convnext_isotropic_base": {"functions": (18,), "widths": (768,), "layer_scale": None, **_ISOTROPIC},
     "convnext_isotropic_large": {"functions": (36,), "widths": (1024,), **_ISOTROPIC},
 }
 
-# One column, reversible inside of its levels: the functions of a ConvNeXt under the scheme of RevNet, two streams wide.
+# One column, reversible inside its levels: the functions of a ConvNeXt under RevNet's scheme, two streams wide.
 REVERSIBLE_CONVNEXTS: dict[str, dict[str, Any]] = {
     "revconvnext_tiny": {"functions": (6, 6, 18, 6), "widths": (128, 256, 512, 1024), "scheme": "revnet"},
 }

@@ -8,7 +8,7 @@ from schemes.dense import Dense
 
 
 def schemes_with_growth(scheme: str | Scheme | Sequence[str | Scheme], growths: Sequence[int]) -> list[Scheme]:
-    """One scheme per level, where the word "dense" takes the level's growth, and hands the streams over unjoined.
+    """Returns one scheme per level, where "dense" takes the level's growth and passes the streams on unjoined.
 
     Args:
         scheme: a scheme for all levels, or one per level.
@@ -24,19 +24,19 @@ def schemes_with_growth(scheme: str | Scheme | Sequence[str | Scheme], growths: 
     each = [scheme] * len(growths) if isinstance(scheme, (str, Scheme)) else list(scheme)
     if len(each) != len(growths):
         raise SchemeError(f"{len(each)} schemes for {len(growths)} levels; give one scheme for all, or one per level.")
-    # Unjoined, so that functions which recompute need not keep the joined copy.
+    # Unjoined, so that functions that recompute need not keep the joined copy.
     return [Dense(g, join=False) if s == "dense" else schemes.get(s) for s, g in zip(each, growths, strict=True)]
 
 
 def grown_width(scheme: Scheme, width: int, count: int, growth: int) -> int:
-    """Width that a transition after a level narrows from: that of the concatenation.
+    """Returns the width that a transition after a level narrows from: that of the concatenation.
 
-    A one-stream scheme keeps its width, and would be narrowed to nothing by transitions that reckon with growth; so its
-    next level gets the width that it has under ``dense``.
+    A one-stream scheme keeps its width, and transitions that count on growth would narrow it to nothing; so its next
+    level gets the width that it has under ``dense``.
 
     Args:
         scheme: the level's scheme.
-        width: of the level's input.
+        width: width of the level's input.
         count: residual functions of the level.
         growth: channels that each would add.
 
@@ -44,20 +44,20 @@ def grown_width(scheme: Scheme, width: int, count: int, growth: int) -> int:
         >>> [grown_width(s, 64, 6, 32) for s in schemes_with_growth(["dense", "euler"], [32, 32])]
         [256, 256]
     """
-    # A scheme such as dense(8) brings a growth of its own, which counts in place of the level's.
+    # A scheme such as dense(8) has its own growth, which takes precedence over the level's.
     return width + count * (scheme.growth if isinstance(scheme, Dense) else growth)
 
 
 class Widths:
-    """Follows the width through the levels of a concatenating network.
+    """Tracks the width through the levels of a concatenating network.
 
     Args:
-        width: of the stem.
+        width: width of the stem.
 
     Attributes:
-        width: of the stream at this place.
-        grown: of the concatenation that a transition narrows from.
-        channels: after each level.
+        width: current width of the stream.
+        grown: width of the concatenation that a transition narrows from.
+        channels: width after each level.
     """
 
     def __init__(self, width: int):
@@ -65,17 +65,17 @@ class Widths:
         self.channels: list[int] = []
 
     def narrowed(self, out: int) -> tuple[int, int]:
-        """Widths before and after a transition to ``out`` channels."""
+        """Returns the widths before and after a transition to ``out`` channels, and makes ``out`` the current one."""
         before, self.width = self.width, out
         return before, out
 
     def level(self, scheme: Scheme, count: int, growth: int, depth: int) -> None:
-        """Goes through a level of ``count`` functions in ``depth`` steps."""
+        """Advances through a level of ``count`` functions in ``depth`` steps."""
         self.grown = grown_width(scheme, self.width, count, growth)
         self.width = width_after(scheme, self.width, depth)
         self.channels.append(self.width)
 
 
 def width_after(scheme: Scheme, width: int, depth: int) -> int:
-    """Width of the readout after so many steps: a dense scheme widens the stream, any other keeps it."""
+    """Returns the readout's width after ``depth`` steps: a dense scheme widens the stream, any other keeps it."""
     return width + depth * scheme.growth if isinstance(scheme, Dense) else width

@@ -1,7 +1,7 @@
-"""DenseNet: every residual function reads all that came before in its level; under ``dense`` it is the published net.
+"""DenseNet: every residual function reads all earlier outputs of its level; under ``dense`` it is the published net.
 
-A level is a ``Stack`` over the scheme ``dense(growth)``, whose state grows by one stream a step. Under a one-stream
-scheme the same functions add to one stream of constant width: concatenation against addition, one word apart.
+A level is a ``Stack`` over the scheme ``dense(growth)``, whose state grows by one stream per step. Under a one-stream
+scheme the same functions add to one stream of constant width: concatenation versus addition, one word apart.
 
 Source: Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993.
 """
@@ -38,17 +38,17 @@ class DenseNet(LevelNet):
         functions: residual functions per level.
         growth: channels that each of them adds.
         init_channels: width of the stem; None means twice the growth.
-        bottleneck: the 1x1 convolution makes so many times the growth; 0 leaves it out.
-        compression: a transition keeps this part of the channels.
+        bottleneck: width of the 1x1 convolution over the growth; 0 leaves the convolution out.
+        compression: fraction of the channels that a transition keeps.
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the growth. Under a one-stream
             scheme a level keeps the width that it starts with under "dense".
         stem: "conv3" (CIFAR) or "conv7_pool" (ImageNet).
-        backprop: as in Stack; "checkpoint" keeps the streams alone, and recomputes what each function makes of them.
-        recompute: keep the results of convolutions alone, and make joined streams, norms and ReLUs again in the
-            backward pass; a number: in the first so many levels only.
+        backprop: as in Stack; "checkpoint" keeps only the streams, and recomputes each function.
+        recompute: keep only the results of convolutions, and recompute joined streams, norms and ReLUs in the backward
+            pass; an integer n restricts this to the first n levels.
         drop_rate: dropout after every convolution but the stem's; the paper's 0.2 is for training without augmentation.
-        drop_path_rate: stochastic depth, growing over the depth to this rate: a sample's new channels are zero, and
-            what is concatenated already passes on.
+        drop_path_rate: stochastic depth, growing over the depth to this rate: a dropped sample's new channels are zero,
+            and the channels before them are unchanged.
         layer_scale: initial value of gamma, a factor per new channel; None leaves gamma out.
         head: as in ``HeadNet``.
 
@@ -107,7 +107,7 @@ class DenseNet(LevelNet):
                 )
                 at.level(scheme_, count, growth, depth)
         self.norm = nn.Sequential(nn.BatchNorm2d(at.width), nn.ReLU(inplace=True))
-        # The official code draws by the fan out; torchvision's ImageNet models by the fan in.
+        # The official code initialises by fan-out, torchvision's ImageNet models by fan-in.
         init_kaiming(self, "fan_in" if stem == "conv7_pool" else "fan_out")
         reduction = 4 if stem == "conv7_pool" else 1
         reductions = [reduction * 2**level for level in range(len(functions))]
@@ -116,7 +116,7 @@ class DenseNet(LevelNet):
         self.finish_levels(at.channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here: torchvision's (old and new), gpleiss's, andreasveit's."""
+        """Maps published keys to ours: torchvision's (old and new), gpleiss's, andreasveit's."""
         own = self.state_dict().keys()
         return keys_of_densenet.published(own, keys) or twin(own, keys)
 
@@ -135,9 +135,9 @@ def _function(rates: Iterator[float], slot: Slot, **options: Any) -> nn.Module:
 
 
 class _ChannelsLast(nn.Module):
-    """On a CPU, channels-last memory from here on, which makes a training step faster.
+    """Switches to channels-last memory on a CPU, which makes a training step faster.
 
-    Not under a compiler, which makes slower code of it.
+    Not under a compiler, which generates slower code for it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
             layout=_ChannelsLast(),
             conv=nn.Conv2d(in_chans, width, 7, 2, 3, bias=False),
             norm=nn.BatchNorm2d(width),
-            # The greatest value of a patch is the same after the ReLU as before it, and so are the gradients.
+            # Max pooling and ReLU commute, in values and in gradients.
             pool=nn.MaxPool2d(3, 2, 1),
             act=nn.ReLU(inplace=True),
         )
@@ -174,7 +174,7 @@ def _bc(layers: int, growth: int) -> dict[str, Any]:
 
 
 DENSENETS: dict[str, dict[str, Any]] = {
-    # Huang et al. 2017, table 2. 24 initial channels, as the official code and its ports; the paper's 16 is
+    # Huang et al. 2017, table 2. 24 initial channels, as in the official code and its ports; the paper's 16 is
     # init_channels=16.
     "densenet40_k12": {**_plain(40, 12), "init_channels": 24},
     "densenet100_k12": {**_plain(100, 12), "init_channels": 24},

@@ -1,11 +1,11 @@
-"""How deep each parameter of a network lies, for learning rates that decay from the head to the stem.
+"""The depth of each parameter of a network, for learning rates that decay from the head to the stem.
 
-A network says so itself (``parameter_depths``), or by patterns in the manner of timm (``group_matcher``), so that
-timm's networks have depths too. Three examples:
+A network defines the depths itself (``parameter_depths``), or by patterns in the style of timm (``group_matcher``), so
+that timm's networks have depths too. Three examples:
 
 * a ResNet-20 has 11: the stem, nine steps, the head;
-* a ConvNeXt-B has 14, as three steps share a depth: the stem, 1 + 1 + 9 + 1 groups, the head;
-* a RevCol-T of four columns of ten blocks has 15: block b of column c lies at 1 + b + c.
+* a ConvNeXt-B has 14, since three steps share a depth: the stem, 1 + 1 + 9 + 1 groups, the head;
+* a RevCol-T of four columns of ten blocks has 15: block b of column c is at 1 + b + c.
 """
 
 import re
@@ -25,13 +25,13 @@ _STEM = ("stem.", "idle.")
 
 
 def parameter_depths(net: nn.Module) -> dict[str, int]:
-    """The depth of each parameter: 0 is the stem, and the largest number the head.
+    """Returns the depth of each parameter: 0 is the stem, and the largest number the head.
 
     Args:
-        net: one of ``odenets.models``, or any that has a method ``group_matcher`` as timm's networks have.
+        net: one of ``odenets.models``, or any network with a method ``group_matcher``, as timm's have.
 
     Raises:
-        SchemeError: it has neither.
+        SchemeError: it has neither method.
 
     Example:
         >>> from odenets import create_model
@@ -52,11 +52,11 @@ def parameter_depths(net: nn.Module) -> dict[str, int]:
 
 
 def depths_around(whole: nn.Module, net: nn.Module) -> dict[str, int]:
-    """Depths in a network that holds another one, which has lost its head: all that is around it is one deeper.
+    """Returns depths in a network that contains another one without a head: everything around that is one deeper.
 
     Args:
-        whole: the network, by whose names the depths are given.
-        net: the part of it that says how deep its parameters lie.
+        whole: the outer network, whose parameter names the depths have.
+        net: the inner network, which defines the depths of its parameters.
 
     Example:
         >>> from torch import nn
@@ -74,18 +74,18 @@ def depths_around(whole: nn.Module, net: nn.Module) -> dict[str, int]:
 
 
 def matched_depths(net: nn.Module, matcher: Mapping[str, Any]) -> dict[str, int]:
-    """Depths by patterns, read as timm reads them: the first that fits gives the place, what fits none comes last.
+    """Returns depths by patterns, as timm reads them: the first match gives the place, names without one come last.
 
     Args:
         net: the network.
-        matcher: of ``group_matcher``: a pattern, or a list of patterns with suffixes, by name and in order.
+        matcher: from ``group_matcher``: a pattern, or a list of patterns with suffixes, by name and in order.
     """
     rules = [
         (place, re.compile(pattern), suffix)
         for place, spec in enumerate(matcher.values())
         for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec)
     ]
-    # Behind all places, so that a head which no pattern names is the deepest.
+    # After all places, so that a head that no pattern matches is the deepest.
     last = (float("inf"),)
     at: dict[str, tuple[float, ...]] = {}
     into_before = set()
@@ -94,34 +94,34 @@ def matched_depths(net: nn.Module, matcher: Mapping[str, Any]) -> dict[str, int]
             if m := pattern.match(name):
                 numbers = [float(v) for v in m.groups() if v is not None]
                 at[name] = (place, *numbers, *(suffix or ()))
-                if suffix == (99999,):  # timm's mark of what belongs to the group before
+                if suffix == (99999,):  # timm's marker for parameters that join the preceding group
                     into_before.add(at[name])
                 break
         else:
             at[name] = last
     depth, number = {}, -1
     for place in sorted(set(at.values())):
-        # The first of all has no group before it to go into, whatever its mark.
+        # The first place has no preceding group to join, whatever its marker.
         number += place not in into_before or number < 0
         depth[place] = number
     return {name: depth[place] for name, place in at.items()}
 
 
 def level_depths(net: nn.Module, group: int) -> dict[str, int]:
-    """Depths in a network of levels: as many whole steps of a level share one as hold ``group`` residual functions.
+    """Returns depths in a network of levels: consecutive steps share one, up to ``group`` residual functions in all.
 
     A transition belongs to the first steps after it, norms after the last level to the head.
 
     Args:
         net: has ``levels``, and may have ``transitions``.
-        group: residual functions, at least one step.
+        group: residual functions that share a depth; steps stay whole, so at least one step's.
     """
     places: dict[tuple[int, int], int] = {}
     transitions = list(getattr(net, "transitions", ()))
     depth = 0
     # Step -1 of a level is the transition before it.
     for level, stack in enumerate(net.levels):  # type: ignore[arg-type]
-        # A RevNet's transition is a step of its own, the first of its level.
+        # A RevNet's transition is itself a step, the first of its level.
         depth += (first := level < len(transitions) and isinstance(transitions[level], Stack))
         places[level, -1] = depth if first else depth + 1
         for steps in _together(stack, group):
@@ -139,7 +139,7 @@ def level_depths(net: nn.Module, group: int) -> dict[str, int]:
 
 
 def _together(stack: nn.Module, group: int) -> Iterator[list[int]]:
-    """The steps of a level that share a depth; a level that is no stack, is empty or shares its weights, is one."""
+    """Yields steps of a level that share a depth; a level that is not a stack, is empty or shares weights, is one."""
     if not isinstance(stack, Stack) or any(step.fs is None for step in stack.steps):
         yield [0]
         return
@@ -156,15 +156,15 @@ def _together(stack: nn.Module, group: int) -> Iterator[list[int]]:
 
 
 def grid_depths(net: nn.Module, blocks: Sequence[int], per_block: int = 1) -> dict[str, int]:
-    """Depths in a grid of columns and levels: 1 + b + c for block b of column c, counted over the levels of a column.
+    """Returns depths in a grid of columns and levels: 1 + b + c for block b of column c, counted over all its levels.
 
-    This is the shortest way through the grid to the block. What joins the levels lies with the first block after it, a
-    column's factors with its first block, all else after the last one.
+    This is the length of the shortest path through the grid to the block. The links between levels share the depth of
+    the first block after them, a column's factors that of its first block; all else comes after the last one.
 
     Args:
         net: its ``columns`` are a ``Stack``.
-        blocks: of each level.
-        per_block: modules in the list ``blocks`` that make a block.
+        blocks: number of blocks per level.
+        per_block: modules in the list ``blocks`` that make up a block.
 
     Source:
         Cai et al. 2023, arXiv 2212.11696: the optimiser of the released code, for fine-tuning.

@@ -1,4 +1,4 @@
-"""What the maps of a network are: a row each of width, reduction and the module that gives it."""
+"""Descriptions of a network's maps: for each a row of its width, its reduction and the module that returns it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from schemes import SchemeError
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """Rows ``{"num_chs", "reduction", "module"}``, fine to coarse; a list that is asked as timm's is.
+    """Rows ``{"num_chs", "reduction", "module"}``, fine to coarse: a list with the methods of timm's.
 
     Example:
         >>> info = FeatureInfo([{"num_chs": 8, "reduction": 4, "module": "levels.0"}])
@@ -16,35 +16,35 @@ class FeatureInfo(list[dict[str, Any]]):
     """
 
     def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The widths of the maps: of all, of some, or of one.
+        """Returns the widths of the maps: of all, of some, or of one.
 
         Args:
-            idx: numbers of maps, or one; None: all.
+            idx: numbers of maps, or one; None means all.
         """
         return self.get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of the picture per pixel of each map.
+        """Returns the pixels of the picture per pixel of each map, in height and width.
 
         Args:
-            idx: numbers of maps, or one; None: all.
+            idx: numbers of maps, or one; None means all.
         """
         return self.get("reduction", idx)
 
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The modules that give the maps.
+        """Returns the names of the modules that compute the maps.
 
         Args:
-            idx: numbers of maps, or one; None: all.
+            idx: numbers of maps, or one; None means all.
         """
         return self.get("module", idx)
 
     def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        """One entry of all rows (None), of some, or of one.
+        """Returns one entry of all rows (None), of some, or of one.
 
         Args:
             key: such as ``"num_chs"``.
-            idx: numbers of maps, or one; None: all.
+            idx: numbers of maps, or one; None means all.
         """
         if isinstance(idx, int):
             return self[idx][key]
@@ -52,15 +52,15 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 def place(row: dict[str, Any]) -> int:
-    """Which of a network's maps a row is of: the level's number in its list, unless the row says otherwise."""
+    """Returns the number of the map that a row describes: the level's number in its list, unless it has its own."""
     return int(row.get("map", row["module"].rpartition(".")[2]))
 
 
 def chosen(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Numbers of maps: None is all, a number the last so many, negative ones count from the end.
+    """Returns the numbers of maps: None means all, an integer n the last n; negative numbers count from the end.
 
     Raises:
-        SchemeError: one that is out of range.
+        SchemeError: a number that is out of range.
 
     Example:
         >>> chosen(2, 4), chosen((0, -1), 4), chosen(None, 2)

@@ -1,4 +1,4 @@
-"""Feature pyramids: the maps of chosen levels instead of logits, as detectors and segmenters want them."""
+"""Feature pyramids: the maps of chosen levels instead of logits, as detectors and segmenters expect them."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from .feature_info import FeatureInfo, place
 
 
 class FeatureNet(nn.Module):
-    """A model of levels that returns the maps of chosen levels; what comes after the last of them is taken out.
+    """A model of levels that returns the maps of chosen levels; everything after the last of them is removed.
 
-    The maps are what the levels give, one per resolution, before any final norm.
+    The maps are the levels' outputs, one per resolution, before any final norm.
 
     Args:
         model: a model with ``levels``, ``maps(x)`` and ``feature_info``; it is changed, not copied.
@@ -47,11 +47,11 @@ class FeatureNet(nn.Module):
         chosen = list(range(count)) if out_indices is None else [i + count if i < 0 else i for i in out_indices]
         if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
             raise SchemeError(f"out_indices is {out_indices}, want rising numbers from 0 to {count - 1}.")
-        # A file of the whole model holds keys of what is cut off below; remembered, they can be told from strangers.
+        # A file of the whole model has keys of what is removed below: these must be told from unknown keys.
         before = set(model.state_dict())
         self.feature_info = FeatureInfo(info[i] for i in chosen)
         self.wanted = [place(row) for row in self.feature_info]
-        # What no map needs would otherwise lie idle, and DDP would wait for its gradients.
+        # Parameters that no map needs would be unused, and DDP would wait for their gradients.
         model.reset_classifier(0)  # type: ignore[operator]
         without_norms(model)
         if isinstance(model, Conventions):
@@ -60,12 +60,12 @@ class FeatureNet(nn.Module):
         self.left_out = frozenset(before - set(model.state_dict()))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The maps of the chosen levels, from fine to coarse."""
+        """Returns the maps of the chosen levels, from fine to coarse."""
         maps = self.net.maps(x)
         return [maps[i] for i in self.wanted]
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """The model's own map; what was taken out is dropped.
+        """Returns the model's own key map; keys of removed parts are dropped.
 
         Args:
             keys: all keys of a file.
@@ -79,6 +79,6 @@ class FeatureNet(nn.Module):
         for key in keys:
             target = known.names.get(key, key)
             names[key] = None if target is None or target in self.left_out else f"net.{target}"
-        # A setting of the head's norm has nothing left to set.
+        # Settings of the head's norm no longer apply.
         settings = {k: v for k, v in known.settings.items() if not k.startswith("head")}
         return KeyMap(known.layout, names, settings)

@@ -1,4 +1,4 @@
-"""What every classifier shares: options of picture and head, pooling, a head that can be replaced, and dropout."""
+"""The base of every classifier: options of picture and head, pooling, a replaceable head, and dropout."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ ColumnPool = Literal["avg", ""]
 
 
 def check_choices(**given: tuple[str, Any]) -> None:
-    """Raises SchemeError for an option that is none of its type's literals: name=(value, type)."""
+    """Raises SchemeError for an option that is not one of its type's literals: name=(value, type)."""
     for what, (value, kind) in given.items():
         if value not in get_args(kind):
             raise SchemeError(f"{what} is {value!r}, want {' or '.join(get_args(kind))}.")
@@ -35,9 +35,9 @@ def check_rates(**rates: float) -> None:
 
 
 def _signature(kind: type) -> inspect.Signature:
-    """The options of a class: its constructor's, then those that the constructor hands on to the next one."""
+    """Returns the options of a class: its constructor's, then those that the constructor passes on to the next one."""
     found: dict[str, inspect.Parameter] = {}
-    # A class names its own options and hands on the others, so the whole list stands nowhere in the source.
+    # A class names its own options and passes on the others, so the source has no complete list.
     for k in kind.__mro__:
         if (init := k.__dict__.get("__init__")) is None:
             continue
@@ -45,38 +45,38 @@ def _signature(kind: type) -> inspect.Signature:
         handed_on = [p for p in own if p.kind is p.VAR_KEYWORD]
         rest = [p for p in own if p not in handed_on and p.name not in found]
         found |= {p.name: p.replace(kind=p.KEYWORD_ONLY) if found else p for p in rest}
-        # This constructor takes nothing more, so options of its bases cannot be given.
+        # This constructor passes nothing on, so options of its bases cannot be given.
         if not handed_on:
             break
-    # Once one is passed by name only, all that follow are.
+    # After one keyword-only parameter, all that follow must be keyword-only.
     return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
 
 
 class HeadNet(Conventions, ABC):
     """A network with a head: x -> ``forward_features`` -> pooling -> dropout -> head.
 
-    The options that all of them share stand in this constructor, once: a subclass names its own options and those
-    whose defaults differ, and hands on the others (``**head``). It makes its layers and then calls ``finish``.
+    The options that all these networks share are defined once, in this constructor: a subclass names its own options
+    and those whose defaults differ, and passes on the others (``**head``). It builds its layers, then calls ``finish``.
 
     Args:
-        num_classes: width of the head; 0 gives features.
+        num_classes: width of the head; 0 returns features.
         in_chans: channels of the picture.
-        global_pool: "avg", "max", or "" for what ``forward_features`` gives (without a head).
-        drop_rate: dropout before the head.
+        global_pool: "avg", "max", or "" for the unpooled ``forward_features`` (without a head).
+        drop_rate: dropout rate before the head.
         drop_path_rate: stochastic depth at the last residual function, growing from 0 over the depth; in networks of
-            columns over the blocks of one column, every column alike.
+            columns it grows over the blocks of one column, alike in every column.
         head_init_scale: factor of a new head's weights; 0.001 for fine-tuning.
-        pad: whether a picture whose sides are no multiples of ``reduction`` is padded with zeros, right and below;
-            otherwise it is refused where the network needs such sides, and taken as it is elsewhere.
+        pad: whether a picture whose sides are not multiples of ``reduction`` is padded with zeros, right and below;
+            otherwise it is rejected where the network needs such sides, and taken as it is elsewhere.
 
     Attributes:
         pools: kinds of pooling; "" leaves the features as they are, and has no head.
-        unpooled: what the features are without pooling, and what a head wants instead; for the message.
+        unpooled: what the features are without pooling, and what a head needs instead; for the error message.
         whole: whether the picture's sides must be multiples of ``reduction``.
         least: the smallest side that leaves a pixel of the last map.
 
     Raises:
-        SchemeError: a rate outside [0, 1), an unknown pooling, or a head over what is not pooled.
+        SchemeError: a rate outside [0, 1), an unknown pooling, or a head on unpooled features.
     """
 
     pools: ClassVar[tuple[str, ...]] = get_args(Pool)
@@ -109,15 +109,15 @@ class HeadNet(Conventions, ABC):
         cls.__signature__ = _signature(cls)
 
     def finish(self, features: list[dict[str, Any]], init: Callable[[nn.Module], Any] | None = None) -> None:
-        """Notes what the network gives and makes the head; every constructor ends with it.
+        """Records the network's maps and builds the head; every constructor ends with it.
 
         Args:
             features: ``feature_info``, a row of width, reduction and module for each map, fine to coarse.
-            init: draws the weights of the whole network, the head's too.
+            init: draws the weights of the whole network, including the head's.
         """
         self.feature_info = FeatureInfo(features)
         self.num_features = self.head_hidden_size = features[-1]["num_chs"]
-        # Put, drawn, scaled: `init` draws the head's weights too, and would undo a scale that came before it.
+        # In this order: `init` draws the head's weights too, and would undo a scaling before it.
         self._put_head(self.num_classes, self.global_pool)
         if init is not None:
             init(self)
@@ -129,7 +129,7 @@ class HeadNet(Conventions, ABC):
         return self.feature_info[-1]["reduction"]
 
     def picture(self, x: Tensor) -> Tensor:
-        """The picture as the stem takes it: padded where the network pads, else checked.
+        """Returns the picture as the stem takes it: padded where the network pads, else checked.
 
         Args:
             x: (n, c, h, w).
@@ -140,7 +140,7 @@ class HeadNet(Conventions, ABC):
         height, width = x.shape[-2:]
         reduction = self.reduction
         if self.pad:
-            # In a trace the padding is always recorded, even of nothing: a branch would hold for one size alone.
+            # In a trace the padding is always recorded, even if empty: a branch would be right for one size only.
             below, right = -height % reduction, -width % reduction
             return F.pad(x, (0, right, 0, below)) if is_traced(x) or below or right else x
         if is_traced(x):
@@ -167,7 +167,7 @@ class HeadNet(Conventions, ABC):
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
-        """What is pooled: a map (n, num_features, h', w'), or tokens (n, t, num_features).
+        """Returns the features before pooling: a map (n, num_features, h', w'), or tokens (n, t, num_features).
 
         Args:
             x: (n, c, h, w).
@@ -177,20 +177,20 @@ class HeadNet(Conventions, ABC):
     def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]: ...
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pools what ``forward_features`` gives: (n, num_features).
+        """Pools the result of ``forward_features``: (n, num_features).
 
         Args:
-            x: what ``forward_features`` gave.
+            x: the result of ``forward_features``.
         """
         return x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools, drops out and classifies what ``forward_features`` gives; ``pre_logits`` stops before the head.
+        """Applies pooling, dropout and head to the result of ``forward_features``.
 
-        Without pooling it comes back as it is.
+        Without pooling it is returned unchanged.
 
         Args:
-            x: what ``forward_features`` gave.
+            x: the result of ``forward_features``.
             pre_logits: whether to stop before the head.
         """
         if not self.global_pool:
@@ -200,18 +200,18 @@ class HeadNet(Conventions, ABC):
         return x if pre_logits else self.head(x)
 
     def get_classifier(self) -> nn.Module:
-        """The head, or the identity."""
+        """Returns the head, or the identity where there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new head in, on the device and in the dtype of the network, scaled by ``head_init_scale``.
+        """Replaces the head, on the device and in the dtype of the network, scaled by ``head_init_scale``.
 
         Args:
-            num_classes: its width; 0 leaves features.
+            num_classes: the new head's width; 0 leaves features.
             global_pool: one of ``pools`` changes the pooling; None keeps it.
 
         Raises:
-            SchemeError: an unknown pooling, or a head over what is not pooled.
+            SchemeError: an unknown pooling, or a head on unpooled features.
         """
         self._put_head(num_classes, self.global_pool if global_pool is None else global_pool)
         self._scale_head()
@@ -236,19 +236,19 @@ class HeadNet(Conventions, ABC):
                         m.bias.mul_(self.head_init_scale)
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """A linear layer with new weights.
+        """Returns a linear layer with new weights.
 
         Args:
-            num_classes: its outputs.
+            num_classes: number of its outputs.
         """
-        # A new head goes to where the network is, in its precision.
+        # A new head has the network's device and dtype.
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.init_head(head)
         return head
 
     def init_head(self, head: Any) -> None:
-        """Draws a new head's weights; torch's own unless a subclass says otherwise.
+        """Draws a new head's weights; keeps torch's unless a subclass overrides it.
 
         Args:
             head: the layer.
@@ -274,14 +274,14 @@ class ColumnNet(HeadNet):
         return x.mean((2, 3))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies what ``forward_features`` gives; ``pre_logits`` stops before norm and head."""
+        """Pools and classifies the result of ``forward_features``; ``pre_logits`` stops before norm and head."""
         if not self.global_pool:
             return x
         x = self.pool(x)
         return self.head.from_pooled(x) if isinstance(self.head, NormedHead) and not pre_logits else x
 
     def make_head(self, num_classes: int, drop_rate: float | None = None) -> nn.Module:
-        """Norm, dropout and linear layer with new weights; ``drop_rate`` is the network's unless it is given."""
+        """Returns norm, dropout and linear layer with new weights; ``drop_rate`` defaults to the network's."""
         rate = self.drop_rate if drop_rate is None else drop_rate
         head = NormedHead(self.num_features, num_classes, rate).to(next(self.parameters()))
         self.init_head(head)

@@ -1,4 +1,4 @@
-"""What every network of levels shares: stem, levels with a transition before each, norms, pooling, head."""
+"""The base of every network of levels: stem, levels with a transition before each, norms, pooling, head."""
 
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
@@ -14,23 +14,23 @@ from .levels import made_continuous
 class LevelNet(HeadNet):
     """A network of levels: x -> stem -> (transition -> level) ... -> norm -> pooling -> head norm -> dropout -> head.
 
-    A subclass makes ``stem``, ``transitions`` and ``levels`` (as many of each), may set ``norm`` (on the map) and
-    ``head_norm`` (on what is pooled), and then calls ``finish_levels``. State-dict keys: ``stem.*``,
+    A subclass builds ``stem``, ``transitions`` and ``levels`` (as many of each), may set ``norm`` (on the map) and
+    ``head_norm`` (on the pooled features), and then calls ``finish_levels``. State-dict keys: ``stem.*``,
     ``transitions.{l}.*``, ``levels.{l}.steps.{n}.fs.{i}.*``, ``norm.*``, ``head_norm.*``, ``head.*``.
 
     Args:
         head: as in ``HeadNet``.
 
     Attributes:
-        depth_group: residual functions of a level that share a depth, where learning rates decay from layer to layer.
+        depth_group: residual functions of a level that share a depth, in layer-wise learning-rate decay.
     """
 
     depth_group: ClassVar[int] = 1
 
     def __init__(self, **head: Any):
         super().__init__(**head)
-        # Set in the order of the pass, before there are layers: a name keeps the place at which it was first set, and
-        # the order of parameters, on which the states of optimisers depend, is then the same in all subclasses.
+        # Set in the order of the forward pass, before any layers exist: a name keeps the position at which it was first
+        # set, so the order of parameters, on which optimiser states depend, is the same in all subclasses.
         self.stem: nn.Module = nn.Identity()
         self.transitions = nn.ModuleList()
         self.levels = nn.ModuleList()
@@ -46,32 +46,32 @@ class LevelNet(HeadNet):
         continuous: int | None = None,
         degree: int = 1,
     ) -> None:
-        """Notes what the levels give and makes the head.
+        """Records the levels' maps and builds the head.
 
         Args:
             channels: width after each level.
             reductions: stride after each level.
-            init: draws the weights of the whole network, the head's too.
+            init: draws the weights of the whole network, including the head's.
             continuous: number of knots; the weights of shared levels, once they are drawn, become functions of depth.
-            degree: of their splines.
+            degree: degree of their splines.
         """
         rows = zip(channels, reductions, strict=True)
         info = [{"num_chs": c, "reduction": r, "module": f"levels.{i}"} for i, (c, r) in enumerate(rows)]
         # One map per resolution, the last: RDNet has several levels of one resolution.
         self.finish(list({row["reduction"]: row for row in info}.values()), init)
-        # After the weights are drawn, since every knot begins as a copy of them.
+        # After the weights are drawn, since every knot starts as a copy of them.
         for level, stack in enumerate(self.levels):
             self.levels[level] = made_continuous(stack, continuous, degree)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last level's map, normalised where the model does so before it pools: (n, num_features, h', w')."""
+        """The last level's map, normalised where the model does so before pooling: (n, num_features, h', w')."""
         x = self.stem(self.picture(x))
         for transition, level in zip(self.transitions, self.levels, strict=True):
             x = level(transition(x))
         return self.norm(x)
 
     def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        """The map after each level, up to level ``last``."""
+        """Returns the map after each level, up to level ``last``."""
         x = self.stem(self.picture(x))
         found = []
         for transition, level in zip(self.transitions, self.levels, strict=True):
@@ -94,14 +94,14 @@ class LevelNet(HeadNet):
         return self.head_norm(super().pool(x))
 
     def init_head(self, head: nn.Linear) -> None:
-        """Draws a new head; torch's weights and a bias of zero unless a subclass says otherwise."""
+        """Initialises a new head: torch's weights and a bias of zero, unless a subclass overrides it."""
         nn.init.zeros_(head.bias)
 
     def parameter_depths(self) -> dict[str, int]:
         return level_depths(self, self.depth_group)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here; None for an unknown layout.
+        """Maps published keys to this network's; None for an unknown layout.
 
         Args:
             keys: all keys of a file.

@@ -1,4 +1,4 @@
-"""What every model of levels shares: one scheme per level, and counts of residual functions that fit it."""
+"""Helpers shared by all models of levels: one scheme per level, and counts of residual functions that fit it."""
 
 import contextlib
 import warnings
@@ -21,7 +21,7 @@ from ..step import PerSlot
 
 
 def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int) -> list[Scheme]:
-    """One scheme per level, from one for all or one each.
+    """Returns one scheme per level, from one for all or one for each.
 
     Args:
         scheme: a scheme, or a list with one per level.
@@ -42,7 +42,7 @@ def schemes_of_levels(scheme: str | Scheme | Sequence[str | Scheme], levels: int
 
 
 def recomputing(recompute: bool | int, levels: int) -> list[bool]:
-    """Which levels recompute: all, none, or the first so many, whose maps are the largest.
+    """Returns which levels recompute: all, none, or the first ``recompute``, whose maps are the largest.
 
     Raises:
         SchemeError: a number outside 0 to ``levels``.
@@ -51,7 +51,7 @@ def recomputing(recompute: bool | int, levels: int) -> list[bool]:
         >>> recomputing(True, 3), recomputing(1, 3)
         ([True, True, True], [True, False, False])
     """
-    # First, as True is the number 1 as well, and means all levels.
+    # Checked first, since True is also the integer 1, but means all levels.
     if isinstance(recompute, bool):
         return [recompute] * levels
     if not isinstance(recompute, int) or not 0 <= recompute <= levels:
@@ -60,7 +60,7 @@ def recomputing(recompute: bool | int, levels: int) -> list[bool]:
 
 
 def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
-    """Number of steps that use up a level's residual functions.
+    """Returns the number of steps that consume a level's residual functions.
 
     Args:
         scheme: the level's scheme; a mix counts with its whole period.
@@ -68,14 +68,14 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         level: number of the level from 1, for the message.
 
     Raises:
-        SchemeError: the count is no multiple of the scheme's stages; names the nearest counts that are.
+        SchemeError: the count is not a multiple of the scheme's stages; names the nearest counts that are.
 
     Example:
         >>> import schemes
         >>> steps_that_fit(schemes.get("rk4"), 12, level=1)
         3
     """
-    # Of a mix the whole period: its parts use up different numbers of functions.
+    # For a mix, the whole period: its parts consume different numbers of functions.
     period, plan = scheme.stages, scheme.plan
     if isinstance(functions, bool) or not isinstance(functions, int) or functions < 1:
         raise SchemeError(f"level {level} has {functions!r} residual functions, want a whole number, at least 1.")
@@ -84,14 +84,14 @@ def steps_that_fit(scheme: Scheme, functions: int, level: int) -> int:
         return whole * len(plan)
     counts = " or ".join(map(str, fitting_counts(scheme, functions)))
     text = f"level {level} has {functions} residual functions, and {scheme} takes {period} a step: use {counts}"
-    # Below one step a mix would hold nothing of the scheme that was asked for.
+    # Below one step a mix would contain nothing of the requested scheme.
     if whole and (mix := fitting_mix(scheme, functions)):
         text += f", or a mix that fits, such as '{mix}'"
     raise SchemeError(text + ".")
 
 
 def steps_of_levels(found: Sequence[Scheme], functions: Sequence[int]) -> list[int]:
-    """Number of steps of each level; see ``steps_that_fit``.
+    """Returns the number of steps of each level; see ``steps_that_fit``.
 
     Args:
         found: the levels' schemes.
@@ -104,7 +104,7 @@ def steps_of_levels(found: Sequence[Scheme], functions: Sequence[int]) -> list[i
 
 
 def takes_shortcut(scheme: Scheme) -> bool:
-    """Whether the first step of a level can make its stride and width: one stream, whose identity a shortcut replaces.
+    """Whether a level's first step can change stride and width: one stream, whose identity a shortcut replaces.
 
     Not under bdia, which keeps two states of one shape in training.
 
@@ -124,7 +124,7 @@ class _Misfit(Exception):
 def check_streams(
     scheme: Scheme, depth: int, width: int, family: str, *, dim: int = 1, ndim: int = 4, heads: int = 0
 ) -> None:
-    """Runs a scheme with stand-ins that have shapes and no values: does it give what the network's functions take?
+    """Checks that a network's functions can take what a scheme gives them, by running it on shapes without values.
 
     Args:
         scheme: the level's scheme.
@@ -145,7 +145,7 @@ def check_streams(
     """
     if scheme.nodes is None or takes_shortcut(scheme):
         return
-    # Enough in every dimension for a scheme to split it, whichever it splits.
+    # Large enough in every dimension for a scheme to split it, whichever it splits.
     shape = [2] + [64] * (ndim - 1)
     shape[dim] = width
     try:
@@ -159,7 +159,7 @@ def check_streams(
 
 
 def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
-    """Runs a few steps; raises ``_Misfit``."""
+    """Runs a few steps; raises ``_Misfit`` where the scheme does not fit."""
 
     def stand_in(slot: Slot) -> Callable[..., Tensor]:
         if len(slot.in_channels) != 1:
@@ -180,7 +180,7 @@ def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
 
     streams, state, y = scheme.stream_widths(x.shape[dim]), None, x
     try:
-        # One period, and the steps that begin it anew: what does not fit shows by then.
+        # One period, and the first steps of the next: a misfit shows by then.
         for n in range(min(depth, len(scheme.plan) + 3)):
             part = scheme.at(n)
             fs = [stand_in(slot) for slot in part.slots(n, streams)]
@@ -194,7 +194,7 @@ def _probe(scheme: Scheme, depth: int, x: Tensor, dim: int, heads: int) -> None:
 
 
 def _along(scheme: Scheme, depth: int, width: int, dim: int, ndim: int, heads: int) -> str:
-    """The scheme as one writes it to split dimension ``dim``, or nothing where that does not fit either."""
+    """Returns how to write the scheme so that it splits dimension ``dim``, or "" where that does not fit either."""
     name, _, rest = str(scheme).partition("(")
     given = [x for x in rest.removesuffix(")").split(", ") if x and not x.startswith("dim=")]
     shape = [2] + [64] * (ndim - 1)
@@ -208,17 +208,17 @@ def _along(scheme: Scheme, depth: int, width: int, dim: int, ndim: int, heads: i
 
 
 def mixer(slot: Slot, rates: Iterator[float], **options: Any) -> nn.Module:
-    """ConvNeXt's residual function for a place in a stack, with the next rate of stochastic depth."""
+    """Returns ConvNeXt's residual function for a slot of a stack, with the next rate of stochastic depth."""
     return ConvNeXtFunction(sum(slot.in_channels), slot.out_channels, drop_path=next(rates), **options)
 
 
 def patch_transition(width: int, out: int, stride: int) -> nn.Module:
-    """LayerNorm and a convolution of patches, between two levels."""
+    """Returns LayerNorm and a convolution of patches, between two levels."""
     return nn.Sequential(OrderedDict(norm=LayerNorm2d(width), conv=PatchConv2d(width, out, stride)))
 
 
 def rates_of_levels(rate: float, functions: Sequence[int], continuous: bool) -> list[Iterator[float]]:
-    """For each level the rates of stochastic depth of its functions; those of a field are one, the level's mean.
+    """Returns each level's rates of stochastic depth, one per function; a field has one rate, the level's mean.
 
     Example:
         >>> [next(rates) for rates in rates_of_levels(0.75, [2, 2], True)]
@@ -230,7 +230,7 @@ def rates_of_levels(rate: float, functions: Sequence[int], continuous: bool) -> 
 
 
 def shared_level(make: Callable[[Slot], nn.Module], scheme: Scheme, depth: int, *, width: int, backprop: str) -> Stack:
-    """A level with one residual function for all steps, or one for each slot where a step's functions do not all agree.
+    """Builds a level with one residual function for all steps, or one per slot if the slots are not interchangeable.
 
     Its weights become functions of depth by ``made_continuous``, once they are drawn.
 
@@ -238,11 +238,11 @@ def shared_level(make: Callable[[Slot], nn.Module], scheme: Scheme, depth: int, 
         make: as in ``Stack.from_factory``.
         scheme: the level's scheme.
         depth: number of steps.
-        width: of the level.
+        width: width of the level.
         backprop: as in Stack.
 
     Raises:
-        SchemeError: a scheme whose later steps want functions of other widths.
+        SchemeError: a scheme whose later steps need functions of other widths.
     """
     streams = scheme.stream_widths(width)
     slots = scheme.at(0).slots(0, streams)
@@ -252,7 +252,7 @@ def shared_level(make: Callable[[Slot], nn.Module], scheme: Scheme, depth: int, 
     else:
         kinds = {None}
         shared = PerSlot([make(slot) for slot in slots])
-    # The second step shows it where widths change from step to step, as under dense.
+    # Widths that change from step to step, as under dense, show at the second step.
     later = scheme.at(1).slots(1, scheme.at(0).widths(0, streams))
     if len(kinds) > 1 or [(s.in_channels, s.out_channels) for s in slots[: len(later)]] != [
         (s.in_channels, s.out_channels) for s in later[: len(slots)]
@@ -265,9 +265,9 @@ def shared_level(make: Callable[[Slot], nn.Module], scheme: Scheme, depth: int, 
 
 
 def made_continuous(stack: nn.Module, knots: int | None, degree: int) -> nn.Module:
-    """A stack whose shared weights are functions of depth, with its depth as the span: it starts as it is.
+    """Makes a stack's shared weights functions of depth, with its depth as the span: its output is at first the same.
 
-    Anything else, or a stack without shared functions, comes back as it is; so does all where ``knots`` is None.
+    Anything else, or a stack without shared functions, is returned unchanged; so is everything if ``knots`` is None.
     """
     if knots is None or not isinstance(stack, Stack) or stack.block is None:
         return stack
@@ -281,15 +281,15 @@ def made_continuous(stack: nn.Module, knots: int | None, degree: int) -> nn.Modu
 
 
 def check_continuous(continuous: int | None, step: float | str, **unfit: bool) -> None:
-    """Refuses what does not go with weights that are functions of depth, before anything is built.
+    """Rejects options that do not go with weights that are functions of depth, before anything is built.
 
     Args:
         continuous: number of knots, None for separate weights.
         step: the network's step size.
-        unfit: options, and whether they are set such that they do not fit.
+        unfit: options, and whether they have a value that does not fit.
 
     Raises:
-        SchemeError: with the option.
+        SchemeError: an option does not fit; it is named.
     """
     if continuous is None:
         return
@@ -304,9 +304,9 @@ def check_continuous(continuous: int | None, step: float | str, **unfit: bool) -
 
 @contextlib.contextmanager
 def warned_once(stacklevel: int = 5) -> Iterator[None]:
-    """Repeats each different warning that was raised inside once, as of the caller: not once per level."""
+    """Issues each distinct warning raised inside once, attributed to the caller, instead of once per level."""
     with warnings.catch_warnings(record=True) as caught:
-        # No filter is to drop what is repeated below, where the caller's own filters decide.
+        # No filter may drop a warning here: all are issued again below, where the caller's own filters decide.
         warnings.simplefilter("always")
         yield
     for text, category in dict.fromkeys((str(w.message), w.category) for w in caught):

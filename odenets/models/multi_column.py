@@ -1,4 +1,4 @@
-"""A multi-column network without a reversible connection, to compare RevCol with: every level reads every level.
+"""A multi-column network without a reversible connection, for comparison with RevCol: every level reads every level.
 
 This is a configuration of our own, after the fusion of HRNet: the comparison in RevCol's paper gives no details.
 """
@@ -17,12 +17,12 @@ from .level_net import LevelNet
 
 
 class FusedColumn(nn.Module):
-    """A column: each level is the sum of all levels of the last column, resized to it, then ConvNeXt blocks.
+    """A column: each level is the sum of all levels of the previous column, resized to it, then ConvNeXt blocks.
 
     Args:
         channels: width per level.
         blocks: blocks per level.
-        first: whether this is the first column, which is given the stem's output alone and goes down level by level.
+        first: whether this is the first column, which gets only the stem's output and goes down level by level.
         kernel_size: side of the depthwise convolutions.
         drop_path: stochastic depth, growing over the blocks of the column.
 
@@ -48,7 +48,7 @@ class FusedColumn(nn.Module):
             )
 
     def keep_last(self) -> None:
-        """Keeps what makes the last level; in the last column of a classifier the rest would lie idle."""
+        """Keeps only what computes the last level; in a classifier's last column the rest would be unused."""
         # A first column goes down level by level, and needs all of them for the last.
         if not self.first:
             self.links, self.blocks = self.links[-1:], self.blocks[-1:]
@@ -60,7 +60,7 @@ class FusedColumn(nn.Module):
             if self.first:
                 x = links[0](found[-1]) if level else maps[0]
             else:
-                # Not by sum(), which begins with 0 + x: a copy of a whole map.
+                # Not by sum(), which starts with 0 + x: a copy of a whole map.
                 x, *others = (link(y) for link, y in zip(links, maps, strict=True))
                 for y in others:
                     x = x + y
@@ -71,16 +71,16 @@ class FusedColumn(nn.Module):
 
 
 def _link(channels: Sequence[int], source: int, level: int) -> nn.Module:
-    """From one level to another: strided convolutions down, a linear layer and repeated pixels up, the identity."""
+    """Maps one level to another: strided convolutions down, a linear layer and repeated pixels up, or the identity."""
     if source < level:
         return nn.Sequential(*(Down(channels[i], channels[i + 1]) for i in range(source, level)))
     return Up(channels[source], channels[level], 2 ** (source - level)) if source > level else nn.Identity()
 
 
 class MultiColumn(LevelNet):
-    """Columns of a pyramid without a reversible connection: the last column's levels are plain sums over the last ones.
+    """Columns of a pyramid without a reversible connection: a column's levels are plain sums over the previous one's.
 
-    Stored tensors grow with the columns, and no scheme applies: what a column hands on is overwritten, not added to.
+    Stored tensors grow with the columns, and no scheme applies: a column replaces its input, and does not add to it.
 
     State-dict keys: ``stem.{0,1}``, ``levels.{n}.{links,blocks}.{l}.*``, ``head_norm``, ``head``.
 
@@ -142,7 +142,7 @@ class MultiColumn(LevelNet):
         return self.maps(x)[-1]
 
     def cut_levels(self, last: int) -> None:
-        """Nothing: its levels are columns, and the only map is that of the last."""
+        """Does nothing: its levels are columns, and the only map is that of the last."""
 
     def maps(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """The last level of the last column, in a list."""
@@ -152,7 +152,7 @@ class MultiColumn(LevelNet):
         return found[-1:]
 
 
-# The pyramid of RevCol-T: what its paper compares with, where it gives no details, is a configuration of our own.
+# The pyramid of RevCol-T: the paper gives no details of its baseline, so this is a configuration of our own.
 MULTI_COLUMNS: dict[str, dict[str, Any]] = {
     "multicolumn_tiny": {"channels": (64, 128, 256, 512), "blocks": (2, 2, 4, 2), "columns": 4},
 }

@@ -1,6 +1,6 @@
 """RDNet: DenseNet with ConvNeXt's residual functions, and a transition after every few of them.
 
-A mixing level is a ``Stack`` of feature mixers over ``dense(growth)``; transitions, most of stride 1, stand between.
+A mixing level is a ``Stack`` of feature mixers over ``dense(growth)``; transitions, most of stride 1, lie between.
 Under a one-stream scheme the same mixers add instead of concatenating.
 
 Source: Kim et al. 2024, DenseNets Reloaded: Paradigm Shift Beyond ResNets and ViTs, arXiv 2403.19588.
@@ -36,16 +36,16 @@ class RDNet(LevelNet):
         init_channels: width of the stem.
         kernel: size of the depthwise convolutions.
         expansion: hidden width of a mixer over its input's.
-        compression: a transition keeps this part of the channels, rounded down to a multiple of 8.
+        compression: fraction of the channels that a transition keeps, rounded down to a multiple of 8.
         gate_from: the mixers of this level and all later ones have a channel gate.
         layer_scale: initial value of gamma; None leaves gamma out.
         head_norm_eps: epsilon of the norm before the head, 1e-6 in timm, 1e-5 in the original code.
         scheme: one scheme for all levels, or a list with one per level; "dense" takes the level's growth. Under a
             one-stream scheme a level keeps the width that it starts with under "dense".
         backprop: as in Stack; "checkpoint" recomputes each mixer.
-        recompute: keep the results of depthwise convolutions alone, and make norms, first products and GELUs again in
-            the backward pass; a number: in the first so many levels only, whose maps take most of the memory.
-        head: as in ``HeadNet``; a mixer that is dropped adds channels of zeros.
+        recompute: keep only the results of depthwise convolutions, and recompute norms, first products and GELUs in the
+            backward pass; an integer n restricts this to the first n levels, whose maps take most of the memory.
+        head: as in ``HeadNet``; a dropped mixer adds channels of zeros.
 
     Shapes:
         x: (n, in_chans, h, w); the result is (n, num_classes).
@@ -65,7 +65,7 @@ class RDNet(LevelNet):
 
     depth_group = 3  # as published: a level of three mixers
 
-    # long: an argument a line, of which there are many; the net itself is made in parts
+    # long: an argument per line, of which there are many; the network itself is built in parts
     def __init__(
         self,
         growths: Sequence[int] = (64, 104, 128, 128, 128, 128, 224),
@@ -118,13 +118,13 @@ class RDNet(LevelNet):
         self.finish_levels(at.channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here: naver-ai's and timm's, which differ in the epsilon of the head's norm."""
+        """Maps published keys to ours: naver-ai's and timm's, which differ in the epsilon of the head's norm."""
         own = self.state_dict().keys()
         return keys_of_rdnet.published(own, keys) or twin(own, keys)
 
 
 def _levels(first: int, second: int, middle: int, count: int, last: int, lasts: int) -> dict[str, Any]:
-    """Growth per mixing level, and where the resolution is halved: before levels 1 and 2, and before the last ones."""
+    """Growth per mixing level, and where the resolution halves: before levels 1 and 2, and before the last ones."""
     growths = (first, second, *(middle,) * count, *(last,) * lasts)
     halves = (False, True, True, *(False,) * (count - 1), True, *(False,) * (lasts - 1))
     return {"growths": growths, "downsample": halves}

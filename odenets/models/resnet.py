@@ -1,4 +1,4 @@
-"""ResNet and HO-ResNet: one network of levels, whose residual functions any scheme puts together.
+"""ResNet and HO-ResNet: one network of levels, whose residual functions any scheme can combine.
 
 A level is a ``Stack``. Three placements of activation and norm around the same scheme:
 
@@ -6,8 +6,8 @@ A level is a ``Stack``. Three placements of activation and norm around the same 
 * ``public``: F = BN-ReLU-conv-BN-ReLU-conv, ReLU on the sum, no norm before the head: HO-ResNet as it was released.
 * ``preact``: the same F, nothing on the sum, one BN-ReLU before the head: the stream is a plain sum of functions.
 
-The first step of a level makes its stride and width where the scheme has one stream whose identity a shortcut can
-replace. Elsewhere (several streams, adaptive solvers) a strided 3x3 convolution stands before the level.
+The first step of a level changes stride and width where the scheme has one stream whose identity a shortcut can
+replace. Otherwise (several streams, adaptive solvers) a strided 3x3 convolution precedes the level.
 
 Sources: He et al., arXiv 1512.03385 and 1603.05027; Luo et al., HO-ResNet, arXiv 2103.15244.
 """
@@ -50,29 +50,29 @@ REDUCTION = {"conv3": 1, "conv3_s2": 2, "conv7_pool": 4}
 
 
 class ResidualNet(LevelNet):
-    """The network behind ``ResNet`` and ``HOResNet``, which differ in their defaults alone: stem, levels, norm, head.
+    """The network behind ``ResNet`` and ``HOResNet``, which differ only in their defaults: stem, levels, norm, head.
 
     State-dict keys: ``stem.{conv,norm}``, ``levels.{l}.steps.{n}.fs.{i}.{conv,norm}{1..3}``,
     ``levels.{l}.steps.0.gs.0.{conv,norm}`` or, where the scheme takes no shortcut, ``transitions.{l}.{conv,norm}``,
     ``norm`` (preact), ``head``; with ``continuous``, ``levels.{l}.block.block.{conv,norm}{1..3}``.
 
     Args:
-        functions: residual functions per level; a multiple of the level's scheme's stages.
+        functions: residual functions per level, a multiple of the stages of the level's scheme.
         widths: width per level, before the block's expansion.
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
         scheme: one scheme for all levels, or a list with one per level.
-        placement: "post" (ReLU on the sum), "public" (pre-activated functions and ReLU on the sum) or "preact"
-            (nothing on the sum); of several streams the ReLU acts on each. None is the class's own, and "preact" with
-            ``continuous``, since a ReLU between the steps is no part of a field.
+        placement: "post" (ReLU on the sum), "public" (pre-activation functions and ReLU on the sum) or "preact"
+            (nothing on the sum); with several streams the ReLU acts on each. None means the class's own, or "preact"
+            with ``continuous``, since a ReLU between the steps is not part of a field.
         shortcut: "projection" (1x1 convolution) or "pad" (zeros, no parameters), where stride or width change.
         stem: "conv3", "conv3_s2" (stride 2) or "conv7_pool" (stride 2, then a max pool of stride 2).
         step: step size, as in Stack; a decay counts over the whole network.
         backprop: as in Stack.
-        norm: "batch" or "group", of the residual functions; None is "group" with ``continuous``, else "batch".
-        act: "relu" or "silu", of the residual functions; under a smooth one schemes have their order.
+        norm: "batch" or "group", in the residual functions; None means "group" with ``continuous``, else "batch".
+        act: "relu" or "silu", in the residual functions; with a smooth one, schemes attain their order.
         continuous: number of knots of weights that are functions of depth, one field per level, over a span of the
-            level's number of steps; None is separate weights. Stride and width are then made before the level.
-        degree: of their splines.
+            level's number of steps; stride and width then change before the level. None means separate weights.
+        degree: degree of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -158,7 +158,7 @@ class ResidualNet(LevelNet):
             self.transitions.append(transition)
             self.levels.append(shared_level(make, scheme, depth, width=width, backprop=options["backprop"]))
             return
-        # A step of one stream ends in a new sum, which its ReLU may overwrite; a stream that lives on keeps its values.
+        # A one-stream step ends in a new sum, which its ReLU may overwrite; a stream that is kept must not change.
         after = None if self.placement == "preact" else nn.ReLU(inplace=takes_shortcut(scheme))
         stack = Stack.from_factory(
             partial(self._function, scheme, stride, rates),
@@ -180,17 +180,17 @@ class ResidualNet(LevelNet):
                 f"{scheme} asks for bottlenecks of {slot.out_channels} channels, no multiple of 4: choose other "
                 "widths, or block='basic'."
             )
-        # Only a function that sees the step's input itself has the stride to make; the others come after it.
+        # Only a function that reads the step's input itself carries the stride; the others come after it.
         own = stride if slot.step == 0 and slot.raw else 1
         order = "post" if self.placement == "post" else "pre"
         like: dict[str, Any] = {"order": order, "norm": self.norm_of_functions, "act": self.act}
         return kind(slot.in_channels[0], slot.out_channels, own, drop_path=next(rates), **like)
 
     def init_head(self, head: nn.Linear) -> None:
-        """A new head keeps torch's weights and biases."""
+        """Does nothing: a new head keeps torch's weights and biases."""
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of published keys here: torchvision's, the CIFAR and HO-ResNet releases', or a twin's.
+        """Maps published keys to ours: torchvision's, the CIFAR and HO-ResNet releases', or a twin's.
 
         A twin is this network under another scheme: the same residual functions, grouped into other steps.
         """
@@ -199,7 +199,7 @@ class ResidualNet(LevelNet):
 
 
 class ResNet(ResidualNet):
-    """ResNet: post-activated, euler and projections by default; the options are those of ``ResidualNet``.
+    """ResNet: post-activation, euler and projections by default; the options are those of ``ResidualNet``.
 
     The defaults are ResNet-18 for ImageNet: 11,689,512 parameters, 1.814 GMACs at 224 x 224.
 
@@ -221,14 +221,14 @@ class HOResNet(ResidualNet):
     With 12 per level it has 74 layers, with 14 (verner8) 86, with 28 170.
 
     Args:
-        functions: residual functions per level; a multiple of the level's scheme's stages.
+        functions: residual functions per level, a multiple of the stages of the level's scheme.
         widths: width per level, before the block's expansion.
         block: "basic" or "bottleneck".
         scheme: one scheme for all levels, or a list with one per level.
-        placement: "public" (as released), "preact" or "post"; None is "public", with ``continuous`` "preact".
+        placement: "public" (as released), "preact" or "post"; None means "public", or "preact" with ``continuous``.
         shortcut: "pad" (as released) or "projection".
         stem: "conv3_s2" (as released), "conv3" (four times the pixels) or "conv7_pool".
-        num_classes: width of the head; 0 gives features.
+        num_classes: width of the head; 0 returns features.
         options: as in ``ResidualNet``.
 
     Source:

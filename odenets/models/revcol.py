@@ -1,4 +1,4 @@
-"""RevCol: a few columns of a pyramid network, each level of which reads its neighbours and is added reversibly.
+"""RevCol: a few columns of a pyramid network, whose levels read their neighbours and are added reversibly.
 
 A column is one step of the multi-level coupling, and the whole network one ``Stack``: its streams are the stem's output
 and the levels, its residual functions the levels' fusion and blocks, its shortcuts a learned factor per channel.
@@ -27,10 +27,10 @@ from .keys import revcol as keys_of_revcol
 
 
 class Supervised(NamedTuple):
-    """What ``forward_supervised`` returns.
+    """The result of ``forward_supervised``.
 
     Attributes:
-        logits: of every head, (n, num_classes) each, the final one last.
+        logits: the logits of every head, (n, num_classes) each, the final one last.
         images: the decoders' logits of the picture, (n, in_chans, h, w) each; one fewer than ``logits``.
     """
 
@@ -39,7 +39,7 @@ class Supervised(NamedTuple):
 
 
 def supervised_columns(columns: int) -> tuple[int, ...]:
-    """After which columns, counted from 1, a head stands: round(k n / 4) for k = 1 .. 4, without repetitions.
+    """Returns the columns, counted from 1, that a head follows: round(k n / 4) for k = 1 .. 4, without repetitions.
 
     Example:
         >>> [supervised_columns(n) for n in (1, 2, 5, 8)]
@@ -49,7 +49,7 @@ def supervised_columns(columns: int) -> tuple[int, ...]:
 
 
 class Supervision(nn.Module):
-    """The heads and decoders after the columns before the last."""
+    """The heads and decoders that follow columns other than the last."""
 
     def __init__(self, columns: Sequence[int], channels: Sequence[int], classes: int, patch: int, colours: int):
         super().__init__()
@@ -121,7 +121,7 @@ class RevCol(ColumnNet):
         self.stem.add_module("norm", LayerNorm2d(channels[0]))
         scheme = RevColCoupling(len(channels), huge=huge)
         fs = [f for n in range(columns) for f in _column(n, channels, blocks, kernel_size, huge, self.drop_path_rate)]
-        # The first column makes the levels and has nothing to scale.
+        # The first column creates the levels and has nothing to scale.
         scales = [() if n == 0 else tuple(ChannelScale(c) for c in channels) for n in range(columns)]
         self.columns = Stack(fs, scheme, shortcut=scales, backprop=backprop)
         # Published checkpoints hold factors of the first column too, though they multiply nothing.
@@ -143,7 +143,7 @@ class RevCol(ColumnNet):
         return self.columns(self._stem(x))
 
     def forward_supervised(self, x: Tensor) -> Supervised:
-        """Logits of every head, the final one last, and the pictures that the decoders make.
+        """Returns the logits of every head, the final one last, and the decoders' logits of the picture.
 
         Args:
             x: (n, c, h, w).
@@ -161,10 +161,10 @@ class RevCol(ColumnNet):
             if n + 1 in s.columns:
                 k = s.columns.index(n + 1)
                 logits.append(s.heads[k](state[-1]))
-                # A padded picture is decoded whole, and compared where it was given.
+                # A padded picture is decoded whole, and cropped to the part that was given.
                 images.append(s.decoders[k](state[-1])[..., :height, :width])
 
-        # Heads read the columns while they exist, so that reversed training keeps none of them for the heads' sake.
+        # Heads read each column while it exists, so that reversed training need not keep any of them for the heads.
         state = self.columns.visit_states(self._stem(x), heads)
         return Supervised((*logits, self.forward_head(state[-1])), tuple(images))
 
@@ -176,7 +176,7 @@ class RevCol(ColumnNet):
         return with_zero_gradients(self.stem(self.picture(x)), self.idle)
 
     def _put_head(self, num_classes: int, pool: str) -> None:
-        """Puts new heads in; without classes the supervision goes too."""
+        """Replaces the heads; without classes the supervision is removed too."""
         super()._put_head(num_classes, pool)
         if self.supervision is not None:
             if num_classes:
@@ -192,7 +192,7 @@ class RevCol(ColumnNet):
         return grid_depths(self, self.blocks)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of the published keys here; a supervised checkpoint's last head may be this network's only one.
+        """Maps published keys to this network's; a supervised checkpoint's last head may be its only one.
 
         Args:
             keys: all keys of a file.
@@ -201,7 +201,7 @@ class RevCol(ColumnNet):
 
 
 def with_zero_gradients(x: Tensor, idle: Iterable[Tensor]) -> Tensor:
-    """x itself; parameters that multiply nothing get a gradient of zero, since DDP wants one for every parameter."""
+    """Returns x unchanged; parameters that multiply nothing get a zero gradient, since DDP waits for every gradient."""
     if torch.is_grad_enabled():
         x = x + 0 * torch.stack([alpha.sum() for alpha in idle]).sum()
     return x
@@ -219,8 +219,8 @@ def _check(channels: Sequence[int], blocks: Sequence[int], columns: int) -> None
 def _column(
     n: int, channels: Sequence[int], blocks: Sequence[int], kernel_size: int, huge: bool, drop_path: float
 ) -> Iterator[LevelFunction]:
-    """The residual functions of column n, level by level; the first column has nothing above."""
-    # Begun anew in each column: columns are alike, and the last must not be dropped more often than the first.
+    """Yields the residual functions of column n, level by level; the first column has nothing above."""
+    # The rates restart in each column: columns are alike, and the last must not be dropped more often than the first.
     rates = iter(linear_rates(drop_path, sum(blocks)))
     top = len(channels) - 1
     for level, (c, count) in enumerate(zip(channels, blocks, strict=True)):

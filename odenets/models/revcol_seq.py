@@ -80,11 +80,11 @@ class RevColTranslator(nn.Module):
         init_tokens(self)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits of the word that follows each word of the target."""
+        """Returns logits of the word that follows each word of the target."""
         return self.decode(target, self.encode(source), source == PAD)
 
     def encode(self, source: Tensor) -> Tensor:
-        """The memory (n, s, dim): padded words are read by none.
+        """Returns the memory (n, s, dim); no word attends to padding.
 
         Args:
             source: (n, s), words of the source, padded.
@@ -92,32 +92,32 @@ class RevColTranslator(nn.Module):
         return self.columns(self._embedded(self.source, source), context=source != PAD)
 
     def decode(self, target: Tensor, memory: Tensor, padded: Tensor) -> Tensor:
-        """Logits (n, t, target_words); ``padded`` (n, s) marks words of the source that are not there.
+        """Returns logits (n, t, target_words); ``padded`` (n, s) marks the padding of the source.
 
         Args:
             target: (n, t), the words so far, the start first.
-            memory: (n, s, dim), as ``encode`` gives it.
+            memory: (n, s, dim), as ``encode`` returns it.
             padded: (n, s), true where there is no word.
         """
-        # True is what must not be read: torch's decoder masks say what is hidden, those of our attention what may be
-        # seen.
+        # True means hidden: torch's decoder masks mark what must not be attended to, those of our attention what may
+        # be.
         later = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).triu(1)
         x = self._embedded(self.target, target)
         return self.head(self.decoder(x, memory, tgt_mask=later, memory_key_padding_mask=padded))
 
     @torch.no_grad()
     def translate(self, source: Tensor, limit: int | None = None) -> Tensor:
-        """The likeliest next word again and again, until every sentence ends: (n, t), padded, without the start.
+        """Decodes greedily, word by word, until every sentence ends: (n, t), padded, without the start.
 
         Args:
             source: (n, s), words of the source, padded.
-            limit: words of a translation at most, the start included; None: as many as there are positions.
+            limit: maximum number of words of a translation, the start included; None means the number of positions.
         """
         memory, padded = self.encode(source), source == PAD
         words = torch.full((len(source), 1), START, device=source.device)
         done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
         for _ in range((limit or self.length) - 1):
-            # A sentence that has ended goes on as padding, until the longest of the batch has.
+            # A sentence that has ended is continued by padding, until the longest of the batch has ended.
             word = self.decode(words, memory, padded)[:, -1].argmax(-1).masked_fill(done, PAD)
             words = torch.cat([words, word[:, None]], 1)
             done = done | (word == END)
@@ -128,5 +128,5 @@ class RevColTranslator(nn.Module):
     def _embedded(self, table: nn.Embedding, words: Tensor) -> Tensor:
         if words.shape[1] > self.length:
             raise SchemeError(f"a sentence has {words.shape[1]} words, the longest may have {self.length}.")
-        # At a spread of 0.02 the embedding is scaled to the size that the residual functions work at.
+        # The embedding has a standard deviation of 0.02, and is scaled to the size that the residual functions work at.
         return self.drop(table(words) * table.embedding_dim**0.5 + self.positions[: words.shape[1]])

@@ -20,7 +20,7 @@ from .vit import alternating, init_tokens, scale_by_depth
 
 
 class Linked(nn.Module):
-    """From a neighbouring level of the same size: a linear layer, then LayerNorm. x: (n, t, dim)."""
+    """Maps from a neighbouring level of the same size: a linear layer, then LayerNorm. x: (n, t, dim)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -32,7 +32,7 @@ class Linked(nn.Module):
 
 
 class TokenLevel(LevelFunction):
-    """A level of tokens: as ``LevelFunction``; the context is the mask (n, t) of tokens that attention may read."""
+    """A level of tokens, as ``LevelFunction``; the context is the mask (n, t) of tokens that may be attended to."""
 
     def forward(self, lower: Tensor, *upper: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.down(lower)
@@ -53,14 +53,14 @@ def columns_of_tokens(
     drop_path: float = 0.0,
     backprop: str = "store",
 ) -> Stack:
-    """A ``Stack`` over the multi-level coupling whose streams are tokens (n, t, dim), all of one shape.
+    """Builds a ``Stack`` over the multi-level coupling whose streams are tokens (n, t, dim), all of one shape.
 
     Args:
         columns: number of columns.
         dim: width of a token.
         heads: heads of attention.
         blocks: transformer blocks per level.
-        drop: dropout of each residual function's result.
+        drop: dropout rate of each residual function's result.
         drop_path: stochastic depth, growing over the blocks of one column.
         backprop: as in Stack.
     """
@@ -71,17 +71,17 @@ def columns_of_tokens(
         for level, count in enumerate(blocks):
             below = Linked(dim) if level else nn.Identity()
             above = [Linked(dim)] if n and level < top else []
-            # One list for a column, of which each level takes its share.
+            # One list per column, of which each level takes its share.
             own, rates = rates[:count], rates[count:]
             fs.append(TokenLevel(below, above, alternating(dim, heads, count, own, drop=drop)))
-    # The first column makes the levels and has nothing to scale.
+    # The first column creates the levels and has nothing to scale.
     scales = [[ChannelScale(dim, dim=2, ndim=3) for _ in blocks] if n else [] for n in range(columns)]
-    # A growth of 1, since all levels are of one width here.
+    # A growth of 1, since all levels have the same width here.
     return Stack(fs, RevColCoupling(len(blocks), growth=1), shortcut=scales, backprop=backprop)
 
 
 class RevColViT(ColumnNet):
-    """Isotropic RevCol of transformer blocks; the defaults are the small one.
+    """Isotropic RevCol of transformer blocks; the defaults are the small model.
 
     A level reads its neighbours through a linear layer and LayerNorm, where RevCol merges patches and upsamples; its
     blocks normalise after each function, and attention compares normalised queries and keys.
@@ -94,10 +94,10 @@ class RevColViT(ColumnNet):
         heads: heads of attention.
         columns: number of columns.
         patch: side of a patch.
-        size: side of the pictures that the positions are made for; others are interpolated.
+        size: side of the pictures that the positions are made for; for others they are interpolated.
         backprop: as in Stack; "reverse" trains in memory that hardly grows with the columns.
-        depth_init: whether block k = 1, 2 ... of each column starts with its outputs divided by sqrt(2 k), as in BEiT:
-            the gains of the norms at their ends.
+        depth_init: whether block k = 1, 2 ... of each column starts with its outputs divided by sqrt(2 k), as in BEiT,
+            through the gains of the norms at their ends.
         head: as in ``ColumnNet``.
 
     Shapes:

@@ -1,7 +1,7 @@
-"""RevNet and i-RevNet: residual networks of two streams, each moved by a function of the other.
+"""RevNet and i-RevNet: residual networks of two streams, each updated by a function of the other.
 
 A RevNet's level begins with a unit that changes stride and width and cannot be undone; the units after it are one
-``Stack`` over the reversible coupling. An i-RevNet downsamples by moving pixels into channels, so all of it can be.
+``Stack`` over the reversible coupling. An i-RevNet downsamples by moving pixels into channels: all of it is reversible.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ EPS = 1e-3  # of the norms, as released
 
 
 class _Reversible(LevelNet):
-    """What a RevNet and an i-RevNet share: the checks of their options, BN-ReLU at the end, the weights' distribution.
+    """The base of RevNet and i-RevNet: the checks of their options, BN-ReLU at the end, the weights' distribution.
 
     Args:
         head: as in ``HeadNet``.
@@ -65,24 +65,24 @@ class _Reversible(LevelNet):
 class RevNet(_Reversible):
     """RevNet; the defaults are RevNet-38 for CIFAR: 464,890 parameters.
 
-    A level's first unit is y_1 = g_1(x_1) + F(x_2), y_2 = g_2(x_2) + G(y_1), where F makes the stride and the width and
-    the shortcuts g average and pad (basic) or are 1x1 convolutions (bottleneck). The others have no shortcuts to undo.
+    A level's first unit is y_1 = g_1(x_1) + F(x_2), y_2 = g_2(x_2) + G(y_1), where F changes stride and width and the
+    shortcuts g average and pad (basic) or are 1x1 convolutions (bottleneck). The others have no shortcuts to undo.
 
     State-dict keys: ``stem.{conv,norm}``, ``transitions.{l}.steps.0.{fs,gs}.{i}`` for first units,
     ``levels.{l}.steps.{n}.fs.{i}``, ``norm.0``, ``head``; with ``continuous``, ``levels.{l}.block.{i}.block``.
 
     Args:
-        units: per level, of two residual functions each.
-        widths: of the stem and per level, both streams together, before the block's expansion.
+        units: number of units per level, each of two residual functions.
+        widths: widths of the stem and of each level, both streams together, before the block's expansion.
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1, four times wider).
         stem: "conv3", or "conv7_pool" (stride 2, then a max pool of stride 2).
-        backprop: of the units after the first of each level, as in Stack; the first ones keep their tensors.
-        num_classes: width of the head; 0 gives features.
-        norm: "batch" or "group", of the residual functions; None is "group" with ``continuous``, else "batch".
-        act: "relu" or "silu", of the residual functions; under a smooth one schemes have their order.
+        backprop: for the units after the first of each level, as in Stack; the first ones store their tensors.
+        num_classes: width of the head; 0 returns features.
+        norm: "batch" or "group", in the residual functions; None means "group" with ``continuous``, else "batch".
+        act: "relu" or "silu", in the residual functions; with a smooth one, schemes attain their order.
         continuous: number of knots of weights that are functions of depth: two fields per level, F and G, for the units
-            after its first, over a span of their number; None is separate weights.
-        degree: of their splines.
+            after its first, over a span of their number; None means separate weights.
+        degree: degree of their splines.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -140,9 +140,9 @@ class RevNet(_Reversible):
                 self.levels.append(Stack(PerSlot(rest[:2]), "revnet", count - 1, backprop=backprop))
             else:
                 self.levels.append(Stack(rest, "revnet", backprop=backprop) if rest else nn.Identity())
-        # The stem has normalised and cut off already what the very first function is given.
+        # The stem has already normalised and rectified the input of the very first function.
         function = self.transitions[0].steps[0].fs[0]  # type: ignore[union-attr,index]
-        # Not in place, as no norm stands before it: a residual function must not write to its argument.
+        # Not in place, since no norm precedes it: a residual function must not write to its argument.
         function.norm1, function.relu = nn.Identity(), nn.ReLU() if act == "relu" else nn.SiLU()
         self._finish(channels[1:], 1 if stem == "conv3" else 4, continuous, degree)
 
@@ -153,18 +153,18 @@ class RevNet(_Reversible):
 
 
 class IRevNet(_Reversible):
-    """Fully invertible RevNet: no picture is lost on the way to the last map, and ``inverse`` gives it back.
+    """Fully invertible RevNet: the picture is not lost on the way to the last map, and ``inverse`` recovers it.
 
     The stem repeats the picture's channels up to the width; every later level begins by moving squares of four pixels
     into the channels of both streams, a shortcut with an exact inverse. So the network trains with one state per level.
 
     Args:
-        units: per level, of two residual functions each.
-        width: of the first level, both streams together; each later level has four times that of the one before.
+        units: number of units per level, each of two residual functions.
+        width: width of the first level, both streams together; every further level multiplies it by four.
         block: "bottleneck" (1x1, 3x3, 1x1 with a quarter of the width inside) or "basic".
         patch: side of the squares that the stem moves into the channels; 1 leaves the picture's resolution.
-        backprop: as in Stack, without "exact": pixels that move into channels are undone, but on no grid of numbers.
-        num_classes: width of the head; 0 gives features.
+        backprop: as in Stack, except "exact": moving pixels into channels can be undone, but not on the grid.
+        num_classes: width of the head; 0 returns features.
         head: as in ``HeadNet``.
 
     Shapes:
@@ -226,7 +226,7 @@ class IRevNet(_Reversible):
         self._finish(channels, patch)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The picture whose last map, ``maps(x)[-1]``, is y; in evaluation mode, as BatchNorm must not move.
+        """Returns the picture whose last map, ``maps(x)[-1]``, is y; in evaluation mode, where BatchNorm is fixed.
 
         Args:
             y: (n, num_features, h', w').
@@ -241,7 +241,7 @@ class IRevNet(_Reversible):
 class WidenedPicture(nn.Module):
     """Moves squares of pixels into the channels and repeats these until there are ``width``; nothing is lost.
 
-    Zeros in place of the repetitions would leave one stream empty, and its BatchNorm would blow up the rounding errors
+    Zeros in place of the repetitions would leave one stream empty, and its BatchNorm would amplify the rounding errors
     of a reconstruction to the size of a signal.
     """
 
@@ -256,7 +256,7 @@ class WidenedPicture(nn.Module):
         return x.repeat(1, -(-self.width // self.kept), 1, 1)[:, : self.width]
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The picture whose widened form is y."""
+        """Returns the picture whose widened form is y."""
         # The first copy; the others are repetitions of it.
         return self.squares.inverse(y[:, : self.kept])
 
@@ -267,7 +267,7 @@ def _maker(
     def make(width: int, out: int, stride: int = 1) -> nn.Module:
         function = FUNCTIONS[block](width, out, stride, order="pre", drop_path=rate(), norm=norm, act=act)
         if block == "bottleneck" and stride > 1:
-            # As released: the stride stands in the first 1x1 convolution.
+            # As released: the stride is in the first 1x1 convolution.
             function.conv1.stride, function.conv2.stride = function.conv2.stride, function.conv1.stride
         return function
 

@@ -35,13 +35,13 @@ class Design:
         act: the activation.
         one_act: whether there is a single activation.
         one_norm: whether there is a single norm.
-        norm: which norm.
+        norm: the kind of norm.
 
     Attributes:
         functions: residual functions per level.
         width: width of the stem.
-        patch: whether the stem is a 4 x 4 convolution of stride 4, and not 7 x 7 of stride 2 with pooling.
-        separate: whether a norm and a 2 x 2 convolution of stride 2 stand between the levels.
+        patch: whether the stem is a 4 x 4 convolution of stride 4 rather than 7 x 7 of stride 2 with pooling.
+        separate: whether a norm and a 2 x 2 convolution of stride 2 lie between the levels.
     """
 
     functions: tuple[int, ...]
@@ -59,12 +59,12 @@ class Design:
 
 
 class RoadmapStep(NamedTuple):
-    """A step of a roadmap: its name, its network, and what was published of it.
+    """A step of a roadmap: its name, its network, and its published figures.
 
     Attributes:
         name: short name.
         design: the configuration.
-        gflops: published multiply-adds, in 10^9; None where none were.
+        gflops: published multiply-adds, in 10^9; None where none were published.
         top1: published accuracy on ImageNet, in per cent.
     """
 
@@ -74,7 +74,7 @@ class RoadmapStep(NamedTuple):
     top1: float
 
 
-# What each step changes, in order; the kernel sizes 9 and 11 are tried and given up.
+# What each step changes, in order; the kernel sizes 9 and 11 are tried and abandoned.
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("patchify", {"patch": True}),
     ("depthwise", {"depthwise": True}),
@@ -115,9 +115,9 @@ def _rows(base: tuple[int, ...], ratio: Design, width: int, published: tuple) ->
 
 
 CONVNEXT = {
-    # Liu et al. 2022, table 10. "recipe" is the ResNet again, trained the new way.
+    # Liu et al. 2022, table 10. "recipe" is the ResNet again, trained by the new recipe.
     "resnet50": _rows((3, 4, 6, 3), Design((3, 3, 9, 3)), 96, _RESNET50),
-    # Table 11. The paper does not say that the stem of the third step has 84 channels; its multiply-adds do.
+    # Table 11. The paper does not state the 84 channels in the stem of the third step; its multiply-adds imply them.
     "resnet200": _rows((3, 24, 36, 3), Design((3, 3, 27, 3), width=84), 128, _RESNET200),
 }
 
@@ -155,7 +155,7 @@ class ModernNet(LevelNet):
             out = d.width * 2**level * (1 if d.inverted else 4)
             stride = 1 if level == 0 or d.separate else 2
             transition: nn.Module = nn.Identity()
-            # As a layer between the levels, so that no residual function has to change the width.
+            # A layer between the levels, so that no residual function has to change the width.
             if level and d.separate:
                 conv = nn.Conv2d(width, out, 2, 2)
                 transition = nn.Sequential(OrderedDict(norm=make_norm(d.norm, width), conv=conv))
@@ -187,7 +187,7 @@ class ModernNet(LevelNet):
 def _modern_stem(d: Design, in_chans: int) -> nn.Sequential:
     stem = nn.Sequential()
     if d.patch:
-        # BatchNorm would take a bias off again, channel by channel; LayerNorm, over the channels, does not.
+        # BatchNorm would cancel a bias, channel by channel; LayerNorm, over the channels, does not.
         stem.add_module("conv", nn.Conv2d(in_chans, d.width, 4, 4, bias=d.norm == "layer"))
     else:
         stem.add_module("conv", nn.Conv2d(in_chans, d.width, 7, 2, 3, bias=False))
@@ -203,7 +203,7 @@ def _function(d: Design, stride: int, rates: Iterator[float], layer_scale: float
     return ModernFunction(
         slot.in_channels[0],
         slot.out_channels,
-        # Only what sees the step's input has a stride to make.
+        # Only a function that reads the step's input carries the stride.
         stride if slot.step == 0 and slot.raw else 1,
         kernel=d.kernel,
         depthwise=d.depthwise,
@@ -225,12 +225,12 @@ def _projection(width: int, out: int, stride: int, norm: Literal["batch", "layer
 
 
 def convnext(step: str | int, base: str = "resnet50", **kwargs: Any) -> ModernNet:
-    """The network at a step of the way from a ResNet to a ConvNeXt.
+    """Builds the network at one step on the way from a ResNet to a ConvNeXt.
 
     The last step, "separate", has ConvNeXt-T's layers and multiply-adds; ``ConvNeXt`` adds gamma.
 
     Args:
-        step: its name, or its number from 1 to 17.
+        step: the step's name, or its number from 1 to 17.
         base: "resnet50" (to ConvNeXt-T) or "resnet200" (to ConvNeXt-B).
         kwargs: passed to ``ModernNet``.
 
@@ -270,9 +270,9 @@ class MixerDesign:
         functions: mixers per level.
         downsample: whether the transition before a level halves the resolution.
         init: width of the stem.
-        from_input: whether the hidden width is 4 times the input's, and not 4 times the growth.
+        from_input: whether the hidden width is 4 times the input's rather than 4 times the growth.
         patch: whether the stem is a 4 x 4 convolution of stride 4.
-        strided: whether a transition's convolution has the stride, and not a pooling after it.
+        strided: whether a transition's convolution has the stride, rather than a pooling after it.
     """
 
     growths: tuple[int, ...]
@@ -365,7 +365,7 @@ _MORE = replace(
 )
 _PATCH = replace(_MORE, patch=True)
 
-# Kim et al. 2024, table 1, with its published 10^6 parameters beside.
+# Kim et al. 2024, table 1, followed by the published numbers of parameters, in 10^6.
 RDNET = (
     RoadmapStep("a", {"functions": (6, 12, 48, 32)}, 4.3, 79.7),
     RoadmapStep("b", {"functions": (3, 3, 12, 3), "growth": 120, "init_channels": 120}, 11.1, 79.5),
@@ -382,16 +382,16 @@ RDNET_PARAMETERS = (20.0, 21.8, 12.9, 19.9, 21.2, 21.2, 22.4, 23.9)
 def rdnet(
     step: str | int, num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **kwargs: Any
 ) -> LevelNet:
-    """The network at a step of the way from DenseNet-201 to RDNet-T.
+    """Builds the network at one step on the way from DenseNet-201 to RDNet-T.
 
     (a) DenseNet-201, (b) wider and shallower, (c) ConvNeXt's residual functions, (d) a middle that grows with the
     input, (e) a transition after every three, (f) a patch stem, (g) strided transitions, (h) LayerScale and gates:
-    RDNet-T. Steps (e) to (g) have 192 new channels in the last level and 60 in the stem, (h) has 224 and 64: so say the
-    published sizes, and the released code.
+    RDNet-T. Steps (e) to (g) have 192 new channels in the last level and 60 in the stem, (h) has 224 and 64, according
+    to the published sizes and the released code.
 
     Args:
-        step: its letter, or its number from 1 to 8.
-        num_classes: width of the head; 0 gives features.
+        step: the step's letter, or its number from 1 to 8.
+        num_classes: width of the head; 0 returns features.
         in_chans: channels of the picture.
         drop_path_rate: stochastic depth, growing over the depth to this rate.
         kwargs: passed to the network: ``scheme``, ``layer_scale``, ``backprop`` and the others of its class.

@@ -36,17 +36,17 @@ class ViT(HeadNet):
         depth: transformer blocks, of two residual functions each.
         dim: width of a token.
         heads: heads of attention.
-        scheme: one that gives its functions one argument; its stages must divide ``2 * depth``, with ``continuous``
-            ``depth``.
+        scheme: a scheme whose functions take one argument; its stages must divide ``2 * depth``, or ``depth`` with
+            ``continuous``.
         patch: side of a patch.
-        size: side of the pictures that the positions are made for; others are interpolated.
+        size: side of the pictures that the positions are made for; for others they are interpolated.
         ratio: hidden width of the perceptrons over ``dim``.
         step: step size, as in Stack.
         backprop: as in Stack.
         global_pool: "token" (the class token), "avg" (the mean of the picture's tokens) or "" (all tokens, no head).
         continuous: number of knots of weights that are functions of depth: one field for all steps, which is a whole
-            transformer block, over a span of the number of steps; None is separate weights.
-        degree: of their splines.
+            transformer block, over a span of the number of steps; None means separate weights.
+        degree: degree of their splines.
         depth_init: whether block k = 1, 2 ... starts with its outputs divided by sqrt(2 k), as in BEiT.
         head: as in ``HeadNet``.
 
@@ -99,10 +99,10 @@ class ViT(HeadNet):
             make = _alternating(heads, ratio, linear_rates(self.drop_path_rate, depth))
             stack = Stack.from_factory(make, found, steps, channels=dim, step=step, backprop=backprop)
         else:
-            # One block stands for all depths, so it has the mean of the rates that would grow from 0.
+            # One block serves all depths, so it has the mean of the rates that would grow from 0.
             make = _whole_block(heads, ratio, self.drop_path_rate / 2)
             stack = shared_level(make, found, steps, width=dim, backprop=backprop)
-        # A list of one level, so that keys and depths are those of the other networks.
+        # A list of one level, so that keys and depths are as in the other networks.
         self.levels = nn.Sequential(stack)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.finish([{"num_chs": dim, "reduction": patch, "module": "levels.0"}], init_tokens)
@@ -123,7 +123,7 @@ class ViT(HeadNet):
         x = self.picture(x)
         tokens = self.levels(self.stem(x))
         y = self.norm(tokens)
-        # Without the class token, which has no place in the picture.
+        # Without the class token, which has no position in the picture.
         of_picture = (y if norm else tokens)[:, 1:]
         return y, [of_picture.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, -1))]
 
@@ -135,11 +135,11 @@ class ViT(HeadNet):
         init_tokens(head)
 
     def parameter_depths(self) -> dict[str, int]:
-        # Attention and perceptron of a block together.
+        # Attention and perceptron of a block share a depth.
         return level_depths(self, 2)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Names of the public ViT layout's keys here, or of a twin's under another scheme.
+        """Maps the keys of the public ViT layout to ours, or those of a twin under another scheme.
 
         Args:
             keys: all keys of a file.
@@ -149,7 +149,7 @@ class ViT(HeadNet):
 
 
 def _alternating(heads: int, ratio: float, rates: Sequence[float]) -> Callable[[Slot], nn.Module]:
-    """Makes attention and perceptron in turn, whatever the scheme; both of a block are dropped at one rate."""
+    """Returns a factory of attention and perceptron in turn, whatever the scheme; both of a block share a drop rate."""
     left = iter([(kind, rate) for rate in rates for kind in ("attention", "perceptron")])
 
     def make(slot: Slot) -> nn.Module:
@@ -162,7 +162,7 @@ def _alternating(heads: int, ratio: float, rates: Sequence[float]) -> Callable[[
 
 
 def _whole_block(heads: int, ratio: float, rate: float) -> Callable[[Slot], nn.Module]:
-    """Makes whole blocks, the field of a network whose weights are functions of depth."""
+    """Returns a factory of whole blocks, the field of a network whose weights are functions of depth."""
 
     def make(slot: Slot) -> nn.Module:
         width = slot.out_channels
@@ -173,7 +173,7 @@ def _whole_block(heads: int, ratio: float, rate: float) -> Callable[[Slot], nn.M
 
 
 def init_tokens(module: nn.Module) -> None:
-    """Weights of linear layers and patches from a normal distribution of standard deviation 0.02; biases zero."""
+    """Draws linear and patch weights from a normal distribution of standard deviation 0.02; biases become zero."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.trunc_normal_(m.weight, std=0.02)
@@ -182,7 +182,7 @@ def init_tokens(module: nn.Module) -> None:
 
 
 def scale_by_depth(functions: Sequence[nn.Module]) -> None:
-    """Divides what block k = 1, 2 ... of attention and perceptron returns by sqrt(2 k).
+    """Divides the outputs of block k = 1, 2 ... of attention and perceptron by sqrt(2 k).
 
     Args:
         functions: attention and perceptron in turn.
@@ -197,7 +197,7 @@ def scale_by_depth(functions: Sequence[nn.Module]) -> None:
 def alternating(
     dim: int, heads: int, blocks: int, rates: Sequence[float], ratio: float = 4, drop: float = 0.0
 ) -> list[nn.Module]:
-    """Blocks of post-normalised cosine attention and perceptron, as one list of residual functions."""
+    """Returns blocks of post-norm cosine attention and perceptron, as one list of residual functions."""
     found: list[nn.Module] = []
     for _, rate in zip(range(blocks), rates, strict=True):
         found.append(AttentionFunction(dim, heads, norm="post", cosine=True, drop=drop, drop_path=rate))

@@ -1,4 +1,4 @@
-"""Every row of the papers as a configuration: ``odenets recipe NAME`` prints it, ``-c recipe:NAME`` runs it."""
+"""Every row of the papers' tables as a configuration: ``odenets recipe NAME`` prints it, ``-c recipe:NAME`` runs it."""
 
 from .data import Data as Data
 from .recipe import Paper as Paper

@@ -101,7 +101,7 @@ PAPER = Paper(
     "Tables 10 and 11 are the roadmaps of odenets.models.roadmap. Where the paper leaves something open (least rate, "
     "GPUs), recipes follow the authors' repository.",
 )
-# Nodes of 8 GPUs, and pictures of each, as the authors' commands have them.
+# Nodes of 8 GPUs, and pictures per GPU, as in the authors' commands.
 CLUSTER = "{} nodes of 8 GPUs, {} pictures on each (released command)"
 RATES = {"tiny": 0.1, "small": 0.4, "base": 0.5, "large": 0.5}
 LETTERS = {"tiny": "T", "small": "S", "base": "B", "large": "L", "xlarge": "XL"}
@@ -160,7 +160,7 @@ def _scratch() -> Iterator[Recipe]:
             parameters=PARAMETERS[name],
             file="convnext_tiny.yaml" if name == "tiny" else "",
         )
-    # Without gamma in S and B, as the registered models have it.
+    # Without gamma in S and B, as in the registered models.
     sizes = {"small": ("S", 0.1, "79.7"), "base": ("B", 0.2, "82.0"), "large": ("L", 0.5, "82.6")}
     for name, (letter, rate, top1) in sizes.items():
         model = f"convnext_isotropic_{name}"
@@ -173,7 +173,7 @@ def _scratch() -> Iterator[Recipe]:
         )
 
 
-# ImageNet-22K: stochastic depth there and after it, accuracy at 224 and at 384 pixels.
+# ImageNet-22K: stochastic depth in pretraining and in fine-tuning, accuracy at 224 and at 384 pixels.
 LARGER = {
     "tiny": (0.0, 0.0, "82.9", "84.1"),
     "small": (0.0, 0.1, "84.6", "85.8"),
@@ -191,7 +191,7 @@ def _tuned(side: int, decay: float, ema: float = 0.0) -> Settings:
         *(IMAGENET, adamw(5e-5, 1e-8), cosine(0, 0.02)),
         epochs=30,
         batch=512,
-        # Pictures of 384 pixels a side have three times the pixels of those of 224.
+        # Pictures with sides of 384 pixels have three times as many pixels as those of 224.
         at_once=64 if side == 224 else 32,
         augment=UNMIXED,
         pictures=large(size=side, **(dict[str, Any](inner=1.0) if side > 224 else {})),
@@ -232,7 +232,7 @@ def _larger() -> Iterator[Recipe]:
                     top1,
                     _tuned(side, 0.8, 0.9999 if name == "xlarge" else 0.0),
                 ),
-                # A new head begins near zero, so that its gradients do not disturb the trained layers at first.
+                # A new head starts near zero, so that its gradients do not disturb the trained layers at first.
                 {"drop_path_rate": after, "head_init_scale": 0.001},
                 NEW.format("ImageNet-22K"),
                 *((SQUEEZED,) if side > 224 else ()),
@@ -260,7 +260,7 @@ def _fine_tuned() -> Iterator[Recipe]:
 
 
 def _roadmaps() -> Iterator[Recipe]:
-    """Every step by the recipe of the last; the first is the ResNet of torchvision, by a recipe of its own."""
+    """Every step with the recipe of the last one; the first is torchvision's ResNet, with its own recipe."""
     for base, rows in roadmap.CONVNEXT.items():
         layers = base.removeprefix("resnet")
         where, rate = ("table 10", 0.1) if layers == "50" else ("table 11", 0.5)

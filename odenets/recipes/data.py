@@ -1,4 +1,4 @@
-"""What recipes train on: the data sets by name, with what a recipe says of each."""
+"""The data sets that recipes train on, by name, with the settings and notes that a recipe has for each."""
 
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ class Data(NamedTuple):
     """A data set.
 
     Attributes:
-        name: as people call it.
-        classes: their number.
+        name: its common name.
+        classes: the number of classes.
         size: side of the pictures that a network is built for.
-        settings: of ``odenets.training.Images``.
+        settings: options of ``odenets.training.Images``.
         how: a sentence on where the pictures are.
         option: what a command line has to add.
     """

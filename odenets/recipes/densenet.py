@@ -91,7 +91,7 @@ def _small() -> Iterator[Recipe]:
                 continue
             prefix, plain = data.name.lower().replace("-", ""), data is not SVHN and not augmented
             options: dict[str, object] = {"recompute": True}
-            # As the paper says and its counts of parameters confirm; the released code has twice the growth.
+            # As in the paper, and confirmed by its parameter counts; the released code has twice the growth.
             if "_bc" not in model:
                 options["init_channels"] = 16
             # Published with dropout exactly where pictures are not augmented.
@@ -111,7 +111,7 @@ def _small() -> Iterator[Recipe]:
                 options,
                 (("table 2" if (model, size, parameters, errors) in NETS else "repository", f"{error} % error"),),
                 differs=(AGAIN, SPARED, *((HELD_OUT,) if data is SVHN else ())),
-                # They are counted with ten classes; a head of a hundred has more.
+                # Counted with ten classes; a head for a hundred has more.
                 parameters=parameters if data.classes == 10 else None,
                 file="cifar10_densenet_bc100.yaml"
                 if (prefix, model) == ("cifar10", "densenet_bc100_k12") and augmented

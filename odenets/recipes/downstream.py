@@ -1,7 +1,7 @@
-"""ADE20K and COCO: the networks of the papers below UPerNet and Mask2Former, and below detectors.
+"""ADE20K and COCO: the papers' networks as backbones of UPerNet and Mask2Former, and of detectors.
 
-Rates, decays and stochastic depths are those of the released configurations; what has none says so. The rows stand
-among those of their papers, which call ``revcol``, ``rdnet`` and ``convnext`` with what these tables are called there.
+Rates, decays and stochastic depths are those of the released configurations; rows without one say so. The rows are
+listed with their papers, which call ``revcol``, ``rdnet`` and ``convnext`` with the names of their tables.
 """
 
 from collections.abc import Iterator
@@ -43,16 +43,16 @@ def segmentation(
     power: float = 1.0,
     clip: float = 0.0,
 ) -> Settings:
-    """A configuration of 160,000 steps on ADE20K, 16 pictures each, but for its network.
+    """Returns a configuration of 160,000 steps on ADE20K, 16 pictures each, without its network.
 
     Args:
         lr: the learning rate.
-        weight_decay: of matrices.
-        side: of the pictures that are cut, and of the windows of the evaluation.
-        stride: of the windows; None is two thirds of them.
-        warmup: steps.
-        layer_decay: of the learning rate, from layer to layer.
-        power: of what is left of the run, in the schedule.
+        weight_decay: weight decay of matrices.
+        side: side of the crops, and of the windows of the evaluation.
+        stride: stride of the windows; None means two thirds of their side.
+        warmup: number of warm-up steps.
+        layer_decay: decay of the learning rate from layer to layer.
+        power: exponent, in the schedule, of the remaining share of the run.
         clip: greatest norm of a step's gradient; 0 leaves it as it is.
     """
     window = {"window": side, "stride": stride or 2 * side // 3}
@@ -63,7 +63,7 @@ def segmentation(
         "schedule": {"class_path": "odenets.training.Poly", "init_args": poly},
     }
     given |= {"layer_decay": layer_decay} if layer_decay < 1 else {}
-    # The set's own sizes are those for crops of 512 pixels.
+    # The data set's default sizes are for crops of 512 pixels.
     larger = {} if side == 512 else {"crop": side, "short": side, "longest": 4 * side}
     trainer: Settings = {"max_steps": 160_000, "precision": "16-mixed", "check_val_every_n_epoch": 12}
     return {
@@ -86,14 +86,14 @@ def detection(
     masks: bool = True,
     **of_head: Any,
 ) -> Settings:
-    """A configuration of 36 epochs of COCO, 16 pictures a step, but for its network.
+    """Returns a configuration of 36 epochs of COCO, 16 pictures per step, without its network.
 
     Args:
         head: the class in ``odenets.detection``.
-        lr: the learning rate, a tenth after 27 epochs and again after 33.
-        layer_decay: of the learning rate, from layer to layer.
-        weight_decay: of matrices.
-        warmup: steps.
+        lr: the learning rate, divided by ten after 27 epochs and again after 33.
+        layer_decay: decay of the learning rate from layer to layer.
+        weight_decay: weight decay of matrices.
+        warmup: number of warm-up steps.
         masks: whether masks are read.
         of_head: options of the head.
     """
@@ -136,7 +136,7 @@ def _below(
 
 
 def _head(model: str, head: str, rate: float, width: int, **options: Any) -> tuple[str, Settings]:
-    """A head of segmentation on a registered model that reverses where it can."""
+    """Returns a segmentation head on a registered model, trained by "reverse" where the model is reversible."""
     reverse = {"backprop": "reverse"} if model.startswith("revcol") else {}
     given: Settings = {"model": model, **reverse, "options": {"drop_path_rate": rate, **options}, "width": width}
     return f"odenets.segmentation.{head}", given
@@ -173,10 +173,10 @@ def _boxes(figure: str) -> str:
 
 
 def revcol(paper: Paper, ade20k: str, coco: str, foundation: str) -> Iterator[Recipe]:
-    """The rows of RevCol.
+    """Yields the rows of RevCol.
 
     Args:
-        paper: whose they are.
+        paper: the paper that has them.
         ade20k: its table of ADE20K.
         coco: its table of COCO.
         foundation: its table of H with the best heads.
@@ -211,7 +211,7 @@ def revcol(paper: Paper, ade20k: str, coco: str, foundation: str) -> Iterator[Re
 
 
 def _revcol_best(paper: Paper, shown: str) -> Iterator[Recipe]:
-    """RevCol-H with the heads that its best figures were measured with."""
+    """Yields RevCol-H with the heads with which its best figures were measured."""
     kind, options = _head("revcol_huge", "Mask2Former", 0.3, 256, kernel_size=7)
     yield _below(
         *(
@@ -244,10 +244,10 @@ def _revcol_best(paper: Paper, shown: str) -> Iterator[Recipe]:
 
 
 def rdnet(paper: Paper, ade20k: str, coco: str) -> Iterator[Recipe]:
-    """The rows of RDNet.
+    """Yields the rows of RDNet.
 
     Args:
-        paper: whose they are.
+        paper: the paper that has them.
         ade20k: its table of ADE20K.
         coco: its table of COCO.
     """
@@ -303,10 +303,10 @@ CONVNEXT_COCO = (
 
 
 def convnext(paper: Paper, one: str, several: str, coco: str) -> Iterator[Recipe]:
-    """The rows of ConvNeXt.
+    """Yields the rows of ConvNeXt.
 
     Args:
-        paper: whose they are.
+        paper: the paper that has them.
         one: its table of ADE20K, one scale.
         several: its table of ADE20K, several scales.
         coco: its table of COCO.

@@ -1,4 +1,4 @@
-"""HO-ResNet: the depths of the paper under schemes of order 1 to 8, and the readings of what it leaves open."""
+"""HO-ResNet: the depths of the paper under schemes of order 1 to 8, and our readings of what it leaves open."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +36,7 @@ WHOLE = (
     "single precision: verner8 weighs its stages by up to 2,307, and in bfloat16 nothing of the stream survives that."
 )
 NESTED = "nested(midpoint, midpoint)"
-# A scheme of 4 functions a step does not go into 14; a mix does.
+# Steps of 4 functions do not divide 14; a mix does.
 MIX = "3*rk4 + midpoint"
 
 DEPTHS: dict[int, tuple[str, dict[str, str]]] = {
@@ -57,8 +57,8 @@ GAINS = {30: "2.15 points above ResNet-30", 58: "2.35 points above ResNet-58"}
 
 
 def small(data: Data, **more: Any) -> Settings:
-    """Training on pictures of 32 pixels."""
-    augment = SHIFTED if data is not SVHN else {"crop": 4}  # a digit in the mirror is none
+    """Returns the training on pictures of 32 pixels."""
+    augment = SHIFTED if data is not SVHN else {"crop": 4}  # a mirrored digit is not a digit
     length: dict[str, Any] = {"epochs": 164 if data is not SVHN else 40, "batch": 128, "channels_last": True}
     return training(data, sgd(), cosine(2), augment=augment, **length, **more)
 
@@ -119,7 +119,7 @@ def _decays() -> Iterator[Recipe]:
     }
     for layers in (30, 58, 86, 170):
         for tag, (options, settings, reading) in readings.items():
-            # The net of 30 layers is one step, which a decay from step to step never reaches.
+            # The 30-layer net is a single step, so a decay from step to step has no effect.
             if (layers, tag) == (30, "decay"):
                 continue
             yield Recipe(
@@ -157,7 +157,7 @@ def _imagenet() -> Iterator[Recipe]:
 
 
 def _transformers() -> Iterator[Recipe]:
-    """Attention and perceptron alternate; the paper's idea takes a pair of them as one function."""
+    """Attention and perceptron alternate; the paper's proposal treats a pair of them as one function."""
     settings = training(
         *(IMAGENET, adamw(1e-3), cosine(20, 1e-3)),
         epochs=300,

@@ -229,7 +229,7 @@ def _roadmap() -> Iterator[Recipe]:
         "f": "a stem of patches",
         "g": "strided transitions",
     }
-    # The last step is RDNet-T, which has a recipe of its own.
+    # The last step is RDNet-T, which has its own recipe.
     for row in roadmap.RDNET[:-1]:
         yield _recipe(
             f"rdnet_roadmap_{row.name}",
@@ -243,13 +243,13 @@ def _roadmap() -> Iterator[Recipe]:
 
 
 def _grown(counts: Sequence[tuple[int, int]], most: int) -> dict[str, Any]:
-    """Levels of at most so many mixers, from the mixers and the growth of each resolution."""
+    """Returns levels of at most ``most`` mixers, from the number of mixers and the growth of each resolution."""
     growths, functions, halves = [], [], []
     for place, (count, growth) in enumerate(counts):
         for done in range(0, count, most):
             growths.append(growth)
             functions.append(min(most, count - done))
-            # The stem has brought pictures to the first resolution already, and within one a transition keeps the size.
+            # The stem already produces the first resolution, and within a resolution transitions keep the size.
             halves.append(place > 0 and not done)
     return {"growths": growths, "functions": functions, "downsample": halves}
 
@@ -283,7 +283,7 @@ def _ablations() -> Iterator[Recipe]:
         size = f"T, hidden width {times} times the input's"
         yield ablation(f"rdnet_tiny_expansion{times}", size, "c", top1, KEPT.format("RDNet-T"), expansion=times)
     for growth, top1 in ((90, "81.6"), (120, "83.0")):
-        # With a stem as wide as the growth the sizes are the published ones: 13.2 M and 5.0 G, 23.9 M and 8.9 G.
+        # With a stem as wide as the growth, the sizes match the published ones: 13.2 M and 5.0 G, 23.9 M and 8.9 G.
         options = {"growths": [growth] * 7, "init_channels": growth}
         yield ablation(f"rdnet_tiny_growth{growth}", f"T, growth {growth} throughout", "d", top1, **options)
     for most, top1 in ((2, "82.7"), (4, "82.6"), (6, "82.1")):

@@ -1,8 +1,8 @@
-"""What a recipe is: a network, how it is trained, and what was published of it.
+"""A recipe: a network, how it is trained, and its published figures.
 
-A recipe is a row of a paper's table. Its settings are a configuration as ``lightning fit -c`` takes it, put together
-from three parts: the network of a registered model (``revcol_tiny``) with what the row changes, the training that many
-rows share, and the data.
+A recipe is a row of a paper's table. Its settings are a configuration as ``lightning fit -c`` takes it, assembled from
+three parts: the network of a registered model (``revcol_tiny``) with the row's changes, the training that many rows
+share, and the data.
 """
 
 import copy
@@ -22,7 +22,7 @@ from ..models import catalogue
 from .data import Data
 
 Stage = Literal["train", "pretrain", "fine-tune"]
-# What the data say, so that no configuration says it twice.
+# Options that the data determine, so that no configuration states them twice.
 LINKED = ("num_classes", "in_chans")
 
 
@@ -31,12 +31,12 @@ class Paper:
     """A paper, and which of its tables and figures have rows.
 
     Attributes:
-        title: of the paper.
+        title: title of the paper.
         cite: authors and year.
-        arxiv: its number.
-        shown: its tables and figures in order: name, what it shows.
+        arxiv: its arXiv number.
+        shown: its tables and figures in order: name, and what it shows.
         rows: lines of them that no recipe trains.
-        note: what of the paper is not here.
+        note: what is missing here from the paper.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Paper:
 
     @property
     def source(self) -> str:
-        """Authors, year and number, as a comment cites them."""
+        """Authors, year and arXiv number, as cited in a comment."""
         return f"{self.cite}, arXiv {self.arxiv}"
 
 
@@ -60,7 +60,7 @@ class Row:
         shown: the table or figure.
         what: the line.
         published: its figure; empty where it is not known here.
-        command: what draws or measures it here.
+        command: the command that draws or measures it here.
         needs: what is missing for it.
     """
 
@@ -77,19 +77,19 @@ class Recipe:
 
     Attributes:
         name: short name, unique: ``recipe:NAME``.
-        paper: where the row stands.
-        family: of networks, as people name it.
-        size: of the network: T, 170 layers.
+        paper: the paper that has the row.
+        family: common name of the family of networks.
+        size: size of the network: T, 170 layers.
         data: what it is trained on.
-        stage: "train", "pretrain" (on data of other classes than it is judged on) or "fine-tune".
+        stage: "train", "pretrain" (on data of other classes than those of its evaluation) or "fine-tune".
         model: a registered model, or the path of a function or class that builds one.
-        training: the configuration without the network: ``model``, ``data``, ``trainer``, and what else there is.
-        options: what the row changes of the network.
-        published: (table or figure, figure) wherever the row stands; the figure is empty where it is not known here.
-        hardware: of the paper.
-        differs: what here is not as in the paper, a sentence each.
+        training: the configuration without the network: ``model``, ``data``, ``trainer``, and anything else.
+        options: the row's changes to the network.
+        published: (table or figure, figure) wherever the row appears; the figure is empty where it is not known here.
+        hardware: the paper's hardware.
+        differs: the differences from the paper, a sentence each.
         needs: what it takes to measure it.
-        parameters: of the published network, as its code counts them.
+        parameters: number of parameters of the published network, as its code counts them.
         file: the file in ``experiments`` that shows it, where there is one.
     """
 
@@ -130,7 +130,7 @@ class Recipe:
             >>> recipes.find("revcol_small").settings["model"]["init_args"]["net"]["init_args"]["columns"]
             8
         """
-        # A copy all the way down: rows share their training, and whoever asks may change what it gets.
+        # A deep copy: rows share their training, and a caller may change the result.
         parts = copy.deepcopy(_plain(self.training))
         model = parts["model"]
         init_args = {"net": copy.deepcopy(self.net), **model["init_args"]}
@@ -144,7 +144,7 @@ class Recipe:
         }
 
     def build(self) -> nn.Module:
-        """The network itself, with as many classes as the data have.
+        """Builds the network itself, with as many classes as the data have.
 
         Example:
             >>> from odenets import recipes
@@ -158,13 +158,13 @@ class Recipe:
 
     @property
     def line(self) -> str:
-        """One line about it."""
+        """A summary in one line."""
         figure = next((f for _, f in self.published if f), "")
         return f"{self.family} {self.size}, {self.data.name}, {self.stage}{f': {figure}' if figure else ''}"
 
     @property
     def text(self) -> str:
-        """The configuration as a YAML file, with a comment that says how it is run and what was published."""
+        """The configuration as a YAML file, with a comment on how to run it and what was published."""
         import yaml  # comes with the extra `train`, without which no recipe runs
 
         body = yaml.safe_dump(self.settings, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
@@ -198,7 +198,7 @@ def _comment(line: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same with dictionaries and lists of their own, as YAML has them."""
+    """Returns the same value with new plain dictionaries and lists, as in YAML."""
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, tuple | list) else value

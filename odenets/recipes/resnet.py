@@ -1,4 +1,4 @@
-"""ResNet on CIFAR-10: 20 to 110 layers, the baselines of what is here."""
+"""ResNet on CIFAR-10: 20 to 110 layers, as baselines."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ NETS = (
 
 def _recipes() -> Iterator[Recipe]:
     for layers, parameters, error in NETS:
-        # The largest is the equal of RevNet-110, and trained like it.
+        # The largest is the counterpart of RevNet-110, and trained like it.
         like_revnet = layers == 110
         settings = (
             training(

@@ -211,7 +211,7 @@ def _transformers() -> Iterator[Recipe]:
         base = (name, PAPER, family, size, IMAGENET, "train", model, settings, own_options)
         return Recipe(*base, (("appendix B", ""),), differs=(own, *differs), needs="ImageNet and GPUs")
 
-    # Blocks per level by the number of columns: 32 in all, as the text of B.3 says, or 48, as the base's FLOPs want.
+    # Blocks per level by number of columns: 32 in all, as the text of B.3 says, or 48, as the base's FLOPs imply.
     blocks = {32: {1: 8, 2: 4, 4: 2, 8: 1}}
     for columns, count in blocks[32].items():
         size = f"S, {columns} columns, 32 blocks"

@@ -10,26 +10,26 @@ from ..names import closest
 from . import convnext, densenet, ho_resnet, rdnet, resnet, revcol, revnet
 from .recipe import Paper, Recipe
 
-# One file per paper: another one is one word here.
+# One file per paper: another paper adds one word here.
 FILES = (ho_resnet, revcol, rdnet, densenet, convnext, resnet, revnet)
 PAPERS: tuple[Paper, ...] = tuple(file.PAPER for file in FILES)
 
 
 @cache
 def table() -> Mapping[str, Recipe]:
-    """All recipes by name, paper by paper.
+    """Returns all recipes by name, paper by paper.
 
     Raises:
-        SchemeError: two recipes of one name.
+        SchemeError: two recipes have the same name.
     """
     return joined(recipe for file in FILES for recipe in file.RECIPES)
 
 
 def joined(recipes: Iterable[Recipe]) -> dict[str, Recipe]:
-    """Recipes by name.
+    """Returns recipes by name.
 
     Raises:
-        SchemeError: two of one name.
+        SchemeError: two have the same name.
     """
     found: dict[str, Recipe] = {}
     for recipe in recipes:
@@ -40,10 +40,10 @@ def joined(recipes: Iterable[Recipe]) -> dict[str, Recipe]:
 
 
 def names(pattern: str = "*") -> list[str]:
-    """Names of the recipes, paper by paper.
+    """Returns the names of the recipes, paper by paper.
 
     Args:
-        pattern: with shell wildcards.
+        pattern: a pattern with shell wildcards.
 
     Example:
         >>> from odenets import recipes
@@ -54,10 +54,10 @@ def names(pattern: str = "*") -> list[str]:
 
 
 def find(name: str) -> Recipe:
-    """The recipe of a name.
+    """Returns the recipe of this name.
 
     Raises:
-        SchemeError: there is none; the closest are named.
+        SchemeError: there is none; the closest names are listed.
 
     Example:
         >>> from odenets import recipes

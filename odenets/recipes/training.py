@@ -5,36 +5,36 @@ from typing import Any
 from .data import Data
 
 Settings = dict[str, Any]
-# As most published recipes of this decade have it; 9 and 0.5 are what they write as rand-m9-mstd0.5-inc1.
+# As in most published recipes of this decade; 9 and 0.5 are what they write as rand-m9-mstd0.5-inc1.
 MODERN = {"flip": 0.5, "rand_augment": 9, "rand_augment_std": 0.5, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
 UNMIXED = {key: value for key, value in MODERN.items() if key not in ("mixup", "cutmix")}
-# Where a released code evaluates larger pictures so.
+# For released code that evaluates larger pictures in this way.
 SQUEEZED = (
     "above 224 pixels the released code squeezes the whole picture into a square to evaluate it; here the square in "
     "its middle is seen."
 )
-SHIFTED = {"crop": 4, "flip": 0.5}  # of pictures of 32 pixels a side
+SHIFTED = {"crop": 4, "flip": 0.5}  # for pictures with sides of 32 pixels
 
 
 def sgd(lr: float = 0.1, decay: float = 1e-4, nesterov: bool = True) -> Settings:
-    """Gradient descent with a momentum of 0.9."""
+    """Stochastic gradient descent with a momentum of 0.9."""
     args = {"lr": lr, "momentum": 0.9, **({"nesterov": True} if nesterov else {}), "weight_decay": decay}
     return {"class_path": "torch.optim.SGD", "init_args": args}
 
 
 def adamw(lr: float, decay: float = 0.05) -> Settings:
-    """AdamW with torch's betas, 0.9 and 0.999, which all of the papers have."""
+    """AdamW with torch's betas, 0.9 and 0.999, which all of the papers use."""
     return {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": decay}}
 
 
 def cosine(warmup: float, final: float = 0.0) -> Settings:
-    """A linear rise over some epochs, then half a cosine down to a share of the peak."""
+    """Linear warm-up over ``warmup`` epochs, then half a cosine down to ``final`` times the peak."""
     args = {"warmup": warmup, **({"final": final} if final else {})}
     return {"class_path": "odenets.training.WarmupCosine", "init_args": args}
 
 
 def milestones(*at: float) -> Settings:
-    """A tenth of the rate after each of these shares of the run; thirds where none are given."""
+    """Divides the rate by ten at each of these fractions of the run; at thirds where none are given."""
     return {"class_path": "odenets.training.Milestones", "init_args": {"at": list(at)} if at else {}}
 
 
@@ -57,30 +57,30 @@ def training(
     callbacks: tuple[Settings, ...] = (),
     **more: Any,
 ) -> Settings:
-    """A configuration but for its network.
+    """Returns a configuration without its network.
 
     Args:
         data: the data set.
         optimizer: as a class and its arguments.
         schedule: likewise.
-        epochs: their number.
+        epochs: number of epochs.
         batch: pictures per step.
         at_once: pictures in memory at a time; None means all of a step.
-        augment: what training pictures go through; None is nothing.
+        augment: augmentation of training pictures; None means none.
         pictures: further options of the data: size, crop, interpolation.
         kind: the class in ``odenets.training`` that trains.
-        smoothing: of labels.
+        smoothing: label smoothing.
         channels_last: the memory format.
         clip: greatest norm of a step's gradient; 0 leaves it as it is.
         ema: decay of averaged weights; 0 averages none.
-        half: bfloat16 autocast.
-        callbacks: of the trainer, after that of averaged weights.
+        half: whether to use bfloat16 autocast.
+        callbacks: callbacks of the trainer, after that of averaged weights.
         more: further options of the class that trains.
     """
     given: Settings = {"optimizer": optimizer, "schedule": schedule}
     given |= {"label_smoothing": smoothing} if smoothing else {}
     given |= {"channels_last": True} if channels_last else {}
-    # The data's own options come last: they win.
+    # The data's own options come last, so that they take precedence.
     shown: Settings = {"batch_size": at_once or batch, **(pictures or {}), **data.settings}
     if augment:
         shown["augment"] = {"class_path": "odenets.training.Augment", "init_args": dict(augment)}
@@ -99,6 +99,6 @@ def training(
 
 
 def large(interpolation: str = "bicubic", size: int = 224, **more: Any) -> Settings:
-    """Options of the data for pictures that are cut at random in training."""
+    """Options of the data for pictures that are cropped at random in training."""
     how = {} if interpolation == "bilinear" else {"interpolation": interpolation}
     return {"size": size, "smallest_crop": 0.08, **how, **more}

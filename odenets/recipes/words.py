@@ -9,15 +9,15 @@ OPTIONS = ("-c", "--config")
 
 
 def written_out(words: Sequence[str]) -> list[str]:
-    """A command line in which each ``recipe:NAME`` that stands for a configuration is replaced by its text.
+    """Returns a command line with each ``recipe:NAME`` in place of a configuration replaced by its text.
 
-    The parser takes the text of a configuration wherever it takes the name of a file.
+    The parser accepts the text of a configuration wherever it accepts a file name.
 
     Args:
         words: the command line.
 
     Raises:
-        SchemeError: an unknown recipe; the closest are named.
+        SchemeError: an unknown recipe; the closest names are listed.
 
     Example:
         >>> words = written_out(["fit", "-c", "recipe:rdnet_tiny", "--data.root", "x"])

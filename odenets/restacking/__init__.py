@@ -1,4 +1,4 @@
-"""The residual blocks of an existing model, run as a stack in place: ``restack`` and ``unrestack``."""
+"""Running the residual blocks of an existing model as a stack, in place: ``restack`` and ``unrestack``."""
 
 from .container import Restacked as Restacked
 from .container import RestackWarning as RestackWarning

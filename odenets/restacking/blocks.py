@@ -1,4 +1,4 @@
-"""A model's block as a residual function: what it adds to its hidden state."""
+"""A model's block as a residual function: the change that it makes to the hidden state."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from .arguments import Arguments
 
 
 class Form:
-    """In which form blocks return their hidden state.
+    """The form in which blocks return their hidden state.
 
     Attributes:
-        beside: None where they return a tensor, else the number of further items of a tuple, all None.
+        beside: None where they return a tensor; for a tuple, the number of further items, all None.
     """
 
     __slots__ = ("beside",)
@@ -22,15 +22,15 @@ class Form:
         self.beside: int | None = None
 
     def take(self, block: nn.Module, output: Any) -> Tensor:
-        """The hidden state that a block returns.
+        """Extracts the hidden state from a block's output, and records the output's form.
 
         Raises:
-            SchemeError: the block returns more than that, which a model would pass on from block to block, or collect.
+            SchemeError: the block returns more, which a model would pass on from block to block, or collect.
         """
         if not isinstance(output, (tuple, list)):
             self.beside = None
             return output
-        # None is what models put where an output is switched off, and nothing is lost with it.
+        # Models put None in place of an output that is switched off, so nothing is lost with it.
         more = [i for i, v in enumerate(output) if i and v is not None]
         if more or not output:
             what = f"more than its hidden state (item {more[0]})" if more else "an empty tuple"
@@ -43,7 +43,7 @@ class Form:
         return output[0]
 
     def give(self, y: Any) -> Any:
-        """A hidden state in that form."""
+        """Returns a hidden state in that form."""
         return y if self.beside is None else (y, *(None,) * self.beside)
 
 
@@ -53,7 +53,7 @@ class BlockFunction(nn.Module):
     Args:
         block: the block.
         place: its number among the blocks of a stack, by which it finds its arguments.
-        form: learns in which form it returns its hidden state.
+        form: records the form in which the block returns its hidden state.
     """
 
     block: nn.Module
@@ -63,9 +63,9 @@ class BlockFunction(nn.Module):
         self.block, self.place, self.form = block, place, form
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
-        """The change of a hidden state; ``context`` is what ``arguments.common`` gives."""
+        """Returns the change of a hidden state; ``context`` comes from ``arguments.common``."""
         given = Arguments() if context is None else context
-        # Blocks that are handed different things find theirs by number.
+        # Where blocks have different arguments, each finds its own by number.
         if not isinstance(given, Arguments):
             given = given[self.place]
         return self.form.take(self.block, given.call(self.block, x)) - x

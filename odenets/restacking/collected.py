@@ -1,7 +1,7 @@
-"""Hidden states that transformers collects: those after the steps of the scheme, in place of what its hooks would see.
+"""Hidden states for transformers to collect: those after the steps of the scheme, not those that its hooks would see.
 
-Its models collect by forward hooks, on modules that a model names: on each block (ViT, Llama), or on the stage around
-several blocks (ConvNeXt, Segformer), whose output is the same whatever runs inside.
+Its models collect through forward hooks, on modules that a model names: on each block (ViT, Llama), or on the stage
+around several blocks (ConvNeXt, Segformer), whose output is the same whatever runs inside.
 """
 
 import inspect
@@ -19,12 +19,12 @@ _HOOKS = "transformers.utils.output_capturing"
 
 
 class Collection:
-    """The list in which hidden states are collected in this pass.
+    """Collects the hidden states of one pass.
 
     Args:
-        path: where the blocks lie in their model, for messages.
+        path: path of the blocks in their model, for messages.
         collector: transformers' own, a list for each kind of output.
-        hooks: for each block that which collects its output.
+        hooks: for each block, the hook that collects its output.
     """
 
     def __init__(self, path: str, collector: dict[str, Any], hooks: Sequence[Callable[..., Any]]):
@@ -48,26 +48,26 @@ class Collection:
 
 
 class _Sieve(list[Any]):
-    """A list that takes nothing in."""
+    """A list that discards what is appended to it."""
 
     def append(self, value: Any) -> None:
-        """Leaves it."""
+        """Discards the value."""
 
 
 @contextmanager
 def collecting(path: str, blocks: Sequence[nn.Module]) -> Iterator[Collection | None]:
-    """What collects the outputs of these blocks in this pass, or None; inside, their hooks collect none.
+    """Yields a ``Collection`` for these blocks in this pass, or None; within the context their hooks collect nothing.
 
     Args:
-        path: where the blocks lie in their model, for messages.
-        blocks: of the stack.
+        path: path of the blocks in their model, for messages.
+        blocks: the blocks of the stack.
 
     Raises:
-        SchemeError: hidden states are collected from modules inside of the blocks.
+        SchemeError: hidden states are collected from modules inside the blocks.
     """
     module = sys.modules.get(_HOOKS)
     active = None if module is None else module._active_collector
-    # A compiler follows no context variable; transformers keeps a plain one for it.
+    # A compiler cannot trace a context variable; transformers keeps a plain global for it.
     collector = active and (active.global_var if torch.compiler.is_compiling() else active.get())
     collected = collector.get("hidden_states") if collector else None
     found = [] if collected is None else [_hook(block) for block in blocks]
@@ -82,16 +82,16 @@ def collecting(path: str, blocks: Sequence[nn.Module]) -> Iterator[Collection | 
         return
     collector["hidden_states"] = _Sieve()  # type: ignore[index]
     try:
-        # The hooks would collect the values of stages, which are no states of the network.
+        # Left in place, the hooks would collect values of stages, which are not states of the network.
         yield Collection(path, collector, hooks)  # type: ignore[arg-type]
     finally:
         collector["hidden_states"] = collected  # type: ignore[index]
 
 
 def _hook(module: nn.Module) -> Callable[..., Any] | None:
-    """The hook of a module that collects hidden states, if there is one."""
+    """Returns the module's hook that collects hidden states, or None."""
     for hook in module._forward_hooks.values():
-        # What a hook collects is in its closure alone; one of another make is better taken for ours than overlooked.
+        # Only a hook's closure tells what it collects; a hook without the key is counted rather than overlooked.
         if getattr(hook, "__module__", None) == _HOOKS:
             if inspect.getclosurevars(hook).nonlocals.get("key", "hidden_states") == "hidden_states":
                 return hook

@@ -1,4 +1,4 @@
-"""The container of a model's blocks, once it runs them as a stack: the same module, children and state-dict keys."""
+"""A container of a model's blocks that runs them as a stack: the same module, children and state-dict keys."""
 
 import functools
 import threading
@@ -36,23 +36,23 @@ from .passes import Call, Closed, Run, View
 
 
 class RestackWarning(UserWarning):
-    """What a restacked model does otherwise than the model as it was."""
+    """Warns that a restacked model behaves differently from the original model."""
 
 
 class Restacking:
     """How the blocks of one container are run: the options of their stack, and the stack.
 
-    It is no module and stands outside of the container's registration, so that nothing counts a block twice.
+    It is not a module and is not registered with the container, so that no block is counted twice.
 
     Args:
-        path: where the container lies in its model.
+        path: path of the container in its model.
         container: the container.
         scheme: as in Stack.
         backprop: as in Stack.
         step: as in Stack.
         seed: as in Stack.
-        outside: how many of the first blocks stay outside of the stack; None leaves that to the first call where the
-            first block is made otherwise than the second.
+        outside: how many of the first blocks stay outside the stack; None leaves that to the first call where the first
+            block is built differently from the second.
 
     Attributes:
         stack: the stack.
@@ -78,7 +78,7 @@ class Restacking:
         self._take(container)
 
     def _take(self, container: nn.Module) -> None:
-        """Builds the stack of the container's blocks as they are now."""
+        """Builds the stack from the container's current blocks."""
         self.names, self.blocks = list(container._modules), blocks_of(container)
         self.outside = self.asked
         if self.outside is None and (len(self.blocks) < 2 or _made(self.blocks[0]) == _made(self.blocks[1])):
@@ -86,7 +86,7 @@ class Restacking:
         if self.outside is not None:
             self._build(self.outside)
             return
-        try:  # the first call decides; a first block that is made otherwise mostly changes the shape
+        try:  # the first call decides; a first block that is built differently usually changes the shape
             self._build(1)
         except SchemeError:
             self._build(0)
@@ -102,40 +102,40 @@ class Restacking:
             raise SchemeError(f"restack, {self.path!r}: {error}") from None
         if self.stack.rule.learned:
             raise SchemeError("restack: step='learned' would add parameters to the model's; want a number or a decay.")
-        # Only what the stack has added: blocks are in training or not as the model says.
+        # Only the modules that the stack has added: the model sets the training mode of its blocks.
         below = {id(m) for block in inside for m in block.modules()}
         self.own = [m for m in self.stack.modules() if id(m) not in below]
         self.first = first
 
     @property
     def faithful(self) -> bool:
-        """Whether the model's values in evaluation are those that it had before."""
+        """Whether the model's outputs in evaluation are the same as before restacking."""
         euler = registry.get("euler")
         steps = self.stack.steps
         return all((s.scheme == euler or isinstance(s.scheme, Bdia)) and s.h == 1 for s in steps)
 
     def fit(self, container: nn.Module) -> None:
-        """Brings the stack up to date with the container: its blocks, and whether it trains."""
+        """Brings the stack up to date with the container: its blocks and its training mode."""
         if self.names != list(container._modules):
             self._take(container)
         self.blocks = blocks_of(container)
         for function, block in zip(self.functions, self.blocks[self.first :], strict=True):
             if function._modules["block"] is not block:
                 function.block = block  # type: ignore[assignment]
-                self.stack._revision.stale = True  # another block owes the checks of a first call
-        # Not ``stack.train()``, which would reach the blocks, and some may be frozen in evaluation.
+                self.stack._revision.stale = True  # a new block needs the checks of a first call
+        # Not ``stack.train()``, which would reach the blocks: some may be frozen in evaluation mode.
         for m in self.own:
             if m.training is not container.training:
                 m.training = container.training
 
     def decide(self, block: nn.Module, x: Any, given: Arguments) -> int:
-        """Finds by a trial how many blocks stay outside: the first, where it changes the shape."""
+        """Finds by a trial call how many blocks stay outside: one if the first changes the shape, else none."""
         if is_traced(x) or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise SchemeError(
                 f"restack: whether the first block of {self.path!r} changes the shape shows at a first call, which "
                 "comes before a trace.\n  Call the model once, or say it: restack(..., outside=1)."
             )
-        # A trial must leave nothing behind, such as statistics or random numbers that were drawn.
+        # The trial must have no side effects, such as updated statistics or an advanced random state.
         with torch.no_grad(), nothing_changed([block], always=True):
             y = self.form.take(block, given.call(block, x))
         self.outside = int(y.shape != x.shape)
@@ -147,7 +147,7 @@ class Restacking:
         return self.outside
 
     def finish(self, run: Run, x: Any, given: list[Arguments]) -> Any:
-        """What the last block gives, after the stack has run on a hidden state, with the arguments of its blocks."""
+        """Runs the stack on a hidden state, with its blocks' arguments, and returns what the last block would."""
         given = self._without_caches(given)
         context = common(given)
         if is_traced(x):
@@ -167,16 +167,17 @@ class Restacking:
         return run.give(y, self.form)
 
     def _output(self, x: Any, context: Any) -> Any:
-        """The output of the stack; hidden states that transformers collects are those after its steps."""
+        """Returns the output of the stack; transformers collects the hidden states after its steps."""
         with collecting(self.path, self.blocks[self.first :]) as collection:
             if collection is None:
                 return self.stack(x, context=context)
             states = self.stack.trajectory(x, context=context)
+        # After the context, within which the hooks' list discards what they append.
         collection.take(x, states, str(self.stack.scheme))
         return states[-1]
 
     def _record(self, x: Any, context: Any) -> Any:
-        """The output by plain operations on the registered blocks, which is what a trace can follow."""
+        """Returns the output by plain operations on the registered blocks, which a trace can follow."""
         stack = self.stack
         build.check_traced("restack", stack.scheme, stack.backprop.keeps_all, stack.training)
         state, functions = None, iter(self.functions)
@@ -192,7 +193,7 @@ class Restacking:
         return torch.is_grad_enabled() and not isinstance(self.stack.backprop, Store | Offload)
 
     def _without_caches(self, given: list[Arguments]) -> list[Arguments]:
-        """The arguments as blocks may have them: a cache that they would extend twice is dropped, or refused."""
+        """Returns the arguments that blocks may have: a cache that they would extend twice is dropped, or refused."""
         found = caches(given)
         if not found:
             return given
@@ -216,7 +217,7 @@ class Restacking:
         raise SchemeError(f"restack: {what}, and a cache of {self.path!r} would be extended wrongly.\n  {do}")
 
     def _against_caches(self) -> tuple[str, str] | None:
-        """Why blocks must not extend a cache in this pass, and the remedy; None where they may."""
+        """Returns why blocks must not extend a cache in this pass, and the remedy; None where they may."""
         for step in self.stack.steps:
             calls = step.scheme.evaluations
             if calls is None or calls > step.scheme.stages:
@@ -230,22 +231,22 @@ class Restacking:
 
 
 def blocks_of(container: nn.Module) -> list[nn.Module]:
-    """The children of a container, a block that stands in it twice both times."""
+    """Returns the children of a container; a block that it holds twice is listed twice."""
     return [m for m in container._modules.values() if m is not None]
 
 
 def _made(block: nn.Module) -> tuple[Any, ...]:
-    """What tells blocks that keep the shape from one that does not: class, shapes of parameters, strides."""
+    """What distinguishes blocks that keep the shape from one that does not: class, shapes of parameters, strides."""
     shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
     strides = tuple((name, stride) for name, m in block.named_modules() if (stride := getattr(m, "stride", None)))
     return type(block), shapes, strides
 
 
 class Restacked(StackHolder):
-    """What a container of blocks becomes: to iterate over it is to run its stack.
+    """The class that a container of blocks takes on: iterating over it runs its stack.
 
-    Its children, keys and length are those of before, and ``container[3]`` is the block itself. Iteration and a slice
-    of all give ``View``s: blocks in all that is asked of them, but that their calls, in order, are one pass.
+    Its children, keys and length are unchanged, and ``container[3]`` is the block itself. Iteration, also over a slice
+    of all blocks, yields ``View``s: they behave as the blocks do, except that their calls, in order, are one pass.
     """
 
     __slots__ = ()
@@ -255,7 +256,7 @@ class Restacked(StackHolder):
 
     @property
     def stack(self) -> Stack:
-        """The stack, which holds the blocks as they are now."""
+        """The stack, with the container's current blocks."""
         self._restacking.fit(self)  # type: ignore[arg-type]
         return self._restacking.stack
 
@@ -275,7 +276,7 @@ class Restacked(StackHolder):
         blocks = blocks_of(self)  # type: ignore[arg-type]
         if range(len(blocks))[key] == range(len(blocks)):
             return self
-        # Then the blocks are steps of the model as it was, and some of them may run without the others.
+        # In that case each block is a step of the original model, and some of them may run without the others.
         if self._restacking.faithful:
             return self._base(blocks[key]) if issubclass(self._base, nn.ModuleList) else self._base(*blocks[key])
         closed = Closed(self._restacking.path, str(self._restacking.stack.scheme))
@@ -285,15 +286,15 @@ class Restacked(StackHolder):
         return f"Restacked{self._base.__name__}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, and pickle wants one that it can import.
+        # The class is created at run time, and pickle needs one that it can import.
         return _empty, (self._base,), self.__getstate__()
 
 
 @functools.cache
 def restacked(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a restacked container of this class."""
-    # The base comes first, or the layout would be another and no object could change its class; so what a restacked
-    # container does otherwise has to stand in the class itself.
+    """Returns the class that a container of class ``base`` takes on when it is restacked."""
+    # The base comes first: with another layout no object could be assigned this class. So methods that differ from the
+    # base's have to be in the class itself.
     own = {name: vars(Restacked)[name] for name in ("stack", "__iter__", "__getitem__", "_get_name", "__reduce_ex__")}
     return type(f"Restacked{base.__name__}", (base, Restacked), {"_base": base, "__module__": __name__, **own})
 

@@ -1,8 +1,8 @@
-"""One pass of a model over its blocks: each call leaves its arguments, and the last one runs them all.
+"""One pass of a model over its blocks: each call records its arguments, and the last one runs them all.
 
-A loop such as ``for block in self.layers: x = block(x, mask)`` goes on as it is written. The first blocks return a
-``Pending`` that stands for a hidden state which does not exist yet, and the last returns the readout of the stack. So
-each block gets the arguments that were meant for it, and a model that computes between its blocks is found out.
+A loop such as ``for block in self.layers: x = block(x, mask)`` works as written. The first blocks return a ``Pending``
+in place of a hidden state that does not exist yet, and the last returns the readout of the stack. So each block gets
+the arguments meant for it, and a model that computes between its blocks is detected.
 """
 
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from schemes.errors import SchemeError
 from .arguments import Arguments, split
 from .blocks import Form
 
-# What a loop may ask of a hidden state between two blocks: a scheme leaves it as it was.
+# Attributes that a loop may read from a hidden state between two blocks: a scheme does not change them.
 _KNOWN = frozenset({"shape", "dtype", "device", "ndim", "layout", "is_cuda", "size", "dim", "requires_grad"})
 _OPERATORS = (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "neg"),
@@ -23,7 +23,7 @@ _OPERATORS = (
 
 
 class Pending:
-    """Stands for the hidden state between two blocks, which no pass under a scheme has."""
+    """Placeholder for the hidden state between two blocks, which does not exist in a pass under a scheme."""
 
     def __init__(self, x: Any, path: str):
         self.x, self.path, self.indexed = x, path, False
@@ -39,14 +39,14 @@ class Pending:
     def __getattr__(self, name: str) -> Any:
         if name in _KNOWN:
             return getattr(self.x, name)
-        if name.startswith("__"):  # what Python and copy ask of any object
+        if name.startswith("__"):  # Python and copy look these up on any object
             raise AttributeError(name)
         return self.refuse()
 
     def __getitem__(self, item: Any) -> Any:
         if item != 0 or isinstance(item, bool):
             return self.refuse()
-        # The first item of the tuple that a block returns; whether it does is known when they have run.
+        # The first item of the tuple that a block returns; whether blocks return tuples is known once they have run.
         self.indexed = True
         return self
 
@@ -64,18 +64,18 @@ for _name in _OPERATORS:
 
 
 class Running(Protocol):
-    """What a pass needs to know of the stack, and asks of it."""
+    """What a pass needs from the stack."""
 
     path: str
     blocks: list[nn.Module]
     outside: int | None
 
     def decide(self, block: nn.Module, x: Any, given: Arguments) -> int:
-        """How many of the first blocks are no part of the stack, where that is not known yet."""
+        """Returns how many of the first blocks are not part of the stack, where that is not known yet."""
         ...
 
     def finish(self, run: "Run", x: Any, given: list[Arguments]) -> Any:
-        """What the last block gives."""
+        """Returns the output of the last block."""
         ...
 
 
@@ -83,7 +83,7 @@ class Run:
     """The calls of one pass over the blocks, in order.
 
     Args:
-        stack: what runs them.
+        stack: the stack that runs them.
     """
 
     def __init__(self, stack: Running):
@@ -95,7 +95,7 @@ class Run:
         self.given: list[Arguments] = []
 
     def call(self, place: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of a block gives: the last one the output of them all, those before a ``Pending``."""
+        """Returns the result of calling a block: the output of all blocks for the last, a ``Pending`` before that."""
         if place != self.at:
             raise SchemeError(
                 f"restack: block {place} of {self.path!r} is called where block {self.at} is due; a stack runs all of "
@@ -119,15 +119,15 @@ class Run:
         self.given.append(given)
         if self.at < self.count:
             return self.pending
-        # The pass lets go of everything: views of it may outlive it, and would hold the input and the masks.
+        # Releases all references: views of the pass may outlive it, and would keep the input and the masks alive.
         x, collected, self.x, self.given = self.x, self.given, None, []
         return self.stack.finish(self, x, collected)
 
     def give(self, y: Any, form: Form) -> Any:
-        """The output in the form in which blocks return theirs.
+        """Returns the output in the form in which blocks return theirs.
 
         Raises:
-            SchemeError: the model has taken the first item of a block's output, and that is no tuple; or it has not.
+            SchemeError: the model indexed the output of a block that returns no tuple, or did not index a tuple.
         """
         assert self.pending is not None
         if self.count - (self.first or 0) > 1 and self.pending.indexed != (form.beside is not None):
@@ -136,13 +136,13 @@ class Run:
 
 
 class Closed:
-    """Stands for a pass over some of the blocks, which a scheme that is not the model's own cannot make."""
+    """Placeholder for a pass over some of the blocks, which is impossible under a scheme not the model's own."""
 
     def __init__(self, path: str, scheme: str):
         self.path, self.scheme = path, scheme
 
     def call(self, *_: Any) -> Any:
-        """Raises."""
+        """Raises: some of the blocks cannot run without the others."""
         raise SchemeError(
             f"restack: some of the blocks of {self.path!r} are to be run without the others, and under {self.scheme} "
             "there is no state between them.\n  Run all of them, or give the model back: odenets.unrestack(model)."
@@ -163,12 +163,12 @@ class Call:
 
 
 class View:
-    """A block among those that a restacked container iterates over; what is asked of it is asked of the block."""
+    """Proxy of a block that a restacked container yields in iteration; all but calls is forwarded to the block."""
 
     __slots__ = ("__block", "__place", "__run")
 
     def __init__(self, block: nn.Module, place: int, run: Run | Closed):
-        # Past our own __setattr__, which would set them on the block.
+        # Bypasses our own __setattr__, which would set them on the block.
         set_ = object.__setattr__
         set_(self, "_View__block", block)
         set_(self, "_View__place", place)
@@ -178,7 +178,7 @@ class View:
         return self.__run.call(self.__place, self.__block, args, kwargs)
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]  # isinstance asks here
+    def __class__(self) -> type:  # type: ignore[override]  # isinstance reads this
         return type(self.__block)
 
     def __getattr__(self, name: str) -> Any:

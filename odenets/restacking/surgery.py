@@ -32,33 +32,33 @@ def restack(
     """Runs the residual blocks of a model as a ``Stack``, in place: under another scheme, or in less memory.
 
     A block that adds its input itself, y = block(x), becomes the residual function block(x) - x. Parameters,
-    state-dict keys and children of the model stay, so that weights load before or after, ``save_pretrained`` works and
-    adapters (LoRA) find their layers; ``unrestack`` gives the model back. Under ``"euler"`` and, in evaluation,
-    ``"bdia"`` its outputs are those that it had; under any other scheme it is another network with the same weights.
+    state-dict keys and children of the model are unchanged, so that weights load before or after, ``save_pretrained``
+    works and adapters (LoRA) find their layers; ``unrestack`` restores the model. Under ``"euler"`` and, in evaluation,
+    ``"bdia"`` its outputs are the same as before; under any other scheme it is another network with the same weights.
 
-    Masks, positions and whatever else a model hands its blocks arrive as they did. The stack itself is
+    Masks, positions and any other arguments that a model passes to its blocks still reach them. The stack itself is
     ``model.get_submodule(path).stack``.
 
     Args:
         model: the model; changed, and returned.
         path: name of the ``nn.ModuleList`` or ``nn.Sequential`` of its blocks, such as "vit.layers"; a pattern, as in
-            "stages.*.blocks" or "layer?"; or several. Each container becomes a stack of its own; "" is the model.
+            "stages.*.blocks" or "layer?"; or several. Each container becomes its own stack; "" is the model itself.
         scheme: as in ``Stack``.
-        backprop: as in ``Stack``: "exact" and "reverse" keep two states in place of all, "checkpoint" one a block.
+        backprop: as in ``Stack``: "exact" and "reverse" keep two states instead of all, "checkpoint" one per block.
         step: as in ``Stack``; not "learned".
         seed: as in ``Stack``: seeds what the scheme draws in training (bdia).
-        outside: how many of the first blocks are run before the stack. None puts a first block outside that changes the
-            shape, as the levels of a ResNet have; where it is made otherwise than the second, the first call tells.
+        outside: how many of the first blocks run before the stack. None keeps a first block outside that changes the
+            shape, as in the levels of a ResNet; where it is built differently from the second, the first call decides.
 
     Returns:
         The model.
 
     Raises:
-        SchemeError: no such container (those that there are, are named), or a scheme that does not fit its blocks.
+        SchemeError: no such container (the existing ones are named), or a scheme that does not fit its blocks.
 
     Warns:
-        RestackWarning: under this scheme it is another network; a cache of keys and values is dropped in a pass whose
-            blocks are run again.
+        RestackWarning: under this scheme it is another network; or a key-value cache is dropped, in a pass whose blocks
+            are run again.
 
     Example:
         >>> import torch
@@ -78,15 +78,15 @@ def restack(
         ...
     """
     found = {name: container for pattern in _listed(path) for name, container in _containers(model, pattern).items()}
-    # All of them are built before the first is changed, so that what does not fit leaves the model as it was.
+    # All of them are built before the first is changed, so that an error leaves the model as it was.
     made = {
         name: Restacking(name, container, scheme, backprop, step, seed, outside) for name, container in found.items()
     }
     for name, container in found.items():
-        # What was restacked before loses its hooks first, or they would ask for a stack that is gone.
+        # A container that was restacked before loses its hooks first: they would check for a stack that is gone.
         unrestack(model, name)
-        # Past Module.__setattr__, and by a change of class: the container stays the object, with the children and keys,
-        # that the model and its optimiser know.
+        # Bypasses Module.__setattr__, and changes the class: the container stays the object, with the children and
+        # keys, that the model and its optimiser refer to.
         container.__dict__["_restacking"] = made[name]
         container.__class__ = restacked(type(container))
         owner, _, _ = name.rpartition(".")
@@ -107,11 +107,11 @@ def restack(
 
 
 def unrestack(model: M, path: str | Sequence[str] | None = None) -> M:
-    """Gives a model the containers back that ``restack`` has changed, in place.
+    """Restores the containers of a model that ``restack`` has changed, in place.
 
     Args:
         model: the model; changed, and returned.
-        path: which of them, as in ``restack``; None is all.
+        path: which containers, as in ``restack``; None means all.
 
     Returns:
         The model.
@@ -142,7 +142,7 @@ def unrestack(model: M, path: str | Sequence[str] | None = None) -> M:
 
 
 class _Begins:
-    """A hook on the module that owns a container: its pass begins."""
+    """Forward pre-hook on the module that owns a container: notes that its pass begins."""
 
     def __init__(self, restacking: Restacking):
         self.restacking = restacking
@@ -153,10 +153,10 @@ class _Begins:
 
 
 class _Reached(_Begins):
-    """A hook on the module that owns a container: its pass has run the stack, or the blocks were run one by one.
+    """Forward hook on the module that owns a container: checks that its pass has run the stack.
 
     Raises:
-        SchemeError: they were.
+        SchemeError: it has not.
     """
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
@@ -173,15 +173,15 @@ def _listed(path: str | Sequence[str]) -> Sequence[str]:
 
 
 def _containers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The containers of blocks that a pattern names.
+    """Returns the containers of blocks that a pattern names.
 
     Raises:
-        SchemeError: there is none, or it names something else.
+        SchemeError: there is none, or the pattern names something else.
     """
     every: dict[str, Any] = {
         name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)
     }
-    # As shell wildcards, but that a star ends at a dot: "stages.*.blocks" is one level.
+    # As shell wildcards, except that a star stops at a dot: in "stages.*.blocks" it matches one name.
     form = re.compile(re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", r"[^.]"))
     found = {name: m for name, m in every.items() if form.fullmatch(name)}
     if found:
@@ -191,7 +191,7 @@ def _containers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     if pattern in named:
         what = f"{pattern!r} is a {type(named[pattern]).__name__}, want a ModuleList or Sequential of blocks"
     lists = [f"{name!r} ({len(m)} {type(m[0]).__name__})" for name, m in _of_equals(every) if name]
-    # The names alone, as class names and counts would take part in what is close.
+    # The names alone, since class names and counts would affect the similarity.
     names = [text.split("'")[1] for text in lists]
     close = closest(pattern, names, cutoff=0.0)
     ranked = sorted(lists, key=lambda text: (text.split("'")[1] not in close, lists.index(text)))
@@ -199,7 +199,7 @@ def _containers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def _of_equals(every: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The containers whose modules are all of one class, at least two: those that look like blocks."""
+    """Yields the containers of two or more modules of one class: those that look like blocks."""
     for name, m in every.items():
         if len(m) > 1 and len({type(child) for child in m._modules.values()}) == 1:
             yield name, m

@@ -1,1 +1,1 @@
-"""Published key layouts of each family, and how their keys are called here."""
+"""Published key layouts of each family, and the names that their keys have here."""

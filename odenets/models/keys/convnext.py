@@ -15,7 +15,7 @@ _DOWN = {"0": "norm", "1": "conv"}
 
 # long: a table of four layouts, line by line
 def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
-    """The map of whichever published layout these keys have, or None."""
+    """Returns the key map of the published layout that these keys have, or None."""
     places = places_of(own)
 
     def part(level: int, position: int, name: str, end: str, parts: dict[str, str]) -> str | None:

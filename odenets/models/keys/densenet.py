@@ -11,7 +11,7 @@ _BN = {"norm": "norm", "bn": "norm", "conv": "conv"}
 
 
 def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
-    """The map of whichever published DenseNet layout these keys have, or None."""
+    """Returns the key map of the published DenseNet layout that these keys have, or None."""
     places = places_of(own)
 
     def part(level: str, position: int, kind: str, number: str, end: str) -> str | None:
@@ -20,7 +20,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     if "features.conv0.weight" in keys:
         rules: dict[str, Rule] = {
             rf"features\.(conv|norm)0\.{_END}": r"stem.\1.\2",
-            # Files older than torchvision 0.2.1 say norm.1 for norm1.
+            # Files older than torchvision 0.2.1 have norm.1 for norm1.
             rf"features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)\.?([12])\.{_END}": lambda m: part(
                 m[1], int(m[2]) - 1, m[3], m[4], m[5]
             ),

@@ -1,4 +1,4 @@
-"""Helpers for key layouts: rules that rename, where a level's residual functions stand, and the keys of a twin."""
+"""Helpers for key layouts: renaming rules, the places of a level's residual functions, and the keys of a twin."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -12,9 +12,9 @@ Places = Mapping[int, list[tuple[int, int]]]
 
 
 def renamed(layout: str, rules: Mapping[str, Rule], keys: Collection[str], own: Collection[str]) -> KeyMap:
-    """A key map from rules: pattern of a whole key -> template, or a function of the match.
+    """Builds a key map from rules: pattern of a whole key -> template, or a function of the match.
 
-    Keys that no rule knows have no entry, so that ``load`` refuses them under their published names. A published head
+    Keys that match no rule have no entry, so that ``load`` rejects them under their published names. A published head
     that the model does not have is dropped.
 
     Args:
@@ -27,20 +27,20 @@ def renamed(layout: str, rules: Mapping[str, Rule], keys: Collection[str], own: 
     names: dict[str, str | None] = {}
     for key in keys:
         for pattern, rule in compiled:
-            # The whole key: a pattern that fits the beginning of another key must not rename it.
+            # The whole key: a pattern that matches the beginning of another key must not rename it.
             if m := pattern.fullmatch(key):
                 target = m.expand(rule) if isinstance(rule, str) else rule(m)
                 if target is None:
                     break
-                # A head that the network does not have is left out on purpose, and reported; any other stranger is an
-                # error.
+                # A head that the network does not have is left out on purpose, and reported; any other unknown key is
+                # an error.
                 names[key] = None if target.startswith("head.") and target not in own else target
                 break
     return KeyMap(layout, names)
 
 
 def places_of(keys: Collection[str]) -> dict[int, list[tuple[int, int]]]:
-    """For each level the (step, index) of its residual functions, in order."""
+    """Returns, for each level, the (step, index) of its residual functions, in order."""
     found: dict[int, set[tuple[int, int]]] = {}
     for key in keys:
         if m := _OWN.fullmatch(key):
@@ -49,7 +49,7 @@ def places_of(keys: Collection[str]) -> dict[int, list[tuple[int, int]]]:
 
 
 def function_key(places: Places, level: int, position: int, rest: str) -> str | None:
-    """The key of a tensor of a level's residual function, counted through the level; None where there is none."""
+    """Returns the key of a tensor of a level's residual function, counted through the level, or None."""
     inside = places.get(level, [])
     if position >= len(inside):
         return None
@@ -58,7 +58,7 @@ def function_key(places: Places, level: int, position: int, rest: str) -> str | 
 
 
 def twin(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
-    """The keys of this network under any scheme, with or without a head."""
+    """Maps the keys of this network under any scheme, with or without a head."""
     places, given = places_of(own), places_of(keys)
     if not given:
         return None

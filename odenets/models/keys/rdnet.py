@@ -10,12 +10,12 @@ _TRANSITION = {"0": "norm", "1": "conv"}
 
 
 def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
-    """The map of naver-ai's or timm's RDNet layout, or None; sets the epsilon of the head's norm, which differs."""
+    """Returns the map of naver-ai's or timm's RDNet layout, or None; sets the head norm's epsilon, which differs."""
     places = places_of(own)
     if not any(key.startswith("dense_stages.0.0.dense_block0.") for key in keys):
         return None
     stem = {"0": "conv", "1": "norm"}
-    # The mixers are module 0 of the first stage, and module 2 of the others, behind a norm and a convolution.
+    # The mixers are module 0 of the first stage, and module 2 of the others, after a norm and a convolution.
     block = r"dense_stages\.(\d+)\.[02]\.dense_block(\d+)\."
     rules: dict[str, Rule] = {
         r"stem\.(?:stem\.)?([01])\.(weight|bias)": lambda m: f"stem.{stem[m[1]]}.{m[2]}",
@@ -27,7 +27,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
         r"head\.norm\.(weight|bias)": r"head_norm.\1",
         r"head\.fc\.(weight|bias)": r"head.\1",
     }
-    # naver-ai's stem stands inside another module; otherwise the keys are the same.
+    # naver-ai's stem is nested in another module; otherwise the keys are the same.
     original = "stem.stem.0.weight" in keys
     found = renamed("naver-ai" if original else "timm", rules, keys, own)
     return found._replace(settings={"head_norm.eps": 1e-5 if original else 1e-6})

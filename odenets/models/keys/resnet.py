@@ -11,7 +11,7 @@ _PARTS = {"conv": "conv", "bn": "norm", "0": "conv", "1": "norm"}
 
 
 def published(own: Collection[str], keys: Collection[str], per_function: int) -> KeyMap | None:
-    """torchvision's keys, and those of the CIFAR and HO-ResNet releases, whose blocks hold one function or several.
+    """Maps torchvision's keys, and those of the CIFAR and HO-ResNet releases, whose blocks hold one or more functions.
 
     Convolution j of a block belongs to the block's function (j - 1) // c, where a function has c convolutions.
     """

@@ -1,4 +1,4 @@
-"""The published key layout of RevCol, and depthwise kernels set into larger ones."""
+"""The published key layout of RevCol, and the embedding of depthwise kernels in larger ones."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ _KERNEL = re.compile(r"(^|\.)dwconv\.weight$")
 
 
 def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
-    """The keys of the released code, with or without supervision heads, of every size; None for another layout."""
+    """Maps the keys of the released code, with or without supervision heads, of every size; None for other layouts."""
     if "subnet0.alpha0" not in keys:
         return None
     heads = [int(m[1]) for key in keys if (m := _HEAD.fullmatch(key)) and m[1]]
@@ -31,7 +31,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
     names: dict[str, str | None] = {}
     for key, name in found.items():
         if name is None:
-            continue  # no such key was published: refused
+            continue  # no such key was published: rejected
         # Heads that the network does not have are left out on purpose, and reported.
         unwanted = (name.startswith("supervision.") and not supervised) or (
             name.startswith("head.") and name not in own
@@ -41,7 +41,7 @@ def published(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
 
 
 def _name(key: str, last: int | None, single: bool) -> str | None:
-    """The name of one published key; ``last`` is the number of the final head among several."""
+    """Returns the name of one published key; ``last`` is the number of the final head among several."""
     if m := _STEM.fullmatch(key):
         return f"stem.{('conv', 'norm')[int(m[1])]}.{m[2]}"
     if m := _ALPHA.fullmatch(key):
@@ -58,7 +58,7 @@ def _name(key: str, last: int | None, single: bool) -> str | None:
         return f"{head}.{('norm', 'fc')[int(m[2])]}.{m[3]}"
     if m := _DECODER.fullmatch(key):
         decoder = f"supervision.decoders.{m[1]}"
-        # The decoder of many classes has its norm in the same list as its convolution, and nothing else.
+        # The decoder for many classes has only a norm and a convolution, in the same list.
         if m[2] == "projback":
             return f"{decoder}.{'norm' if single and m[3] == '0' else 'pixels'}.{m[4]}"
         if m[2] == "proj_layers":
@@ -72,13 +72,13 @@ def _function(name: str) -> str:
 
 
 def pad_kernels(state: Mapping[str, Tensor], kernel_size: int, std: float = 1e-7) -> dict[str, Tensor]:
-    """A state dict whose depthwise kernels stand in the middle of larger ones, for fine-tuning with a wider view.
+    """Centres a state dict's depthwise kernels in larger ones, for fine-tuning with a wider receptive field.
 
-    The new entries are drawn from a normal distribution, so that the network begins where it was, to about ``std``.
+    The new entries are drawn from a normal distribution, so that the network starts as it was, up to about ``std``.
 
     Args:
         state: a state dict, in the published layout or this library's.
-        kernel_size: side of the new kernels, odd; those that have it already are left as they are.
+        kernel_size: side of the new kernels, odd; kernels that already have it are left as they are.
         std: standard deviation of the new entries.
 
     Returns:
@@ -95,7 +95,7 @@ def pad_kernels(state: Mapping[str, Tensor], kernel_size: int, std: float = 1e-7
     """
     out = dict(state)
     for key, weight in state.items():
-        # A decoder's blocks keep their kernel of 3.
+        # A decoder's blocks keep their kernel size of 3.
         if not _KERNEL.search(key) or "decoder" in key:
             continue
         margin, odd = divmod(kernel_size - weight.shape[-1], 2)
