@@ -28,7 +28,7 @@ from .sources import DataError as DataError
 from .supervision import SupervisedClassifier as SupervisedClassifier
 from .supervision import SupervisionLoss as SupervisionLoss
 
-# Their packages import this one, and need more than classification does.
+# Imported lazily: their packages import this one, and need more dependencies than classification does.
 _ELSEWHERE = {"Detector": "odenets.detection", "Segmenter": "odenets.segmentation"}
 
 

@@ -39,11 +39,11 @@ class AnalyseParser(ArgumentParser):
 
 
 class Job(NamedTuple):
-    """What a figure is made of.
+    """The inputs of a figure.
 
     Attributes:
         net: the network with its weights, in evaluation mode.
-        held: what the checkpoint holds.
+        held: the contents of the checkpoint.
         options: of the command line.
         out: the figure's file.
     """
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     out: Path
 
     def places(self, found: Sequence[str]) -> list[str]:
-        """The places that were asked for, else those found."""
+        """The places given on the command line, else those found."""
         given = self.options.places
         return [name.strip() for name in given.split(",")] if given else list(found)
 
@@ -106,7 +106,7 @@ def _layercam(job: Job) -> Path:
     names = job.places(_with_maps(job.net))
     heats = layer_cam(job.net, x, names)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
-    # Back in [0, 1], to be looked at.
+    # Scaled back to [0, 1] for display.
     return plots.heat_maps_by_column(x * std + mean, heats, names, job.out)
 
 
@@ -130,7 +130,7 @@ KINDS: dict[str, tuple[str, Callable[[Job], Path]]] = {
 
 
 def _with_maps(net: nn.Module) -> list[str]:
-    """Places whose maps are looked at: what each stack gives, or of a single stack some of its steps."""
+    """The places whose maps are shown: the output of each stack, or some steps of a single stack."""
     steps = places(net)
     found = _of_each(steps)
     if len(found) > 1 or len(steps) < 2:
@@ -142,7 +142,7 @@ def _with_maps(net: nn.Module) -> list[str]:
 
 
 def _of_each(found: Sequence[str]) -> list[str]:
-    """What each stack gives; of columns all, as the figure has a row and a column for them."""
+    """The output of each stack; all places of columns, as the figure has a row and a column for them."""
     if any(not name.endswith((":0", ":readout")) for name in found):
         return list(found)
     return list(dict.fromkeys(name.rpartition(".steps.")[0] or name for name in found))
@@ -172,7 +172,7 @@ def _data(job: Job) -> Pictures:
     if job.options.root is not None:
         if "root" not in given:
             raise DataError(f"--root: {settings['class_path']} has no folder\n  Leave --root out.")
-        # Not both: only one of them can be meant.
+        # The hub is unset: only one of the two may be given.
         given |= {"root": job.options.root, "hub": None}
     parser = AnalyseParser()
     parser.add_subclass_arguments(L.LightningDataModule, "data")
@@ -188,12 +188,12 @@ def _data(job: Job) -> Pictures:
 def _batches(data: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised validation pictures and their labels."""
     for batch in data.val_dataloader():
-        # Lightning would call it after moving the batch: only there are pictures normalised.
+        # Lightning would call this after moving the batch; pictures are only normalised there.
         yield data.on_after_batch_transfer(batch, 0)
 
 
 def parser() -> AnalyseParser:
-    """The options."""
+    """Builds the parser of the command."""
     kinds = "; ".join(f"{name}: {text}" for name, (text, _) in KINDS.items())
     text = "A figure of what the network of a checkpoint learned. Of files of results: odenets analyse cost --help."
     found = AnalyseParser(prog="odenets analyse", description=text)
@@ -212,7 +212,7 @@ def parser() -> AnalyseParser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     AnalyseParser.command_line = args
     try:
         options = parser().parse_args(list(args))

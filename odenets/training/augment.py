@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device they are on, in plain torch.
 
 Each function takes a batch `x: (n, c, h, w)` and draws once per picture (mixup and CutMix: once per batch), from
-`generator` or from torch's global one. Geometry works on uint8 and on floats; what blends colours wants floats.
+`generator` or from torch's global one. Geometric operations take uint8 and floats; those that blend colours, floats.
 
     x = random_flip(random_crop(x, padding=4))
     x = normalize(x, mean, std)
@@ -37,12 +37,12 @@ def _beta(alpha: float, generator: Generator | None) -> float:
 
 
 def random_crop(x: Tensor, padding: int, *, generator: Generator | None = None) -> Tensor:
-    """Shift each picture by up to `padding` pixels, with zeros moved in: (n, c, h, w) -> (n, c, h, w).
+    """Shift each picture by up to `padding` pixels, filling with zeros: (n, c, h, w) -> (n, c, h, w).
 
     Args:
         x: (n, c, h, w).
         padding: the largest shift, in pixels.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draws; None is torch's own.
 
     >>> import torch
     >>> random_crop(torch.ones(2, 3, 8, 8), 0).sum().item()
@@ -64,7 +64,7 @@ def random_flip(x: Tensor, p: float = 0.5, *, generator: Generator | None = None
     Args:
         x: (n, c, h, w).
         p: the probability.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draws; None is torch's own.
     """
     if p == 0:
         return x
@@ -80,26 +80,26 @@ def random_resized_crop(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Cut a random box from each picture and resample it bilinearly: (n, c, h, w) -> (n, c, size, size).
+    """Crop a random box from each picture and resample it bilinearly: (n, c, h, w) -> (n, c, size, size).
 
-    The box has a share of the area drawn from `scale` and an aspect (width / height) drawn log-uniformly from `ratio`;
-    both are drawn again where it would stick out, up to ten times, and then it is the largest middle box with an aspect
-    in `ratio`. uint8 comes back as uint8. Shrinking by more than two aliases: `Images` crops pictures when they are
-    decoded instead.
+    The box has a share of the area drawn from `scale` and an aspect (width / height) drawn log-uniformly from `ratio`.
+    Up to ten boxes are tried until one fits; if none does, the box is the largest centred one with an aspect in
+    `ratio`. uint8 pictures stay uint8. Shrinking by more than two causes aliasing: `Images` crops pictures when they
+    are decoded instead.
 
     Args:
         x: (n, c, h, w).
         size: side of the result.
         scale: least and largest share of the area.
         ratio: least and largest aspect.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draws; None is torch's own.
 
-    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; the drawing as torchvision and timm do it.
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; sampled as in torchvision and timm.
     """
     n, _, h, w = x.shape
     low, high = torch.tensor(ratio).log().tolist()
     area = scale[0] + (scale[1] - scale[0]) * _rand(x, 10, n, generator=generator)
-    # Ten tries for each picture at once: a loop over pictures would wait for the device at each.
+    # Ten tries for all pictures at once: a loop over pictures would wait for the device at each.
     aspect = (low + (high - low) * _rand(x, 10, n, generator=generator)).exp() * (h / w)
     width, height = (area * aspect).sqrt(), (area / aspect).sqrt()  # in units of the picture's own width and height
     fits = (width <= 1) & (height <= 1)
@@ -107,6 +107,7 @@ def random_resized_crop(
     some = fits.any(0)
     width = torch.where(some, width[tried], min(1.0, ratio[1] * h / w))
     height = torch.where(some, height[tried], min(1.0, w / h / ratio[0]))
+    # The centre of the box and not its corner, in affine_grid's coordinates from -1 to 1.
     left, top = (torch.where(some, 2 * _rand(x, n, generator=generator) - 1, 0.0) * (1 - s) for s in (width, height))
     zero = torch.zeros_like(width)
     theta = torch.stack([torch.stack([width, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
@@ -133,7 +134,7 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     dtype = torch.get_default_dtype() if full != 1.0 else x.dtype
     m = torch.tensor(mean, device=x.device).view(shape)
     s = torch.tensor(std, device=x.device).view(shape)
-    # Decoders hand over pictures with the channels as the fastest axis; what comes out is laid out as others are.
+    # Decoders return pictures with the channels as the fastest axis; the result has the standard layout.
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True).mul_(1 / (full * s)).sub_(m / s)
 
 
@@ -156,14 +157,14 @@ def random_erasing(
 ) -> Tensor:
     """Fill a random box of each picture with normal noise, with probability p. For normalised floats.
 
-    The box is drawn again where it does not fit, up to ten times; then the picture stays as it is.
+    Up to ten boxes are tried until one fits; if none does, the picture stays as it is.
 
     Args:
         x: (n, c, h, w).
         p: Probability for each picture.
         scale: Range of the box's share of the picture.
         ratio: Range of its aspect, height / width, which is drawn log-uniformly.
-        generator: What the draws come from; None is torch's own on the device of x.
+        generator: Source of the draws; None is torch's own on the device of x.
 
     Source: Zhong et al. 2020, "Random erasing data augmentation", algorithm 1.
     """
@@ -180,13 +181,13 @@ def random_erasing(
     top = (_rand(x, n, generator=generator) * (h - height + 1)).floor()
     left = (_rand(x, n, generator=generator) * (w - width + 1)).floor()
     chosen = (_rand(x, n, generator=generator) < p) & fits.any(0)
-    # For all pictures: which are chosen is known on the device, and the host does not wait for it.
+    # Drawn for all pictures: which ones are chosen is known only on the device, and the host does not wait for it.
     noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
     return torch.where(chosen[:, None, None, None] & _boxes(x, top, left, height, width), noise, x)
 
 
 def soft_labels(y: Tensor, num_classes: int) -> Tensor:
-    """Class numbers (n,) as rows of weights (n, num_classes); rows of weights stay as they are.
+    """Converts class numbers (n,) to rows of weights (n, num_classes); rows of weights stay as they are.
 
     Args:
         y: (n,), or (n, num_classes).
@@ -207,14 +208,14 @@ def mixup(
         y: (n,), or (n, num_classes).
         alpha: of the Beta distribution.
         num_classes: columns of the labels.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draws; None is torch's own.
 
     Source: Zhang et al. 2018, "mixup: beyond empirical risk minimization", equation 1.
     """
     y = soft_labels(y, num_classes)
     if alpha == 0:
         return x, y
-    # One for the batch, as published; a permutation of the batch gives the partners.
+    # One lam for the batch, as published; a permutation of the batch gives the partners.
     lam = _beta(alpha, generator)
     other = torch.randperm(len(x), device=x.device, generator=generator)
     return torch.lerp(x[other], x, lam), torch.lerp(y[other], y, lam)
@@ -223,10 +224,10 @@ def mixup(
 def cutmix(
     x: Tensor, y: Tensor, alpha: float, num_classes: int, *, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Paste a box of another picture of the batch into each, and weigh the labels by the pasted area.
+    """Paste a box of another picture of the batch into each, and weight the labels by the pasted area.
 
-    The box covers a share 1 - lam, lam ~ Beta(alpha, alpha), cut at the border; the label uses the area that remains.
-    Its place is drawn per picture, its size per batch; alpha = 0 pastes nothing.
+    The box covers a share 1 - lam, lam ~ Beta(alpha, alpha), clipped at the border; the labels use the clipped area.
+    The position is drawn per picture, the size per batch; alpha = 0 pastes nothing.
 
     Returns both, labels as rows of weights that sum to 1.
 
@@ -235,14 +236,14 @@ def cutmix(
         y: (n,), or (n, num_classes).
         alpha: of the Beta distribution.
         num_classes: columns of the labels.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draws; None is torch's own.
 
     Source: Yun et al. 2019, "CutMix", equations 1 and 2.
     """
     y = soft_labels(y, num_classes)
     if alpha == 0:
         return x, y
-    # The box has the picture's proportions, so that a root of the share is the factor of either side.
+    # The box has the picture's proportions, so each side is scaled by the square root of the share.
     side = (1 - _beta(alpha, generator)) ** 0.5
     n, _, h, w = x.shape
     height, width = round(h * side), round(w * side)
@@ -250,29 +251,29 @@ def cutmix(
     left = _randint(x, w, generator) - width // 2
     mask = _boxes(x, top, left, torch.full_like(top, height), torch.full_like(left, width))
     other = torch.randperm(n, device=x.device, generator=generator)
-    # The area that was really pasted: a box that is cut off at the border is smaller than was drawn.
+    # The area actually pasted: a box that is clipped at the border is smaller than drawn.
     pasted = mask.float().mean((1, 2, 3))[:, None].to(y.dtype)
     return torch.where(mask, x[other], x), y * (1 - pasted) + y[other] * pasted
 
 
 class Augment:
-    """What a training batch goes through: crop, flip, RandAugment, colour jitter, normalise, erase, mixup or CutMix.
+    """Augments a training batch: crop, flip, RandAugment, colour jitter, normalise, erase, mixup or CutMix.
 
-    Everything is off by default but the normalisation, which the data module passes in.
+    Everything is off by default except the normalisation, whose figures the data module passes in.
 
     Args:
-        crop: Pixels that a picture is shifted by at most.
+        crop: Largest shift of a picture, in pixels.
         flip: Probability of a left-right mirror image.
         resized_crop: Smallest share of the area of a random resized crop, e.g. 0.08; None for no such crop. `Images`
-            takes it over, as its `smallest_crop`, and cuts pictures when it decodes them.
+            adopts it as its `smallest_crop`, and crops pictures when it decodes them.
         rand_augment: Magnitude of RandAugment, up to 10; 0 is off. Two operations per picture, each applied with
-            probability 1/2; what moves in has the mean's colour. Recipes with "rand-m9-mstd0.5-inc1" mean 9 here.
+            probability 1/2; vacated pixels get the mean's colour. Recipes with "rand-m9-mstd0.5-inc1" mean 9 here.
         rand_augment_std: Standard deviation of a jitter of the magnitude, 0.5 for "mstd0.5".
         color_jitter: Brightness, contrast and saturation are scaled by factors from [1 - s, 1 + s]; 0 is off.
         erase: Probability of random erasing.
         mixup: Alpha of mixup's Beta distribution; 0 is off.
         cutmix: Alpha of CutMix's; where both are on, each batch draws one of the two.
-        seed: Seed of a generator of its own; None uses torch's global generator, which `seed_everything` seeds.
+        seed: Seed of a separate generator; None uses torch's global generator, which `seed_everything` seeds.
     """
 
     def __init__(
@@ -329,7 +330,7 @@ class Augment:
         if self.rand_augment:
             x = rand_augment(x, self.rand_augment, self.rand_augment_std, fill=mean, generator=generator)
         x = color_jitter(x, *(self.color_jitter,) * 3, generator=generator)
-        # After normalisation, where noise of deviation 1 is as strong as a picture.
+        # After normalisation, where noise of standard deviation 1 is as strong as the picture.
         x = random_erasing(normalize(x, mean, std), self.erase, generator=generator)
         if not self.mixup and not self.cutmix:
             return x, y

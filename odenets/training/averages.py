@@ -1,4 +1,4 @@
-"""Weights averaged over the steps of a run, which are what is validated and saved."""
+"""Weights averaged over the steps of a run; the averages are validated and saved."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ INSTEAD = "Take odenets.training.MovingAverage(decay) in its place"
 
 
 class MovingAverage(WeightAveraging):
-    """Validates and saves a moving average of the weights and of the norms' statistics; training goes on without it.
+    """Validates and saves a moving average of the weights and of the norms' statistics; training does not use it.
 
     After optimiser step i >= start: average <- decay * average + (1 - decay) * weights, and before, average <- weights.
 
-    The first average is that of the weights after step `start`. Whole numbers and truth values, such as counters and
-    tables of indices, are taken as they are. Weights of 16 bits are averaged in 32.
+    The first average equals the weights after step `start`. Integers and booleans, such as counters and tables of
+    indices, are copied. 16-bit weights are averaged in 32 bits.
 
     Args:
         decay: from 0, which averages nothing, to less than 1.
         every: optimiser steps from one update to the next.
         start: the optimiser step, from 0, at which averaging begins.
-        device: where the averages lie; None is where the weights do.
+        device: of the averages; None is that of the weights.
 
     Raises:
         SchemeError: a decay or a number of steps out of its range.
@@ -50,16 +50,16 @@ class MovingAverage(WeightAveraging):
             )
         super().__init__(device=device, use_buffers=True, avg_fn=partial(moved, decay=decay))
         self.decay, self.every, self.start = decay, every, start
-        self._aside: list[Tensor] = []  # the weights, while their average stands in their place
+        self._aside: list[Tensor] = []  # the weights, while the module holds their average
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        # Until it begins, the average follows the weights: else it would be those that the run began with.
+        # Until averaging begins, the average follows the weights: otherwise it would stay at the initial ones.
         return step_idx is not None and (step_idx < self.start or (step_idx - self.start) % self.every == 0)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self._average_model is not None:
-            # The strategy converts the weights, of which this is a copy, later.
+            # The strategy converts the weights only later, and this is a copy of them.
             least = torch.float64 if trainer.precision == "64-true" else torch.float32
             self._average_model.module._apply(
                 lambda t: t.to(torch.promote_types(t.dtype, least)) if t.is_floating_point() else t
@@ -82,7 +82,7 @@ class MovingAverage(WeightAveraging):
         )
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:
-        # Not by Lightning's exchange, which rounds each of the two to the precision of the other.
+        # Lightning's own exchange would round each of the two to the precision of the other.
         if self._aside:
             for (_, current), weight in zip(self._pairs(pl_module), self._aside, strict=True):
                 current.data.copy_(weight)
@@ -93,30 +93,30 @@ class MovingAverage(WeightAveraging):
 
 
 def moved(average: Tensor, current: Tensor, count: Tensor | int, decay: float) -> Tensor:
-    """The average after one more value.
+    """Returns the average after one more value.
 
     Args:
         average: so far.
         current: the value.
-        count: how many there were; the average does not depend on it.
-        decay: what remains of the average.
+        count: the number of values so far; the average does not depend on it.
+        decay: the weight of the average so far.
     """
     if not (average.is_floating_point() or average.is_complex()):
         return current
     current = current.to(average.dtype)
-    # What is equal stays so to the bit: frozen weights, and masks of infinities, whose difference is no number.
+    # Equal values stay equal to the bit: frozen weights, and infinities in masks, whose difference is NaN.
     return torch.where(average == current, average, torch.lerp(average, current, 1 - decay))
 
 
 def check_averages(trainer: L.Trainer, module: nn.Module) -> None:
-    """Refuses averages of Lightning's own that would be other weights than the run's.
+    """Refuses Lightning's own averages where they would not be averages of the run's weights.
 
     Args:
         trainer: of the run.
-        module: what is trained.
+        module: the trained module.
 
     Raises:
-        SchemeError: it names the option, or the buffer.
+        SchemeError: names the option, or the buffer.
     """
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(callback, WeightAveraging) or isinstance(callback, MovingAverage):
@@ -132,7 +132,7 @@ def check_averages(trainer: L.Trainer, module: nn.Module) -> None:
         if trainer.precision == "64-true":
             raise SchemeError(f"{name} rounds the weights of precision 64-true to 32 bits\n  {INSTEAD}")
         for key, buffer in module.named_buffers():
-            # A counter of batches is read by nothing where norms have a momentum.
+            # Nothing reads a norm's counter of batches if the norm has a momentum.
             if (
                 not buffer.is_floating_point()
                 and buffer.dtype != torch.bool

@@ -1,4 +1,4 @@
-"""Whether a network is as often right as it is sure: expected calibration error and the reliability diagram's bins."""
+"""Calibration of a network's confidence: expected calibration error, and the bins of a reliability diagram."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class Calibration:
-    """Confidences and whether they were borne out, streamed.
+    """Accumulates confidences, and whether the predictions were right.
 
     ECE = sum over bins of (pictures in the bin / all) |accuracy - mean confidence|, over bins [0, 1/n), ...,
     [1 - 1/n, 1] of the confidence.
 
     Args:
-        bins: How many.
+        bins: Number of bins.
 
     Source:
         Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, equation 3; by torchmetrics.
@@ -30,7 +30,7 @@ class Calibration:
         from torchmetrics.classification import BinaryCalibrationError
 
         self.bins = bins
-        # The most likely class against all others is a matter of two: it needs no more than its confidence.
+        # The most likely class against all others is a binary problem: only its confidence is needed.
         self.metric = BinaryCalibrationError(n_bins=bins, norm="l1")
         self._edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
         self._counts, self._right, self._sure = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
@@ -44,14 +44,14 @@ class Calibration:
         """
         sure, best = probabilities.double().max(1)
         right = best == labels
-        # torchmetrics gives a confidence of 1 a bin of its own.
+        # torchmetrics would put a confidence of 1 in a separate bin.
         self.metric.update(sure.clamp(max=1 - 2**-53), right.long())
         bin_of = (torch.bucketize(sure, self._edges, right=True) - 1).clamp(max=self.bins - 1)
         for total, values in ((self._counts, torch.ones_like(sure)), (self._right, right), (self._sure, sure)):
             total.scatter_add_(0, bin_of, values.double())
 
     def summary(self) -> dict[str, Any]:
-        """The error "ece", and "bins": of each that holds pictures edges, number, accuracy and mean confidence."""
+        """The error "ece", and "bins": edges, number, accuracy and mean confidence of each bin that holds pictures."""
         rows = []
         for k in range(self.bins):
             count = int(self._counts[k])

@@ -1,4 +1,4 @@
-"""Callbacks: throughput, a step size that moves over the epochs, the closing report, predictions as a file."""
+"""Callbacks: throughput, a step size that moves over the epochs, the closing summary, predictions as a file."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._images, self._start, self._stop = -1, 0.0, 0.0  # as at an epoch's start, which a resumed one lacks
+        self._images, self._start, self._stop = -1, 0.0, 0.0  # as at an epoch's start; a resumed epoch lacks that hook
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._images, self._start = -1, 0.0
@@ -48,7 +48,7 @@ class Throughput(Callback):
         # Validation runs before this hook: the clock stopped with the last batch.
         if self._images > 0:
             rate = self._images / max(self._stop - self._start, 1e-9)
-            # Times the processes, since what is synchronised is averaged over them.
+            # Times the number of processes, since synchronised figures are averaged over them.
             pl_module.log("train/images_per_s", rate * trainer.world_size, sync_dist=True)
 
 
@@ -61,7 +61,7 @@ class StepSchedule(Callback):
     Args:
         start: h of the first epoch.
         stop: h of the last.
-        shape: Of the way between.
+        shape: The shape of the path between them.
 
     Raises:
         SchemeError: A geometric path through zero, or a net without a stack to set.
@@ -76,7 +76,7 @@ class StepSchedule(Callback):
         self.h = start
 
     def at(self, u: float) -> float:
-        """h at share u of the run.
+        """The step size h at share u of the run.
 
         Args:
             u: from 0 to 1.
@@ -88,13 +88,13 @@ class StepSchedule(Callback):
         return self.start + u * (self.stop - self.start)
 
     def apply(self, net: nn.Module, h: float) -> None:
-        """Set h in every part of the net that has `set_step`.
+        """Sets h in every part of the net that has `set_step`.
 
         Args:
             net: any module.
             h: the step size.
         """
-        # By the method and not by the class, so that a net of one's own may have it.
+        # Found by the method rather than the class, so that a custom net can provide it.
         stacks = [part for part in net.modules() if callable(getattr(part, "set_step", None))]
         if not stacks:
             raise SchemeError("StepSchedule: the net has no Stack whose step size could be set\n  Drop the callback.")
@@ -106,7 +106,7 @@ class StepSchedule(Callback):
         if trainer.max_epochs and trainer.max_epochs > 0:
             u = trainer.current_epoch / max(1, trainer.max_epochs - 1)
         else:
-            # Without a number of epochs only the steps say how long a run is.
+            # Without a number of epochs, only the number of steps gives the length of the run.
             u = trainer.global_step / trainer.estimated_stepping_batches
         self.apply(pl_module, self.at(min(u, 1.0)))
 
@@ -117,7 +117,7 @@ class StepSchedule(Callback):
         return {"h": self.h}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Evaluation must use the step that the weights were trained with.
+        # Evaluation must use the step size that the weights were trained with.
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None:
             self.apply(pl_module, state["h"])
@@ -151,7 +151,7 @@ class RunSummary(Callback):
 
 
 class EpochLines(Callback):
-    """One line per epoch, for output that is no terminal, where a bar that redraws itself is noise."""
+    """Prints one line per epoch, for output that is not a terminal, where a redrawn progress bar is noise."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         figures = trainer.callback_metrics  # computed by all processes together
@@ -177,9 +177,9 @@ _NO_FLOPS = re.compile(r"0\s+Total F")
 
 
 class Agreement(Callback):
-    """Stops at once where the processes of a run do not have the same seed, classes, samples or net.
+    """Stops at once if the processes of a run do not have the same seed, classes, samples or net.
 
-    Each would train a net of its own, or wait for the others for ever.
+    Each would otherwise train a net of its own, or wait for the others forever.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -203,7 +203,7 @@ class Agreement(Callback):
 
 
 def relative(path: Path) -> Path:
-    """The path from the folder that the command runs in, where it lies below that.
+    """Returns the path relative to the working directory if it lies below that, else the path unchanged.
 
     Args:
         path: the path.
@@ -217,7 +217,7 @@ def relative(path: Path) -> Path:
 class Predictions(BasePredictionWriter):
     """Writes one row per picture to a CSV file: its file or row, and its five most likely classes with probabilities.
 
-    Rows stand in the order of the pictures, whichever process predicted them.
+    Rows are in the order of the pictures, whichever process predicted them.
 
     Args:
         path: the CSV file.
@@ -237,7 +237,7 @@ class Predictions(BasePredictionWriter):
         best = [best_of(batch, 5) for batch in predictions]
         rows = (row for values, numbers in best for row in zip(values.tolist(), numbers.tolist(), strict=True))
         for index, (probabilities, numbers) in zip(indices, rows, strict=True):
-            if not isinstance(index, tuple):  # else it is there to give every process equally many
+            if not isinstance(index, tuple):  # else it is padding, which gives every process the same number
                 own[index] = name(index), probabilities, numbers
         found: list[Any] = [own]
         if trainer.world_size > 1:
@@ -256,6 +256,6 @@ class Predictions(BasePredictionWriter):
             called = [classes[number] if classes else number for number in numbers]
             figures = [f"{probability:.6f}" for probability in probabilities]
             writer.writerow([index, name, *(x for pair in zip(called, figures, strict=True) for x in pair)])
-        # In UTF-8 whatever the locale is, and whole, so that an earlier file is not lost to a full disk.
+        # In UTF-8 whatever the locale, and atomically, so that a full disk does not destroy an earlier file.
         write_whole(self.path, file.getvalue().encode())
         print(f"predictions: {relative(self.path)}")

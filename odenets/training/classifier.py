@@ -22,7 +22,7 @@ from .schedules import KEY, Schedule, WarmupCosine, restart, scheduled
 
 
 def cross_entropy(logits: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """torch's, in at least 32 bits, whatever precision the net has; labels (n,) or rows of weights (n, classes)."""
+    """torch's cross-entropy in at least 32 bits, whatever the net's precision; labels (n,) or weights (n, classes)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, y if y.ndim == 1 else y.to(logits.dtype), **options)
 
@@ -31,7 +31,7 @@ class Classifier(NetModule):
     """Cross-entropy training of `net`, with the optimiser and its schedule as parts.
 
     Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, from 100 classes on also val/acc5 and test/acc5,
-    and `evaluations`, the residual-function evaluations of one forward, where the net counts them.
+    and `evaluations`, the residual-function evaluations of one forward pass, where the net counts them.
     A batch is (pictures (n, c, h, w), labels (n,) or rows of weights (n, classes)).
 
     Args:
@@ -44,14 +44,14 @@ class Classifier(NetModule):
         compile: Compile the net in place, so that the names in checkpoints stay the same.
         layer_decay: Factor of the learning rate from a layer to the one before it, for fine-tuning; 1 is one rate for
             all. See ``odenets.models.depth`` for what a layer is.
-        frozen: Parts of the net that are not trained: names of modules or parameters with shell wildcards, "!" before a
-            name takes it out again, as in ["*", "!head"]. Norms in them keep their statistics.
+        frozen: Parts of the net that are not trained: names of modules or parameters, with shell wildcards; a leading
+            "!" exempts a name again, as in ["*", "!head"]. Norms in frozen parts keep their statistics.
         aux: Auxiliary values of the net's residual functions that are added to the loss, and their weights, as in
             {"balance": 0.01}. Fields, whose weights are functions of depth, return "kinetic" and "jacobian" if they are
-            among them. Logged without the weights as train/NAME; train/loss stays the cross-entropy.
+            among them. Logged without the weights as train/NAME; train/loss remains the cross-entropy.
 
     Attributes:
-        lr: A learning rate that takes the place of the optimiser's, as Lightning's LearningRateFinder sets it.
+        lr: A learning rate that overrides the optimiser's, such as the one that Lightning's LearningRateFinder sets.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class Classifier(NetModule):
         aux: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        # From a configuration the parts are stored as class paths and arguments, from which load_from_checkpoint builds
-        # them again. From Python they are objects, which would be pickled into the checkpoint: they stay out.
+        # Parts given by a configuration are stored as class paths and arguments, from which load_from_checkpoint
+        # rebuilds them. Parts given as Python objects would be pickled into the checkpoint, and are left out.
         built_from_config = _given_hyperparameters.get() is not None
         self.save_hyperparameters(ignore=[] if built_from_config else ["net", "optimizer", "schedule"])
         self.net = net
@@ -86,7 +86,7 @@ class Classifier(NetModule):
         self.take_frozen(frozen)
         # Refused here, before any data are read.
         check_optimizer(optimizer, parameter_groups(net, step_weight_decay, layer_decay))
-        self.train()  # Lightning begins a run as the module is, and never asks for it
+        self.train()  # Lightning begins a run in the module's current mode, and never calls this itself
 
     @property
     def backbone(self) -> nn.ModuleList:
@@ -108,11 +108,11 @@ class Classifier(NetModule):
         return sum(terms, loss)
 
     def log_training(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        """Logs the loss of a training batch, and the share of pictures whose class came first.
+        """Logs the loss of a training batch, and the share of pictures whose class has the largest logit.
 
         Args:
             loss: of the batch.
-            logits: of the head that counts.
+            logits: of the head whose accuracy is logged.
             y: labels (n,) or rows of weights (n, classes).
         """
         hits = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
@@ -122,7 +122,7 @@ class Classifier(NetModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         x, y = batch
-        # Asked before the forward pass, so that the device is not waited for after it.
+        # Read before the forward pass, so that the host does not have to wait for the device after it.
         count = int((y != IGNORED).sum())
         logits = self(x)
         best = best_of(logits, 5)[1] == y[:, None]
@@ -131,7 +131,7 @@ class Classifier(NetModule):
             figures[f"{stage}/acc5"] = best.any(1)
         for name, figure in figures.items():
             mean = figure.sum(dtype=torch.promote_types(torch.float32, figure.dtype)) / max(1, count)
-            # Times the processes, since Lightning averages the counts over them and drops the fraction.
+            # Times the number of processes, since Lightning averages the counts over them and drops the fraction.
             weight = count * self.trainer.world_size
             self.log(name, mean, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
 
@@ -152,15 +152,15 @@ class Classifier(NetModule):
         return found
 
     def make_optimizer(self) -> Optimizer:
-        """The optimiser, with the groups of the net and their learning rates."""
+        """Builds the optimiser, with the groups of the net and their learning rates."""
         groups = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
         return make_optimizer(self.optimizer, groups, self.lr)
 
     def on_train_start(self) -> None:
-        # A finder sets the rate, or the size of batches and with it the run's length, when the schedule exists already:
-        # that would undo the one, and end too early or too late for the other.
+        # A finder sets the learning rate, or the batch size and with it the run's length, when the schedule already
+        # exists: the schedule would undo the former, and end too early or too late for the latter.
         configs, steps = self.trainer.lr_scheduler_configs, self.trainer.estimated_stepping_batches
-        # The trials of a finder begin training too: one of rates by a schedule of its own, one of sizes by this one.
+        # A finder's trials begin training too: those of rates with a schedule of their own, those of sizes with ours.
         ours = bool(configs) and configs[0].scheduler is self._planned[0]
         if ours and self.trainer.global_step == 0 and (self.lr is not None or steps != self._planned[1]):
             restart(self.trainer, self.schedule, self.lr)
@@ -178,7 +178,7 @@ class Classifier(NetModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":  # type: ignore
-        """The model of a checkpoint; one that was built in Python needs its parts: `net=...`, `optimizer=...`."""
+        """Loads the model of a checkpoint; one built in Python needs its parts: `net=...`, `optimizer=...`."""
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except TypeError as e:

@@ -66,7 +66,7 @@ from .sources import DataError
 from .trained import move_steps
 from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
-MONITOR = "val/acc"  # what the best checkpoint is best in, unless the configuration or the module says otherwise
+MONITOR = "val/acc"  # the figure that selects the best checkpoint, unless the configuration or the module sets another
 # Lightning's hints that do not apply: pictures in memory need no workers, and a run's folder is meant to be used again.
 QUIET = (
     ".*does not have many workers.*",
@@ -78,54 +78,54 @@ QUIET = (
     r"(?s).*deprecated in v4.*removed in v5.*",
     ".*is not supported by the model summary.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
-    # Which every schedule of ours is: it takes the place of one that is stepped after each batch.
+    # Raised for each of our schedules, which are stepped after each batch; SWA replaces them.
     ".*SWA is currently only supported every epoch.*",
-    # Frozen norms are: see Classifier.
+    # Frozen norms are in eval mode: see Classifier.
     ".*in eval mode at the start of training.*",
     ".*You are trying to `self.log\\(\\)` but the `self.trainer` reference is not registered.*",
 )
 
 
-# It saves nothing, so that it does not matter which checkpoint was the best so far.
+# Evaluation saves nothing, so it does not matter which checkpoint was the best so far.
 QUIET_IN_EVALUATION = (
     ".*The dirpath has changed from.*",
-    r".*Please add the following callbacks: \['StepSchedule'\].*",  # what it would do is done; see move_steps
+    r".*Please add the following callbacks: \['StepSchedule'\].*",  # move_steps does the callback's work
 )
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 class TrainingParser(LightningArgumentParser):
-    """A parser that ends in two lines where jsonargparse prints its usage of ninety."""
+    """A parser whose errors are two lines, where jsonargparse prints a usage of ninety."""
 
     command_line: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviation that works today means another option when one is added.
+        # An abbreviation that works today may mean another option once one is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> list[str]:
-        """As jsonargparse's, which hands linked arguments on and takes them of classes alone."""
+        """As jsonargparse's, without linked targets, which it passes on but accepts only for classes."""
         return super().add_function_arguments(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # The options that are near to what was typed are those of the subcommand.
+        # Suggestions for a mistyped option come from those of the subcommand.
         parser = getattr(ex, "subcommand_parser", None) or self
         names = [action.dest for action in parser._actions]
         fail(*explain(message, self.command_line, names))
 
 
 class SavedConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder and the same into every checkpoint.
+    """Writes ``config.yaml`` into the run's folder, and the same configuration into every checkpoint.
 
-    It starts a new run wherever it is used: what a run was resumed from is no part of it.
+    Wherever the file is used, it starts a new run: the checkpoint that a run was resumed from is not part of it.
     """
 
     resolved: Mapping[str, Any]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call of all processes
         if trainer.is_global_zero and not self.already_saved:
-            # In the order of the options, in which people read them.
+            # In the order of the options, which is the readable one.
             text = yaml.safe_dump({**self.resolved, "ckpt_path": None}, sort_keys=False, allow_unicode=True)
             write_whole(Path(folder) / self.config_filename, text.encode())
         self.already_saved = True
@@ -144,14 +144,14 @@ class Command(LightningCLI):
             super().__init__(*args, **kwargs)
         finally:
             if self.lock is not None:
-                # Whatever ends the command, also a refusal before training.
+                # However the command ends, also by a refusal before training.
                 self.lock.release()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The subcommand that was typed, or all of them where none leads the line."""
+        """The subcommand that was typed, or all of them if the line does not begin with one."""
         every = LightningCLI.subcommands()
-        # Building the options of one takes as long as a small run, and only one is ever parsed.
+        # Building the options of one subcommand takes as long as a small run, and only one is ever parsed.
         typed = next(iter(TrainingParser.command_line), None)
         return {typed: every[typed]} if typed in every else every
 
@@ -177,7 +177,7 @@ class Command(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
-        # When both are built: only the data know them.
+        # Linked when both are built: only the data module knows these numbers.
         for name in ("num_classes", "in_chans"):
             parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
 
@@ -187,17 +187,17 @@ class Command(LightningCLI):
         return
 
     def _set_seed(self) -> None:
-        # Here, as the seed is set before anything else is checked.
+        # Checked here, since the seed is set before anything else is checked.
         check_numbers({"seed_everything": self._get(self.config, "seed_everything")})
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Everything that can be refused before any data is opened."""
+        """Refuses everything that can be refused before any data is opened."""
         options = self.config[str(self.subcommand)]
         check_groups(options)
         text = self._parser(self.subcommand).dump(options, skip_none=False)
         self.resolved: dict[str, Any] = yaml.safe_load(text)
-        # What Lightning's CLI would dump again, to tell the model how it was made.
+        # Lightning's CLI would dump the options again, to tell the model how it was configured.
         self.config_dump = self.resolved
         check_numbers(self.resolved)
         if options.threads is not None:
@@ -210,7 +210,7 @@ class Command(LightningCLI):
         self.written: dict[str, int] | None = None
         self.source: Source | None = None
         self.held: Mapping[str, Any] = {}
-        # A job that SLURM has started again goes on, though its command says nothing of a checkpoint.
+        # A job that SLURM has requeued resumes, though its command names no checkpoint.
         given = options.ckpt_path or (requeued(self.run_dir) if fit else None)
         if not fit and loads_weights(given):
             given, options.weights = None, given
@@ -225,7 +225,7 @@ class Command(LightningCLI):
             )
 
     def _open_checkpoint(self, path: Path) -> None:
-        """Refuses a checkpoint that is not whole, or that was trained otherwise, before the run changes anything."""
+        """Refuses a checkpoint that is damaged, or trained with other options, before the run changes anything."""
         fit = self.subcommand == "fit"
         held = self.held = open_checkpoint(path, resume=fit).held
         ours = held.get(KEY, {})
@@ -235,11 +235,11 @@ class Command(LightningCLI):
             if isinstance(ours.get("config"), dict):
                 self._keep_start(ours["config"], str(path))
                 check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
-            # A checkpoint from elsewhere says nothing of the metrics in this folder.
+            # A checkpoint from another folder does not describe the metrics in this one.
             self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
 
     def _keep_start(self, before: Mapping[str, Any], name: str) -> None:
-        """A run that goes on began where it began: its configuration keeps saying so, and no weights are read again."""
+        """Keeps the initial weights of a resumed run in its configuration; they are not read again."""
         given, first = self.resolved.get("weights"), before.get("weights")
         if given not in (None, first):
             raise SchemeError(
@@ -249,9 +249,9 @@ class Command(LightningCLI):
         self.resolved.update({key: before[key] for key in ("weights", "adapt") if key in before})
 
     def _take_classes(self, names: list[str] | None) -> None:
-        """The names of the classes that were trained on number those of other data, which may lack some or all."""
+        """Numbers the classes of the data by the names trained on, since the data may lack some or all of them."""
         options = self.config[str(self.subcommand)].data.get("init_args") or {}
-        # What the user has given wins.
+        # The user's own names take precedence.
         if names and "classes" in options and options["classes"] is None:
             options["classes"] = list(names)
 
@@ -263,10 +263,10 @@ class Command(LightningCLI):
                 raise
             cause = root_cause(e)
             if isinstance(cause, ImportError) and explained(cause) is not None:
-                raise cause from None  # whoever called knows what installs it
-            # Others say too little without their kind, such as a KeyError.
+                raise cause from None  # the caller names the extra that installs it
+            # Other errors, such as a KeyError, say too little without their type.
             kind = "" if isinstance(cause, ValueError | MisconfigurationException) else f"{type(cause).__name__}: "
-            # The cause and not the chain: parsers wrap an error once for each level of the configuration.
+            # The cause rather than the chain: parsers wrap an error once for each level of the configuration.
             fail(
                 f"{kind}{cause}",
                 "odenets schemes and odenets models list what there is; JSONARGPARSE_DEBUG=true traces it",
@@ -278,7 +278,7 @@ class Command(LightningCLI):
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
         if self.subcommand != "fit":
-            # The callback that would do it may be in no configuration; the weights are of these steps all the same.
+            # The callback that would do this may not be configured, but the weights belong to these step sizes.
             move_steps(getattr(self.model, "net", self.model), self.held)
         found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
         if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
@@ -310,7 +310,7 @@ class Command(LightningCLI):
         if self.config_init["fit"].ckpt_path is not None:
             close_part(self.run_dir, self.written)
         else:
-            # Only now, when everything else of the run could be built: a typing error must not rename a folder.
+            # Only now, after everything else of the run could be built: a typo must not rename a folder.
             self.lock.set_aside()
         for logger in self.trainer.loggers:
             if isinstance(logger, Metrics):
@@ -332,13 +332,13 @@ class Command(LightningCLI):
             kwargs["logger"] = ours + extra
         plugins = trainer.plugins or []
         plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
-        # The user's own way to write checkpoints stays.
+        # A user's own checkpoint plugin takes precedence.
         if not has(plugins, CheckpointIO):
             kwargs["plugins"] = [*plugins, WholeCheckpoints()]
-        # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, over that of a real run.
+        # Lightning 2.6 writes last.ckpt at the end of a fast_dev_run too, and would overwrite that of a real run.
         kwargs["enable_checkpointing"] = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
         callbacks = self._given_callbacks()
-        if going_on:  # with what they have found, which the checkpoint holds
+        if going_on:  # the checkpoint holds what the finders have found
             callbacks = [c for c in callbacks if not isinstance(c, FINDERS)]
         shown, kwargs["enable_progress_bar"] = self._output(trainer, callbacks)
         callbacks += shown
@@ -347,18 +347,18 @@ class Command(LightningCLI):
         elif kwargs["enable_checkpointing"]:
             callbacks += [self._best(settings)]
         if self.subcommand == "predict" and not has(callbacks, BasePredictionWriter):
-            # What a module predicts that is no class, it writes itself.
+            # A module that predicts something other than classes has its own writer.
             writer = getattr(self.model, "prediction_writer", None)
             callbacks.append(writer(self.folder) if writer else Predictions(self.folder / "predictions.csv"))
         self.save_config_callback = type("SavedConfig", (SavedConfig,), {"resolved": self.resolved})
         return super().instantiate_trainer(**kwargs, callbacks=[Agreement(), *callbacks])
 
     def _output(self, trainer: Any, callbacks: list[Callback]) -> tuple[list[Callback], bool]:
-        """What shows a run while it goes on, and whether there is a bar."""
+        """The callbacks that show a run's progress, and whether there is a bar."""
         shown: list[Callback] = []
         bar = trainer.enable_progress_bar is not False
         if bar and not has(callbacks, ProgressBar):
-            # A bar redraws itself by control characters, which a log file would keep.
+            # A bar redraws itself with control characters, which a log file would keep.
             bar = sys.stdout.isatty()
             shown.append(RichProgressBar() if bar else EpochLines())
         if trainer.enable_model_summary is not False and not has(callbacks, ModelSummary):
@@ -366,9 +366,9 @@ class Command(LightningCLI):
         return shown, bar
 
     def _around(self, callbacks: list[Callback], settings: Any, checkpoints: bool) -> list[Callback]:
-        """The callbacks of a training run, in the order that resuming rests on: what saves the state comes first."""
+        """The callbacks of a training run, in the order that resuming relies on: those that save state come first."""
         last = settings.last if checkpoints and settings.checkpoint.save_last else None
-        # First of all: at each hook it must see the state before others have changed it.
+        # Resume comes first: at each hook it must see the state before others have changed it.
         before: list[Callback] = [resume := Resume()]
         if last is not None:
             last.path, last.resume = (self.run_dir / "checkpoints" / "last.ckpt").absolute(), resume
@@ -385,15 +385,15 @@ class Command(LightningCLI):
 
     def _best(self, settings: Any) -> ModelCheckpoint:
         best = settings.checkpoint
-        if best.monitor == MONITOR:  # a module that has no such figure says which one counts
+        if best.monitor == MONITOR:  # a module without this figure names its own
             best.monitor = getattr(self.model, "monitor", MONITOR)
         best.dirpath, best._enable_version_counter = str(self.run_dir.absolute() / "checkpoints"), False
-        best.save_last = None  # another callback's: Lightning's writes `last` only where `best` improves
+        best.save_last = None  # left to LastCheckpoint: Lightning writes `last` only when `best` improves
         return best
 
 
 class PrintGroups(argparse.Action):
-    """An option that is no value: prints what the optimiser would be given, and ends the command."""
+    """An option without a value, which prints the optimiser's groups of parameters and ends the command."""
 
     asked: ClassVar[bool] = False
 
@@ -420,7 +420,7 @@ def print_groups(model: L.LightningModule) -> NoReturn:
 
 
 class _Resolved(Exception):
-    """Ends a command once its configuration is known, which it carries."""
+    """Ends a command once its configuration is resolved, and carries it."""
 
 
 class _Resolving(Command):
@@ -428,11 +428,11 @@ class _Resolving(Command):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """One parser takes a quarter of the time of four."""
+        """Only ``fit``: one parser takes a quarter of the time of four."""
         return {"fit": Command.subcommands()["fit"]}
 
     def _set_seed(self) -> None:
-        """The process keeps its random state."""
+        """Does nothing, so that the process keeps its random state."""
 
     def before_instantiate_classes(self) -> None:
         check_groups(self.config[str(self.subcommand)])
@@ -443,12 +443,12 @@ class _Resolving(Command):
 
 
 def has(things: Sequence[Any], kind: type) -> bool:
-    """Whether one of the callbacks, or of the plugins, is of this kind."""
+    """Whether one of the callbacks, or of the plugins, is of the given kind."""
     return any(isinstance(thing, kind) for thing in things)
 
 
 def requeued(folder: Path) -> str | None:
-    """The checkpoint that Lightning wrote when SLURM put this job back into its queue."""
+    """The checkpoint that Lightning wrote when SLURM requeued this job."""
     if not SLURMEnvironment.detect():
         return None
     found = [(int(path.stem.rpartition("_")[2]), path) for path in folder.glob("hpc_ckpt_*.ckpt")]
@@ -469,7 +469,7 @@ def find_checkpoint(given: str | None, folder: Path, subcommand: str | None) -> 
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error of ours in a chain of causes, else the first cause: jsonargparse wraps what a constructor raises."""
+    """Our own error in a chain of causes, else the first cause: jsonargparse wraps what a constructor raises."""
     chain = [error]
     while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
         chain.append(below)
@@ -477,7 +477,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def worth_saying(record: logging.LogRecord) -> bool:
-    """False for Lightning's tips to install further products, and for what it says at every checkpoint."""
+    """False for Lightning's tips to install further products, and for its messages at every checkpoint."""
     return not any(
         text in record.getMessage()
         for text in ("Tip: For seamless", "`weights_only` was not set", "Trainer already configured with")
@@ -485,7 +485,7 @@ def worth_saying(record: logging.LogRecord) -> bool:
 
 
 def resuming_line(words: Sequence[str], prog: str) -> str:
-    """The command line that goes on with a run that stopped."""
+    """The command line that resumes a stopped run."""
     kept, skip = [], False
     for word in words:
         if not skip and not word.startswith("--ckpt_path="):
@@ -495,7 +495,7 @@ def resuming_line(words: Sequence[str], prog: str) -> str:
 
 
 def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
-    """Run one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for name in (
         "utilities.rank_zero",
@@ -517,9 +517,9 @@ def run(args: list[str] | None, prog: str = "lightning") -> Command | None:
 
 
 def with_configuration(words: Sequence[str]) -> Sequence[str]:
-    """A command line of evaluation that names a checkpoint and no configuration, with the checkpoint's own.
+    """Adds the checkpoint's configuration to a command line of evaluation that names a checkpoint and none itself.
 
-    Options such as `--data.batch_size` change what that says, and so does another class for the network or the data.
+    Options such as `--data.batch_size` override it, and so does another class for the network or the data.
     """
     given = option(words, "--ckpt_path")
     if not words or words[0] not in ("validate", "test", "predict") or given is None or is_configured(words):
@@ -528,11 +528,11 @@ def with_configuration(words: Sequence[str]) -> Sequence[str]:
 
 
 def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
-    """Parses a command line, builds what it says, and runs it."""
+    """Parses a command line, builds the objects that it describes, and runs it."""
     words = with_files(words)
     TrainingParser.command_line = words
     check_files(words)
-    written = written_out(words)  # messages show the line as it was typed
+    written = written_out(words)  # only for the parser: messages show the line as it was typed
     return kind(
         L.LightningModule,
         L.LightningDataModule,
@@ -549,7 +549,7 @@ def _command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
 
 
 def resolve(words: Sequence[str], prog: str = "lightning") -> dict[str, Any]:
-    """The configuration that a command line of ``fit`` means, checked as a run's; nothing is opened, built or seeded.
+    """Resolves the configuration of a ``fit`` command line, checked as for a run; nothing is opened, built or seeded.
 
     Args:
         words: the line, ``["fit", "-c", "FILE.yaml", ...]``.
@@ -557,7 +557,7 @@ def resolve(words: Sequence[str], prog: str = "lightning") -> dict[str, Any]:
 
     Raises:
         SchemeError: a number that no run can have, or a file that is not what it seems.
-        SystemExit: what the parser refuses, after two lines.
+        SystemExit: the parser refuses the line, after printing two lines.
     """
     with warnings.catch_warnings():
         for text in QUIET:
@@ -570,7 +570,7 @@ def resolve(words: Sequence[str], prog: str = "lightning") -> dict[str, Any]:
 
 
 def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoReturn:
-    """Two lines for what the user can mend; anything else is raised again."""
+    """Ends with two lines for an error that the user can fix; any other is raised again."""
     again = resuming_line(words, prog)
     if isinstance(error, Interrupted):
         if getattr(rank_zero_only, "rank", 0) not in (0, None):
@@ -585,22 +585,22 @@ def explain_failure(error: Exception, words: Sequence[str], prog: str) -> NoRetu
     if isinstance(error, OSError) and error.errno in UNWRITABLE - {errno.EEXIST}:
         fail(str(unwritable(Path(error.filename or "the run's folder"), error)))
     if isinstance(error, ProcessRaisedException) and (found := OURS.search(str(error))):
-        fail(found[1])  # of a forked process, which hands over its traceback as text
+        fail(found[1])  # from a forked process, whose traceback arrives as text
     if isinstance(error, ProcessExitedException) or any(text in str(error) for text in PEER_GONE):
         fail("another process of this run has ended, and this one cannot go on alone", f"Once mended, go on: {again}")
     raise error
 
 
 def refuses_options(error: Exception) -> bool:
-    """Whether Lightning, or an optimiser of torch, says that it cannot do what an option asks for."""
+    """Whether the error is Lightning's, or a torch optimiser's, refusal of an option."""
     frames = list(traceback.walk_tb(error.__traceback__))
     origin = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    # By who raised it: the same kinds of error from elsewhere are faults of a program, and want their traceback.
+    # Judged by the module that raised it: the same kinds of error from elsewhere are bugs, and need their traceback.
     return (isinstance(error, ValueError) and origin.startswith(("lightning.", "torch.optim."))) or (
         isinstance(error, RuntimeError) and origin.startswith("torch.optim.")
     )
 
 
 OURS = re.compile(r"^[\w.]*(?:SchemeError|NotFinite|CheckpointError|DataError): (.+)", re.M | re.S)
-# What gloo and NCCL say where a process of the group is gone.
+# Messages of gloo and NCCL when a process of the group is gone.
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL remote process exited", "Broken pipe")

@@ -24,7 +24,7 @@ HELP = "odenets convergence --help lists every option"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command; what is none of them is one of the data, as in training: --data.root FOLDER."""
+    """Builds the parser of the command; all other options are those of the data, as in training: --data.root FOLDER."""
     found = argparse.ArgumentParser(
         prog="odenets convergence",
         description="Run a checkpoint whose weights are functions of depth under schemes and depths; print accuracy "
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(words: Sequence[str]) -> Convergence:
-    """Runs one command line; errors that the user can mend end in two lines and exit status 2."""
+    """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     options, rest = parser().parse_known_args(list(words))
     try:
         net, data = trained(options.checkpoint, rest)
@@ -69,7 +69,7 @@ def run(words: Sequence[str]) -> Convergence:
 
 
 def trained(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, L.LightningDataModule]:
-    """The network of a checkpoint with its weights, steps and scheme, and the data that it was trained on.
+    """Loads the network of a checkpoint with its weights, steps and scheme, and the data that it was trained on.
 
     Args:
         path: the checkpoint.
@@ -92,7 +92,7 @@ def trained(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, L.Lig
     for name in ("num_classes", "in_chans"):
         parts.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
     given = {k: config[k] for k in ("model", "data")}
-    # What the run computed from its data is computed again, from the data given here.
+    # Options that the run computed from its data are recomputed from the data given here.
     net_options = given["model"].get("init_args", {}).get("net", {}).get("init_args", {})
     for name in ("num_classes", "in_chans"):
         net_options.pop(name, None)
@@ -107,18 +107,18 @@ def trained(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, L.Lig
 
 
 def _refined_as(net: nn.Module, states: dict[str, Any], config: dict[str, Any]) -> None:
-    """Steps and scheme after the refinements of a run."""
+    """Sets steps and scheme to those after the refinements of a run."""
     for callback in config.get("trainer", {}).get("callbacks") or []:
         if str(callback.get("class_path", "")).rpartition(".")[2] == "Refinement":
             refinement = Refinement(**callback.get("init_args", {}))
             state = states.get(refinement.state_key, {"done": 0})
             for number in range(state["done"]):
-                # The knots came with the weights; steps and schemes are no tensors, and are gone through again.
+                # The knots came with the weights; steps and schemes are not tensors, so their changes are repeated.
                 refinement._rebuild(net, number)
 
 
 def pictures(data: Any, split: str, samples: int) -> Any:
-    """Batches of a split as evaluation sees them, at most so many pictures."""
+    """Yields batches of a split as evaluation sees them, at most `samples` pictures in all; 0 takes all."""
     data.setup("validate" if split == "val" else "test")
     left = samples or float("inf")
     for batch in data.val_dataloader() if split == "val" else data.test_dataloader():

@@ -29,24 +29,24 @@ from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
 from .splits import open_splits
 from .view import View
 
-SMALL = 96  # pixels a side; up to here pictures are kept in memory, and training cuts no random box unless told
+SMALL = 96  # pixels a side; up to here, pictures are kept in memory and by default not cropped at random
 
 
 class Pictures(L.LightningDataModule):
-    """What all picture data modules share: loaders, normalisation and augmentation of the batch on its device.
+    """The base of all picture data modules: loaders, normalisation and augmentation of the batch on its device.
 
-    A subclass sets `num_classes` and `in_chans`, and in `setup` the datasets `self.sets["train" | "val" | "test"]`. One
-    that also sets `classes` and `view`, how evaluation shows a picture, has checkpoints that predict without it.
+    A subclass sets `num_classes` and `in_chans`, and in `setup` the datasets `self.sets["train" | "val" | "test"]`. If
+    it also sets `classes` and `view` (how evaluation shows a picture), its checkpoints can predict without it.
 
     Args:
         batch_size: samples of one process in a batch.
-        num_workers: processes that load; None: the cores, at most 8.
+        num_workers: processes that load; None: one per core, at most 8.
         mean: one figure per channel, of pictures in [0, 1].
         std: one figure per channel.
         augment: of the batch in training; None: nothing.
 
     Attributes:
-        on_device: Whether all pictures lie on the device that trains; for sets that are kept in memory.
+        on_device: Whether all pictures are kept on the training device; for sets that are kept in memory.
     """
 
     num_classes: int
@@ -73,7 +73,7 @@ class Pictures(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         x, y = batch
-        if x.dtype in (torch.float16, torch.bfloat16):  # --trainer.precision bf16-true; augmentation wants more digits
+        if x.dtype in (torch.float16, torch.bfloat16):  # --trainer.precision bf16-true; augmentation needs more digits
             x = x.float()
         if self.trainer is not None and self.trainer.training:
             generator = batch_generator(self.trainer, x.device, self.augment.seed)
@@ -95,7 +95,7 @@ class Pictures(L.LightningDataModule):
             self.batch_size,
             train=name == "train",
             num_workers=workers,
-            # A whole batch has been made already.
+            # Such a dataset returns whole batches.
             collate_fn=_as_is if hasattr(data, "__getitems__") else None,
             pin_memory=torch.cuda.is_available() and not self.on_device,
             persistent_workers=workers > 0,
@@ -118,7 +118,7 @@ class Pictures(L.LightningDataModule):
         return "predict" if "predict" in self.sets else "test"
 
     def predicted_name(self, i: int) -> str:
-        """File, or file and row, of picture i of those that `predict` runs over.
+        """The file, or file and row, of picture i among those that `predict` runs over.
 
         Args:
             i: the number of the picture, from 0.
@@ -132,8 +132,8 @@ def _as_is(batch: Any) -> Any:
 
 
 def hold_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of (training, held-out) pictures, shuffled by a generator of its own; at least one of each."""
-    # Of its own, so that the same pictures are held out whatever the run's seed is.
+    """Draws the indices of (training, held-out) pictures by a separate generator; at least one of each."""
+    # A separate generator, so that the same pictures are held out whatever the run's seed.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = min(max(1, round(n * share)), n - 1)
     return order[held:].sort().values, order[:held].sort().values
@@ -142,14 +142,14 @@ def hold_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 class Digits(Pictures):
     """The 1,797 handwritten digits of scikit-learn, 8x8 grey: nothing to download.
 
-    One fifth (359 pictures) is held out, by a fixed seed, for validation; the test takes the same, or some of its own.
+    One fifth (359 pictures) is held out, by a fixed seed, for validation; the test uses the same pictures, or its own.
 
     Args:
-        batch_size: Pictures per step.
-        split_seed: Which digits are held out.
-        test_share: Share of the digits that only the test sees; 0 tests on those of the validation.
+        batch_size: Pictures per batch and process.
+        split_seed: Seed of the held-out split.
+        test_share: Share of the digits that only the test sees; 0 tests on the validation digits.
         augment: Default: none.
-        on_device: Keep all digits on the device that trains.
+        on_device: Keep all digits on the training device.
     """
 
     num_classes = 10
@@ -194,44 +194,45 @@ class Images(Pictures):
     """Labelled pictures from local parquet files, tar shards, an image folder with a folder per class, or the hub.
 
     Columns and splits are found by their usual names (img, image; label, fine_label; validation, valid, val, else test)
-    unless they are given; `odenets.training.layout` has the rules for folders, `odenets.training.decode` says what each
-    kind of picture means. The names of classes decide which pictures are of one class, in all splits. Where only
-    training pictures exist, a seeded share is held out, and a log line says so.
+    unless they are given; `odenets.training.layout` has the rules for folders, and `odenets.training.decode` those for
+    each kind of picture. Classes are matched by name across all splits. Where only training pictures exist, a seeded
+    share is held out, and a log line says so.
 
-    Every picture goes one way, whether it is kept in memory or not: training cuts a random box where `smallest_crop`
-    says so, all else resizes the shorter side to size / `inner` and cuts the middle. It is upright and in RGB.
+    Every picture is processed the same way, whether it is kept in memory or not: training crops a random box where
+    `smallest_crop` asks for one; otherwise the shorter side is resized to size / `inner`, and the centre is cropped.
+    Pictures are upright and in RGB.
 
     Args:
         root: Folder or file on this machine.
         hub: Dataset on the hub, e.g. uoft-cs/cifar10.
         download: Allows the network for `hub`; without it only an earlier download is used.
-        size: Side of the square pictures; None keeps the stored size, which must then be one for all.
-        batch_size: Pictures per step.
+        size: Side of the square pictures; None keeps the stored size, which must then be the same for all.
+        batch_size: Pictures per batch and process.
         image_key: Column of the pictures.
         label_key: Column of the labels; of tar shards, the suffix.
         train_split: Split to train on; several are joined by a plus sign: train+extra.
         val_split: Split to validate on.
         test_split: Split to test on; default: test, else the validation split.
         holdout: Share that is held out where there is no validation split.
-        split_seed: Seed of the share that is held out.
+        split_seed: Seed of the held-out share.
         cache: Decode once and keep all pictures in memory; None does so up to 96 pixels a side and 4 GiB in all.
         smallest_crop: Smallest share of the area in the random resized crop; 0 is off. None: 0.08 for pictures of more
-            than 96 pixels a side, else off. An `augment.resized_crop` is taken over from there.
+            than 96 pixels a side, else off. An `augment.resized_crop` is applied here instead of to the batch.
         inner: Share of the shorter side that evaluation sees. None: 0.875 for pictures of more than 96 pixels a side,
             else 1.
         num_workers: Processes that decode; None takes the cores, at most 8. Cached pictures need none.
         mean: Per channel, of pictures in [0, 1].
         std: Per channel.
-        augment: What training batches go through; default: nothing but the normalisation.
+        augment: Augmentation of training batches; default: only the normalisation.
         subset: Of a dataset that has several, e.g. cropped_digits of SVHN: its configuration, or the folder in `root`.
-        streaming: Read parquet files where they lie, shard by shard, with no copy of them in the cache of `datasets`;
-            of the hub, as they are needed.
+        streaming: Read parquet files in place, shard by shard, without a copy in the cache of `datasets`; from the hub,
+            as they are needed.
         interpolation: How pictures are resized; random draws one of the two for each training picture.
         max_unreadable: Pictures that may be left out or replaced because they cannot be read, per split.
-        classes: Names of the classes in order; None takes those that the data name.
+        classes: Names of the classes in order; None takes those given by the data.
         predict_root: Folder or file of pictures for `predict`, which need no labels; default: the test split.
-        on_device: Keep all pictures on the device that trains, one copy a process, so that no batch is copied there;
-            for small pictures, which are decoded once. The order and the augmentation stay what they are without.
+        on_device: Keep all pictures on the training device, one copy per process, so that no batch is copied there; for
+            small pictures, which are decoded once. The order and the augmentation are the same as without it.
     """
 
     in_chans = 3
@@ -272,7 +273,7 @@ class Images(Pictures):
         self.max_unreadable, self.on_device = max_unreadable, on_device
         self._check()
         self._own_the_crop()
-        # Opened at once: missing data is reported before any model is built, and the class count can be linked to it.
+        # Opened here, so that missing data is reported before any model is built, and its class count can be linked.
         if root is None and hub is None and predict_root is not None and classes is not None:
             root, predict_root = predict_root, None
         self.where = str(root or hub)
@@ -303,7 +304,7 @@ class Images(Pictures):
             raise DataError(f"data.size={self.size}: wants pixels, 1 or more")
 
     def _own_the_crop(self) -> None:
-        """Takes the random crop over from the augmentation: pictures are cut when decoded, a batch not once more."""
+        """Takes the random crop from the augmentation: pictures are cropped when decoded, and not again as a batch."""
         if self.augment.resized_crop is None:
             return
         if self.smallest_crop not in (None, self.augment.resized_crop):
@@ -317,13 +318,13 @@ class Images(Pictures):
         self.augment.resized_crop = None
 
     def _name_splits(self, train: str | None, val: str | None, test: str | None) -> dict[str, str | None]:
-        """Which split, or splits joined by a plus sign, each part of a run takes."""
+        """The split, or splits joined by a plus sign, that each part of a run uses."""
         tested = self._split("test_split", test, TEST)
         trained = self._split("train_split", train, TRAIN)
         checked = self._split("val_split", val, VALIDATION)
         if test is None and tested in (trained or "").split("+"):
-            tested = None  # what is trained on is no measure
-        # Better a test split than a part of the training pictures; the test then measures on the same.
+            tested = None  # training data is not a test
+        # Better to validate on the test split than on a part of the training pictures; both then use the same split.
         if checked is None and tested is not None and not self._unlabelled(tested):
             checked = tested
         return {"train": trained, "val": checked, "test": tested or checked}
@@ -342,7 +343,7 @@ class Images(Pictures):
         return next(iter(self.splits.values())).why
 
     def _split(self, option: str, given: str | None, names: Sequence[str]) -> str | None:
-        """The split, or splits joined by a plus sign, that an option means; they are opened."""
+        """Opens the split, or splits joined by a plus sign, that an option means, and returns their names."""
         if given is None:
             return next((name for name in names if name in self.splits), None)
         found = []
@@ -376,7 +377,7 @@ class Images(Pictures):
                 rank_zero_info(f"{self.where}: {len(extra):,} classes of {there} are not in {away}: {names}")
 
     def _labelled(self, option: str, name: str) -> Source:
-        """A split to train or measure on; an error where a picture of it has no label."""
+        """A split to train or measure on; raises an error if one of its pictures has no label."""
         source = self._source(name)
         missing = (source.labels == NONE).nonzero()[:, 0]
         if len(missing):
@@ -441,14 +442,14 @@ class Images(Pictures):
         large = max(width, height) > SMALL
         smallest = (0.08 if large else 0.0) if self.smallest_crop is None else self.smallest_crop
         inner = (0.875 if large else 1.0) if self.inner is None else self.inner
-        # Decoded pictures take their pixels in bytes, whatever the files took.
+        # Counted as decoded pixels, one byte per channel, whatever the size of the files.
         fits = not large and len(indices) * 3 * (size or SMALL) ** 2 <= 4 << 30
         cache = fits if self.cache is None else self.cache
         if self.size is None and (large or size is None) and (smallest or not cache):
             raise DataError(f"{self.where}: pictures of {width}x{height} need one size; give --data.size 224")
         if not train:
             self._note_view(size, (height, width), inner, cache)
-        # A random box is another one in each epoch, so what can be kept then is the file and not the picture.
+        # A random box differs in each epoch, so then the file can be kept, but not the picture.
         if cache and not (train and smallest):
             if self.size is None:
                 return decode_all(source, indices, (width, height), tally)
@@ -466,7 +467,7 @@ class Images(Pictures):
         return Decoded(source, indices, size, train, smallest, inner, self.interpolation, tally)
 
     def _note_view(self, size: int | None, stored: tuple[int, int], inner: float, cache: bool) -> None:
-        """Notes how evaluation shows a picture: as it is stored where no size is given and all are kept."""
+        """Records how evaluation shows a picture: as stored, if no size is given and all pictures are kept."""
         how = "bicubic" if self.interpolation == "random" else self.interpolation
         as_stored = cache and self.size is None
         height, width = stored if as_stored or size is None else (size, size)
@@ -485,13 +486,13 @@ class Images(Pictures):
         return {"classes": list(self.classes), **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was trained on other classes: its numbers would mean something else."""
+        """Refuses a checkpoint that was trained on other classes: its class numbers would mean something else."""
         theirs = state_dict.get("classes")
         if theirs is None or not self.classes or theirs == self.classes:
-            # Pictures without labels are named as the checkpoint has it.
+            # Without labels in the data, the class names are the checkpoint's.
             self.classes = self.classes or theirs or []
             return
-        # Padded on both sides, so that the first difference is found where one list is the beginning of the other.
+        # Both are padded, so that the first difference is found even where one list is a prefix of the other.
         pairs = zip([*theirs, *[None] * len(self.classes)], [*self.classes, *[None] * len(theirs)], strict=False)
         number, (a, b) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
         raise DataError(

@@ -1,10 +1,10 @@
-"""From an encoded picture to RGB levels of 8 bits, and to the square that a net sees.
+"""Decodes pictures to 8-bit RGB levels, and to the square that a net sees.
 
-What each kind of picture means here: the first frame of an animation or of several pages; grey of 16 bits by its range,
-65535 as 255; 32-bit integers and floats by the first range that their largest value fits, [0, 255], [0, 65535] and
-[0, 2^31 - 1], or [0, 2^32 - 1] without a sign, for integers, [0, 1], [0, 255] and [0, 65535] for floats; what is
-transparent shows white; CMYK and other colour spaces by Pillow's plain formulas, without colour profiles; and upright,
-as the EXIF orientation says.
+The rules for each kind of picture. Of an animation or of several pages, the first frame is used. 16-bit grey is scaled
+by its range, 65535 to 255; 32-bit integers and floats are scaled by the first range that their largest value fits,
+[0, 255], [0, 65535] and [0, 2^31 - 1], or [0, 2^32 - 1] without a sign, for integers, [0, 1], [0, 255] and [0, 65535]
+for floats. Transparent pixels show white. CMYK and other colour spaces are converted by Pillow's plain formulas,
+without colour profiles. Pictures are turned upright by their EXIF orientation.
 """
 
 import io
@@ -24,7 +24,7 @@ Interpolation = Literal["bilinear", "bicubic", "random"]
 Box = tuple[int, int, int, int]
 _Edge = TypeVar("_Edge", int, float)
 
-# What Pillow reads by itself; PostScript would be handed to another program.
+# The formats that Pillow reads itself; PostScript would be passed to another program.
 FORMATS = "JPEG PNG WEBP GIF TIFF BMP AVIF DIB ICO JPEG2000 MPO PCX PPM SGI TGA".split()
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _T = Image.Transpose
@@ -39,13 +39,13 @@ _UPRIGHT = {
 }
 
 
-# Where a picture's orientation is told: as EXIF, or in XMP, which Pillow reads where EXIF says nothing.
+# The places of a picture's orientation: EXIF, or XMP, which Pillow reads where EXIF has none.
 _TOLD_IN = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 
 
 @cache
 def _formats() -> list[str]:
-    # All plugins: before this Pillow knows the commonest formats alone, and the list would lack the others.
+    # Loads all plugins: before this, Pillow knows only the commonest formats, and the list would lack the others.
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -55,7 +55,7 @@ class Unreadable(Exception):
 
 
 class Picture:
-    """An encoded picture that is opened and not yet decoded.
+    """An encoded picture that is opened but not yet decoded.
 
     Args:
         encoded: the bytes of the file, or its path.
@@ -65,7 +65,7 @@ class Picture:
         halved: Whether its channels have 16 bits, of which Pillow keeps the higher 8.
 
     Raises:
-        Unreadable: It is no picture, or so large that it may be a trap; decoding raises it too.
+        Unreadable: It is not a picture, or so large that it may be a decompression bomb; decoding raises it too.
     """
 
     def __init__(self, encoded: bytes | str | PathLike[str]) -> None:
@@ -73,7 +73,7 @@ class Picture:
             if isinstance(encoded, bytes):
                 data = encoded
             else:
-                # Read whole: a picture that was opened lazily keeps its file open, and a batch has hundreds.
+                # Read at once: a picture that is opened lazily keeps its file open, and a batch has hundreds.
                 with open(encoded, "rb") as file:
                     data = file.read()
             if not data:
@@ -85,16 +85,16 @@ class Picture:
             raise Unreadable("it is no picture of a known format") from None
         except Unreadable:
             raise
-        except Exception as e:  # a format's reader may raise anything on bytes that are none of it
+        except Exception as e:  # a format's reader may raise anything on bytes of another format
             raise Unreadable(f"{type(e).__name__}: {e}") from None
-        # How it is going to decode says so, and is forgotten once it has.
+        # Read from the decoder's settings, which Pillow discards once the picture is decoded.
         deep = any(";16" in str(tile[3]) for tile in getattr(self.image, "tile", ()))
         self.halved = deep and not self.image.mode.startswith("I")
         pixels = self.image.width * self.image.height
-        # Pillow itself only warns up to twice this size; a few kilobytes can promise gigabytes.
+        # Pillow itself only warns up to twice this size; a file of a few kilobytes can decode to gigabytes.
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             raise Unreadable(f"{pixels:,} pixels are more than PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS:,}")
-        # Kept and not applied: turning the small result is cheaper than turning the picture.
+        # Stored, not applied: turning the small result is cheaper than turning the picture.
         self.turn = _UPRIGHT.get(self._orientation() or 1)
         width, height = self.image.size
         self.size = (
@@ -105,8 +105,8 @@ class Picture:
 
     def _orientation(self) -> int | None:
         if self.image.format == "TIFF":
-            self._decode()  # which turns it, and takes the tag away, in versions of Pillow that do so
-        # Parsing EXIF costs as much as opening: only where there is some.
+            self._decode()  # some versions of Pillow turn the picture here, and remove the tag
+        # Parsing EXIF costs as much as opening, so it is only done where there is some.
         if self.image.format not in ("TIFF", "PNG") and not self.image.info.keys() & _TOLD_IN:
             return None
         try:
@@ -126,14 +126,14 @@ class Picture:
     def cut(self, box: Box, size: int, interpolation: str, out: Tensor | None = None) -> Tensor:
         """The pixels in `box` (left, top, right, bottom), resized: uint8 (size, size, 3), written to `out` if given.
 
-        A JPEG whose box is at least four times as large as `size` is decoded at a half, a quarter or an eighth, such
-        that at least twice the size remains.
+        A JPEG whose box is at least four times as large as `size` is decoded at a half, a quarter or an eighth of its
+        resolution, so that at least twice `size` remains.
 
         Args:
             box: left, top, right and bottom, in pixels.
             size: side of the result.
             interpolation: ``bilinear`` or ``bicubic``.
-            out: what is written to; None: a new tensor.
+            out: tensor to write to; None: a new tensor.
         """
         box = self._stored(box)
         shrink = self._shrink(min(box[2] - box[0], box[3] - box[1]) / (2 * size))
@@ -142,13 +142,13 @@ class Picture:
             levels = _reduced(picture, box, shrink, size, interpolation)
         else:
             part = picture if box == (0, 0, *picture.size) else picture.crop(box)
-            # A turned one cannot be written in place: it is turned after it was resized.
+            # A picture that has to be turned cannot be written in place: it is turned after resizing.
             levels = resize(_levels(part), (size, size), interpolation, out if self.turn is None else None)
         levels = levels if self.turn is None else _turned(levels, self.turn)
         return levels if out is None or out is levels else out.copy_(levels)
 
     def middle(self, size: int, inner: float, interpolation: str) -> Tensor:
-        """The shorter side resized to size / `inner`, and the square in the middle of it: uint8 (size, size, 3).
+        """Resizes the shorter side to size / `inner`, and crops the centred square: uint8 (size, size, 3).
 
         Args:
             size: side of the result.
@@ -172,18 +172,18 @@ class Picture:
         return levels[top : top + size, left : left + size]
 
     def _shrink(self, ratio: float) -> int:
-        """Has a JPEG decoded at up to 1 / ratio of its size; how many times smaller it becomes."""
+        """Sets a JPEG to decode at down to 1 / ratio of its size; returns the factor by which it shrinks."""
         width, height = self.image.size
         scale = max((k for k in (2, 4, 8) if k <= ratio), default=1)
         if self.image.format not in ("JPEG", "MPO") or self.image.mode not in ("RGB", "L") or scale == 1:
             return 1
         # libjpeg leaves frequencies out, instead of decoding all of them and shrinking.
         self.image.draft(None, (width // scale, height // scale))
-        # Pillow may decline, and says so by leaving the size as it is.
+        # Pillow may decline, which shows in an unchanged size.
         return 1 if self.image.size == (width, height) else scale
 
     def _stored(self, box: tuple[_Edge, _Edge, _Edge, _Edge]) -> tuple[_Edge, _Edge, _Edge, _Edge]:
-        """Where a box of the upright picture lies in the picture as it is stored."""
+        """Maps a box of the upright picture to the picture as stored."""
         (width, height), (left, top, right, bottom) = self.image.size, box
         return {
             None: box,
@@ -200,7 +200,7 @@ class Picture:
         return self._decode(convert=True)
 
     def _decode(self, convert: bool = False) -> Image.Image:
-        """Pillow's picture, decoded, as it stands or in RGB."""
+        """Pillow's picture, decoded, as stored or in RGB."""
         try:
             self.image.load()
             return _to_rgb(self.image) if convert else self.image
@@ -211,9 +211,9 @@ class Picture:
 
 
 def _reduced(picture: Image.Image, box: Sequence[float], shrink: int, size: int, interpolation: str) -> Tensor:
-    """What `box` of the whole picture shows in one that was decoded `shrink` times smaller: uint8 (size, size, 3)."""
+    """Crops `box`, in pixels of the whole picture, from one decoded `shrink` times smaller: uint8 (size, size, 3)."""
     left, top, right, bottom = (edge / shrink for edge in box)
-    # Cut first: resizing would look beyond the box.
+    # Cropped first: the filter of the resizing would read pixels beyond the box.
     corner = math.floor(left), math.floor(top)
     part = picture.crop((*corner, min(math.ceil(right), picture.width), min(math.ceil(bottom), picture.height)))
     edges = (
@@ -240,17 +240,17 @@ def _turned(levels: Tensor, turn: int) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, see the head of this module."""
+    """Converts to 8-bit RGB by the rules in this module's docstring."""
     # Most pictures: nothing to convert, and no copy.
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(339, 1) in (1, (1,)):  # type: ignore
-            values = values.view(np.uint32)  # unsigned samples, which Pillow holds as signed ones
+            values = values.view(np.uint32)  # unsigned samples, which Pillow holds as signed
         return Image.fromarray(_eight_bits(values, image.mode)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        # Premultiplied, which Pillow composes only after it is undone.
+        # Premultiplied alpha has to be undone before Pillow can compose.
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         shown = image.convert("RGBA")
@@ -261,8 +261,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     if values.size and (not np.isfinite(values).all() or values.min() < 0):
         raise Unreadable(f"levels from {values.min()} to {values.max()} are no grey levels")
-    # From small to large: the first that the largest value fits is what the picture's maker meant, as far as can be
-    # told.
+    # From small to large: the first range that the largest value fits is the best guess at the intended one.
     ranges = [255.0, 65535.0, 2.0**32 - 1 if values.dtype == np.uint32 else 2.0**31 - 1]
     if mode == "F":
         ranges = [1.0, *ranges[:2]]
@@ -277,38 +276,38 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _levels(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 (h, w, 3)."""
-    # Through a bytearray, as torch warns of memory that cannot be written to.
+    """Converts an RGB picture to uint8 (h, w, 3)."""
+    # Through a bytearray, as torch warns about read-only memory.
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return flat.view(picture.height, picture.width, 3)
 
 
 def resize(levels: Tensor, size: tuple[int, int], interpolation: str, out: Tensor | None = None) -> Tensor:
-    """uint8 (h, w, 3) -> (*size, 3), with a filter as wide as a pixel of the coarser grid; PIL's but for rounding.
+    """uint8 (h, w, 3) -> (*size, 3), with a filter as wide as a pixel of the coarser grid; as PIL up to rounding.
 
     Args:
         levels: (h, w, 3), uint8.
         size: height and width of the result.
         interpolation: ``bilinear`` or ``bicubic``.
-        out: what is written to; None: a new tensor.
+        out: tensor to write to; None: a new tensor.
     """
     if tuple(levels.shape[:2]) == size:
         return levels
     x = levels.permute(2, 0, 1)[None]
     if out is None:
         return F.interpolate(x, size, mode=interpolation, antialias=True)[0].permute(1, 2, 0)
-    # The operator behind F.interpolate, which has no `out`: the result is not copied once more.
+    # The operator behind F.interpolate, which itself has no `out`: this saves a copy of the result.
     ops = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
     ops[interpolation].out(x, list(size), False, None, None, out=out.permute(2, 0, 1)[None])
     return out
 
 
 def drawn(interpolation: str, generator: Generator | None) -> str:
-    """The interpolation itself; of `random` one of the two that there are.
+    """Returns the interpolation itself, or for `random` draws one of the two.
 
     Args:
         interpolation: ``bilinear``, ``bicubic`` or ``random``.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draw; None is torch's own.
     """
     if interpolation != "random":
         return interpolation
@@ -322,26 +321,26 @@ def random_box(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     generator: Generator | None = None,
 ) -> Box:
-    """Left, top, right, bottom of a random box in whole pixels.
+    """Draws left, top, right, bottom of a random box in whole pixels.
 
-    Its share of the area is drawn from [`smallest`, 1] and its aspect (width / height) log-uniformly from `ratio`, both
-    again where the box would stick out, up to ten times; then it is the largest middle box with an aspect in `ratio`.
+    Its share of the area is drawn from [`smallest`, 1] and its aspect (width / height) log-uniformly from `ratio`. Up
+    to ten boxes are tried until one fits; if none does, the box is the largest centred one with an aspect in `ratio`.
 
     Args:
         width: of the picture.
         height: of the picture.
-        smallest: share of the area.
+        smallest: least share of the area.
         ratio: least and largest aspect.
-        generator: what is drawn from; None is torch's own.
+        generator: source of the draws; None is torch's own.
 
-    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; the drawing as torchvision and timm do it.
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6; sampled as in torchvision and timm.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        # Four numbers whether the box fits or not, so that a try uses up equally many.
+        # Four numbers whether the box fits or not, so that every try uses the same number of draws.
         area, aspect, x, y = torch.rand(4, generator=generator).tolist()
         area = (smallest + (1 - smallest) * area) * width * height
-        # In the logarithm, so that 3:4 and 4:3 are equally likely.
+        # Log-uniform, so that 3:4 and 4:3 are equally likely.
         aspect = math.exp(low + (high - low) * aspect)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -353,7 +352,7 @@ def random_box(
 
 
 def middle_box(width: int, height: int, inner: float) -> tuple[float, float, float, float]:
-    """The centred square whose side is `inner` times the shorter side: what `Picture.middle` shows, to a rounding.
+    """The centred square whose side is `inner` times the shorter side: the view of `Picture.middle`, up to rounding.
 
     Args:
         width: of the picture.

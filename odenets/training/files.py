@@ -1,8 +1,8 @@
-"""The folder of a run: who may write to it, and checkpoints that are whole or not there.
+"""The folder of a run: its lock, and checkpoints that are written atomically.
 
-Three promises. A checkpoint is written beside its place and renamed, so that whatever ends the process, each file that
-is there can be read. A folder belongs to one run at a time, by a lock that the kernel takes back when the process dies.
-And what an earlier run left is set aside, never overwritten.
+Three guarantees. A checkpoint is written to a temporary file beside its place and renamed, so that however the process
+ends, every existing file can be read. A folder belongs to one run at a time, by a lock that the kernel releases when
+the process dies. And the files of an earlier run are set aside, never overwritten.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from schemes import SchemeError
 from .sources import DataError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Where a run cannot write, by the error's number; anything else is a fault of the program.
+# The error numbers of a place that a run cannot write to; any other is a fault of the program.
 UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO}
 UNWRITABLE |= {errno.ENAMETOOLONG, errno.EINVAL, errno.EBUSY}
 OTHER = "is no checkpoint of a training run"
-PART = ".part"  # ends the name of a file that is being written
+PART = ".part"  # the suffix of a file that is being written
 
 
 class CheckpointError(SchemeError):
@@ -39,32 +39,32 @@ class CheckpointError(SchemeError):
 
 
 def write_whole(path: Path, data: Any) -> None:
-    """Writes bytes, or what ``torch.save`` takes, beside `path`, and then renames it: whole, or not there.
+    """Writes a file atomically, bytes or whatever ``torch.save`` takes: beside `path` first, and then renamed.
 
     Args:
         path: the file.
         data: its contents.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, as a rename is atomic within one file system only; hidden, so that no pattern finds it.
+    # In the same folder, as a rename is only atomic within one file system; hidden, so that no glob pattern matches it.
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-{os.getpid()}-", suffix=PART)
     try:
         with os.fdopen(number, "wb") as file:
             if isinstance(data, bytes):
                 file.write(data)
             else:
-                # torch would turn a full disk into an error of its zip writer: it writes to memory, and we to the disk.
+                # torch would report a full disk as an error of its zip writer, so it writes to memory, and we to disk.
                 torch.save(data, buffer := io.BytesIO())
                 file.write(buffer.getbuffer())
             file.flush()
-            # Before the rename: after a power cut the name could else stand for a file whose bytes never arrived.
+            # Before the rename: otherwise, after a power cut, the name could refer to a file without its contents.
             os.fsync(file.fileno())
-        # There is no way to read the mask but to set it.
+        # The mask can only be read by setting it.
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # a temporary file is its owner's alone
+        os.chmod(name, 0o666 & ~mask)  # a temporary file is private to its owner
         os.replace(name, path)
-    # Also at Ctrl-C: a half-written file of several GB must not stay.
+    # Also on Ctrl-C: a half-written file of several GB must not remain.
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -82,7 +82,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints as local files, written beside their place and renamed."""
+    """Lightning's checkpoints as local files, written atomically."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path):
@@ -97,7 +97,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class FolderInUse(DataError):
-    """Another run trains in a folder."""
+    """Another run is training in the folder."""
 
 
 class Found(NamedTuple):
@@ -105,8 +105,8 @@ class Found(NamedTuple):
 
     Attributes:
         path: the file.
-        step: optimiser steps in it.
-        held: what it holds; tensors are read when they are used.
+        step: its optimiser steps.
+        held: its contents; tensors are read when they are used.
     """
 
     path: Path
@@ -119,11 +119,11 @@ def open_checkpoint(path: Path, resume: bool) -> Found:
 
     Args:
         path: the file.
-        resume: whether training goes on from it, which needs more than weights.
+        resume: whether training resumes from it, which needs more than weights.
 
     Raises:
-        CheckpointError: a file that is cut off, empty, of another kind, or without what resuming needs; the second line
-            names another checkpoint beside it that is whole.
+        CheckpointError: a file that is cut off, empty, of another kind, or without the state that resuming needs; the
+            second line names another checkpoint beside it that is whole.
     """
     problem, held = _examine(path, resume)
     if problem is None:
@@ -140,7 +140,7 @@ def open_checkpoint(path: Path, resume: bool) -> Found:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint of a run, or was one before it was damaged; else it may hold weights.
+    """Whether a file is a checkpoint of a run, or was one before it was damaged; if not, it may still hold weights.
 
     Args:
         path: the file.
@@ -150,7 +150,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a checkpoint, if anything, and what it holds."""
+    """Returns the problem with a checkpoint, if any, and its contents."""
     size, zipped = 0, False
     try:
         size = path.stat().st_size
@@ -158,12 +158,12 @@ def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
             return "is empty", {}
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"
-        # Mapped and not read: only what is used comes from the disk. ``weights_only`` runs no code from the file.
+        # Memory-mapped: only the tensors that are used are read. ``weights_only`` runs no code from the file.
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except PermissionError:
         return "cannot be read: permission denied", {}
-    except Exception as e:  # damaged files raise whatever their bytes lead to
-        # The directory of a zip file stands at its end, so a file that lacks it was cut off.
+    except Exception as e:  # a damaged file may raise anything
+        # A zip file has its directory at its end, so a file without one was cut off.
         cut = zipped and "central directory" in str(e)
         why = "cut off" if cut else f"damaged, or no checkpoint ({type(e).__name__})"
         return f"is {why}: {size:,} bytes", {}
@@ -172,7 +172,7 @@ def _examine(path: Path, resume: bool) -> tuple[str | None, dict[str, Any]]:
     lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in held]
     if resume and lacking:
         return f"holds weights only, without {', '.join(lacking)}, and cannot be resumed", {}
-    # Whoever reads it takes these for what they are.
+    # Checked here, since later code relies on the types of these parts.
     for name, holds in _PARTS.items():
         *above, last = name.split(".")
         part = held.get(above[0], {}) if above else held
@@ -201,7 +201,7 @@ def _is_written(value: Any) -> bool:
     return value is None or (_is_mapping(value) and _is_count(value.get("part")) and _is_count(value.get("rows")))
 
 
-# Of a checkpoint, with what they must be; this package's own come after the whole that holds them.
+# Parts of a checkpoint, with a check of each; this package's own come after the mapping that holds them.
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "global_step": _is_count,
     "callbacks": _is_mapping,
@@ -220,12 +220,12 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
 
 
 class FolderLock:
-    """Holds a run's folder for this process; the kernel releases it when the process ends, however it ends.
+    """Locks a run's folder for this process; the kernel releases it when the process ends, however it ends.
 
-    A record lock, which workers that are forked do not inherit. The file ``.lock`` says who holds it.
+    It is a record lock, which forked workers do not inherit. The file ``.lock`` names its holder.
 
     Args:
-        folder: the run's folder; made where there is none.
+        folder: the run's folder; created if it does not exist.
 
     Raises:
         FolderInUse: another process holds it.
@@ -243,12 +243,11 @@ class FolderLock:
         if "\0" in str(self.folder):
             raise DataError(f"run_dir: {str(self.folder)!r} is no path\n  Give another: --run_dir FOLDER")
         try:
-            # What is made here is taken away again if nobody uses it.
+            # Folders that are created here are removed again if they stay empty.
             missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._made = missing
-            # The file may be renamed, with the folder, between its opening and its lock; the lock would then be on
-            # another run.
+            # The file may be renamed, with the folder, between open and lock; the lock would then be on another run.
             while True:
                 number = os.open(self.folder / self.NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
@@ -256,7 +255,7 @@ class FolderLock:
                 except OSError as e:
                     holder = os.read(number, 200).decode(errors="replace").strip() or "another process"
                     os.close(number)
-                    # The two that mean "held by another"; anything else is a file system that knows no locks.
+                    # These two mean "held by another process"; any other, a file system without locks.
                     if e.errno not in (errno.EACCES, errno.EAGAIN):
                         raise
                     raise FolderInUse(
@@ -267,7 +266,7 @@ class FolderLock:
                     break
                 os.close(number)  # it was set aside between the two calls
             os.truncate(number, 0)
-            # For the message that the next one gets; the lock itself is the kernel's.
+            # Only for the message to the next process; the lock itself is the kernel's.
             os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self._number = number
             self._check_inside()
@@ -276,13 +275,13 @@ class FolderLock:
             raise unwritable(self.folder, e) from None
 
     def _check_inside(self) -> None:
-        """A run that could not write its checkpoints at the first epoch's end is refused at once."""
+        """Refuses at once a run that could not write its checkpoints at the end of the first epoch."""
         inside = self.folder / "checkpoints"
         for folder in (self.folder, inside) if inside.exists() else (self.folder,):
             for stale in folder.glob(f".*{PART}"):
                 stale.unlink()
             with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=PART) as file:
-                # A full disk lets files be made, and refuses their first bytes.
+                # A full disk allows files to be created, but refuses their first bytes.
                 file.write(b"0" * 4096)
                 file.flush()
 
@@ -293,16 +292,16 @@ class FolderLock:
             return False
 
     def set_aside(self) -> None:
-        """Gives an earlier run in the folder another name, and holds a new folder in its place."""
+        """Renames the folder of an earlier run, and locks a new folder in its place."""
         if not (self.folder / "config.yaml").exists():
             return
         if Path.cwd().is_relative_to(self.folder.resolve()):
-            # It may hold all that somebody has.
+            # The folder may hold all of the user's work.
             raise DataError(
                 f"run_dir: {self.folder} holds a run, or another config.yaml, and the command runs in this folder: it "
                 "is not set aside\n  Give a folder of its own: --run_dir FOLDER"
             )
-        # The lock moves along with the renamed folder, and is held until the new folder has one.
+        # The lock moves with the renamed folder, and is held until the new folder has one.
         old, aside = self._number, self.folder.rename(free_name(self.folder))
         (aside / self.NAME).unlink()
         self._number = -1
@@ -311,7 +310,7 @@ class FolderLock:
         rank_zero_info(f"{self.folder} held an earlier run: it is now {aside}")
 
     def release(self) -> None:
-        """Gives the folder back, and removes what this lock made and nobody used."""
+        """Releases the folder, and removes the folders that this lock created if they are empty."""
         if self._number >= 0:
             if self._is_there(self._number):
                 with contextlib.suppress(OSError):
@@ -325,11 +324,11 @@ class FolderLock:
 
 
 def unwritable(folder: Path, e: OSError) -> DataError:
-    """The two lines for a folder that cannot be written.
+    """Returns the error, of two lines, for a folder that cannot be written.
 
     Args:
         folder: the folder.
-        e: what the system said.
+        e: the system's error.
     """
     if e.errno in FULL:
         return DataError(f"run_dir: no room to write to {folder} ({e.strerror})\n  Make room, or give --run_dir FOLDER")
@@ -340,14 +339,14 @@ def unwritable(folder: Path, e: OSError) -> DataError:
 
 
 def first_process() -> bool:
-    """Whether this is the one process, of all that train together, that writes to the folder."""
+    """Whether this process, of all that train together, is the one that writes to the folder."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     rank = getattr(rank_zero_only, "rank", 0)
     return rank in (0, None) and node == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def free_name(path: Path) -> Path:
-    """`runs/x` -> `runs/x-1`, `metrics.csv` -> `metrics-1.csv`: the first number that is free.
+    """Returns the first free numbered name: `runs/x` -> `runs/x-1`, `metrics.csv` -> `metrics-1.csv`.
 
     Args:
         path: a file or a folder.
@@ -359,7 +358,7 @@ def free_name(path: Path) -> Path:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The metrics that were written before the run was last resumed, `metrics-1.csv` first.
+    """The files of metrics that were written before the run was last resumed, `metrics-1.csv` first.
 
     Args:
         folder: of the run.
@@ -371,11 +370,11 @@ def parts_of(folder: Path) -> list[Path]:
 def close_part(folder: Path, written: dict[str, int] | None) -> None:
     """Sets the metrics of a run aside before it is resumed, so that all parts together hold each of its rows once.
 
-    Rows of steps that the checkpoint does not have, and that are taken again, go to a file `...-superseded.csv`.
+    Rows of steps that the checkpoint lacks, and that are therefore repeated, go to a file `...-superseded.csv`.
 
     Args:
         folder: of the run.
-        written: the part and the rows in it that were written when the checkpoint was; None where it does not say.
+        written: the part, and its number of rows, at the time of the checkpoint; None if the checkpoint lacks them.
     """
     metrics, parts = folder / "metrics.csv", parts_of(folder)
     if written is None:
@@ -389,7 +388,7 @@ def close_part(folder: Path, written: dict[str, int] | None) -> None:
         rows = written["rows"] if number == written["part"] else 0
         name = folder / f"metrics-{number + 1}.csv"
         head, body = _lines(path)
-        # Kept, though they are trained again: they were results, and nobody asked to delete them.
+        # Kept although their steps are repeated: they are results, and deleting them was not requested.
         if len(body) > rows:
             write_whole(free_name(name.with_stem(f"{name.stem}-superseded")), "".join([head, *body[rows:]]).encode())
         if rows:

@@ -1,4 +1,4 @@
-"""A loss that is no number stops the run at once, and leaves a file that repeats the step."""
+"""Stops a run at once when its loss is not finite, and writes a file that repeats the step."""
 
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ REMEDY = "Lower the learning rate or clip: --trainer.gradient_clip_val 1"
 
 
 class NotFinite(SchemeError):
-    """The loss, or a figure of the validation, is NaN or infinite; two lines that say where, and how to go on."""
+    """The loss, or a figure of the validation, is NaN or infinite; two lines say where, and how to proceed."""
 
 
 class FiniteLoss(Callback):
-    """Stops training where the loss is NaN or infinite, before it reaches a weight.
+    """Stops training when the loss is NaN or infinite, before it reaches a weight.
 
     The file that it writes holds the batch as the net saw it, the weights, the seed of the step and the numbers of its
-    samples: ``torch.load(file)``, ``seed_generators(held["seed"])`` and ``training_step`` give the loss again. One
-    figure per step is read from the device for it.
+    samples: ``torch.load(file)``, ``seed_generators(held["seed"])`` and ``training_step`` reproduce the loss. The check
+    reads one figure per step from the device.
 
     Args:
         folder: for ``not_finite.pt``; None writes none.
@@ -36,13 +36,13 @@ class FiniteLoss(Callback):
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._batch: Any = None
-        self._never: set[str] = set()  # buffers that are made to be infinite, such as masks
+        self._never: set[str] = set()  # buffers that are infinite by design, such as masks
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._never = set(_not_finite(dict(pl_module.named_buffers())))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """No checkpoint is written that holds what is no number."""
+        """Refuses to write a checkpoint that holds NaN or infinity."""
         held = {k: v for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and k not in self._never}
         bad = _not_finite(held)
         # All processes decide together: one that raised alone would leave the others waiting.
@@ -60,7 +60,7 @@ class FiniteLoss(Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         finite, sharded = bool(loss.detach().isfinite().all()), divided(pl_module)
-        # Weights that are divided are put together by all processes, so that none may go on alone.
+        # Sharded weights are gathered by all processes together, so none of them may proceed alone.
         if trainer.strategy.reduce_boolean_decision(finite) if sharded else finite:
             return
         state = whole_state(pl_module)
@@ -82,7 +82,7 @@ class FiniteLoss(Callback):
             held |= {"epoch": epoch, "batch_number": number, "samples": samples}
             held["training"] = [name for name, module in pl_module.named_modules() if module.training]
             held["seed"] = batch_seed(trainer, run_seed(trainer), "net")
-            # Before the error is raised, and whole: it is all that is left of the step.
+            # Before the error is raised, and atomically: the file is all that is left of the step.
             write_whole(path, held)
             remedy += f"; {path} repeats the step"
         raise NotFinite(f"{text}\n  {remedy}")
@@ -105,7 +105,7 @@ def _learning_rates(trainer: L.Trainer) -> str:
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity; one figure is read from the device where there is none."""
+    """The names of the tensors that hold NaN or infinity; if none does, only one figure is read from the device."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() or t.is_complex()}
     if not floats or bool(torch.stack([t.isfinite().all() for t in floats.values()]).all()):
         return []
@@ -113,17 +113,17 @@ def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def repeat(module: L.LightningModule, path: str | Path) -> Tensor:
-    """The loss of the step that a file of ``FiniteLoss`` holds.
+    """Recomputes the loss of the step that a file of ``FiniteLoss`` holds.
 
     Args:
-        module: built as the run's was; its weights are replaced, and its modules train or not as in that step.
+        module: built as the run's was; its weights, and the training mode of each part, become those of that step.
         path: the file.
     """
     held = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(held["state_dict"])
     trained = set(held["training"])
     for name, part in module.named_modules():
-        # Not ``train``: it is recursive, and would wake norms that the run had frozen.
+        # Not by ``train``, which is recursive and would set norms that the run had frozen to training mode.
         part.training = name in trained
     seed_generators(held["seed"])
     module.__dict__["log"] = lambda *args, **kwargs: None  # there is no run to log to

@@ -1,4 +1,4 @@
-"""What an optimiser is given: groups of parameters with rates that decay from layer to layer, and what stays frozen."""
+"""The parameters that an optimiser is given: groups with rates that decay from layer to layer, and frozen parts."""
 
 import fnmatch
 import re
@@ -21,10 +21,11 @@ KINDS = ("weights", "vectors", "steps")
 def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Parameters in up to three groups: decayed, not decayed, and learned step sizes with a decay of their own.
 
-    Norms, biases and other vectors get no weight decay, nor what the network names by ``no_weight_decay``, such as
-    positions and class tokens. A step size is a parameter named `h` or `step_size`. A group of
-    weights carries no `weight_decay` entry, so it takes the optimiser's. With a decay from layer to layer there are as
-    many for each depth, from the head to the stem, whose `lr_scale` is layer_decay^(deepest - depth).
+    Norms, biases and other vectors get no weight decay; nor do the parameters that the network names in
+    ``no_weight_decay``, such as positions and class tokens. A step size is a parameter named `h` or `step_size`. A
+    group of weights carries no `weight_decay` entry, so it takes the optimiser's. With a decay from layer to layer,
+    there are up to three groups per depth, from the head to the stem, with an `lr_scale` of
+    layer_decay^(deepest - depth).
 
     Args:
         net: the network; frozen parameters are left out.
@@ -32,8 +33,8 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay
         layer_decay: factor of the learning rate from a depth to the one before; see ``odenets.models.depth``.
 
     Raises:
-        SchemeError: a decay outside (0, 1], a network that does not say how deep its parameters lie, or one that is
-            frozen altogether.
+        SchemeError: a decay outside (0, 1], a network that does not give the depths of its parameters, or one that is
+            entirely frozen.
 
     Source:
         Clark et al. 2020, ELECTRA, arXiv 2003.10555; Bao et al. 2021, BEiT, arXiv 2106.08254.
@@ -46,7 +47,7 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for name, p, kind in _kinds(net):
         depth = depths.get(name, 0)
-        # Sorted in the end, since checkpoints tell groups by their number: it must be the same in every run.
+        # Sorted at the end, since checkpoints identify groups by their index, which must be the same in every run.
         key = -depth, KINDS.index(kind)
         if key not in found:
             found[key] = {"params": [], **options.get(kind, {})}
@@ -59,8 +60,8 @@ def parameter_groups(net: nn.Module, step_weight_decay: float = 0.0, layer_decay
 
 
 def _kinds(net: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    """The trained parameters, and how weight decay takes them."""
-    dims = dimensions(net)  # a bias that is a function of depth is no matrix
+    """Yields the trained parameters, and how weight decay treats them."""
+    dims = dimensions(net)  # a bias that is a function of depth is not a matrix
     named = _named_undecayed(net)
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -68,12 +69,12 @@ def _kinds(net: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
             yield name, p, "steps" if step else "weights" if dims[id(p)] > 1 and name not in named else "vectors"
 
 
-# Which the training that was published with RevCol lets decay, though timm's convention would not.
+# Decayed in the published training of RevCol, though timm's convention would exempt them.
 _PUBLISHED_DECAYED = re.compile(r"(?:^|\.)(?:gs\.\d+\.alpha|idle\.\d+)$")
 
 
 def _named_undecayed(net: nn.Module) -> set[str]:
-    """What networks, or parts of them, name themselves by timm's ``no_weight_decay``: positions, class tokens."""
+    """The names that networks, or parts of them, list in timm's ``no_weight_decay``: positions, class tokens."""
     found = set()
     for prefix, part in net.named_modules():
         own = getattr(part, "no_weight_decay", None)
@@ -85,15 +86,15 @@ def _named_undecayed(net: nn.Module) -> set[str]:
 def make_optimizer(
     optimizer: Callable[..., Optimizer], groups: Sequence[Mapping[str, Any]], lr: float | None = None
 ) -> Optimizer:
-    """The optimiser of some groups, each with its share of the learning rate.
+    """Builds the optimiser of some groups, each with its share of the learning rate.
 
     Args:
         optimizer: called with the groups.
-        groups: as ``parameter_groups`` gives them.
+        groups: as ``parameter_groups`` returns them.
         lr: another learning rate; None takes the optimiser's.
 
     Raises:
-        SchemeError: what the optimiser refuses: an option, or parameters such as groups of them.
+        SchemeError: the optimiser refuses an option or the parameters, for example because they are in groups.
     """
     try:
         made = optimizer(groups)
@@ -107,12 +108,12 @@ def check_optimizer(optimizer: Callable[..., Optimizer], groups: Sequence[Mappin
 
     Args:
         optimizer: called with the groups.
-        groups: as ``parameter_groups`` gives them.
+        groups: as ``parameter_groups`` returns them.
 
     Raises:
         SchemeError: see ``make_optimizer``.
     """
-    # Of stand-ins without values: an optimiser may leave hooks at what it is given.
+    # Built from uninitialised copies: an optimiser may register hooks on the parameters it is given.
     stand_ins = [{**group, "params": [nn.Parameter(torch.empty_like(p)) for p in group["params"]]} for group in groups]
     make_optimizer(optimizer, stand_ins)
 
@@ -130,7 +131,7 @@ def set_rates(optimizer: Optimizer, lr: float | None = None) -> Optimizer:
 
 
 def group_rows(net: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """A row for each group of an optimiser: depth, rates, how many parameters, and the modules that they are of.
+    """Returns a row per group of an optimiser: depth, rates, number of parameters, and the modules that hold them.
 
     Args:
         net: the network.
@@ -155,10 +156,10 @@ def group_rows(net: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def table_of_groups(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of ``group_rows`` as text, a line each.
+    """Formats the rows of ``group_rows`` as a table, one line each.
 
     Args:
-        rows: as ``group_rows`` gives them.
+        rows: as ``group_rows`` returns them.
     """
     titles = ("depth", "scale", "lr", "weight decay", "tensors", "parameters", "parts")
     lines: list[tuple[str, ...]] = [titles]
@@ -173,7 +174,7 @@ def table_of_groups(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _part(name: str) -> str:
-    """The module of a parameter, as people tell them apart: `levels.0.steps.1`, `columns.steps.2.fs.0.blocks.1`."""
+    """The module of a parameter, at a readable granularity: `levels.0.steps.1`, `columns.steps.2.fs.0.blocks.1`."""
     words = name.split(".")
     if words[0] == "levels":
         return ".".join(words[:4])
@@ -182,14 +183,14 @@ def _part(name: str) -> str:
 
 
 class Frozen:
-    """Which parts of a network stay as they are.
+    """The parts of a network that are not trained, by patterns of their names.
 
     Args:
         net: the network.
-        patterns: names of modules or parameters, with shell wildcards; one that begins with `!` takes parts out again.
+        patterns: names of modules or parameters, with shell wildcards; one that begins with `!` exempts parts again.
 
     Raises:
-        SchemeError: a pattern that no part has; the closest names are given.
+        SchemeError: a pattern that matches no part; the message gives the closest names.
 
     Example:
         >>> from odenets import create_model
@@ -213,12 +214,12 @@ class Frozen:
         frozen = False
         for pattern in self.patterns:
             if _fits(name, pattern.removeprefix("!")):
-                # The last pattern that fits decides, as in a .gitignore.
+                # The last matching pattern decides, as in a .gitignore.
                 frozen = not pattern.startswith("!")
         return frozen
 
     def apply(self, net: nn.Module) -> None:
-        """Takes the frozen parameters out of training.
+        """Excludes the frozen parameters from training.
 
         Args:
             net: the network.
@@ -228,17 +229,17 @@ class Frozen:
                 p.requires_grad_(False)
 
     def hold(self, net: nn.Module) -> None:
-        """Puts norms with running statistics in frozen parts into evaluation, so that their statistics do not move.
+        """Sets norms with running statistics in frozen parts to evaluation mode, so that the statistics do not move.
 
         Args:
             net: the network.
         """
         for name, m in net.named_modules():
-            # By a name below the norm's, which patterns of the norm and of any module around it fit.
+            # Tested by a name below the norm's, which patterns of the norm and of any enclosing module match.
             if isinstance(getattr(m, "running_mean", None), Tensor) and self(f"{name}.running_mean"):
                 m.eval()
 
 
 def _fits(name: str, pattern: str) -> bool:
-    """Whether a pattern is that of a name, or of a module that holds it."""
+    """Whether a pattern matches a name, or a module that contains it."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")

@@ -1,4 +1,4 @@
-"""What a trained network says of pictures: predictions with names, and how often they are right."""
+"""Predictions of a trained network for pictures, with names, and their accuracy."""
 
 import math
 import re
@@ -20,13 +20,13 @@ from .trained import Trained
 
 
 class Prediction(NamedTuple):
-    """What a network says of one picture.
+    """A network's prediction for one picture.
 
     Attributes:
         name: The picture's file, or file and row.
-        classes: The most likely classes, first the likeliest.
+        classes: The most likely classes, most likely first.
         probabilities: Of each of them.
-        error: Why the picture could not be read; "" where it could.
+        error: Why the picture could not be read; "" if it could.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Prediction(NamedTuple):
 
 
 def pictures_at(paths: Sequence[str | Path]) -> tuple[Source, list[str]]:
-    """All pictures in files and below folders, which need no labels, in the order given; and notes on what is left out.
+    """Finds all pictures, labelled or not, in files and below folders, in the order given; and notes on omissions.
 
     Args:
         paths: Pictures, folders of them, parquet files, tar shards.
 
     Raises:
-        DataError: One that is not there, or holds no pictures.
+        DataError: A path does not exist, or holds no pictures.
     """
     parts: list[Source] = []
     notes: list[str] = []
@@ -66,19 +66,19 @@ def pictures_at(paths: Sequence[str | Path]) -> tuple[Source, list[str]]:
 def judge(
     trained: Trained, source: Source, batch_size: int = 64, num_workers: int = 0
 ) -> Iterator[tuple[int, Tensor | None, str]]:
-    """The number of each picture with its probabilities (classes,), or with None and why it cannot be read.
+    """Yields the number of each picture with its probabilities (classes,), or with None and why it cannot be read.
 
     Args:
         trained: the network, with its classes and its view of pictures.
         source: the pictures.
-        batch_size: of the passes.
+        batch_size: of the forward passes.
         num_workers: processes that load; 0: none.
     """
-    # As a list, since a picture that cannot be read cannot be stacked.
+    # Collated as a list, since a picture that cannot be read cannot be stacked.
     loader = DataLoader(Viewed(source, trained.view), batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
         pictures = [levels for _, levels, _ in batch if levels is not None]
-        # Only pictures that were read go through the network, and their rows are handed out in the same order.
+        # Only pictures that were read go through the network, and their rows are taken in the same order.
         rows = iter(trained.probabilities(torch.stack(pictures)) if pictures else ())
         for i, levels, why in batch:
             yield i, None if levels is None else next(rows), why
@@ -87,14 +87,14 @@ def judge(
 def predict(
     trained: Trained, source: Source, top: int = 5, batch_size: int = 64, num_workers: int = 0
 ) -> Iterator[Prediction]:
-    """What the network says of each picture, in order; one that cannot be read has an error and no classes.
+    """Yields the prediction for each picture, in order; one that cannot be read has an error and no classes.
 
     Args:
         trained: The network.
         source: The pictures.
-        top: Most likely classes that are named.
+        top: Number of most likely classes to name.
         batch_size: Pictures that go through the network together.
-        num_workers: Processes that decode; 0 decodes here.
+        num_workers: Processes that decode; 0 decodes in this one.
     """
     for i, row, why in judge(trained, source, batch_size, num_workers):
         if row is None:
@@ -105,13 +105,13 @@ def predict(
 
 
 def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a share of which `right` of `count` were seen: Wilson's, which holds near 0 and 1 too.
+    """Wilson's confidence interval of a share, given `right` of `count`; it also holds near 0 and 1.
 
     (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), p = right / n
 
     Args:
-        right: how many were right.
-        count: of how many.
+        right: number of samples that were right.
+        count: number of samples.
         confidence: of the interval, below 1.
 
     Source: Wilson 1927, "Probable inference", J. Am. Stat. Assoc. 22.
@@ -125,12 +125,12 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     z, p = NormalDist().inv_cdf((1 + confidence) / 2), right / count
     middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    # Exact at the edges, where rounding would leave them by a hair.
+    # Exact at 0 and 1, which rounding would miss slightly.
     return (0.0 if right == 0 else (middle - half) / scale), (1.0 if right == count else (middle + half) / scale)
 
 
 class Figures:
-    """Counts over labelled pictures, and what follows from them.
+    """Counts over labelled pictures, and the figures that follow from them.
 
     Args:
         classes: Their names.
@@ -157,15 +157,15 @@ class Figures:
         self.among_five += int((best == labels[:, None]).sum())
         # In double precision: there may be a million pictures to sum over.
         own = probabilities.double()[torch.arange(len(labels)), labels]
-        # One probability of 0 would make the loss of the whole set infinite.
+        # Clamped, since one probability of 0 would make the loss of the whole set infinite.
         self.log_likelihood += float(own.clamp_min(torch.finfo(torch.float32).tiny).log().sum())
 
     def share(self, right: int, count: int) -> dict[str, Any]:
-        """A share with its interval; None for a share of nothing.
+        """A share with its interval; the value is None if `count` is 0.
 
         Args:
-            right: how many were right.
-            count: of how many.
+            right: number of pictures that were right.
+            count: number of pictures.
         """
         return {"value": right / count if count else None, "interval": list(wilson(right, count, self.confidence))}
 
@@ -173,7 +173,7 @@ class Figures:
         """All figures as plain values: of all pictures, then of each class that occurs or is predicted."""
         count, right = int(self.confusion.sum()), int(self.confusion.diagonal().sum())
         found: dict[str, Any] = {"pictures": count, "confidence": self.confidence, "accuracy": self.share(right, count)}
-        # Of five classes or fewer all are among the best five.
+        # With five classes or fewer, all are among the best five.
         if len(self.classes) > 5:
             found["top5"] = self.share(self.among_five, count)
         found["loss"] = -self.log_likelihood / count if count else None
@@ -184,13 +184,13 @@ class Figures:
         return found
 
     def checked(self, where: str) -> dict[str, Any]:
-        """The summary, of at least one picture.
+        """Returns the summary, of at least one picture.
 
         Args:
-            where: what was evaluated, for the message.
+            where: a description of the data, for the message.
 
         Raises:
-            DataError: There was none.
+            DataError: There were no pictures.
         """
         if not int(self.confusion.sum()):
             raise DataError(f"{where}: none of its pictures can be read\n  Replace the files")
@@ -213,13 +213,13 @@ class Figures:
 
 
 class RealFigures:
-    """How often a network names one of the classes that an ImageNet validation picture shows; ImageNet-Real.
+    """Accuracy on ImageNet-Real: how often a network names one of the classes that a validation picture shows.
 
-    Pictures that were given no label are left out, as published.
+    Pictures without any label are left out, as published.
 
     Args:
         real: Class numbers of each picture, see ``read_real``.
-        classes: Of the network: 1,000; numbers count synsets in alphabetical order, whatever order the network has.
+        classes: Of the network: 1,000; numbers count synsets in alphabetical order, whatever the network's own order.
         confidence: Of the interval.
 
     Raises:
@@ -250,7 +250,7 @@ class RealFigures:
             names: of the files, one per picture.
 
         Raises:
-            DataError: A picture that is none of ImageNet's validation pictures.
+            DataError: A picture that is not one of ImageNet's validation pictures.
         """
         for best, name in zip(probabilities.argmax(1).tolist(), names, strict=True):
             number = real_number(name)
@@ -277,7 +277,7 @@ def evaluate(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """How often a network is right about labelled pictures.
+    """Evaluates a network on labelled pictures.
 
     Args:
         trained: The network.
@@ -285,13 +285,13 @@ def evaluate(
         split: Of them; None takes the test split, else the validation split, else the only one.
         confidence: Of the intervals.
         batch_size: Pictures that go through the network together.
-        num_workers: Processes that decode; 0 decodes here.
+        num_workers: Processes that decode; 0 decodes in this one.
 
     Returns:
-        The figures of ``Figures.summary`` with where the pictures are, and those that could not be read.
+        The figures of ``Figures.summary`` with a description of the data, and the pictures that could not be read.
 
     Raises:
-        DataError: No such pictures, no labels, or classes that the network does not know.
+        DataError: No such pictures, no labels, or classes that the network does not have.
     """
     figures, pictures = Figures(trained.classes, confidence), Labelled(trained, root, split)
     for _, x, labels in pictures.batches(batch_size, num_workers):
@@ -300,7 +300,7 @@ def evaluate(
 
 
 def unread_of(pictures: Labelled) -> list[Prediction]:
-    """Pictures that could not be read, in order.
+    """Returns the pictures that could not be read, in order.
 
     Args:
         pictures: after they were read.

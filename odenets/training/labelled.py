@@ -1,4 +1,4 @@
-"""Labelled pictures as a trained network sees them, by a folder or by the data in its checkpoint."""
+"""Labelled pictures as a trained network sees them, from a folder or from the data named in its checkpoint."""
 
 import json
 import re
@@ -22,10 +22,10 @@ Batch = tuple[list[int], Tensor, Tensor]
 
 
 class Below(Source):
-    """A source whose names say where it lies.
+    """A source whose names include the path of its folder.
 
     Args:
-        root: the folder that names begin at.
+        root: the folder that names are relative to.
         source: the pictures.
     """
 
@@ -63,22 +63,22 @@ class Viewed(Dataset):
 
 
 class Labelled:
-    """Labelled pictures of a network's classes, which can be gone over several times.
+    """Labelled pictures of a network's classes, which can be iterated several times.
 
     Args:
         trained: The network.
         root: Folder or file of pictures; None takes the data that it was trained on, from its checkpoint.
         split: Of them; None takes the test split, else the validation split, else the only one.
-        size: Side of the pictures, where it is not that of training.
-        limit: Of more pictures than this, so many are taken, evenly spread; None takes all.
+        size: Side of the pictures, if it is not that of training.
+        limit: Largest number of pictures; of more, an evenly spread selection is taken. None takes all.
 
     Attributes:
-        where: What they are called.
-        labels: Class numbers of all of them, as the network counts.
+        where: A description of the data, for messages.
+        labels: Class numbers of all of them, in the network's numbering.
         unread: Names of those that could not be read, and why, by number.
 
     Raises:
-        DataError: No such pictures, no labels, classes that the network does not know, or a size that is fixed.
+        DataError: No such pictures, no labels, classes that the network does not have, or a size that is fixed.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Labelled:
             self._set, self.labels = Viewed(self._source, view), self._source.labels
         count = len(self.labels)
         wanted = count if limit is None else min(limit, count)
-        # Evenly spread and not the first ones, which in a folder are all of one class.
+        # Evenly spread, since the first ones in a folder are all of one class.
         self.indices = [i * count // wanted for i in range(wanted)]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def name(self, i: int) -> str:
-        """File, or file and row, of picture i.
+        """The file, or file and row, of picture i.
 
         Args:
             i: the number of the picture, from 0.
@@ -118,7 +118,7 @@ class Labelled:
         return self._source.name(i) if self._source is not None else self._set.name(i)
 
     def batches(self, batch_size: int = 64, num_workers: int = 0) -> Iterator[Batch]:
-        """Numbers of pictures, the pictures (n, c, h, w), uint8 or floats in [0, 1], and their labels (n,).
+        """Yields numbers of pictures, the pictures (n, c, h, w), uint8 or floats in [0, 1], and their labels (n,).
 
         Args:
             batch_size: of the batches.
@@ -141,7 +141,7 @@ class Labelled:
 
 
 def levels_of(x: Tensor) -> Tensor:
-    """Whole levels, uint8, of pictures in either form.
+    """Returns pictures in either form as uint8 levels.
 
     Args:
         x: uint8, or floats in [0, 1].
@@ -150,7 +150,7 @@ def levels_of(x: Tensor) -> Tensor:
 
 
 def _own(trained: Trained, split: str | None, size: int | None) -> tuple[Any, str]:
-    """The data in the checkpoint's configuration, and what they are called."""
+    """The data in the checkpoint's configuration, and their description."""
     wanted = split or "test"
     if wanted not in ("test", "val"):
         raise DataError(f"split {wanted!r}: of the data in a checkpoint, it is test or val")
@@ -163,7 +163,7 @@ def _own(trained: Trained, split: str | None, size: int | None) -> tuple[Any, st
 
 
 def _of_folder(trained: Trained, root: Path, split: str | None) -> tuple[Source, str]:
-    """A split of labelled pictures whose class numbers are the network's; and what it is called."""
+    """A split of labelled pictures whose class numbers are the network's, and its description."""
     if not root.exists() or layouts.find(root) is None:
         problem = "there is no picture in it" if root.exists() else "there is no such file or folder"
         raise DataError(f"{root}: {problem}\n  Give a folder with a folder per class, parquet files or tar shards")
@@ -188,7 +188,7 @@ def _of_folder(trained: Trained, root: Path, split: str | None) -> tuple[Source,
 
 
 def _check_classes(known: Sequence[str], source: Source, root: Path) -> None:
-    """Refuses classes that the network does not know, and names all of them, not the first."""
+    """Refuses classes that the network does not have, and names all of them rather than the first."""
     if source.names is None:
         return
     place = set(known)
@@ -204,14 +204,14 @@ def _check_classes(known: Sequence[str], source: Source, root: Path) -> None:
 
 
 def read_classes(path: str | Path, count: int) -> list[str]:
-    """Names of a network's outputs, in order: a line each, or a JSON list of them.
+    """Reads the names of a network's outputs, in order: one per line, or a JSON list of them.
 
     Args:
-        path: The file. Where every line begins with a synset, n01440764, the rest of it does not count.
-        count: How many there must be.
+        path: The file. If every line begins with a synset, n01440764, the rest of each line is ignored.
+        count: The required number of names.
 
     Raises:
-        DataError: There is no such file, or it has another number of names, or one twice.
+        DataError: There is no such file, it has another number of names, or a name occurs twice.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -230,7 +230,7 @@ def read_classes(path: str | Path, count: int) -> list[str]:
         raise DataError(
             f"--classes {path} has {len(names):,} names, and the network {count:,} outputs\n  Name them all"
         )
-    # Only where there are any: counting each name takes the square of their number.
+    # Only if there are duplicates: counting each name takes quadratic time.
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < count else []
     if twice:
         raise DataError(f"--classes {path} has {twice[0]!r} more than once\n  Give each output a name of its own")
@@ -238,14 +238,14 @@ def read_classes(path: str | Path, count: int) -> list[str]:
 
 
 def read_real(path: str | Path) -> list[list[int]]:
-    """ImageNet-Real labels as they are published: for each validation picture the numbers of all classes it shows.
+    """Reads ImageNet-Real labels as published: for each validation picture, the numbers of all classes that it shows.
 
     Args:
         path: ``real.json`` of github.com/google-research/reassessed-imagenet: a list of 50,000 lists; entry i - 1
             belongs to ``ILSVRC2012_val_{i:08d}``, and numbers count the synsets in alphabetical order.
 
     Raises:
-        DataError: It is of another form.
+        DataError: The file is missing, or of another form.
 
     Source:
         Beyer et al. 2020, Are we done with ImageNet?, arXiv 2006.07159.
@@ -254,7 +254,7 @@ def read_real(path: str | Path) -> list[list[int]]:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise DataError(f"--real {path} cannot be read: {e}\n  Give real.json as it is published") from None
-    # By `type`, since isinstance takes true for an int.
+    # By `type`, since a bool is an instance of int.
     good = isinstance(held, list) and all(
         isinstance(row, list) and all(type(k) is int and 0 <= k < 1000 for k in row) for row in held
     )
@@ -264,7 +264,7 @@ def read_real(path: str | Path) -> list[list[int]]:
 
 
 def real_number(name: str) -> int | None:
-    """The number of an ImageNet validation picture, from 1; None: it is none.
+    """The number of an ImageNet validation picture, from 1; None if the file is not one.
 
     Args:
         name: of the file.

@@ -1,4 +1,4 @@
-"""Labels: from a column, or from folders' names, to class numbers that mean the same in every split."""
+"""Labels: from a column, or from the names of folders, to class numbers that mean the same in every split."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ REMEDY = "A label is one name or one whole number from 0 on; another column: --d
 
 
 class Labelled(Protocol):
-    """What is needed of a split: class numbers, and what they are called in it (None: nothing)."""
+    """The required interface of a split: class numbers, and their names in it (None: they have none)."""
 
     labels: Tensor
     names: list[str] | None
@@ -22,16 +22,17 @@ class Labelled(Protocol):
 
 
 def check_kinds(kinds: Sequence[tuple[str, Any]], where: str) -> None:
-    """Refuses files of one split whose labels are names here and numbers there.
+    """Refuses files of one split whose labels are names in one file and numbers in another.
 
-    Joined by a cast, a class "0" would stand beside a class "cat", and 1.0 and true would both be class 1.
+    If they were joined by a cast, there would be a class "0" beside a class "cat", and 1.0 and true would both be
+    class 1.
 
     Args:
         kinds: names of files, and the Arrow type of the labels in each.
         where: Begins the error.
 
     Raises:
-        DataError: It names two of them.
+        DataError: The kinds differ; the message names two of the files.
     """
     known = [(file, kind) for file, kind in kinds if _family(kind) is not None]
     for file, kind in known[1:]:
@@ -42,14 +43,14 @@ def check_kinds(kinds: Sequence[tuple[str, Any]], where: str) -> None:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type is one of the three that texts have."""
+    """Whether an Arrow type is one of the three string types."""
     import pyarrow as pa
 
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _family(kind: Any) -> str | None:
-    """What labels of an Arrow type are; None for nulls, which go with anything."""
+    """The family of an Arrow type of labels; None for nulls, which are compatible with all."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -60,14 +61,14 @@ def _family(kind: Any) -> str | None:
 
 
 def join_columns(columns: Sequence[Any], where: str) -> Any:
-    """Arrow columns of one family of types as one, of a type that holds all of them.
+    """Joins Arrow columns of one family of types, in a type that holds all of them.
 
     Args:
         columns: chunked arrays, at least one.
         where: Begins the error.
 
     Raises:
-        DataError: A number is beyond 64 bits.
+        DataError: A number exceeds 64 bits.
     """
     import pyarrow as pa
 
@@ -81,23 +82,23 @@ def join_columns(columns: Sequence[Any], where: str) -> Any:
 
 
 def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str] | None]:
-    """Class numbers (n,) of an Arrow column, and the names that belong to them; null and -1 are `NONE`.
+    """Reads the class numbers (n,) of an Arrow column, and their names; null and -1 are `NONE`.
 
     Args:
         column: pyarrow array, chunked or not.
-        feature: Its `datasets` feature, or None; a ClassLabel knows the names.
+        feature: Its `datasets` feature, or None; a ClassLabel has the names.
         where: Begins the errors.
 
     Raises:
-        DataError: Floats, lists, numbers below -1 or that name no class; the row is named.
+        DataError: Floats, lists, or numbers below -1 or without a class; the message names the row.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    # So parquet stores texts that repeat; the numbers of its dictionary are no labels.
+    # Parquet stores repeated strings this way; the indices of its dictionary are not labels.
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)  # type: ignore[attr-defined]
-    if pa.types.is_string_view(column.type):  # of which not every function of Arrow knows
+    if pa.types.is_string_view(column.type):  # not supported by every function of Arrow
         column = pc.cast(column, pa.large_string())
     kind = column.type
     if is_text(kind):
@@ -131,17 +132,17 @@ def read_column(column: Any, feature: Any, where: str) -> tuple[Tensor, list[str
 
 
 def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: str) -> list[str]:
-    """Numbers the classes of all splits alike, by name: sets `labels` and `classes` of each, returns the classes.
+    """Numbers the classes of all splits alike, by name: sets `labels` and `classes` of each, and returns the classes.
 
-    Names that are not given are in alphabetical order, those of a ClassLabel in its own; numbers stay as they are.
+    Without `classes`, names are in alphabetical order, those of a ClassLabel in its own; numbers stay as they are.
 
     Args:
         splits: By name, at least one.
-        classes: Names in order, where they are known beforehand.
+        classes: Names in order, if they are known beforehand.
         where: Begins the errors.
 
     Raises:
-        DataError: Some splits have names and others numbers, a name is none of `classes`, or numbers are too sparse.
+        DataError: Some splits have names and others numbers, a name is not in `classes`, or numbers are too sparse.
     """
     labelled = {name: split for name, split in splits.items() if bool((split.labels != NONE).any())}
     named = [name for name, split in labelled.items() if split.names is not None]
@@ -161,13 +162,13 @@ def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: 
                     f"{where}: split {name!r} has pictures of {unknown[0]!r}, none of the {len(union)} classes\n"
                     "  Name all classes in data.classes, or none"
                 )
-            # The last entry is that of NONE, which as an index is -1.
+            # The last entry is for NONE, which as an index is -1.
             table = torch.tensor([*(place.get(own_name, NONE) for own_name in own), NONE])
             split.labels, split.names = table[split.labels], union
     else:
         seen = torch.cat([split.labels.unique() for split in labelled.values()] or [torch.tensor([NONE])]).unique()
         count = int(seen.max()) + 1
-        # The network would get as many outputs, for what are most likely ids of something else.
+        # The network would get that many outputs, for numbers that are most likely ids of something else.
         if count > max(1000, 100 * len(seen)):
             raise DataError(
                 f"{where}: the largest label is {count - 1:,}, and only {len(seen):,} different ones occur\n"
@@ -184,7 +185,7 @@ def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: 
 
 
 def _union(lists: list[list[str]]) -> list[str]:
-    # Names that were in alphabetical order stay so together; the order of a ClassLabel means something.
+    # Names in alphabetical order are merged in that order; the order of a ClassLabel has a meaning and is kept.
     if all(names == sorted(names) for names in lists):
         return sorted({name for names in lists for name in names})
     return list(dict.fromkeys(name for names in lists for name in names))

@@ -1,11 +1,11 @@
-"""Which files below a folder belong to which split, and what class a picture's folder names.
+"""The assignment of the files below a folder to splits, and of pictures to the classes that their folders name.
 
-The rules are those of `datasets.load_dataset(folder)`, without reading a file: folders or else file names that contain
-`train`, `training`; `validation`, `valid`, `val`, `dev`; `test`, `testing`, `eval`, `evaluation` as a word are splits;
-`data/NAME-00000-of-00005.parquet` names its split itself; what names none is all for training. A picture's class is the
-name of the folder that it lies in. Hidden files, and folders that begin with two underscores, are left out. Two rules
-differ: capitals do not matter, and the uppermost folder that names a split decides, so that `val/train/1.png` is a
-picture of the class `train`; beside other class folders, a folder `train` of pictures is a class.
+The rules are those of `datasets.load_dataset(folder)`, without reading a file. Folders, or else file names, that
+contain `train`, `training`; `validation`, `valid`, `val`, `dev`; `test`, `testing`, `eval`, `evaluation` as a word are
+splits; `data/NAME-00000-of-00005.parquet` names its split itself; if nothing names a split, all files are for training.
+A picture's class is the name of its folder. Hidden files, and folders that begin with two underscores, are left out.
+Two rules differ: case does not matter, and the uppermost folder that names a split decides, so that `val/train/1.png`
+is a picture of the class `train`; beside other class folders, a folder `train` of pictures is a class.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from .errors import DataError
 
-# Formats that Pillow reads by itself: PostScript, for one, would be handed to another program.
+# Formats that Pillow reads itself: PostScript, for one, would be passed to another program.
 PICTURES = frozenset(
     ".apng .avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .pbm .pcx .pgm .png .pnm .ppm .rgb "
     ".rgba .sgi .tga .tif .tiff .webp".split()
@@ -44,9 +44,9 @@ class Layout:
         root: The folder.
         kind: pictures, parquet or tar.
         splits: Files of each split.
-        others: Files that name no split where others do, by the name that they have: `extra`. For who asks by name.
+        others: Files that name no split where others do, by their own name: `extra`. Opened only by that name.
         by: What named the splits: "folder", "file" or "" for nothing.
-        labels: Of pictures: the class name of each file by split; a split that is not there has none.
+        labels: Of pictures: the class name of each file by split; a split that is missing here has none.
         why: Of pictures: why a split has no class names.
         notes: What was left out, for the log.
     """
@@ -72,10 +72,10 @@ def splits_named(name: str) -> list[str]:
 
 
 def printable(name: str) -> str:
-    r"""A file's name as text that can be written: bytes that are no UTF-8 as escapes.
+    r"""Returns a file's name as text that can be written, with bytes that are not UTF-8 as escapes.
 
     Args:
-        name: as ``os.listdir`` gives it.
+        name: as ``os.listdir`` returns it.
 
     >>> printable("caf\udce9.png"), printable("café.png")
     ('caf\\udce9.png', 'café.png')
@@ -84,7 +84,7 @@ def printable(name: str) -> str:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Files below `root` as relative POSIX paths; hidden ones and `__special__` folders are left out.
+    """Yields the files below `root` as relative POSIX paths; hidden ones and `__special__` folders are left out.
 
     Args:
         root: the folder.
@@ -109,15 +109,15 @@ def walk(root: Path) -> Iterator[str]:
 
 
 def find(root: Path) -> Layout | None:
-    """The layout of a folder, or of one file; None where nothing below is a picture, a parquet file or a tar shard.
+    """Finds the layout of a folder, or of one file; None if it holds no pictures, parquet files or tar shards.
 
     Args:
         root: the folder, or the file.
 
     Raises:
-        DataError: It can be read in two ways, or a shard is missing; the files are named.
+        DataError: The folder can be read in two ways, or a shard is missing; the message names the files.
     """
-    # Whoever names one file means all of it, whatever it is called.
+    # A single file is used as a whole, whatever its name.
     if root.is_file():
         kind = KINDS.get(root.suffix.lower())
         named = splits_named(root.stem) if kind in ("parquet", "tar") else []
@@ -127,19 +127,19 @@ def find(root: Path) -> Layout | None:
     files: dict[str, list[str]] = {}
     for path in sorted(walk(root)):
         kind = KINDS.get(os.path.splitext(path)[1].lower())
-        # Tables that describe pictures are no data of their own.
+        # Tables that describe pictures are not data themselves.
         if kind is not None and path.rpartition("/")[2] not in METADATA:
             files.setdefault(kind, []).append(path)
     if not files:
         return None
     layouts = {kind: _layout(root, kind, paths) for kind, paths in files.items()}
-    # As in `datasets`: a folder that names a split comes before files that do, and those before names that name none;
-    # then the kind decides of which there are most.
+    # As in `datasets`: a folder that names a split comes before files that do, and those before files that name none;
+    # then the kind with the most files wins.
     ranks = {kind: (("", "file", "folder").index(layout.by), len(files[kind])) for kind, layout in layouts.items()}
     best = max(layouts, key=lambda kind: (*ranks[kind], kind == "parquet"))
     for kind in layouts.keys() - {best}:
         what = f"{len(files[kind]):,} {kind if kind == 'pictures' else kind + ' files'}, such as {files[kind][0]}"
-        # Class folders are no leftovers: which of the two was meant is not for us to guess.
+        # Class folders are not leftovers: guessing which of the two was meant would be unsafe.
         if kind == "pictures" and layouts[kind].labels:
             raise DataError(
                 f"data.root: {str(root)!r} holds {best} files, {files[best][0]} first, and class folders with {what}\n"
@@ -156,14 +156,14 @@ def _layout(root: Path, kind: str, paths: list[str]) -> Layout:
     if kind != "pictures":
         splits: dict[str, list[str]] = {}
         for path in paths:
-            # The hub's own way to write a data set: the name says all, and beats every other rule.
+            # The hub's own naming of data files, which overrides every other rule.
             match = re.fullmatch(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*", path)
             if match:
                 splits.setdefault(match[1], []).append(path)
         if splits:
             return Layout(root, kind, {name: splits[name] for name in _in_order(splits)}, by="folder")
     layout, folders = Layout(root, kind, {}, by="folder"), _split_folders(root, paths, kind)
-    # One level for all: below `train`, a folder called `test` is a class and no split.
+    # One level for all: below `train`, a folder called `test` is a class, not a split.
     level = min((depth for depth in folders.values() if depth is not None), default=-1)
     above = {path: level if depth is None else depth for path, depth in folders.items()}
     if level < 0:
@@ -200,15 +200,15 @@ def _in_order(splits: Iterable[str]) -> list[str]:
 
 
 def _split_folders(root: Path, paths: list[str], kind: str) -> dict[str, int | None]:
-    """Of each file, how deep the uppermost folder lies that names its split; None where none does."""
+    """The depth of the uppermost folder that names the split of each file; None if none does."""
     folders = {path.rpartition("/")[0] for path in paths}
-    children: dict[str, dict[str, bool]] = {}  # the folders in each folder, and whether all that they hold is files
+    children: dict[str, dict[str, bool]] = {}  # the folders in each folder, and whether they hold only files
     for folder in folders:
         parts = folder.split("/") if folder else []
         for depth, part in enumerate(parts):
             inside = children.setdefault("/".join(parts[:depth]), {})
             inside[part] = inside.get(part, True) and depth == len(parts) - 1
-    # Asked once per folder and not once per picture.
+    # Evaluated once per folder instead of once per picture.
     classes = cache(lambda parent: _are_classes(root, parent, children[parent], kind))
     depths = {folder: _split_depth(root, folder.split("/") if folder else [], classes) for folder in sorted(folders)}
     return {path: depths[path.rpartition("/")[0]] for path in paths}
@@ -231,10 +231,10 @@ def _split_depth(root: Path, parts: list[str], classes: Callable[[str], bool]) -
 
 
 def _are_classes(root: Path, parent: str, inside: dict[str, bool], kind: str) -> bool:
-    """Whether the folders in `parent` are classes, though some are called as splits are."""
+    """Whether the folders in `parent` are classes, though some have the names of splits."""
     called = {name: splits_named(name) for name in inside}
     rest = [name for name in inside if not called[name]]
-    # Classes hold pictures and nothing else; and among them there must be a name that is no split's.
+    # Class folders hold pictures and nothing else, and at least one of their names must not be that of a split.
     if kind != "pictures" or not rest or len(rest) == len(inside) or not all(inside.values()):
         return False
     if len({split for splits in called.values() for split in splits}) > 1:
@@ -247,15 +247,15 @@ def _are_classes(root: Path, parent: str, inside: dict[str, bool], kind: str) ->
 
 
 def _label(layout: Layout, above: Mapping[str, int]) -> None:
-    """Class names from the folders that pictures lie in, where all of a split lie equally deep in more than one.
+    """Takes class names from the pictures' folders, if all pictures of a split have the same depth, in several folders.
 
-    above: of each file, how deep the folder of its split lies, -1 where there is none.
+    above: the depth of the folder that names each file's split, -1 where there is none.
     """
     groups = {**layout.splits, **layout.others}
     for split, paths in groups.items():
         depths = {path: path.count("/") - 1 - above[path] for path in paths}
         shallow, deep = min(paths, key=depths.__getitem__), max(paths, key=depths.__getitem__)
-        # A picture beside the class folders: then the folders do not say everything, and so they say nothing.
+        # A picture beside the class folders has no class, so none of the folders is taken for one.
         if depths[shallow] <= 0:
             layout.why[split] = f"{shallow} lies in no class folder"
         elif depths[shallow] < depths[deep]:
@@ -263,20 +263,20 @@ def _label(layout: Layout, above: Mapping[str, int]) -> None:
         else:
             layout.labels[split] = [printable(path.split("/")[-2]) for path in paths]
     classes = {name for names in layout.labels.values() for name in names}
-    # A single folder is a place to keep pictures, and not a class to tell from others.
+    # A single folder only stores pictures; it does not distinguish a class from others.
     if len(classes) == 1:
         layout.why |= dict.fromkeys(layout.labels, f"there is one class folder only, {next(iter(classes))}")
         layout.labels = {}
 
 
 def check_shards(paths: Iterable[str]) -> None:
-    """Refuses a set of `name-00000-of-00005` files that is not whole.
+    """Refuses an incomplete set of `name-00000-of-00005` files.
 
     Args:
         paths: of the files.
 
     Raises:
-        DataError: It names what is missing.
+        DataError: Some are missing; the message names them.
     """
     found: dict[tuple[str, str, str], set[int]] = {}
     for path in paths:

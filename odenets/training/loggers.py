@@ -1,4 +1,4 @@
-"""The metrics file of a run: every row once, also where the run is killed between two of them."""
+"""The metrics file of a run: every row once, even if the run is killed between two of them."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from .files import parts_of, write_whole
 
 
 def logged_rows(folder: Path) -> list[dict[str, str]]:
-    """What a run has logged so far, each row once and in order, whatever stopped and resumed it.
+    """Returns the rows that a run has logged so far, each once and in order, however often it was resumed.
 
     Args:
         folder: of the run.
@@ -29,12 +29,12 @@ class Metrics(CSVLogger):
     """``metrics.csv`` in a run's folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        # Without a name and a version the file lies in the run's folder itself.
+        # Without a name and a version, the file is placed in the run's folder itself.
         super().__init__(folder, name="", version="")
         self.part = 0
 
     def count_parts(self) -> None:
-        """Finds out which part of the run's metrics this file is, once the earlier ones are set aside."""
+        """Sets the number of this part of the run's metrics, once the earlier parts are set aside."""
         self.part = len(parts_of(Path(self.save_dir)))
 
     @property
@@ -46,19 +46,19 @@ class Metrics(CSVLogger):
 
     @property
     def written(self) -> dict[str, int]:
-        """Which part of the run's metrics this file is, and how many rows of it are on the disk."""
+        """The number of this part of the run's metrics, and the number of its rows that are on disk."""
         return {"part": self.part, "rows": getattr(self._experiment, "rows", 0)}
 
 
 class _Writer(ExperimentWriter):
-    """Lightning's, which empties the file to give it another column: here the longer file takes its place."""
+    """Lightning's writer, which truncates the file to add a column: here the new file replaces it atomically."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir)
         self.rows = 0
 
     def save(self) -> None:
-        # Counted first: saving empties the list.
+        # Counted before saving, which empties the list.
         self.rows += len(self.metrics)
         super().save()
 

@@ -1,4 +1,4 @@
-"""What the modules share that train one network, whatever it is for."""
+"""The base of all modules that train one network, whatever its task."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,17 +23,17 @@ from .sharding import shard_module
 
 
 def evaluations(net: nn.Module) -> int:
-    """Residual-function evaluations of one forward, over the outermost parts of the net that count them."""
+    """Counts residual-function evaluations of one forward pass, over the outermost parts of the net that count them."""
     own = getattr(net, "evaluations", None)
     return own if own is not None else sum(evaluations(part) for part in net.children())
 
 
 def solver_figures(net: nn.Module) -> dict[str, float]:
-    """How the adaptive solves of the last forward pass went: their steps together, and the share that came to the end.
+    """Summarises the adaptive solves of the last forward pass: their total steps, and the share that finished.
 
-    Empty where there were none.
+    Empty if there were none.
     """
-    # Stacks inside of a stack have solves of their own, each counted where it ran.
+    # Stacks inside a stack have their own solves, each counted where it ran.
     solves = [solve for _, stack in named_stacks(net) for solve in stack.solves]
     if not solves:
         return {}
@@ -45,7 +45,7 @@ def solver_figures(net: nn.Module) -> dict[str, float]:
 
 
 def check_synchronised(trainer: L.Trainer) -> None:
-    """Refuses norms that are synchronised over processes on a CPU, before the first batch meets one.
+    """Refuses norms that are synchronised over processes on a CPU, before the first batch reaches one.
 
     Args:
         trainer: of the run.
@@ -63,11 +63,11 @@ def check_synchronised(trainer: L.Trainer) -> None:
 
 
 def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What this process counted over the mean of all, by which a mean over it counts: gradients are averaged.
+    """Returns this process's count over the mean count: the weight of its mean loss, since gradients are averaged.
 
     Args:
         trainer: of the run.
-        own: how many this process counted in its batch: pixels, or words.
+        own: the number of pixels, or words, in this process's batch.
         dtype: of the share.
     """
     count = own.to(dtype)
@@ -75,13 +75,13 @@ def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32
 
 
 def of_a_whole_step(trainer: L.Trainer, loss: Tensor) -> Tensor:
-    """The loss of a batch as it counts in its step: Lightning divides by `accumulate_grad_batches`, and here by fewer.
+    """Rescales the loss of a batch in a short last step: Lightning always divides by `accumulate_grad_batches`.
 
-    The last step of an epoch takes the batches that are left, and is their mean like any other.
+    The last step of an epoch takes the remaining batches and, like every step, uses their mean.
 
     Args:
         trainer: in a training batch.
-        loss: divided already.
+        loss: already divided by Lightning.
     """
     every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
     left = 0 if math.isinf(batches) else int(batches) % every
@@ -90,7 +90,7 @@ def of_a_whole_step(trainer: L.Trainer, loss: Tensor) -> Tensor:
 
 
 class NetModule(L.LightningModule):
-    """Training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
+    """The training of `net`: its memory layout and compilation, the count of its evaluations, and its checkpoints.
 
     Attributes:
         net: The network.
@@ -109,17 +109,17 @@ class NetModule(L.LightningModule):
 
     @property
     def body(self) -> nn.Module:
-        """What the weights of a classifier fit: the net, or the part of it that a head was put on."""
+        """The module that a classifier's weights fit: the net, or the part of it that a head was put on."""
         return getattr(self.net, "body", self.net)
 
     @property
     def grouped(self) -> nn.Module:
-        """What the groups of the optimiser are of."""
+        """The module whose parameters the optimiser's groups hold."""
         return self.net
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        # The first hook of all. Lightning takes a module that has `configure_model` for one that is divided, and warns
-        # whoever averages its weights: so it comes with the strategy that asks for it.
+        # The first hook to run. Lightning takes any module with `configure_model` for a sharded one, and warns if its
+        # weights are averaged: so the method is only set under the strategy that needs it.
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.configure_model = partial(shard_module, self, self.net)  # type: ignore[method-assign]
         return super().configure_callbacks()
@@ -129,8 +129,8 @@ class NetModule(L.LightningModule):
             check_synchronised(self.trainer)
             check_averages(self.trainer, self)
         if self.channels_last:
-            self.to(memory_format=torch.channels_last)  # a head beside the net, too
-        # This hook runs for each stage, and a second compilation would throw the first away.
+            self.to(memory_format=torch.channels_last)  # also a head beside the net
+        # This hook runs for each stage, and a second compilation would discard the first.
         if self.compile_net and not self._compiled:
             self.net.compile()
             self._compiled = True
@@ -144,36 +144,36 @@ class NetModule(L.LightningModule):
 
     @property
     def freezable(self) -> nn.Module:
-        """What the names in ``frozen`` are parts of."""
+        """The module that the names in ``frozen`` refer to."""
         return self.net
 
     def take_frozen(self, patterns: Sequence[str]) -> None:
-        """Takes parts out of training; ``train`` keeps norms with running statistics in them in evaluation.
+        """Freezes parts; ``train`` then keeps their norms with running statistics in evaluation mode.
 
         Args:
             patterns: see ``Frozen``.
 
         Raises:
-            SchemeError: a pattern that no part has.
+            SchemeError: a pattern that matches no part.
         """
         self.frozen = Frozen(self.freezable, patterns)
         self.frozen.apply(self.freezable)
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but that norms in frozen parts stay in evaluation."""
+        """Sets the mode as for any module, except that norms in frozen parts stay in evaluation mode."""
         super().train(mode)
         if self.frozen is not None:
             self.frozen.hold(self.freezable)
         return self
 
     def take_auxiliary(self, aux: Mapping[str, float] | None) -> None:
-        """Takes the weights of auxiliary values; fields return their energies if these are among them.
+        """Sets the weights of auxiliary values; fields return their energies if these are among them.
 
         Args:
-            aux: names and weights; None is none.
+            aux: names and weights; None for none.
 
         Raises:
-            SchemeError: weights that are no numbers, names that the module logs itself, a net without stacks.
+            SchemeError: a weight that is not a number, a name that the module logs itself, or a net without stacks.
         """
         self.aux = dict(aux or {})
         name = type(self).__name__
@@ -195,13 +195,13 @@ class NetModule(L.LightningModule):
         returning(self.net, [key for key in ENERGIES if key in self.aux])
 
     def name_parts(self, names: Iterable[str]) -> None:
-        """Compares the names under which parts of the loss are logged with those of auxiliary values.
+        """Checks that no part of the loss is logged under the name of an auxiliary value.
 
         Args:
             names: of the parts.
 
         Raises:
-            SchemeError: one is both.
+            SchemeError: a part has such a name.
         """
         for name in names:
             if name in self.aux:
@@ -212,16 +212,16 @@ class NetModule(L.LightningModule):
 
     @contextmanager
     def auxiliary_loss(self, samples: int) -> Iterator[list[Tensor]]:
-        """Around a forward pass of training: gives a list that holds, at its end, what is to be added to the loss.
+        """Wraps a training forward pass; yields a list that, on exit, holds the terms to add to the loss.
 
-        Of each value the sum over all calls, its mean over samples if it has one each, times its weight. Logs the
-        values without their weights, as train/NAME.
+        Each value is summed over all calls, averaged over samples if it has one per sample, and multiplied by its
+        weight. The values are logged without their weights, as train/NAME.
 
         Args:
-            samples: in the batch, by which the mean over an epoch is weighed.
+            samples: in the batch, by which the mean over an epoch is weighted.
 
         Raises:
-            SchemeError: at the end, a value that no residual function returned.
+            SchemeError: on exit, a value that no residual function returned.
         """
         terms: list[Tensor] = []
         if not self.aux:
@@ -235,7 +235,7 @@ class NetModule(L.LightningModule):
             terms.append(self.aux[key] * mean)
 
     def on_train_epoch_end(self) -> None:
-        # Read after the forwards: a continuous-depth net only knows its count once it has run.
+        # Read after the forward passes: a continuous-depth net only knows its count once it has run.
         count = evaluations(self.net)
         if count:
             self.log("evaluations", float(count), sync_dist=True)
@@ -244,6 +244,6 @@ class NetModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """The module of a checkpoint; one that was built in Python needs its parts: `net=...`, `optimizer=...`."""
+        """Loads the module of a checkpoint; one built in Python needs its parts: `net=...`, `optimizer=...`."""
         kwargs.setdefault("weights_only", True)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Imported before all others of this package: says what is not installed, where something is not."""
+"""Imported before the rest of this package: raises an error that names what is not installed, if anything is not."""
 
 from ..extras import require
 

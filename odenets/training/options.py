@@ -1,7 +1,7 @@
-"""What options may be, and what may change between a run and its resumption.
+"""The valid values of options, and the options that may change between a run and its resumption.
 
-Numbers are judged by the last word of their name, before any data is opened. On resume, an option that determines the
-result has the value that the checkpoint was trained with, unless the command line gives another.
+Numbers are checked by the last word of their option's name, before any data is opened. On resume, an option that
+determines the result must have the value that the checkpoint was trained with, unless the command line gives another.
 """
 
 import math
@@ -29,14 +29,14 @@ RULES: dict[str, _Rule] = {
     "limit_train_batches": (lambda v: v > 0, "a number of batches, or a share, above 0"),
     "seed_everything": (lambda v: 0 <= v < 2**32, "0 to 4294967295"),
 }
-# What no figure of a run depends on: where things are, what is printed and saved.
+# Options that no figure of a run depends on: where things are, what is printed and saved.
 HARMLESS = re.compile(
     r"ckpt_path|run_dir|threads|(checkpoint|last)\..*|data\.(num_workers|download|cache)"
     r"|trainer\.(accelerator|logger|enable_\w+|default_root_dir|profiler|log_every_n_steps|detect_anomaly|benchmark"
     r"|inference_mode|num_sanity_val_steps|limit_(test|predict)_batches|model_registry)(\..*)?"
 )
-# What may change without a word when a run goes on: that, how much hardware works, how long, and by what it is judged.
-# Weights are read at the beginning alone.
+# Options that may change silently when a run is resumed: the above, the amount of hardware, the duration, and the
+# evaluation. Weights are only read at the start of a run.
 FREE = re.compile(
     rf"{HARMLESS.pattern}|weights(_only)?|adapt\..*|trainer\.(strategy|devices|num_nodes|fast_dev_run|barebones|plugins"
     r"|max_time|use_distributed_sampler|limit_val_batches|reload_dataloaders_every_n_epochs)(\..*)?"
@@ -44,13 +44,13 @@ FREE = re.compile(
 
 
 def check_groups(options: Any) -> None:
-    """Refuses null for what has options of its own; the parser takes it.
+    """Refuses null for a group of options, which the parser would accept.
 
     Args:
-        options: of the subcommand, as they were parsed.
+        options: of the subcommand, as parsed.
 
     Raises:
-        SchemeError: it names the group.
+        SchemeError: a group is null; the message names it.
     """
     for name in ("model", "data", "trainer", "checkpoint", "last", "adapt"):
         if name in options and options[name] is None:
@@ -66,7 +66,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         config: the resolved configuration, nested.
 
     Raises:
-        SchemeError: a number that is NaN or infinite, or outside of what its option takes.
+        SchemeError: a number that is NaN or infinite, or outside the range of its option.
     """
     for name, value in flat(config).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -80,26 +80,26 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def short_name(name: str) -> str:
-    """An option as one types it: `model.optimizer.lr` for `model.init_args.optimizer.init_args.lr`."""
+    """An option as it is typed: `model.optimizer.lr` for `model.init_args.optimizer.init_args.lr`."""
     return name.replace("init_args.", "")
 
 
 def changes(
     before: Mapping[str, Any], now: Mapping[str, Any], free: re.Pattern[str] = FREE
 ) -> dict[str, tuple[Any, Any]]:
-    """Options that determine the result and differ, by their short names: (before, now).
+    """Returns the options that determine the result and differ, by their short names: (before, now).
 
     Args:
         before: a configuration, nested.
         now: another.
-        free: options that are passed over.
+        free: options that are ignored.
     """
     old, new = flat(before), flat(now)
     found = {}
     for name in [*new, *(n for n in old if n not in new)]:
         a, b = old.get(name), new.get(name)
         last = name.rpartition(".")[2]
-        # An option that one side lacks is of another release, unless it is a list's element or a class.
+        # An option that one side lacks is from another release, unless it is an element of a list or a class.
         known = (name in old and name in new) or last.isdigit() or last == "class_path"
         if differ(a, b) and known and not free.fullmatch(short_name(name)):
             found[short_name(name)] = (a, b)
@@ -107,17 +107,17 @@ def changes(
 
 
 def differ(a: Any, b: Any) -> bool:
-    """Whether two values of an option do: 1 and 1.0 as well, for one batch and all of them are not the same."""
+    """Whether two values of an option differ; 1 and 1.0 do, since one batch and all of them are not the same."""
     return a != b or (isinstance(a, bool | int | float) and type(a) is not type(b))
 
 
 def given(words: Sequence[str]) -> set[str]:
-    """The short names of the options that a command line gives itself, not by a file."""
+    """The short names of the options that are given on the command line itself, not in a file."""
     return {short_name(word[2:].partition("=")[0]) for word in words if word.startswith("--")}
 
 
 def check_resumed(before: Mapping[str, Any], now: Mapping[str, Any], words: Sequence[str], name: str) -> None:
-    """Refuses a resumption with other options than the checkpoint's, unless the command line gives them.
+    """Refuses to resume with options other than the checkpoint's, unless the command line gives them.
 
     Args:
         before: the configuration that the checkpoint was trained with.

@@ -1,11 +1,12 @@
-"""Which samples a process takes, batch by batch, and what its random numbers are: functions of where training is.
+"""The samples and random numbers of each process, batch by batch, as functions of the place in training.
 
-The order of an epoch is drawn by a generator that is seeded with (seed, epoch); the random numbers of a sample by
-(seed, epoch, sample), those of a batch by (seed, epoch, batch, process). So neither the number of workers nor the
-moment at which a process was started, killed or resumed changes what is drawn, and no random state has to be saved:
+The order of an epoch is drawn by a generator that is seeded with (seed, epoch); the random numbers of a sample are
+seeded with (seed, epoch, sample), those of a batch with (seed, epoch, batch, process). So neither the number of workers
+nor the moment at which a process was started, killed or resumed changes what is drawn, and no random state has to be
+saved:
 
-* epoch 3 is shuffled alike in a run that began with it and in one that came from epoch 2;
-* a run that goes on with batch 17 skips 16 batches of indices and loads none of their samples;
+* epoch 3 is shuffled the same way in a run that began with it and in one that came from epoch 2;
+* a run that resumes with batch 17 skips 16 batches of indices and loads none of their samples;
 * two processes share each batch that one process would take whole, and augment their halves differently.
 """
 
@@ -23,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ..seeds import seed_of as seed_of
 
 _SEEDS: WeakKeyDictionary[L.Trainer, int] = WeakKeyDictionary()
-PADDING = -1  # the epoch of a sample that is repeated to give every process equally many
+PADDING = -1  # the epoch of a sample that is repeated to give every process the same number
 IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it out
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds what a module, an augmentation or a data set may draw from: torch, Python and NumPy.
+    """Seeds the generators that a module, an augmentation or a data set may draw from: torch, Python and NumPy.
 
     Args:
         seed: any whole number from 0 on.
@@ -41,14 +42,14 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Seeds the generators of the CPU for as long as the context lasts, and leaves them as they were.
+    """Seeds the generators of the CPU inside the context, and restores their states on exit.
 
     Args:
         seed: any whole number from 0 on.
     """
     numpy = sys.modules.get("numpy")
     states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-    # The CPU's alone: ``torch.manual_seed`` would seed every device, and nothing puts those back.
+    # Only the CPU's: ``torch.manual_seed`` would seed every device, and those states are not restored.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if numpy:
@@ -63,21 +64,21 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 
 class TrainingOrder(DistributedSampler):
-    """The samples of one process in training, as pairs (epoch, index); every process has equally many.
+    """The samples of one process in training, as pairs (epoch, index); every process has the same number.
 
     The epoch's order is cut into batches of all processes; process r of w takes every w-th sample of each, from the
-    r-th on. It is a ``DistributedSampler``, which Lightning leaves in its place.
+    r-th on. As a ``DistributedSampler``, it is not replaced by Lightning.
 
     Args:
-        data: a data set with a length; where it has ``order(generator)``, that gives the order.
+        data: a data set with a length; if it has ``order(generator)``, that gives the order.
         batch_size: samples of a step in one process.
         seed: of the order.
         replicas: number of processes.
-        rank: this process.
+        rank: of this process.
         shuffle: a new order in each epoch; False for the data set's own.
 
     Attributes:
-        epoch: the epoch that the next iteration gives.
+        epoch: the epoch of the next iteration.
         skip: batches that the next iteration leaves out, since they were trained on before.
 
     Example:
@@ -107,7 +108,7 @@ class TrainingOrder(DistributedSampler):
         self.epoch = epoch
 
     def permutation(self, epoch: int) -> list[int]:
-        """The indices of an epoch, of all processes together.
+        """The indices of an epoch, for all processes together.
 
         Args:
             epoch: from 0.
@@ -119,7 +120,7 @@ class TrainingOrder(DistributedSampler):
             own = getattr(self.dataset, "order", None)
             drawn = own(generator) if own else torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
             indices = drawn.tolist()
-        # Repeated where processes would get unequally many: one that ran out would leave the others waiting for its
+        # Repeated where processes would get unequal numbers: one that ran out would leave the others waiting for its
         # gradients.
         return (indices * -(-self.total_size // max(1, len(indices))))[: self.total_size]
 
@@ -143,13 +144,13 @@ class TrainingOrder(DistributedSampler):
 class EvaluationOrder(DistributedSampler):
     """The samples of one process in evaluation, in order: every w-th, as plain indices.
 
-    Every process has equally many, since evaluation may exchange buffers at each batch. What is repeated for that comes
-    as a pair (``PADDING``, index): its label becomes ``IGNORED``, and no figure counts it.
+    Every process has the same number, since evaluation may exchange buffers at each batch. A sample that is repeated
+    for this comes as a pair (``PADDING``, index): its label becomes ``IGNORED``, and no figure counts it.
 
     Args:
-        data: the samples; only their number is asked for.
-        replicas: how many processes share them.
-        rank: which of them this is.
+        data: the samples; only their number is used.
+        replicas: the number of processes that share them.
+        rank: of this process.
 
     Example:
         >>> [list(EvaluationOrder(range(5), replicas=2, rank=r)) for r in (0, 1)]
@@ -169,10 +170,10 @@ class EvaluationOrder(DistributedSampler):
 
 
 class Numbered(Dataset):
-    """A data set that is asked for pairs (epoch, index), and draws by them; a plain index is passed on.
+    """A data set that is indexed by pairs (epoch, index), which seed its draws; a plain index is passed on.
 
     What the data set draws for a pair from the generators of torch, Python and NumPy is a function of the seed, the
-    epoch and the index. A data set with ``takes_pairs`` gets the pairs themselves, and has its own way.
+    epoch and the index. A data set with ``takes_pairs`` gets the pairs themselves, and seeds its own draws.
 
     Args:
         data: the data set.
@@ -189,7 +190,7 @@ class Numbered(Dataset):
         return len(self.data)
 
     def __getitem__(self, key: Any) -> Any:
-        # A padded sample goes the plain way, as its epoch is none that a data set could draw by.
+        # A padding sample is always seeded here: its epoch is not one that a data set could seed its draws with.
         if not isinstance(key, tuple) or (self.takes_pairs and key[0] != PADDING):
             return self.data[key]
         with seeded_generators(seed_of(self.seed, "sample", *key)):
@@ -203,18 +204,18 @@ class Numbered(Dataset):
         if self.takes_pairs:
             batch = self.data.__getitems__([key[1] if n in padding else key for n, key in enumerate(keys)])
         else:
-            # By the first key of the batch: a set that draws for a whole batch at once gets one seed for it.
+            # Seeded by the first key: a data set that draws for a whole batch at once gets one seed for it.
             with seeded_generators(seed_of(self.seed, "samples", *map(str, keys[:1]))):
                 batch = self.data.__getitems__([key[1] if isinstance(key, tuple) else key for key in keys])
         return _without_label(batch, padding) if padding else batch
 
 
 def _without_label(batch: Any, rows: Any) -> Any:
-    """The batch (or one sample) with the labels of these rows ignored, where it has labels at all."""
+    """Returns the batch (or one sample) with the labels of these rows ignored, if it has labels."""
     if isinstance(batch, list):  # one sample each: the collate function comes later
         return [_without_label(sample, slice(None)) if n in rows else sample for n, sample in enumerate(batch)]
     label: Any = batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
-    if isinstance(label, dict) and "ignored" in label:  # a target that says itself whether it counts
+    if isinstance(label, dict) and "ignored" in label:  # a target with its own flag for this
         label = {**label, "ignored": torch.tensor(True)}
         return (batch[0], label, *batch[2:])  # pyright: ignore[reportGeneralTypeIssues]
     if not isinstance(label, torch.Tensor):
@@ -226,14 +227,14 @@ def _without_label(batch: Any, rows: Any) -> Any:
 
 
 def run_seed(trainer: L.Trainer | None) -> int:
-    """The seed of this run: what torch's generator was seeded with when the run first asked.
+    """The seed of this run: the one that torch's generator had at the first call for this trainer.
 
     Args:
-        trainer: the one that trains; None: there is none.
+        trainer: of the run; None: there is none.
     """
     if trainer is None:
         return torch.initial_seed()
-    # Kept with the trainer, since every batch seeds the generator anew.
+    # Stored per trainer, since every batch reseeds the generator.
     if trainer not in _SEEDS:
         _SEEDS[trainer] = torch.initial_seed()
     return _SEEDS[trainer]
@@ -243,31 +244,31 @@ def batch_generator(trainer: L.Trainer, device: torch.device, seed: int | None =
     """A generator for the training batch that is being prepared, seeded by (seed, epoch, batch, process).
 
     Args:
-        trainer: says where training is.
+        trainer: gives the place in training.
         device: of the generator.
         seed: None takes the run's.
     """
-    # A data module may be used without a trainer, or with a stand-in for one.
+    # A data module may be used without a trainer, or with a mock of one.
     if not hasattr(trainer, "fit_loop"):
         return None
     return torch.Generator(device).manual_seed(batch_seed(trainer, run_seed(trainer) if seed is None else seed))
 
 
 def batch_seed(trainer: L.Trainer, seed: int, stream: str = "augment") -> int:
-    """The seed of the training batch that is being prepared; of a `stream` of its own for each user.
+    """The seed of the training batch that is being prepared; each consumer has its own `stream` of seeds.
 
     Args:
-        trainer: the one that trains.
+        trainer: of the run.
         seed: of the run.
-        stream: who draws.
+        stream: the consumer of the random numbers.
     """
-    # Batches that were asked for, and not those that are done: the next one is prepared while this one is trained on.
+    # Counts the batches that were fetched, not those that are done: the next one is prepared while this one trains.
     number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return seed_of(seed, stream, trainer.current_epoch, number, trainer.global_rank)
 
 
 def processes(module: L.LightningDataModule) -> tuple[int, int]:
-    """The number of processes that train together, and which of them this is.
+    """The number of processes that train together, and the rank of this one.
 
     Args:
         module: the data module.
@@ -276,28 +277,28 @@ def processes(module: L.LightningDataModule) -> tuple[int, int]:
 
 
 class ResumableLoader(DataLoader):
-    """A loader that Lightning takes for resumable, as it is: the trainer counts the batches, the order skips them."""
+    """A loader that Lightning rightly takes for resumable: the trainer counts the batches, the order skips them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the place in training says it all."""
+        """Returns an empty state: the place in training determines everything."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do.
+        """Does nothing.
 
         Args:
-            state: what ``state_dict`` gave.
+            state: as ``state_dict`` returned it.
         """
 
 
 def loader(module: L.LightningDataModule, data: Any, batch_size: int, *, train: bool, **options: Any) -> DataLoader:
-    """A loader for training, or one for evaluation.
+    """Builds a loader for training or for evaluation.
 
-    In training the order and the random numbers depend on the seed, the epoch and the sample alone; in evaluation each
-    sample comes once, in order. The processes of a run share either.
+    In training, the order and the random numbers depend on the seed, the epoch and the sample alone; in evaluation,
+    each sample comes once, in order. In both cases the processes of a run share the samples.
 
     Args:
-        module: the data module, whose trainer says which process this is.
+        module: the data module, whose trainer gives the rank of this process.
         data: the data set.
         batch_size: samples of a step in one process.
         train: whether it is for training.

@@ -1,7 +1,7 @@
 """Sentences and their translations for Lightning, as bytes: parquet files, or a dataset of the Hugging Face hub.
 
-A word is a byte of UTF-8, so that there is no vocabulary to learn, to store or to agree on; sentences are
-longer than in the subwords of published translation results, which are not comparable with figures per byte.
+A word is a byte of UTF-8, so that there is no vocabulary to learn, to store or to agree on. Sentences are longer than
+in subwords, the units of published translation results, which are not comparable with figures per byte.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from .data import hold_out
 from .order import loader
 from .sources import TEST, TRAIN, VALIDATION, DataError, find_column, open_tables
 
-FIRST = 3  # the word of byte 0, after those that pad, start and end
+FIRST = 3  # the word of byte 0, after those for padding, start and end
 WORDS = FIRST + 256
 WAYS = (
     "give --data.root FOLDER (parquet files), or --data.hub NAME --data.subset SUBSET --data.download true, "
@@ -42,7 +42,7 @@ def to_words(text: str) -> Tensor:
 
 
 def to_text(words: Iterable[int]) -> str:
-    """The text of words up to the first end; what is no UTF-8 is marked.
+    """The text of words up to the first end; bytes that are not UTF-8 are marked.
 
     Args:
         words: numbers of words.
@@ -60,7 +60,7 @@ def to_text(words: Iterable[int]) -> str:
 
 
 class Pairs(Dataset):
-    """Sentences and their translations, made into words when asked for.
+    """Sentences and their translations, converted to words on request.
 
     Args:
         table: A Hugging Face dataset.
@@ -83,7 +83,7 @@ class Pairs(Dataset):
 
 
 def padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch (n, s), (n, t): sentences as long as the longest of them, the rest padded.
+    """Collates a batch (n, s), (n, t), with sentences padded to the longest on each side.
 
     Args:
         pairs: source and target of each sample.
@@ -113,8 +113,8 @@ class ParallelText(L.LightningDataModule):
         hub: Dataset on the hub, e.g. wmt/wmt14.
         subset: Of the hub's dataset, e.g. de-en.
         download: Allows the network for `hub`; without it only an earlier download is used.
-        batch_size: Pairs per step.
-        length: Most words of a sentence, start and end included.
+        batch_size: Pairs per batch and process.
+        length: Largest number of words of a sentence, including start and end.
         holdout: Share that is held out where there is no validation or test split.
         split_seed: Seed of that share.
         num_workers: Processes that read.

@@ -1,11 +1,11 @@
 """RandAugment and colour jitter of whole batches, on the device they are on, in plain torch.
 
-    x = rand_augment(x, magnitude=9, std=0.5)       # what "rand-m9-mstd0.5-inc1" names in ImageNet recipes
+    x = rand_augment(x, magnitude=9, std=0.5)       # "rand-m9-mstd0.5-inc1" in ImageNet recipes
     x = color_jitter(x, 0.4, 0.4, 0.4)
 
-Everything is drawn first; `operate` then applies what was drawn, and a picture's result depends on its own draws alone.
-Pictures are sorted by what they drew, so that each round costs at most one table look-up (all that maps a grey level to
-a grey level), one `grid_sample` (all that moves pixels) and two blends, however many pictures there are.
+Everything is drawn first and then applied by `operate`, so a picture's result depends on its own draws alone. Pictures
+are sorted by their draws, so that each round costs at most one table look-up (all maps from grey level to grey level),
+one `grid_sample` (all moves of pixels) and two blends, however many pictures there are.
 
 The operations are those of the Python Imaging Library (PIL) on 8-bit pictures, rounding included.
 """
@@ -31,11 +31,11 @@ def _grey(x: Tensor) -> Tensor:
 
 
 def _blend(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """base + factor (x - base), cut to [0, 255], fractions dropped."""
+    """base + factor (x - base), clipped to [0, 255], fractions dropped."""
     return (x - base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
 
 
-# Each of the following makes the new grey level of each old one, (k, 1 or c, 256), for pictures x: (k, c, h, w) and
+# Each of the following returns a table from old to new grey levels, (k, 1 or c, 256), for pictures x: (k, c, h, w) and
 # strengths s: (k, 1, 1).
 
 
@@ -126,7 +126,7 @@ def _geometric(x: Tensor, kinds: Tensor, s: Tensor, fill: Tensor) -> Tensor:
     grid = torch.stack([across * (2 / w), down * (2 / h)], -1)  # in [-1, 1)
     moved = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    # PIL drops fractions. What is 1/32 below a level is the grid's rounding: a picture that stays in place stays equal.
+    # PIL drops fractions. Up to 1/32 below a level is rounding of the grid: an unmoved picture must stay equal.
     return torch.where(inside, moved.add_(1 / 32).to(torch.uint8), fill)
 
 
@@ -135,10 +135,10 @@ def _color(x: Tensor, s: Tensor) -> Tensor:
 
 
 def _sharpness(x: Tensor, s: Tensor) -> Tensor:
-    """Away from the mean of 3x3 pixels, the middle one weighing 5/13; the border stays."""
+    """Blends away from the mean of 3x3 pixels, whose centre has the weight 5/13; the border stays."""
     if min(x.shape[2:]) < 3:
         return x
-    # Nine pixels add up to more than 8 bits hold.
+    # The sum of nine pixels overflows 8 bits.
     wide = x.short()
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     inner = wide[..., 1:-1, 1:-1]
@@ -152,13 +152,13 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
     """Apply the given operations to each picture, one after the other: uint8 (n, c, h, w) -> uint8 (n, c, h, w).
 
     Args:
-        x: Pictures; they stay as they are.
+        x: Pictures, which are not modified.
         kinds: Indices into `OPERATIONS`, int64 (rounds, n); len(OPERATIONS) leaves a picture alone.
-        strengths: Floats (rounds, n). Degrees counter-clockwise of a rotation; columns per row, or rows per column, of
-            a shear; share of the width or height of a translation; bits that stay of a posterisation; smallest level
-            that a solarisation inverts; levels that solarise-add adds; factor of brightness, contrast, color and
+        strengths: Floats (rounds, n): degrees counter-clockwise of a rotation, columns per row or rows per column of a
+            shear, share of the width or height of a translation, bits kept by a posterisation, smallest level that a
+            solarisation inverts, levels that solarise-add adds, and factor of brightness, contrast, color and
             sharpness. The other three have none.
-        fill: Grey level, one or one per channel, in [0, 1], that moves in where a picture moves out.
+        fill: Grey level of vacated pixels, one or one per channel, in [0, 1].
 
     >>> import torch
     >>> x = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 1, 1, 3)
@@ -170,9 +170,9 @@ def operate(x: Tensor, kinds: Tensor, strengths: Tensor, fill: float | Sequence[
     outside = torch.tensor([round(255 * level) for level in levels], dtype=torch.uint8, device=x.device).view(
         1, -1, 1, 1
     )
-    # Pictures that drew the same stand side by side, so that each operation runs once in a round.
+    # Pictures that drew the same operation are adjacent, so that each operation runs once per round.
     order = kinds.argsort(1)
-    # How many pictures drew each kind in each round: the one figure that the host must wait for.
+    # The number of pictures per kind and round: the only figures that the host must wait for.
     counts = (kinds[..., None] == torch.arange(len(OPERATIONS), device=x.device)).sum(1).tolist()
     first, last = len(POINTWISE), len(POINTWISE) + len(GEOMETRIC)
     x = x.clone()
@@ -196,7 +196,7 @@ def strengths_of(magnitude: Tensor, sign: Tensor, increasing: bool = True) -> Te
     Args:
         magnitude: from 0 to 10.
         sign: -1 or 1.
-        increasing: whether every operation grows with the magnitude.
+        increasing: whether every operation grows stronger with the magnitude.
     """
     bits = (magnitude * 4 / 10).floor()
     threshold = (magnitude * 256 / 10).floor()
@@ -233,7 +233,7 @@ def rand_augment(
 ) -> Tensor:
     """Apply `operations` operations, drawn from `OPERATIONS` with replacement, to each picture: same shape and type.
 
-    With m the magnitude / 10, and a sign drawn where +- stands:
+    With m the magnitude / 10, and a random sign for +-:
 
     | operation | strength |
     |---|---|
@@ -249,19 +249,20 @@ def rand_augment(
     Without `increasing`: floor(4 m) bits, at least 1; levels from floor(256 m) on; factor 0.1 + 1.8 m.
 
     On uint8 the results equal those of PIL's `ImageOps` and `ImageEnhance`; rotation, shear and translation equal those
-    of its bilinear `transform` to one grey level, but for points that fall exactly on the picture's edge. Public
-    recipes on PIL differ in this: they resample bicubically or draw the kernel, and keep 0 bits, a black picture, at
-    m = 1.
+    of its bilinear `transform` to one grey level, except for points that fall exactly on the picture's edge. Public
+    recipes on PIL differ in two ways: they resample bicubically or draw the kernel, and at m = 1 they keep 0 bits,
+    which gives a black picture.
 
     Args:
         x: uint8, or floats in [0, 1], which are rounded to 256 levels where an operation touches the picture.
         magnitude: From 0 to 10.
-        std: Standard deviation of a normal jitter of the magnitude, drawn per picture and operation, cut to [0, 10].
-        operations: How many, one after the other.
+        std: Standard deviation of a normal jitter of the magnitude, drawn per picture and operation; the jittered
+            magnitude is clipped to [0, 10].
+        operations: Number of operations, applied one after the other.
         p: Probability with which a drawn operation is applied; the paper has 1 and the identity among its operations.
         increasing: Whether posterize, solarize and the four enhancements grow stronger with the magnitude.
-        fill: Grey level, one or one per channel, in [0, 1], that moves in where a picture moves out.
-        generator: What the draws come from; None is torch's own on the device of x.
+        fill: Grey level of vacated pixels, one or one per channel, in [0, 1].
+        generator: Source of the draws; None is torch's own on the device of x.
 
     Raises:
         ValueError: A figure is out of its range.
@@ -289,7 +290,7 @@ def rand_augment(
     if not x.is_floating_point():
         return operate(x, kinds, strengths, fill)
     out = operate((x * 255).round_().clamp_(0, 255).to(torch.uint8), kinds, strengths, fill)
-    # A picture that nothing was done to keeps its levels, also those between the 256.
+    # A picture to which nothing was applied keeps its levels, also those between the 256.
     return torch.where(skipped.all(0).view(-1, 1, 1, 1), x, out.to(x.dtype) / 255)
 
 
@@ -303,16 +304,16 @@ def color_jitter(
 ) -> Tensor:
     """Change brightness, then contrast, then saturation of each picture, by factors from [1 - s, 1 + s]: same shape.
 
-    Factors are drawn uniformly; negative ones count as 0. Each step moves the picture away from black, from the mean of
-    its grey picture, or from that grey picture, and cuts to the range. The order is fixed; other libraries often draw
-    it. Saturation leaves pictures that are not RGB alone.
+    Factors are drawn uniformly; negative ones count as 0. The three scale the picture's difference from black, from the
+    mean of its grey picture, and from that grey picture, and clip to the range. The order is fixed; other libraries
+    often draw it. Saturation does not change pictures that are not RGB.
 
     Args:
         x: uint8 (rounded once, at the end) or floats in [0, 1].
         brightness: s of the brightness; 0 is off.
         contrast: s of the contrast.
         saturation: s of the saturation.
-        generator: What the draws come from; None is torch's own on the device of x.
+        generator: Source of the draws; None is torch's own on the device of x.
 
     Raises:
         ValueError: One of the three is negative.
@@ -323,7 +324,7 @@ def color_jitter(
     if not any(spans):
         return x
     full = 1.0 if x.is_floating_point() else 255.0
-    # All three, whichever are on, so that one that is turned off does not move the others' draws.
+    # All three are drawn, whichever are on, so that turning one off does not change the others' draws.
     draws = 2 * torch.rand((3, len(x), 1, 1, 1), device=x.device, generator=generator) - 1
     out = x if x.is_floating_point() else x.float()
     for name, span, draw in zip(("brightness", "contrast", "saturation"), spans, draws, strict=True):

@@ -1,17 +1,17 @@
-"""The most likely classes, first the likeliest: what every figure and every table of predictions goes by."""
+"""The most likely classes, most likely first: the ranking behind every figure and every table of predictions."""
 
 from torch import Tensor
 
 
 def best_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest scores of each row, and where they are: (n, classes) -> (n, min(k, classes)) twice.
+    """Returns the k greatest scores of each row, and their indices: (n, classes) -> (n, min(k, classes)) twice.
 
-    Of equal scores, which are common in 16 bits, the first class comes first, as in ``argmax``: ``topk`` picks another
-    one, which depends on the number of classes and on the device.
+    Ties, which are common in 16 bits, are broken in favour of the first class, as in ``argmax``: ``topk`` picks another
+    one, depending on the number of classes and on the device.
 
     Args:
         scores: logits or probabilities.
-        k: how many.
+        k: number of classes.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Training by refinement: a network whose weights are functions of depth begins coarse, and is refined as it learns."""
+"""Training by refinement: a network whose weights are functions of depth starts coarse, and is refined in training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,29 +18,30 @@ from ..rebuild import continuous_stacks
 from .classifier import evaluations
 
 Moments = Literal["map", "reset"]
-# What optimisers keep of squared gradients: Adam and its kin, AMSGrad, RMSprop, Adagrad, Adadelta.
+# The states of squared gradients: of Adam and its variants, AMSGrad, RMSprop, Adagrad, Adadelta.
 SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"}
 
 
 class Refinement(Callback):
-    """Doubles knots and steps of all continuous stacks at given epochs, and changes their scheme on the way.
+    """Doubles knots and steps of all continuous stacks at given epochs, and optionally changes their scheme.
 
-    New knots leave the weights the functions that they are; what the optimiser keeps follows the change of basis. The
-    loss then changes by what the finer steps change, the error of the scheme, and not at all if only knots are added.
-    Logs `evaluations_spent`, the calls of residual functions in training so far, per sample and in 10^6: the price that
-    multi-level training is compared by. Without epochs it counts, and changes nothing.
+    New knots leave the weights unchanged as functions of depth, and the optimiser's state follows the change of basis.
+    The loss then changes only by the effect of the finer steps on the scheme's error, and not at all if only knots are
+    added. Logs `evaluations_spent`, the calls of residual functions in training so far, per sample and in 10^6: the
+    cost by which multi-level training is compared. Without epochs it counts, and changes nothing.
 
     Args:
         at: Epochs, from 0, at whose start the network is refined.
-        knots: Factor of the number of intervals each time; 1 leaves them.
+        knots: Factor of the number of intervals each time; 1 leaves it.
         depth: Factor of the number of steps each time; 1 leaves it.
-        schemes: One scheme per epoch of `at`, empty texts keep the one at hand; None keeps the scheme throughout.
-        moments: "map" sends first moments through the map of the coefficients, and second moments through its squared
-            entries; "reset" sets both to zero.
+        schemes: One scheme per epoch of `at`, where an empty string keeps the current one; None keeps the scheme
+            throughout.
+        moments: "map" maps first moments as the coefficients, and second moments by the squared entries of that map;
+            "reset" sets both to zero.
 
     Raises:
-        SchemeError: Epochs that do not rise, factors below 1, another number of schemes; and when training begins, a
-            net without continuous stacks, several processes, or averaged weights.
+        SchemeError: Epochs that do not increase, factors below 1, or a wrong number of schemes; and when training
+            begins, a net without continuous stacks, several processes, or averaged weights.
 
     Source:
         Chang et al. 2018, Multi-level Residual Networks from Dynamical Systems View, arXiv 1710.10348.
@@ -94,11 +95,11 @@ class Refinement(Callback):
             rank_zero_info(f"epoch {trainer.current_epoch}: refined to {', '.join(dict.fromkeys(shown))}")
 
     def _rebuild(self, net: nn.Module, number: int) -> None:
-        """Finer steps, and the scheme of that refinement, in place of the stacks at hand."""
+        """Replaces the stacks by ones with finer steps and the scheme of that refinement."""
         scheme = (self.schemes[number] or None) if self.schemes is not None else None
         for name, stack in continuous_stacks(net).items():
             parent, _, last = name.rpartition(".")
-            # The new stack has the very parameters of the old one, so that the optimiser goes on with them.
+            # The new stack shares the parameters of the old one, so that the optimiser still holds them.
             setattr(net.get_submodule(parent), last, stack.rebuilt(scheme, stack.depth * self.depth))
 
     def on_train_batch_end(
@@ -113,7 +114,7 @@ class Refinement(Callback):
         return {"done": self.done, "spent": self.spent}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The weights bring their knots along; steps and scheme are those of as many refinements.
+        # The weights carry their knots; steps and scheme are those after as many refinements.
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is None:
             return
@@ -122,14 +123,14 @@ class Refinement(Callback):
                 f"Refinement: the checkpoint was refined {state['done']} times, and at has {len(self.at)} epochs\n"
                 "  Give the epochs that it was trained with."
             )
-        # Only what is missing: the net at hand may have been refined already.
+        # Only the missing refinements: the present net may have been refined already.
         for number in range(self.done, state["done"]):
             self._rebuild(pl_module, number)
         self.done, self.spent = state["done"], state["spent"]
 
 
 def refine_knots(net: nn.Module, factor: int) -> dict[nn.Parameter, Tensor]:
-    """Multiplies the intervals of all fields, in place and to the same functions; the map of each parameter.
+    """Multiplies the intervals of all fields in place, keeping the functions; returns the map of each parameter.
 
     Raises:
         SchemeError: knots that are not uniform.
@@ -144,10 +145,10 @@ def refine_knots(net: nn.Module, factor: int) -> dict[nn.Parameter, Tensor]:
 
 
 def follow(optimizer: Optimizer, maps: Mapping[nn.Parameter, Tensor], moments: Moments = "map") -> None:
-    """Takes what an optimiser keeps of some parameters into their new basis.
+    """Maps an optimiser's state of some parameters to their new basis.
 
-    A first moment is a direction in which the weights move: it moves the same functions under c' = T c. A second moment
-    is a mean of squares: it is mapped by the squared entries of T, which are those of independent directions.
+    A first moment is a direction in which the weights move: mapped by c' = T c, it moves the same functions. A second
+    moment is a mean of squares: it is mapped by the squared entries of T, as for independent directions.
 
     Args:
         optimizer: any; its state is changed.
@@ -158,7 +159,7 @@ def follow(optimizer: Optimizer, maps: Mapping[nn.Parameter, Tensor], moments: M
         state = optimizer.state.get(p, {})
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[1:] != p.shape[1:]:
-                continue  # counts of steps, or what is kept in another form
+                continue  # step counts, or state in another form
             if moments == "reset":
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
             else:

@@ -1,12 +1,12 @@
-"""Runs that go on exactly: what a checkpoint says of where training is, and when the last one is written.
+"""Exact resumption: the place in training that a checkpoint records, and when the last checkpoint is written.
 
-A run that is killed and resumed shall have the weights of one that was not. Four things make it so: batches and random
-numbers are functions of the place in training (``order``); the place is written down as (epoch, batches done, whether
-their validation is still due); a checkpoint is only written where all of a batch is done, or all of an epoch; and the
-sums behind an epoch's means are written with it. Three examples of places:
+A run that is killed and resumed must have the weights of an uninterrupted one. Four things ensure it: batches and
+random numbers are functions of the place in training (``order``); the place is recorded as (epoch, batches done,
+whether their validation is still due); a checkpoint is only written after a whole batch or a whole epoch; and the sums
+behind an epoch's means are saved with it. Three examples of places:
 
 * (3, 0, False): three epochs are done, with their validation and their rows of metrics;
-* (3, 16, False): go on with batch 16 of epoch 3 (both from 0), whatever the sampler did before;
+* (3, 16, False): continue with batch 16 of epoch 3 (both from 0), whatever the sampler did before;
 * (3, 22, True): all 22 batches of epoch 3 are done, then the signal came: validate, and end the epoch.
 """
 
@@ -35,12 +35,12 @@ from .schedules import KEY as KEY
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; what it had done is saved.
+    """A signal stopped the run; its progress is saved.
 
     Attributes:
         signum: the signal.
-        step: optimiser steps that were taken.
-        path: the checkpoint; None where training had not begun.
+        step: the number of optimiser steps taken.
+        path: the checkpoint; None if training had not begun.
     """
 
     def __init__(self, signum: int, step: int, path: Path | None) -> None:
@@ -49,13 +49,13 @@ class Interrupted(Exception):
 
 
 class Place(NamedTuple):
-    """Where training is.
+    """A place in training.
 
     Attributes:
         epoch: epochs that are done.
-        batch: batches of the next one that are done.
+        batch: batches of the next epoch that are done.
         validate: whether validation follows before the next batch.
-        stepped: what Lightning counts for the column `step` of metrics.
+        stepped: Lightning's count for the column `step` of metrics.
     """
 
     epoch: int
@@ -65,11 +65,11 @@ class Place(NamedTuple):
 
 
 def place_of(trainer: L.Trainer, validate: bool = False) -> Place:
-    """Where the run is, at any hook of a callback.
+    """Returns the place of a run, at any hook of a callback.
 
     Args:
         trainer: in its fit loop.
-        validate: whether the validation that runs, or comes next, is to be repeated.
+        validate: whether the validation that is running, or comes next, is to be repeated.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epochs: Any = fit.epoch_progress.current
@@ -85,42 +85,42 @@ def place_of(trainer: L.Trainer, validate: bool = False) -> Place:
     # Validation at the epoch's end belongs to an epoch that is done; within an epoch it comes between two batches.
     if trainer.validating:
         return Place(epoch + 1, 0, False, stepped + 1) if whole else Place(epoch, done, False, stepped)
-    # At the hook after a batch Lightning has counted it as processed, and not yet as completed.
+    # At the hook after a batch, Lightning has counted it as processed but not yet as completed.
     inside_batch_end = batches.completed < done
     due = inside_batch_end and loop._should_check_val_fx(fit._data_fetcher)  # pyright: ignore[reportArgumentType]
-    # What Lightning will add right after this hook, and the checkpoint would lack.
+    # The increment that Lightning makes right after this hook, and that the checkpoint would lack.
     counted = inside_batch_end and not due and not loop._should_accumulate()
     return Place(epoch, done, due, stepped + counted)
 
 
 def _set(progress: _Progress | _BatchProgress, current: int, total: int | None = None, begun: int = 0) -> None:
     for tracker, count in ((progress.current, current), (progress.total, current if total is None else total)):
-        # All four counters: Lightning tells by their differences where it was stopped.
+        # All four counters: Lightning infers from their differences where it was stopped.
         tracker.processed = tracker.completed = count  # type: ignore[attr-defined]
         tracker.ready = tracker.started = count + begun  # type: ignore[attr-defined]
 
 
 def go_to(trainer: L.Trainer, place: Place) -> None:
-    """Makes a fit loop that was restored, and has not begun yet, go on at a place.
+    """Makes a fit loop that was restored, and has not begun yet, continue from a place.
 
     Args:
-        trainer: the one whose loop is meant.
+        trainer: the owner of the loop.
         place: epoch and batch.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     inside = place.batch > 0
     _set(fit.epoch_progress, place.epoch, begun=int(inside))
     _set(loop.batch_progress, place.batch, loop.batch_progress.total.ready)
-    # Else the loop would ask for a batch that the epoch does not have.
+    # Otherwise the loop would request a batch that the epoch does not have.
     loop.batch_progress.is_last_batch = inside and place.batch == trainer.num_training_batches
     loop._batches_that_stepped = place.stepped
-    loop.restarting = inside  # and of the loops within
+    loop.restarting = inside  # the setter also sets the inner loops
     loop.val_loop.batch_progress.reset()
     fit._restart_stage = FitStage.RESTARTED_MID_EPOCH if inside else FitStage.NONE
     loop._restart_stage = EpochStage.RESTARTED_ON_LAST if inside else EpochStage.NONE
     again = inside and place.validate
     loop.val_loop._restart_stage = EvaluationStage.RESTARTED_MID_EVALUATION if again else EvaluationStage.NONE
-    # The loader's iterator was made while the optimiser was set up, before the checkpoint said where to begin.
+    # The loader's iterator was created when the optimiser was set up, before the checkpoint gave the first batch.
     order = order_of(trainer)
     if order is not None and fit._data_fetcher is not None:
         order.set_epoch(place.epoch)
@@ -129,10 +129,10 @@ def go_to(trainer: L.Trainer, place: Place) -> None:
 
 
 def order_of(trainer: L.Trainer) -> TrainingOrder | None:
-    """The order of the training samples, where the data module has one of ours.
+    """The order of the training samples, if the loader's sampler is a ``TrainingOrder``, else None.
 
     Args:
-        trainer: the one that trains.
+        trainer: of the run.
     """
     order = getattr(trainer.train_dataloader, "sampler", None)
     return order if isinstance(order, TrainingOrder) else None
@@ -141,7 +141,7 @@ def order_of(trainer: L.Trainer) -> TrainingOrder | None:
 class Seeds(Callback):
     """Seeds torch, Python and NumPy at each training batch by (seed, epoch, batch, process).
 
-    Dropout and whatever else a net draws are then the same in a run that was resumed.
+    Dropout and all other draws of a net are then the same in a resumed run.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -154,14 +154,14 @@ class Seeds(Callback):
 
 
 class Resume(Callback):
-    """Writes the place in training into every checkpoint, and begins there when one is resumed.
+    """Writes the place in training into every checkpoint, and resumes from it.
 
-    Learning rates follow the configuration: a schedule that was given another length, or an optimiser with another
-    learning rate, goes on at the step that the checkpoint has.
+    Learning rates follow the configuration: a schedule with a new length, or an optimiser with a new learning rate,
+    continues from the checkpoint's step.
     """
 
     def __init__(self) -> None:
-        self.validate = False  # set by who saves before a validation
+        self.validate = False  # set by a caller that saves before a validation
         self._loaded: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._sums: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class Resume(Callback):
         place = place_of(trainer, self.validate)
         order = order_of(trainer)
         sums = (self._ended or _sums(trainer)) if place.batch else {}
-        # Gathered on all processes, as each has seen other samples: the sums of one would make a mean of half the data.
+        # Gathered from all processes, as each has seen different samples: one process's sums cover only its share.
         checkpoint.setdefault(KEY, {}).update(
             place=tuple(place),
             sums=_gathered(trainer, sums),
@@ -185,27 +185,27 @@ class Resume(Callback):
         self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
         states = {"optimiser": "optimizer_states", "schedule": "lr_schedulers"}
         self._counts = {name: len(checkpoint.get(key, [])) for name, key in states.items()} if self._loaded else {}
-        # Here, before Lightning hands the callbacks their states.
+        # Here, before Lightning restores the states of the callbacks.
         _relocate(trainer, checkpoint.get("callbacks", {}))
-        if "place" in self._loaded:  # Lightning asks these whether anything is left to train
+        if "place" in self._loaded:  # Lightning decides by the epoch progress whether anything is left to train
             done, most = self._loaded["place"][0], trainer.max_epochs
             if most is not None and 0 <= most <= done:
                 rank_zero_info(f"the checkpoint has {done} epochs, and trainer.max_epochs is {most}: nothing to train")
-                # Lightning would refuse a checkpoint that is beyond the end; a run that was shortened is simply done.
+                # Lightning would refuse a checkpoint beyond the end; a run that was shortened is done.
                 done = most
             for progress in (checkpoint["loops"]["fit_loop"]["epoch_progress"][k] for k in ("total", "current")):
                 progress.update(processed=done, completed=done)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_states(trainer)
-        # As the configuration has them; the checkpoint's replace them after this hook.
+        # Groups and schedules as configured; the checkpoint's replace them after this hook.
         self._fresh = []
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in scheduler.optimizer.param_groups]
             self._fresh.append((scheduler, groups, dict(scheduler.state_dict())))
 
     def _check_states(self, trainer: L.Trainer) -> None:
-        """Refuses states of other parts, or of fewer or more: Lightning pairs them, and leaves out what is over."""
+        """Refuses another optimiser's state, or another number of states: Lightning pairs them, and drops the rest."""
         counts, self._counts = self._counts, {}
         for name, parts in (("optimiser", trainer.optimizers), ("schedule", trainer.lr_scheduler_configs)):
             if counts and counts[name] != len(parts):
@@ -215,7 +215,7 @@ class Resume(Callback):
                 )
         before = self._loaded.get("optimizers", [])
         for old, new in zip(before, (type(optimizer).__name__ for optimizer in trainer.optimizers), strict=False):
-            # What one remembers means nothing to the other, which would begin anew in silence, or fail.
+            # One optimiser's state means nothing to another, which would silently start afresh, or fail.
             if old != new:
                 raise SchemeError(
                     f"the checkpoint holds the state of an optimiser {old}, and this run has {new}\n"
@@ -228,7 +228,7 @@ class Resume(Callback):
         place = Place(*self._loaded["place"])
         order, before = order_of(trainer), self._loaded.get("data")
         sums = self._loaded.get("sums") or []
-        # Within an epoch only: between epochs any number of processes may go on.
+        # Only within an epoch: between epochs, any number of processes may resume.
         if place.batch and order is not None and before is not None and (now := _data(order)) != before:
             changed = ", ".join(f"{k} {before[k]} there, {now[k]} here" for k in now if before.get(k) != now[k])
             rank_zero_warn(
@@ -238,7 +238,7 @@ class Resume(Callback):
             place, sums = Place(place.epoch + 1, 0, False, place.stepped), []
         go_to(trainer, place)
         self._sums = sums[trainer.global_rank] if trainer.global_rank < len(sums) else {}
-        # No batch follows that would clear them, so they can be put back at once.
+        # No batch follows that would clear the sums, so they can be restored at once.
         if self._sums and (place.validate or place.batch == trainer.num_training_batches):
             self._restore_sums(trainer)
         if any(isinstance(c, BaseFinetuning) for c in trainer.callbacks):  # pyright: ignore
@@ -282,14 +282,14 @@ class Resume(Callback):
 
 
 def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Tells `best` where its file is now if the run's folder was moved; else a worse checkpoint would replace it."""
+    """Updates the path of `best` if the run's folder was moved; otherwise a worse checkpoint would replace it."""
     for callback in trainer.checkpoint_callbacks:
         state = states.get(callback.state_key)
         if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
             continue
         old, new = str(state.get("dirpath")), str(callback.dirpath)
         if old != new and os.path.exists(os.path.join(new, os.path.basename(state["best_model_path"] or "-"))):
-            # Bound now, as the loop goes on to the next callback.
+            # Bound as defaults, since the loop rebinds both names.
             def moved(path: Any, old: str = old, new: str = new) -> Any:
                 return path.replace(old, new, 1) if isinstance(path, str) and path.startswith(old) else path
 
@@ -299,7 +299,7 @@ def _relocate(trainer: L.Trainer, states: dict[str, Any]) -> None:
 
 
 def _thaw(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Trains again what an optimiser holds: Lightning's callback freezes at each start, and thaws in one epoch."""
+    """Unfreezes what an optimiser holds: Lightning's callback freezes at every start, and unfreezes in one epoch."""
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     for part in module.modules():
         for p in part.parameters(recurse=False):
@@ -310,7 +310,7 @@ def _thaw(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def _data(order: TrainingOrder) -> dict[str, int]:
-    """What the place in an epoch depends on."""
+    """The figures that a place within an epoch depends on."""
     return {
         "samples": len(order.dataset),  # type: ignore[arg-type]
         "batch size": order.batch_size,
@@ -319,7 +319,7 @@ def _data(order: TrainingOrder) -> dict[str, int]:
 
 
 def _sums(trainer: L.Trainer) -> dict[str, Any]:
-    """How each figure of this epoch was logged, its sum so far, and the number of samples in it."""
+    """For each figure of this epoch: how it was logged, its sum so far, and its number of samples."""
     found = {}
     for key, metric in trainer.fit_loop.epoch_loop._results.items():
         meta = metric.meta
@@ -333,7 +333,7 @@ def _sums(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
-    """The value of every process."""
+    """Gathers the value of every process."""
     if trainer.world_size == 1:
         return [value]
     found: list[Any] = [None] * trainer.world_size
@@ -341,29 +341,29 @@ def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
     return found
 
 
-# What a schedule moves: it follows from the configuration and the step, whatever a checkpoint holds.
+# The options that a schedule moves: they follow from the configuration and the step, whatever a checkpoint holds.
 _SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas"}
 
 
 def _reschedule(
     scheduler: LRScheduler, groups: list[dict[str, Any]], state: dict[str, Any], before: list[dict[str, Any]]
 ) -> None:
-    """Moves a schedule as it was configured to the step that a checkpoint has.
+    """Advances a schedule, as configured now, to the step of a checkpoint.
 
     Args:
         scheduler: as the checkpoint has it.
-        groups: the optimiser's groups, without their parameters, as they are configured now.
-        state: of the schedule, as it is configured now.
-        before: the groups as they were configured for the run that wrote the checkpoint; [] where it does not say.
+        groups: the optimiser's groups, without their parameters, as configured now.
+        state: of the schedule, as configured now.
+        before: the groups as configured for the run that wrote the checkpoint; [] if the checkpoint lacks them.
     """
-    # Of these the rate follows from the step alone; others (by plateaus) remember more, and are left as they were.
+    # With these two the rate follows from the step alone; others (by plateaus) carry more state, and are left alone.
     if not isinstance(scheduler, LambdaLR | OneCycleLR):
         return
     step = scheduler.last_epoch
-    # A callback may have added groups, which have rates of their own.
+    # A callback may have added groups, with rates of their own.
     for n, (group, fresh) in enumerate(zip(scheduler.optimizer.param_groups, groups, strict=False)):
         old = before[n] if n < len(before) else {}
-        # An optimiser may count in its groups: only what the configuration has changed takes the place of that.
+        # An optimiser may keep counters in its groups: beside what a schedule moves, only changed options are set.
         group.update({k: v for k, v in fresh.items() if k in _SCHEDULED or k not in old or old[k] != v})
     if step == 0:
         return
@@ -372,20 +372,20 @@ def _reschedule(
             f"OneCycle ends after {state['total_steps'] - 1} steps, and the checkpoint has taken {step}\n"
             "  Resume with a longer run: --trainer.max_epochs or --trainer.max_steps"
         )
-    # A count of one would make torch ask whether the optimiser has stepped, which it has, in another process.
+    # With a count of one, torch would check whether the optimiser has stepped; it has, but in an earlier process.
     scheduler.load_state_dict({**state, "last_epoch": step - 1, "_step_count": step + 1})
     scheduler.step()
     scheduler._step_count = step + 1
 
 
 class LastCheckpoint(Callback):
-    """Writes ``last.ckpt`` at the end of each epoch, of the run, every n steps if told, and when a signal comes.
+    """Writes ``last.ckpt`` at the end of each epoch and of the run, on a signal, and, if requested, every n steps.
 
-    It stands before all other callbacks: at the hooks where it saves, the batch or the epoch before is done for all of
-    them. SIGTERM and SIGINT are noted, and served where a checkpoint can be written; a second one ends the process.
+    It comes before all other callbacks: at the hooks where it saves, all of them are done with the previous batch or
+    epoch. SIGTERM and SIGINT are deferred until a checkpoint can be written; a second one ends the process.
 
     Args:
-        every_n_train_steps: also after so many optimiser steps.
+        every_n_train_steps: also write after every so many optimiser steps.
     """
 
     def __init__(self, every_n_train_steps: int | None = None) -> None:
@@ -395,25 +395,25 @@ class LastCheckpoint(Callback):
         self.path = Path("last.ckpt")
         self.resume: Resume | None = None
         self._requeue: Callable[[int, Any], Any] | None = None
-        # No place that a run can be at.
+        # A place that no run can be at.
         self._saved = (-1, -1, False)
         self._signum = 0
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step, self._saved = trainer.global_step, place_of(trainer)[:3]
-        # Python sets handlers in the main thread alone; a run in another thread goes without.
+        # Python sets signal handlers only in the main thread; a run in another thread does without.
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._handlers[signum] = signal.signal(signum, self._note)
         if SLURMEnvironment.detect() and callable(requeue := signal.getsignal(signal.SIGUSR1)):
-            # Lightning's handler saves and asks for the requeue wherever training is: here it waits for a safe point.
+            # Lightning's handler saves and requeues wherever training is; here it waits for a safe point.
             self._requeue = requeue
             self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note)
 
     def _note(self, signum: int, frame: Any) -> None:
-        # The second signal ends the process at once: whoever sends it does not want to wait for a safe point.
+        # A second signal ends the process at once: its sender does not want to wait for a safe point.
         if self._signum and signum != signal.SIGUSR1:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -434,7 +434,7 @@ class LastCheckpoint(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         done = place_of(trainer).batch
-        if done and done % trainer.accumulate_grad_batches == 0:  # else gradients of a part of a step are under way
+        if done and done % trainer.accumulate_grad_batches == 0:  # else a step's gradients are only partly accumulated
             self._safe_point(trainer, self._due(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -452,7 +452,7 @@ class LastCheckpoint(Callback):
     ) -> None:
         if trainer.sanity_checking and self._agreed(trainer):
             raise Interrupted(self._signum, trainer.global_step, None)
-        # Averaged weights stand in the net's place while it is validated: then its end is waited for.
+        # During validation the net holds averaged weights, if there are any: then wait for its end.
         averaging = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # pyright: ignore
         if self._fits(trainer) and not averaging and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._safe_point(trainer, False, validate=True)
@@ -463,7 +463,7 @@ class LastCheckpoint(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
-        self._restore_handlers()  # before Lightning puts back those that it has replaced
+        self._restore_handlers()  # before Lightning restores those that it replaced
 
     def _fits(self, trainer: L.Trainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking
@@ -479,7 +479,7 @@ class LastCheckpoint(Callback):
         if trainer.world_size == 1:
             return bool(self._signum)
         signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
-        # A signal reaches processes at different batches, or some not at all; they must stop at the same one.
+        # A signal reaches processes at different batches, or not all of them; all must stop at the same batch.
         torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
         self._signum = int(signum)
         return bool(self._signum)
@@ -498,11 +498,11 @@ class LastCheckpoint(Callback):
         if self.resume is not None:
             self.resume.validate = validate
         try:
-            # The end of an epoch, of the run and a signal may fall on one place: it is written once.
+            # The end of an epoch, the end of the run and a signal may coincide: the place is written once.
             place = place_of(trainer, validate)[:3]
             if place == self._saved:
                 return
-            for logger in trainer.loggers:  # rows that the checkpoint takes for written
+            for logger in trainer.loggers:  # the checkpoint counts these rows as written
                 logger.save()
             trainer.save_checkpoint(self.path, weights_only=False)
             self._saved = place

@@ -1,4 +1,4 @@
-"""How often a trained network is wrong about pictures that were corrupted, attacked, or are of another size."""
+"""Errors of a trained network on pictures that are corrupted, attacked, or of another size."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -34,14 +34,14 @@ def corruption_figures(
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Errors of a network under common corruptions, after pictures were brought to the size that it sees.
+    """Measures the errors of a network under common corruptions of pictures, applied at the size that it sees.
 
     Args:
         trained: The network.
-        pictures: Labelled ones.
+        pictures: Labelled pictures.
         names: Of the corruptions.
         strengths: Of each.
-        seed: Of all random numbers; those of a picture depend on its number and not on its batch.
+        seed: Of all random numbers; those of a picture depend on its number, not on its batch.
         frost: Photographs, see ``corrupt``.
         baseline: Errors of another network, for mean and relative corruption error.
         batch_size: Pictures that go through the network together.
@@ -49,17 +49,17 @@ def corruption_figures(
         progress: Called with the number of pictures that are done.
 
     Returns:
-        "clean", "errors" (by corruption, one per strength), "strengths", "frost", "protocol", and what
-        ``corruption_error`` makes of them.
+        "clean", "errors" (by corruption, one per strength), "strengths", "frost", "protocol", and the result of
+        ``corruption_error`` for them.
 
     Raises:
         DataError: No picture can be read.
-        SchemeError: The baseline was not corrupted alike; before a picture is corrupted.
+        SchemeError: The baseline was corrupted differently; raised before any picture is corrupted.
     """
     height, width = trained.view.height, trained.view.width
     kind = "photographs" if frost else "texture"
     about = {"strengths": tuple(strengths), "frost": kind, "protocol": protocol_of(height, width)}
-    # With errors of 0, so that a baseline that does not fit is refused before hours are spent.
+    # A trial with errors of 0, so that a baseline that does not fit is refused before hours are spent.
     corruption_error(CorruptionErrors(0.0, dict.fromkeys(names, 0.0), **about), baseline)
     wrong = {(name, strength): 0 for name in names for strength in strengths}
     clean = count = 0
@@ -84,7 +84,7 @@ def _wrong(trained: Trained, x: Tensor, labels: Tensor) -> int:
 
 
 def read_baseline(text: str) -> CorruptionErrors:
-    """Errors of a baseline: ``alexnet``, whose are published, or a file of `odenets evaluate --corruptions --json`.
+    """Reads a baseline's errors: ``alexnet``, as published, or a file of `odenets evaluate --corruptions --json`.
 
     Args:
         text: the name, or the path of the file.
@@ -96,7 +96,7 @@ def read_baseline(text: str) -> CorruptionErrors:
         return ALEXNET
     try:
         held = json.loads(Path(text).read_text(encoding="utf-8"))
-        # The file of an evaluation, or the part of it that is wanted.
+        # The file of a whole evaluation, or only its part on corruptions.
         held = held.get("corruptions", held)
         errors = {str(k): [float(e) for e in v] for k, v in held["errors"].items()}
         strengths = tuple(int(s) for s in held["strengths"])
@@ -111,10 +111,10 @@ def read_baseline(text: str) -> CorruptionErrors:
 
 
 def read_frost(folder: str | Path) -> list[Tensor]:
-    """Photographs of frost, in the order of their names: uint8 (3, h, w).
+    """Reads photographs of frost, in the order of their names: uint8 (3, h, w).
 
     Args:
-        folder: With ``frost1.png`` ... ``frost6.jpg`` as the benchmark's authors publish them.
+        folder: With ``frost1.png`` ... ``frost6.jpg`` as published by the benchmark's authors.
 
     Raises:
         DataError: There are none, or one cannot be read.
@@ -142,21 +142,21 @@ def attack_figures(
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """How often a network is right about attacked pictures, which know its weights.
+    """Measures the accuracy of a network under white-box attacks.
 
     Args:
         trained: The network.
-        pictures: Labelled ones.
-        attacks: Each goes through all pictures.
+        pictures: Labelled pictures.
+        attacks: Each is applied to all pictures.
         confidence: Of the intervals.
-        seed: Of random starts; those of a picture depend on its number and not on its batch.
+        seed: Of random starts; those of a picture depend on its number, not on its batch.
         batch_size: Pictures that are attacked together.
         num_workers: Processes that decode.
         progress: Called with the number of pictures that are done.
 
     Returns:
-        For each attack its name, "pictures", "accuracy" with its interval, and "farthest", the largest distance of a
-        picture from what it was, in the attack's norm.
+        For each attack its name, "pictures", "accuracy" with its interval, and "farthest", the largest distance of an
+        attacked picture from the original, in the attack's norm.
 
     Raises:
         DataError: No picture can be read.
@@ -168,7 +168,7 @@ def attack_figures(
         x = (x / 255 if x.dtype == torch.uint8 else x).to(device)
         labels, count = labels.to(device), count + len(labels)
         for k, attack in enumerate(attacks):
-            # A seed for each picture, and no two alike for two seeds of a run.
+            # One seed per picture; runs with different seeds have none in common.
             moved = attack(trained.logits, x, labels, [seed * 2**32 + i for i in numbers])
             with torch.no_grad():
                 right[k] += int((trained.logits(moved).argmax(1) == labels).sum())
@@ -199,7 +199,7 @@ def size_figures(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> list[dict[str, Any]]:
-    """Accuracy against the size of the pictures; the share of a picture that is seen stays.
+    """Measures accuracy against the size of the pictures; the visible share of a picture stays the same.
 
     Args:
         trained: The network.
@@ -207,7 +207,7 @@ def size_figures(
         root: Folder of pictures; None takes the data of the checkpoint.
         split: Of them.
         confidence: Of the intervals.
-        limit: Pictures, evenly spread; None takes all.
+        limit: Largest number of pictures, evenly spread; None takes all.
         batch_size: Pictures that go through the network together.
         num_workers: Processes that decode.
 
@@ -215,8 +215,8 @@ def size_figures(
         For each size "size", "pictures", "accuracy" with its interval.
 
     Raises:
-        SchemeError: A size that the network does not take; before a picture is read.
-        DataError: Data of one size, or no picture that can be read.
+        SchemeError: A size that the network does not take; raised before any picture is read.
+        DataError: Data of one fixed size, or no picture that can be read.
     """
     device = next(trained.net.parameters()).device
     for size in sizes:

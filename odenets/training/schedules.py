@@ -1,7 +1,7 @@
-"""Learning-rate schedules by step, as parts that one plugs into `Classifier`.
+"""Learning-rate schedules, per optimiser step, that plug into `Classifier`.
 
-A schedule is called with the optimiser, the number of optimiser steps of the whole run and of one epoch; it returns a
-torch scheduler that is stepped after every optimiser step. A schedule of your own subclasses `Schedule`.
+A schedule is called with the optimiser and the number of optimiser steps of the whole run and of one epoch; it returns
+a torch scheduler that is stepped after every optimiser step. A custom schedule subclasses `Schedule`.
 """
 
 import math
@@ -15,23 +15,23 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from schemes import SchemeError
 
-KEY = "odenets"  # of a checkpoint: what this package adds to Lightning's
+KEY = "odenets"  # the entry of a checkpoint with this package's additions to Lightning's
 
 
 def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") -> dict[str, Any]:
-    """What ``configure_optimizers`` returns: the optimiser, and the schedule over this run's optimiser steps.
+    """Builds the value of ``configure_optimizers``: the optimiser, and the schedule over this run's optimiser steps.
 
-    Steps are those that will be taken: with `max_steps`, accumulation, limits and several processes.
+    The steps are those that the run will take, given `max_steps`, accumulation, limits and several processes.
 
     Args:
         trainer: of the run.
         optimizer: at its peak learning rate.
-        schedule: is stepped after each optimiser step.
+        schedule: stepped after each optimiser step.
 
     Raises:
-        SchemeError: a schedule that depends on the length of a run that has none.
+        SchemeError: a schedule that depends on the length of the run, which is not known.
     """
-    # Lightning counts batches only once the loader is there, and builds the optimiser before.
+    # Lightning builds the optimiser before the loader, and can only count batches once the loader exists.
     trainer.fit_loop.setup_data()
     batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
     epoch = None if math.isinf(batches) else max(1, math.ceil(batches / trainer.accumulate_grad_batches))
@@ -51,17 +51,17 @@ def scheduled(trainer: L.Trainer, optimizer: Optimizer, schedule: "Schedule") ->
 
 
 def restart(trainer: L.Trainer, schedule: "Schedule", lr: float | None) -> None:
-    """Makes the schedule of a run anew that has not taken a step, for another learning rate or number of steps.
+    """Rebuilds the schedule of a run that has not taken a step, for another learning rate or number of steps.
 
     Args:
         trainer: of the run, whose optimiser exists.
-        schedule: as it was configured.
-        lr: the learning rate, whose share each group gets; None keeps the optimiser's.
+        schedule: as configured.
+        lr: the learning rate, of which each group gets its share; None keeps the optimiser's.
     """
     for config in trainer.lr_scheduler_configs:
         optimizer = config.scheduler.optimizer
         for group in optimizer.param_groups:
-            # The peak, under the name of the schedule before.
+            # The peak, under the name that the previous schedule gave it.
             peak = group["max_lr"] if "max_lr" in group else group["initial_lr"]
             for name in ("initial_lr", "max_lr", "min_lr"):
                 group.pop(name, None)
@@ -70,7 +70,7 @@ def restart(trainer: L.Trainer, schedule: "Schedule", lr: float | None) -> None:
 
 
 class Factors(LambdaLR):
-    """A ``LambdaLR`` that leaves groups alone which a callback adds later, with rates of their own."""
+    """A ``LambdaLR`` that leaves alone the groups that a callback adds later, with rates of their own."""
 
     def get_lr(self) -> list[Any]:
         known = super().get_lr()
@@ -78,12 +78,12 @@ class Factors(LambdaLR):
 
 
 class Cycle(OneCycleLR):
-    """A ``OneCycleLR`` that leaves such groups alone, which have no peak."""
+    """A ``OneCycleLR`` that leaves alone the groups that a callback adds later, which have no peak."""
 
     def get_lr(self) -> list[Any]:
         groups = self.optimizer.param_groups
         later = groups[len(self.base_lrs) :]
-        # Torch asks each group of the optimiser for its peak, and moves its momentum at once.
+        # Torch reads the peak of every group of the optimiser here, and sets its momentum as well.
         del groups[len(self.base_lrs) :]
         try:
             known = super().get_lr()
@@ -97,7 +97,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:
-        """A scheduler that is stepped `steps` times."""
+        """Returns a scheduler that is stepped `steps` times."""
 
 
 class WarmupCosine(Schedule):
@@ -106,7 +106,7 @@ class WarmupCosine(Schedule):
     lr(i) = peak * (i + 1) / w for i < w, else peak * (final + (1 - final) * (1 + cos(pi * (i - w) / (n - w))) / 2)
 
     Args:
-        warmup: Epochs, may be a fraction; at most half of the run is used.
+        warmup: Epochs, possibly a fraction; at most half of the run is used.
         final: Share of the peak that is left at the end.
 
     Source: Loshchilov and Hutter 2017, "SGDR", equation 5; Goyal et al. 2017 for the warm-up.
@@ -125,10 +125,10 @@ class WarmupCosine(Schedule):
             steps: of the whole run.
             steps_per_epoch: of one epoch.
         """
-        # A short run would else end before it has reached its learning rate.
+        # Otherwise a short run would end before it reached its learning rate.
         warm = min(round(self.warmup * steps_per_epoch), steps // 2)
         if i < warm:
-            # From 1 on: a first step of size 0 would waste its batch.
+            # Counted from 1: a first step of size 0 would waste its batch.
             return (i + 1) / warm
         done = min((i - warm) / max(1, steps - warm), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
@@ -145,11 +145,11 @@ class Constant(Schedule):
 
 
 class OneCycle(Schedule):
-    """Up to the optimiser's learning rate over a share `up` of the run, then down to nearly nothing.
+    """Rises to the optimiser's learning rate over a share `up` of the run, then falls to nearly zero.
 
     Args:
         up: Share of the steps that rise.
-        momentum: Also move the momentum, against the learning rate.
+        momentum: Also move the momentum, opposite to the learning rate.
 
     Source: Smith and Topin 2018, "Super-convergence".
     """
@@ -166,21 +166,23 @@ class OneCycle(Schedule):
                 f"OneCycle moves the momentum, and {type(optimizer).__name__} has none\n"
                 "  Give --model.schedule.momentum false, or another optimiser"
             )
-        # One step more than are taken: torch refuses to be stepped once after the last.
+        # One more than are taken: the scheduler is also stepped after the last step, which would be past its end.
         total = steps + 1
-        # Torch divides by the length of the rise, which is nothing where its share is that of the first step.
+        # Torch divides by the length of the rise, up * total - 1, which must not be zero.
         up = self.up + 1e-9 if self.up * total == 1 else self.up
         return Cycle(optimizer, peaks, total_steps=total, pct_start=up, cycle_momentum=self.momentum)
 
 
 class Poly(Schedule):
-    """A power of what is left of the run, after a linear rise: lr(i) = peak * min(1, (i + 1) / w) * (1 - i / n)^power.
+    """A power of the rest of the run, with a linear rise: lr(i) = peak * min(1, (i + 1) / w) * (1 - i / n)^power.
+
+    The rise takes w steps, and n is the length of the run.
 
     Args:
-        power: 1 falls along a line.
+        power: 1 is a linear decay.
         warmup_steps: Optimiser steps of the rise; at most half of the run is used.
 
-    Source: Chen et al. 2018, "DeepLab", section 4.1.2; with the rise, what segmentation is trained by since.
+    Source: Chen et al. 2018, "DeepLab", section 4.1.2; with the rise, the usual schedule of segmentation since then.
 
     Example:
         >>> p = Poly(warmup_steps=2)
@@ -215,7 +217,7 @@ class Milestones(Schedule):
 
     Args:
         at: Shares of the run; the default is He et al.'s for ImageNet, DenseNet's on CIFAR is (0.5, 0.75).
-        factor: What remains at each.
+        factor: The factor at each of them.
         warmup_steps: Optimiser steps of the rise; at most half of the run is used.
 
     Source: He et al. 2016, "Deep residual learning", section 3.4; Huang et al. 2017, "Densely connected convolutional
@@ -243,7 +245,7 @@ class Milestones(Schedule):
         """
         warm = min(self.warmup_steps, steps // 2)
         rise = min(1.0, (i + 1) / warm) if warm else 1.0
-        # A share such as 0.55 has no exact float: of 100 steps it is a hair more than 55.
+        # A share such as 0.55 has no exact float: of 100 steps it is slightly more than 55.
         return rise * self.factor ** sum(i >= share * steps - 1e-9 * steps for share in self.at)
 
     def __call__(self, optimizer: Optimizer, steps: int, steps_per_epoch: int) -> LRScheduler:

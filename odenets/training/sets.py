@@ -1,7 +1,7 @@
-"""Sets of pictures: kept in memory, or decoded and cropped as they are asked for; those that cannot be read.
+"""Sets of pictures: kept in memory, or decoded and cropped on request; and the handling of unreadable pictures.
 
-A data set takes indices, or pairs (epoch, index). A random box is drawn from torch's global generator for an index, and
-for a pair from one that is seeded by the data set's `seed`, the epoch and the index: whichever process asks, and when.
+A data set takes indices, or pairs (epoch, index). For an index, a random box is drawn from torch's global generator;
+for a pair, from one seeded by the data set's `seed`, the epoch and the index, so it is the same in every process.
 """
 
 import warnings
@@ -45,30 +45,30 @@ class Cached(Dataset):
         return self.pictures[picked], self.labels[picked]
 
     def move(self, device: torch.device) -> None:
-        """Keeps all pictures and labels on a device, where batches are then made."""
+        """Moves all pictures and labels to a device, where batches are then made."""
         self.pictures, self.labels = self.pictures.to(device), self.labels.to(device)
 
     def name(self, i: int) -> str:
-        """File, or file and row, of picture i."""
+        """The file, or file and row, of picture i."""
         return self._name(i)
 
 
 class Tally:
-    """Which pictures of a source could not be read, over all processes; ends the run with the list at `limit`."""
+    """The unreadable pictures of a source, over all processes; beyond `limit` of them, ends the run with the list."""
 
     def __init__(self, source: Source, limit: int) -> None:
         self.source, self.limit = source, limit
-        # Shared, as workers decode and the run has one limit for all of them.
+        # In shared memory, since the workers decode and one limit holds for all of them.
         self.seen = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
     def __contains__(self, i: int) -> bool:
         return bool(self.seen[i])
 
     def places(self, position: int, indices: Sequence[int] | Tensor) -> Iterator[tuple[int, int]]:
-        """The places from one on, round the end, each with its picture, without those that are known to be unreadable.
+        """Yields the places from one on, cyclically, each with its picture, without those known to be unreadable.
 
         Args:
-            position: the place that was asked for.
+            position: the requested place.
             indices: the picture at each place.
         """
         for step in range(len(indices)):
@@ -78,8 +78,8 @@ class Tally:
                 yield at, index
 
     def add(self, i: int, why: Unreadable, then: str) -> None:
-        """Counts picture i, once, and says so."""
-        # An unreadable picture is asked for again in every epoch.
+        """Counts picture i, once, with a warning."""
+        # An unreadable picture is requested again in every epoch.
         if i in self:
             return
         self.seen[i] = 1
@@ -98,15 +98,15 @@ class Tally:
 
 
 class Decoded(Dataset):
-    """Pictures that are decoded and brought to (3, size, size) uint8 when asked for.
+    """Pictures that are decoded and brought to (3, size, size) uint8 on request.
 
-    Training cuts a random box (share of the area from [`smallest`, 1]) and resizes it. Evaluation, and training where
-    `smallest` is 0, resizes the shorter side to size / `inner` and cuts the middle. The next picture takes the place of
-    one that cannot be read.
+    Training crops a random box (share of the area from [`smallest`, 1]) and resizes it. Evaluation, and training where
+    `smallest` is 0, resizes the shorter side to size / `inner` and crops the centre. A picture that cannot be read is
+    replaced by the next one.
 
     Attributes:
         seed: Of the random boxes of requests (epoch, index).
-        takes_pairs: It draws by such requests itself.
+        takes_pairs: It takes such requests, and seeds its draws by them.
     """
 
     takes_pairs = True
@@ -126,7 +126,7 @@ class Decoded(Dataset):
         self.smallest, self.inner, self.interpolation = smallest if train else 0.0, inner, interpolation
         self.tally = tally or Tally(source, 0)
         self.labels = source.labels[indices]
-        # Read here, in the main process: each worker has another one.
+        # Read here, in the main process: every worker has a different one.
         self.seed = torch.initial_seed()
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Decoded(Dataset):
         return levels.permute(2, 0, 1).contiguous(), label
 
     def __getitems__(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        # One tensor for the batch: pictures are resized right into their rows, and nothing is stacked.
+        # One tensor for the batch: pictures are resized directly into their rows, and nothing is stacked.
         batch = torch.empty(len(requests), self.size, self.size, 3, dtype=torch.uint8)
         labels = torch.empty(len(requests), dtype=torch.long)
         for row, request in enumerate(requests):
@@ -146,11 +146,10 @@ class Decoded(Dataset):
         return batch.permute(0, 3, 1, 2), labels  # with the channels as the fastest axis, as decoders write them
 
     def _decode(self, request: Request, out: Tensor) -> Tensor:
-        """Writes the picture to `out` (size, size, 3); its label."""
+        """Writes the picture to `out` (size, size, 3); returns its label."""
         epoch, position = request if isinstance(request, tuple) else (None, request)
         for at, index in self.tally.places(position, self.indices):
-            # By the place that was asked for, and not by the picture: the one that stands in for another gets a box of
-            # its own.
+            # Seeded by the place of the picture that is shown: a replacement gets the box of its own place.
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
             try:
                 self._cut(Picture(self.source.encoded(index)), generator, out)
@@ -169,27 +168,27 @@ class Decoded(Dataset):
             out.copy_(picture.middle(self.size, self.inner, how))
 
     def name(self, i: int) -> str:
-        """File, or file and row, of picture i; it says so where another one took its place."""
+        """The file, or file and row, of picture i, marked if the picture is unreadable and was replaced."""
         index = int(self.indices[i])
         return self.source.name(index) + (" (unreadable)" if index in self.tally else "")
 
     def order(self, generator: Generator, window: int = 16) -> Tensor:
-        """An order of the pictures for an epoch: any, or where they lie in shards, one that reads these in turn.
+        """Draws an order of the pictures for an epoch; pictures in shards are ordered so that shards are read in turn.
 
-        The shards are shuffled, and then the pictures of each `window` of them together: so the first n of an order can
-        be skipped without reading their shards.
+        The shards are shuffled, and then the pictures within each `window` of shards: so the first n of an order can be
+        skipped without reading their shards.
         """
         return shard_order(self.source.shards, self.indices, generator, window)
 
 
 def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Generator, window: int) -> Tensor:
-    """Positions in `indices` (n,), shuffled; see `Decoded.order`."""
-    # Files that lie apart cost the same in any order.
+    """Shuffles the positions in `indices` (n,); see `Decoded.order`."""
+    # Separate files cost the same in any order.
     if shards is None:
         return torch.randperm(len(indices), generator=generator)
     ends = torch.tensor(shards).cumsum(0)
     place = torch.randperm(len(shards), generator=generator)  # of each shard, in the epoch
-    # Shards of one turn are open together, so their pictures can be mixed.
+    # The shards of one turn are open together, so their pictures can be mixed.
     turn = place[torch.searchsorted(ends, indices, right=True)] // window
     shuffled = torch.randperm(len(indices), generator=generator)
     # Shuffled first, then sorted by turn: within a turn the order stays random.
@@ -197,7 +196,7 @@ def shard_order(shards: Sequence[int] | None, indices: Tensor, generator: Genera
 
 
 class Kept(Source):
-    """A source whose pictures are kept in memory as they are stored, read once."""
+    """A source whose pictures are read once and kept in memory as stored."""
 
     def __init__(self, source: Source, indices: Tensor, tally: Tally) -> None:
         self.source, self.labels, self.names, self.classes = source, source.labels, source.names, source.classes
@@ -217,9 +216,9 @@ class Kept(Source):
 
 
 def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, tally: Tally) -> Cached:
-    """All pictures that can be read as one uint8 tensor (n, 3, height, width).
+    """Decodes all pictures that can be read to one uint8 tensor (n, 3, height, width).
 
-    to: the size that all have, (width, height), or how each is decoded.
+    to: the common size of all, (width, height), or the data set that decodes each.
     """
     pictures: list[Tensor] = []
     kept: list[int] = []
@@ -242,13 +241,13 @@ def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, t
             continue
         pictures.append(levels.permute(2, 0, 1))
         kept.append(index)
-    # Only those that could be read, so that labels and names stay in step with the pictures.
+    # Only the rows that could be read, so that labels and names stay aligned with the pictures.
     rows = torch.tensor(kept, dtype=torch.long)
     return Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
 
 
 class Names:
-    """Names of the pictures of a source by their position in `rows`; an object, so that it travels to workers."""
+    """Names of the pictures of a source by their position in `rows`; a class, so that it can be pickled for workers."""
 
     def __init__(self, source: Source, rows: Tensor) -> None:
         self.source, self.rows = source, rows

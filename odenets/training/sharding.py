@@ -1,8 +1,8 @@
-"""Weights that are divided over processes (FSDP2), a step of a stack at a time, so that every backprop mode works.
+"""Weights that are sharded over processes (FSDP2), a step of a stack at a time, so that every backprop mode works.
 
-Lightning's ``ModelParallelStrategy`` asks a module to divide itself. What is gathered for a forward pass, and again for
-the backward pass, is one step: the unit that a stack runs, runs again, or undoes. The rest of the net (stem,
-transitions, head) is gathered as a whole.
+Lightning's ``ModelParallelStrategy`` leaves the sharding to the module. The unit that is gathered for a forward pass,
+and again for the backward pass, is one step: the unit that a stack runs, recomputes, or undoes. The rest of the net
+(stem, transitions, head) is gathered as a whole.
 """
 
 from collections import Counter
@@ -17,10 +17,10 @@ from ..gather import outermost
 
 
 def shard(net: nn.Module, mesh: Any) -> None:
-    """Divides the parameters of a net over the processes of a mesh.
+    """Shards the parameters of a net over the processes of a mesh.
 
     Args:
-        net: the network; as it is on each process, so must its values be.
+        net: the network; it must have the same values on each process.
         mesh: of one dimension.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -31,21 +31,21 @@ def shard(net: nn.Module, mesh: Any) -> None:
     used = Counter(id(p) for step in steps for p in set(step.parameters()))
     for step in steps:
         own = list(step.parameters())
-        # What several steps share belongs to none of them.
+        # Parameters that several steps share belong to none of them.
         if own and all(used[id(p)] == 1 for p in own):
             fully_shard(step, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
 def shard_module(module: L.LightningModule, net: nn.Module) -> None:
-    """Divides the net of a module that ``ModelParallelStrategy`` trains.
+    """Shards the net of a module that ``ModelParallelStrategy`` trains.
 
     Args:
-        module: what Lightning trains.
+        module: the module that Lightning trains.
         net: its network, which holds all of its parameters.
 
     Raises:
-        SchemeError: tensor parallelism, checkpoints in parts, or parameters outside of the net.
+        SchemeError: tensor parallelism, checkpoints in parts, or parameters outside the net.
     """
     strategy: Any = module.trainer.strategy
     if strategy.device_mesh["tensor_parallel"].size() != 1:
@@ -69,22 +69,22 @@ def shard_module(module: L.LightningModule, net: nn.Module) -> None:
 
 
 def divided(module: nn.Module) -> bool:
-    """Whether the parameters of a module are divided over processes.
+    """Whether the parameters of a module are sharded over processes.
 
     Args:
-        module: the network, or what holds it.
+        module: the network, or a module that holds it.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    # By the modules: between a forward and a backward pass the parameters themselves may be whole.
+    # Tested on the modules: between a forward and a backward pass the parameters themselves may be whole.
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
-    """The state dict of a module on every process, put together where it is divided; then all processes call this.
+    """Returns the state dict on every process, gathered if the module is sharded; then all processes must call this.
 
     Args:
-        module: the network, or what holds it.
+        module: the network, or a module that holds it.
     """
     if not divided(module):
         return module.state_dict()

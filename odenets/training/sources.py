@@ -1,4 +1,4 @@
-"""Where data come from: parquet files, image folders, tar shards, the Hugging Face hub. One `Source` per split."""
+"""Sources of data: parquet files, image folders, tar shards, the Hugging Face hub. One `Source` per split."""
 
 import os
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from .labels import NONE, check_kinds, read_column
 
 TRAIN, VALIDATION, TEST = (layouts.SPLITS[name] for name in ("train", "validation", "test"))
 LABEL_KEYS = ("label", "fine_label", "labels")
-# Whatever is missing, the user is told all ways to have data.
+# Whatever is missing, the message lists all ways to provide data.
 THREE_WAYS = (
     "give --data.root FOLDER (parquet files or class folders), or --data.hub NAME --data.download true, "
     "or train on the built-in pictures: --data odenets.training.Digits"
@@ -31,10 +31,10 @@ class Source(ABC):
 
     Attributes:
         labels: Class numbers (n,), -1 where there is none.
-        names: What the numbers are called; None where they have no names.
+        names: The names of the numbers; None where they have none.
         classes: Of all splits together, once `labels.unify` has run.
         why: Why there are no labels, where there are none.
-        shards: How many pictures each file holds that is best read in one go; None where order does not matter.
+        shards: The number of pictures in each file that is best read in one go; None where order does not matter.
     """
 
     labels: Tensor
@@ -45,14 +45,14 @@ class Source(ABC):
 
     @abstractmethod
     def encoded(self, i: int) -> bytes | str:
-        """The stored file of picture i, or where it lies."""
+        """The stored file of picture i, as its bytes or its path."""
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """File name, or file and row, of picture i."""
+        """The file name, or file and row, of picture i."""
 
     def picture(self, i: int) -> Image.Image:
-        """Picture i in RGB and upright.
+        """Picture i, upright and in RGB.
 
         Raises:
             Unreadable: It cannot be decoded.
@@ -64,10 +64,10 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """Pictures that are files below a folder, and the class names of each; None for no labels."""
+    """Pictures that are files below a folder, with the class name of each; None for no labels."""
 
     def __init__(self, root: Path, files: Sequence[str], labels: Sequence[str] | None, why: str = "") -> None:
-        # One array of bytes: a million Python strings would be copied into each worker, page by page.
+        # One array of bytes: a million Python strings would be copied into every forked worker, page by page.
         self.root, self.files, self.why = str(root), np.array([os.fsencode(file) for file in files]), why
         # Sorted, so that numbers do not depend on the order in which a file system lists folders.
         self.names = sorted(set(labels)) if labels else []
@@ -104,7 +104,7 @@ class TableSource(Source):
             self.labels = torch.full((len(table),), NONE)
             self.names = []
         else:
-            # As Arrow, since a million labels as Python objects would take minutes.
+            # Read as Arrow, since a million labels as Python objects would take minutes.
             rows = table.select_columns(self.label_key).with_format("arrow")[:]
             column = rows.column(self.label_key)
             self.labels, self.names = read_column(
@@ -112,7 +112,7 @@ class TableSource(Source):
             )
         try:
             stored = table.select_columns(self.image_key)
-            # Pictures are decoded here and not by `datasets`: at the size that is wanted, and by one set of rules.
+            # Pictures are decoded by this package, not by `datasets`: at the required size, and by one set of rules.
             self.table = stored.cast_column(self.image_key, datasets.Image(decode=False))
         except Exception as e:
             raise DataError(
@@ -129,7 +129,7 @@ class TableSource(Source):
 
 
 class Joined(Source):
-    """Several splits, one after the other."""
+    """Several splits, concatenated."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = parts
@@ -141,7 +141,7 @@ class Joined(Source):
             self.shards = [n for part in parts for n in part.shards or [len(part)]]
 
     def _at(self, i: int) -> tuple[Source, int]:
-        # To the right, as an end is the first index of the next part.
+        # side="right", since the end of a part is the first index of the next.
         number = int(np.searchsorted(self.ends, i, side="right"))
         return self.parts[number], i - int(self.ends[number - 1] if number else 0)
 
@@ -155,21 +155,21 @@ class Joined(Source):
 
 
 class Splits(dict[str, Source]):
-    """Splits by name, and those that are only opened when they are asked for by their name."""
+    """Splits by name, and others that are only opened when requested by name."""
 
     def __init__(self, splits: Mapping[str, Source], others: Mapping[str, Callable[[], Source]], notes: Sequence[str]):
         super().__init__(splits)
         self.others, self.notes = dict(others), list(notes)
 
     def find(self, given: str) -> str | None:
-        """The name under which a split is kept that is called `given`: `val` finds `validation`."""
-        # A name as it stands comes first: a data set may have both a `val` and a `validation`.
+        """The name under which the split `given` is stored: `val` finds `validation`."""
+        # An exact name comes first: a data set may have both a `val` and a `validation`.
         if given in self or given in self.others:
             return given
         return next((name for name, words in layouts.SPLITS.items() if given in words and name in self), None)
 
     def open(self, name: str) -> Source:
-        """The split itself, opened if it was not yet."""
+        """Returns the split, and opens it if necessary."""
         if name not in self:
             self[name] = self.others.pop(name)()
         return self[name]
@@ -203,7 +203,7 @@ def label_column(given: str | None, features: Any) -> tuple[str | None, str]:
 
 
 def find_column(given: str | None, guesses: Sequence[str], features: Any, option: str, where: str) -> str:
-    """The column that is given, or the first guess that is there."""
+    """The given column, or the first guess that exists."""
     for key in (given,) if given else guesses:
         if key in features:
             return key
@@ -214,7 +214,7 @@ def find_column(given: str | None, guesses: Sequence[str], features: Any, option
 
 
 def folder(root: str | Path, subset: str | None = None) -> Path:
-    """The folder, or file, that is meant; one that is called as the subset where it says nothing of its subsets."""
+    """The folder or file of the data: `root`, or its folder named `subset` if `root` does not describe its subsets."""
     path = Path(root).expanduser()
     if not path.exists():
         raise DataError(f"data.root: no folder {str(root)!r}\n  {THREE_WAYS}")
@@ -230,10 +230,10 @@ def folder(root: str | Path, subset: str | None = None) -> Path:
 
 
 def check_parquet(root: Path, files: Sequence[str], label_key: str | None = None) -> list[tuple[str, int]]:
-    """The rows of each file; an error where one is no parquet file, or where columns, names or labels' kinds differ.
+    """Returns the rows of each file; all must be parquet files with the same columns, class names and kinds of labels.
 
     Raises:
-        DataError: It names the files.
+        DataError: They are not, or they hold no rows; the message names the files.
     """
     import datasets
     import pyarrow.parquet as pq
@@ -243,7 +243,7 @@ def check_parquet(root: Path, files: Sequence[str], label_key: str | None = None
     kinds: list[tuple[str, Any]] = []
     for file in files:
         try:
-            # The foot of the file alone is read, which names its columns and counts its rows.
+            # Only the footer of the file is read, which has its columns and its number of rows.
             with pq.ParquetFile(root / file) as opened:
                 rows.append((file, opened.metadata.num_rows))
                 schema = opened.schema_arrow
@@ -282,7 +282,7 @@ def open_tables(
     subset: str | None = None,
     ways: str = THREE_WAYS,
 ) -> dict[str, Any]:
-    """The splits of parquet files under `root`, or on the hub, as tables; none where `root` holds no such file.
+    """Opens the splits of parquet files under `root`, or on the hub, as tables; none if `root` holds no such file.
 
     Args:
         root: Folder or file.
@@ -292,7 +292,7 @@ def open_tables(
         ways: Remedies that an error names.
 
     Raises:
-        DataError: There is nothing there.
+        DataError: There are no data.
     """
     if root is not None:
         if not Path(root).expanduser().exists():
@@ -310,7 +310,7 @@ def open_tables(
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """The head of a dataset's README.md, where it says which files belong to which subset and split."""
+    """The header of a dataset's README.md, if it assigns files to subsets and splits."""
     import yaml
 
     try:
@@ -326,7 +326,7 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def configured(path: Path, subset: str | None) -> dict[str, Any]:
-    """Splits of a folder that says itself what it holds: by README.md as on the hub, or by metadata of its pictures."""
+    """The splits of a folder that describes its contents: by README.md as on the hub, or by metadata of pictures."""
     card = _card(path)
     described = (
         [] if card or not path.is_dir() else [f for f in layouts.walk(path) if f.split("/")[-1] in layouts.METADATA]
@@ -341,7 +341,7 @@ def configured(path: Path, subset: str | None) -> dict[str, Any]:
     import datasets
     import datasets.config
 
-    # Opening a folder would else report to the hub, over a network that nobody has allowed.
+    # Opening a folder would otherwise report to the hub, over a network whose use was not allowed.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return {str(name): table for name, table in datasets.load_dataset(str(path), subset).items()}
@@ -354,12 +354,12 @@ def configured(path: Path, subset: str | None) -> dict[str, Any]:
 
 
 def load_parquet(root: Path, files: Sequence[str]) -> Any:
-    """The table of some parquet files."""
+    """Loads some parquet files as one table."""
     import datasets
     import datasets.config
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening local files would otherwise report to the hub
-    # Each split by itself: together, the first one's class names would be put on the numbers of all.
+    # One split at a time: otherwise the class names of the first would be applied to the numbers of all.
     names = {"train": [str(root / file) for file in files]}
     try:
         return datasets.load_dataset("parquet", data_files=names, split="train")
@@ -369,18 +369,18 @@ def load_parquet(root: Path, files: Sequence[str]) -> Any:
 
 
 def open_files(path: str) -> Any:
-    """What pyarrow reads `path` from: a local path itself, an open file of the hub otherwise."""
+    """Returns what pyarrow reads `path` from: a local path itself, otherwise an open file of the hub."""
     if "://" not in path:
         return path
     import fsspec.core
 
     system, inside = fsspec.core.url_to_fs(path)
-    # Blocks of 4 MiB: a row group is read in a few requests, and not in hundreds.
+    # Blocks of 4 MiB: a row group is read in a few requests instead of hundreds.
     return system.open(inside, "rb", block_size=1 << 22)
 
 
 def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[str, Any]:
-    """A dataset of the hub; the network is asked once, with a short limit, and only if downloading is allowed."""
+    """Loads a dataset of the hub; probes the network once, with a short timeout, and only if downloading is allowed."""
     import datasets
     import datasets.config
     import huggingface_hub
@@ -388,7 +388,7 @@ def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[s
 
     if download:
         try:
-            # Asked once beforehand: `datasets` itself tries for long where there is no network.
+            # Probed once beforehand: without a network, `datasets` itself retries for a long time.
             huggingface_hub.HfApi().dataset_info(hub, timeout=10)
         except Exception as e:  # every failure (no network, offline mode, no such name) has the same remedies
             raise DataError(f"data.hub: {hub!r} cannot be reached ({type(e).__name__})\n  {ways}") from None
@@ -399,7 +399,7 @@ def _load_hub(hub: str, download: bool, subset: str | None, ways: str) -> dict[s
         return {str(name): table for name, table in datasets.load_dataset(hub, subset).items()}
     except Exception as e:
         said = " ".join(str(e).split())
-        if "onfig" in said and ("available" in said.lower() or "pick one" in said):  # it has subsets, and says which
+        if "onfig" in said and ("available" in said.lower() or "pick one" in said):  # the message lists the subsets
             raise DataError(f"data.subset: {said[:300]}\n  Name one: --data.subset NAME") from None
         if download:
             raise DataError(f"data.hub: {hub!r}: {said[:200]}\n  {ways}") from None

@@ -31,31 +31,31 @@ def open_splits(
     subset: str | None = None,
     streaming: bool = False,
 ) -> Splits:
-    """The splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
+    """Opens the splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
 
     Raises:
-        DataError: There is nothing there, or no column fits. The network is only asked with `download`.
+        DataError: There are no data, or no column fits. The network is only used with `download`.
     """
     where = str(root or hub)
     keys = image_key, label_key, where
-    # Asked first: a folder of anything but parquet files is then opened as without the option.
+    # Tried first: a folder of anything but parquet files is then opened as without the option.
     if streaming:
         found = parquet_files(root, hub, download, subset, THREE_WAYS)
         if found is not None:
             return found(*keys)
-    # On the hub there are tables only, and their files name the splits.
+    # The hub has only tables, whose files name the splits.
     if root is None:
         tables = open_tables(root, hub, download, subset)
         return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
     path = folder(root, subset)
-    # A folder that says itself what it holds is believed before file names are.
+    # A folder's own description of its contents takes precedence over file names.
     tables = configured(path, subset)
     if tables:
         return Splits({name: TableSource(table, *keys) for name, table in tables.items()}, {}, [])
     found = layouts.find(path)
     if found is None:
         raise DataError(f"data.root: {str(path)!r} holds neither parquet files nor class folders\n  {THREE_WAYS}")
-    # Files that name no split are opened only if somebody asks for them.
+    # Files that name no split are opened only on request.
     opened = partial(_open, found, keys)
     return Splits(
         {name: opened(name, files) for name, files in found.splits.items()},

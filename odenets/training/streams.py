@@ -1,9 +1,9 @@
-"""Splits that are read where they lie, shard by shard: WebDataset tar files, and parquet files, also of the hub.
+"""Splits that are read in place, shard by shard: WebDataset tar files, and parquet files, also on the hub.
 
-Such a source still answers for any index, so that everything else works as for files: validation, held-out shares,
-names of pictures, and resuming to the sample. What makes it a stream is the order in which `Decoded.order` asks: shard
-after shard, with the row groups that are in use kept in memory. An order is a list of numbers; the part of it that is
-done already is skipped without opening its shards.
+Such a source still supports any index, so that everything else works as for files: validation, held-out shares, names
+of pictures, and resuming to the sample. It becomes a stream by the order of requests from `Decoded.order`: shard after
+shard, with the row groups that are in use kept in memory. An order is a list of numbers; the part of it that is already
+done is skipped without opening its shards.
 """
 
 import json
@@ -24,21 +24,21 @@ from .labels import NONE, REMEDY, check_kinds, is_text, join_columns, read_colum
 from .sources import Source, Splits, folder, image_column, label_column, open_files
 
 LABEL_SUFFIXES = ("cls", "label", "index", "json")
-_KEPT = 16  # row groups that a process keeps
+_KEPT = 16  # row groups that a process keeps in memory
 
 
 class TarSource(Source):
-    """Pictures in tar files as WebDataset lays them out: `0001.jpg` beside `0001.cls` is one sample.
+    """Pictures in tar files in the layout of WebDataset: `0001.jpg` beside `0001.cls` is one sample.
 
     The label is a number or a name in the member with suffix `cls`, `label` or `index`, or `"label"` in that with
-    suffix `json`; `label_key` names another suffix. All headers are read once; the members' places are kept.
+    suffix `json`; `label_key` names another suffix. All headers are read once, and the members' offsets are kept.
 
     Args:
-        root: the folder that names begin at.
+        root: the folder that names are relative to.
         files: their paths below it.
-        image_key: suffix of the pictures; None: any that is one.
+        image_key: suffix of the pictures; None: any suffix of a picture.
         label_key: suffix of the labels; None: the usual ones.
-        where: what they are called in messages.
+        where: a description of the data, for messages.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TarSource(Source):
         names: list[str] = []
         labels: list[Any] = []
         self.shards = []
-        # Only headers are read here, one pass over each file; a picture is one seek later on.
+        # Only headers are read here, in one pass over each file; later, a picture takes one seek.
         for number, file in enumerate(files):
             before = len(places)
             for sample, members in _samples(root / file):
@@ -70,7 +70,7 @@ class TarSource(Source):
 
     def encoded(self, i: int) -> bytes:
         number, offset, length = self.places[i].tolist()
-        # Opened each time: forked workers would share the position of a file that was open before.
+        # Opened each time: forked workers would share the position of a file that was opened before the fork.
         with open(self.root / self.files[number], "rb") as file:
             file.seek(offset)
             return file.read(length)
@@ -84,12 +84,12 @@ def _shows(suffix: str) -> bool:
 
 
 def _samples(path: Path) -> Any:
-    """(name, {suffix: member}) of each sample; its members follow one another."""
+    """Yields (name, {suffix: member}) of each sample, whose members are adjacent in the file."""
     sample, members = "", {}
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all that were seen
+                tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every member seen
                 # As WebDataset splits names: at the first dot of the last part, so that `a.seg.png` belongs to the
                 # sample `a`.
                 head, _, base = member.name.rpartition("/")
@@ -113,7 +113,7 @@ def _samples(path: Path) -> Any:
 def _label(path: Path, member: tarfile.TarInfo, suffix: str) -> Any:
     with open(path, "rb") as file:
         file.seek(member.offset_data)
-        # A label is short; a member that was mistaken for one may be a film.
+        # A label is short; a member mistaken for one may be a video.
         text = file.read(min(member.size, 1 << 20)).decode(errors="replace").strip()
     if suffix != "json":
         return text or None
@@ -127,11 +127,11 @@ def _label(path: Path, member: tarfile.TarInfo, suffix: str) -> Any:
 
 
 def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | None]:
-    """Labels that were read as text: numbers where all are, else names."""
+    """Converts labels that were read as text: to numbers if all of them are numbers, else to names."""
     import pyarrow as pa
 
     texts = [None if label is None else str(label) for label in labels]
-    # Not isdigit, which is true of a raised 2, and int cannot read that.
+    # Not isdigit, which accepts a superscript 2, as int does not.
     numbers = all(text is None or text.removeprefix("-").isdecimal() for text in texts)
     plain = numbers or {type(label) for label in labels if label is not None} <= {str}
     try:
@@ -139,20 +139,20 @@ def _column(labels: list[Any], where: str) -> tuple[torch.Tensor, list[str] | No
             column = pa.array([None if text is None else int(text) for text in texts], pa.int64())
         else:
             column = pa.array(texts if plain else labels)
-    # Numbers of more than 64 bits, and JSON that is of one kind here and of another there.
+    # Numbers of more than 64 bits, and JSON values of different kinds.
     except (pa.ArrowException, OverflowError, ValueError) as e:
         raise DataError(f"{where}: {first_line(e, 120)}\n  {REMEDY}") from None
     return read_column(column, None, where)
 
 
 class ParquetSource(Source):
-    """Pictures in parquet files that are read a row group at a time, here or, as `hf://` paths, on the hub.
+    """Pictures in parquet files that are read a row group at a time, locally or, as `hf://` paths, on the hub.
 
     Args:
         files: their paths.
         image_key: the column of pictures; None: it is found.
         label_key: the column of labels; None: it is found.
-        where: what they are called in messages.
+        where: a description of the data, for messages.
     """
 
     def __init__(self, files: Sequence[str], image_key: str | None, label_key: str | None, where: str) -> None:
@@ -170,7 +170,7 @@ class ParquetSource(Source):
                 first = features
                 self.image_key = image_column(image_key, features, where)
                 label, self.why = label_column(label_key, features)
-            # Numbers of two files mean the same only if their class names do.
+            # The class numbers of two files have the same meaning only if their class names agree.
             known = [(key in f, getattr(f.get(key), "names", None)) for f in (features, first) for key in (label,)]
             if self.image_key not in features or known[0] != known[1]:
                 raise DataError(
@@ -197,7 +197,7 @@ class ParquetSource(Source):
         self.reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is open cannot be sent to a worker; the process number that nobody has makes it open its own.
+        # Open files cannot be pickled for a worker; an impossible process number makes each worker open its own.
         return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_kept")} | {"_process": -1}
 
     def _parquet(self, number: int) -> Any:
@@ -219,19 +219,18 @@ class ParquetSource(Source):
         return cell or b""
 
     def _group(self, place: int) -> Any:
-        if self._process != os.getpid():  # a handle that was inherited shares its position with the parent
+        if self._process != os.getpid():  # an inherited handle shares its position with the parent
             self._forget()
         if place not in self._kept:
             number, group, _ = self.groups[place]
             if number not in self._open:
                 self._open[number] = self._parquet(number)
-            # Without threads, as every worker is a process of its own, and all would compete.
+            # Without threads: every worker is a process of its own, and their threads would compete.
             column = self._open[number].read_row_group(group, columns=[self.image_key], use_threads=False)
             self._kept[place] = column.column(self.image_key)
             self.reads += 1
             for held in (self._kept, self._open):
-                # The one that was used longest ago: an order reads shards in turn, so it will not be asked for again
-                # soon.
+                # Evicts the oldest: an order reads shards in turn, so it will not be requested again soon.
                 if len(held) > _KEPT:
                     held.popitem(last=False)
         self._kept.move_to_end(place)
@@ -265,12 +264,12 @@ def parquet_files(
     Args:
         root: a folder; None: there is none.
         hub: ``OWNER/NAME`` of a dataset; None: there is none.
-        download: whether the hub may be asked.
+        download: whether the hub may be accessed.
         subset: a configuration of the dataset; None: the default.
-        ways: how data are given, for messages.
+        ways: the ways to provide data, for messages.
 
     Raises:
-        DataError: There is nothing there, or the hub may not be asked.
+        DataError: There are no data, or the hub may not be accessed.
     """
     if root is not None:
         path = folder(root, subset)
@@ -301,12 +300,12 @@ def parquet_files(
 
 
 def hub_files(hub: str, subset: str | None, ways: str) -> dict[str, list[str]]:
-    """Paths of a hub dataset's files by split.
+    """Returns the paths of a hub dataset's files by split.
 
     Args:
         hub: ``OWNER/NAME`` of the dataset.
         subset: one of its configurations; None: the default.
-        ways: how data are given, for messages.
+        ways: the ways to provide data, for messages.
     """
     import datasets
 

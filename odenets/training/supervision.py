@@ -17,15 +17,15 @@ from .classifier import Classifier, cross_entropy
 class SupervisionLoss(nn.Module):
     """Cross entropy of every head, and binary cross entropy between the decoders' pictures and the input.
 
-    With m heads and m - 1 decoders, head k = 1 .. m - 1 weighs ``labels * k / m`` and the last one 1, decoder
-    k = 1 .. m - 1 weighs ``pictures * (m - k) / (m - 1)``: the later a head, the more it is to know of the label, the
+    With m heads and m - 1 decoders, head k = 1 .. m - 1 has the weight ``labels * k / m`` and the last one 1, decoder
+    k = 1 .. m - 1 has ``pictures * (m - k) / (m - 1)``: the later a head, the more it should know of the label and the
     less of the picture. With four heads the published weights are 0.175, 0.35, 0.525, 1 and 3, 2, 1.
 
     Args:
         pictures: the first decoder's weight, or one weight per decoder.
-        labels: what the heads before the last weigh, or one weight per head, the last one included.
-        mean: what was subtracted from each channel of pictures in [0, 1].
-        std: what they were divided by.
+        labels: the scale of the weights of the heads before the last, or one weight per head, including the last.
+        mean: the value that was subtracted from each channel of pictures in [0, 1].
+        std: the value that each channel was divided by.
         label_smoothing: share of each label's weight that is spread over all classes.
 
     Shapes:
@@ -33,7 +33,7 @@ class SupervisionLoss(nn.Module):
         a scalar.
 
     Raises:
-        SchemeError: lists of weights of another length than the heads and decoders.
+        SchemeError: lists of weights whose lengths are not the numbers of heads and decoders.
 
     Source:
         Cai et al. 2023, Reversible Column Networks, arXiv 2212.11696, section 2.3 and appendix D.1.
@@ -60,15 +60,15 @@ class SupervisionLoss(nn.Module):
     ):
         super().__init__()
         self.pictures, self.labels, self.label_smoothing = pictures, labels, label_smoothing
-        # Buffers, so that they move along; they are settings, and no part of a checkpoint.
+        # Buffers, so that they move with the module; as settings, they are not part of a checkpoint.
         self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1), persistent=False)
 
     def weights(self, heads: int) -> tuple[list[float], list[float]]:
-        """The weights of the decoders and of the heads, for a network of so many heads.
+        """The weights of the decoders and of the heads, for a network with a given number of heads.
 
         Args:
-            heads: how many the network has.
+            heads: the number of heads of the network.
 
         Example:
             >>> SupervisionLoss().weights(4)
@@ -79,7 +79,7 @@ class SupervisionLoss(nn.Module):
         if isinstance(pictures, (int, float)):
             pictures = [pictures * (heads - k) / before for k in range(1, heads)]
         if isinstance(labels, (int, float)):
-            # Rounded, so that the published 0.525 is that number and not its neighbour.
+            # Rounded, so that the published 0.525 is that float and not its neighbour.
             labels = [*(round(labels * k / heads, 12) for k in range(1, heads)), 1.0]
         if len(pictures) != before or len(labels) != heads:
             raise SchemeError(
@@ -90,7 +90,7 @@ class SupervisionLoss(nn.Module):
 
     def forward(self, out: Supervised, x: Tensor, y: Tensor) -> Tensor:
         pictures, labels = self.weights(len(out.logits))
-        # Away from 0 and 1, so that no logit has to grow without bound.
+        # Clamped away from 0 and 1, so that no logit has to grow without bound.
         target = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) * self.std + self.mean).clamp(0.01, 0.99)
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = x.new_zeros((), dtype=wide)
@@ -102,20 +102,20 @@ class SupervisionLoss(nn.Module):
 
 
 class SupervisedClassifier(Classifier):
-    """A ``Classifier`` that trains a network with heads and decoders in its middle, and judges the final head alone.
+    """A ``Classifier`` that trains a network with intermediate heads and decoders, and evaluates the final head alone.
 
-    A network that can have them and was built without (``supervision=False``) trains by its only head, as in
-    ``Classifier``; so one configuration shows what supervision is worth.
+    A network that can have them but was built without (``supervision=False``) is trained on its only head, as by
+    ``Classifier``; so a single configuration measures the effect of supervision.
 
     Args:
         pictures: see ``SupervisionLoss``.
         labels: see ``SupervisionLoss``.
-        mean: what the data subtracts from each channel of pictures in [0, 1].
-        std: what it divides by.
+        mean: the value that the data module subtracts from each channel of pictures in [0, 1].
+        std: the value that it divides each channel by.
         kwargs: as in ``Classifier``.
 
     Raises:
-        SchemeError: a network that never has heads in its middle.
+        SchemeError: a network that cannot have intermediate heads.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class SupervisedClassifier(Classifier):
         self.supervision_loss = SupervisionLoss(pictures, labels, mean, std, self.label_smoothing)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        # A network of one's own may say nothing of it; ours say None where they were built without heads.
+        # A custom network may lack the attribute; ours have None if they were built without intermediate heads.
         if getattr(self.net, "supervision", True) is None:
             return super().training_step(batch, batch_idx)
         x, y = batch

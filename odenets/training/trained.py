@@ -1,8 +1,8 @@
-"""A trained network out of a checkpoint, with what it needs to judge pictures: its classes, and its view of them.
+"""A trained network from a checkpoint, with all that it needs to classify pictures: its classes, and its view of them.
 
-Three kinds of checkpoints are told apart. One that a configuration trained holds how its net is built, and is opened.
-One of a net that was built in Python does not, and is refused by name. One whose net is of another package would have
-code imported that a file names, and is refused too: there the configuration decides, which the user wrote.
+Three kinds of checkpoints are distinguished. One that was trained from a configuration describes its net, and is
+opened. One whose net was built in Python does not, and is refused with that reason. One whose net is from another
+package would import code that is named by a file, and is refused too: only the user's configuration may do that.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,14 +31,14 @@ OURS = ("odenets.", "torch.nn.")
 
 @dataclass
 class Trained:
-    """A network in evaluation, on its device.
+    """A network in evaluation mode, on its device.
 
     Attributes:
         path: The checkpoint.
         net: Maps pictures (n, c, h, w) to logits (n, classes).
-        classes: What the classes are called, in order.
-        view: How a picture is brought to it.
-        data: Configuration of the data that it was trained on: class_path, init_args; None where it is not known.
+        classes: The names of the classes, in order.
+        view: How a picture is presented to it.
+        data: Configuration of the data that it was trained on: class_path, init_args; None if it is not known.
         step: Optimiser steps that it was trained for.
     """
 
@@ -51,18 +51,18 @@ class Trained:
 
     @torch.inference_mode()
     def probabilities(self, x: Tensor) -> Tensor:
-        """Of each class (n, classes), in float32, on the CPU.
+        """Returns the probability of each class (n, classes), in float32, on the CPU.
 
         Args:
             x: Pictures (n, channels, height, width), uint8, or floats in [0, 1].
 
         Raises:
-            SchemeError: The network gives numbers that are not finite.
+            SchemeError: The network returns numbers that are not finite.
         """
         return self.logits(x.to(next(self.net.parameters()).device)).softmax(1).cpu()
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the network gives (n, classes), in float32, with a graph where one is recorded.
+        """Returns the logits (n, classes), in float32, with a graph if one is being recorded.
 
         Args:
             x: Pictures on the network's device, as ``probabilities`` takes them.
@@ -79,17 +79,17 @@ class Trained:
 
 
 def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:
-    """Opens a checkpoint of `lightning fit` as a network that judges pictures.
+    """Opens a checkpoint of `lightning fit` as a network that classifies pictures.
 
-    Averaged weights are taken where Lightning's callbacks put them in the place of the raw ones. A step size that was
-    moved in training has the value that it had when the checkpoint was written.
+    Averaged weights are used if Lightning's callbacks saved them in place of the raw ones. A step size that was moved
+    in training has the value that it had when the checkpoint was written.
 
     Args:
         path: The file.
-        device: Where the network goes.
+        device: Of the network.
 
     Raises:
-        CheckpointError: No whole checkpoint, or one without what predicting needs.
+        CheckpointError: The checkpoint is damaged, or lacks what predicting needs.
         SchemeError: Weights that do not fit the network.
     """
     path = Path(path)
@@ -110,11 +110,11 @@ def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") 
 
 
 def move_steps(net: nn.Module, held: Mapping[str, Any]) -> None:
-    """Gives a network the step size that `StepSchedule` had moved it to when a checkpoint was written, if it had.
+    """Sets the step size of a network to the one that `StepSchedule` had reached in a checkpoint, if it was in use.
 
     Args:
         net: the network, changed in place.
-        held: what the checkpoint holds.
+        held: the contents of the checkpoint.
     """
     # Lightning keeps a callback's state under the name of its class.
     moved = held.get("callbacks", {}).get(StepSchedule.__qualname__)
@@ -123,14 +123,14 @@ def move_steps(net: nn.Module, held: Mapping[str, Any]) -> None:
 
 
 def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:
-    """The untrained network of a checkpoint, from the class and the arguments that it holds.
+    """Builds the untrained network of a checkpoint, from the class and the arguments that it holds.
 
     Args:
         path: of the checkpoint, for messages.
-        held: what it holds.
+        held: its contents.
 
     Raises:
-        CheckpointError: It holds none, or one of another package.
+        CheckpointError: It holds no class, or one of another package.
     """
     spec = dict(held.get("hyper_parameters", {})).get("net")
     if not isinstance(spec, Mapping) or "class_path" not in spec:
@@ -142,20 +142,20 @@ def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:
 
 
 def build_data(trained: Trained, change: Mapping[str, Any] = {}) -> Pictures:
-    """The data that a network was trained on, by the configuration in its checkpoint; the network is never asked.
+    """Builds the data that a network was trained on, from the configuration in its checkpoint, without downloading.
 
     Args:
         trained: The network.
         change: Options that differ from the configuration.
 
     Raises:
-        CheckpointError: The checkpoint does not say, or data of that kind have no such option.
-        DataError: They are not there any more.
+        CheckpointError: The checkpoint does not describe its data, or they cannot be built here, or are not pictures.
+        DataError: The data no longer exist, or have no such option.
     """
     if not trained.data:
         raise CheckpointError(f"{trained.path} does not say what it was trained on\n  Name a folder of pictures")
     spec = {**trained.data, "init_args": {**trained.data.get("init_args", {}), **change}}
-    # Whoever judges a checkpoint has not asked for a download.
+    # Evaluating a checkpoint does not permit a download.
     if "download" in spec["init_args"]:
         spec["init_args"]["download"] = False
     try:
@@ -171,7 +171,7 @@ def build_data(trained: Trained, change: Mapping[str, Any] = {}) -> Pictures:
 
 
 def foreign_class(spec: Any) -> str | None:
-    """A class of another package that a configuration names, which a file shall not have imported.
+    """Returns a class of another package that a configuration names, which a file must not cause to be imported.
 
     Args:
         spec: a part of a configuration.
@@ -190,7 +190,7 @@ def _built(path: Path, what: str, kind: type, spec: Mapping[str, Any]) -> Any:
     try:
         return parser.instantiate_classes(parser.parse_object({what: dict(spec)}))[what]
     except (ArgumentError, TypeError, ValueError) as e:
-        # jsonargparse wraps errors in its own; the first of ours says what is to be done.
+        # jsonargparse wraps errors in its own; the first of ours contains the remedy.
         cause: BaseException | None = e
         while cause is not None and not isinstance(cause, SchemeError | DataError):
             cause = cause.__cause__ or cause.__context__
@@ -210,7 +210,7 @@ def _class_paths(spec: Any) -> Iterator[str]:
 
 
 def _of_data(path: Path, held: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the data module left in the checkpoint."""
+    """The entry of the data module in a checkpoint."""
     for value in held.values():
         if isinstance(value, Mapping) and {"picture", "classes"} <= value.keys():
             return value

@@ -1,4 +1,4 @@
-"""How a picture is brought to a network: its size, what of it is seen, its channels, and the scale of its levels."""
+"""How a picture is presented to a network: its size, the visible part, its channels, and the scale of its levels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from .decode import Picture, Unreadable
 
 
 class View(NamedTuple):
-    """What evaluation shows of a picture; a checkpoint holds it, so that no configuration is needed to predict.
+    """How evaluation presents a picture; stored in the checkpoint, so that predicting needs no configuration.
 
     Attributes:
         channels: 3 for RGB, or 1 for grey.
-        height: Of what the network sees, in pixels.
-        width: The same; where it differs from the height, pictures must have this size.
+        height: Of the network's input, in pixels.
+        width: Likewise; if it differs from the height, pictures must have exactly this size.
         inner: Share of the shorter side that is seen, in the middle of the picture.
         interpolation: How pictures are resized.
         mean: Per channel, of pictures in [0, 1].
@@ -41,7 +41,7 @@ class View(NamedTuple):
         """The levels that the network sees: uint8 (channels, height, width).
 
         Raises:
-            Unreadable: It cannot be decoded, or has another size where the size is fixed.
+            Unreadable: The picture cannot be decoded, or has another size where the size is fixed.
         """
         if self.height == self.width:
             levels = picture.middle(self.height, self.inner, self.interpolation)
@@ -53,7 +53,7 @@ class View(NamedTuple):
         return (levels if self.channels == 3 else grey(levels)).permute(2, 0, 1)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Pictures (n, channels, h, w) on the scale that the network was trained on.
+        """Scales pictures (n, channels, h, w) as the network was trained.
 
         Args:
             x: uint8 pictures.
@@ -61,7 +61,7 @@ class View(NamedTuple):
         return normalize(x, self.mean, self.std)
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """The view as plain values, for a checkpoint."""
         return {**self._asdict(), "mean": list(self.mean), "std": list(self.std)}
 
 

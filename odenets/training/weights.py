@@ -1,8 +1,8 @@
-"""`--weights` and `--ckpt_path`: what a command starts from, told apart, read, and refused before anything is changed.
+"""`--weights` and `--ckpt_path`: the source that a command starts from, identified, read and checked before any change.
 
-Three things a source may be: a checkpoint of a run, which knows its configuration and goes on exactly; a file or folder
-of weights, a published tag or a Hub repository, of which the network takes what fits; or nothing of the kind, which is
-two lines.
+A source may be one of three things: a checkpoint of a run, which holds its configuration and is resumed exactly; a file
+or folder of weights, a published tag or a Hub repository, of which the network takes what fits; or neither, which is an
+error of two lines.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ from .files import CheckpointError, is_checkpoint, open_checkpoint
 from .resume import KEY
 from .trained import foreign_class
 
-# Evaluation builds an optimiser and never uses it, so that the checkpoint's own need not be named.
+# Evaluation builds an optimiser but never uses it, so the checkpoint's own is not needed.
 UNUSED = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
 
 
 class Source(NamedTuple):
-    """Weights that were read and are not in a network yet.
+    """Weights that were read but not yet loaded into a network.
 
     Attributes:
         name: as the user typed it.
-        held: what the file holds.
+        held: the contents of the file.
     """
 
     name: str
@@ -41,19 +41,19 @@ def read_source(given: str) -> Source:
     """Reads a file, a published tag or a Hub repository.
 
     Raises:
-        SchemeError: there is none, or it cannot be read.
+        SchemeError: the source does not exist, or cannot be read.
     """
     return Source(given, checkpoints.read(find(given)))
 
 
 def start_from(net: nn.Module, source: Source, adapt: Adapt, training: bool) -> Started:
-    """Puts weights into a network, all that fit or nothing, and prints what was not loaded.
+    """Loads weights into a network, all that fit or nothing, and prints what was not loaded.
 
     Args:
         net: of the run.
         source: the weights.
-        adapt: what may be made to fit.
-        training: whether a new head will learn; in evaluation it would guess.
+        adapt: what may be adapted to fit.
+        training: whether a new head will be trained; in evaluation it would guess.
     """
     done = prepared(net, source.held, source.name, adapt if training else replace(adapt, new_head=False)).write()
     if getattr(rank_zero_only, "rank", 0) in (0, None):
@@ -65,7 +65,7 @@ def check_fits(model: nn.Module, path: Path, held: Mapping[str, Any]) -> None:
     """Refuses a checkpoint whose tensors are not those of the model, before Lightning loads them one by one.
 
     Raises:
-        CheckpointError: missing and strange names, and other shapes.
+        CheckpointError: names missing and unexpected tensors, and those of another shape.
     """
     state = {key: value for key, value in held["state_dict"].items() if isinstance(value, Tensor)}
     own = model.state_dict()
@@ -88,14 +88,14 @@ def check_fits(model: nn.Module, path: Path, held: Mapping[str, Any]) -> None:
 
 
 def configuration(given: str, run_dir: str | None) -> str:
-    """The part of a checkpoint's configuration that evaluation needs, as YAML: seed, network and data.
+    """Returns the part of a checkpoint's configuration that evaluation needs, as YAML: seed, network and data.
 
     Args:
         given: of ``--ckpt_path``.
-        run_dir: of ``--run_dir``, where ``best`` and ``last`` lie.
+        run_dir: of ``--run_dir``, the folder of ``best`` and ``last``.
 
     Raises:
-        CheckpointError: it holds none, or would have code of another package imported.
+        CheckpointError: it holds no configuration, or one that would import code of another package.
     """
     folder = Path(run_dir or "runs/default") / "checkpoints"
     path = folder / f"{given}.ckpt" if given in ("best", "last") else Path(given)
@@ -110,20 +110,20 @@ def configuration(given: str, run_dir: str | None) -> str:
             f"{path} does not hold its configuration: it was trained from Python, or by release 0.1\n"
             "  Give the network and the data: -c FILE.yaml"
         )
-    # Beside the run's own files, as with its configuration; a file that was moved has its results where it is.
+    # Results go beside the run's own files, as with its configuration; those of a moved file go where the file is.
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     kept = {"run_dir": str(folder), **_for_evaluation(path, config)}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def _for_evaluation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration evaluation needs, without anything that would run foreign code or ask the network."""
+    """The part of a configuration that evaluation needs, without anything that runs foreign code or goes online."""
     kept = {key: config[key] for key in ("seed_everything", "threads", "model", "data") if key in config}
     model, data = (dict(kept[part].get("init_args") or {}) for part in ("model", "data"))
-    # Evaluation takes no steps, and a schedule of one's own would have its code imported.
+    # Evaluation takes no optimiser steps, and a custom schedule would have its code imported.
     model.pop("schedule", None)
     if "optimizer" in model:
-        # Before the check: an optimiser of another package, which is not used, is no reason to refuse.
+        # Removed before the check: an optimiser of another package is not used, and so not a reason to refuse.
         model["optimizer"] = None
     kept |= {part: {**kept[part], "init_args": options} for part, options in (("model", model), ("data", data))}
     if foreign := foreign_class(kept):
@@ -139,7 +139,7 @@ def _for_evaluation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loads_weights(given: str | None) -> bool:
-    """Whether a `--ckpt_path` of evaluation means weights, and no checkpoint of a run."""
+    """Whether a `--ckpt_path` of evaluation means weights rather than a checkpoint of a run."""
     if given is None or given in ("best", "last"):
         return False
     return not is_checkpoint(Path(given)) if Path(given).is_file() else Path(given).is_dir() or is_remote(given)
