@@ -77,13 +77,12 @@ class Grid:
         self.unit, self.per_unit = 2.0**-self.bits, 2.0**self.bits
         # A sum of two multiples below this bound is exact.
         self.limit = 2.0 ** (digits - 1 - self.bits)
-        # Adding this number leaves no bit below the unit: the rounding of the addition does the work of `round`, in two
-        # passes over memory instead of three.
-        self.rounder = 1.5 * self.limit
 
     def round(self, x: Tensor) -> Tensor:
-        """x rounded to the grid, ties to even (beyond half of the limit, to every other point); straight through."""
-        value = torch.add(x.detach(), self.rounder).sub_(self.rounder)
+        """x rounded to the grid, ties to even; straight through."""
+        # Adding and subtracting 1.5 limit would save a pass over memory, but between -limit and -limit / 2 the sum has a
+        # digit below the unit, and the result is off the grid.
+        value = torch.mul(x.detach(), self.per_unit).round_().mul_(self.unit)
         return _Straight.apply(x, value) if x.requires_grad else value  # type: ignore[return-value]
 
     def over(self, x: Tensor) -> Tensor:
