@@ -1,14 +1,14 @@
-"""Counts lines: ``python .ci/lines.py`` names functions over 40 lines of code and fails if one does not say why.
+"""Counts lines: ``python .ci/lines.py`` lists functions over 40 lines of code and fails if one does not say why.
 
-A line of code holds more than a comment and is no part of a docstring; the lines of a function reach from its ``def``
-to its end, functions inside it included. A function that is better left whole says so on its ``def`` line or on the
-line above it (above its decorators, where it has some)::
+A line of code holds more than a comment and is not part of a docstring. The lines of a function reach from its ``def``
+to its end, nested functions included. A function that is better left whole says so on its ``def`` line or on the line
+above it (above its decorators, if it has any)::
 
     # long: one table, which would be harder to read in two
     def convert(...):
 
-It ends with the share of comments of each package: lines that hold one, of all lines that are not blank; directives to
-tools, such as ``# type: ignore``, are none.
+The output ends with the share of comments in each package: lines with a comment among all lines that are not blank.
+Directives to tools, such as ``# type: ignore``, do not count as comments.
 """
 
 import ast
@@ -24,17 +24,17 @@ PACKAGES = ("schemes", "odenets")
 LIMIT = 40
 REASON = re.compile(r"#\s*long: \S")
 DIRECTIVE = re.compile(r"#\s*(type:|pyright:|noqa|fmt:|ruff:|pragma:)")
-# Tokens that put nothing on a line.
+# Tokens without text on a line.
 BLANK = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Source:
-    """The lines of a file, told apart.
+    """The lines of a file, classified.
 
     Attributes:
         code: numbers of the lines that hold code.
-        comments: comments by line number, those to tools left out.
+        comments: comments by line number, without directives to tools.
         length: the number of lines that are not blank.
     """
 
@@ -58,7 +58,7 @@ class Source:
                 yield from range(first.lineno, (first.end_lineno or first.lineno) + 1)
 
     def functions(self) -> Iterator[tuple[Function, int, bool]]:
-        """Each function, its lines of code, and whether it says why it is long."""
+        """Yields each function, its lines of code, and whether it says why it is long."""
         for node in ast.walk(self.tree):
             if isinstance(node, Function):
                 size = len(self.code & set(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
@@ -68,7 +68,7 @@ class Source:
 
 
 def main() -> int:
-    """Prints the long functions and the shares of comments; the number of functions that do not say why."""
+    """Prints the long functions and the shares of comments; returns the number of functions that do not say why."""
     unsaid = 0
     shares = []
     for package in PACKAGES:

@@ -1,11 +1,11 @@
-"""Parts of .ci/wheel: pictures of digits in a folder, and a model that goes through transformers."""
+"""Parts of .ci/wheel: writes pictures of digits to a folder, and passes a model through transformers."""
 
 import sys
 from pathlib import Path
 
 
 def write(folder: Path) -> None:
-    """Ten digits of scikit-learn as PNG files."""
+    """Writes ten digits of scikit-learn as PNG files."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -15,7 +15,7 @@ def write(folder: Path) -> None:
 
 
 def through_transformers(pictures: Path, folder: Path) -> None:
-    """A model is saved, loaded as a classifier and as a backbone, and classifies a picture."""
+    """Saves a model, loads it as a classifier and as a backbone, and classifies a picture."""
     import torch
     from transformers import AutoBackbone, AutoModelForImageClassification, pipeline
 

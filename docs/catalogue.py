@@ -1,6 +1,6 @@
-"""The pages of scheme families: Butcher arrays, figures and stability regions, from the exact coefficients.
+"""Generates the pages of scheme families: Butcher arrays, figures and stability regions, from exact coefficients.
 
-``tables.py`` writes them. A scheme's page follows from its data, but for the lists of ``LISTED``.
+``tables.py`` writes them. The page of a scheme follows from its data, except for those in ``LISTED``.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from schemes.exact_numbers import Number, Surd
 from schemes.registry import CatalogueEntry
 from schemes.tableau import Tableau
 
-# What the data do not say: how a method was derived, and what a scheme of several streams is for.
+# Properties that the data do not contain: how a method was derived, and the purpose of a scheme with several streams.
 LISTED = {
     "strong_stability": (
         "ssprk33",
@@ -38,12 +38,12 @@ FAMILIES = ("low_order", "order_4", "high_order", "pairs", *LISTED, "couplings")
 
 
 def base(name: str) -> str:
-    """A scheme's name without its arguments."""
+    """Returns the name of a scheme without its arguments."""
     return name.partition("(")[0]
 
 
 def family(name: str) -> str:
-    """The page of a registered name."""
+    """Returns the page of a registered name."""
     for page, names in LISTED.items():
         if name in names:
             return page
@@ -58,18 +58,18 @@ def family(name: str) -> str:
 
 @cache
 def entries() -> dict[str, CatalogueEntry]:
-    """The catalogue by names without arguments."""
+    """Returns the catalogue keyed by names without arguments."""
     return {base(e.name): e for e in schemes.catalogue()}
 
 
 def fraction(x: Fraction) -> str:
-    """A rational number in LaTeX."""
+    """Formats a rational number in LaTeX."""
     sign = "-" if x < 0 else ""
     return f"{x}" if x.denominator == 1 else rf"{sign}\tfrac{{{abs(x.numerator)}}}{{{x.denominator}}}"
 
 
 def exact(x: Number) -> str:
-    """An exact number in LaTeX, with one fraction bar."""
+    """Formats an exact number in LaTeX, with one fraction bar."""
     if isinstance(x, Fraction):
         return fraction(x)
     assert isinstance(x, Surd)
@@ -83,7 +83,7 @@ def exact(x: Number) -> str:
 
 
 def array(t: Tableau) -> str:
-    """The Butcher array: in LaTeX where it fits a page, else as ``print`` shows it, folded."""
+    """Formats the Butcher array: in LaTeX if it fits on a page, otherwise folded, as ``print`` shows it."""
     if t.digits is not None or t.stages > 8:
         lines = "\n".join(f"    {line}" for line in str(t).splitlines())
         return f'??? note "The Butcher array: {t.stages} stages"\n\n    ```text\n{lines}\n    ```\n'
@@ -97,15 +97,15 @@ def array(t: Tableau) -> str:
 
 
 def shown(x: float | None) -> str:
-    """Two decimals below 100, none above; a dash for what there is not."""
+    """Formats a number with two decimals below 100 and none above; None gives a dash."""
     return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x + 0.0:.2f}"
 
 
 def _box(t: Tableau) -> tuple[float, float, float]:
-    """Left, right and upper end of the region: of the points where a step does not grow."""
+    """Returns the left, right and upper end of the stability region, the points where a step does not grow."""
     reach = 1.3 * max(6.0, stability.real_interval(t))
     tall = max(8.0, 0.3 * reach)
-    # Odd numbers of points, so that the real axis is among them.
+    # An odd number of points, so that the grid contains the real axis.
     grid = stability.region(t, (-reach, tall / 2), (-tall, tall), (161, 161))
     inside = [
         (x, y) for y, row in zip(grid.im, grid.size, strict=True) for x, r in zip(grid.re, row, strict=True) if r <= 1
@@ -119,7 +119,7 @@ def _ticks(low: float, high: float) -> list[int]:
 
 
 def region(name: str, t: Tableau, entry: CatalogueEntry) -> str:
-    """The stability region as an SVG that takes its colours from the page, on one line."""
+    """Draws the stability region as an SVG on one line, which takes its colours from the page."""
     left, right, high = _box(t)
     margin = 0.08 * max(right - left, 2 * high)
     left, right, high = left - margin, max(right, 0.0) + margin, high + margin
@@ -136,7 +136,7 @@ def region(name: str, t: Tableau, entry: CatalogueEntry) -> str:
         strict=True,
     ):
         for a, b in itertools.pairwise(offsets):
-            # Neighbours that fall on one tenth of a pixel are one point.
+            # Neighbours that coincide to a tenth of a pixel are merged.
             places = list(dict.fromkeys(place(x, y) for x, y in points[a:b]))
             rings.append(f"M{'L'.join(places)}Z")
     at_x, at_y = place(0, 0).split()
@@ -156,12 +156,12 @@ def region(name: str, t: Tableau, entry: CatalogueEntry) -> str:
 
 
 def facts(rows: list[tuple[str, str]]) -> str:
-    """Two columns, which a phone can show."""
+    """Formats a table of two columns, which fits on a phone."""
     return "| Property | Value |\n| --- | --- |\n" + "".join(f"| {a} | {b} |\n" for a, b in rows)
 
 
 def runge_kutta(name: str) -> str:
-    """A Runge-Kutta method, or the usual member of a family."""
+    """The section of a Runge-Kutta method, or of the usual member of a family."""
     e = entries()[name]
     scheme = schemes.get(e.name)
     t = scheme.tableau
@@ -183,10 +183,10 @@ def runge_kutta(name: str) -> str:
 
 
 def other(name: str) -> str:
-    """A scheme that is no Runge-Kutta method, by its usual member."""
+    """The section of a scheme that is not a Runge-Kutta method, by its usual member."""
     text = schemes.examples(name)[0]
     scheme = schemes.get(text)
-    # A family's function has its own documentation (pruned makes a RungeKutta).
+    # The function of a family has its own documentation (pruned returns a RungeKutta).
     make: Callable = registry._FAMILIES.get(name, type(scheme))
     inverse = "yes" if scheme.invertible else "in training" if scheme.reversible_in_training else "no"
     rows = [
@@ -207,7 +207,7 @@ def other(name: str) -> str:
 
 
 def page(which: str) -> str:
-    """All schemes of one family, in order of accuracy and cost."""
+    """Returns the page of one family, sorted by order and cost."""
     names = [n for n in schemes.names() if family(n) == which]
     methods = sorted(
         (n for n in names if n in entries() and entries()[n].real is not None),

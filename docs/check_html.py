@@ -1,9 +1,8 @@
-"""What the HTML standard says against a page: ``problems(text)``. Nothing is fetched; html5lib parses.
+"""Checks a page against the HTML standard: ``problems(text)``. Nothing is fetched; html5lib parses.
 
-Four kinds of faults are found: what the parser calls an error (a tag that is not closed or closes another, an attribute
-that stands twice, an ampersand that begins nothing); elements and attributes that are unknown or obsolete; elements
-where none of their kind may stand, such as a paragraph in a heading or a link in a button; and references to ids that
-nothing has, texts that are missing, ids that stand twice.
+Four kinds of faults are found: errors of the parser (a tag that is not closed or closes another, a repeated attribute,
+a stray ampersand); unknown or obsolete elements and attributes; misplaced elements, such as a paragraph in a heading or
+a link in a button; and references to unknown ids, missing texts and duplicate ids.
 """
 
 from collections.abc import Iterator
@@ -24,13 +23,13 @@ BLOCKS = frozenset(
 )
 FLOW = PHRASING | SECTIONS | HEADINGS | BLOCKS
 SILENT = frozenset(("script", "template"))
-# Elements whose place is given by their parent alone.
+# Elements that are allowed only in particular parents.
 PARTS = frozenset(
     "base body caption col colgroup dd dt figcaption head html legend li optgroup option param rp rt source style "
     "summary tbody td tfoot th thead title tr track".split()
 )
 KNOWN = FLOW | PARTS
-# These may hold what their parent may.
+# These allow the content that their parent allows.
 TRANSPARENT = frozenset("a audio canvas del ins map noscript object slot video".split())
 _plain = FLOW - SECTIONS - HEADINGS - {"header", "footer"}
 HOLDS = {
@@ -79,10 +78,10 @@ SVG, MATH = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1998/Math/MathML
 
 
 def problems(text: str) -> list[str]:
-    """What is wrong with a page, one line each.
+    """Returns the problems of a page, one line each.
 
     Args:
-        text: of the whole page.
+        text: HTML of the whole page.
     """
     parser = html5lib.HTMLParser(html5lib.getTreeBuilder("etree"), namespaceHTMLElements=False)
     root: Any = parser.parse(text)
@@ -98,7 +97,7 @@ def problems(text: str) -> list[str]:
             ids.append(given)
         wanted += [name for key in REFERENCES for name in (element.attrib.get(key) or "").split()]
         if _named(element.tag, HEADINGS | {"a", "button", "summary", "title"}) and not _text(element):
-            # A link without an address is a mark, and may be empty.
+            # A link without an address is an anchor, and may be empty.
             if element.tag != "a" or "href" in element.attrib:
                 found.append(f"<{element.tag}> without a text")
     found += [f"the id {name!r} stands twice" for name in sorted({name for name in ids if ids.count(name) > 1})]
@@ -111,9 +110,9 @@ def _named(tag: Any, names: frozenset[str]) -> bool:
 
 
 def _walk(element: Any, parents: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Elements of HTML with those around them; drawings and formulas have rules of their own."""
+    """Yields elements with their ancestors, without the contents of drawings and formulas, which have other rules."""
     for child in element:
-        if isinstance(child.tag, str):  # comments have a function
+        if isinstance(child.tag, str):  # the tag of a comment is a function
             yield child, (*parents, element)
             if child.tag not in ("svg", "math") and not child.tag.startswith((SVG, MATH)):
                 yield from _walk(child, (*parents, element))
@@ -125,13 +124,13 @@ def _misplaced(element: Any, parents: tuple[Any, ...]) -> list[str]:
         return [f"<{tag}> is no element, or obsolete"]
     around = [parent.tag for parent in parents]
     found = []
-    # Behind transparent elements stands what says what may be here, and each of them may have parts of its own.
+    # The first ancestor that is not transparent determines the allowed content; the parent may add parts of its own.
     depth = len(around) - 1
     own = HOLDS.get(around[depth], frozenset()) if depth >= 0 and around[depth] in TRANSPARENT else frozenset()
     while depth > 0 and around[depth] in TRANSPARENT:
         depth -= 1
     holder = around[depth]
-    # In a list of terms a division groups them.
+    # In a description list a div groups terms.
     allowed = HOLDS["dl"] if holder == "div" and "dl" in around[depth - 1 : depth] else HOLDS.get(holder, FLOW)
     if tag not in allowed | own and "-" not in tag:
         found.append(f"<{tag}> in <{around[-1]}>" + ("" if holder == around[-1] else f" in <{holder}>"))
@@ -150,7 +149,7 @@ def _attributes(element: Any) -> list[str]:
 
 
 def _text(element: Any) -> str:
-    """What is read out."""
+    """Returns the text that a screen reader reads out."""
     given = next((text for key in ("aria-label", "alt", "title") if (text := element.attrib.get(key))), None)
     if given is not None:
         return given.strip()

@@ -1,7 +1,7 @@
 """Checks the built pages: ``python docs/check_site.py FOLDER``. Nothing is fetched.
 
-Links and anchors lead somewhere, the HTML is what the standard allows (``check_html``), pictures have a text, a page
-has one heading of the first level and skips none, and no mathematics shows as its source.
+Links and anchors have targets, the HTML conforms to the standard (``check_html``), pictures have a text alternative, a
+page has one heading of the first level and skips no level, and no formula shows as its source.
 """
 
 import re
@@ -14,13 +14,13 @@ from urllib.parse import unquote, urldefrag
 import check_html
 
 VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-# What a reader would see of a formula that nothing has typeset.
+# Traces of a formula that was not typeset, as a reader would see them.
 RAW = re.compile(r"\\(?:frac|tfrac|sum|begin|alpha|mathrm|leftarrow)(?![a-z])|\$[^$]+\$|[_^]\{")
 SILENT = frozenset(("code", "pre", "script", "style", "svg", "title"))
 
 
 class Page(HTMLParser):
-    """What a page holds that can be wrong.
+    """Collects the parts of a page that can be wrong.
 
     Args:
         text: the HTML.
@@ -42,7 +42,7 @@ class Page(HTMLParser):
             self.problems.append(f"{self.headings.count(1)} headings of the first level")
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Notes ids, links and pictures."""
+        """Records ids, links, pictures and headings."""
         given = dict(attrs)
         if given.get("id"):
             self.ids.append(given["id"] or "")
@@ -62,7 +62,7 @@ class Page(HTMLParser):
             self._open.append((tag, quiet or bool(self._open and self._open[-1][1])))
 
     def handle_endtag(self, tag: str) -> None:
-        """Closes what was opened last; paragraphs, items and cells may end without a tag."""
+        """Closes the element opened last; paragraphs, items and cells may end without a tag."""
         if tag in VOID:  # <img />
             return
         while (
@@ -75,20 +75,20 @@ class Page(HTMLParser):
             self.problems.append(f"</{tag}> closes <{self._open[-1][0] if self._open else 'nothing'}>")
 
     def handle_data(self, data: str) -> None:
-        """Finds formulas that show as they were written."""
+        """Finds formulas that show as source."""
         if not (self._open and self._open[-1][1]) and (found := RAW.search(data)):
             self.problems.append(f"raw LaTeX: {data[max(0, found.start() - 30) : found.end() + 30].strip()!r}")
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with the pages below a folder, one line each."""
+    """Returns the problems of the pages below a folder, one line each."""
     texts = {f: f.read_text(encoding="utf-8") for f in sorted(folder.rglob("*.html"))}
     pages = {f: Page(text) for f, text in texts.items()}
     found = []
     for file, page in pages.items():
         where = file.relative_to(folder)
         found += [f"{where}: {p}" for p in check_html.problems(texts[file])]
-        # The page that a server shows for what is not there stands anywhere: its links are absolute.
+        # A server may show its page for missing files at any address, so its links are absolute.
         if where.name == "404.html":
             continue
         found += [f"{where}: {p}" for p in page.problems]

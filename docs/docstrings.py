@@ -1,6 +1,6 @@
-"""Prepares docstrings for the pages: examples are shown as code, formulas are typeset.
+"""Prepares docstrings for the pages: examples become code blocks, and formulas are typeset.
 
-Markdown would take ``>>>`` for three quotations, and show the braces of an ASCII formula.
+Markdown would read ``>>>`` as three nested quotations, and show the braces of an ASCII formula.
 """
 
 import re
@@ -18,7 +18,7 @@ EXAMPLE = re.compile(r"^( *)>>> .*(?:\n(?!\s*$).*)*", re.M)
 
 
 class Docstrings(griffe.Extension):
-    """Puts a fence around each run of lines that begins with ``>>>`` and ends at a blank line, and sets formulas."""
+    """Fences each block of lines from ``>>>`` to the next blank line, and typesets formulas."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:

@@ -1,6 +1,7 @@
-"""Draws memory against depth from the table of ``results.md``: ``python docs/memory_figure.py`` (``--check`` says).
+"""Draws memory against depth from the table in ``results.md``: ``python docs/memory_figure.py``.
 
-The figures are those that ``experiments/benchmarks/reversible.py`` printed; this script only reads them from the page.
+With ``--check`` it only reports drawings that are out of date. The figures were printed by
+``experiments/benchmarks/reversible.py``; this script reads them from the page.
 """
 
 import math
@@ -14,7 +15,7 @@ from odenets.palette import MODES
 
 TABLE = PICTURES.parent / "results.md"
 DEPTHS = (8, 16, 32, 64)
-# Rows of the table, what they are called in the picture, a colour on either ground, and a dash.
+# Rows of the table, their names in the picture, a colour for each background, and a dash pattern.
 ROWS = (
     ("stored", "stored, as PyTorch does", MODES["store"], ""),
     ("torch checkpoint, each block", "torch checkpoint, each block", MODES["checkpoint"], "6 4"),
@@ -24,7 +25,7 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 520, 300, 52, 34, 18, 44
 
 
 def rows() -> dict[str, list[float]]:
-    """Peak MiB at each depth, from the page."""
+    """Reads the peak MiB at each depth from the page."""
     section = TABLE.read_text(encoding="utf-8").partition("## Reversible backpropagation\n")[2]
     found = {}
     for name, *_ in ROWS:
@@ -38,14 +39,14 @@ def rows() -> dict[str, list[float]]:
 
 
 def place(depth: float, mib: float) -> tuple[float, float]:
-    """Where a measurement stands: both axes are logarithmic."""
+    """The position of a measurement; both axes are logarithmic."""
     x = LEFT + (math.log2(depth) - 3) / 3 * (WIDTH - LEFT - RIGHT)
     y = HEIGHT - BOTTOM - math.log2(mib / 2) / math.log2(256 / 2) * (HEIGHT - TOP - BOTTOM)
     return round(x, 1), round(y, 1)
 
 
 def drawing(dark: bool) -> str:
-    """The SVG, on a light or a dark ground."""
+    """Returns the SVG for a light or a dark background."""
     theme = THEMES["wiring_dark" if dark else "wiring"]
     c = Canvas(theme)
     c.text(8, 18, "MiB of one training step, beyond weights and gradients", "line", weight=600, size=14)
@@ -65,7 +66,7 @@ def drawing(dark: bool) -> str:
         )
         c.over += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in points]
         (x, y), (u, v) = points[1], points[2]
-        # Beside its own line, where no other passes.
+        # Next to its own line, where no other line passes.
         at = (x + u) / 2, (y + v) / 2
         c.over.append(
             f'<text x="{at[0] - 8:g}" y="{at[1] - 12:g}" text-anchor="{"end" if y != v else "middle"}" font-size="14" '
@@ -81,7 +82,7 @@ def drawing(dark: bool) -> str:
 
 
 def files() -> dict[Path, str]:
-    """What this script draws."""
+    """The drawings of this script, by file."""
     return {PICTURES / "memory.svg": drawing(False), PICTURES / "memory_dark.svg": drawing(True)}
 
 

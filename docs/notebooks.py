@@ -1,7 +1,7 @@
-"""Writes the pages that hold Python snippets as notebooks: ``python docs/notebooks.py FOLDER``.
+"""Writes the pages with Python snippets as notebooks: ``python docs/notebooks.py FOLDER``.
 
-A notebook has the page's text and its ``python`` snippets as cells; sessions at the prompt and what is marked as not
-run stay text. Links lead to the pages, as they do there.
+A notebook has the text of the page and its ``python`` snippets as cells; interactive sessions and snippets marked as
+not run stay text. Links are those of the page.
 """
 
 import re
@@ -15,7 +15,7 @@ NOT_RUN = re.compile(r"^<!-- not run: .+ -->\n```python$", re.M)
 
 
 def tutorials() -> list[Path]:
-    """Pages with snippets, less the generated ones and the reference."""
+    """Returns the pages with snippets, without generated ones and the reference."""
     found = [p for p in sorted(PAGES.rglob("*.md")) if p.parent.name not in ("reference", "schemes")]
     return [p for p in found if re.search(r"^```python$", NOT_RUN.sub("", p.read_text(encoding="utf-8")), re.M)]
 
@@ -26,10 +26,10 @@ def _kept(fence: re.Match[str]) -> str:
 
 
 def notebook(page: Path) -> Any:
-    """A page as a notebook of nbformat."""
-    import jupytext  # the extra docs
+    """Converts a page to a notebook of nbformat."""
+    import jupytext  # from the extra docs
 
-    # jupytext makes a cell of each fence whose name it knows; tildes keep one as text.
+    # jupytext turns each fence whose language it knows into a cell; tildes keep one as text.
     text = FENCE.sub(_kept, page.read_text(encoding="utf-8"))
     found = jupytext.reads(text, fmt="md")
     found.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -37,7 +37,7 @@ def notebook(page: Path) -> Any:
 
 
 def main(folder: Path) -> None:
-    """Writes all of them, below the folder as they lie in ``pages``."""
+    """Writes all notebooks below the folder, in the layout of ``pages``."""
     import jupytext
 
     for page in tutorials():

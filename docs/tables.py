@@ -1,4 +1,4 @@
-"""Writes the tables of the pages from the code: ``python docs/tables.py`` (``--check``: only says which are old).
+"""Writes the tables of the pages from the code: ``python docs/tables.py`` (``--check`` only lists stale pages).
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
@@ -42,7 +42,7 @@ from odenets.recipes.table import FILES
 from odenets.study.space import ORDERS, SPACES, shapes
 from schemes import MixingWarning
 
-# The networks of a table that is measured are those of the script that measured them.
+# Tables of measurements use the networks of the script that measured them.
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments/benchmarks"))
 import choices as bench
 
@@ -52,19 +52,19 @@ MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
 
 
 def table(head: str, rows: list[list[str]]) -> str:
-    """A table in Markdown; a column whose name ends in ``#`` is set flush right."""
+    """Formats a table in Markdown; a column whose name ends in ``#`` is aligned right."""
     names = head.split(" | ")
     lines = [[n.rstrip("#") for n in names], ["--:" if n.endswith("#") else "---" for n in names], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def figure(x: float | None) -> str:
-    """Two decimals below 100, none above; a dash for what there is not."""
+    """Formats a number with two decimals below 100 and none above; None gives a dash."""
     return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x + 0.0:.2f}"
 
 
 def named_schemes() -> str:
-    """The catalogue, in order of accuracy and cost."""
+    """The table of the catalogue, sorted by order and cost."""
     entries = sorted(schemes.catalogue(), key=lambda e: (e.order or 0, e.stages, e.name))
     return table(
         "Scheme | Stages# | Order# | Companion# | Mixing# | Real# | Imaginary# | Data | Source",
@@ -86,7 +86,7 @@ def named_schemes() -> str:
     )
 
 
-# What the README says of each family's page, and what stands there in short.
+# Short descriptions of each family's page, for the README.
 KINDS = {
     "low_order": "Runge-Kutta methods of order 1 to 3",
     "order_4": "Runge-Kutta methods of order 4",
@@ -102,7 +102,7 @@ KINDS = {
 
 
 def families() -> str:
-    """The families of schemes, each with the names on its page."""
+    """The table of the families of schemes, each with the names on its page."""
     rows = []
     for page in catalogue.FAMILIES:
         shown = [schemes.examples(n)[0] for n in schemes.names() if catalogue.family(n) == page]
@@ -113,7 +113,7 @@ def families() -> str:
 
 
 def other_schemes() -> str:
-    """What is no Runge-Kutta method, by its usual member, with the first line of its documentation."""
+    """The table of schemes other than Runge-Kutta methods: the usual member, and the first line of documentation."""
     rows = []
     for text in (schemes.examples(name)[0] for name in schemes.names()):
         scheme = schemes.get(text)
@@ -130,13 +130,13 @@ def other_schemes() -> str:
 
 
 def _states(scheme: str, backprop: str) -> str:
-    """Peak of a training pass of twelve functions, in states of the network: measured by the plan of the stack."""
+    """Peak memory of a training pass of twelve functions, in network states, as measured by the plan of the stack."""
     x = torch.randn(2, bench.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0))
     return f"{bench.network(scheme, backprop).plan(x).measured / (x.numel() * 4):.0f}"
 
 
 def choices() -> str:
-    """Schemes that fill twelve residual functions: what each costs and keeps, and how it mixes."""
+    """The table of schemes for twelve residual functions: cost, memory and mixing figure of each."""
     times = json.loads((RESULTS / "choices.json").read_text(encoding="utf-8"))["times"]
     rows = []
     for text in bench.chosen():
@@ -163,10 +163,10 @@ def choices() -> str:
 
 
 class Passed(TorchFunctionMode):
-    """Gives back the first argument of some functions: on the meta device a value that nobody reads need not be made.
+    """Replaces some functions by their first argument: on the meta device unused values need not be computed.
 
     Args:
-        functions: what is passed over; each returns a tensor of the shape and type of its first argument.
+        functions: the functions to skip; each returns a tensor with the shape and dtype of its first argument.
     """
 
     def __init__(self, functions: Iterable[Callable]):
@@ -178,7 +178,7 @@ class Passed(TorchFunctionMode):
         return (args[0] if args else kwargs["tensor"]) if func in self.functions else func(*args, **kwargs)
 
 
-# Both take most of the time on the meta device, and neither has a part in what the tables show.
+# Both groups take most of the time on the meta device, and neither affects the tables.
 INITIALISERS = [f for n, f in vars(nn.init).items() if n.endswith("_") and callable(f)]
 INITIALISERS += [getattr(torch.Tensor, n) for n in ("normal_", "uniform_", "fill_", "zero_")]
 NO_PRODUCTS = (F.layer_norm, F.batch_norm, F.gelu, F.relu)
@@ -186,19 +186,19 @@ NO_PRODUCTS = (F.layer_norm, F.batch_norm, F.gelu, F.relu)
 
 @cache
 def built() -> dict[str, nn.Module]:
-    """The registered models, without memory or time for weights."""
+    """Builds the registered models on the meta device, without memory or time for weights."""
     with torch.device("meta"), Passed(INITIALISERS), warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
         return {name: create_model(name) for name in list_models()}
 
 
 def parameters(net: nn.Module) -> str:
-    """Their number."""
+    """Formats the number of parameters."""
     return f"{sum(p.numel() for p in net.parameters()):,}"
 
 
 def residual_nets(kind: type[ResNet] | type[HOResNet]) -> str:
-    """The registered ResNets or HO-ResNets."""
+    """The table of the registered ResNets or HO-ResNets."""
     rows = []
     for name, net in built().items():
         if not isinstance(net, kind):
@@ -220,14 +220,14 @@ def residual_nets(kind: type[ResNet] | type[HOResNet]) -> str:
 
 
 def gmacs(net: nn.Module, size: int) -> str:
-    """Multiply-adds of convolutions and matrix products for one picture, in 10^9."""
+    """Multiply-adds of convolutions and matrix products for one picture, in units of 10^9."""
     with Passed(NO_PRODUCTS), FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.empty(1, 3, size, size, device="meta"))
     return f"{counter.get_total_flops() / 2e9:.3f}"
 
 
 def family(what: str, row: Callable[[Any], list[str]], *kinds: type[nn.Module]) -> str:
-    """The registered models of some classes: their name, what ``row`` says of them, parameters and multiply-adds."""
+    """The table of the registered models of some classes: name, the cells of ``row``, parameters and multiply-adds."""
     rows = []
     for name, net in built().items():
         if type(net) in kinds:
@@ -237,12 +237,12 @@ def family(what: str, row: Callable[[Any], list[str]], *kinds: type[nn.Module]) 
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """Numbers with commas between them."""
+    """Joins numbers with commas."""
     return ", ".join(map(str, numbers))
 
 
 def column_net(net: Any) -> list[str]:
-    """Columns, blocks and channels per level, and the kernel of a RevCol or a RevColViT."""
+    """Columns, blocks and channels per level of a RevCol or a RevColViT, and the kernel of a RevCol."""
     first = net.columns.steps[0].fs
     # A transformer block is two residual functions.
     blocks = [len(f.blocks) // (2 if isinstance(net, RevColViT) else 1) for f in first]
@@ -257,14 +257,14 @@ def level_net(net: Any) -> list[str]:
 
 
 def revnet(net: Any) -> list[str]:
-    """Units and channels per level."""
-    heads = [isinstance(t, Stack) for t in net.transitions]  # a RevNet's first units stand before the stacks
+    """Class, units and channels per level."""
+    heads = [isinstance(t, Stack) for t in net.transitions]  # a RevNet's first units precede the stacks
     counts = [head + len(level.steps) for head, level in zip(heads, net.levels, strict=True)]
     return [type(net).__name__, listed(counts), listed(row["num_chs"] for row in net.feature_info)]
 
 
 def steps_of(*bases: tuple[roadmap.RoadmapStep, ...]) -> str:
-    """A roadmap, with what was published of each step."""
+    """The table of a roadmap, with the published figures of each step."""
     rows = []
     for i, steps in enumerate(zip(*bases, strict=True), 1):
         published = [text for s in steps for text in (figure(s.gflops), figure(s.top1))]
@@ -278,7 +278,7 @@ FUNCTIONS = "Functions per level | Channels"
 
 
 def spaces() -> str:
-    """Design spaces of random networks, and how many networks of each kind lie inside the budget."""
+    """The table of design spaces of random networks, with the numbers of networks within the budget."""
     rows = []
     for name, space in SPACES.items():
         size, classes = (32, 50) if name == "mini" else (64, 200)
@@ -315,20 +315,20 @@ def depth_is_time(name: str) -> str:
     return found.TABLES[name](found.lines(RESULTS / "depth_is_time.jsonl"))
 
 
-# What a run may set without being another experiment.
+# Settings in which runs of the same experiment may differ.
 FREE = ("seed_everything", "run_dir", "data.root", "data.num_workers", "threads")
 
 
 @cache
 def results(folder: Path) -> list[dict[str, Any]]:
-    """The committed comparisons, each with its settings and its runs."""
+    """Reads the committed comparisons, each with its settings and its runs."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def measured(recipe: recipes.Recipe, folder: Path = RESULTS) -> str:
-    """The mean accuracy of the committed runs whose settings are the recipe's; empty where there are none.
+    """The mean accuracy of the committed runs with the settings of a recipe; empty if there are none.
 
-    Runs count that have ended and differ in the seed alone.
+    Only completed runs count that differ in nothing but the seed.
     """
     wanted = {k.replace("init_args.", ""): v for k, v in flat(recipe.settings).items()}
     wanted = {k: str(v) for k, v in wanted.items() if k not in FREE}
@@ -344,7 +344,7 @@ def measured(recipe: recipes.Recipe, folder: Path = RESULTS) -> str:
 
 
 def paper(file: Any) -> str:
-    """The tables and figures of a paper, row by row: what runs it, what was published, what was measured here."""
+    """The tables and figures of a paper, row by row: the command, the published figure and the one measured here."""
     parts = [f"{file.PAPER.note}\n"] if file.PAPER.note else []
     for shown, what in file.PAPER.shown.items():
         lines = []
@@ -358,7 +358,7 @@ def paper(file: Any) -> str:
         for row in (row for row in file.PAPER.rows if row.shown == shown):
             ours = f"not measured: needs {row.needs}" if row.needs else "the command shows it" if row.command else "–"
             command = f"`{row.command}`" if row.command else "–"
-            # What a command shows as it stands (architectures, hyper-parameters) is no figure to know.
+            # Rows that a command shows directly (architectures, hyper-parameters) have no published figure to know.
             lines.append([row.what, command, row.published or ("not known here" if row.needs else "–"), ours])
         title = f"### {shown[0].upper()}{shown[1:]}{f': {what}' if what else ''}"
         parts.append(f"{title}\n\n{table('Row | Recipe or command | Published | Ours', lines)}")
@@ -366,7 +366,7 @@ def paper(file: Any) -> str:
 
 
 def numbers_of_recipes() -> str:
-    """How many recipes there are, by paper and stage."""
+    """The table of the numbers of recipes, by paper and stage."""
     rows = []
     for file in FILES:
         stages = [r.stage for r in file.RECIPES]
@@ -376,7 +376,7 @@ def numbers_of_recipes() -> str:
     return table(head, [*rows, ["all", "", *(str(sum(int(r[i]) for r in rows)) for i in range(2, 6))]])
 
 
-# Of experiments/benchmarks/depth_is_time.py, which is not read before a page asks for one.
+# Tables of experiments/benchmarks/depth_is_time.py, which is loaded only when a page needs one.
 DEPTH_TABLES = ("arms", "otherwise", "distances", "fits", "projected", "fitted")
 TABLES = {
     **{f"family_{name}": lambda name=name: catalogue.page(name) for name in catalogue.FAMILIES},
@@ -407,12 +407,12 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """The page with its tables made anew."""
+    """Returns the page with its tables regenerated."""
     return MARKS.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n{m[3]}", text)
 
 
 def main(check: bool) -> int:
-    """Writes the pages whose tables changed, or only names them; the number of these pages."""
+    """Writes the pages whose tables changed, or only lists them; returns their number."""
     stale = 0
     for page in [PAGES.parents[1] / "README.md", *sorted(PAGES.rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
@@ -426,7 +426,7 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # as tests have it: the scratch memory of convolutions grows with the threads
+    torch.set_num_threads(1)  # as in the tests: the scratch memory of convolutions grows with the threads
     checking = "--check" in sys.argv[1:]
     number = main(checking)
     sys.exit(1 if checking and number else 0)

@@ -1,7 +1,7 @@
-r"""Typesets the formulas of docstrings, which are ASCII so that ``help()`` can be read: ``x_{n+1} = x_n + h F(x_n)``.
+r"""Typesets the formulas of docstrings, which are ASCII so that ``help()`` is readable: ``x_{n+1} = x_n + h F(x_n)``.
 
-Only what holds a subscript or an exponent in braces is touched, with the formula around it. Code stays code: text in
-backticks, examples, indented blocks.
+Only tokens with a subscript or an exponent in braces are changed, with the formula around them. Code is left alone:
+text in backticks, examples, indented blocks.
 """
 
 import re
@@ -9,13 +9,13 @@ import re
 GREEK = "alpha beta gamma delta epsilon lambda mu nu omega sigma tau theta Delta Phi Psi".split()
 FUNCTIONS = "cos exp log max min sin sqrt sum tanh".split()
 SEEDS = re.compile(r"[_^]\{")
-# Text that holds no formulas: code spans, fences and examples, in this order.
+# Text without formulas: code spans, fences and examples, in this order.
 CODE = re.compile(r"(``.*?``|`[^`\n]+`|^ *>>> .*(?:\n(?!\s*$).*)*)", re.M | re.S)
 OPERATORS = ("=", "+", "-", "*", "<-", "|", "(", ")", "o")
 
 
 def latex(formula: str) -> str:
-    r"""A formula in LaTeX.
+    r"""Converts a formula to LaTeX.
 
     Example:
         >>> print(latex("x_{n+1} = (1 - gamma) x_n + Psi_ij"))
@@ -23,7 +23,7 @@ def latex(formula: str) -> str:
     """
     text = formula.replace("<-", r"\leftarrow").replace("...", r"\dots")
     text = re.sub(r"(?<![A-Za-z\\])([A-Za-z]+)~", lambda m: rf"\tilde{{{_name(m[1])}}}", text)
-    # Words are letters that no backslash precedes; a subscript of several letters is one group.
+    # Words are letters without a backslash before them; a subscript of several letters is one group.
     text = re.sub(r"_([A-Za-z0-9]{2,})", r"_{\1}", text)
     text = re.sub(r"(?<![A-Za-z\\])[A-Za-z]{2,}", lambda m: _word(m[0], text, m.start()), text)
     text = re.sub(r"\^\(((?:[^()]|\([^()]*\))*)\)", r"^{\1}", text)
@@ -36,7 +36,7 @@ def _name(word: str) -> str:
 
 
 def _word(word: str, text: str, at: int) -> str:
-    # Indices are set side by side, so that `ij` in a subscript stays two letters.
+    # Indices stand side by side, so `ij` in a subscript stays two letters.
     inside = text.rfind("_{", 0, at) > text.rfind("}", 0, at)
     known = word in GREEK or word in FUNCTIONS
     return f"\\{word}" if known else word if inside and len(word) < 4 else rf"\mathrm{{{word}}}"
@@ -89,7 +89,7 @@ def _ends(token: str) -> bool:
 
 
 def typeset(text: str) -> str:
-    """A docstring with its formulas in LaTeX, between dollars.
+    """Returns a docstring with its formulas in LaTeX, between dollar signs.
 
     Example:
         >>> print(typeset("Leapfrog: x_{n+1} = x_{n-1} + 2 h F_n(x_n), as `x_{n}`."))
@@ -97,7 +97,7 @@ def typeset(text: str) -> str:
     """
     blocks = re.split(r"(\n[ \t]*\n)", text)
     for k in range(0, len(blocks), 2):
-        # Markdown takes a block that begins with four spaces for code; inside a section it is left as it is.
+        # Markdown treats a block indented by four spaces as code, so text inside a section is left alone.
         if SEEDS.search(blocks[k]) and not blocks[k].startswith("    "):
             parts = CODE.split(blocks[k])
             parts[::2] = [_sentence(p) for p in parts[::2]]

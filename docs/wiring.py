@@ -1,9 +1,9 @@
-"""Draws how schemes wire the same residual functions: ``python docs/wiring.py`` (``--check``: only says what is old).
+"""Draws how schemes wire the same residual functions: ``python docs/wiring.py`` (``--check`` only lists stale files).
 
-Nothing is drawn by hand. A step is run on unit vectors, so that what a function is given, and what the step returns,
-say in their entries of what they are made; see ``trace``. Where a value is a stream of the next state, it is taken from
-that line, behind the node where the stream was updated; anything else is taken from the streams as they were, and from
-the evaluations, with their coefficients.
+Nothing is drawn by hand. A step is run on unit vectors, so that the entries of the arguments of a function, and of the
+results of the step, are their coefficients; see ``trace``. A value that is a stream of the next state is taken from
+that line, after the node where the stream was updated. Any other value is taken from the old streams and from the
+evaluations, with their coefficients.
 """
 
 import sys
@@ -22,7 +22,7 @@ FUNCTIONS = 4
 # A new stream of ``dense`` is as wide as the unit vectors of the trace.
 WIDTH = 12
 SCHEMES = ("euler", "midpoint", "rk4", "revnet", f"dense({WIDTH})")
-# Okabe and Ito's colours, which people of every colour vision tell apart, lighter on a dark ground.
+# Colours of Okabe and Ito, which are safe for every colour vision; lighter ones on a dark background.
 THEMES = {
     "wiring": {"ground": "#ffffff", "line": "#1f2933", "weak": "#5b6770", "box": "#0072b2", "on_box": "#ffffff"},
     "wiring_dark": {"ground": "#14151a", "line": "#e6e8eb", "weak": "#a9b2ba", "box": "#56b4e9", "on_box": "#0b1a24"},
@@ -31,12 +31,12 @@ THEMES = {
 
 @dataclass(frozen=True)
 class Trace:
-    """What one step does, in coefficients over the streams it began with and the evaluations so far.
+    """One step as coefficients over its initial streams and its evaluations.
 
     Attributes:
         streams: number of streams before the step.
-        arguments: per evaluation, the rows of what it was given, each (streams + evaluations).
-        results: rows of the streams after the step.
+        arguments: per evaluation, a row of coefficients for each argument, of length streams + evaluations.
+        results: a row of coefficients for each stream after the step.
     """
 
     streams: int
@@ -45,7 +45,7 @@ class Trace:
 
 
 def trace(scheme: schemes.Scheme, streams: int) -> Trace:
-    """The step of a scheme on unit vectors; a joined argument is taken apart again."""
+    """Runs the step of a scheme on unit vectors; a concatenated argument is split again."""
     units = torch.eye(WIDTH, dtype=torch.float64)
     given: list[Tensor] = []
 
@@ -59,14 +59,14 @@ def trace(scheme: schemes.Scheme, streams: int) -> Trace:
 
 
 def number(x: float) -> str:
-    """A coefficient as the book prints it; nothing for 1."""
+    """Formats a coefficient as a fraction; 1 gives an empty string."""
     found = Fraction(x).limit_denominator(999)
     assert abs(found - x) < 1e-12, x
     return "" if found == 1 else str(found)
 
 
 class Canvas:
-    """Elements of an SVG; every method adds one."""
+    """The elements of an SVG; every method adds one."""
 
     def __init__(self, theme: dict[str, str]):
         self.theme = theme
@@ -74,17 +74,17 @@ class Canvas:
         self.over: list[str] = []
 
     def line(self, *points: tuple[float, float], arrow: bool = False) -> None:
-        """A line through points, perhaps with an arrow at its end."""
+        """Adds a line through points, optionally with an arrow at its end."""
         path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
         head = ' marker-end="url(#end)"' if arrow else ""
         self.under.append(f'<path d="{path}" fill="none" stroke="{self.theme["line"]}" stroke-width="1.8"{head}/>')
 
     def dot(self, x: float, y: float) -> None:
-        """Where something is read from a line."""
+        """Marks where a value is read from a line."""
         self.over.append(f'<circle cx="{x:g}" cy="{y:g}" r="2.6" fill="{self.theme["line"]}"/>')
 
     def plus(self, x: float, y: float) -> None:
-        """Where something is added to a stream."""
+        """Marks where a value is added to a stream."""
         self.over.append(
             f'<circle cx="{x:g}" cy="{y:g}" r="7" fill="{self.theme["ground"]}" stroke="{self.theme["line"]}" '
             f'stroke-width="1.6"/><path d="M{x - 4:g} {y:g} h8 M{x:g} {y - 4:g} v8" stroke="{self.theme["line"]}" '
@@ -92,7 +92,7 @@ class Canvas:
         )
 
     def box(self, x: float, y: float, width: float, height: float, text: str) -> None:
-        """A residual function."""
+        """Adds the box of a residual function."""
         self.over.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5" fill="{self.theme["box"]}"/>'
         )
@@ -101,7 +101,7 @@ class Canvas:
     def text(
         self, x: float, y: float, text: str, colour: str, *, anchor: str = "start", weight: int = 400, size: int = 15
     ) -> None:
-        """A line of text."""
+        """Adds a line of text."""
         if text:
             self.over.append(
                 f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-weight="{weight}" font-size="{size}" '
@@ -109,7 +109,7 @@ class Canvas:
             )
 
     def halo(self, x: float, y: float, text: str) -> None:
-        """A coefficient on a line, with the ground behind it."""
+        """Adds a coefficient on a line, outlined in the background colour."""
         if text:
             self.over.append(
                 f'<text x="{x:g}" y="{y:g}" text-anchor="middle" font-size="13" fill="{self.theme["line"]}" '
@@ -117,7 +117,7 @@ class Canvas:
             )
 
 
-# Measures of the drawing: a column per residual function, the box inside it, the rows of a panel.
+# Dimensions of the drawing: a column per residual function, the box inside it, the rows of a panel.
 LEFT, COLUMN, BOX, TALL = 26.0, 108.0, 46.0, 30.0
 STREAM, GAP = 14.0, 26.0
 
@@ -126,16 +126,16 @@ class Panel:
     """One scheme over four residual functions.
 
     Args:
-        canvas: what is drawn on.
+        canvas: the canvas to draw on.
         scheme: the scheme.
-        top: where the panel begins.
+        top: upper end of the panel.
     """
 
     def __init__(self, canvas: Canvas, scheme: schemes.Scheme, top: float):
         self.canvas, self.scheme = canvas, scheme
         self.steps = FUNCTIONS // scheme.stages
         self.grown = scheme.streams + self.steps * scheme.streams_added
-        # Streams of the input beside the first lie below the functions, streams that steps make above them.
+        # Input streams other than the first lie below the functions, streams that steps create above them.
         above = 1 + self.grown - scheme.streams
         self.top = top + 32
         self.box_top = self.top + STREAM * (above - 1) + GAP
@@ -144,18 +144,18 @@ class Panel:
         self.bottom = self.below + STREAM * (scheme.streams - 2) if scheme.streams > 1 else self.box_top + TALL
 
     def level(self, stream: int) -> float:
-        """Height of a stream's line."""
+        """Returns the y coordinate of a stream's line."""
         if 0 < stream < self.scheme.streams:
             return self.below + STREAM * (stream - 1)
         made = stream - self.scheme.streams + 1 if stream else 0
         return self.box_top - GAP - STREAM * made
 
     def column(self, i: int) -> float:
-        """Left edge of a residual function's box."""
+        """Returns the left edge of a residual function's box."""
         return LEFT + COLUMN * i + 40
 
     def draw(self) -> float:
-        """Draws all steps; returns where the panel ends."""
+        """Draws all steps; returns the lower end of the panel."""
         c, scheme = self.canvas, self.scheme
         name = str(scheme).partition("(")[0]
         weak = f'<tspan dx="8" font-weight="400" font-size="13" fill="{c.theme["weak"]}">{self.caption()}</tspan>'
@@ -172,7 +172,7 @@ class Panel:
         return self.bottom
 
     def caption(self) -> str:
-        """Steps, order and streams, as the scheme declares them."""
+        """Describes steps, stages, order and invertibility, as the scheme declares them."""
         said = [f"{self.steps} step{'s' * (self.steps > 1)}"]
         if self.scheme.stages > 1:
             said[0] += f" of {self.scheme.stages} stages"
@@ -183,9 +183,9 @@ class Panel:
         return ", ".join(said)
 
     def step(self, found: Trace, first: int, end: float) -> None:
-        """The evaluations of one step, and what becomes of them."""
+        """Draws the evaluations of one step and where they go."""
         s, c = found.streams, self.canvas
-        # Per stream that a step updates: the last evaluation that it takes up.
+        # Per stream that a step updates: the last evaluation that is added to it.
         done = {
             d: max(j for j in range(len(found.arguments)) if row[s + j])
             for d, row in enumerate(found.results)
@@ -200,7 +200,7 @@ class Panel:
             self.result(found, d, last, first, end)
 
     def argument(self, found: Trace, row: Tensor, first: int, i: int, k: int, of: int, done: dict[int, int]) -> None:
-        """What an evaluation is given: a line that is there, or a sum."""
+        """Draws an argument of an evaluation: read from an existing line, or a sum."""
         c, s, x = self.canvas, found.streams, self.column(first + i)
         padded = found.results[:, : len(row)]
         whole = [d for d in range(len(padded)) if done.get(d, i) < i and torch.equal(padded[d], row)]
@@ -214,7 +214,7 @@ class Panel:
         for j in range(0 if whole else i):
             if row[s + j]:
                 start, middle = self.column(first + j) + BOX, self.box_top + TALL / 2
-                # Over the boxes between, where there are any.
+                # Over the boxes in between, if any.
                 over = [
                     (start + 6, middle),
                     (start + 6, self.box_top - 9),
@@ -226,7 +226,7 @@ class Panel:
                 c.halo(*at, number(float(row[s + j])))
 
     def result(self, found: Trace, d: int, last: int, first: int, end: float) -> None:
-        """How a stream takes up evaluations: one straight into its node, several over a line that collects them."""
+        """Draws how a stream is updated: one evaluation goes straight to its node, several over a common line."""
         c, s, row = self.canvas, found.streams, found.results[d]
         used = [j for j in range(len(found.arguments)) if row[s + j]]
         node, y, middle = self.column(first + last) + BOX + 17, self.level(d), self.box_top + TALL / 2
@@ -249,7 +249,7 @@ class Panel:
 
 
 def drawing(theme: dict[str, str], names: Sequence[str] = SCHEMES) -> str:
-    """The SVG of some schemes, one below the other."""
+    """Returns the SVG of some schemes, one below the other."""
     canvas, top = Canvas(theme), 4.0
     for name in names:
         top = Panel(canvas, schemes.get(name), top).draw() + 26
@@ -267,7 +267,7 @@ def drawing(theme: dict[str, str], names: Sequence[str] = SCHEMES) -> str:
 
 
 def written(files: dict[Path, str], check: bool) -> int:
-    """Writes the files that changed, or only names them; the number of these."""
+    """Writes the files that changed, or only lists them; returns their number."""
     stale = {f: new for f, new in files.items() if not f.exists() or f.read_text(encoding="utf-8") != new}
     for file, new in stale.items():
         print(f"{file.name}: {'out of date' if check else 'written'}")
@@ -278,7 +278,7 @@ def written(files: dict[Path, str], check: bool) -> int:
 
 
 def files() -> dict[Path, str]:
-    """What this script draws."""
+    """The drawings of this script, by file."""
     return {PICTURES / f"{name}.svg": drawing(theme) for name, theme in THEMES.items()}
 
 

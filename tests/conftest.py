@@ -1,4 +1,4 @@
-"""Workers of one thread each, fixed seeds, hypothesis profiles, and the folder of real pictures (``ODENETS_DATA``)."""
+"""Single-threaded workers, fixed seeds, hypothesis profiles, and the folder of real pictures (``ODENETS_DATA``)."""
 
 import functools
 import gc
@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch the network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start, too
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """What ``-n auto`` of pyproject.toml means: a worker per core for folders, none for files and single tests.
+    """Resolves ``-n auto`` of pyproject.toml: a worker per core for folders, none for files and single tests.
 
-    A file is done before a worker has begun. Eight at most, as each takes more than a gigabyte.
+    A single file finishes before a worker has started. At most eight, since each takes more than a gigabyte.
     """
     if all(Path(config.invocation_params.dir, arg.split("::")[0]).is_file() for arg in config.args):
         return 0
@@ -37,9 +37,9 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return workers if workers > 1 else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What ``cases(n)`` means: n of a test's cases, spread over all of them, are quick, and the others are ``long``."""
+    """Implements ``cases(n)``: n of a test's cases, spread evenly, are quick, and the others are marked ``long``."""
     of: dict[object, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("cases"):
@@ -53,21 +53,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the collection made lives to the end: the garbage collector need not walk through it again and again."""
+    """Freezes the collected items, which live to the end, so that the garbage collector need not traverse them."""
     gc.collect()
     gc.freeze()
 
 
-TRACED = 0.1  # seconds of each test function, with all its cases, in which `--cov` counts lines
+TRACED = 0.1  # seconds of each test function, over all its cases, during which `--cov` counts lines
 _spent: dict[object, float] = defaultdict(float)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """Where lines are counted by a tracer (until Python 3.11), which makes all code two to three times slower.
+    """Limits the tracer that counts lines (up to Python 3.11), which makes all code two to three times slower.
 
-    A test function's later cases and later examples run on without it: nearly all lines that they run were counted
-    before. What is counted did run; the figure is at most that much too low.
+    Later cases and examples of a test function run without it: nearly all lines that they run were counted before.
+    Lines that are counted did run; the figure can only be too low, by the few lines that only later cases run.
     """
     tracer = sys.gettrace()
     if tracer is None or not item.config.pluginmanager.hasplugin("_cov"):
@@ -82,7 +82,7 @@ def pytest_runtest_call(item: pytest.Item):
     try:
         return (yield)
     finally:
-        # In the frame that ended it: the tracer keeps a stack of frames, of which it sees no return meanwhile.
+        # Restored in the frame that paused it: the tracer keeps a stack of frames and sees no return while paused.
         sys.settrace(tracer)
         if handle is None:
             _spent[key] += time.process_time() - began
@@ -110,12 +110,12 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _environment():
-    """No test sets a variable for those after it: Lightning keeps its seed there, and processes begin with it."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # fixtures of modules train, too
+    """Restores environment variables after each test: Lightning keeps its seed there, and processes inherit it."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # module-scoped fixtures train too
         os.environ.pop(name, None)
     before = dict(os.environ)
     yield
-    # pytest's own mark of the running test changes while the test runs.
+    # pytest's own variable for the running test changes while the test runs.
     for name in {*before, *os.environ} - {"PYTEST_CURRENT_TEST"}:
         if name not in before:
             del os.environ[name]
@@ -125,7 +125,7 @@ def _environment():
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder with cifar10/, cifar100/, tiny_imagenet/ and imagenet_sample/; the test skips where there is none."""
+    """Folder with cifar10/, cifar100/, tiny_imagenet/ and imagenet_sample/; the test is skipped if it is missing."""
     root = os.environ.get("ODENETS_DATA", "")
     if not root or not Path(root).is_dir():
         pytest.skip("set ODENETS_DATA to a folder with cifar10/ and imagenet_sample/ to run this test")

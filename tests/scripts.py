@@ -1,4 +1,4 @@
-"""Scripts that no package holds, as modules."""
+"""Loads scripts outside the packages as modules."""
 
 import importlib.util
 import sys
@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(path: str) -> Any:
-    """A script of this repository as a module, which nothing else imports.
+    """Loads a script of this repository as a module, without leaving it in ``sys.modules``.
 
     Args:
-        path: From the repository's root, e.g. ``"experiments/ode/flow.py"``.
+        path: path from the root of the repository, e.g. ``"experiments/ode/flow.py"``.
     """
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # where a dataclass looks for its module
+        patch.setitem(sys.modules, spec.name, module)  # a dataclass looks up its module there
         spec.loader.exec_module(module)
     return module

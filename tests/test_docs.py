@@ -1,4 +1,4 @@
-"""What the README and the pages promise is run: snippets, doctests, commands, tables, links."""
+"""Runs what the README and the pages promise: snippets, doctests, commands, tables, links."""
 
 import ast
 import doctest
@@ -29,7 +29,7 @@ PAGES = sorted((ROOT / "docs/pages").rglob("*.md"))
 TEXTS = [ROOT / "README.md", *PAGES]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^(?P<note><!-- not run: .+ -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
-# What a line says that it prints: print(...)  # this
+# The output that a line states: print(...)  # this
 PRINTS = re.compile(r"^print\(.*\)  # (.+)$", re.M)
 
 
@@ -83,7 +83,7 @@ def test_snippets_run_and_print_what_they_say(path):
 @pytest.mark.parametrize("module", modules())
 def test_examples_of_docstrings(module):
     found = importlib.import_module(module)
-    # What the module defines, and not what it happens to import: an example imports what else it uses.
+    # Only names that the module defines, not those it imports: an example imports whatever else it uses.
     own = {n: v for n, v in vars(found).items() if getattr(v, "__module__", None if ismodule(v) else module) == module}
     runner_out: list[str] = []
     runner = doctest.DocTestRunner()
@@ -133,7 +133,7 @@ def test_public_methods_have_docstrings():
     assert [line for name in names if not name.endswith("__main__") for line in undocumented(name)] == []
 
 
-# Kept, since tables share the models that they count.
+# Cached, since tables share the models that they count.
 @functools.cache
 def tables() -> ModuleType:
     if str(ROOT / "docs") not in sys.path:  # it imports its neighbours
@@ -141,7 +141,7 @@ def tables() -> ModuleType:
     return importlib.import_module("tables")
 
 
-# Those of models run each of them on the meta device, and that of choices trains a network per scheme.
+# The tables of models run each model on the meta device, and the table of choices trains a network per scheme.
 WITH_TABLES = [
     pytest.param(
         p,
@@ -200,7 +200,7 @@ def test_internal_links_lead_somewhere(path):
         page = (path.parent / file).resolve() if file else path
         assert page.is_file(), f"{target}: no such file"
         if anchor:
-            if page.suffix != ".md":  # `#only-dark` of a picture says under which palette it shows
+            if page.suffix != ".md":  # `#only-dark` on a picture states the palette under which it shows
                 assert anchor in ("only-light", "only-dark"), target
                 continue
             headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
@@ -242,7 +242,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert subprocess.run(["bash", "-n", ROOT / ".ci/run"]).returncode == 0
 
 
-# `lightning fit --help` and lines with FILE are forms, not commands.
+# `lightning fit --help` and lines with FILE are templates, not commands.
 NAMED = re.compile(r"(?:lightning|odenets) \w+ -c (\S+)")
 RUNS = sorted({c for c in commands() if (m := NAMED.match(c)) and packaged.find(m[1])})
 

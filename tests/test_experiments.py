@@ -11,7 +11,7 @@ from odenets import shapes
 from odenets.training.command import run
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
-# What makes the run short: fewer functions and channels. The rest of each file is taken as it is.
+# Options that shorten the run: fewer functions and channels. The rest of each file is used unchanged.
 CHEAPER = {
     "cifar10_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],
     "cifar100_ho_resnet": ["--model.net.functions", "[4, 4, 4]", "--model.net.widths", "[4, 8, 16]"],

@@ -1,4 +1,4 @@
-"""The script for a GPU: what it does when time is short, a case ends the process, or it is called again."""
+"""The script for a GPU: its behaviour when time is short, when a case ends the process, and on a second call."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def scripts():
     for name, module in list(sys.modules.items()):
         if known.get(name) is not module and str(ROOT / "experiments") in str(getattr(module, "__file__", "")):
             del sys.modules[name]
-    # Other folders have scripts of these names, too.
+    # Other folders have scripts of the same names.
     sys.modules |= {name: known[name] for name in found if name in known}
 
 

@@ -1,4 +1,4 @@
-"""The site: drawings, formulas, the catalogue's pages, the reference, notebooks, and the pages as they are built."""
+"""The site: drawings, formulas, pages of the catalogue, the reference, notebooks, and the built pages."""
 
 import ast
 import importlib
@@ -340,7 +340,7 @@ def test_measured_times_are_of_the_schemes_of_the_page():
     assert list(times) == bench.chosen()
     assert all(set(modes) == {"store", bench.least(name)} for name, modes in times.items())
     assert times["euler"]["store"] == 1 and all(0.3 < x < 5 for modes in times.values() for x in modes.values())
-    # What runs functions again takes longer than what stores.
+    # Modes that recompute take longer than storing.
     assert all(modes[bench.least(name)] > modes["store"] for name, modes in times.items())
 
 
@@ -495,13 +495,13 @@ def test_the_pages_build(tmp_path):
     search = (site / "search.json").read_text(encoding="utf-8").lower()
     for word in ("onnx", "odeint", "ema", "fine-tune", "butcher", "adjoint", "wandb"):
         assert word in search, word
-    assert "self.steps = " not in search  # sources are shown, and not searched
+    assert "self.steps = " not in search  # sources are shown, but not indexed
     inventory = (site / "objects.inv").read_bytes()
     names = zlib.decompress(inventory.partition(b"zlib.\n")[2]).decode()
     there = {line.split(" ", 1)[0] for line in names.splitlines()}
     for name in public():
         value = resolved(name)[0]
-        # A page of a whole module gives its names as they stand there, without those under which they are exported.
+        # The page of a whole module lists names as defined there, not the names under which they are exported.
         assert there & {name, f"{value.__module__}.{value.__qualname__}"}, name
 
 

@@ -1,4 +1,4 @@
-"""What the project says of itself agrees: its version, its checks, what counts as a long function."""
+"""The project's statements about itself agree: its version, its checks, the definition of a long function."""
 
 import os
 import re
@@ -72,7 +72,7 @@ def body(count: int, head: str = "def f():", above: str = "") -> str:
         (body(41, "def f():  # long:"), 41, False),  # no reason
         (body(41, above="# long: a table\n"), 41, False),  # not on the line above
         (body(41, "@cache\ndef f():", above="# long: a table"), 41, True),
-        ("def f():\n    x = '''\n    a\n    '''\n    return x  # as it is", 5, False),  # a text that is no docstring
+        ("def f():\n    x = '''\n    a\n    '''\n    return x  # as it is", 5, False),  # a string, not a docstring
     ],
 )
 def test_what_a_long_function_is(text, size, said):

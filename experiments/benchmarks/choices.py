@@ -1,12 +1,13 @@
-"""What a training step costs under each scheme, in that of euler: the time column of the page "Choose a scheme".
+"""Measures the cost of a training step of each scheme, relative to euler, for the page "Choose a scheme".
 
     python experiments/benchmarks/choices.py                      # about a minute on one core; prints a table
     python experiments/benchmarks/choices.py --out experiments/results/choices.json
-    python docs/tables.py                                         # takes the file over into the page
+    python docs/tables.py                                         # copies the figures into the page
 
-Twelve residual functions GroupNorm-SiLU-convolution; all schemes have the same parameters, but for the couplings that
-split the channels. Each round takes one training step of every scheme in every mode, in an order drawn anew, on one
-thread; a figure is the median over the rounds of (processor time / that of euler, stored, in the same round).
+The network has twelve residual functions GroupNorm-SiLU-convolution. All schemes have the same parameters, except the
+couplings that split the channels. Each round takes one training step of every scheme in every mode, in a new random
+order, on one thread. A figure is the median over the rounds of (processor time / that of euler, stored, in the same
+round).
 """
 
 import argparse
@@ -28,10 +29,10 @@ BASE = ("euler", "store")
 
 
 def chosen() -> list[str]:
-    """The schemes of the page: those that twelve functions fill, and that mix them by a figure of at most 30."""
+    """The schemes of the page: those whose stages divide twelve, with a mixing figure of at most 30."""
     named = [e for e in schemes.catalogue() if FUNCTIONS % e.stages == 0 and (e.mixing is None or e.mixing <= 30)]
     found = [e.name for e in sorted(named, key=lambda e: (e.order or 0, e.stages, e.name))]
-    # A companion costs functions that only it reads; ab2 differs from its neighbours in no column.
+    # A companion needs functions that only it reads; ab2 does not differ from its neighbours in any column.
     tableaus = {text: schemes.get(text).tableau for text in found}
     pairs = {text for text, t in tableaus.items() if t is not None and t.b_hat is not None} - {"heun2"}
     kept = [text for text in found if text not in pairs | {"ab2"}]
@@ -39,7 +40,7 @@ def chosen() -> list[str]:
 
 
 def least(scheme: str) -> str:
-    """The mode that keeps least, of those that need no choice."""
+    """The mode that stores least, among those without options."""
     return "reverse" if schemes.get(scheme).invertible else "checkpoint"
 
 
@@ -59,17 +60,17 @@ def network(scheme: str, backprop: str) -> Stack:
 
 
 def step(net: Stack, x: torch.Tensor) -> float:
-    """Processor seconds of a forward and a backward pass."""
+    """Returns the processor seconds of a forward and a backward pass."""
     begin = time.process_time()
     net(x).square().mean().backward()
     return time.process_time() - begin
 
 
 def measure(names: list[str], rounds: int, x: torch.Tensor) -> dict[str, dict[str, float]]:
-    """For each scheme, the relative time of each of its modes."""
+    """Returns, for each scheme, the relative time of each of its modes."""
     nets = {(name, mode): network(name, mode) for name in names for mode in ("store", least(name))}
     for net in nets.values():
-        for _ in range(2):  # the first measures growth, the second finds all that is allocated once
+        for _ in range(2):  # the first measures growth, the second does all one-time allocations
             step(net, x)
     ratios: dict[tuple[str, str], list[float]] = {key: [] for key in nets}
     order = list(nets)
@@ -85,7 +86,7 @@ def measure(names: list[str], rounds: int, x: torch.Tensor) -> dict[str, dict[st
 
 
 def main() -> None:
-    """Measures, prints, and writes where asked to."""
+    """Measures, prints, and writes a file if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch", type=int, default=8)
@@ -99,7 +100,7 @@ def main() -> None:
     for name, modes in rows.items():
         print(f"{name:18}", "  ".join(f"{mode} {ratio:.2f}" for mode, ratio in modes.items()))
     if options.out:
-        # With a line for each scheme, so that versions of the file can be compared.
+        # One line per scheme, so that versions of the file can be compared.
         lines = ",\n".join(f'    "{name}": {json.dumps(modes)}' for name, modes in rows.items())
         head = {"torch": torch.__version__, "machine": platform.machine(), "rounds": options.rounds}
         head |= {"batch": options.batch, "channels": CHANNELS, "size": options.size}

@@ -1,9 +1,10 @@
-"""Forward and backward of our convolutions beside nn.Conv2d's, on maps as ConvNeXt, RDNet and DenseNet have them.
+"""Times forward and backward passes of our convolutions and nn.Conv2d on maps of ConvNeXt, RDNet and DenseNet.
 
     python experiments/benchmarks/convolutions.py
     python experiments/benchmarks/convolutions.py --amp --threads 2
 
-The least CPU time of rounds in which both take turns; fp32, or bfloat16 by autocast, and channels-last memory.
+Figures are the least CPU time over rounds in which both take turns, in fp32 or under bfloat16 autocast, with
+channels-last memory.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from odenets.layers import DepthwiseConv2d, PatchConv2d
 
 
 def plain(module: nn.Conv2d) -> nn.Conv2d:
-    """torch's convolution with the same parameters."""
+    """Returns torch's convolution with the same parameters."""
     sizes = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
     twin = nn.Conv2d(*sizes, groups=module.groups)
     twin.load_state_dict(module.state_dict())
@@ -24,9 +25,9 @@ def plain(module: nn.Conv2d) -> nn.Conv2d:
 
 
 def least(modules: list[nn.Conv2d], x: Tensor, rounds: int, amp: bool) -> list[float]:
-    """Milliseconds of a forward and backward pass of each."""
+    """Returns the least milliseconds of a forward and backward pass of each."""
     best = [float("inf")] * len(modules)
-    for turn in range(rounds + 2):  # two to warm up
+    for turn in range(rounds + 2):  # two warm-up rounds
         for i, module in enumerate(modules):
             start = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):

@@ -1,22 +1,22 @@
-"""CIFAR-10 with weights that are functions of depth, and with separate ones: equal parameters, equal evaluations.
+"""Compares weights that are functions of depth with separate ones on CIFAR-10, at equal parameters and evaluations.
 
     python experiments/benchmarks/depth_is_time.py train --root FOLDER --out depth_is_time.jsonl
     python experiments/benchmarks/depth_is_time.py report depth_is_time.jsonl [--pictures FOLDER]
     python experiments/benchmarks/depth_is_time.py law [--pictures FOLDER]
     python experiments/benchmarks/depth_is_time.py cost
 
-FOLDER holds train.parquet and test.parquet as the hub's uoft-cs/cifar10 does. ``train`` trains each arm with each seed,
-evaluates it under schemes and depths, and appends one line to the file; what the file has is not trained again, so the
-same command goes on where it was stopped. ``report`` prints the tables from the file, means over seeds with 95 %
-intervals of Student's t, and draws pictures. ``law`` measures in float64, without training, how the error of the logits
-falls with the steps. ``cost`` times an evaluation of a block and of its field, the least of many.
+FOLDER holds train.parquet and test.parquet in the layout of the hub's uoft-cs/cifar10. ``train`` trains each arm with
+each seed, evaluates it under schemes and depths, and appends one line to the file. Runs in the file are not trained
+again, so the same command resumes where it was stopped. ``report`` prints the tables from the file, means over seeds
+with 95 % intervals of Student's t, and draws pictures. ``law`` measures in float64, without training, how the error of
+the logits falls with the number of steps. ``cost`` times an evaluation of a block and of its field, the least of many.
 
 The network has three levels of 4 evaluations, widths 8, 16, 32 (--width 8), GroupNorm, SiLU, a stem of stride 2, and
-3x3 convolutions of stride 2 between the levels. Separate weights are 4 functions a level; a linear spline of 3
-intervals over a span of 4 has as many parameters. Arms: separate weights under euler; splines under euler (4 steps of
-size 1 a level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; multi-level training
-under euler, 2 steps and 1 interval a level for the first half of the epochs, then refined as the callback Refinement
-does it; and, with as many evaluations as that, a spline under euler for three quarters of the epochs.
+3x3 convolutions of stride 2 between the levels. Separate weights are 4 functions per level; a linear spline of 3
+intervals over a span of 4 has as many parameters. The arms are: separate weights under euler; splines under euler (4
+steps of size 1 per level), midpoint (2 of size 2) and rk4 (1 of size 4), which start from the same weights; multi-level
+training under euler, with 2 steps and 1 interval per level for the first half of the epochs, then refined as by the
+callback Refinement; and, with as many evaluations as the latter, a spline under euler for three quarters of the epochs.
 """
 
 import argparse
@@ -47,7 +47,7 @@ ARMS = (
     "spline euler multilevel",
     "spline euler short",
 )
-# Steps per level of each scheme in evaluation; those of equal evaluations stand under each other.
+# Steps per level of each scheme in evaluation: 2 to 16 evaluations per level, of rk4 4 to 16.
 GRID = {"euler": (2, 4, 8, 16), "midpoint": (1, 2, 4, 8), "rk4": (1, 2, 4)}
 EVALUATIONS, KNOTS = 4, 3
 RUN_OTHERWISE = ("spline euler", "spline midpoint", "spline rk4")
@@ -56,7 +56,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def pictures(root: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Training and test pictures (n, 3, 32, 32), normalised, and labels."""
+    """Returns training and test pictures (n, 3, 32, 32), normalised, and labels."""
     from odenets.training import Images
 
     data = Images(root=root, val_split="test", mean=list(MEAN), std=list(STD))
@@ -70,7 +70,7 @@ def pictures(root: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def network(arm: str, seed: int, width: int) -> nn.Module:
-    """The network of an arm as it starts."""
+    """Returns the network of an arm in its initial state."""
     torch.manual_seed(seed)
     kind, scheme, *_ = arm.split()
     net = create_model(
@@ -86,7 +86,7 @@ def network(arm: str, seed: int, width: int) -> nn.Module:
     if kind == "separate":
         for level, stack in enumerate(net.levels):  # type: ignore[arg-type]
             plain = separated(stack)
-            for m in plain.modules():  # as many functions, each drawn by itself
+            for m in plain.modules():  # as many functions, each initialised independently
                 if isinstance(m, nn.Conv2d):
                     nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
             net.levels[level] = plain  # type: ignore[index]
@@ -95,7 +95,7 @@ def network(arm: str, seed: int, width: int) -> nn.Module:
 
 
 def batches(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch: a random order, flips, shifts of up to 4 pixels."""
+    """Yields one epoch of batches in random order, with flips and shifts of up to 4 pixels."""
     for picked in torch.randperm(len(y), generator=generator, device=generator.device).split(size):
         batch = F.pad(x[picked], (4, 4, 4, 4))
         dx, dy = torch.randint(0, 9, (2,), generator=generator, device=generator.device).tolist()
@@ -106,14 +106,14 @@ def batches(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Iter
 
 
 def train(arm: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one network; the network, the evaluations spent per picture and level, the seconds."""
+    """Trains one network; returns it, the evaluations spent, in millions, and the seconds."""
     device = data["train"][0].device
     net = network(arm, seed, args.width).to(device)
     generator = torch.Generator(device=device).manual_seed(seed)
     groups: Any = parameter_groups(net)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     per_epoch = -(-len(data["train"][1]) // args.batch)
-    # Three quarters of the evaluations: half of the epochs at half of the steps, or so many fewer epochs.
+    # Three quarters of the evaluations: half of the steps in half of the epochs, or a quarter fewer epochs.
     epochs = args.epochs * 3 // 4 if arm.endswith("short") else args.epochs
     total = per_epoch * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [args.lr] * len(groups), total, pct_start=0.2)
@@ -137,13 +137,13 @@ def train(arm: str, seed: int, data: dict[str, tuple[Tensor, Tensor]], args: arg
 
 @torch.no_grad()
 def accuracy(net: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
-    """Share of right answers, and the logits."""
+    """Returns the share of correct predictions, and the logits."""
     logits = torch.cat([net(x) for x in data[0].split(500)]).double()
     return float((logits.argmax(1) == data[1]).double().mean()), logits
 
 
 def evaluate(arm: str, net: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Accuracy and distance of the logits under schemes and depths, and after compression."""
+    """Returns accuracy and distance of the logits under schemes and depths, and after compression."""
     right, own = accuracy(net, data)
     found: dict[str, Any] = {"accuracy": right, "parameters": sum(p.numel() for p in net.parameters())}
     if arm.startswith("separate"):
@@ -163,7 +163,7 @@ def evaluate(arm: str, net: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str,
 
 
 def _projected(net: nn.Module, knots: int, data: tuple[Tensor, Tensor]) -> list[float]:
-    """Accuracy with fewer knots, the error in weights, and the share of parameters left."""
+    """Returns the accuracy with fewer knots, the error in weights, and the share of parameters left."""
     small = copy.deepcopy(net)
     errors = []
     for field in fields_of(small):
@@ -176,7 +176,7 @@ def _projected(net: nn.Module, knots: int, data: tuple[Tensor, Tensor]) -> list[
 
 
 def _fitted(net: nn.Module, data: tuple[Tensor, Tensor], own: Tensor) -> dict[str, list[float]]:
-    """A spline through separate weights: accuracy, and distance from the logits at hand, under steps and schemes."""
+    """Fits a spline through separate weights; returns accuracy and distance from the given logits, by scheme."""
     smooth = copy.deepcopy(net)
     for level, stack in enumerate(smooth.levels):  # type: ignore[arg-type]
         modules = [step.fs[0] for step in stack.steps]
@@ -191,7 +191,7 @@ def _fitted(net: nn.Module, data: tuple[Tensor, Tensor], own: Tensor) -> dict[st
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """What the file holds; a line that was cut off is left out."""
+    """Returns the lines of the file; a truncated one is left out."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -234,18 +234,18 @@ def calls(column: str) -> int:
 
 
 def own(arm: str) -> str:
-    """The scheme and steps that an arm is trained by."""
+    """The scheme and steps that an arm is trained with."""
     scheme = arm.split()[1]
     return f"{scheme} {EVALUATIONS // STAGES[scheme]}"
 
 
 def by_seed(rows: Rows, arm: str, figure: Callable[[dict[str, Any]], float]) -> dict[int, float]:
-    """A figure of each run of an arm, in hundredths where it is a share."""
+    """Returns a figure of each run of an arm, by seed."""
     return {r["seed"]: figure(r) for r in rows if r["arm"] == arm}
 
 
 def shown(values: dict[int, float], digits: int = 1, sign: bool = False) -> str:
-    """Mean, and half of the 95 % interval of Student's t over seeds."""
+    """Formats the mean and half the 95 % interval of Student's t over seeds."""
     found = paired(dict.fromkeys(values, 0.0), values)
     if found is None:
         return "–"
@@ -254,7 +254,7 @@ def shown(values: dict[int, float], digits: int = 1, sign: bool = False) -> str:
 
 
 def less(values: dict[int, float], baseline: dict[int, float]) -> list[str]:
-    """The difference from a baseline by seed, with its interval, and what difference would have been seen."""
+    """The paired difference from a baseline with its interval, and the difference that would have been detected."""
     found = paired(baseline, values)
     if found is None or found.interval is None or found.visible is None or values == baseline:
         return ["–", "–"]
@@ -262,7 +262,7 @@ def less(values: dict[int, float], baseline: dict[int, float]) -> list[str]:
 
 
 def arms_table(rows: Rows) -> str:
-    """Accuracy of each arm under the scheme that it was trained by, and the evaluations that training took."""
+    """Accuracy of each arm under the scheme that it was trained with, and the evaluations that training took."""
     accuracies = {arm: by_seed(rows, arm, lambda r: 100 * r["accuracy"]) for arm in ARMS}
     lines = []
     for arm, values in accuracies.items():
@@ -278,7 +278,7 @@ def arms_table(rows: Rows) -> str:
 
 
 def otherwise_table(rows: Rows) -> str:
-    """What changes in accuracy, in points, where a trained network runs under another scheme or depth."""
+    """Change of accuracy, in points, when a trained network runs under another scheme or depth."""
     lines = [["evaluations per level", *(str(calls(c)) for c in COLUMNS)]]
     for arm in RUN_OTHERWISE:
         changes = [by_seed(rows, arm, lambda r, c=c: 100 * (r["grid"][c][0] - r["accuracy"])) for c in COLUMNS]
@@ -301,7 +301,7 @@ def largest_loss(row: dict[str, Any]) -> float:
 
 
 def fits_table(rows: Rows) -> str:
-    """Whether a network fits its own step: what it loses at most elsewhere."""
+    """Whether a network is tuned to its own step: its largest loss elsewhere."""
     losses = {arm: by_seed(rows, arm, largest_loss) for arm in RUN_OTHERWISE}
     lines = [[arm, shown(v), *less(v, losses["spline euler"])] for arm, v in losses.items()]
     return markdown("trained as | largest loss, points | less spline euler, points [95 %] | visible", lines)
@@ -323,7 +323,7 @@ def projected_table(rows: Rows) -> str:
 
 
 def fitted_table(rows: Rows) -> str:
-    """A spline through the weights of a network that was trained with separate ones, under steps and schemes."""
+    """A spline through the weights of a network trained with separate ones, under several schemes and steps."""
     first = next(r for r in rows if "fitted" in r)
     lines = []
     for column in first["fitted"]:
@@ -353,7 +353,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def draw(groups: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """One work-precision diagram per arm, means over seeds."""
+    """Draws one work-precision diagram per arm, of means over seeds."""
     from types import SimpleNamespace
 
     from odenets.plots import work_precision
@@ -385,7 +385,7 @@ CASES = {
 
 
 def law(args: argparse.Namespace) -> None:
-    """Slopes of the error of a network's logits, float64, weights drawn at random, over halvings of the step."""
+    """Prints convergence rates of a network's logits in float64, with random weights, over halvings of the step."""
     from odenets.plots import lines as draw_lines
 
     x = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -420,7 +420,7 @@ LAW = {"euler": (16, 32, 64), "midpoint": (16, 32, 64), "kutta3": (8, 16, 32), "
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Microseconds of one of the 16 evaluations of 4 steps of rk4, of a shared block and of its field."""
+    """Prints the microseconds of one of 16 evaluations in 4 steps of rk4, of a shared block and of its field."""
     from odenets.layers import BasicFunction
     from odenets.layers.attention import PerceptronFunction
 

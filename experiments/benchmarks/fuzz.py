@@ -1,18 +1,18 @@
-"""Random texts for the language, and damaged files for all that reads files: nothing but the documented error.
+"""Fuzzes the text parsers and file readers, which may raise nothing but their documented error.
 
     python experiments/benchmarks/fuzz.py                      # 100,000 texts, 5,000 files of each kind
     python experiments/benchmarks/fuzz.py --minutes 5          # as many of them as five minutes allow
     python experiments/benchmarks/fuzz.py --texts 2000 --files 200 --seed 1
 
-Texts are examples of every scheme, step size and mode of backpropagation in which parts are exchanged, doubled, dropped
-or replaced by numbers that are too large, too small or none; a fifth is made of random words and signs. Files are whole
-checkpoints, pictures and configurations in which bytes are changed, cut off or repeated. Each text may take a second
-of processor time and 100 MB, measured; whoever takes more, or raises another error than the documented one, is printed
-at once. One that does not come to its end is stopped after ten seconds of it.
+Texts are examples of every scheme, step size and mode of backpropagation in which parts are replaced, repeated, dropped
+or turned into numbers that are too large, too small or invalid; a fifth consists of random words and signs. Files are
+valid checkpoints, pictures and configurations in which bytes are changed, cut off or repeated. Each input may take a
+second of processor time and 100 MB, measured. An input that takes more, or raises an error other than the documented
+one, is printed at once. One that does not finish is stopped after ten seconds of processor time.
 
-Input n of a kind is a function of the seed, the kind and n, so what was found is found again by `--only KIND:n`. All
-kinds advance together, so that a run that is stopped (by its minutes, Ctrl-C or SIGTERM) has tried the same share of
-each; the table of what was tried ends it all the same.
+Input n of a kind depends only on the seed, the kind and n, so `--only KIND:n` reproduces what was found. All kinds
+advance together, so that a run that is stopped (by its minutes, Ctrl-C or SIGTERM) has tried the same share of each; it
+still ends with the table of what was tried.
 """
 
 import argparse
@@ -64,15 +64,15 @@ MODES = (
 STEPS = ("1", "0.5", "learned", "decay(0.5)", "error(1e-3)", "1/3", "learned(0.5)")
 SECONDS, MEGABYTES = 1.0, 100.0
 STOP = 10.0  # seconds of processor time after which an input is given up
-MOST = 8 << 30  # bytes of the whole process: an input that wants more gets a MemoryError, and the machine lives
+MOST = 8 << 30  # bytes of the whole process: an input that wants more gets a MemoryError and spares the machine
 SHOW = 10.0  # seconds between two lines of progress
 
 
 def mutated(text: str, words: Sequence[str], draw: random.Random) -> str:
-    """The text with a number exchanged, or one to four parts exchanged, doubled, dropped, or given a number."""
+    """Returns the text with one number replaced, or one to four parts replaced, repeated, dropped or extended."""
     places = [m.span() for m in re.finditer(r"\d+(\.\d+)?", text)]
     if places and draw.random() < 0.4:
-        # Most of these are still texts of the language, so that what they mean is made.
+        # Most of these are still valid texts, so that the objects they describe are constructed.
         a, b = draw.choice(places)
         return text[:a] + draw.choice((*NUMBERS, str(draw.randrange(40)), str(10 ** draw.randrange(12)))) + text[b:]
     for _ in range(draw.randint(1, 4)):
@@ -97,7 +97,7 @@ def mutated(text: str, words: Sequence[str], draw: random.Random) -> str:
 
 
 def languages() -> dict[str, tuple[Callable[[str], object], list[str]]]:
-    """What reads texts, each with texts that it takes."""
+    """The parsers of texts, each with valid texts."""
     return {
         "schemes": (schemes.get, [str(s) for s in schemes.examples()]),
         "step sizes": (step_size, list(STEPS)),
@@ -106,17 +106,17 @@ def languages() -> dict[str, tuple[Callable[[str], object], list[str]]]:
 
 
 class Endless(Exception):
-    """An input was given up; no reader catches it as an error of its own."""
+    """An input was given up; no reader catches it as one of its own errors."""
 
 
 class Kind:
-    """One kind of input: how the n-th is drawn and read, and what was seen of it.
+    """One kind of input: how the n-th is drawn and read, and statistics of the attempts.
 
     Args:
-        name: of the kind.
-        count: how many are to be tried.
-        make: the input that a generator draws.
-        read: reads it, or raises.
+        name: name of the kind.
+        count: how many inputs are to be tried.
+        make: draws the n-th input from a generator.
+        read: reads an input, or raises.
         documented: the error that it may raise.
     """
 
@@ -133,9 +133,9 @@ class Kind:
         self.slowest = self.largest = 0.0
 
     def attempt(self, n: int, seed: int) -> str:
-        """Reads input n once; what is wrong with that, or nothing.
+        """Reads input n once; returns what went wrong, or an empty string.
 
-        Notes how long it took, and how much memory it held at most.
+        Records the time it took and its peak memory.
         """
         shown, given = self.make(n, random.Random(f"{seed} {self.name} {n}"))
         tracemalloc.reset_peak()
@@ -166,7 +166,7 @@ class Kind:
 
 
 def text_kinds(count: int) -> Iterator[Kind]:
-    """Random texts for each language."""
+    """Yields random texts for each parser."""
     words = (*schemes.names(), *NUMBERS, *SIGNS, "repeat(", "nested(", "decay(", "reverse(", "auto(memory=")
     for name, (read, examples) in languages().items():
 
@@ -181,7 +181,7 @@ def text_kinds(count: int) -> Iterator[Kind]:
 
 
 def damaged(whole: bytes, draw: random.Random) -> bytes:
-    """The bytes with some changed, cut off, or repeated."""
+    """Returns the bytes with some of them changed, cut off, or repeated."""
     data = bytearray(whole)
     for _ in range(draw.choice((1, 1, 4, 30))):
         place = draw.randrange(len(data)) if draw.random() < 0.5 else draw.randrange(min(len(data), 900))
@@ -200,7 +200,7 @@ def damaged(whole: bytes, draw: random.Random) -> bytes:
 
 
 def pictures(draw: random.Random) -> dict[str, bytes]:
-    """One picture in each format."""
+    """Returns a picture in each format."""
     levels = np.random.default_rng(draw.randrange(2**31)).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     found = {}
     for name, mode in (("PNG", "RGBA"), ("JPEG", "RGB"), ("GIF", "P"), ("TIFF", "L"), ("WEBP", "RGB"), ("BMP", "RGB")):
@@ -211,7 +211,7 @@ def pictures(draw: random.Random) -> dict[str, bytes]:
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:
-    """One checkpoint in each format."""
+    """Returns a checkpoint in each format."""
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     checkpoints.save(net, folder / "w.safetensors")
     torch.save({"state_dict": net.state_dict()}, folder / "w.pth")
@@ -220,7 +220,7 @@ def checkpoint_files(folder: Path) -> dict[str, bytes]:
 
 
 def load_twice(path: Path) -> None:
-    """Loads a checkpoint into a network, which a refusal leaves as it was."""
+    """Loads a checkpoint into a network; a rejected one must leave the network unchanged."""
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     try:
@@ -232,7 +232,7 @@ def load_twice(path: Path) -> None:
 
 
 def file_kinds(count: int, folder: Path, draw: random.Random) -> Iterator[Kind]:
-    """Damaged files for each reader."""
+    """Yields damaged files for each reader."""
     experiments = Path(__file__).resolve().parents[1]
     configurations = {p.name: p.read_bytes() for p in sorted(experiments.glob("*.yaml"))}
     (folder / "whole").mkdir()
@@ -254,14 +254,14 @@ def file_kinds(count: int, folder: Path, draw: random.Random) -> Iterator[Kind]:
 
 
 def run(kinds: Sequence[Kind], seed: int, minutes: float) -> bool:
-    """Tries the inputs of all kinds, those first of whose kind the smallest share is done; whether all were tried."""
+    """Tries inputs of all kinds, always of the kind least far along; returns whether all were tried."""
     end, show = time.monotonic() + minutes * 60, time.monotonic() + SHOW
     while left := [kind for kind in kinds if kind.tried < kind.count]:
         if (now := time.monotonic()) > end:
             return False
         if now > show:
             show = now + SHOW
-            # Beside the table, which may be redirected into a file.
+            # To stderr, since the table may be redirected into a file.
             done = ", ".join(f"{kind.name} {kind.tried:,}" for kind in kinds if kind.count)
             share = sum(kind.tried for kind in kinds) / sum(kind.count for kind in kinds)
             wrong = sum(kind.wrong for kind in kinds)
@@ -273,7 +273,7 @@ def run(kinds: Sequence[Kind], seed: int, minutes: float) -> bool:
 
 
 def guard() -> None:
-    """Ends inputs that take too long or too much, and the run by Ctrl-C or SIGTERM with its table."""
+    """Limits time and memory of inputs, and makes Ctrl-C and SIGTERM end the run with its table."""
 
     def endless(signum: int, frame: Any) -> NoReturn:
         raise Endless(f"stopped after {STOP:g} s")
@@ -282,7 +282,7 @@ def guard() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGPROF, endless)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT, too, which a process in the background may ignore
+    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background process may have it ignored
         signal.signal(signum, interrupt)
     resource.setrlimit(resource.RLIMIT_DATA, (MOST, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 

@@ -1,13 +1,13 @@
-"""Latency and memory of models against the size of the picture: a table, and a plot of each.
+"""Measures latency and memory of models against the size of the picture: a table, and a plot of each.
 
     python experiments/benchmarks/input_size.py [--sizes 160 224 288 384] [--save FILE] [--plots FOLDER]
     python experiments/benchmarks/input_size.py --read experiments/results/input_size.json --plots docs/pages/pictures
     python experiments/benchmarks/input_size.py --device cuda --batch 32 --amp
 
-Latency is the least time of a forward pass for evaluation over rounds in which all models take turns (CPU time; on a
-GPU elapsed time), memory the peak of live tensors during one training step beyond parameters and gradients; both per
-picture. A convolutional network's work grows as the number of pixels: "per pixel" is relative to the first size, and
-stays at 1 where a model gets neither slower nor hungrier than that.
+Latency is the least time of a forward pass in evaluation mode over rounds in which all models take turns (CPU time; on
+a GPU wall-clock time). Memory is the peak of live tensors during one training step, beyond parameters and gradients.
+Both are per picture. The work of a convolutional network grows with the number of pixels: "per pixel" is relative to
+the first size, and stays at 1 if time or memory grow no faster than that.
 """
 
 import argparse
@@ -41,8 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 class Measured:
     """A model at all sizes.
 
-    What differs in training alone is the same code in a forward pass, and shares the least time ``best``: where its
-    memory lies changes a model's time, so two of each are better than one.
+    Variants that differ only in training run the same code in a forward pass, so they share the least time ``best``:
+    the placement in memory affects a model's time, and two instances give a better minimum than one.
     """
 
     def __init__(self, name: str, options: dict[str, Any], args: argparse.Namespace, best: dict[int, float]):
@@ -57,7 +57,7 @@ class Measured:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.args.amp)
 
     def time(self, size: int) -> None:
-        """Times one forward pass, and keeps the least."""
+        """Times one forward pass, and keeps the least time."""
         cuda = self.device.startswith("cuda")
         clock = time.perf_counter if cuda else time.process_time
         self.net.eval()
@@ -71,7 +71,7 @@ class Measured:
         self.best[size] = min(self.best.get(size, float("inf")), clock() - start)
 
     def memory(self, size: int) -> float:
-        """Peak MiB of one training step, gradients there before."""
+        """Returns the peak MiB of one training step, with gradients allocated before."""
         self.net.train()
 
         def step() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
     print(f"# batch {args.batch}, {args.device}, torch {torch.__version__}, {args.threads} threads, amp {args.amp}")
     best: defaultdict[str, dict[int, float]] = defaultdict(dict)  # by the registered name
     models = {name: Measured(*MODELS[name], args, best[MODELS[name][0]]) for name in args.models}
-    for _ in range(args.rounds + 1):  # the first is a warm-up in all but name: the least time counts
+    for _ in range(args.rounds + 1):  # the first round acts as a warm-up, since the least time counts
         for size in args.sizes:
             for model in models.values():
                 model.time(size)
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def draw(found: Mapping[str, Any], folder: Path) -> None:
-    """Both plots: a colour for each model, a dash for what it does in training."""
+    """Draws both plots: a colour for each model, dashes for variants that save memory in training."""
     sizes, rows = found["sizes"], found["models"]
     latency = {name: (sizes, row["ms"]) for name, row in rows.items() if "," not in name}  # the same in all modes
     memory = {}

@@ -4,8 +4,9 @@
 
 The run has BatchNorm, dropout, stochastic depth, random crops, mixup, AdamW, a schedule, accumulated gradients and
 averaged weights, and writes `last.ckpt` every three steps. Half of the kills come at a random time, half in the middle
-of writing a file, at a random one of the calls that write, sync and rename it. Printed is how many of the runs, each
-killed up to four times, ended with the weights, the optimiser's state and the rows of metrics of one that was not.
+of writing a file, at a random one of the calls that sync it, rename it or set its mode. The script prints how many of
+the runs, each killed up to four times, ended with the weights, optimiser state and rows of metrics of an uninterrupted
+run.
 """
 
 import argparse
@@ -27,11 +28,11 @@ import yaml
 from odenets.training.command import run
 
 EPOCHS = 3
-TIMES = ("train/images_per_s",)  # the one column that no two runs share
+TIMES = ("train/images_per_s",)  # the one column that differs between any two runs
 
 
 def write_config(folder: Path, workers: int = 0, pictures: int = 180, **trainer: Any) -> None:
-    """`c.yaml`, and pictures for it where workers shall decode them."""
+    """Writes `c.yaml`, and pictures for it if workers are to decode them."""
     net = {"scheme": "midpoint", "functions": [2, 2], "widths": [4, 8], "placement": "preact", "stem": "conv3"}
     net |= {"drop_rate": 0.2, "drop_path_rate": 0.2}
     augment = {"crop": 1, "flip": 0.5, "mixup": 0.2}
@@ -73,14 +74,14 @@ def _write_pictures(root: Path, count: int) -> None:
 
 
 def start(folder: Path, *args: str, before: Callable[[], None] | None = None, command: str = "fit") -> int:
-    """Starts a command line in a forked process of its own group; returns its number."""
+    """Starts a command line in a forked process with its own process group; returns its id."""
     sys.stdout.flush()
     if not (pid := os.fork()):
         os.setpgid(0, 0)
         code = 1
         try:
             os.chdir(folder)
-            # As in a new process, whoever imports this.
+            # The default of a new process, whatever the importing process has set.
             warnings.simplefilter("default")
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             for number, name in ((1, "out"), (2, "err")):
@@ -103,14 +104,14 @@ def start(folder: Path, *args: str, before: Callable[[], None] | None = None, co
 
 
 def wait(pid: int) -> int:
-    """Waits for a process of `start`, ends whatever it started, and returns its status."""
+    """Waits for a process of `start`, kills any processes it left, and returns its status."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     kill(pid)
     return code
 
 
 def kill(pid: int) -> None:
-    """SIGKILL for a process and what it started."""
+    """Sends SIGKILL to a process and its children."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -118,7 +119,7 @@ def kill(pid: int) -> None:
 
 
 def die_while_writing(call: int) -> Callable[[], None]:
-    """Has a process kill itself at the n-th of its calls that write, sync or rename a file of a run."""
+    """Makes a process kill itself at its n-th call that syncs, renames or changes the mode of a file."""
 
     def before() -> None:
         left = [call]
@@ -138,7 +139,7 @@ def die_while_writing(call: int) -> Callable[[], None]:
 
 
 def resume_until_done(folder: Path, *args: str, kills: int, length: float, calls: int, draw: random.Random) -> int:
-    """Kills a run up to `kills` times, each at a random moment of what is left, and resumes it; returns the kills."""
+    """Kills a run up to `kills` times at random moments, resumes it each time, and returns the number of kills."""
     done = 0
     while True:
         resumed = ("--ckpt_path", "last") if (folder / "run/checkpoints/last.ckpt").exists() else ()
@@ -158,7 +159,7 @@ def resume_until_done(folder: Path, *args: str, kills: int, length: float, calls
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """What a run ended with: its last checkpoint, and its rows of metrics in order."""
+    """Returns the final state of a run: its last checkpoint, and its rows of metrics in order."""
     held = torch.load(folder / "run/checkpoints/last.ckpt", map_location="cpu", weights_only=True)
     parts = [p for p in (folder / "run").glob("metrics*.csv") if "superseded" not in p.name]
     rows = []
@@ -170,7 +171,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def differing(a: Any, b: Any, name: str = "") -> list[str]:
-    """The names at which two nested values are not equal to the bit."""
+    """Returns the names at which two nested values are not bitwise equal."""
     if isinstance(a, torch.Tensor):
         return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) else [name]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():

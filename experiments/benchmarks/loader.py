@@ -1,16 +1,16 @@
-"""Pictures per second of the loader alone: small pictures from memory, or large ones that are decoded and cut.
+"""Measures pictures per second of the loader alone: small ones from memory, or large ones decoded and cropped.
 
     python experiments/benchmarks/loader.py FOLDER [--batches 100] [--threads 1]
     python experiments/benchmarks/loader.py FOLDER --size 224 [--interpolation bicubic] [--rounds 30] [--enlarge 4]
 
-Without --size FOLDER holds train.parquet and test.parquet of CIFAR-10, and the figure stands beside the training rate
-of a small HO-ResNet that must be fed. It includes batching, crop, flip and normalisation; the model's is forward,
-backward and update on a batch that is there. They are timed in turns; the medians are printed.
+Without --size FOLDER holds train.parquet and test.parquet of CIFAR-10, and the figure is printed beside the training
+rate of a small HO-ResNet. The loader's figure includes batching, crop, flip and normalisation; the model's covers
+forward pass, backward pass and update on a batch that is ready. They are timed in turns; the medians are printed.
 
-With --size FOLDER holds class folders of large pictures; --enlarge takes copies that are so many times as wide and
-high. One process reads batches of 64 from `Images` (random crop of 8 to 100 %, uint8), and from torchvision's
-ImageFolder with RandomResizedCrop and PILToTensor, or, where torchvision does not import, from the same calls of PIL.
-Both are timed in turns on the same files, in seconds of the processor; a round's ratio is that of its two times.
+With --size FOLDER holds class folders of large pictures; --enlarge takes copies that many times as wide and high. One
+process reads batches of 64 from `Images` (random crop of 8 to 100 %, uint8), and from torchvision's ImageFolder with
+RandomResizedCrop and PILToTensor, or, if torchvision does not import, from the same calls of PIL. Both are timed in
+turns on the same files, in processor seconds; the ratio of a round is that of its two times.
 """
 
 import argparse
@@ -35,21 +35,21 @@ from odenets.models import HOResNet
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    repair_torchvision()  # one that was built for another torch keeps Lightning from importing
+    repair_torchvision()  # a torchvision built for another torch keeps Lightning from importing
 
 from odenets.training import Augment, Images
 from odenets.training.decode import RESAMPLING, random_box
 
 
 def batches(data: Images) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Training batches without end, as a run sees them."""
+    """Yields training batches endlessly, as a run would get them."""
     while True:
         for batch in data.train_dataloader():
             yield data.on_after_batch_transfer(batch, 0)
 
 
 def torchvision_sets(root: str, size: int, interpolation: str) -> tuple[str, Any]:
-    """torchvision's data set of the folder, or what it does written with PIL."""
+    """Returns torchvision's data set of the folder, or an equivalent written with PIL."""
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
@@ -61,7 +61,7 @@ def torchvision_sets(root: str, size: int, interpolation: str) -> tuple[str, Any
 
 
 class PlainFolder:
-    """Open, convert to RGB, crop, resize, and turn into a tensor, as torchvision does."""
+    """Opens, converts to RGB, crops, resizes, and turns pictures into tensors, as torchvision does."""
 
     def __init__(self, root: str, size: int, interpolation: str) -> None:
         self.files = sorted(file for file in Path(root).glob("*/*") if file.is_file())
@@ -78,7 +78,7 @@ class PlainFolder:
 
 
 def enlarged(root: str, times: int, target: str) -> None:
-    """Copies of a folder's pictures, so many times as wide and high, as JPEG of quality 90."""
+    """Writes copies of a folder's pictures, `times` as wide and high, as JPEG of quality 90."""
     for file in sorted(Path(root).glob("*/*")):
         picture = Image.open(file).convert("RGB")
         picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
@@ -88,7 +88,7 @@ def enlarged(root: str, times: int, target: str) -> None:
 
 
 def large(root: str, size: int, interpolation: Any, rounds: int) -> None:
-    """Times both ways in turns on the same files and prints medians and the ratio's quartiles."""
+    """Times both ways in turns on the same files; prints medians and the quartiles of the ratio."""
     data = Images(root, size=size, interpolation=interpolation, cache=False, num_workers=0, holdout=1e-9)
     data.setup("fit")
     ours: Any = data.sets["train"]
@@ -104,7 +104,7 @@ def large(root: str, size: int, interpolation: Any, rounds: int) -> None:
         for way in sorted(ways, reverse=bool(number % 2)):
             start = time.process_time()
             ways[way]()
-            if number:  # the first round brings the files into memory
+            if number:  # the first round only brings the files into the page cache
                 times[way].append(time.process_time() - start)
     for way, spent in times.items():
         print(f"{way:<12} {64 / statistics.median(spent):8,.0f} pictures per second of one core")

@@ -1,4 +1,4 @@
-"""Peak memory of one step, as all benchmarks here measure it."""
+"""Peak memory of one step, measured the same way in all benchmarks here."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_mib(step: Callable[[], object], device: str = "cpu") -> float:
-    """MiB above the level before the step: the highest sum of allocations less releases.
+    """Returns the peak in MiB above the level before the step: the highest sum of allocations less releases.
 
-    From the allocator's events, as the profiler records them; on a GPU from the allocator's own count.
+    Taken from the allocator's events as recorded by the profiler; on a GPU from the allocator's own counters.
 
     Args:
-        step: what is measured; gradients of parameters that it writes should exist before.
-        device: where its tensors lie.
+        step: the code that is measured; the parameters whose gradients it writes should have gradients already.
+        device: the device of its tensors.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

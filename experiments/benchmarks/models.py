@@ -1,12 +1,12 @@
-"""Time and memory of the models beside timm's and torchvision's, where those import: one table on the screen.
+"""Prints a table of time and memory of the models beside those of timm and torchvision, if these can be imported.
 
     python experiments/benchmarks/models.py                              # 8 x 3 x 96 x 96, forward and backward, CPU
     python experiments/benchmarks/models.py --models rdnet_tiny --size 192 --batch 8 --memory
     python experiments/benchmarks/models.py --device cuda --batch 128 --size 224 --amp --channels-last --compile
 
-Time is the least CPU time of a training step over rounds in which all variants take turns (on a GPU: elapsed time
-between synchronisations). Memory is the peak of live tensors during one step beyond parameters, gradients and input, as
-the profiler records allocations (on a GPU: the allocator's peak).
+Time is the least CPU time of a training step over rounds in which all variants take turns (on a GPU: wall-clock time
+between synchronisations). Memory is the peak of live tensors during one step beyond parameters, gradients and input,
+from the allocations that the profiler records (on a GPU: the allocator's peak).
 """
 
 import argparse
@@ -42,10 +42,10 @@ class Variant(NamedTuple):
 
 
 def import_peers() -> dict[str, Callable[[str], nn.Module]]:
-    """Model builders of timm and torchvision where they import.
+    """Returns the model builders of timm and torchvision, if these can be imported.
 
-    A torchvision built for CUDA lacks its operators beside a CPU build of torch, and then cannot be imported, unless
-    the two that it decorates at import are declared first.
+    A torchvision built for CUDA lacks its operators under a CPU build of torch and then cannot be imported, unless the
+    two operators that it decorates at import are declared first.
     """
     found: dict[str, Callable[[str], nn.Module]] = {}
     if not torch.cuda.is_available():
@@ -53,7 +53,7 @@ def import_peers() -> dict[str, Callable[[str], nn.Module]]:
         for name in ("nms", "qnms"):
             try:
                 library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:  # a torchvision that fits has declared them
+            except RuntimeError:  # declared already by a torchvision that fits
                 pass
         globals()["_keep"] = library
     for package, build in (
@@ -68,7 +68,7 @@ def import_peers() -> dict[str, Callable[[str], nn.Module]]:
 
 
 def variants(names: list[str], checkpoint: bool) -> Iterator[Variant]:
-    """Ours, ours with recomputation, and the peer's, for every model."""
+    """Yields, for every model, ours, ours with recomputation, and the peer's."""
     peers = import_peers()
     for name in names:
         yield Variant(name, "odenets", lambda name=name: create_model(name))
@@ -96,7 +96,7 @@ def _memory_efficient(name: str) -> nn.Module:
 
 
 class Job:
-    """A model with an input, whose training step can be timed."""
+    """A model and an input, with a training step to time."""
 
     def __init__(self, variant: Variant, args: argparse.Namespace):
         self.variant, self.cuda, self.amp = variant, args.device.startswith("cuda"), args.amp
@@ -107,20 +107,20 @@ class Job:
         self.x = x.to(memory_format=layout)
         self.y = torch.randint(1000, (args.batch,), device=args.device)
         self.device = args.device.split(":")[0]
-        self.step()  # the first call of a Stack has checks of its own, which a compiler need not see
+        self.step()  # the first call of a Stack runs extra checks that the compiler need not see
         self.run: Callable[[Tensor], Tensor] = torch.compile(self.model) if args.compile else self.model
         self.step()
         self.best = float("inf")
 
     def step(self) -> None:
-        """One forward and backward pass."""
+        """Runs one forward and backward pass."""
         run = getattr(self, "run", self.model)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(run(self.x), self.y)
         loss.backward()
 
     def time(self) -> None:
-        """Times one step and keeps the least."""
+        """Times one step and keeps the least time."""
         clock = time.perf_counter if self.cuda else time.process_time
         if self.cuda:
             torch.cuda.synchronize()
@@ -131,7 +131,7 @@ class Job:
         self.best = min(self.best, clock() - start)
 
     def peak(self) -> float:
-        """Peak MiB of one step beyond what lives before it, gradients included in that."""
+        """Returns the peak MiB of one step above the level before it, which includes gradients."""
         return peak_mib(self.step, self.device)
 
 

@@ -1,22 +1,22 @@
-"""Plants single-line faults in a copy of the package, one at a time, and says which of them the tests see.
+"""Plants single-line faults in a copy of the packages, one at a time, and reports which of them the tests catch.
 
     python experiments/benchmarks/mutants.py                       # 120 faults; under an hour on one core
     python experiments/benchmarks/mutants.py --again --seconds 300 # more tests for those that survived
     python experiments/benchmarks/mutants.py --only odenets/training --count 30
-    python experiments/benchmarks/mutants.py --list                # what would be planted
+    python experiments/benchmarks/mutants.py --list                # lists the faults without planting them
 
 A fault changes one place of one line: a comparison, an operator, a number, an `and`, a condition, a name that has an
-opposite (argmin for argmax), a statement that is dropped. Places are drawn over the files of both packages, the same
-for one seed; `NAMED` adds faults that tests once missed. Messages, docstrings, annotations and printed forms are left
-out.
+opposite (argmin for argmax), a statement that is dropped. Places are drawn over the files of both packages and are the
+same for the same seed; `NAMED` adds faults that tests once missed. Messages, docstrings, annotations and printed forms
+are left out.
 
-All quick tests run once, in a copy of the tree whose functions note that they are called (--calls keeps what they
-noted). A fault is then tried on the tests that call the changed function, those first whose file has most to do with
-it, as many as take --seconds. They run in a process that was forked after torch, Lightning and the like had been
-imported, until one fails or that much processor time is spent: how busy the machine is makes no difference. Caught is a
-fault whose test fails with it and passes without it, or comes to no end with it; all others have survived, and want a
-test or an explanation. Each fault is written to --out as it is tried, and one that is there is not tried again, so that
-a run can be stopped and started.
+All quick tests run once, in a copy of the tree whose functions record that they are called (--calls keeps the record).
+A fault is then tried on the tests that call the changed function, as many as fit into --seconds, those in the most
+relevant files first. They run in a process forked after torch, Lightning and the like have been imported, until one
+fails or that much processor time is spent, so the load of the machine makes no difference. A fault is caught if a test
+fails with it and passes without it, or does not finish with it. All others have survived and need a test or an
+explanation. Each fault is written to --out as it is tried and is not tried again, so that a run can be stopped and
+resumed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("schemes", "odenets")
-# What is looked at and not computed with.
+# Code whose results are displayed, not computed with.
 LEFT_OUT = re.compile(r"deprecation|plots|messages|__main__|/report|/page")
 FORMS = {"__repr__", "__str__", "extra_repr", "_options", "format_mode", "to_text"}
 OPPOSITES = {
@@ -61,7 +61,7 @@ OPERATORS = {
     **{ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "//"), ast.Pow: ("**", "*")},
 }
 
-# (file, what stands there, what is put there): faults that tests did not see in earlier runs.
+# (file, text, replacement): faults that tests missed in earlier runs.
 NAMED = [
     ("odenets/models/catalogue.py", "(0.485, 0.456, 0.406)", "(0.485, 0.456, 0.46)"),
     ("odenets/models/catalogue.py", "(0.229, 0.224, 0.225)", "(0.229, 0.224, 0.22)"),
@@ -84,13 +84,13 @@ class Fault:
 
     Attributes:
         file: path from the root.
-        line: number of its line.
+        line: line number.
         before: the line as it is.
         after: the line with the fault.
-        start: offset in the file of what is replaced.
-        end: where it ends.
-        put: what is put in its place.
-        within: name of the function or class around it.
+        start: byte offset in the file of the text that is replaced.
+        end: byte offset of its end.
+        put: the replacement.
+        within: name of the enclosing function or class.
     """
 
     file: str
@@ -104,7 +104,7 @@ class Fault:
 
 
 class _Places(ast.NodeVisitor):
-    """Collects the places of a file where a fault can be planted, as (start, end, text, name around)."""
+    """Collects the places of a file where a fault can be planted, as (start, end, replacement, enclosing name)."""
 
     def __init__(self, source: str):
         self.source, self.found, self.around = source, list[tuple[int, int, str, str]](), [""]
@@ -122,7 +122,7 @@ class _Places(ast.NodeVisitor):
         self.found.append((start, end, text, self.around[-1]))
 
     def between(self, left: ast.AST, right: ast.AST, old: str, new: str) -> None:
-        """Replaces an operator, which stands between two operands."""
+        """Replaces an operator between two operands."""
         start, end = self.span(left)[1], self.span(right)[0]
         text = self.raw[start:end].decode()
         match = re.search(rf"(?<![=<>!*/]){re.escape(old)}(?![=*/])" if not old[0].isalpha() else rf"\b{old}\b", text)
@@ -155,7 +155,7 @@ class _Places(ast.NodeVisitor):
         """Messages are left out."""
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Texts are left out."""
+        """F-strings are left out."""
 
     def visit_Expr(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Constant):
@@ -229,7 +229,7 @@ def faults_in(file: str, source: str) -> list[Fault]:
 
 
 def named() -> Iterator[Fault]:
-    """The faults of `NAMED`, where their text still stands."""
+    """Yields the faults of `NAMED`; fails if the text of one is no longer there."""
     for file, old, new in NAMED:
         source = (ROOT / file).read_text()
         start = source.find(old)
@@ -242,7 +242,7 @@ def named() -> Iterator[Fault]:
 
 
 def drawn(count: int, seed: int, only: str) -> list[Fault]:
-    """Faults drawn over the files, in turn, so that a long file does not take all of them."""
+    """Draws faults from the files in turn, so that a long file does not supply all of them."""
     generator, pools = random.Random(seed), []
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -263,7 +263,7 @@ def drawn(count: int, seed: int, only: str) -> list[Fault]:
 
 
 def relevance(fault: Fault, source: str, texts: dict[str, str]) -> Counter[str]:
-    """How much test files have to do with a fault in a source, by the words in them."""
+    """Scores how relevant test files are to a fault in a source, by the words in them."""
     stem, module = Path(fault.file).stem, fault.file[:-3].replace("/", ".")
     public = {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     scores: Counter[str] = Counter()
@@ -277,14 +277,15 @@ def relevance(fault: Fault, source: str, texts: dict[str, str]) -> Counter[str]:
 
 
 def functions(source: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions of a file, outer ones first."""
+    """Returns the functions of a file, outer ones first."""
     nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return sorted(nodes, key=lambda node: node.lineno)
 
 
 def marked(file: str, source: str) -> str:
-    """The source in which each function notes that it was called."""
+    """Returns the source with a line in each function that records that it was called."""
     lines = source.splitlines()
+    # From the end, so that the line numbers of earlier functions stay valid.
     for node in reversed(functions(source)):
         first = next(
             (n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))), None
@@ -295,7 +296,7 @@ def marked(file: str, source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Beside the marked sources: what is called in processes that tests start is written down when they end.
+# Accompanies the marked sources: processes started by tests write down at exit which functions they called.
 NOTING = """
 import atexit, builtins, os
 builtins._called = set()
@@ -314,21 +315,21 @@ class Calls:
 
     Attributes:
         seconds: processor time of each test.
-        tests: of each function, "file:line of its def", the tests that call it, by their numbers in `seconds`.
+        tests: for each function, as "file:line of its def", the tests that call it, by their positions in `seconds`.
     """
 
     seconds: dict[str, float]
     tests: dict[str, list[int]]
 
     def of(self, fault: Fault, source: str, texts: dict[str, str], seconds: float) -> list[str]:
-        """The tests for a fault that fit into the time: those of the files first that have most to do with it."""
+        """Returns the tests for a fault that fit into the time, those of the most relevant files first."""
         around = [n for n in functions(source) if n.body[0].lineno <= fault.line <= n.end_lineno]
         numbers = self.tests.get(f"{fault.file}:{around[-1].lineno}", []) if around else []
-        if not numbers:  # a table
+        if not numbers:  # a table at module level, or a function that no test calls
             numbers = sorted({n for place, ns in self.tests.items() if place.split(":")[0] == fault.file for n in ns})
         names, scores = list(self.seconds), relevance(fault, source, texts)
         found = [names[n] for n in numbers] or [name for name in names if scores[name.split("::")[0]] > 1]
-        # Cases that are called as something in the changed line, or as the table around it, then three of each law.
+        # First cases named like something in the changed line or the table around it, then three cases of each test.
         lines = source.splitlines()
         top = next((n for n in ast.parse(source).body if n.lineno <= fault.line <= (n.end_lineno or 0)), None)
         text = f"{fault.before} {lines[top.lineno - 1] if top is not None else ''}"
@@ -349,12 +350,12 @@ class Calls:
 
 
 class Watch:
-    """A plugin of pytest that writes down which test runs and which failed, and ends the session when time is up.
+    """A pytest plugin that logs which test runs and which fail, and ends the session when time is up.
 
     Args:
         log: file that it writes to.
-        tests: which tests run, in this order; all where there are none.
-        seconds: processor time after which no test begins.
+        tests: the tests to run, in this order; all if empty.
+        seconds: processor time after which no further test begins.
     """
 
     def __init__(self, log: Path, tests: list[str], seconds: float):
@@ -395,10 +396,10 @@ def run_tests(
     """Runs tests in the copy, in a forked process.
 
     Returns:
-        What the plugin wrote, a pair of words a line.
+        The lines that the plugin wrote, each split into its first word and the rest.
 
     Raises:
-        TimeoutError: The process stood still.
+        TimeoutError: The process hung.
     """
     log, out = copy.parent / "log", copy.parent / "out"
     log.write_text("")
@@ -428,14 +429,14 @@ def run_tests(
             raise TimeoutError
         time.sleep(0.1)
     try:
-        os.killpg(child, signal.SIGKILL)  # what the tests left running
+        os.killpg(child, signal.SIGKILL)  # processes that the tests left running
     except ProcessLookupError:
         pass
     return [line.split(" ", 1) for line in log.read_text().splitlines()]
 
 
 def first_failed(lines: list[list[str]]) -> str:
-    """The first test that failed, or that still ran when its process had ended; "" where there is none."""
+    """Returns the first test that failed, or that was running when its process died; "" if there is none."""
     failed = [test for what, test in lines if what == "failed"]
     if failed:
         return failed[0]
@@ -445,7 +446,7 @@ def first_failed(lines: list[list[str]]) -> str:
 
 
 class CallsWatch(Watch):
-    """Watches which marked functions a test calls, and how much processor time it takes."""
+    """Records which marked functions a test calls, and how much processor time it takes."""
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         vars(builtins)["_called"].clear()
@@ -457,7 +458,7 @@ class CallsWatch(Watch):
 
 
 def calls(copy: Path) -> Calls:
-    """Runs all quick tests once, in a copy whose functions are marked, and puts the copy back."""
+    """Runs all quick tests once, in a copy whose functions are marked, and restores the copy."""
     whole = {p: p.read_text() for package in PACKAGES for p in sorted((copy / package).rglob("*.py"))}
     seconds, tests, called = Counter[str](), dict[str, set[str]](), copy.parent / "called"
     called.mkdir()
@@ -490,7 +491,7 @@ class Trial:
 
     Args:
         copy: root of the copy.
-        seconds: processor time that a fault is tried for, until the test that then runs has ended.
+        seconds: processor time spent on a fault; the test that is then running still finishes.
     """
 
     def __init__(self, copy: Path, seconds: float):
@@ -506,7 +507,7 @@ class Trial:
         return test in self.pass_whole
 
     def caught_by(self, fault: Fault, tests: list[str]) -> str:
-        """The test that sees a fault, or "" where none does."""
+        """Returns the test that catches a fault, or "" if none does."""
         target = self.copy / fault.file
         raw = target.read_bytes()
         while tests := [t for t in tests if not {t, t.split("::")[0]} & self.fail_whole]:
@@ -525,8 +526,8 @@ class Trial:
 
 
 def import_others() -> None:
-    """Imports what tests import besides the two packages, once for all the processes that are forked."""
-    os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # ours would import the packages
+    """Imports what tests need besides the two packages, once for all forked processes."""
+    os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # our own plugin would import the packages
     names = ("torch", "lightning.pytorch", "jsonargparse", "datasets", "PIL.Image", "torchmetrics", "safetensors.torch")
     names += ("sklearn.datasets", "matplotlib.pyplot", "scipy.stats", "transformers", "torchdiffeq", "tensorboard")
     for name in names:
@@ -538,7 +539,7 @@ def import_others() -> None:
 
 
 def copied(scratch: Path) -> Path:
-    """A copy of the tree's files, as far as git lists them."""
+    """Copies the files of the tree that git lists."""
     copy = scratch / "copy"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -549,7 +550,7 @@ def copied(scratch: Path) -> Path:
 
 
 def table(done: list[dict]) -> str:
-    """Caught and survived, by folder."""
+    """Formats the numbers of caught and surviving faults by folder."""
     counts: dict[str, Counter[bool]] = {}
     for row in done:
         counts.setdefault(str(Path(row["file"]).parent), Counter())[bool(row["caught"])] += 1

@@ -1,17 +1,18 @@
-"""Solvers of ordinary differential equations at equal error: `schemes.odeint` against torchdiffeq (and torchode).
+"""Compares ODE solvers at equal error: `schemes.odeint` against torchdiffeq (and torchode).
 
     nice python experiments/benchmarks/odeint.py               # all tables, about 5 minutes, one thread
-    pip install torchode torchtyping "typeguard<3"             # to have torchode beside it
+    pip install torchode torchtyping "typeguard<3"             # to compare with torchode too
     nice python experiments/benchmarks/odeint.py speed         # time at equal error
     nice python experiments/benchmarks/odeint.py gradients     # memory, time and error of each way to differentiate
     nice python experiments/benchmarks/odeint.py batch         # a step size per sample
     python experiments/benchmarks/odeint.py --quick            # fewer rounds
 
-Every round runs every solver at every tolerance once, in an order drawn anew; times are medians over the rounds, of the
-processor (one thread), so that what else the machine does counts little. Errors are those at the end, against dopri8 at
-1e-12. A ratio compares times at one error: the other's time is read from its own curve of time over error, linear in
-the logarithms, at the errors that both reach; the geometric mean over them is given. The overhead is the time per
-attempted step less the evaluations of the field in it, timed by themselves.
+Every round runs every solver at every tolerance once, in a new random order. Times are medians over the rounds of
+processor time (one thread), so that other load on the machine matters little. Errors are those at the end, against
+dopri8 at 1e-12 (in single precision 1e-7). A ratio compares times at equal error: the time of our solver is read from
+its curve of time over error, linear in the logarithms, at the errors of the other that lie on it; the table shows the
+geometric mean. The overhead is the time per attempted step minus that of its evaluations of the field, which are timed
+separately.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def solvers(f, y0, end, tol):
     if torchdiffeq is not None:
         found["torchdiffeq dopri5"] = lambda: torchdiffeq.odeint(f, y0, t, method="dopri5", rtol=tol, atol=tol)[-1]
     if torchode is not None and y0.ndim == 2:
-        # Its times are one per sample, and its states flat.
+        # torchode takes one time per sample, and flat states.
         term = torchode.ODETerm(lambda t, y: f(t[:, None], y))
         adjoint = torchode.AutoDiffAdjoint(
             torchode.Dopri5(term=term), torchode.IntegralController(atol=tol, rtol=tol, term=term)
@@ -104,7 +105,7 @@ def solvers(f, y0, end, tol):
 
 
 def at_error(curve: list[tuple[float, float]], error: float) -> float | None:
-    """The time at an error, between the points of a curve of (error, time)."""
+    """Returns the time at an error, interpolated on a curve of (error, time); None outside it."""
     points = sorted((math.log(e), math.log(t)) for e, t in curve)
     x = math.log(error)
     for (a, s), (b, u) in pairwise(points):
@@ -114,13 +115,13 @@ def at_error(curve: list[tuple[float, float]], error: float) -> float | None:
 
 
 def reference(f, y0, t):
-    """The end, to all digits that the dtype has."""
+    """Returns the final state to the full precision of the dtype."""
     tol = 1e-12 if y0.dtype == F64 else 1e-7
     return schemes.odeint(f, y0, t, method="dopri8", rtol=tol, atol=tol)[-1].double()
 
 
 def cost(f, y0, rounds: int) -> float:
-    """The time of one evaluation."""
+    """Returns the time of one evaluation."""
     t = torch.zeros((), dtype=y0.dtype)
     return statistics.median(timed(lambda: [f(t, y0) for _ in range(50)])[0] / 50 for _ in range(max(rounds, 5)))
 
@@ -175,7 +176,7 @@ def speed(rounds: int) -> None:
 
 @torch.no_grad()
 def batch(rounds: int) -> None:
-    """1,000 oscillators of Van der Pol, mu from 0.1 to 100, until 10."""
+    """Solves 1,000 Van der Pol oscillators with mu from 0.1 to 100, until time 10."""
     mu = torch.logspace(-1, 2, 1000, dtype=F64)[:, None]
     y0 = torch.tensor([[2.0, 0.0]], dtype=F64).repeat(1000, 1)
     t = torch.tensor([0.0, 10.0], dtype=F64)
@@ -200,7 +201,7 @@ def batch(rounds: int) -> None:
         took = statistics.median(timed(run)[0] for _ in range(max(1, rounds // 3)))
         found = run()
         per = found.evaluations if found.rows is None or "context" not in name else found.rows / 1000
-        if name == "schemes, independent":  # all rows are evaluated; this is what the samples need
+        if name == "schemes, independent":  # every call evaluates all rows; count what the samples need
             per = float((found.accepted + found.rejected).double().mean()) * 6
         print(f"| {name} | {per:,.0f} | {took:.2f} | {float((found.y[-1] - exact).abs().max()):.0e} |")
     if torchdiffeq is not None:
@@ -210,7 +211,7 @@ def batch(rounds: int) -> None:
 
 
 def gradients(rounds: int) -> None:
-    """Memory, time and error of each way to differentiate, on a smooth field and on a stiff one."""
+    """Compares memory, time and error of each way to differentiate, on a smooth and on a stiff field."""
     print("| Field | Gradient | Saved, states | Time, ms | Gradient's error |\n|---|---|--:|--:|--:|")
     for name, stiff in (("smooth", 1.0), ("stiff", 40.0)):
         torch.manual_seed(0)

@@ -1,16 +1,17 @@
-"""Predicted and measured memory of training under plans, and what "auto" chooses for a memory.
+"""Compares predicted and measured training memory under plans, and shows the plans found for a memory budget.
 
     python experiments/benchmarks/plan.py                    # about 5 minutes, one thread
     python experiments/benchmarks/plan.py --case revcol      # one network
 
 Cases: "blocks", the stack of ``reversible.py`` at depth 16 (state 64x32x8x8); "revcol", RevCol-T at 96 pixels, batch 4;
-"horesnet", HO-ResNet of 26 layers at 64 pixels, batch 8. Each runs in plain modes first, then under plans that
-``odenets.plan(model, x, memory=...)`` finds for shares of what storing takes; the smallest is what any plan takes.
+"horesnet", HO-ResNet of 26 layers at 64 pixels, batch 8. Each runs in plain modes first, then under the plans that
+``odenets.plan(model, x, memory=...)`` finds for shares of the stored run's memory, down to the smallest that any plan
+can meet.
 
 Predicted: the peak that the plan reports. Peak: the largest sum of the allocator's events in one forward and backward
-pass, loss y.square().mean(), above what was there before; gradients are preallocated, so that neither they nor
-parameters count. Time: of one pass, processor time of one thread, the least of three, to the stored run. Error: of the
-gradients of all parameters, relative, global norm, against the stored run.
+pass, loss y.square().mean(), above the level before; gradients are preallocated, so neither they nor parameters count.
+Time: processor time of one pass on one thread, the least of three, relative to the stored run. Error: relative error of
+the gradients, in the global norm over all parameters, against the stored run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Fine-tuning transformers in the memory of two layers: memory, time, gradient error, and the largest batch that fits.
+"""Measures fine-tuning of transformers in the memory of two layers: memory, time, gradient error, largest batch.
 
     python experiments/benchmarks/restack.py             # about 5 minutes, one thread
     python experiments/benchmarks/restack.py --quick     # 12 layers instead of 24, one round
@@ -8,12 +8,13 @@ Randomly initialised models of transformers: ViT of width 192 on pictures of 96 
 GPT-2 and Llama of width 192 on 64 tokens, batch 8, without a cache. Training mode without dropout; the loss is
 logits.square().mean().
 
-Kept: what a forward pass leaves for the backward pass. Peak: the largest sum of the allocator's events in one forward
-and backward pass, above what was there before; gradients are preallocated. Times are processor time of one thread, a
-round times every row once, and a figure is the median over the rounds of the ratio to the untouched model in the same
-round. Gradient error: of all parameters, relative, global norm, in single precision, against autograd over the same
-states: of euler the untouched model, of bdia the run on the same grid and with the same signs (seed=0) that keeps all
-states, of momentum the stored run. Batch: the largest whose peak is within the memory that the untouched model takes.
+Kept: the memory that a forward pass leaves for the backward pass. Peak: the largest sum of the allocator's events in
+one forward and backward pass, above the level before; gradients are preallocated. Times are processor time of one
+thread. A round times every row once, and a figure is the median over the rounds of the ratio to the untouched model in
+the same round. Gradient error: relative, in the global norm over all parameters, in single precision, against autograd
+over the same states: for euler the untouched model, for bdia the run on the same grid and with the same signs (seed=0)
+that keeps all states, for momentum the stored run. Batch: the largest whose peak fits into the memory of the untouched
+model.
 """
 
 import argparse
@@ -69,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[int], Any], str, int]] = {
         8,
     ),
 }  # fmt: skip
-# What the gradients of a row are compared with: a row, or the options of a run that keeps all states.
+# For each row, the reference of its gradients: another row, or the options of a run that keeps all states.
 ROWS: dict[str, tuple[dict[str, Any] | None, Any]] = {
     "untouched": (None, None),
     "euler, store": ({"scheme": "euler", "backprop": "store"}, "untouched"),
@@ -123,7 +124,7 @@ def kept_mib(net: nn.Module, x: Tensor) -> float:
 
 
 def largest(peak: Callable[[int], float], limit: float, n: int) -> int:
-    """The largest batch whose peak is within the limit; peaks are nearly linear in it."""
+    """Returns the largest batch whose peak is within the limit; the peak is nearly linear in the batch."""
     low, high = peak(n), peak(2 * n)
     guess = max(1, int(n + (limit - low) / max(high - low, 1e-9) * n))
     while guess > 1 and peak(guess) > limit:
@@ -136,7 +137,7 @@ def rows(name: str, depth: int, rounds: int) -> list[list[str]]:
     x = batch(name, n)
     nets = {row: build(name, depth, options) for row, (options, _) in ROWS.items()}
     for net in nets.values():
-        step(net, x)  # measures growth, and makes the gradients
+        step(net, x)  # measures growth and allocates the gradients
     found: dict[str, list[float]] = {row: [] for row in ROWS}
     for _ in range(rounds):
         for row, net in nets.items():

@@ -1,12 +1,12 @@
-"""Memory of RevCol against its number of columns, stored, checkpointed and in reverse mode, beside the gradient error.
+"""Measures memory and gradient error of RevCol against its number of columns: stored, checkpointed, exact, reverse.
 
     python experiments/benchmarks/revcol_columns.py [--columns 2 4 8 16] [--batch 4] [--side 64] [--save FILE]
     python experiments/benchmarks/revcol_columns.py --read experiments/results/revcol_columns.json --plot columns.png
 
-The model as people train it, with stem and head: widths 32 to 256, blocks 2, 2, 4, 2, alpha 0.5, float32. Memory is the
-highest sum of allocations in one forward and backward pass, gradients of parameters allocated before, from the
-allocator's events; on a GPU (--device cuda) it is ``max_memory_allocated``. The error is that of all gradients together
-against float64 stored, in the Euclidean norm; that of the stored run in float32 stands beside it.
+The model is complete, with stem and head: widths 32 to 256, blocks 2, 2, 4, 2, alpha 0.5, float32. Memory is the
+highest sum of allocations in one forward and backward pass, from the allocator's events, with gradients of parameters
+allocated before; on a GPU (--device cuda) it is ``max_memory_allocated``. The error is that of all gradients together
+against a stored run in float64, in the Euclidean norm, with that of the stored run in float32 beside it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def network(columns: int, mode: str) -> RevCol:
     with torch.no_grad():
         for name, p in net.named_parameters():
             if name.endswith("gamma"):
-                p.fill_(0.5)  # the start of 1e-6 would leave little of the blocks' gradients to compare
+                p.fill_(0.5)  # the initial value of 1e-6 would leave little of the blocks' gradients to compare
     return net
 
 

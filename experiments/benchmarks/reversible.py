@@ -1,23 +1,23 @@
-"""Training memory, time and gradient error of reversible stacks, against checkpointing and public reversible code.
+"""Measures memory, time and gradient error of reversible stacks, against checkpointing and public reversible code.
 
     python experiments/benchmarks/reversible.py                  # about 10 minutes, one thread
     python experiments/benchmarks/reversible.py --quick          # depths 8 and 32, fewer rounds
     python experiments/benchmarks/reversible.py --case revcol    # columns of levels, alpha = 0.5
-    python experiments/benchmarks/reversible.py --case steps     # what one of many cheap steps costs
+    python experiments/benchmarks/reversible.py --case steps     # cost of one of many cheap steps
 
-Case "blocks": state 64x32x8x8, a block is two half blocks GroupNorm(4)-act-conv3x3-GroupNorm(4)-act-conv3x3 without
-bias on 16 channels, loss y.square().mean(). Case "revcol": 2 to 16 columns, widths 32..256 at 64x64 input, batch 4,
-ConvNeXt blocks 2,2,4,2. Case "steps": 20 to 2,000 steps of Linear(64, 64)-Tanh halves on 32 rows.
-revlib, revtorch and memcnn take part where they are installed.
+Case "blocks": state 64x32x8x8; a block is two half blocks GroupNorm(4)-act-conv3x3-GroupNorm(4)-act-conv3x3 without
+bias on 16 channels; the loss is y.square().mean(). Case "revcol": 2 to 16 columns, widths 32..256 at 64x64 input, batch
+4, ConvNeXt blocks 2,2,4,2. Case "steps": 20 to 2,000 steps of Linear(64, 64)-Tanh halves on 32 rows.
+revlib, revtorch and memcnn are included if they are installed.
 
-Peak: the largest sum of the allocator's events in one forward and backward pass, above what was there before; gradients
-are preallocated, so that neither they nor parameters count. Slope: peak per block, from the smallest to the largest
-depth. Times are processor time of one thread; every round times every implementation once, in an order drawn anew, and
-a figure is the median over the rounds of the ratio, in the same round, to the stored run, and to the stored run plus
-one forward pass without gradients.
-Gradient error: of all parameters, relative, global norm, against the stored run of the same dtype (memcnn leaves the
-gradient of a leaf input at zero, which this does not count); of exact and bdia, against the run on the same grid and
-with the same draws that keeps all states. bdia runs one function of 32 channels a block, as "euler, stored" does.
+Peak: the largest sum of the allocator's events in one forward and backward pass, above the level before; gradients are
+preallocated, so neither they nor parameters count. Slope: peak per block, from the smallest to the largest depth. Times
+are processor time of one thread. Every round times every implementation once, in a new random order, and a figure is
+the median over the rounds of the ratio, in the same round, to the stored run, and to the stored run plus one forward
+pass without gradients.
+Gradient error: relative, in the global norm over all parameters, against the stored run of the same dtype (memcnn
+leaves the gradient of a leaf input at zero, which is not counted); for exact and bdia, against the run on the same grid
+and with the same draws that keeps all states. bdia runs one function of 32 channels per block, as "euler, stored" does.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from odenets import Stack
 from odenets.layers.scale import ChannelScale
 
-# What a row's gradients are compared with, where it is not the stored run: the same arithmetic, all states kept.
+# Reference of a row's gradients, if it is not the stored run: the same arithmetic with all states kept.
 REFERENCES = {"exact": "exact, all states", "bdia": "bdia, all states"}
 
 
@@ -49,7 +49,7 @@ def half(act: type[nn.Module], channels: int = 16) -> nn.Sequential:
 
 
 class Pair(nn.Module):
-    """One block by hand: x_0 <- x_0 + F(x_1), x_1 <- x_1 + G(x_0)."""
+    """One hand-written block: x_0 <- x_0 + F(x_1), x_1 <- x_1 + G(x_0)."""
 
     def __init__(self, f: nn.Module, g: nn.Module):
         super().__init__()
@@ -97,7 +97,7 @@ def blocks_case(depth: int, act: type[nn.Module]) -> tuple[dict[str, nn.Module],
         "checkpoint sqrt": Checkpointed(pairs(), max(1, round(math.sqrt(depth)))),
         **public(fresh, pairs, depth),
     }
-    # The same network without a split: one function of full width a block, unmodified but for its training.
+    # The same network without a split: one function of full width per block, changed only in training.
     wide = [half(act, 32) for _ in range(depth)]
     nets["euler, stored"] = Stack(copy.deepcopy(wide), "euler")
     nets["bdia"] = Stack(copy.deepcopy(wide), "bdia", backprop="exact")
@@ -137,7 +137,7 @@ def public(fresh: Callable[[], list[nn.Module]], pairs: Callable, depth: int) ->
 
 
 class LayerNorm(nn.LayerNorm):
-    """Over the channels of (n, c, h, w)."""
+    """Layer norm over the channels of (n, c, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -159,7 +159,7 @@ class ConvNeXt(nn.Module):
 
 
 class Level(nn.Module):
-    """The function of one level: fuses what is below and above, then a few ConvNeXt blocks."""
+    """The function of one level: fuses the streams below and above, then applies a few ConvNeXt blocks."""
 
     def __init__(self, down: int | None, up: int | None, channels: int, blocks: int):
         super().__init__()
@@ -201,7 +201,7 @@ def train(net: nn.Module, x: Tensor) -> None:
 
 
 def flat(net: nn.Module, x: Tensor) -> Tensor:
-    """The gradients of all parameters, one after the other, in the order in which the functions were made."""
+    """Returns the gradients of all parameters, concatenated in the order in which the functions were created."""
     torch.manual_seed(0)  # bdia draws
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -254,7 +254,7 @@ def table(case: Callable, depths: list[int], act: type[nn.Module], rounds: int, 
     for depth in depths:
         nets, x = case(depth, act)
         if only is not None:
-            # With what their gradients are compared to.
+            # Together with the references of their gradients.
             kept = {"stored", *only, *(REFERENCES[name] for name in only if name in REFERENCES)}
             nets = {name: net for name, net in nets.items() if name in kept}
         for name, row in measure(nets, x, rounds).items():
@@ -277,7 +277,7 @@ def table(case: Callable, depths: list[int], act: type[nn.Module], rounds: int, 
 
 
 def steps_table(depths: list[int], rounds: int) -> None:
-    """Microseconds a step, forward and backward pass, the least of the rounds: mostly the engine's own work."""
+    """Prints microseconds per step, forward and backward, the least of the rounds: mostly overhead of the engine."""
     print(f"  {'us a step at depth':20s} {' '.join(f'{d:>7d}' for d in depths)}")
     columns: dict[str, list[float]] = {}
     for depth in depths:

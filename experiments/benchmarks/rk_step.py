@@ -1,12 +1,12 @@
-"""One Runge-Kutta step: `schemes` and `Stack` against hand-written loops and torchdiffeq, interleaved in one process.
+"""Times one Runge-Kutta step: `schemes` and `Stack` against hand-written loops and torchdiffeq, in one process.
 
     python experiments/benchmarks/rk_step.py            # about 5 minutes, one thread
     python experiments/benchmarks/rk_step.py --quick    # about 1 minute, noisier
     python experiments/benchmarks/rk_step.py --compile  # hand loop and Stack under torch.compile
 
-Every round runs every implementation once, in an order drawn anew; each figure is the median over the rounds, and the
+Every round runs every implementation once, in a new random order. Each figure is the median over the rounds, and the
 ratio is the median over the rounds of (time / time of the best hand-written loop in the same round). The best loop is
-the one with the smallest median. torchdiffeq is left out where it is not installed; its rk4 is the 3/8 rule.
+the one with the smallest median. torchdiffeq is left out if it is not installed; its rk4 is the 3/8 rule.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def fused(y, ks, row):
 
 
 class Hand(nn.Module):
-    """The hand-written loop for dopri8, from a list of rows, as a module like the others."""
+    """A hand-written loop over the rows of a tableau, as a module like the others."""
 
     def __init__(self, fs, name: str, combine: Callable):
         super().__init__()
@@ -85,7 +85,7 @@ class HandRK4(nn.Module):
 
 
 class Cheap(nn.Module):
-    """A function that costs one pass over the state."""
+    """A residual function that costs one sweep over the state."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures, their masks and what a run on drawn shapes predicts, in three rows.
+"""Draws pictures, their masks and the predictions of a run on drawn shapes, in three rows.
 
 lightning fit -c experiments/shapes_upernet.yaml
 lightning predict -c experiments/shapes_upernet.yaml --ckpt_path best

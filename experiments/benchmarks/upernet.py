@@ -1,11 +1,11 @@
-"""Memory of a training step of UPerNet, by backprop mode: predicted by ``odenets.plan``, and measured.
+"""Compares the memory of a training step of UPerNet in each backprop mode: predicted by ``odenets.plan``, and measured.
 
     python experiments/benchmarks/upernet.py                                        # RevCol-T at 128 pixels
     python experiments/benchmarks/upernet.py --model revcol_base --size 640 --batch 1 --predict
 
-Memory is what one forward and backward pass takes at most, above parameters, their gradients, and the batch, with 150
-classes and the heads of the published size. Predicted: by the plan of the mode. Measured: the largest sum of the
-allocator's events. ``--predict`` leaves the measurement out, which the network may be too large for.
+Memory is the peak of one forward and backward pass, beyond parameters, their gradients, and the batch, with 150 classes
+and heads of the published size. Predicted: by the plan of the mode. Measured: the largest sum of the allocator's
+events. ``--predict`` skips the measurement, for which the network may be too large.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
         net = UPerNet(given.model, num_classes=150, backprop=mode)
         x = torch.randn(given.batch, 3, given.size, given.size)
         y = torch.randint(0, 150, (given.batch, given.size, given.size))
-        # A batch of one has no statistics, and memory does not depend on them.
+        # Batch norm cannot train on a batch of one; memory does not depend on it.
         if given.batch == 1:
             net.net.decode_head.eval()
             net.training = False

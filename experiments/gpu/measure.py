@@ -1,10 +1,10 @@
-"""Time and memory of steps, solvers and models on a device, a line of JSON for each case as soon as it is measured.
+"""Measures time and memory of steps, solvers and models on a device; writes a line of JSON after each case.
 
     python experiments/gpu/measure.py OUT --seconds 240 [--tiny]
 
-Lines go to OUT/measured.jsonl. A case that stands there is not measured again: one that ended the process (an error of
-the device, a kill) is left as "crashed". Times are medians, on a GPU between synchronisations. Memory is the
-allocator's peak during one step, beyond what lived before it.
+Lines go to OUT/measured.jsonl. A case found there is not measured again; one that ended the process (a device error, a
+kill) is left as "crashed". Times are medians, on a GPU between synchronisations. Memory is the allocator's peak during
+one step, above the level before it.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from tables import measured
 
 
 class Case(NamedTuple):
-    """One line.
+    """One line of a table.
 
     Attributes:
-        table: where it stands.
-        name: in that table.
-        run: measures; returns figures by name.
+        table: name of the table.
+        name: name of the line in that table.
+        run: measures the case and returns figures by name.
     """
 
     table: str
@@ -53,8 +53,8 @@ class Case(NamedTuple):
 
 
 def median_s(step: Callable[[], Any], device: str, seconds: float) -> float:
-    """Seconds a call, from as many calls as fit, three at least, after two that do not count."""
-    if device == "cpu":  # whose figures say that all of this runs, and no more
+    """Returns the median seconds of a call over as many as fit, at least three, after two warm-up calls."""
+    if device == "cpu":  # on a CPU the only aim is to see that all of this runs
         seconds = 0.0
     times: list[float] = []
     begun = time.monotonic()
@@ -68,14 +68,14 @@ def median_s(step: Callable[[], Any], device: str, seconds: float) -> float:
 
 
 def training_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, device: str) -> None:
-    """Forward, loss and backward under bfloat16."""
+    """Runs forward pass and loss under bfloat16 autocast, then the backward pass."""
     with torch.autocast(device, torch.bfloat16):
         loss = F.cross_entropy(net(x).float(), y)
     loss.backward()
 
 
 def prepared(build: Callable[[], nn.Module], batch: int, size: int, device: str) -> tuple[nn.Module, Callable]:
-    """A net with a step on random pictures, gradients allocated."""
+    """Returns a net with allocated gradients, and a training step on random pictures."""
     torch.manual_seed(0)
     net = build().to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
@@ -98,7 +98,7 @@ def model_case(build: Callable[[], nn.Module], compiled: bool, batch: int, size:
 
 
 def largest_batch(build: Callable[[], nn.Module], size: int, device: str, most: int) -> dict[str, Any]:
-    """The largest power of two that a training step has memory for."""
+    """The largest power of two, as a batch size, for which a training step fits into memory."""
     batch = found = 1
     while batch <= most:
         try:
@@ -112,7 +112,7 @@ def largest_batch(build: Callable[[], nn.Module], size: int, device: str, most: 
 
 
 def columns_case(columns: int, mode: str, batch: int, side: int, device: str) -> dict[str, Any]:
-    """Peak memory, time and the error of the gradient of a RevCol, against float64 that keeps everything."""
+    """Peak memory, time and gradient error of a RevCol; the reference is float64 with all states stored."""
     torch.manual_seed(0)
     source = revcol_columns.network(columns, "store")
     x, y = torch.randn(batch, 3, side, side).to(device), (torch.arange(batch) % 10).to(device)
@@ -138,7 +138,7 @@ def rk_case(case: str, implementation: str, device: str) -> dict[str, Any]:
 
 
 def odeint_case(package: str, tolerance: float, rows: int, device: str) -> dict[str, Any]:
-    """A perceptron's flow by dopri5, without gradients."""
+    """Solves the flow of a perceptron by dopri5, without gradients."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(device)
     y, t = torch.randn(rows, 64).to(device), torch.tensor([0.0, 4.0], device=device)
@@ -162,7 +162,7 @@ def odeint_case(package: str, tolerance: float, rows: int, device: str) -> dict[
 
 
 class Drawn(Pictures):
-    """As many random pictures as a training set of CIFAR has, kept in memory."""
+    """Random pictures in the format of CIFAR, kept in memory."""
 
     num_classes, in_chans = 10, 3
 
@@ -177,7 +177,7 @@ class Drawn(Pictures):
 
 
 class Epochs(L.Callback):
-    """Seconds of each epoch, first to last step."""
+    """Records the seconds of each epoch, from the first to the last step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -192,7 +192,7 @@ class Epochs(L.Callback):
 
 
 def training_case(depth: int, count: int, batch: int, compiled: bool, on_device: bool, device: str) -> dict[str, Any]:
-    """Images per second of whole training (augmentation, optimizer, schedule), the best epoch after the first."""
+    """Images per second of full training (augmentation, optimizer, schedule), in the best epoch after the first."""
     torch.manual_seed(0)
     net = ResNet([depth] * 3, [16, 32, 64], num_classes=10, shortcut="pad", stem="conv3")
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -217,7 +217,7 @@ def training_case(depth: int, count: int, batch: int, compiled: bool, on_device:
 
 
 def cases(device: str, tiny: bool) -> Iterator[Case]:
-    """All of them, the most wanted first."""
+    """Yields all cases, the most important first."""
     for case in ("cheap f 4x4",) if tiny else rk_step.cases():
         for name in ("hand: written out", "schemes", "Stack", "torchdiffeq"):
             yield Case("rk4", f"{case}, {name}", partial(rk_case, case, name, device))
@@ -239,7 +239,7 @@ def cases(device: str, tiny: bool) -> Iterator[Case]:
 
 
 def model_cases(device: str, tiny: bool) -> Iterator[Case]:
-    """Models beside their peers, and the largest batches."""
+    """Yields models beside their peers, and the largest batches."""
     size, batch = (32, 2) if tiny else (224, 64)
     names = ("rdnet_small", "convnext_small", "resnet50", "ho_resnet50", "revcol_small", "revcol_base")
     names = ("resnet20",) if tiny else (*names, "vit_small_patch16")
@@ -264,7 +264,7 @@ def model_cases(device: str, tiny: bool) -> Iterator[Case]:
 
 
 def measure(all_cases: Iterator[Case], path: Path, seconds: float) -> None:
-    """Measures what the file lacks, while there is time for one more like the longest so far."""
+    """Measures the cases that the file lacks, as long as the longest case so far would still fit."""
     done, end, longest = measured(path), time.monotonic() + seconds, 0.0
     with path.open("a") as file:
 
@@ -298,7 +298,7 @@ def measure(all_cases: Iterator[Case], path: Path, seconds: float) -> None:
 
 
 def stop(signum: int, frame: Any) -> None:
-    """SIGTERM ends a case as Ctrl-C does."""
+    """Makes SIGTERM end a case as Ctrl-C does."""
     raise KeyboardInterrupt
 
 

@@ -1,8 +1,8 @@
-"""What ``run.sh`` does with its minutes: tests, then measurements, then runs of the campaign, then the tables.
+"""Runs the parts of ``run.sh`` within its minutes: tests, measurements, runs of the campaign, and the tables.
 
     python experiments/gpu/session.py OUT MINUTES [--tiny]
 
-Each part is a process of its own, which is asked to stop (SIGTERM) when its time is over and ended ten seconds later.
+Each part is a separate process. When its time is over it receives SIGTERM, and ten seconds later it is killed.
 """
 
 import argparse
@@ -20,28 +20,28 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TESTS = 90.0  # seconds at most
-RESERVE = 30.0  # seconds that stay for the report, for the tables and for what is slow to stop
+RESERVE = 30.0  # seconds reserved for the report, the tables and processes that are slow to stop
 SCHEMES = "euler,midpoint,heun2,kutta3,rk4,ssprk33"
 
 
 class Session:
-    """Minutes on a device, and the folder of what they bring.
+    """A session of limited time on a device, and the folder of its results.
 
     Args:
         out: the folder.
-        minutes: in all.
-        tiny: sizes for a CPU.
+        minutes: total time.
+        tiny: whether sizes are those for a CPU.
     """
 
     def __init__(self, out: Path, minutes: float, tiny: bool):
         self.out, self.tiny, self.end = out, tiny, time.monotonic() + 60 * minutes - RESERVE
 
     def left(self) -> float:
-        """Seconds."""
+        """Returns the seconds that are left."""
         return self.end - time.monotonic()
 
     def run(self, name: str, words: Sequence[str], seconds: float) -> int | None:
-        """Runs a command for so long at most, its output in ``NAME.log``; its status, None where its time was over."""
+        """Runs a command with a time limit, its output in ``NAME.log``; returns its status, or None if time ran out."""
         with (self.out / f"{name}.log").open("a") as log:
             process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log)
             try:
@@ -56,7 +56,7 @@ class Session:
                 return None
 
     def tests(self) -> None:
-        """Runs the tests that need a device, once, and sorts the failures by what was raised."""
+        """Runs the tests that need a device, once, and sorts the failures by the exception raised."""
         if (self.out / "tests.json").exists():
             return
         report = self.out / "tests.xml"
@@ -71,17 +71,17 @@ class Session:
             (self.out / f"failures-{name}.txt").write_text("\n".join(names) + "\n")
 
     def measurements(self) -> None:
-        """Runs the cases of ``measure.py``, in a new process where one ended it."""
+        """Runs the cases of ``measure.py``, in a new process if a case ended the last one."""
         until = self.left() * (0.4 if self.tiny else 0.5)
         began = time.monotonic()
         while (left := until - (time.monotonic() - began)) > 5:
             words = [str(HERE / "measure.py"), str(self.out), "--seconds", f"{left:.0f}"]
             status = self.run("measure", [*words, *(["--tiny"] if self.tiny else [])], left)
-            if status in (0, 2, None):  # done, refused, or out of time; else a case has taken the process with it
+            if status in (0, 2, None):  # done, arguments rejected, or out of time; otherwise a case crashed the process
                 return
 
     def campaign(self) -> None:
-        """Goes on with the campaign for the rest of the time."""
+        """Continues the campaign for the rest of the time."""
         pictures = Path(os.environ.get("ODENETS_DATA", "")) / "cifar10"
         words = ["-m", "odenets", "compare"]
         if self.tiny or not (os.environ.get("ODENETS_DATA") and pictures.is_dir()):
@@ -100,7 +100,7 @@ class Session:
 
 
 def sorted_failures(report: Path) -> dict:
-    """Counts of outcomes, and the names of failed tests by what was raised."""
+    """Returns counts of outcomes, and the names of failed tests by the exception raised."""
     counts = {"passed": 0, "skipped": 0, "failed": 0}
     failures: dict[str, list[str]] = {}
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
@@ -113,14 +113,14 @@ def sorted_failures(report: Path) -> dict:
 
 
 def write(path: Path, value: object) -> None:
-    """JSON, whole or not there."""
+    """Writes JSON atomically: the file is either complete or absent."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(value, indent=1) + "\n")
     beside.replace(path)
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on."""
+    """Returns the hardware and versions that the figures depend on."""
     import torch
 
     def said(*words: str) -> str:
@@ -146,7 +146,7 @@ def main() -> None:
     session, here = Session(args.out, args.minutes, args.tiny), machine()
     if not args.tiny and here["card"] == "CPU":
         parser.error("there is no GPU; --tiny runs all of this on the CPU, at sizes for it")
-    # One machine for one folder: figures of two would stand in one table.
+    # One machine per folder: otherwise one table would mix figures of two.
     known = args.out / "machine.json"
     if known.exists() and (held := json.loads(known.read_text())) != here:
         differing = ", ".join(f"{k}: {held.get(k)} there, {here[k]} here" for k in here if held.get(k) != here[k])

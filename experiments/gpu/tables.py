@@ -1,4 +1,4 @@
-"""Prints the tables of what ``run.sh`` measured, and writes them to OUT/tables.md and as CSV.
+"""Prints the tables of the measurements of ``run.sh``, and writes them to OUT/tables.md and as CSV.
 
 python experiments/gpu/tables.py OUT
 """
@@ -20,7 +20,7 @@ TITLES = {
 
 
 def measured(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What stands in a file: (table, name) -> the last line of it; one that was begun and no more has crashed."""
+    """Returns the last line of each case in a file, by (table, name); a case that only began has crashed."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for text in path.read_text().splitlines() if path.exists() else []:
         line = json.loads(text)
@@ -32,12 +32,12 @@ def measured(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def figure(value: object) -> str:
-    """Four significant digits; text as it is."""
+    """Formats a float with four significant digits; anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and rows; a case without figures says why."""
+    """Returns column names and rows; a case without figures states why."""
     names = list(dict.fromkeys(k for line in lines for k in line if k not in ("table", "name", "status", "error")))
     rows = []
     for line in lines:
@@ -51,13 +51,13 @@ def table(lines: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(names: list[str], rows: list[list[str]]) -> str:
-    """A table, all columns but the first flush right."""
+    """Formats a table in Markdown, with all columns but the first aligned right."""
     lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def text_of(out: Path) -> str:
-    """All tables, with a CSV file written for each."""
+    """Returns the text of all tables, and writes a CSV file for each measured one."""
     machine = json.loads((out / "machine.json").read_text())
     parts = [", ".join(f"{k} {v}" for k, v in machine.items() if v) + "\n"]
     if (out / "tests.json").exists():

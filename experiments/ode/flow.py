@@ -1,14 +1,14 @@
-"""A continuous normalising flow of a density in the plane: training, and its log-likelihood against the true one.
+"""Trains a continuous normalising flow on a density in the plane and compares its log-likelihood with the true one.
 
     python experiments/ode/flow.py                 # 600 steps, a few minutes on one CPU core
     python experiments/ode/flow.py --steps 3       # a few steps, to see that it runs
 
-Expect: after 600 steps the mean log-likelihood of 2,000 new points is within 0.15 of the density's own (Hutchinson's
-estimate in training, the exact trace in the test).
+Expect: after 600 steps the mean log-likelihood of 2,000 new points is within 0.15 of that of the true density
+(Hutchinson's estimate in training, the exact trace in the test).
 
-The data are two half rings of known density. A flow sends them to the normal distribution: y' = f(t, y), and along it
-the log-density changes by minus the trace of df/dy (Grathwohl et al. 2019, FFJORD, arXiv 1810.01367). The state is a
-tuple (y, change of the log-density), the noise of the trace estimate is drawn once per solve.
+The data are two half rings of known density. A flow y' = f(t, y) maps them to the normal distribution; along it the
+log-density changes at the rate of minus the trace of df/dy (Grathwohl et al. 2019, FFJORD, arXiv 1810.01367). The state
+is a tuple (y, change of the log-density); the noise of the trace estimate is drawn once per solve.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CENTRES = torch.tensor([[-0.75, -0.2], [0.75, 0.2]])
 
 
 class Rings:
-    """Two half rings: angles uniform over half a turn each, radii normal about one, with the density in closed form."""
+    """Two half rings, with uniform angles over half a turn each and normal radii; the density has a closed form."""
 
     def sample(self, n: int) -> Tensor:
         which = torch.randint(2, (n,))
@@ -40,13 +40,13 @@ class Rings:
             angle = torch.atan2(d[:, 1], d[:, 0]) % (2 * math.pi)
             here = (angle < math.pi) if which == 0 else (angle >= math.pi)
             log = -(((radius - RADIUS) / WIDTH) ** 2) / 2 - math.log(WIDTH * math.sqrt(2 * math.pi))
-            log = log - math.log(2 * math.pi) - radius.log()  # half of the points, spread over half a turn
+            log = log - math.log(2 * math.pi) - radius.log()  # half of the points, uniform over half a turn
             parts.append(torch.where(here, log, -math.inf))
         return torch.logsumexp(torch.stack(parts), 0)
 
 
 class Velocity(nn.Module):
-    """f(t, y), a small network that is given the time as a third number."""
+    """f(t, y), a small network that takes the time as a third input."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -59,7 +59,7 @@ class Velocity(nn.Module):
 
 
 class Flow(nn.Module):
-    """log p(x): the normal log-density where x is sent, plus what the flow has compressed on the way."""
+    """log p(x): the normal log-density at the image of x, plus the integral of the flow's divergence."""
 
     def __init__(self, rtol: float = 1e-4, gradient: str = "store"):
         super().__init__()
@@ -67,7 +67,7 @@ class Flow(nn.Module):
         self.options = {"method": "tsit5", "rtol": rtol, "atol": rtol, "gradient": gradient}
 
     def log_density(self, x: Tensor, exact: bool = False) -> Tensor:
-        noise = torch.randn_like(x).sign()  # Rademacher's: the least variance (Hutchinson 1990)
+        noise = torch.randn_like(x).sign()  # Rademacher noise has the least variance (Hutchinson 1990)
 
         def field(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -87,12 +87,12 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """The flow backwards in time, from the normal distribution."""
+        """Draws samples by running the flow backwards in time from the normal distribution."""
         return schemes.odeint(self.velocity, torch.randn(n, 2), torch.tensor([1.0, 0.0]), **self.options)[-1]
 
 
 def train(steps: int, batch: int = 256, lr: float = 4e-3, gradient: str = "store") -> tuple[Flow, list[float]]:
-    """Maximum likelihood."""
+    """Trains a flow by maximum likelihood; returns it and the losses."""
     data, flow = Rings(), Flow(gradient=gradient)
     optimiser = torch.optim.Adam(flow.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)

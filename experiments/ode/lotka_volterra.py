@@ -1,13 +1,14 @@
-"""Parameters of a predator-prey model from noisy, irregular data.
+"""Estimates the parameters of a predator-prey model from noisy, irregularly sampled data.
 
     python experiments/ode/lotka_volterra.py               # a minute on one CPU core
     python experiments/ode/lotka_volterra.py --steps 3     # a few steps, to see that it runs
 
 Expect: all four rates within 5 % of the true ones, from 60 observations with 5 % noise at random times.
 
-Lotka and Volterra's x' = a x - b x y, y' = c x y - d y is solved for a guess of (a, b, c, d), at the times of the data,
-by tsit5 with gradients through the accepted steps; the logarithms of the rates and of the start are fitted by L-BFGS to
-the logarithms of the observations. The standard errors are those of least squares, from the Jacobian at the end.
+The Lotka-Volterra equations x' = a x - b x y, y' = c x y - d y are solved for a guess of (a, b, c, d), at the times of
+the data, by tsit5 with gradients through the accepted steps. The logarithms of the rates and of the initial state are
+fitted to the logarithms of the observations by L-BFGS. The standard errors are those of least squares, from the
+Jacobian at the end.
 """
 
 import argparse
@@ -23,7 +24,7 @@ NAMES = ("prey's growth a", "predation b", "conversion c", "predators' death d")
 
 
 def solve(rates: Tensor, start: Tensor, t: Tensor, rtol: float = 1e-7) -> Tensor:
-    """The two populations at all times."""
+    """Returns both populations at all times."""
     a, b, c, d = rates
 
     def field(t: Tensor, state: Tensor) -> Tensor:
@@ -34,14 +35,14 @@ def solve(rates: Tensor, start: Tensor, t: Tensor, rtol: float = 1e-7) -> Tensor
 
 
 def observations(n: int, noise: float, end: float = 20.0) -> tuple[Tensor, Tensor]:
-    """Times, the first one the start, and noisy populations at them."""
+    """Returns times, the first of which is the initial one, and noisy populations at them."""
     t = torch.cat((torch.zeros(1, dtype=torch.float64), (end * torch.rand(n, dtype=torch.float64)).sort().values))
     exact = solve(TRUE, START, t, 1e-9)
     return t, exact * torch.exp(noise * torch.randn(exact.shape, dtype=torch.float64))
 
 
 def fit(t: Tensor, seen: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The rates that fit best, and their standard errors, both relative to a logarithm."""
+    """Returns the best-fitting rates and the standard errors of their logarithms."""
     guess = torch.tensor([0.8, 0.3, 0.08, 0.5], dtype=torch.float64)
     theta = torch.cat((guess.log(), seen[0].log())).requires_grad_()
     optimiser = torch.optim.LBFGS([theta], lr=0.5, max_iter=steps, line_search_fn="strong_wolfe")
@@ -50,7 +51,7 @@ def fit(t: Tensor, seen: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         values = solve(theta[:4].exp(), theta[4:].exp(), t[:upto])
         return (values.clamp_min(1e-6).log() - seen[:upto].log()).reshape(-1)
 
-    # First the beginning, then all of it: a wrong guess is out of step with the data after two periods.
+    # First the beginning, then the whole series: a wrong guess is out of phase with the data after two periods.
     for upto in (len(t) // 3, 2 * len(t) // 3, len(t)):
 
         def closure(upto: int = upto) -> Tensor:

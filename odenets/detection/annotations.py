@@ -1,12 +1,12 @@
-"""A COCO file as arrays, checked: pictures, boxes, classes, crowds, areas and masks.
+"""Reads a COCO file into arrays and checks it: pictures, boxes, classes, crowds, areas and masks.
 
-What is wrong with an entry is found when the file is opened, named by its id and its picture, and counted; the entry is
-left out, and beyond a limit the run ends with the list. Wrong is: a picture that is not there, a picture or a category
-that no list names, a box that is empty or lies outside its picture, a mask of another size than its picture. A box that
-sticks out by more than a pixel is counted too, and stays: training cuts it, evaluation takes it as the file has it.
+Faulty entries are found when the file is opened, reported with their id and picture, and counted. They are left out;
+beyond a limit the run ends with the list. Faults are a missing picture, an unknown picture or category, a box that is
+empty or lies outside its picture, or a mask whose size differs from its picture's. A box that exceeds its picture by
+more than a pixel is counted too, but stays: training clips it, evaluation takes it as the file has it.
 
-An area that is left out or null is that of the box, ``iscrowd`` is then 0. Two annotations of one id are counted and
-stay: pycocotools would read the second of them twice.
+A missing or null area defaults to that of the box, a missing or null ``iscrowd`` to 0. Annotations that share an id are
+counted but stay: pycocotools would read the second of them twice.
 
 Annotations go into arrays, and masks into one array of bytes, since worker processes copy Python objects page by page.
 """
@@ -27,12 +27,12 @@ from torch import Tensor
 from ..extras import install
 from ..training.errors import DataError
 
-SLACK = 1.0  # pixels that a rounded box may stick out
-LONGEST = 1 << 63  # from here on whole numbers do not fit into arrays
+SLACK = 1.0  # pixels by which a rounded box may exceed its picture
+LONGEST = 1 << 63  # integers from here on do not fit into arrays
 
 
 def coco_tools() -> Any:
-    """The package ``pycocotools``.
+    """Imports the package ``pycocotools``.
 
     Raises:
         DataError: it is not installed.
@@ -45,14 +45,14 @@ def coco_tools() -> Any:
 
 
 class Objects(NamedTuple):
-    """What one picture shows, in pixels of the picture as it is stored.
+    """The objects of one picture, in pixels of the picture as annotated.
 
     Attributes:
-        boxes: float64 (k, 4), left, top, width, height as the file has them.
+        boxes: float64 (k, 4), left, top, width, height as in the file.
         labels: int64 (k,), from 0 on.
-        crowd: bool (k,), whether it is a region of many that no box is asked for.
-        area: float64 (k,), in pixels: by it evaluation calls an object small, medium or large.
-        masks: bool (k, h, w); None where they are not asked for.
+        crowd: bool (k,), whether it is a region of many objects, for which no box is expected.
+        area: float64 (k,), in pixels; evaluation classifies objects by it as small, medium or large.
+        masks: bool (k, h, w); None if they are not read.
     """
 
     boxes: Tensor
@@ -63,11 +63,11 @@ class Objects(NamedTuple):
 
 
 class Faults:
-    """Entries that are wrong, named and counted; ends the run with the list beyond `limit`.
+    """Collects the faulty entries of a file; ends the run with a list of them beyond `limit`.
 
     Args:
         path: the file that holds the entries.
-        limit: how many may be wrong.
+        limit: how many entries may be faulty.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -75,15 +75,15 @@ class Faults:
         self.found: list[str] = []
 
     def add(self, what: str) -> None:
-        """Notes one.
+        """Records one.
 
         Args:
-            what: the entry, and what is wrong with it.
+            what: the entry and its fault.
         """
         self.found.append(what)
 
     def settle(self) -> None:
-        """Warns of what was noted, or raises.
+        """Warns of the faults, or raises if there are too many.
 
         Raises:
             DataError: there are more than the limit.
@@ -103,13 +103,13 @@ class Faults:
 
 
 class Annotations:
-    """The pictures of a COCO file, and what they show.
+    """The pictures of a COCO file and their objects.
 
     Args:
         path: the file.
         pictures: the folder that its file names are relative to.
         masks: whether masks are read; each annotation must then have one.
-        max_faults: entries that may be wrong.
+        max_faults: entries that may be faulty.
 
     Attributes:
         classes: names of the categories, in the order of their ids.
@@ -117,13 +117,13 @@ class Annotations:
         ids: ids of the pictures.
 
     Raises:
-        DataError: no COCO file, or more wrong entries than the limit.
+        DataError: the file is not a COCO file, or has more faulty entries than the limit.
     """
 
     def __init__(self, path: Path, pictures: Path, masks: bool = False, max_faults: int = 10) -> None:
         self.path, self.root, self.with_masks = path, pictures, masks
         held = _read(path)
-        # Now, and not when a worker meets the first mask in the middle of an epoch.
+        # Fails now, rather than when a worker reaches the first mask in the middle of an epoch.
         if masks:
             coco_tools()
         faults = Faults(path, max_faults)
@@ -133,7 +133,7 @@ class Annotations:
         faults.settle()
 
     def _pictures(self, entries: Sequence[Any], faults: Faults) -> dict[int, int]:
-        """Keeps the pictures that are there; the place of each by its id."""
+        """Keeps the pictures whose files exist, and returns the place of each by its id."""
         listed: dict[str, set[str]] = {}
         kept: dict[int, int] = {}
         names, sizes = [], []
@@ -143,7 +143,7 @@ class Annotations:
             if number in kept or number in self.missing:
                 raise DataError(f"{self.path}: two pictures have the id {number}\n  Give each its own")
             folder, _, file = name.rpartition("/")
-            if folder not in listed:  # one listing, and not a question for each of a hundred thousand files
+            if folder not in listed:  # one listing instead of a query for each of a hundred thousand files
                 there = self.root / folder
                 listed[folder] = set(os.listdir(there)) if there.is_dir() else set()
             if file not in listed[folder]:
@@ -151,7 +151,7 @@ class Annotations:
                 self.missing.add(number)
                 continue
             kept[number] = len(names)
-            # numpy keeps a letter of a text in four bytes, and one of bytes in one.
+            # numpy stores a character of a string in four bytes, and one of a bytes object in one.
             names.append(name.encode())
             sizes.append((height, width))
         if not names:
@@ -172,12 +172,12 @@ class Annotations:
                 continue
             picture: Any = entry.get("image_id")
             if isinstance(picture, int) and picture in self.missing:
-                continue  # named already, with its picture
+                continue  # reported already, with its picture
             why = self._wrong(entry, kept, place)
             where = f" ({self.name(kept[picture])})" if isinstance(picture, int) and picture in kept else ""
             if why:
                 faults.add(f"annotation {entry.get('id')}{where}: {why[0]}")
-                # What is only noted counts towards the limit like what is left out.
+                # Faults of entries that stay count towards the limit as well.
                 if why[1]:
                     continue
             number = entry.get("id")
@@ -198,15 +198,15 @@ class Annotations:
                 )
             )
             if self.with_masks:
-                # As text: lists of coordinates would be millions of Python objects.
+                # As bytes: lists of coordinates would be millions of Python objects.
                 segments.append(json.dumps(entry["segmentation"]).encode())
         self._arrange(rows, segments)
 
     def _arrange(self, rows: Sequence[tuple[int, int, bool, float, list[float]]], segments: list[bytes]) -> None:
-        """Puts what was read into arrays, in the order of the pictures."""
-        order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # stable: of one picture as the file has them
+        """Puts the annotations into arrays, in the order of the pictures."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # stable: keeps the file's order within a picture
         at = np.array([rows[i][0] for i in order], dtype=np.int64)
-        # A picture without objects has its start where its end is, and needs no case of its own.
+        # For a picture without objects start and end coincide, so it needs no special case.
         edges = np.searchsorted(at, np.arange(len(self.ids) + 1))
         self.starts, self.ends = edges[:-1], edges[1:]
         self.labels = np.array([rows[i][1] for i in order], dtype=np.int64)
@@ -220,15 +220,15 @@ class Annotations:
     def _wrong(
         self, entry: Mapping[str, Any], kept: Mapping[int, int], place: Mapping[int, int]
     ) -> tuple[str, bool] | None:
-        """What is wrong with an annotation, and whether it is left out for it."""
+        """The fault of an annotation and whether it is left out because of it; None if there is none."""
         picture, category, box = (entry.get(key) for key in ("image_id", "category_id", "bbox"))
-        # Python counts true as 1, and every text as true.
+        # A bool would pass for an id, since true equals 1; a string such as "0" would pass for a true iscrowd.
         if isinstance(picture, bool) or not isinstance(picture, int) or picture not in kept:
             return f"no picture has the id {picture}", True
         if isinstance(category, bool) or not isinstance(category, int) or category not in place:
             return f"no category has the id {category}", True
         area, crowd = entry.get("area"), entry.get("iscrowd")
-        # One below 0 lies in none of the ranges of sizes, and evaluation would pass over the object in silence.
+        # A negative area lies in none of the size ranges, and evaluation would silently skip the object.
         if area is not None and (not _number(area) or area < 0):
             kind = " (a text)" if isinstance(area, str) else ""
             return f"its area is {area}{kind}, want a number, 0 or more", True
@@ -260,7 +260,7 @@ class Annotations:
         return self.files[i].decode()
 
     def encoded(self, i: int) -> str:
-        """Where the file of picture i lies.
+        """The path of picture i.
 
         Args:
             i: the number of the picture, from 0.
@@ -268,14 +268,14 @@ class Annotations:
         return str(self.root / self.name(i))
 
     def objects(self, i: int) -> Objects:
-        """What picture i shows.
+        """The objects on picture i.
 
         Args:
             i: the number of the picture, from 0.
         """
         rows = slice(int(self.starts[i]), int(self.ends[i]))
         arrays = (self.boxes[rows], self.labels[rows], self.crowd[rows], self.areas[rows])
-        # Copies: a target that is written to must not change what the next epoch reads.
+        # Copies: an in-place write to a target must not change what the next epoch reads.
         boxes, labels, crowd, area = (torch.from_numpy(array.copy()) for array in arrays)
         masks = self._masks(i, rows) if self.with_masks else None
         return Objects(boxes, labels, crowd, area, masks)
@@ -289,11 +289,11 @@ class Annotations:
         return masks
 
     def with_boxes(self) -> "Annotations":
-        """The pictures alone that show something beside crowds; the arrays of objects are shared."""
-        # A running count of objects, so that no loop goes over the pictures.
+        """Returns only the pictures with objects besides crowds; the arrays of objects are shared."""
+        # Cumulative counts of objects avoid a loop over the pictures.
         single = np.concatenate([[0], np.cumsum(~self.crowd)])
         kept = np.flatnonzero(single[self.ends] > single[self.starts])
-        # Past the constructor, which would read the file again.
+        # Bypasses the constructor, which would read the file again.
         part = object.__new__(Annotations)
         part.__dict__.update(self.__dict__)
         part.ids, part.files, part.sizes = self.ids[kept], self.files[kept], self.sizes[kept]
@@ -302,12 +302,12 @@ class Annotations:
 
 
 def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """The pixels (h, w) of a mask as COCO stores it: polygons, run lengths, or packed run lengths.
+    """Decodes a mask stored in COCO's format into pixels (h, w): polygons, run lengths, or packed run lengths.
 
     Args:
         segmentation: a list of polygons, or a mapping with ``size`` and ``counts``.
-        height: of the picture.
-        width: of the picture.
+        height: height of the picture.
+        width: width of the picture.
 
     Example:
         >>> decoded({"size": [2, 2], "counts": [1, 3]}, 2, 2).tolist()
@@ -316,29 +316,29 @@ def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     if isinstance(segmentation, Mapping):
         given = segmentation["counts"]
         counts = np.asarray(unpacked(given) if isinstance(given, str) else given, dtype=np.int64)
-        # The first run is background, if only of length 0.
+        # The first run is always background, possibly of length 0.
         values = np.arange(len(counts)) % 2 == 1
         # COCO's runs go down the columns, not along the rows.
         return np.repeat(values, counts).reshape(width, height).T
     tools = coco_tools().mask
     code = tools.merge(tools.frPyObjects(segmentation, height, width))
     with warnings.catch_warnings():
-        # Its arrays do not know of NumPy 2's argument `copy`, which NumPy says at each mask.
+        # Its arrays lack the `copy` argument of NumPy 2, about which NumPy warns at each mask.
         warnings.simplefilter("ignore", DeprecationWarning)
         return tools.decode(code).astype(bool)
 
 
 def unpacked(text: str) -> list[int]:
-    """The run lengths that COCO packs into a text.
+    """Decodes the run lengths that COCO packs into a string.
 
-    A letter holds five bits, and whether more follow; from the fourth on a length is written as its difference to the
-    last but one.
+    A letter holds five bits and a flag whether more follow. From the fourth on, a length is stored as its difference
+    from the last but one.
 
     Args:
         text: the packed run lengths.
 
     Raises:
-        ValueError: a text that is no such thing.
+        ValueError: the string is not a valid encoding.
 
     Example:
         >>> unpacked("13")
@@ -348,7 +348,7 @@ def unpacked(text: str) -> list[int]:
     value = shift = 0
     for letter in text:
         code = ord(letter) - 48
-        # No picture has runs of more letters; a damaged text could make the number grow without end.
+        # No picture has runs of more letters; a damaged string could make the number grow without bound.
         if not 0 <= code < 64 or shift > 35:
             raise ValueError(text)
         value |= (code & 31) << shift
@@ -389,7 +389,7 @@ def _wrong_mask(segmentation: Any, height: int, width: int) -> str:
 
 
 def _number(value: Any) -> bool:
-    # Python reads NaN and Infinity from JSON, whole numbers of any length, and counts true among the ints.
+    # Python reads NaN, Infinity and integers of any length from JSON, and true is an int.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < LONGEST
@@ -424,7 +424,7 @@ def _categories(path: Path, entries: Sequence[Any]) -> tuple[list[int], list[str
             number, name = entry["id"], entry["name"]
         except (KeyError, TypeError):
             raise DataError(f"{path}: category {str(entry)[:100]} lacks its id or its name\n  Give each both") from None
-        # A number that is rounded, or read from a text, would be none that annotations name.
+        # An id that was rounded, or parsed from a string, would match no annotation.
         if isinstance(number, bool) or not isinstance(number, int) or not isinstance(name, str):
             raise DataError(
                 f"{path}: a category has the id {number!r} and the name {name!r}\n"
@@ -457,7 +457,7 @@ def _picture(path: Path, entry: Any) -> tuple[int, str, int, int]:
             f"{path}: picture {number!r} has the name {name!r} and {width!r} x {height!r} pixels\n"
             "  Ids and sizes are whole numbers of 64 bits, names are texts"
         )
-    # A file of annotations does not decide which files of the machine are read.
+    # An annotation file must not decide which files of the machine are read.
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise DataError(f"{path}: picture {number} lies at {name!r}\n  Names are relative to the folder of pictures")
     return number, name, width, height

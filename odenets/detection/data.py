@@ -1,7 +1,7 @@
 """Pictures with boxes for Lightning, from files in COCO's format.
 
-A batch is (pictures, targets). Pictures (n, 3, h, w) are filled up with zeros (after normalisation) to one size, on the
-right and below. A target is a dictionary of tensors:
+A batch is (pictures, targets). Pictures (n, 3, h, w) are padded on the right and at the bottom to one size, with zeros
+after normalisation. A target is a dictionary of tensors:
 
 * ``boxes`` (k, 4) left, top, right, bottom in pixels of the batch, ``labels`` (k,), ``masks`` (k, h, w) if wanted;
 * ``size`` (2,) height and width that the picture fills, ``stored`` (2,) those of its file, ``picture`` its id,
@@ -9,7 +9,7 @@ right and below. A target is a dictionary of tensors:
 * in evaluation ``truth_boxes`` (m, 4) left, top, width, height in pixels of the file, ``truth_labels``,
   ``truth_crowd``, ``truth_area`` (m,), and ``truth_masks``.
 
-What is drawn for a picture is a function of the run's seed, the epoch and the picture, as for classification.
+As in classification, the random numbers for a picture depend only on the run's seed, the epoch and the picture's place.
 """
 
 import re
@@ -44,21 +44,21 @@ _PACKED = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Shown(Protocol):
-    """Pictures that a data set shows, and what is on them."""
+    """The pictures of a data set, and the objects on them."""
 
     @property
     def ids(self) -> Tensor:
-        """Their numbers in the file."""
+        """Their ids in the file."""
         ...
 
     @property
     def sizes(self) -> Tensor | None:
-        """Their heights and widths, where the file says them."""
+        """Their heights and widths, if the file states them."""
         ...
 
     def __len__(self) -> int: ...
     def encoded(self, i: int) -> bytes | str:
-        """The file of picture i, or what it holds.
+        """The path of picture i, or the bytes of its file.
 
         Args:
             i: the number of the picture, from 0.
@@ -66,7 +66,7 @@ class Shown(Protocol):
         ...
 
     def name(self, i: int) -> str:
-        """What picture i is called.
+        """The name of picture i.
 
         Args:
             i: the number of the picture, from 0.
@@ -74,7 +74,7 @@ class Shown(Protocol):
         ...
 
     def objects(self, i: int) -> Objects:
-        """What is on picture i.
+        """The objects on picture i.
 
         Args:
             i: the number of the picture, from 0.
@@ -83,7 +83,7 @@ class Shown(Protocol):
 
 
 class Unannotated:
-    """Pictures of which nothing is known; their ids count from 1.
+    """Pictures without annotations; their ids count from 1.
 
     Args:
         source: the pictures.
@@ -97,7 +97,7 @@ class Unannotated:
         return len(self.source)
 
     def encoded(self, i: int) -> bytes | str:
-        """The file of picture i, or what it holds.
+        """The path of picture i, or the bytes of its file.
 
         Args:
             i: the number of the picture, from 0.
@@ -105,7 +105,7 @@ class Unannotated:
         return self.source.encoded(i)
 
     def name(self, i: int) -> str:
-        """Its file.
+        """The file of picture i.
 
         Args:
             i: the number of the picture, from 0.
@@ -113,7 +113,7 @@ class Unannotated:
         return self.source.name(i)
 
     def objects(self, i: int) -> Objects:
-        """Nothing.
+        """No objects.
 
         Args:
             i: the number of the picture, from 0.
@@ -123,17 +123,17 @@ class Unannotated:
 
 
 class Detections(Dataset):
-    """Pictures and their targets; the next picture takes the place of one that cannot be read.
+    """Pictures and their targets; the next picture replaces one that cannot be read.
 
     Args:
         shown: the pictures.
         resize: how they are resized.
-        train: whether placements are drawn, and crowds left out; else targets hold the truth.
+        train: whether placements are random; if not, targets also hold the annotations of the file (``truth_``).
         max_unreadable: pictures that may be unreadable.
 
     Attributes:
-        seed: of what is drawn for a request (epoch, index).
-        takes_pairs: it draws by such requests itself.
+        seed: seed of the random numbers for a request (epoch, index).
+        takes_pairs: marks a data set that takes such requests and draws on its own.
     """
 
     takes_pairs = True
@@ -141,14 +141,14 @@ class Detections(Dataset):
     def __init__(self, shown: Shown, resize: Resize, train: bool, max_unreadable: int) -> None:
         self.shown, self.resize, self.train = shown, resize, train
         self.tally = Tally(shown, max_unreadable)  # type: ignore[arg-type]
-        # Read here, in the main process: each worker has another one.
+        # Read here, in the main process: each worker has a different seed.
         self.seed = torch.initial_seed()
 
     def __len__(self) -> int:
         return len(self.shown)
 
     def name(self, i: int) -> str:
-        """The file of picture i; it says so where another one took its place.
+        """The file of picture i, marked if it was unreadable and another picture replaced it.
 
         Args:
             i: the number of the picture, from 0.
@@ -156,18 +156,18 @@ class Detections(Dataset):
         return self.shown.name(i) + (" (unreadable)" if i in self.tally else "")
 
     def picture(self, i: int) -> Image.Image:
-        """Picture i as its annotations mean it: upright, unless they have the size of the file as it is stored.
+        """Picture i in the orientation of its annotations: upright, unless only the size as stored agrees with them.
 
         Args:
             i: the number of the picture, from 0.
 
         Raises:
-            Unreadable: it is no picture, or of another size than its annotations say.
+            Unreadable: the file is not a picture, or its size differs from that in the annotations.
         """
         picture = Picture(self.shown.encoded(i))
         if self.shown.sizes is not None:
             height, width = self.shown.sizes[i].tolist()
-            # `size` is the upright one; some files are annotated as their pixels are stored, before EXIF turns them.
+            # `size` is the upright size; some files are annotated as their pixels are stored, before EXIF rotation.
             if picture.size != (width, height) and picture.image.size == (width, height):
                 picture.turn = None
             elif picture.size != (width, height):
@@ -178,6 +178,7 @@ class Detections(Dataset):
     def __getitem__(self, request: Request) -> tuple[Tensor, Target]:
         epoch, position = request if isinstance(request, tuple) else (None, request)
         for at, _ in self.tally.places(position, range(len(self))):
+            # Seeded by the requested place: a picture that replaces another gets other numbers than at its own place.
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, position))
             try:
                 image = self.picture(at)
@@ -211,17 +212,17 @@ class Detections(Dataset):
 
 
 def _inside(objects: Objects, placed: Placement, size: tuple[int, int]) -> Target:
-    """The objects in the window that is shown, without crowds and without what is left of less than a pixel."""
+    """Returns the objects in the visible window, without crowds and remainders less than a pixel wide or high."""
     single = ~objects.crowd
     corners = torch.cat([objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]], 1)
-    # In 64 bits until here: the file's figures are moved, and then rounded once.
+    # In 64 bits until here, so that the coordinates of the file are rounded only once.
     edges = corners.new_tensor([*size, *size])
     boxes = placed.boxes(torch.minimum(corners.clamp(min=0), edges)[single], size).float()
     found = {"boxes": boxes, "labels": objects.labels[single]}
     if objects.masks is not None:
         found["masks"] = placed.masks(objects.masks[single])
         if placed.cuts:
-            # A box around what the window shows of the object; of the cut box it may fill a corner only.
+            # A box around the visible part of the object, which may fill only a corner of the clipped box.
             found["boxes"] = bounds(found["masks"])
     seen = (found["boxes"][:, 2:] - found["boxes"][:, :2] >= 1).all(1)
     if objects.masks is not None:
@@ -230,21 +231,21 @@ def _inside(objects: Objects, placed: Placement, size: tuple[int, int]) -> Targe
 
 
 class Collate:
-    """Samples as a batch: pictures filled up to one size, a multiple of ``multiple`` and at least ``least``.
+    """Collates samples: pads pictures to one size, at least ``least`` and a multiple of ``multiple``.
 
     Args:
-        multiple: of which both sides are made a multiple.
-        least: the shortest side.
+        multiple: both sides become multiples of this.
+        least: lower limit of both sides.
     """
 
     def __init__(self, multiple: int, least: int = 0) -> None:
         self.multiple, self.least = multiple, least
 
     def __call__(self, samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
-        """Joins samples."""
+        """Joins samples into a batch."""
         most = (max(self.least, *(x.shape[axis] for x, _ in samples)) for axis in (1, 2))
         height, width = (-(-side // self.multiple) * self.multiple for side in most)
-        # Black for now; it becomes 0 again when the batch has been normalised.
+        # Black for now; set to 0 again after the batch is normalised.
         batch = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
         targets = []
         for row, (x, target) in enumerate(samples):
@@ -258,52 +259,52 @@ class Collate:
 
 
 def _packed(value: Tensor) -> Tensor:
-    """Floats as whole numbers of equal bits: Lightning rounds all floats of a batch to a run's precision.
+    """Reinterprets floats as integers, since Lightning rounds all floats of a batch to a run's precision.
 
-    A box of 640 pixels would be off by two of them under ``--trainer.precision bf16-true``.
+    Under ``--trainer.precision bf16-true`` a box of 640 pixels would be off by two of them.
     """
     return value.view(_PACKED[value.dtype]) if value.dtype in _PACKED else value
 
 
 def _unpacked(name: str, value: Tensor) -> Tensor:
     if name in ("truth_boxes", "truth_area") and value.dtype == torch.int64:
-        return value.cpu().view(torch.float64)  # which some devices do not have
+        return value.cpu().view(torch.float64)  # some devices have no float64
     return value.view(torch.float32) if name == "boxes" and value.dtype == torch.int32 else value
 
 
 class DetectionData(Pictures):
-    """Pictures with boxes, and masks if asked for, from files in COCO's format.
+    """Data module of pictures with boxes, and optionally masks, from files in COCO's format.
 
     The files are found by their names: ``annotations/instances_train2017.json`` beside ``train2017/``,
     ``annotations/train.json`` beside ``images/train/``, or ``train/_annotations.coco.json`` beside the pictures.
 
     Args:
         root: folder of pictures and annotations.
-        size: side of the square that pictures are brought to; of "multiscale" the shorter side in evaluation.
+        size: side of the square that pictures are fitted into; for "multiscale" the shorter side in evaluation.
         batch_size: pictures per step.
         resize: "jitter" is large-scale jitter; "multiscale" draws the shorter side from ``scales``.
-        jitter: range of the factor of large-scale jitter; [1, 1] is none.
-        scales: lengths of the shorter side in training; None is size * 0.6 to size in eleven steps.
-        longest: length of the longer side at most, of "multiscale"; None is size * 5 / 3.
+        jitter: range of the factor of large-scale jitter; [1, 1] turns it off.
+        scales: lengths of the shorter side in training; None is eleven lengths from size * 0.6 to size.
+        longest: upper limit of the longer side for "multiscale"; None is size * 5 / 3.
         flip: probability that a picture is mirrored in training.
         masks: whether masks are read.
         multiple: height and width of a batch are multiples of it.
         empty: whether pictures without a box are trained on.
-        train_annotations: file below root to train on.
-        val_annotations: file to validate on.
-        test_annotations: file to test on; default: the validation's.
-        train_pictures: folder below root of the pictures to train on; so for the others.
-        val_pictures: see train_pictures.
-        test_pictures: see train_pictures.
-        predict_root: folder or file of pictures for ``predict``; default: those of the test.
-        max_faults: entries of a file that may be wrong, see ``odenets.detection.annotations``.
+        train_annotations: annotation file for training, below root.
+        val_annotations: annotation file for validation, below root.
+        test_annotations: annotation file for testing, below root; default: that of validation.
+        train_pictures: folder of the training pictures, below root.
+        val_pictures: folder of the validation pictures, below root.
+        test_pictures: folder of the test pictures, below root.
+        predict_root: folder or file of pictures for ``predict``; default: the test pictures.
+        max_faults: entries of a file that may be wrong; see ``odenets.detection.annotations``.
         max_unreadable: pictures that may be unreadable, per split.
         num_workers: processes that decode; None takes the cores, at most 8.
         mean: per channel, of pictures in [0, 1].
         std: per channel.
 
     Raises:
-        DataError: files that are missing or wrong, options out of their range.
+        DataError: a file is missing or wrong, or an option is out of range.
     """
 
     in_chans = 3
@@ -349,10 +350,10 @@ class DetectionData(Pictures):
             "test": (test_annotations, test_pictures),
         }
         self.places = {name: self._place(name, *paths) for name, paths in given.items()}
-        # Two splits may lie in one file, which is then read once.
+        # Two splits may share a file, which is then read once.
         self.opened: dict[Path, Annotations] = {}
         self.unlabelled = None if predict_root is None else Unannotated(pictures_at([predict_root])[0])
-        # The smaller file first: it names the classes, and that of the training set may take a minute.
+        # The smaller file first: it names the classes too, and the training file may take a minute to read.
         names = [name for name in ("val", "test", "train") if self.places[name] is not None]
         if not names:
             raise DataError(
@@ -368,7 +369,7 @@ class DetectionData(Pictures):
         return len(self.classes)
 
     def _place(self, split: str, given: str | None, folder: str | None) -> tuple[Path, Path] | None:
-        """The file of a split and the folder of its pictures."""
+        """Returns the annotation file of a split and the folder of its pictures; None if there is no file."""
         path = self._named(split) if given is None else self.root / given
         if path is None:
             return None
@@ -385,7 +386,7 @@ class DetectionData(Pictures):
         found = []
         for path in sorted({p for where in ("annotations", ".", "*") for p in self.root.glob(f"{where}/*.json")}):
             words = path.parent.name if path.name == "_annotations.coco.json" else path.stem
-            # Letters beside digits, as in instances_val2017, are words of their own.
+            # Letters next to digits, as in instances_val2017, count as separate words.
             if splits_named(re.sub(r"\d+", " ", words)) == [wanted] and not OTHERS.search(path.stem):
                 found.append(path)
         if len(found) > 1:
@@ -434,7 +435,7 @@ class DetectionData(Pictures):
         return Detections(shown, self.resize, name == "train", self.max_unreadable)
 
     def _loader(self, name: str) -> DataLoader:
-        # Jittered pictures fit one square, so that all of their batches have its size.
+        # Jittered pictures fit into one square, so all their batches are padded to its size.
         square = self.resize.size if self.resize.jitter is not None else 0
         return loader(
             self,
@@ -452,7 +453,7 @@ class DetectionData(Pictures):
         return "predict"
 
     def predicted_picture(self, i: int) -> Image.Image:
-        """Picture i of those that ``predict`` runs over, as its boxes mean it.
+        """Picture i of those that ``predict`` runs over, in the orientation of its boxes.
 
         Args:
             i: the number of the picture, from 0.
@@ -466,9 +467,9 @@ class DetectionData(Pictures):
         x = normalize(x, self.mean, self.std)
         for row, target in enumerate(targets):
             height, width = target["size"].tolist()
-            # Normalised black is far from 0, and would be an edge that boxes could be fitted to.
+            # Normalised black is far from 0 and would form an edge that boxes could be fitted to.
             x[row, :, height:], x[row, :, :, width:] = 0, 0
-        # Lightning converts floats when it moves a batch, and pictures were whole numbers then.
+        # Lightning converts floats when it moves a batch, but pictures were still integers then.
         precision = getattr(self.trainer, "precision_plugin", None)
         x = x if precision is None else precision.convert_input(x)
         return x, [{name: _unpacked(name, value) for name, value in target.items()} for target in targets]
@@ -477,7 +478,7 @@ class DetectionData(Pictures):
         return {"classes": list(self.classes), "category_ids": list(self.category_ids)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was trained on other classes: its numbers would mean something else."""
+        """Rejects a checkpoint trained on other classes, whose label numbers would have other meanings."""
         theirs = state_dict.get("classes")
         if theirs is not None and theirs != self.classes:
             raise DataError(
@@ -489,7 +490,7 @@ class DetectionData(Pictures):
 def _check(
     size: int, resize: str, jitter: Sequence[float], scales: Sequence[int] | None, flip: float, multiple: int
 ) -> None:
-    """Refuses options out of their range."""
+    """Rejects options out of range."""
     if resize not in ("jitter", "multiscale"):
         raise DataError(f"data.resize={resize!r}: wants jitter or multiscale")
     if not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1] <= 10):
@@ -502,10 +503,10 @@ def _check(
 
 
 def _pictures_of(root: Path, path: Path) -> Path:
-    """The folder of the pictures that a file annotates, by the names that are usual."""
+    """Finds the folder of the pictures that a file annotates, by the usual names."""
     word = re.sub(r"^instances_|\.json$", "", path.name)
     choices = [root / "images" / word, root / word, path.parent, root / "images", root]
     if path.name != "_annotations.coco.json":
-        # Only exports of that name lie beside their pictures; other files lie among annotations.
+        # Only exports of that name lie beside their pictures; other files lie in folders of annotations.
         choices[2:3] = []
     return next(folder for folder in choices if folder.is_dir())

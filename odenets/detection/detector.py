@@ -30,29 +30,33 @@ Batch = tuple[Tensor, list[Target]]
 class Detector(NetModule):
     """Trains a network and a head to detect objects, and measures average precision.
 
-    Logs train/loss with its parts, val/AP, val/AP50, val/AP75, those of small, medium and large objects, val/AR1,
-    val/AR10, val/AR100, the same of masks as val/mask_AP and so on where the head finds some, val/loss where the head
-    knows it, and the same of the test. A batch is as in ``odenets.detection.data``.
+    Logs train/loss with its parts, val/AP, val/AP50, val/AP75, the AP of small, medium and large objects, val/AR1,
+    val/AR10 and val/AR100; the same for masks, as val/mask_AP and so on, if the head predicts them; val/loss if the
+    head computes one in evaluation; and the same for the test set. For the layout of a batch see
+    ``odenets.detection.data``.
 
     Args:
-        net: gives maps, under whatever scheme and way to backpropagate; its head and last norm are taken out.
+        net: the network that gives the maps, under any scheme and backpropagation mode; its head and last norm are
+            removed.
         head: such as ``DeformableDETR``; built here, for the widths of the maps.
         optimizer: called with parameter groups, e.g. `partial(torch.optim.AdamW, lr=1e-4)`.
         schedule: stepped after each optimiser step.
-        levels: numbers of the maps that the head takes, fine to coarse; None takes as many of the coarsest as it wants.
-        net_lr: learning rate of the net, as a share of the head's.
-        freeze_norms: whether norms with running statistics keep them, as pretrained nets do in small batches.
+        levels: indices of the maps that the head takes, fine to coarse; None takes the coarsest ones, as many as the
+            head wants.
+        net_lr: learning rate of the net, as a fraction of the head's.
+        freeze_norms: whether norms keep their running statistics, as is usual for pretrained nets with small batches.
         step_weight_decay: weight decay of learned step sizes (parameters named `h` or `step_size`).
-        channels_last: keep pictures and weights with the channels as the fastest axis.
-        layer_decay: factor of the learning rate from a layer to the one before it; the head has the whole, and the
-            net's last layer this factor. See ``odenets.models.depth`` for what a layer is.
-        frozen: parts of the net that are not trained, by names, as in ["stem", "levels.[01]"]; ["*"] trains the head
-            alone. See ``odenets.training.Classifier``.
-        aux: auxiliary values of the net's residual functions that are added to the loss, and their weights; see there.
+        channels_last: whether pictures and weights are stored with the channels as the fastest axis.
+        layer_decay: factor of the learning rate from a layer to the one before it; the head has the full rate, and the
+            net's last layer that rate times the factor. ``odenets.models.depth`` defines layers.
+        frozen: names of the parts of the net that are not trained, as in ["stem", "levels.[01]"]; ["*"] trains only
+            the head. See ``odenets.training.Classifier``.
+        aux: auxiliary values of the net's residual functions that are added to the loss, with their weights; see
+            ``odenets.training.Classifier``.
 
     Raises:
-        SchemeError: a net without maps, levels, parts or auxiliary values that it does not have, or a decay outside
-            (0, 1].
+        SchemeError: the net gives no maps, lacks a level, part or auxiliary value that is named, or a decay lies
+            outside (0, 1].
 
     Example:
         >>> from functools import partial
@@ -66,7 +70,7 @@ class Detector(NetModule):
         torch.Size([30, 4])
     """
 
-    monitor = "val/AP"  # what the best checkpoint is best in
+    monitor = "val/AP"  # the figure by which the best checkpoint is chosen
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class Detector(NetModule):
         # Before the head is built, whose last layers have as many outputs.
         if head.num_classes is None:
             head.num_classes = int(net.num_classes)  # type: ignore[arg-type]
-        # What lies beyond the last map would get no gradient, which DistributedDataParallel refuses.
+        # Layers beyond the last map would get no gradient, which DistributedDataParallel refuses.
         self.rows = net.prune_intermediate_layers(chosen, prune_norm=True)
         info = net.feature_info
         head.build(Maps(info.channels(self.rows), info.reduction(self.rows)))
@@ -108,12 +112,12 @@ class Detector(NetModule):
         self.take_frozen(frozen)
         check_optimizer(optimizer, self._groups())  # refused here, before any data are read
         self.precision = AveragePrecision(head.masks)
-        self._sums = [0.0, 0.0]  # of losses, and boxes
-        self.train()  # as in Classifier: norms that are held go into evaluation
+        self._sums = [0.0, 0.0]  # of losses, and of boxes
+        self.train()  # as in Classifier: puts frozen norms into evaluation mode
 
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
-        # Here and not once, as any later call of train() would set their statistics moving again.
+        # On every call: a later train() would otherwise set the running statistics moving again.
         if self.freeze_norms:
             for m in self.net.modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -126,12 +130,12 @@ class Detector(NetModule):
         return self.net
 
     def forward(self, x: Tensor, targets: Sequence[Target] | None = None, boxes: float = 1.0) -> Output:
-        """Losses and detections of a batch.
+        """Returns the losses and detections of a batch.
 
         Args:
             x: normalised pictures (n, 3, h, w).
-            targets: of each picture; None where nothing is known.
-            boxes: by which losses are divided.
+            targets: one per picture; None if nothing is known of them.
+            boxes: the number of boxes that losses are divided by.
         """
         x = self.laid_out(x)
         maps: Any = self.net.forward_intermediates(x, self.rows, intermediates_only=True)
@@ -139,15 +143,15 @@ class Detector(NetModule):
 
     @torch.no_grad()
     def detect(self, x: Tensor) -> list[Found]:
-        """What is in normalised pictures (n, 3, h, w), in their pixels; the module is in evaluation.
+        """Detects objects in normalised pictures, in their pixels; the module must be in evaluation mode.
 
         Args:
-            x: the pictures.
+            x: the pictures (n, 3, h, w).
         """
         return self(x).found
 
     def _boxes(self, targets: Sequence[Target]) -> float:
-        """Boxes of a batch, at least one: the mean over the processes, as their gradients are averaged."""
+        """The number of boxes in a batch, at least 1: its mean over the processes, as their gradients are averaged."""
         own = float(sum(len(target["labels"]) for target in targets))
         if self._trainer is not None and self.trainer.world_size > 1:
             own = float(self.trainer.strategy.reduce(torch.tensor(own, device=self.device), reduce_op="mean"))
@@ -158,7 +162,7 @@ class Detector(NetModule):
         with self.auxiliary_loss(len(x)) as terms:
             losses = self(x, targets, self._boxes(targets)).losses
             self.name_parts(losses)
-        # Summed in single precision: in half a large term would swallow the small ones.
+        # Summed in single precision: in half precision a large term would absorb the small ones.
         loss = torch.stack([term.float() for term in losses.values()]).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         parts = {f"train/{name}": term for name, term in losses.items() if name != "loss"}
@@ -169,7 +173,8 @@ class Detector(NetModule):
     def _evaluate(self, batch: Batch) -> None:
         x, targets = batch
         counted = [n for n, target in enumerate(targets) if not target["ignored"]]
-        if counted:  # else all are looked at for nothing, since processes may meet in it
+        # If none counts, all are still run: processes may synchronise in the forward pass.
+        if counted:
             x, targets = x[counted], [targets[n] for n in counted]
         out = self(x, targets)
         if not counted:
@@ -177,7 +182,7 @@ class Detector(NetModule):
         for target, found in zip(targets, out.found, strict=True):
             self.precision.add(int(target["picture"]), target, in_file(found, target["size"], target["stored"]))
         if out.losses:
-            # Sums over boxes: their ratio at the end does not depend on how pictures were put into batches.
+            # Sums over boxes: their ratio at the end does not depend on how pictures were batched.
             self._sums[0] += float(torch.stack([term.float() for term in out.losses.values()]).sum())
             self._sums[1] += sum(len(target["labels"]) for target in targets)
 
@@ -195,12 +200,12 @@ class Detector(NetModule):
 
     def _log_precision(self, stage: str) -> None:
         for name, figure in self.precision.compute().items():
-            # All processes have counted the same pictures.
+            # Every process computes it over all pictures, so there is nothing to reduce.
             self.log(f"{stage}/{name}", figure, prog_bar=name in ("AP", "AP50"), sync_dist=False, rank_zero_only=False)
         self.precision.reset()
         sums = torch.tensor(self._sums, device=self.device, dtype=torch.float32)
         loss, boxes = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        # A head that knows no loss in evaluation has summed none, and 0 would look like a perfect one.
+        # A head without a loss in evaluation has summed none, and logging 0 would look like a perfect loss.
         if loss:
             self.log(f"{stage}/loss", loss / max(1.0, boxes), prog_bar=True, sync_dist=False)
 
@@ -211,9 +216,9 @@ class Detector(NetModule):
         self._log_precision("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Found]:
-        """Detections of each picture, in pixels of its file."""
+        """Returns the detections of each picture, in pixels of its file."""
         x, targets = batch
-        # Sizes alone: with boxes the head would work out a loss as well.
+        # Only sizes: given boxes, the head would compute a loss as well.
         asked = [{"size": target["size"], "stored": target["stored"]} for target in targets]
         found = self(x, asked).found
         return [
@@ -222,10 +227,10 @@ class Detector(NetModule):
         ]
 
     def prediction_writer(self, folder: Path) -> BasePredictionWriter:
-        """What ``lightning predict`` writes: results in COCO's format, and pictures with boxes.
+        """Returns the writer for ``lightning predict``: results in COCO's format, and pictures with boxes.
 
         Args:
-            folder: of the predictions.
+            folder: where predictions are written.
         """
         return DetectionFiles(folder)
 
@@ -233,18 +238,18 @@ class Detector(NetModule):
         return scheduled(self.trainer, self.make_optimizer(), self.schedule)
 
     def make_optimizer(self) -> Optimizer:
-        """The optimiser, with the groups of net and head and their learning rates."""
+        """Builds the optimiser with the parameter groups of net and head and their learning rates."""
         return make_optimizer(self.optimizer, self._groups())
 
     def _groups(self) -> list[dict[str, Any]]:
         if self.layer_decay == 1:
-            # Of a net that is frozen altogether there are none, and the head learns alone.
+            # A fully frozen net has no groups: only the head learns.
             learns = any(p.requires_grad for p in self.net.parameters())
             net = parameter_groups(self.net, self.step_weight_decay) if learns else []
             groups = [*net, *parameter_groups(self.head, self.step_weight_decay)]
         else:
             groups = parameter_groups(self, self.step_weight_decay, self.layer_decay)
-            # The head is all that lies deepest, so that no group holds parameters of both.
+            # The head alone has the greatest depth, so no group holds parameters of both.
             deepest = max(group["depth"] for group in groups)
             net = [group for group in groups if group["depth"] < deepest]
         for group in net:
@@ -252,7 +257,7 @@ class Detector(NetModule):
         return groups
 
     def parameter_depths(self) -> dict[str, int]:
-        """How deep each parameter lies: those of the net as it says, and all of the head one deeper."""
+        """The depth of each parameter: the net's own depths, and one more than the deepest for all of the head."""
         return depths_around(self, self.net)
 
     @property
@@ -261,7 +266,7 @@ class Detector(NetModule):
 
 
 def _levels(given: list[int] | None, wanted: int, count: int) -> list[int]:
-    """The numbers of the maps that a head takes, checked."""
+    """Returns the indices of the maps that a head takes, after checking them."""
     chosen = given if given is not None else list(range(max(0, count - wanted), count))
     if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < count:
         raise SchemeError(f"model.levels is {given}; wanted numbers of maps that rise, from 0 to {count - 1}")

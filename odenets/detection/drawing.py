@@ -1,4 +1,4 @@
-"""Pictures with what was detected drawn over them."""
+"""Draws detections over pictures."""
 
 import colorsys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .precision import Found
 
 
 def color(label: int) -> tuple[int, int, int]:
-    """A colour for a class: neighbouring numbers are far apart on the circle of hues.
+    """Returns the colour of a class; neighbouring numbers lie far apart on the hue circle.
 
     Example:
         >>> color(0)
@@ -22,15 +22,16 @@ def color(label: int) -> tuple[int, int, int]:
 
 
 def draw_detections(image: Image.Image, found: Found, names: Sequence[str], least: float = 0.5) -> Image.Image:
-    """The picture with the boxes, classes, scores and masks of the detections that are sure enough.
+    """Draws boxes, classes, scores and masks of the detections with a high enough score over a picture.
 
-    A small picture is enlarged to 256 pixels on its shorter side, so that the words can be read.
+    A small picture is enlarged, by a whole factor, to at least 256 pixels on its shorter side, so that the text is
+    legible.
 
     Args:
-        image: in RGB; it stays as it is.
-        found: in its pixels.
-        names: of the classes.
-        least: score from which on a detection is drawn.
+        image: in RGB; it is not changed.
+        found: detections, in pixels of the picture.
+        names: names of the classes.
+        least: lowest score of a detection that is drawn.
 
     Example:
         >>> import torch
@@ -41,7 +42,7 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
         (256, 256)
     """
     factor = max(1, -(-256 // min(image.size)))
-    # Without smoothing: the pixels of a small picture stay what they are.
+    # Without smoothing, so that the pixels of a small picture stay visible as they are.
     shown = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     kept = (found.scores >= least).nonzero()[:, 0].tolist()
     if found.masks is not None and kept:
@@ -51,13 +52,13 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
             levels[mask] = (levels[mask] + color(int(found.labels[k]))) / 2
         shown = Image.fromarray(levels.astype(np.uint8))
     pen = ImageDraw.Draw(shown)
-    for k in reversed(kept):  # the surest on top
+    for k in reversed(kept):  # the highest score on top
         label, score = int(found.labels[k]), float(found.scores[k])
         left, top, right, bottom = (found.boxes[k].clamp(min=0) * factor).tolist()
-        # A line along the picture's own edge would be drawn outside of it.
+        # A line along the edge of the picture would be drawn outside it.
         right, bottom = (min(edge, side - 1) for edge, side in zip((right, bottom), shown.size, strict=True))
         ink = color(label)
-        # Pillow refuses corners that are the wrong way round, as those of an empty box may be.
+        # Pillow rejects corners in the wrong order, which an empty box may have.
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=ink, width=2)
         text = f"{names[label]} {score:.2f}"
         room = pen.textbbox((left, top), text)
@@ -67,11 +68,11 @@ def draw_detections(image: Image.Image, found: Found, names: Sequence[str], leas
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int = 4, gap: int = 4) -> Image.Image:
-    """Pictures in rows, on white, each in a place as large as the largest one.
+    """Arranges pictures in rows on white, each in a cell as large as the largest picture.
 
     Args:
-        pictures: one at least.
-        columns: pictures of a row.
+        pictures: at least one.
+        columns: pictures per row.
         gap: pixels between them.
     """
     wide, high = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
@@ -85,12 +86,12 @@ def sheet(pictures: Sequence[Image.Image], columns: int = 4, gap: int = 4) -> Im
 
 
 def in_file(found: Found, size: torch.Tensor, stored: torch.Tensor) -> Found:
-    """Detections in pixels of a batch, in pixels of the picture's file.
+    """Converts detections from pixels of the batch to pixels of the picture's file.
 
     Args:
-        found: its masks, where it has some, in the pixels of the file already.
-        size: (2,) height and width that the picture fills in the batch.
-        stored: (2,) height and width of the file.
+        found: the detections; their masks, if any, are in pixels of the file already.
+        size: (2,), height and width that the picture fills in the batch.
+        stored: (2,), height and width of the file.
     """
     scale = (stored.double() / size.double()).flip(0).repeat(2).to(found.boxes)
     edges = stored.flip(0).repeat(2).to(found.boxes)

@@ -1,7 +1,7 @@
-"""What a detector's head is, and two of transformers' on any network: Deformable DETR and RT-DETR.
+"""The interface of a detector's head, and two heads from transformers for any network: Deformable DETR and RT-DETR.
 
-A head is configured first and built when the network is known: ``build`` is given the widths of its maps. It takes the
-pictures, their maps and the targets, and gives losses by name and what it found.
+A head is configured first and built once the network is known: ``build`` receives the widths of its maps. A head takes
+the pictures, their maps and the targets, and returns losses by name and detections.
 """
 
 import math
@@ -19,11 +19,11 @@ from .precision import MOST, Found
 
 
 class Maps(NamedTuple):
-    """What a head knows of the network's maps, fine to coarse.
+    """Shapes of the network's maps, fine to coarse.
 
     Attributes:
         channels: their widths.
-        reductions: pixels of the picture per pixel of each.
+        reductions: pixels of the picture per pixel of each map.
     """
 
     channels: list[int]
@@ -31,11 +31,11 @@ class Maps(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a head gives.
+    """The output of a head.
 
     Attributes:
-        losses: terms by name, of which the loss is the sum; empty where they are not known.
-        found: detections of each picture in pixels of the batch; empty in training.
+        losses: terms by name, whose sum is the loss; empty if they are not computed.
+        found: detections of each picture, in pixels of the batch; empty in training.
     """
 
     losses: dict[str, Tensor]
@@ -46,9 +46,9 @@ class Head(nn.Module, ABC):
     """Detects objects from the maps of a network.
 
     Attributes:
-        levels: how many maps it takes, the coarsest ones, unless the detector names them.
-        masks: whether it finds masks.
-        num_classes: number of classes; None until the detector sets that of its net.
+        levels: how many of the coarsest maps it takes, unless the detector names them.
+        masks: whether it predicts masks.
+        num_classes: number of classes; None until the detector sets it to that of its net.
     """
 
     levels: int = 3
@@ -57,29 +57,29 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def build(self, maps: Maps) -> None:
-        """Makes the layers, once the network is known.
+        """Creates the layers, once the network is known.
 
         Args:
-            maps: of the network.
+            maps: shapes of the network's maps.
         """
 
     @abstractmethod
     def forward(self, x: Tensor, maps: Sequence[Tensor], targets: Sequence[Target] | None, boxes: float) -> Output:
-        """Losses where there are targets, and detections in evaluation.
+        """Returns losses where there are targets, and detections in evaluation.
 
         Args:
             x: pictures (n, 3, h, w).
-            maps: of the network, fine to coarse.
-            targets: see ``odenets.detection.data``; in evaluation ``size`` alone is needed.
-            boxes: boxes of a batch by which losses are divided, the mean over the processes of a run.
+            maps: the network's maps, fine to coarse.
+            targets: see ``odenets.detection.data``; evaluation needs only ``size``.
+            boxes: the number of boxes that losses are divided by: that of a batch, averaged over the processes.
         """
 
 
 class DETR(Head):
-    """What the heads of transformers share.
+    """Base class of the heads that come from transformers.
 
-    Its detector is built around a stand-in for the backbone, which hands over the maps that it is given: the network
-    stays where it is, under its own names, and keeps its norms.
+    The detector of transformers is built around a placeholder backbone that returns the maps it is given. The network
+    itself stays outside, under its own names, and keeps its norms.
     """
 
     def __init__(self, num_classes: int | None, queries: int, width: int, heads: int, decoder_layers: int) -> None:
@@ -98,20 +98,20 @@ class DETR(Head):
 
     @abstractmethod
     def configured(self, maps: Maps, backbone: Any) -> nn.Module:
-        """transformers' detector.
+        """Builds the detector of transformers.
 
         Args:
-            maps: of the network.
-            backbone: configuration of the stand-in.
+            maps: shapes of the network's maps.
+            backbone: configuration of the placeholder backbone.
         """
 
     @abstractmethod
     def edges(self, x: Tensor, sizes: Tensor) -> Tensor:
-        """Width and height (n, 2) that boxes from 0 to 1 are shares of.
+        """The width and height (n, 2) to which boxes in [0, 1] are relative.
 
         Args:
             x: pictures of the batch.
-            sizes: (n, 2) width and height that each picture fills.
+            sizes: (n, 2), the width and height that each picture fills.
         """
 
     def build(self, maps: Maps) -> None:
@@ -121,7 +121,7 @@ class DETR(Head):
             raise SchemeError(str(e)) from None
         self.detr = self.configured(maps, MapsConfig(channels=list(maps.channels)))
         self.detr.config._attn_implementation = "sdpa"
-        # In single precision, and apart from autocast: costs and losses are differences of small numbers.
+        # In single precision and without autocast: costs and losses are differences of small numbers.
         own = self.detr.loss_function
         self.detr.loss_function = _Single(own)  # type: ignore[assignment]
 
@@ -135,34 +135,34 @@ class DETR(Head):
         inside = (rows[None, :, None] < sizes[:, 1, None, None]) & (columns[None, None] < sizes[:, 0, None, None])
         labels = None
         if targets is not None and all("boxes" in target for target in targets):
-            # In single precision at least: bfloat16 tells edges of a large picture apart to a few pixels only.
+            # At least single precision: bfloat16 resolves the edges of a large picture only to a few pixels.
             wide = torch.promote_types(x.dtype, torch.float32)
             labels = [_shares(target, edge, wide) for target, edge in zip(targets, edges, strict=True)]
         stand_in = self.detr.model.backbone.model
-        # transformers calls its backbone with the pictures alone: the maps reach it through this attribute.
+        # transformers passes its backbone only the pictures: the maps reach it through this attribute.
         stand_in.held = tuple(maps)
         try:
             out = self.detr(pixel_values=x, pixel_mask=inside.long(), labels=labels)
         finally:
-            # Else the maps, and their graph with them, would live until the next batch.
+            # Otherwise the maps and their graph would stay alive until the next batch.
             stand_in.held = ()
         losses = {}
         if labels is not None:
-            # transformers divides by the boxes of this process alone.
+            # transformers divides by the number of boxes of this process alone.
             own = max(1, sum(len(label["class_labels"]) for label in labels))
             losses = {"loss": out.loss * (own / boxes)}
         found = [] if self.training else self.found(out.logits, out.pred_boxes, edges)
         return Output(losses, found)
 
     def found(self, logits: Tensor, boxes: Tensor, edges: Tensor) -> list[Found]:
-        """The best pairs of a query and a class, at most 100 a picture.
+        """Returns the highest-scoring pairs of a query and a class, at most 100 per picture.
 
         Args:
             logits: (n, queries, classes).
-            boxes: (n, queries, 4), middle, width and height as shares.
-            edges: (n, 2), what they are shares of.
+            boxes: (n, queries, 4), centre, width and height, relative to ``edges``.
+            edges: (n, 2), width and height.
         """
-        # Over queries and classes together, as sigmoids do not compete: one query may give two classes.
+        # Over queries and classes jointly, since sigmoids do not compete: one query may yield two classes.
         scores = logits.float().sigmoid().flatten(1)
         best, places = scores.topk(min(MOST, scores.shape[1]))
         middle, extent = boxes.float().chunk(2, -1)
@@ -175,7 +175,7 @@ class DETR(Head):
 
 
 class _Single:
-    """A loss of transformers in single precision."""
+    """Evaluates a loss of transformers in single precision."""
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
@@ -192,29 +192,28 @@ class _Single:
 
 
 def _shares(target: Target, edges: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A target as transformers wants it: middle, width and height, as shares."""
+    """A target as transformers expects it: relative centre, width and height."""
     low, high = target["boxes"].to(dtype).chunk(2, 1)
     boxes = torch.cat([(low + high) / 2, high - low], 1) / edges.repeat(2)
     return {"class_labels": target["labels"], "boxes": boxes}
 
 
 class DeformableDETR(DETR):
-    """Deformable DETR, with boxes that are refined from layer to layer.
+    """Deformable DETR with iterative box refinement from layer to layer.
 
-    Not its two-stage form, whose first stage transformers gives no loss: it would stay as it was drawn.
+    The two-stage variant is left out: transformers gives its first stage no loss, so it would stay as initialised.
 
     Args:
-        num_classes: number of classes; None is as many as the net was built for, which on a command line follow from
-            the data.
-        queries: detections of a picture at most.
-        width: of the transformer.
-        heads: of its attention.
-        encoder_layers: of the transformer.
-        decoder_layers: of the transformer, 2 or more.
-        feedforward: width of its perceptrons.
-        points: places that a head looks at, on each map.
-        feature_levels: maps that it looks at; beyond the network's, coarser ones are made.
-        dropout: of the transformer.
+        num_classes: number of classes; None takes that of the net, which on the command line follows from the data.
+        queries: number of queries; each gives one box, possibly with several classes.
+        width: width of the transformer.
+        heads: number of attention heads.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers, 2 or more.
+        feedforward: width of the feed-forward layers.
+        points: sampling points of an attention head on each map.
+        feature_levels: number of maps to attend to; if the network has fewer, coarser ones are added.
+        dropout: dropout rate of the transformer.
 
     Source:
         Zhu et al. 2021, Deformable DETR, arXiv 2010.04159; the layers are transformers'.
@@ -263,7 +262,7 @@ class DeformableDETR(DETR):
             num_labels=self.num_classes,  # type: ignore[call-arg]
             with_box_refine=True,
             auxiliary_loss=True,
-            # The custom kernel is for CUDA alone, and is built or brought when first used; plain torch gives the same.
+            # The custom kernel is for CUDA alone and is built or downloaded on first use; plain torch gives the same.
             disable_custom_kernels=True,
             **self.options,
         )
@@ -272,50 +271,49 @@ class DeformableDETR(DETR):
         return detr
 
     def _separate(self, detr: Any) -> None:
-        """Gives each layer of the decoder its own outputs, begun as published; transformers ties them when new."""
+        """Gives each decoder layer its own output heads, initialised as published; transformers ties new ones."""
         kept = [len(detr.class_embed), detr.class_embed[0].in_features]
         classes = nn.ModuleList(nn.Linear(kept[1], int(self.num_classes or 0)) for _ in range(kept[0]))
         boxes = nn.ModuleList(type(detr.bbox_embed[0])(kept[1], kept[1], 4, 3) for _ in range(kept[0]))
         for layer in classes:
-            # Each class begins at a probability of 0.01: nearly all queries show none, and their loss would drown the
-            # rest.
+            # Each class starts at a probability of 0.01: nearly all queries match no object, and their loss would
+            # dominate otherwise.
             nn.init.constant_(layer.bias, math.log(0.01 / 0.99))  # type: ignore[arg-type]
         for n, layer in enumerate(boxes):
             last = layer.layers[-1]  # type: ignore[union-attr, index]
-            # No correction at first: every layer begins with the box of the one before.
+            # No correction at first: every layer starts from the box of the one before.
             nn.init.zeros_(last.weight)  # type: ignore[arg-type, union-attr]
             nn.init.zeros_(last.bias)  # type: ignore[arg-type, union-attr]
             if n == 0:  # the first box of a query is small; later ones are corrections
                 nn.init.constant_(last.bias[2:], -2.0)  # type: ignore[index, union-attr]
         detr.class_embed, detr.bbox_embed = classes, boxes
-        # The decoder refines boxes by the very layers that give them: one list under two names.
+        # The decoder refines boxes with the same layers that output them: one list under two names.
         detr.model.decoder.bbox_embed = boxes
-        # By these names transformers ties weights, and would join the layers again.
+        # transformers ties weights by these names and would share the layers again.
         detr._tied_weights_keys = {}
 
     def edges(self, x: Tensor, sizes: Tensor) -> Tensor:
-        return sizes  # its attention knows what of the batch a picture fills
+        return sizes  # its attention uses the pixel mask, which tells a picture from its padding
 
 
 class RTDETR(DETR):
     """RT-DETR: a convolutional encoder, queries from its best places, and denoising in training.
 
-    Its encoder takes what a picture does not fill for a part of it, so that boxes are shares of the whole batch.
+    Its encoder treats padding as part of the picture, so boxes are relative to the padded size.
 
     Args:
-        num_classes: number of classes; None is as many as the net was built for, which on a command line follow from
-            the data.
-        queries: detections of a picture at most.
-        width: of encoder and decoder.
-        heads: of the attention.
+        num_classes: number of classes; None takes that of the net, which on the command line follows from the data.
+        queries: number of queries; each gives one box, possibly with several classes.
+        width: width of encoder and decoder.
+        heads: number of attention heads.
         encoder_layers: attention layers on the coarsest map.
-        decoder_layers: 2 or more.
-        feedforward: width of the perceptrons.
-        points: places that a head looks at, on each map.
-        denoising: noised boxes that a picture gets in training.
-        label_noise: share of noised boxes whose class is another.
-        box_noise: how far boxes are moved.
-        dropout: of the transformer.
+        decoder_layers: number of decoder layers, 2 or more.
+        feedforward: width of the feed-forward layers.
+        points: sampling points of an attention head on each map.
+        denoising: noised copies of its boxes that a picture gets in training, at most; as many negatives are added.
+        label_noise: twice the probability that a noised box is given a random class.
+        box_noise: scale of the shifts of noised boxes.
+        dropout: dropout rate of the transformer.
 
     Source:
         Zhao et al. 2024, DETRs Beat YOLOs on Real-time Object Detection, arXiv 2304.08069; the layers are
@@ -372,7 +370,7 @@ class RTDETR(DETR):
             backbone_config=backbone,
             encoder_in_channels=list(maps.channels),
             feat_strides=list(maps.reductions),
-            # Attention within the coarsest map alone, as published: finer ones have too many places.
+            # Attention on the coarsest map alone, as published: finer ones have too many places.
             encode_proj_layers=[count - 1],
             decoder_in_channels=[self.width] * count,
             num_feature_levels=count,
@@ -381,7 +379,7 @@ class RTDETR(DETR):
         )
         detr = RTDetrForObjectDetection(config)
         for m in detr.modules():
-            if isinstance(m, nn.BatchNorm2d):  # transformers draws their scales around zero, which stops the maps
+            if isinstance(m, nn.BatchNorm2d):  # transformers draws their scales around zero, which mutes the maps
                 m.reset_parameters()
         self.reductions = maps.reductions
         return detr
@@ -391,13 +389,13 @@ class RTDETR(DETR):
 
     def forward(self, x: Tensor, maps: Sequence[Tensor], targets: Sequence[Target] | None, boxes: float) -> Output:
         places = sum(math.prod(m.shape[2:]) for m in maps)
-        # The queries are the best places of the maps; where there are fewer, topk fails without saying why.
+        # Queries are the best places of the maps; with fewer places than queries, topk fails without saying why.
         if places < self.queries:
             raise SchemeError(
                 f"RTDETR: {self.queries} queries, and maps of {x.shape[2]}x{x.shape[3]} pixels have {places} places\n"
                 f"  Give head.queries of up to {places}, larger pictures or finer maps"
             )
-        # The encoder joins maps after doubling their sides, which fits only where no side was rounded.
+        # The encoder upsamples maps by 2 and concatenates them, which fits only if no side was rounded.
         coarsest = self.reductions[-1]
         if x.shape[2] % coarsest or x.shape[3] % coarsest:
             raise SchemeError(

@@ -1,8 +1,8 @@
-"""Average precision as COCO defines it, counted by pycocotools.
+"""Average precision as COCO defines it, computed by pycocotools.
 
-torchmetrics' ``MeanAveragePrecision`` asks the same counts of pycocotools, but only where torchvision is installed, and
-numbers the pictures by the order in which they come, which decides between equal scores. Here pictures have the ids of
-their file, so that the figures are those that pycocotools gives for the file and the results.
+torchmetrics' ``MeanAveragePrecision`` relies on pycocotools too, but requires torchvision and numbers the pictures in
+order of arrival, which breaks ties between equal scores. Here pictures keep the ids of their file, so the figures are
+those that pycocotools computes from the file and the results.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR
 
 
 class Found(NamedTuple):
-    """What was detected in a picture, in pixels of its file.
+    """The detections of a picture.
 
     Attributes:
-        boxes: (k, 4) left, top, right, bottom.
+        boxes: (k, 4) left, top, right, bottom, in pixels of the batch as a head returns them, else of the file.
         scores: (k,), from 0 to 1.
         labels: (k,), from 0 on.
-        masks: bool (k, h, w), or None.
+        masks: bool (k, h, w), at the size of the file where it is known, or None.
     """
 
     boxes: Tensor
@@ -36,18 +36,18 @@ class Found(NamedTuple):
     masks: Tensor | None = None
 
     def best(self, count: int = MOST) -> "Found":
-        """The detections of the highest scores, on the CPU.
+        """Returns the detections with the highest scores, on the CPU.
 
         Args:
             count: how many are kept at most.
         """
-        # Stable, so that equal scores stay in the same order on every device.
+        # A stable sort, so that equal scores have the same order on every device.
         order = self.scores.argsort(descending=True, stable=True)[:count]
         return Found(*(None if part is None else part[order].cpu() for part in self))  # type: ignore[arg-type]
 
 
 def rows(found: Found) -> list[dict[str, Any]]:
-    """Detections as COCO's results have them: label, left, top, width and height, score, and the packed mask.
+    """Detections as in COCO's result files: label, left, top, width and height, score, and the packed mask.
 
     Example:
         >>> import torch
@@ -71,10 +71,9 @@ def packed(mask: Tensor) -> dict[str, Any]:
 
 
 class AveragePrecision:
-    """Collects pictures with what they show and what was detected, and counts once all are there.
+    """Collects annotations and detections by picture, and evaluates them once all pictures are there.
 
-    A picture that comes twice counts once: in a run of several processes some are there only to give every process
-    equally many.
+    A picture that comes twice counts once: a run of several processes repeats some to give every process equally many.
 
     Args:
         masks: whether masks are compared too.
@@ -95,12 +94,12 @@ class AveragePrecision:
         self.held: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]], list[int]]] = {}
 
     def add(self, picture: int, truth: Mapping[str, Tensor], found: Found) -> None:
-        """Takes one picture.
+        """Adds one picture.
 
         Args:
             picture: its id.
             truth: the ``truth_`` entries of a target, and ``stored``, the height and width of its file.
-            found: what was detected, in pixels of the file.
+            found: the detections, in pixels of the file.
         """
         columns = [truth[f"truth_{name}"].tolist() for name in ("labels", "boxes", "crowd", "area")]
         names = ("label", "bbox", "iscrowd", "area")
@@ -109,21 +108,21 @@ class AveragePrecision:
             row["iscrowd"] = int(row["iscrowd"])
             if self.masks:
                 row["segmentation"] = packed(truth["truth_masks"][k].cpu())
-        # By id: a picture that two processes have seen, to make their numbers equal, counts once.
+        # Keyed by id: a picture that was given to two processes, to make their numbers equal, counts once.
         self.held[picture] = there, rows(found.best()), truth["stored"].tolist()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Discards all pictures."""
         self.held = {}
 
     def compute(self) -> dict[str, float]:
-        """The figures over the pictures of all processes: of boxes, and those of masks as ``mask_AP`` and so on.
+        """Returns the figures over the pictures of all processes: of boxes, and of masks as ``mask_AP`` and so on.
 
-        One that nothing of its kind was there for, such as small objects, is -1, as pycocotools has it.
+        A figure without objects of its kind, such as small ones, is -1, as in pycocotools.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts: list[Any] = [None] * torch.distributed.get_world_size()
-            # Detections and not figures: the precision of parts does not average to that of the whole.
+            # Detections, not figures: precision over parts does not average to that over the whole.
             torch.distributed.all_gather_object(parts, self.held)
             held = {picture: entry for part in parts for picture, entry in part.items()}
         else:
@@ -151,9 +150,9 @@ def _counted(held: Mapping[int, tuple[Sequence[Any], Sequence[Any], Sequence[int
         for picture in pictures:
             there, found, _ = held[picture]
             for row in (there, found)[side]:
-                # Ids from 1, since pycocotools takes a match with id 0 for none.
+                # Ids start at 1, since pycocotools treats a match with id 0 as no match.
                 entry = {**row, "image_id": picture, "category_id": row["label"], "id": len(annotations) + 1}
-                if side == 1:  # as pycocotools prepares results: by the box, or by the mask alone
+                if side == 1:  # as pycocotools prepares results: area of the box, or of the mask alone
                     mask = row.get("segmentation") if kind == "segm" else None
                     entry["area"] = row["bbox"][2] * row["bbox"][3] if mask is None else float(tools.area(mask))
                     entry["iscrowd"] = 0

@@ -1,7 +1,7 @@
-"""Mask R-CNN and a cascade of it on any network, over torchvision's parts.
+"""Mask R-CNN and its cascade on any network, built from torchvision's parts.
 
-Pictures come resized and filled up, so that torchvision's own transform is left out; a pyramid (FPN) is built over the
-network's maps, and proposals, boxes and masks are torchvision's. torchvision is imported when a head is built.
+Pictures arrive resized and padded, so torchvision's own transform is left out. A feature pyramid (FPN) is built over
+the network's maps; proposals, boxes and masks are torchvision's. torchvision is imported when a head is built.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from .precision import MOST, Found
 
 
 def vision() -> Any:
-    """torchvision, with its operators.
+    """Imports torchvision with its operators.
 
     Raises:
-        SchemeError: it is not installed, or was built for another torch.
+        SchemeError: torchvision is not installed, or was built for another torch.
     """
     try:
         import torchvision
@@ -38,24 +38,24 @@ def vision() -> Any:
 class MaskRCNN(Head):
     """Mask R-CNN; without masks it is Faster R-CNN.
 
-    In training it gives the losses ``objectness`` and ``proposals`` of the first stage, ``class``, ``box`` and ``mask``
-    of the second; in evaluation no loss is known, since training draws the boxes that it compares.
+    In training it returns the losses ``objectness`` and ``proposals`` of the first stage, and ``class``, ``box`` and
+    ``mask`` of the second. In evaluation it has no loss, since the loss is computed on boxes that training samples.
 
     Args:
-        num_classes: number of classes, without the background; None is as many as the net was built for.
-        masks: whether masks are found; the data must then have some.
-        width: of the pyramid.
-        hidden: width of the perceptron behind each box.
-        proposals: boxes that the first stage hands over, of each picture.
-        least: score from which on a detection counts.
+        num_classes: number of classes, without the background; None takes that of the net.
+        masks: whether masks are predicted; the data must then have masks.
+        width: channels of the pyramid.
+        hidden: width of the perceptron applied to each box.
+        proposals: boxes per picture that the first stage passes on.
+        least: lowest score of a detection that is kept.
 
     Source:
         He et al. 2017, Mask R-CNN, arXiv 1703.06870; Lin et al. 2017, Feature Pyramid Networks, arXiv 1612.03144.
     """
 
     levels = 4
-    overlaps: Sequence[float] = (0.5,)  # of a box with an object, from which on it is trained to be one; by stage
-    weights: Sequence[float] = (1.0,)  # of the losses of each stage
+    overlaps: Sequence[float] = (0.5,)  # IoU with an object from which a box is a positive sample, by stage
+    weights: Sequence[float] = (1.0,)  # of the losses, by stage
 
     def __init__(
         self,
@@ -74,20 +74,20 @@ class MaskRCNN(Head):
 
     def build(self, maps: Maps) -> None:
         torchvision, detection = vision()
-        # A coarser map for the largest anchors; boxes are never cut out of it, so that it has no name below.
+        # A coarser map for the largest anchors; boxes are never pooled from it, so it has no name below.
         pool = torchvision.ops.feature_pyramid_network.LastLevelMaxPool()
         self.pyramid = torchvision.ops.FeaturePyramidNetwork(list(maps.channels), self.width, pool)
         self.names = [str(n) for n in range(len(maps.channels))]
-        # An anchor is eight times as large as the step between places of its map.
+        # An anchor is eight times as large as the stride of its map.
         steps = [*maps.reductions, 2 * maps.reductions[-1]]
         rpn = detection.rpn
         anchors = rpn.AnchorGenerator(tuple((8 * step,) for step in steps), ((0.5, 1.0, 2.0),) * len(steps))
         first = rpn.RPNHead(self.width, anchors.num_anchors_per_location()[0])
-        # `most` is per level, before overlapping proposals are dropped; `kept` is per picture, after that.
+        # `most` is per level, before non-maximum suppression; `kept` is per picture, after it.
         most = {"training": 2 * self.proposals, "testing": self.proposals}
         kept = dict.fromkeys(("training", "testing"), self.proposals)
-        # In order: overlap of an object, of background, samples, objects' share of them, and the overlap from which one
-        # of two proposals is dropped. All are torchvision's own.
+        # In order: IoU of an object, IoU of background, samples, share of objects among them, and the IoU above which
+        # one of two proposals is dropped. All are torchvision's defaults.
         self.rpn = rpn.RegionProposalNetwork(anchors, first, 0.7, 0.3, 256, 0.5, most, kept, 0.7)
         self.stages = nn.ModuleList(self._stage(n, maps.reductions) for n in range(len(self.overlaps)))
 
@@ -95,7 +95,7 @@ class MaskRCNN(Head):
         _, detection = vision()
         faster, masked = detection.faster_rcnn, detection.mask_rcnn
         predictor = faster.FastRCNNPredictor(self.hidden, int(self.num_classes or 0) + 1)
-        if self.agnostic:  # one correction for all classes, as a cascade has it
+        if self.agnostic:  # one box correction for all classes, as in a cascade
             predictor.bbox_pred = nn.Linear(self.hidden, 4)
         parts: dict[str, Any] = {}
         if self.masks:
@@ -104,14 +104,14 @@ class MaskRCNN(Head):
                 "mask_head": masked.MaskRCNNHeads(self.width, [self.width] * 4, 1),
                 "mask_predictor": masked.MaskRCNNPredictor(self.width, self.width, int(self.num_classes or 0) + 1),
             }
-        scale = (10.0, 10.0, 5.0, 5.0)  # of the corrections; later stages have finer ones
+        scale = (10.0, 10.0, 5.0, 5.0)  # of the corrections, which are finer in later stages
         return detection.roi_heads.RoIHeads(
             self._pool(7, reductions),
             faster.TwoMLPHead(self.width * 49, self.hidden),
             predictor,
             self.overlaps[n],
             self.overlaps[n],
-            # Boxes of a picture that a stage is trained on, and the share of objects among them.
+            # Boxes per picture that a stage is trained on, and the share of objects among them.
             512,
             0.25,
             tuple(value * (n + 1) for value in scale),
@@ -122,10 +122,10 @@ class MaskRCNN(Head):
         )
 
     def _pool(self, side: int, reductions: Sequence[int]) -> nn.Module:
-        """Cuts boxes out of the pyramid, each out of the map that fits its size."""
+        """Returns a layer that pools boxes from the pyramid, each from the map that fits its size."""
         torchvision, _ = vision()
         pool = torchvision.ops.MultiScaleRoIAlign(self.names, side, 2)
-        # Else torchvision would guess them from the part that pictures fill, which may be any part of a batch.
+        # Otherwise torchvision infers the scales from the picture sizes, which may be any part of the padded batch.
         pool.scales = [1 / reduction for reduction in reductions]
         lowest, highest = (reductions[at].bit_length() - 1 for at in (0, -1))
         pool.map_levels = torchvision.ops.poolers.initLevelMapper(lowest, highest)
@@ -133,7 +133,7 @@ class MaskRCNN(Head):
 
     @property
     def agnostic(self) -> bool:
-        """Whether one correction of a box serves all classes."""
+        """Whether one box correction serves all classes."""
         return len(self.overlaps) > 1
 
     def forward(self, x: Tensor, maps: Sequence[Tensor], targets: Sequence[Target] | None, boxes: float) -> Output:
@@ -160,23 +160,23 @@ class MaskRCNN(Head):
         return Output(losses, [])
 
     def _theirs(self, target: Target) -> dict[str, Tensor]:
-        """A target as torchvision wants it, whose class 0 is the background."""
+        """A target as torchvision expects it, with class 0 as the background."""
         found = {"boxes": target["boxes"].float(), "labels": target["labels"] + 1}
         return {**found, "masks": target["masks"]} if self.masks else found
 
     def _corrections(self, stage: Any, features: Any, proposals: Any, sizes: Any) -> tuple[Tensor, Tensor]:
-        """Logits (k, classes + 1) and corrections (k, 4 * (classes + 1)) of boxes."""
+        """Returns the logits (k, classes + 1) and corrections (k, 4 * (classes + 1)) of boxes."""
         logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, proposals, sizes)))
-        # Under autocast they are halves, too coarse for boxes of hundreds of pixels.
+        # Under autocast they are in half precision, too coarse for boxes of hundreds of pixels.
         logits, deltas = logits.float(), deltas.float()
-        # torchvision picks the correction of each class; this way all find the same one.
+        # torchvision picks the correction of each class; repeated, it is the same for all.
         return logits, deltas.repeat(1, int(self.num_classes or 0) + 1) if self.agnostic else deltas
 
     def _moved(self, stage: Any, deltas: Tensor, proposals: Sequence[Tensor], sizes: Any) -> list[Tensor]:
-        """Boxes after the correction that serves all classes, cut at the edges of their pictures."""
+        """Applies the correction that serves all classes, and clips the boxes to their pictures."""
         torchvision, _ = vision()
-        # All classes have the same correction, so the first will do. Detached: a stage's proposals are no way back into
-        # the stage before.
+        # All classes have the same correction, so the first will do. Detached: no gradient flows through a stage's
+        # proposals into the stage before.
         moved = stage.box_coder.decode(deltas.detach(), list(proposals))[:, 0]
         parts = moved.split([len(part) for part in proposals])
         cut = torchvision.ops.clip_boxes_to_image
@@ -192,7 +192,7 @@ class MaskRCNN(Head):
         classes, boxes = heads.fastrcnn_loss(logits, deltas, labels, wanted)
         terms = {"class": classes, "box": boxes}
         if self.masks:
-            # Masks are learned on boxes with an object alone; background has none to compare with.
+            # Masks are trained only on boxes with an object; background has no mask to compare with.
             positive = [(label > 0).nonzero()[:, 0] for label in labels]
             asked = [part[at] for part, at in zip(proposals, positive, strict=True)]
             theirs = [part[at] for part, at in zip(matched, positive, strict=True)]
@@ -205,7 +205,7 @@ class MaskRCNN(Head):
         return stage.mask_predictor(stage.mask_head(stage.mask_roi_pool(features, list(boxes), sizes))).float()
 
     def _found(self, features: Any, proposals: Any, sizes: Any, targets: Sequence[Target] | None) -> list[Found]:
-        """Detections: scores are the mean over the stages, boxes are the last one's."""
+        """Returns detections whose scores are means over the stages and whose boxes come from the last one."""
         last: Any = self.stages[-1]
         scores: list[Tensor] = []
         deltas = torch.zeros(0)
@@ -214,7 +214,7 @@ class MaskRCNN(Head):
             scores.append(logits.softmax(1))
             if stage is not last:
                 proposals = self._moved(stage, deltas, proposals, sizes)
-        # torchvision takes a softmax of it, which gives back probabilities from their logarithms.
+        # torchvision applies a softmax, which turns log probabilities back into probabilities.
         mean = torch.stack(scores).mean(0).log()
         boxes, sure, labels = last.postprocess_detections(mean, deltas, proposals, sizes)
         masks: Sequence[Tensor | None] = [None] * len(boxes)
@@ -228,17 +228,17 @@ class MaskRCNN(Head):
     def _masks(
         self, features: Any, boxes: Sequence[Tensor], labels: Any, sizes: Any, targets: Sequence[Target] | None
     ) -> list[Tensor]:
-        """Masks of each picture, at the size of its file where that is known."""
+        """Returns the masks of each picture, at the size of its file if that is known."""
         _, detection = vision()
         drawn = [self._mask_logits(stage, features, boxes, sizes).sigmoid() for stage in self.stages]
-        # The inverse of what maskrcnn_inference applies: the mean is one of probabilities.
+        # The inverse of the sigmoid in maskrcnn_inference: the mean is over probabilities.
         mean = torch.logit(torch.stack(drawn).mean(0), eps=1e-6)
         shares = detection.roi_heads.maskrcnn_inference(mean, list(labels))
         found = []
         for n, (share, box, size) in enumerate(zip(shares, boxes, sizes, strict=True)):
             known = targets is not None and "stored" in targets[n]
             stored = tuple(targets[n]["stored"].tolist()) if known else size  # type: ignore[index]
-            # Pasted at the size of the file at once: a mask that is resized later has a blurred edge.
+            # Pasted directly at the size of the file: resizing a mask later would blur its edge.
             scale = box.new_tensor([stored[1] / size[1], stored[0] / size[0]] * 2)
             pasted = detection.roi_heads.paste_masks_in_image(share, box * scale, stored)
             found.append(pasted[:, 0] >= 0.5)
@@ -246,9 +246,9 @@ class MaskRCNN(Head):
 
 
 class CascadeMaskRCNN(MaskRCNN):
-    """Mask R-CNN whose boxes are corrected three times, each time trained on boxes that fit better.
+    """Mask R-CNN with three box corrections in sequence, each trained on better-fitting boxes than the last.
 
-    The losses of the stages weigh 1, 1/2 and 1/4, and carry the stage's number.
+    The losses of the stages have weights 1, 1/2 and 1/4, and their names end in the number of the stage.
 
     Args:
         num_classes: see ``MaskRCNN``.

@@ -1,7 +1,7 @@
-"""A backbone for transformers' detectors that hands over maps that were made elsewhere.
+"""A placeholder backbone for the detectors of transformers that returns maps computed elsewhere.
 
-``import odenets.detection.stand_in`` registers it. It has no weights: a detector that is built around it holds the head
-alone, and leaves the network's norms as they are.
+``import odenets.detection.stand_in`` registers it. It has no weights: a detector that is built around it holds only the
+head, and leaves the network's norms as they are.
 
 Raises:
     ImportError: transformers is not installed.
@@ -37,7 +37,7 @@ class MapsConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.channels = list(self.channels or [])
-        # transformers counts what comes before as a stage, too, whose map nobody asks for.
+        # transformers also counts the stem as a stage; its map is not among the outputs.
         self.stage_names = ["stem", *(f"stage{n + 1}" for n in range(len(self.channels)))]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=self.stage_names[1:]
@@ -46,10 +46,10 @@ class MapsConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 class HeldMaps(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
-    """Gives the maps that ``held`` has.
+    """Returns the maps in ``held``.
 
     Attributes:
-        held: set before the detector is called, and emptied after.
+        held: set before the detector is called, and emptied afterwards.
     """
 
     config_class = MapsConfig
@@ -58,23 +58,23 @@ class HeldMaps(BackboneMixin, PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: MapsConfig):
         super().__init__(config)
-        # One width per stage name, that of the stem included.
+        # One width per stage name, including the stem's.
         self.num_features = [0, *(config.channels or [])]
         self.held: tuple[Tensor, ...] = ()
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The maps; the pictures are not looked at.
+        """Returns the maps; the pictures are ignored.
 
         Args:
             pixel_values: the pictures.
-            kwargs: what transformers adds.
+            kwargs: further arguments that transformers passes.
         """
         if not self.held:
             raise SchemeError("a detector's head was called without maps\n  Call the Detector, not its head.")
         return BackboneOutput(feature_maps=self.held)  # type: ignore[arg-type]
 
 
-# A detector looks its backbone up by the kind of its configuration.
+# A detector looks up its backbone by the type of the configuration.
 AutoConfig.register("odenets_maps", MapsConfig)
 AutoBackbone.register(MapsConfig, HeldMaps)

@@ -1,8 +1,8 @@
-"""Where a picture and its objects go: a scale, a window and a flip, applied to pixels, boxes and masks alike.
+"""Placement of a picture and its objects: a scale, a window and a flip, applied to pixels, boxes and masks alike.
 
-Large-scale jitter draws a factor, fits the picture into a square of so many times the size, and cuts a window of the
-size out of it at random, or fills up what is missing. Multi-scale resizing draws the length of the shorter side. In
-evaluation the picture fits the square, or has one length, and nothing is cut.
+Large-scale jitter draws a factor, fits the picture into a square of that factor times the size, and crops a random
+window of the size from it, or pads it. Multi-scale resizing draws the length of the shorter side. In evaluation the
+picture is fitted into the square, or its shorter side has a fixed length, and nothing is cropped.
 
 Sources:
     Ghiasi et al. 2021, Simple Copy-Paste, arXiv 2012.07177, section 3 (large-scale jitter); Carion et al. 2020, DETR,
@@ -18,14 +18,14 @@ from torch import Generator, Tensor
 
 
 class Placement(NamedTuple):
-    """How a picture of w x h pixels is brought to the net: resized, cut, and mirrored if so drawn.
+    """How a picture is presented to the network: resized, cropped to a window, and possibly mirrored.
 
     Attributes:
         resized: width and height after resizing.
-        left: of the window in the resized picture.
-        top: of the window.
-        width: of the window.
-        height: of the window.
+        left: left edge of the window in the resized picture.
+        top: top edge of the window.
+        width: width of the window.
+        height: height of the window.
         flip: whether the window is mirrored.
     """
 
@@ -37,14 +37,14 @@ class Placement(NamedTuple):
     flip: bool
 
     def picture(self, image: Image.Image) -> Image.Image:
-        """The window of the resized picture.
+        """Returns the window of the resized picture.
 
         Args:
             image: the picture as it was read.
         """
         x, y = image.width / self.resized[0], image.height / self.resized[1]
         box = (self.left * x, self.top * y, (self.left + self.width) * x, (self.top + self.height) * y)
-        # Rounding may leave the edge a hair beyond the picture, which Pillow refuses.
+        # Rounding may put the edge slightly beyond the picture, which Pillow rejects.
         box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
         found = image
         if (self.width, self.height) != image.size or box != (0, 0, *image.size):
@@ -52,11 +52,11 @@ class Placement(NamedTuple):
         return found.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else found
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where boxes (k, 4) of the picture lie in the window: left, top, right, bottom, cut at its edges.
+        """Maps boxes of the picture into the window: left, top, right, bottom, clipped to its edges.
 
         Args:
-            boxes: in pixels of the picture.
-            size: of the picture, width and height.
+            boxes: (k, 4), in pixels of the picture.
+            size: width and height of the picture.
         """
         x, y = self.resized[0] / size[0], self.resized[1] / size[1]
         found = boxes * boxes.new_tensor([x, y, x, y]) - boxes.new_tensor([self.left, self.top] * 2)
@@ -66,17 +66,17 @@ class Placement(NamedTuple):
         return torch.minimum(found.clamp(min=0), edges)
 
     def masks(self, masks: Tensor) -> Tensor:
-        """Masks (k, h, w) of the picture in the window: pixels that are inside by half or more.
+        """Maps masks of the picture into the window: the pixels that are at least half inside.
 
         Args:
-            masks: (k, h, w), in the size of the picture as it was read.
+            masks: (k, h, w), at the size of the picture as it was read.
         """
         found = torch.zeros(len(masks), self.height, self.width, dtype=torch.bool)
         for k, mask in enumerate(masks):
-            # Through the picture's own filter, so that mask and pixels move by the same fraction.
+            # Resampled by the filter of the picture, so that mask and pixels shift by the same fraction.
             levels = Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
             seen = self.picture(levels)
-            # A copy that can be written to: torch warns of memory that cannot.
+            # A writable copy: torch warns about read-only memory.
             flat = torch.frombuffer(bytearray(seen.tobytes()), dtype=torch.uint8)
             found[k] = flat.view(self.height, self.width) >= 128
         return found
@@ -88,12 +88,12 @@ class Placement(NamedTuple):
 
 
 def fit(width: int, height: int, side: float) -> tuple[int, int]:
-    """The size with the longer side of so many pixels, in the same proportion.
+    """Returns the width and height with a given longer side and the same aspect ratio.
 
     Args:
-        width: of the picture.
-        height: of the picture.
-        side: the longer side that is wanted.
+        width: width of the picture.
+        height: height of the picture.
+        side: length of the longer side.
 
     Example:
         >>> fit(640, 480, 320)
@@ -104,13 +104,13 @@ def fit(width: int, height: int, side: float) -> tuple[int, int]:
 
 
 def shorter(width: int, height: int, side: int, longest: int) -> tuple[int, int]:
-    """The size with the shorter side of so many pixels, or less where the longer one would exceed `longest`.
+    """Returns the width and height with a given shorter side, or less if the longer one would exceed `longest`.
 
     Args:
-        width: of the picture.
-        height: of the picture.
-        side: the shorter side that is wanted.
-        longest: what the longer side may not exceed.
+        width: width of the picture.
+        height: height of the picture.
+        side: length of the shorter side.
+        longest: upper limit of the longer side.
 
     Example:
         >>> shorter(640, 480, 800, 1333), shorter(1000, 200, 800, 1333)
@@ -124,11 +124,11 @@ class Resize(NamedTuple):
     """How pictures are resized, in training and in evaluation.
 
     Attributes:
-        size: side of the square of ``jitter``; of ``multiscale`` the shorter side in evaluation.
-        jitter: range of the factor of large-scale jitter; None is multi-scale resizing.
-        scales: of multi-scale resizing, lengths of the shorter side in training.
-        longest: of multi-scale resizing, the longer side at most.
-        flip: probability of a mirrored picture in training.
+        size: side of the square in large-scale jitter; in multi-scale resizing the shorter side in evaluation.
+        jitter: range of the factor of large-scale jitter; None means multi-scale resizing.
+        scales: in multi-scale resizing, lengths of the shorter side in training.
+        longest: in multi-scale resizing, upper limit of the longer side.
+        flip: probability that a picture is mirrored in training.
     """
 
     size: int
@@ -138,12 +138,12 @@ class Resize(NamedTuple):
     flip: float
 
     def draw(self, width: int, height: int, generator: Generator | None) -> Placement:
-        """A placement for training; it takes four numbers of the generator, whatever they decide.
+        """Draws a placement for training; it always takes four numbers from the generator.
 
         Args:
-            width: of the picture.
-            height: of the picture.
-            generator: what is drawn from; None is torch's own.
+            width: width of the picture.
+            height: height of the picture.
+            generator: source of the random numbers; None is torch's global generator.
         """
         scale, x, y, flip = torch.rand(4, generator=generator).tolist()
         mirrored = flip < self.flip
@@ -153,15 +153,15 @@ class Resize(NamedTuple):
         low, high = self.jitter
         wide, high_ = resized = fit(width, height, self.size * (low + (high - low) * scale))
         w, h = min(wide, self.size), min(high_, self.size)
-        # One more than the room that is left, so that the last place is as likely as the others.
+        # One more than the free space, so that the last position is as likely as the others.
         return Placement(resized, int(x * (wide - w + 1)), int(y * (high_ - h + 1)), w, h, mirrored)
 
     def fixed(self, width: int, height: int) -> Placement:
-        """The placement in evaluation: the whole picture.
+        """Returns the placement in evaluation: the whole picture.
 
         Args:
-            width: of the picture.
-            height: of the picture.
+            width: width of the picture.
+            height: height of the picture.
         """
         if self.jitter is None:
             resized = shorter(width, height, self.size, self.longest)
@@ -171,7 +171,7 @@ class Resize(NamedTuple):
 
 
 def bounds(masks: Tensor) -> Tensor:
-    """The boxes (k, 4), left, top, right, bottom in edges of pixels, around masks (k, h, w); zeros where one is empty.
+    """Returns the bounding boxes of masks: left, top, right, bottom on pixel edges; zeros for an empty mask.
 
     Args:
         masks: (k, h, w), true inside.

@@ -18,16 +18,16 @@ from .precision import Found, rows
 
 
 class DetectionFiles(BasePredictionWriter):
-    """Writes ``predictions.json`` and some pictures with what was detected.
+    """Writes ``predictions.json`` and some pictures with their detections drawn in.
 
     The file holds a list of ``{"image_id", "category_id", "bbox", "score"}``, which pycocotools' ``loadRes`` reads;
-    masks, where there are some, are ``predictions_masks.json``. Beside them ``pictures.json`` says which id is which
-    file, and ``sheet.png`` shows the first twelve pictures.
+    masks, if there are any, go into ``predictions_masks.json``. Beside them ``pictures.json`` maps ids to files, and
+    ``sheet.png`` shows the first twelve pictures.
 
     Args:
-        folder: where to.
-        pictures: how many pictures are drawn, the first ones.
-        least: score from which on a detection is drawn; the files hold all.
+        folder: where the files are written.
+        pictures: how many pictures are drawn, counted from the first.
+        least: lowest score of a detection that is drawn; the files hold all.
     """
 
     def __init__(self, folder: str | Path, pictures: int = 64, least: float = 0.5) -> None:
@@ -41,7 +41,7 @@ class DetectionFiles(BasePredictionWriter):
         assert isinstance(data, DetectionData)
         indices = [i for batch in batch_indices[0] for i in batch]
         found: Sequence[Found] = [one for batch in predictions for one in batch]
-        # A tuple is there to give every process equally many.
+        # An index that is a tuple marks a picture repeated to give every process equally many.
         own = {i: one for i, one in zip(indices, found, strict=True) if not isinstance(i, tuple)}
         for i, one in own.items():
             if i < self.pictures:
@@ -57,7 +57,7 @@ class DetectionFiles(BasePredictionWriter):
     def _draw(self, data: DetectionData, i: int, found: Found) -> None:
         self.folder.joinpath("pictures").mkdir(parents=True, exist_ok=True)
         drawn = draw_detections(data.predicted_picture(i), found, data.classes, self.least)
-        # The number, since files of one name may lie in several folders.
+        # With the number, since several folders may hold files of the same name.
         drawn.save(self.folder / "pictures" / f"{i:06d}_{PurePath(data.predicted_name(i)).stem}.png")
 
     def _write(self, data: DetectionData, found: dict[int, list[dict[str, Any]]]) -> None:

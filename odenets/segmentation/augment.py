@@ -1,6 +1,6 @@
-"""What a batch of training pictures and their masks goes through, on the device that it is on.
+"""Augmentation of a batch of training pictures and masks, on its device.
 
-Scale and crop come before, where pictures are decoded: they make all pictures of a batch equally large.
+Scaling and cropping come earlier, where pictures are decoded, and make all pictures of a batch equally large.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from torch import Generator, Tensor
 
 from ..training.augment import normalize
 
-# Ranges of the photometric distortion, in levels of 255, as factors, and as a share of the circle of hues.
+# Ranges of the photometric distortion: as a share of 255 levels, as factors, and as a share of the hue circle.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, (0.5, 1.5), (0.5, 1.5), 0.1
 
 
 class SegmentationAugment:
-    """Mirror images and distorted colours, then mean and deviation.
+    """Flips pictures and masks, distorts colours, then normalises by mean and standard deviation.
 
     Args:
-        flip: probability of a left-right mirror image, for picture and mask together.
+        flip: probability of a left-right flip, applied to picture and mask together.
         distort: whether brightness, contrast, saturation and hue are distorted, each with probability 1/2.
-        seed: of a generator of its own; None takes the run's.
+        seed: seed of a separate generator; None takes the run's.
 
     Example:
         >>> import torch
@@ -39,14 +39,14 @@ class SegmentationAugment:
     def __call__(
         self, x: Tensor, y: Tensor, mean: Sequence[float], std: Sequence[float], generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The batch as the network sees it.
+        """Returns the batch as the network receives it.
 
         Args:
             x: (n, 3, h, w), uint8 or floats in [0, 1].
             y: (n, h, w).
             mean: per channel, of pictures in [0, 1].
             std: per channel.
-            generator: what the draws come from.
+            generator: source of the random numbers.
         """
         if self.flip:
             mirror = torch.rand(len(x), device=x.device, generator=generator) < self.flip
@@ -59,25 +59,25 @@ class SegmentationAugment:
 
 
 def photometric_distortion(x: Tensor, *, generator: Generator | None = None) -> Tensor:
-    """Distorts the colours of each picture, each of four ways with probability 1/2.
+    """Distorts the colours of each picture in four ways, each with probability 1/2.
 
-    Brightness: up to 32 of 255 levels are added. Contrast: levels times a factor from [1/2, 3/2], before saturation and
-    hue or after them, either with probability 1/2. Saturation: times a factor from [1/2, 3/2]. Hue: turned by up to a
-    tenth of the circle. After each, levels are cut to [0, 1].
+    Brightness: up to 32 of 255 levels are added or subtracted. Contrast: levels are multiplied by a factor from
+    [1/2, 3/2], before saturation and hue or after them, either with probability 1/2. Saturation: multiplied by a factor
+    from [1/2, 3/2]. Hue: rotated by up to a tenth of the circle. After each step levels are clamped to [0, 1].
 
     Args:
         x: floats in [0, 1], (n, 3, h, w).
-        generator: what the draws come from; None is torch's own on the device of x.
+        generator: source of the random numbers; None is torch's global one on the device of x.
 
     Source:
-        Liu et al. 2016, SSD: Single Shot MultiBox Detector, arXiv 1512.02325, as segmentation uses it since.
+        Liu et al. 2016, SSD: Single Shot MultiBox Detector, arXiv 1512.02325, in the form used for segmentation since.
     """
     if x.shape[1] != 3:
         raise ValueError(f"photometric_distortion: {x.shape[1]} channels; wants red, green and blue")
 
     def drawn(low: float, high: float, nothing: float) -> Tensor:
-        """A figure for each picture, which is `nothing` for half of them."""
-        # Both are drawn for every picture: what another one drew must not move its numbers.
+        """Draws a number for each picture; with probability 1/2 it is `nothing`."""
+        # Both numbers are drawn for every picture, so that its draws do not depend on those of the others.
         use, figure = torch.rand(2, len(x), device=x.device, generator=generator)
         return torch.where(use < 0.5, low + (high - low) * figure, nothing)[:, None, None, None].to(x.dtype)
 
@@ -90,11 +90,11 @@ def photometric_distortion(x: Tensor, *, generator: Generator | None = None) -> 
 
 
 def turned_colors(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """RGB pictures whose saturation is multiplied and whose hue is turned.
+    """Multiplies the saturation of RGB pictures and rotates their hue.
 
     Args:
         x: floats in [0, 1], (n, 3, h, w).
-        saturation: factors, (n, 1, 1, 1); the result is cut to [0, 1].
+        saturation: factors, (n, 1, 1, 1); the product is clamped to [0, 1].
         hue: shares of the circle, (n, 1, 1, 1).
 
     Example:
@@ -110,7 +110,7 @@ def turned_colors(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
     sixths = torch.stack([(green - blue) / safe, (blue - red) / safe + 2, (red - green) / safe + 4], 0)
     angle = sixths.gather(0, which[None])[0] + 6 * hue
     chroma = value * (span / torch.where(value > 0, value, 1) * saturation).clamp(0, 1)
-    # Each channel is full within a sixth of the circle of its own hue, and falls off over the next sixth.
+    # Each channel is at its full value within a sixth of the circle of its own hue, and falls off over the next sixth.
     place = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
     k = (place + angle) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

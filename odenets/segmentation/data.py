@@ -1,8 +1,9 @@
-"""Pictures and masks for Lightning: ADE20K, Cityscapes, folders, tables, the hub; and drawn shapes, for nothing.
+"""Pictures and masks for Lightning: ADE20K, Cityscapes, folders, tables, the hub; and drawn shapes, without a download.
 
-A training picture is resized by a random factor and a random box of it is cut, when it is decoded; what is drawn for it
-is a function of the seed, the epoch and its number. Mirror images and colours follow on the batch, on its device. In
-evaluation a picture is resized once, and its mask stays as it is stored: figures count the pixels of the stored masks.
+When a training picture is decoded, it is resized by a random factor and a random box is cropped from it; the random
+numbers depend only on the seed, the epoch and its place in the data set. Flips and colour distortion follow on the
+batch, on its device. In evaluation a picture is resized once and its mask stays as stored: figures count the pixels of
+the stored masks.
 """
 
 from collections.abc import Sequence
@@ -28,18 +29,18 @@ from .pairs import JoinedPairs, Named, Pairs, open_pairs, open_pictures
 from .presets import PRESETS
 
 Request = int | tuple[int, int]  # an index, or (epoch, index)
-_TRIES = 10  # to find a box that no class fills nearly alone
+_TRIES = 10  # attempts to find a box that no class fills nearly alone
 
 
 class Framing(NamedTuple):
-    """At which size pictures are seen.
+    """The sizes to which pictures are resized and cropped.
 
     Attributes:
-        short: what the shorter side is resized to; None leaves a picture as it is.
-        longest: what the longer side has at most after that.
+        short: length to which the shorter side is resized; None leaves a picture as it is.
+        longest: upper limit of the longer side after that.
         crop: height and width of training pictures.
         scales: range of the factor by which training pictures are resized further.
-        most: share of a training picture that one class may fill; another box is tried where it fills more.
+        most: share of a training picture that one class may fill; if it fills more, another box is tried.
     """
 
     short: int | None
@@ -49,7 +50,7 @@ class Framing(NamedTuple):
     most: float
 
     def size(self, width: int, height: int, factor: float = 1.0) -> tuple[int, int]:
-        """Width and height at which a picture of this size is seen.
+        """Returns the width and height to which a picture of this size is resized.
 
         Example:
             >>> Framing(512, 2048, (512, 512), (0.5, 2.0), 0.75).size(683, 512, 0.5)
@@ -62,15 +63,15 @@ class Framing(NamedTuple):
 
 
 class Segments(Dataset):
-    """Pictures with masks, decoded when they are asked for.
+    """Pictures with masks, decoded on access.
 
-    In training, uint8 (3, *crop) and int16 (*crop); in evaluation, uint8 (3, h, w) as it is seen and int16 (H, W) as it
-    is stored. The next picture takes the place of one that cannot be read; in evaluation without classes, so that it is
+    In training, uint8 (3, *crop) and int16 (*crop); in evaluation, uint8 (3, h, w) at the resized size and int16 (H, W)
+    as stored. The next picture replaces one that cannot be read; in evaluation it has no classes then, so that it is
     not counted twice.
 
     Attributes:
-        seed: of what is drawn for requests (epoch, index).
-        takes_pairs: it draws by such requests itself.
+        seed: seed of the random numbers for requests (epoch, index).
+        takes_pairs: marks a data set that takes such requests and draws on its own.
     """
 
     takes_pairs = True
@@ -87,7 +88,7 @@ class Segments(Dataset):
     ) -> None:
         """labels: None reads no masks. fill: the colour beside pictures that are smaller than the crop."""
         self.pairs, self.indices, self.labels, self.framing, self.train = pairs, indices, labels, framing, train
-        # The seed is read in the main process: each worker has another one.
+        # The seed is read in the main process: each worker has a different one.
         self.fill, self.tally, self.seed = torch.tensor(fill, dtype=torch.uint8), tally, torch.initial_seed()
 
     def __len__(self) -> int:
@@ -96,7 +97,7 @@ class Segments(Dataset):
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         epoch, position = request if isinstance(request, tuple) else (None, request)
         for at, index in self.tally.places(position, self.indices):
-            # By the place that was asked for: the picture that stands in for another is cut otherwise.
+            # Seeded by the requested place: a picture that replaces another gets a different crop.
             generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, position))
             try:
                 picture, classes = self._read(index)
@@ -115,7 +116,7 @@ class Segments(Dataset):
         stored = self.pairs.mask(index)
         if stored is None:
             raise Unreadable("it has no mask")
-        # Before the picture is decoded, which takes longer.
+        # Before the picture, which takes longer to decode.
         classes = self.labels.read(stored, picture.size)
         return picture.rgb(), torch.from_numpy(classes)
 
@@ -130,22 +131,22 @@ class Segments(Dataset):
         wide, tall = self.framing.size(*picture.size, factor)
         rows, columns = self.framing.crop
         height, width = min(rows, tall), min(columns, wide)
-        # Of the picture as it is stored, in pixels of the resized one.
+        # Stored pixels per pixel of the resized picture.
         x, y = picture.width / wide, picture.height / tall
         top = left = 0
         part = classes
         for _ in range(_TRIES):
             place = torch.rand(2, generator=generator).tolist()
             top, left = int(place[0] * (tall - height + 1)), int(place[1] * (wide - width + 1))
-            # The stored pixel below the middle of each pixel, where the picture's filter has its middle, too.
+            # The stored pixel under the centre of each pixel, where the filter of the picture is centred too.
             down = ((torch.arange(height) + top + 0.5) * y).long().clamp(max=picture.height - 1)
             across = ((torch.arange(width) + left + 0.5) * x).long().clamp(max=picture.width - 1)
             part = classes[down][:, across]
-            # After the last try the box stands, whatever fills it.
+            # After the last attempt the box stays, whatever fills it.
             if not filled_by_one(part, self.framing.most):
                 break
         box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
-        # The mean colour, which normalisation takes to 0, as the network's own padding has it.
+        # The mean colour, which normalisation maps to 0, the value of the network's own padding.
         levels = self.fill.expand(rows, columns, 3).clone()
         levels[:height, :width] = _levels(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
         mask = torch.full((rows, columns), IGNORED, dtype=torch.int16)
@@ -153,18 +154,18 @@ class Segments(Dataset):
         return levels.permute(2, 0, 1).contiguous(), mask
 
     def name(self, i: int) -> str:
-        """File, or file and row, of picture i; it says so where it could not be read."""
+        """The file, or file and row, of picture i, marked if it could not be read."""
         index = int(self.indices[i])
         return self.pairs.name(index) + (" (unreadable)" if index in self.tally else "")
 
 
 def _levels(picture: Image.Image) -> Tensor:
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)  # torch warns of memory that is read-only
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)  # torch warns about read-only memory
     return flat.view(picture.height, picture.width, 3)
 
 
 def filled_by_one(classes: Tensor, most: float) -> bool:
-    """Whether one class has this share, or more, of the pixels that have one; also where it is the only one.
+    """Whether one class has at least this share of the pixels that have a class; true too if it is the only class.
 
     Example:
         >>> import torch
@@ -179,9 +180,9 @@ def filled_by_one(classes: Tensor, most: float) -> bool:
 
 
 class Scenes(Pictures):
-    """What data modules of pictures with masks share: batches of training, and pictures one by one in evaluation.
+    """Base class of data modules with masks: batches in training, and lists of single pictures in evaluation.
 
-    A batch of evaluation is a list of pictures (c, h, w) and a list of masks (H, W), of any sizes.
+    An evaluation batch is a list of pictures (c, h, w) and a list of masks (H, W), of any sizes.
 
     Attributes:
         classes: names of the classes.
@@ -224,7 +225,7 @@ class Scenes(Pictures):
 
     def _loader(self, name: str) -> DataLoader:
         data, train = self.sets[name], name == "train"
-        # What is in memory already a worker would only copy.
+        # Workers would only copy a data set that is in memory already.
         workers = 0 if isinstance(data, DrawnSet) else self.num_workers
         return loader(
             self,
@@ -241,7 +242,7 @@ class Scenes(Pictures):
         return {"classes": list(self.classes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was trained on other classes: its numbers would mean something else."""
+        """Rejects a checkpoint trained on other classes, whose class numbers would have other meanings."""
         theirs = state_dict.get("classes")
         if theirs is not None and theirs != self.classes:
             pairs = zip([*theirs, *[None] * len(self.classes)], [*self.classes, *[None] * len(theirs)], strict=False)
@@ -257,12 +258,12 @@ def _stacked(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _listed(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    # Each has its own size in evaluation, so nothing can be stacked.
+    # In evaluation each picture has its own size, so they cannot be stacked.
     return [x for x, _ in samples], [y for _, y in samples]
 
 
 class DrawnSet(Dataset):
-    """Drawn pictures and their masks, in memory."""
+    """Drawn pictures and their masks, held in memory."""
 
     def __init__(self, numbers: Sequence[int], size: int, seed: int, texture: float) -> None:
         drawings = [draw(number, size, seed, texture) for number in numbers]
@@ -276,22 +277,22 @@ class DrawnSet(Dataset):
         return self.pictures[i], self.masks[i]
 
     def name(self, i: int) -> str:
-        """The picture's number."""
+        """The name of picture i, made from its number."""
         return f"{i:06d}.png"
 
 
 class DrawnShapes(Scenes):
-    """Coloured shapes on texture, drawn when training begins: nothing to download; see ``odenets.shapes``.
+    """Coloured shapes on texture, drawn when training begins, without any download; see ``odenets.shapes``.
 
     Args:
-        train: pictures to train on.
-        val: pictures to validate on, which are none of those.
+        train: number of training pictures.
+        val: number of validation pictures, distinct from those.
         size: side in pixels.
         batch_size: pictures per step.
-        val_batch_size: pictures per batch of evaluation.
-        seed: of the pictures.
+        val_batch_size: pictures per evaluation batch.
+        seed: seed of the pictures.
         texture: strength of the background's colours, 0 for grey.
-        augment: what training batches go through; default: mirror images and distorted colours.
+        augment: augmentation of training batches; default: flips and colour distortion.
     """
 
     def __init__(
@@ -318,7 +319,7 @@ class DrawnShapes(Scenes):
         if stage == "fit" and "train" not in self.sets:
             self.sets["train"] = DrawnSet(range(self.train), self.size, self.seed, self.texture)
         if "val" not in self.sets:
-            numbers = range(self.train, self.train + self.val)  # none of those that are trained on
+            numbers = range(self.train, self.train + self.val)  # none of the training pictures
             self.sets["val"] = DrawnSet(numbers, self.size, self.seed, self.texture)
         self.sets["test"] = self.sets["val"]
 
@@ -326,46 +327,46 @@ class DrawnShapes(Scenes):
 class SegmentationData(Scenes):
     """Pictures with masks of ADE20K, Cityscapes, any folder, parquet files or a data set of the hub.
 
-    ``odenets.segmentation.pairs`` says how pictures and masks are found, ``odenets.segmentation.masks`` what the values
-    of masks mean. A picture whose mask is missing, has another size, or holds a value that is no class is named and
-    counted like one that cannot be read; more than ``max_unreadable`` of them end the run.
+    See ``odenets.segmentation.pairs`` for how pictures and masks are found, and ``odenets.segmentation.masks`` for what
+    the values of masks mean. A picture whose mask is missing, has another size, or holds a value that is not a class is
+    reported and counted like one that cannot be read; more than ``max_unreadable`` of them end the run.
 
     Args:
         root: Folder on this machine.
         hub: Data set on the hub.
-        download: Allows the network for ``hub``; without it only an earlier download is used.
-        kind: A data set whose labels, folders and usual sizes are known; what is given beside it wins.
+        download: Allows network access for ``hub``; without it only an earlier download is used.
+        kind: A data set whose labels, folders and usual sizes are known; other arguments override these.
         classes: Names of the classes in order, or their number.
         crop: Side, or height and width, of training pictures. None: 512.
-        short: What the shorter side is resized to, before the random factor in training; None leaves pictures as they
-            are.
-        longest: What the longer side has at most after that.
+        short: Length to which the shorter side is resized, before the random factor in training; None leaves pictures
+            as they are.
+        longest: Upper limit of the longer side after that.
         scales: Range of the random factor.
-        most: Share of a training picture that one class may fill; another box is tried, up to ten, where it fills more.
+        most: Share of a training picture that one class may fill; if it fills more, another box is tried, up to ten.
         batch_size: Pictures per step.
-        val_batch_size: Pictures per batch of evaluation; those of one size are seen together.
+        val_batch_size: Pictures per evaluation batch; consecutive ones of one size go through the network together.
         image_key: Column of the pictures.
         mask_key: Column of the masks.
         images: Folder of the pictures; None takes the usual names.
         masks: Folder of the masks; None takes the usual names.
-        image_suffix: What names of pictures end in, before the dot.
-        mask_suffix: What names of masks end in.
+        image_suffix: Ending of the names of pictures, before the dot.
+        mask_suffix: Ending of the names of masks, before the dot.
         ignore: Values of masks that do not count; None: 255, unless that is a class.
-        reduce_labels: 0 does not count, and class c is stored as c + 1.
+        reduce_labels: Whether 0 does not count and class c is stored as c + 1.
         ids: The value of each class in order; all others do not count.
         palette: The colour of each class in order, for masks in colour.
         ignore_colors: Colours that do not count.
         train_split: Split to train on; several are joined by a plus sign: train+extra.
         val_split: Split to validate on.
-        test_split: Split to test on; default: test, where it has masks, else the validation split.
-        holdout: Share that is held out where there is no validation split.
-        split_seed: Seed of the share that is held out.
+        test_split: Split to test on; default: test if it has masks, else the validation split.
+        holdout: Share of the training pictures that is held out if there is no validation split.
+        split_seed: Seed of the choice of held-out pictures.
         num_workers: Processes that decode; None takes the cores, at most 8.
         mean: Per channel, of pictures in [0, 1].
         std: Per channel.
-        augment: What training batches go through; default: mirror images and distorted colours.
-        subset: Of a data set on the hub that has several.
-        max_unreadable: Pictures that may be left out or replaced because they, or their masks, are no good, per split.
+        augment: Augmentation of training batches; default: flips and colour distortion.
+        subset: Configuration of a data set on the hub that has several.
+        max_unreadable: Pictures per split that may be left out or replaced because they or their masks are unusable.
         predict_root: Folder or file of pictures for ``predict``, which need no masks; default: the test split.
     """
 
@@ -440,7 +441,7 @@ class SegmentationData(Scenes):
         if not 0 < holdout < 1:
             raise DataError(f"data.holdout={holdout}: wants a share between 0 and 1")
         self.holdout, self.split_seed, self.max_unreadable = holdout, split_seed, max_unreadable
-        # Opened at once: missing data is reported before any model is built.
+        # Opened at once, so that missing data are reported before any model is built.
         self.predicted = None if predict_root is None else open_pictures(predict_root)
         self.where, self.splits = str(root or hub or predict_root), {}
         if root is not None or hub is not None or predict_root is None:
@@ -460,7 +461,7 @@ class SegmentationData(Scenes):
         }
 
     def _split(self, option: str, given: str | None, names: Sequence[str]) -> str | None:
-        """The split, or splits joined by a plus sign, that an option means."""
+        """Returns the split, or splits joined by a plus sign, that an option selects."""
         if given is None:
             return next((name for name in names if name in self.splits), None)
         for part in given.split("+"):
@@ -496,7 +497,7 @@ class SegmentationData(Scenes):
                     f"{self.where}: {count} picture cannot be split in two\n  Name a split: --data.val_split NAME"
                 )
             rest, held = hold_out(count, self.holdout, self.split_seed)
-            # Said once, and not at each stage of a run.
+            # Reported once, not at each stage of a run.
             if not self.sets:
                 rank_zero_info(
                     f"{self.where} has no validation split: {len(held):,} of {count:,} training pictures are held out "
@@ -507,7 +508,7 @@ class SegmentationData(Scenes):
         if "val" not in self.sets:
             self.sets["val"] = self._dataset(self._pairs(str(val or train)), held, train=False)
         if stage == "test" and "test" not in self.sets:
-            # The test pictures of many data sets come without masks.
+            # Many data sets publish their test pictures without masks.
             masked = test is not None and len(self._pairs(test).lacking()) < len(self._pairs(test))
             own = self._dataset(self._pairs(str(test)), None, train=False) if masked else None
             self.sets["test"] = self.sets["val"] if own is None else own
@@ -516,7 +517,7 @@ class SegmentationData(Scenes):
         indices = torch.arange(len(pairs)) if indices is None else indices
         tally = Tally(pairs, self.max_unreadable)  # type: ignore[arg-type]
         if masked:
-            # Known from names alone: no file is opened for it.
+            # Known from names alone, without opening a file.
             lacking = set(pairs.lacking()) & set(indices.tolist())
             if len(lacking) == len(indices):
                 raise DataError(
@@ -533,7 +534,7 @@ class SegmentationData(Scenes):
 def _framing(
     short: int | None, longest: int | None, crop: int | list[int], scales: tuple[float, ...], most: float
 ) -> Framing:
-    """Sizes, checked."""
+    """Checks sizes and returns them as a ``Framing``."""
     pair = (crop, crop) if isinstance(crop, int) else tuple(crop)
     if len(pair) != 2 or min(pair) < 1:
         raise DataError(f"data.crop={crop}: wants pixels, or height and width")

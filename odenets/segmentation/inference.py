@@ -1,4 +1,4 @@
-"""How a network is asked about a whole picture: in one piece or by windows, at several sizes, and mirrored."""
+"""Inference on whole pictures: in one piece or by sliding windows, at several scales, and mirrored."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,19 +12,19 @@ from .nets import SegmentationNet
 
 
 class Inference:
-    """The views of a picture whose scores are averaged.
+    """Averages the scores of several views of a picture.
 
-    With several views the mean is taken over what the network calls probabilities, at the size that is wanted.
+    With several views the mean is taken over the network's ``probabilities``, at the requested size.
 
     Args:
-        window: side, or height and width, of windows that slide over the picture, where it is larger; None shows it
-            whole. Where windows overlap, their scores are averaged.
-        stride: by how much they move; None is two thirds of the window.
-        scales: sizes of the picture, relative to that at which it is given.
-        flip: whether each is shown mirrored, too.
+        window: side, or height and width, of a window that slides over pictures larger than it; None takes the whole
+            picture. Where windows overlap, their scores are averaged.
+        stride: step of the window; None is two thirds of the window.
+        scales: sizes of the views, relative to the given picture.
+        flip: whether each view is also evaluated mirrored.
 
     Raises:
-        SchemeError: a window or a scale that is none, or strides that leave gaps.
+        SchemeError: a window, stride or scale is invalid, or the strides leave gaps.
 
     Example:
         >>> import torch
@@ -56,23 +56,23 @@ class Inference:
 
     @torch.no_grad()
     def __call__(self, net: SegmentationNet, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The scores of one view, or the mean probabilities of several: (n, classes, *size).
+        """Returns the scores of one view, or the mean probabilities of several: (n, classes, *size).
 
         Args:
             net: the network.
             x: pictures of one size, (n, c, h, w), normalised.
-            size: height and width that are wanted.
+            size: height and width of the result.
         """
         views = len(self.scales) * (1 + self.flip)
         total: Tensor | None = None
         for view, mirrored in self._views(x):
             scores = self._windowed(net, view)
             scores = scores.flip(-1) if mirrored else scores
-            # Resized and summed in single precision, since half would round once per view.
+            # Resized and summed in single precision, since half precision would round once per view.
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             if scores.shape[-2:] != size:
                 scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-            # The best score has the best probability, so that one view needs no softmax.
+            # The highest score has the highest probability, so a single view needs no softmax.
             if views == 1:
                 return scores
             found = net.probabilities(scores) / views
@@ -85,14 +85,14 @@ class Inference:
             view = x
             if scale != 1:
                 resized = [max(1, round(side * scale)) for side in x.shape[-2:]]
-                # With the filter that Pillow has, too, when pictures are decoded: without it fine texture aliases.
+                # Antialiased, as Pillow does when pictures are decoded: otherwise fine texture aliases.
                 view = F.interpolate(x, resized, mode="bilinear", align_corners=False, antialias=True)
             yield view, False
             if self.flip:
                 yield view.flip(-1), True
 
     def _windowed(self, net: SegmentationNet, x: Tensor) -> Tensor:
-        """The scores at the size of x, the mean of the windows that cover each pixel."""
+        """Returns scores at the size of x, averaged over the windows that cover each pixel."""
         if self.window is None or all(a <= b for a, b in zip(x.shape[-2:], self.window, strict=True)):
             return net(x)
         assert self.stride is not None
@@ -106,19 +106,19 @@ class Inference:
             for left in lefts:
                 place = slice(top, top + height), slice(left, left + width)
                 scores = net(x[(..., *place)])
-                # Only now are the number of classes and their precision known.
+                # The number of classes and the dtype are known only now.
                 if total is None:
                     kind = torch.promote_types(scores.dtype, torch.float32)
                     total = scores.new_zeros((*scores.shape[:2], *x.shape[-2:]), dtype=kind)
                 total[(..., *place)] += scores
                 count[place] += 1
         assert total is not None
-        # Nowhere 0, as strides that leave gaps are refused.
+        # Never 0, since strides that leave gaps are rejected.
         return total / count
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every `stride`, and the last one at the end.
+    """Returns the start of each window along a side: every `stride`, and the last one flush with the end.
 
     Example:
         >>> starts(100, 40, 30), starts(30, 40, 30)
@@ -126,13 +126,13 @@ def starts(side: int, window: int, stride: int) -> list[int]:
         >>> starts(105, 40, 30)
         [0, 30, 60, 65]
     """
-    # The last window is moved back to the end of the picture, so that none has to be filled up.
+    # The last window is moved back to the end of the picture, so that none needs padding.
     last = max(0, side - window)
     return [*range(0, last, stride), last]
 
 
 def _pair(given: int | list[int], name: str) -> tuple[int, int]:
-    """Height and width."""
+    """Returns height and width, checked."""
     pair = (given, given) if isinstance(given, int) else tuple(given)
     if len(pair) != 2 or min(pair) < 1:
         raise SchemeError(f"Inference: {name}={given}; wants pixels, or height and width")

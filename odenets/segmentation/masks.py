@@ -1,10 +1,10 @@
-"""From a picture that stores classes to class numbers: by its numbers, or by its colours.
+"""Converts mask pictures to class numbers, by their values or their colours.
 
-A mask is read as it stands: a palette picture (mode P) holds numbers, 16-bit and 32-bit pictures hold theirs, and one
-in RGB holds colours, unless all its pixels are grey. Transparent pixels, and more than 8 bits a channel in colour, are
-refused. Then values become classes. Three examples:
+A mask is read as stored: palette (mode P), 16-bit and 32-bit pictures hold numbers, and an RGB picture holds colours
+unless all its pixels are grey. Transparent pixels are rejected, and colours of more than 8 bits a channel too. The
+values are then mapped to classes. Three examples:
 
-* ADE20K stores 0 for what has no class, and class c as c + 1: ``Labels(150, reduce=True)``;
+* ADE20K stores 0 for pixels without a class, and class c as c + 1: ``Labels(150, reduce=True)``;
 * Cityscapes stores 34 kinds, of which 19 count, class 0 as 7: ``Labels(19, ids=[7, 8, 11, ...])``;
 * VOC's coloured masks: ``Labels(21, palette=[[0, 0, 0], [128, 0, 0], ...], ignore_colors=[[224, 224, 192]])``.
 """
@@ -20,22 +20,22 @@ from ..training.decode import Picture, Unreadable
 from ..training.errors import DataError
 from ..training.order import IGNORED
 
-LARGEST = 1 << 15  # classes are kept in 16 bits, with a sign
+LARGEST = 1 << 15  # classes are stored as int16
 
 
 class Labels:
-    """What the values of masks mean.
+    """The mapping from the values of masks to classes.
 
     Args:
         count: the number of classes.
-        ignore: values that mean that a pixel does not count; None: 255, unless that is a class.
-        reduce: 0 does not count, and class c is stored as c + 1.
+        ignore: values of pixels that do not count; None: 255, unless that is a class.
+        reduce: whether 0 does not count and class c is stored as c + 1.
         ids: the value of each class in order; all others do not count. None: class c is stored as c.
         palette: the colour of each class in order, for masks in colour.
         ignore_colors: colours of pixels that do not count.
 
     Raises:
-        DataError: options that contradict each other.
+        DataError: options are invalid or contradict each other.
 
     Example:
         >>> import numpy as np
@@ -68,7 +68,7 @@ class Labels:
         clash = set(self.ids) & set(ignore or ())
         if clash:
             raise DataError(f"data.ignore: {min(clash)} is the value of a class\n  Change data.ignore or data.ids")
-        # 255 is what most data sets write where no class is, unless it is a class itself.
+        # Most data sets store 255 for pixels without a class, unless it is itself a class.
         given_up = (0,) * reduce + tuple((255,) if ignore is None else ignore)
         self.ignore = tuple(value for value in dict.fromkeys(given_up) if value not in self.ids)
         self.colors = None if palette is None else _keys(palette, "palette")
@@ -77,35 +77,35 @@ class Labels:
             raise DataError("data.palette: two classes have one colour\n  Give each class its own")
 
     def read(self, encoded: bytes | str, size: tuple[int, int]) -> NDArray[np.int16]:
-        """The class of each pixel (h, w); -100 where none counts.
+        """Returns the class of each pixel (h, w); -100 for a pixel that does not count.
 
         Args:
-            encoded: the stored mask, or where it lies.
+            encoded: the stored mask, or its path.
             size: width and height of the picture that it belongs to.
 
         Raises:
-            Unreadable: it cannot be decoded, has another size than the picture, or holds what is no class.
+            Unreadable: the mask cannot be decoded, differs in size from the picture, or holds values that are no class.
         """
         try:
             picture = Picture(encoded)
             image = picture.image
-            # Pillow decodes when pixels are asked for, and its errors are to be caught here.
+            # Pillow decodes lazily; its errors are to be caught here.
             image.load()
-            # It lies as its picture does: that is upright, too.
+            # Turned upright like its picture.
             image = image if picture.turn is None else image.transpose(picture.turn)
         except Unreadable as e:
             raise Unreadable(f"its mask: {e}") from None
-        except Exception as e:  # truncated and damaged data end in whatever their bytes lead to
+        except Exception as e:  # truncated and damaged data may raise any exception
             raise Unreadable(f"its mask: {type(e).__name__}: {e}") from None
         if image.size != size:
             raise Unreadable(f"its mask is {image.size[0]}x{image.size[1]}, and the picture {size[0]}x{size[1]}")
-        if picture.halved:  # all small numbers have become 0
+        if picture.halved:  # from 16 to 8 bits, where all small numbers have become 0
             raise Unreadable("its mask is in colour of 16 bits a channel, want 8, or grey of 16")
         return self.classes_of(_numbers(image)) if self.colors is None else self._by_color(_levels(image))
 
     def classes_of(self, values: NDArray[Any]) -> NDArray[np.int16]:
-        """The classes of stored values."""
-        # Few values and many pixels: a table of values, so that no loop goes over pixels.
+        """Maps stored values to classes."""
+        # Few values, many pixels: a lookup table of values avoids a loop over pixels.
         there = np.unique(values)
         known = {**dict.fromkeys(self.ignore, IGNORED), **{value: c for c, value in enumerate(self.ids)}}
         unknown = [int(value) for value in there if int(value) not in known]
@@ -117,7 +117,7 @@ class Labels:
 
     def _by_color(self, levels: NDArray[np.uint8]) -> NDArray[np.int16]:
         assert self.colors is not None
-        # One number per colour, to compare by; in 8 bits the product would overflow.
+        # Colours are compared as one number each; in 8 bits the product would overflow.
         keys = levels.astype(np.int32) @ _PLACES
         there = np.unique(keys)
         known = {
@@ -135,7 +135,7 @@ _PLACES = np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
 
 
 def _keys(colors: Sequence[Sequence[int]], option: str) -> NDArray[np.int32]:
-    """Colours as one number each."""
+    """Encodes each colour as one number."""
     for color in colors:
         if len(color) != 3 or not all(0 <= level <= 255 for level in color):
             raise DataError(f"data.{option}: {list(color)} is no colour\n  Give three levels, 0 to 255: [128, 0, 0]")
@@ -143,13 +143,13 @@ def _keys(colors: Sequence[Sequence[int]], option: str) -> NDArray[np.int32]:
 
 
 def _numbers(image: Image.Image) -> NDArray[Any]:
-    """The values that a mask stores, which for a palette picture are no colours."""
-    # As an array a palette picture gives its numbers; converted it would give colours.
+    """Returns the numbers that a mask stores; for a palette picture these are indices, not colours."""
+    # The array of a palette picture holds its indices; converting it would give colours.
     if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
         return np.asarray(image)
     if image.mode in ("LA", "RGB", "RGBA"):
         levels = _levels(image)
-        # Many tools save numbers as RGB, each one three times.
+        # Many tools save numbers as RGB, with three equal channels.
         if (levels == levels[..., :1]).all():
             return levels[..., 0]
         raise Unreadable("its mask is in colour, and there is no data.palette")
@@ -157,12 +157,12 @@ def _numbers(image: Image.Image) -> NDArray[Any]:
 
 
 def _levels(image: Image.Image) -> NDArray[np.uint8]:
-    """The colours (h, w, 3) that a mask stores."""
+    """Returns the colours (h, w, 3) that a mask stores."""
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise Unreadable(f"its mask is of mode {image.mode}, which stores no colours")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         levels = np.asarray(image.convert("RGBA"))
-        # Black and transparent may be the first class or none.
+        # A transparent black pixel may mean the first class or no class.
         if (levels[..., 3] < 255).any():
             raise Unreadable("its mask has transparent pixels, whose class is not known")
         return levels[..., :3]
@@ -170,16 +170,16 @@ def _levels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _some(values: Sequence[Any]) -> str:
-    """`3, 4, 5 and 7 more`."""
+    """Abbreviates a list, as in `3, 4, 5 and 7 more`."""
     more = f" and {len(values) - 3} more" if len(values) > 3 else ""
     return ", ".join(map(str, values[:3])) + more
 
 
 def colors(count: int) -> list[list[int]]:
-    """Colours that can be told apart, one for each class; black for the first.
+    """Returns distinguishable colours, one for each class; the first is black.
 
-    The bits of the number, from the lowest, go to the highest bits of red, green and blue in turn, as in the colours
-    that VOC's masks are known by.
+    The bits of the class number, from the lowest, go to red, green and blue in turn, into their highest bits first, as
+    in the colour map of VOC.
 
     Example:
         >>> colors(4)

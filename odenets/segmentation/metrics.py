@@ -1,4 +1,4 @@
-"""How well classes and pixels agree, from one table of counts over a whole data set."""
+"""Segmentation metrics from one confusion matrix over a whole data set."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from ..training.order import IGNORED
 class Overlap(Metric):
     """mIoU, mAcc and aAcc over a whole data set.
 
-    With c[i, j] the number of pixels of class i that are said to be j, n_i the sum of row i and m_i that of column i:
-    IoU_i = c[i, i] / (n_i + m_i - c[i, i]), Acc_i = c[i, i] / n_i; mIoU and mAcc are their means over the classes for
-    which they are not 0/0, and aAcc is the sum of c[i, i] over that of all. So mIoU leaves out the classes that neither
-    masks nor predictions have, and mAcc those that masks do not have.
+    Let c[i, j] be the number of pixels of class i predicted as class j, n_i the sum of row i and m_i that of column i.
+    Then IoU_i = c[i, i] / (n_i + m_i - c[i, i]) and Acc_i = c[i, i] / n_i. mIoU and mAcc are their means over the
+    classes for which they are not 0/0, and aAcc is the sum of c[i, i] over the sum of all entries. So mIoU leaves out
+    classes that occur in neither masks nor predictions, and mAcc those that do not occur in masks.
 
     Args:
         num_classes: the number of classes.
@@ -30,7 +30,7 @@ class Overlap(Metric):
     """
 
     is_differentiable = False
-    # Counts only add up, so that torchmetrics need not update twice for the figure of a batch.
+    # Counts are additive, so torchmetrics need not update twice to get the figures of a batch.
     full_state_update = False
     counts: Tensor
 
@@ -43,19 +43,19 @@ class Overlap(Metric):
         """Counts some pixels.
 
         Args:
-            predicted: classes, of any shape.
-            y: the right ones; -100 where none counts.
+            predicted: predicted classes, of any shape.
+            y: true classes; -100 for pixels that do not count.
         """
         if not bool((y != IGNORED).any()):
             return
-        # Validation would look for the unique values of each picture, and wait for the device.
+        # Validation of the arguments would compute unique values at each call and synchronise with the device.
         self.counts += multiclass_confusion_matrix(
             predicted.long().flatten(), y.long().flatten(), self.num_classes, ignore_index=IGNORED, validate_args=False
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """mIoU, mAcc, aAcc, and the IoU of each class, NaN where it is left out."""
-        # The pixels of a data set are more than single precision can count one by one.
+        """Returns mIoU, mAcc, aAcc, and the IoU of each class, NaN for one that is left out."""
+        # A data set has more pixels than single precision can count exactly.
         counts = self.counts.double()
         hits, labelled, said = counts.diagonal(), counts.sum(1), counts.sum(0)
         each = hits / (labelled + said - hits)

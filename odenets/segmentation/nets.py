@@ -1,7 +1,7 @@
-"""Networks that give each pixel a class: any model of the library under the heads of transformers.
+"""Segmentation networks: any model of the library under the heads of transformers.
 
-A network takes pictures of any size. They are filled up at the right and below to a multiple of the coarsest map's
-reduction, with zeros, which is the mean colour of a normalised picture, and what was filled up is cut off the result::
+A network takes pictures of any size. They are padded on the right and at the bottom to a multiple of the coarsest map's
+reduction, with zeros, the mean colour of a normalised picture; the padding is cropped from the result::
 
     net = UPerNet("revcol_tiny", num_classes=150, backprop="reverse")
     scores = net(x)                  # (n, 150, h, w)
@@ -31,7 +31,8 @@ class SegmentationNet(nn.Module, ABC):
     Attributes:
         num_classes: the number of classes.
         mean_over_pixels: whether each part of the loss is a mean over the pixels that have a class. Several processes
-            then weigh theirs by the pixels that they have, and take the step that one with the whole batch takes.
+            then weight their losses by their numbers of such pixels, and take the step that a single process with the
+            whole batch would take.
     """
 
     num_classes: int
@@ -39,27 +40,27 @@ class SegmentationNet(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        """The scores of the classes at each pixel, or, where the classes are given, the parts of the loss.
+        """Returns the scores of the classes at each pixel, or, given the true classes, the parts of the loss.
 
         Args:
             x: (n, c, h, w), normalised.
-            y: (n, h, w), the classes; -100 where a pixel has none, or it does not count.
+            y: (n, h, w), the classes; -100 for a pixel that has none or does not count.
 
         Returns:
-            (n, num_classes, h, w), of which the largest is the prediction; or scalars by name, whose sum is the loss.
+            (n, num_classes, h, w), whose argmax is the prediction; or scalars by name, whose sum is the loss.
         """
 
     @abstractmethod
     def probabilities(self, scores: Tensor) -> Tensor:
-        """What several views of a picture are averaged as, from their scores (n, num_classes, h, w)."""
+        """Converts scores (n, num_classes, h, w) to the quantity that is averaged over views of a picture."""
 
 
 def pixel_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean over the pixels that have a class of -log softmax(logits)[class]; 0 where no pixel has one.
+    """Returns the mean of -log softmax(logits)[class] over the pixels that have a class; 0 if none has.
 
     Args:
         logits: (n, classes, h', w'), resized bilinearly to the size of y.
-        y: (n, h, w); -100 does not count.
+        y: (n, h, w); -100 is ignored.
 
     Example:
         >>> import torch
@@ -69,13 +70,13 @@ def pixel_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = F.interpolate(logits, y.shape[-2:], mode="bilinear", align_corners=False)
-    # Summed and divided here: torch's mean over no pixel is NaN.
+    # Summed and divided here: torch's own mean is NaN if no pixel counts.
     total = F.cross_entropy(logits, y.long(), ignore_index=IGNORED, reduction="sum")
     return total / (y != IGNORED).sum().clamp(min=1)
 
 
 def filled_up(x: Tensor, multiple: int) -> Tensor:
-    """Pictures (n, c, h, w) with zeros at the right and below, so that both sides are multiples of a number."""
+    """Pads pictures (n, c, h, w) with zeros on the right and at the bottom, to multiples of a number."""
     bottom, right = (-side % multiple for side in x.shape[-2:])
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
@@ -87,25 +88,25 @@ def _backbone(
     backprop: str | None,
     options: dict[str, Any] | None,
 ) -> Any:
-    """The configuration of a model whose maps are all given."""
+    """Returns the configuration of a model that outputs all its maps."""
     try:
         from ..hf import OdenetsConfig
     except ImportError as error:
         raise SchemeError(f'segmentation needs transformers ({error})\n  pip install "odenets[segment]"') from None
     listed = scheme if scheme is None or isinstance(scheme, str) else list(scheme)
     config = OdenetsConfig(name=model, options=options, scheme=listed, backprop=backprop, num_channels=in_chans)
-    # Which maps there are is only known now; the stem has none.
+    # The maps of the model are known only now; the stem has none.
     config.set_output_features_output_indices(out_features=config.stage_names[1:], out_indices=None)
     return config
 
 
 class _OnMaps(SegmentationNet):
-    """What networks of a model and a head share: weights of the model, and the sizes of its maps."""
+    """Base class of networks of a model and a head: handles the model's weights and the sizes of its maps."""
 
     net: Any
 
     def _begin(self, config: Any, num_classes: int, weights: str | None, weights_classes: int | None) -> None:
-        """Notes what the maps are; reads the model's weights, which may be wrong, before any head is drawn."""
+        """Reads and checks the model's weights before any head is initialised, so that errors come early."""
         if num_classes < 2:
             raise SchemeError(f"num_classes={num_classes}: wants 2 or more, the background counted")
         self.num_classes = num_classes
@@ -114,19 +115,19 @@ class _OnMaps(SegmentationNet):
         if config.scheme is not None:
             options["scheme"] = config.scheme
         if weights is not None:
-            # A whole classifier first, so that weights are renamed and checked as anywhere else, those of its head too.
+            # Loaded into a whole classifier, so that all weights, the head's too, are renamed and checked as usual.
             whole = create_model(config.name, num_classes=weights_classes, **options)
             load(whole, weights)
             self._weights = whole.state_dict()
 
     def _take(self, backbone: Any) -> None:
-        """Gives the model its weights, of which those of the classification head are left over."""
+        """Loads the weights into the model, except those of the classification head."""
         self.reductions: list[int] = [row["reduction"] for row in backbone.net.feature_info]
         self.widths: list[int] = list(backbone.channels)
         if self._weights:
             own = backbone.net.state_dict()
             backbone.net.load_state_dict({key: self._weights[key] for key in own})
-        # They are in the network now, and would be held twice.
+        # The network holds them now; otherwise they would stay in memory twice.
         del self._weights
 
     @property
@@ -135,41 +136,41 @@ class _OnMaps(SegmentationNet):
         """The model, without its head."""
 
     def parameter_depths(self) -> dict[str, int]:
-        """How deep each parameter lies: those of the model as it says, and all of the head one deeper."""
+        """The depth of each parameter: the model's own depths, and one more than the deepest for all of the head."""
         return depths_around(self, self.body)
 
     @property
     def multiple(self) -> int:
-        """Pictures are filled up to multiples of this."""
+        """Pictures are padded to multiples of this."""
         return max(self.reductions)
 
 
 class UPerNet(_OnMaps):
     """A model under a pyramid of its maps, with an auxiliary head on the third map.
 
-    The last map is pooled to 1, 2, 3 and 6 cells a side and joined with itself, all maps are added up from coarse to
-    fine, and the scores come from all levels together. The loss is that of the head, plus ``auxiliary`` times that of
-    the auxiliary head, a convolution on the third map, or on the last where there are fewer.
+    The last map is concatenated with its poolings to 1, 2, 3 and 6 cells a side, all maps are summed from coarse to
+    fine, and the scores are computed from all levels together. The loss is that of the head, plus ``auxiliary`` times
+    that of the auxiliary head, a convolution on the third map, or on the last if there are fewer.
 
     Args:
         model: one of ``odenets.list_models()``.
-        num_classes: the number of classes, that of the background included.
+        num_classes: the number of classes, including the background.
         in_chans: channels of the pictures.
         scheme: a scheme for all levels of the model, or one per level; None is the model's own.
         backprop: as in ``Stack``; None is the model's own.
         options: further options of the model, such as ``drop_path_rate``.
         width: channels of the head.
-        auxiliary: what the auxiliary head weighs in the loss; 0 leaves it out.
-        auxiliary_width: its channels.
-        dropout: share of the channels that either head loses before its scores, in training.
+        auxiliary: weight of the auxiliary head's loss; 0 omits that head.
+        auxiliary_width: channels of the auxiliary head.
+        dropout: share of the channels that each head drops before its classifier, in training.
         weights: a file with the weights of the model, trained as a classifier.
-        weights_classes: how many classes that classifier told apart; None is the model's own number.
+        weights_classes: the number of classes of that classifier; None is the model's own number.
 
     Shapes:
         x: (n, in_chans, h, w); y: (n, h, w); the result is (n, num_classes, h, w), or a dictionary of scalars.
 
     Raises:
-        SchemeError: a model, option or file that is none; one class; transformers is not installed.
+        SchemeError: a model, option or file is not valid; there is only one class; or transformers is not installed.
 
     Source:
         Xiao et al. 2018, Unified Perceptual Parsing for Scene Understanding, arXiv 1807.10221.
@@ -218,7 +219,7 @@ class UPerNet(_OnMaps):
                 num_labels=num_classes,  # type: ignore[call-arg]
                 hidden_size=width,
                 use_auxiliary_head=auxiliary > 0,
-                auxiliary_loss_weight=float(auxiliary),  # transformers wants the very type
+                auxiliary_loss_weight=float(auxiliary),  # transformers rejects an int
                 auxiliary_in_channels=widths[third],
                 auxiliary_channels=auxiliary_width,
                 loss_ignore_index=IGNORED,
@@ -226,12 +227,12 @@ class UPerNet(_OnMaps):
         )
         self.dropout = dropout
         if self.net.auxiliary_head is not None:
-            self.net.auxiliary_head.in_index = third  # 2 whatever there is, in transformers
+            self.net.auxiliary_head.in_index = third  # transformers always takes 2
         for head in (self.net.decode_head, self.net.auxiliary_head):
             if head is None:
                 continue
             _draw(head)
-            if dropout:  # transformers' heads have none; a hook leaves their keys as they are
+            if dropout:  # heads of transformers have none; a hook leaves the keys of the state dict unchanged
                 head.classifier.register_forward_pre_hook(self._drop)
         self._take(self.net.backbone)
 
@@ -240,9 +241,9 @@ class UPerNet(_OnMaps):
         maps = self.net.backbone(x).feature_maps
         if y is not None:
             below, right = (b - a for a, b in zip(size, x.shape[-2:], strict=True))
-            # What is filled up has no class, and no part in the loss.
+            # Padding has no class and does not count in the loss.
             y = F.pad(y, (0, right, 0, below), value=IGNORED)
-            # A map of one cell for one picture: nothing varies that the norm behind the pooling could divide by.
+            # One picture pooled to one cell has no variance for the batch norm that follows.
             if self.training and len(x) == 1:
                 raise SchemeError("UPerNet: a batch of one picture has no statistics\n  Give data.batch_size 2 or more")
         logits = self.net.decode_head(maps)
@@ -262,15 +263,15 @@ class UPerNet(_OnMaps):
         return (F.dropout2d(args[0], self.dropout, self.training),)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Their softmax."""
+        """Returns the softmax of the scores."""
         return scores.softmax(1)
 
 
 def _draw(head: nn.Module) -> None:
-    """Draws a head's convolutions before norms by He's rule, as published heads are, whatever their width.
+    """Initialises a head's convolutions before norms by He's rule, as in published heads, for any width.
 
-    The deviation of 0.02 that transformers takes is this rule's for the published 512 channels. In a narrow head it is
-    so small that, with a norm behind it, each step of the optimiser turns the weights by a large angle.
+    The standard deviation of 0.02 in transformers is what this rule gives for the published 512 channels. In a narrow
+    head it is so small that, with a norm after it, each step of the optimiser turns the weights by a large angle.
     """
     for m in head.modules():
         if isinstance(getattr(m, "batch_norm", None), nn.BatchNorm2d):
@@ -278,36 +279,37 @@ def _draw(head: nn.Module) -> None:
 
 
 class Mask2Former(_OnMaps):
-    """A model under queries, each of which gives a mask and its class.
+    """A model under queries, each of which predicts a mask and its class.
 
-    The score of a class at a pixel is the sum over the queries of their probability of the class times that of the
-    pixel in their mask. In training each class that a picture has is one mask; queries are assigned to them by the
-    least cost, which, like the losses, is measured at points that are drawn (from torch's global generator). Pixels
+    The score of a class at a pixel is the sum over the queries of the probability of the class times the probability
+    that the pixel lies in the mask. In training each class of a picture is one mask. Queries are assigned to masks at
+    the least cost; like the losses, it is evaluated at random points, drawn from torch's global generator. Pixels
     without a class are in no mask.
 
     Args:
         model: one of ``odenets.list_models()`` with three maps or more, each half the size of the one before.
-        num_classes: the number of classes, that of the background included.
+        num_classes: the number of classes, including the background.
         in_chans: channels of the pictures.
         scheme: a scheme for all levels of the model, or one per level; None is the model's own.
         backprop: as in ``Stack``; None is the model's own.
         options: further options of the model.
-        width: channels of the pixel decoder, the masks and the queries; a multiple of 32.
-        queries: their number.
-        decoder_layers: layers of the decoder; the losses of the scores before each of them count too.
+        width: channels of the pixel decoder, the masks and the queries; a multiple of 32 and of ``heads``.
+        queries: the number of queries.
+        decoder_layers: predictions that the loss counts: one before the first layer of the decoder and one after each,
+            so the decoder has one layer fewer.
         encoder_layers: layers of the pixel decoder.
-        heads: of each attention.
-        feedforward: width inside the layers; None is eight times ``width``, and half of it in the pixel decoder.
-        points: at which costs and losses are measured.
+        heads: heads of each attention.
+        feedforward: width inside the decoder's layers; None is eight times ``width``. The pixel decoder has half of it.
+        points: number of points at which costs and losses are evaluated.
         weights: a file with the weights of the model, trained as a classifier.
-        weights_classes: how many classes that classifier told apart; None is the model's own number.
+        weights_classes: the number of classes of that classifier; None is the model's own number.
 
     Shapes:
         x: (n, in_chans, h, w); y: (n, h, w); the result is (n, num_classes, h, w), or a dictionary of scalars.
 
     Raises:
-        SchemeError: a model that has no such maps, a width that is no multiple of 32; or transformers, or scipy, is not
-            installed.
+        SchemeError: the model has no such maps, the width is not a multiple of 32 and of ``heads``, there is only one
+            class, or transformers or scipy is not installed.
 
     Source:
         Cheng et al. 2022, Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527.
@@ -376,7 +378,7 @@ class Mask2Former(_OnMaps):
             masks = [(p == c[:, None, None]).to(x.dtype) for p, c in zip(y, classes, strict=True)]
             return {"loss": self.net(x, mask_labels=masks, class_labels=classes).loss}
         found = self.net(x)
-        classes = found.class_queries_logits.softmax(-1)[..., :-1]  # the last is that of no object
+        classes = found.class_queries_logits.softmax(-1)[..., :-1]  # the last class is "no object"
         masks = F.interpolate(found.masks_queries_logits, x.shape[-2:], mode="bilinear", align_corners=False)
         return torch.einsum("nqc,nqhw->nchw", classes, masks.sigmoid())[..., : size[0], : size[1]]
 
@@ -385,12 +387,12 @@ class Mask2Former(_OnMaps):
         return self.net.model.pixel_level_module.encoder.net
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """The scores themselves, which are sums of products of probabilities."""
+        """Returns the scores themselves, which are sums of products of probabilities."""
         return scores
 
 
 def _reductions(config: Any) -> list[int]:
-    """By how much smaller than the picture each map of a model is."""
+    """Returns the reduction of each map of a model relative to the picture."""
     from ..hf import _no_mixing
 
     with torch.device("meta"), _no_mixing():
@@ -401,7 +403,7 @@ def _mask2former(**options: Any) -> Any:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
     from transformers.utils import logging
 
-    # It would print that it has not seen our models; which ones fit is checked before.
+    # It would warn that it was not tested with our models; whether one fits is checked before.
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

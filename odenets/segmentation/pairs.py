@@ -4,8 +4,8 @@ In a folder, pictures and masks lie in two folders beside each other, which hold
 
     images/train/a/1.jpg   masks/train/a/1.png          train/images/1.jpg   train/masks/1.png
 
-Both are named as usual (``images``, ``leftImg8bit``; ``masks``, ``annotations``, ``labels``, ``gtFine``) or are given.
-A mask belongs to the picture of the same path, what its file name ends in left out: 1.jpg and 1.png, or, where
+Both folders have a usual name (``images``, ``leftImg8bit``; ``masks``, ``annotations``, ``labels``, ``gtFine``) or a
+given one. A mask belongs to the picture with the same path up to the ending: 1.jpg and 1.png, or, with
 ``image_suffix="_leftImg8bit"`` and ``mask_suffix="_gtFine_labelIds"``, 1_leftImg8bit.png and 1_gtFine_labelIds.png.
 """
 
@@ -31,36 +31,36 @@ WAYS = (
 
 
 class Pairs(ABC):
-    """Pictures with their masks, of one split."""
+    """The pictures of one split with their masks."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def picture(self, i: int) -> bytes | str:
-        """The stored file of picture i, or where it lies."""
+        """The stored bytes of picture i, or its path."""
 
     @abstractmethod
     def mask(self, i: int) -> bytes | str | None:
-        """The stored file of its mask, or where it lies; None where there is none."""
+        """The stored bytes of the mask of picture i, or its path; None if there is none."""
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """File, or file and row, of picture i."""
+        """The file, or file and row, of picture i."""
 
     def lacking(self) -> list[int]:
-        """The pictures that are known, before anything is read, to have no mask."""
+        """The pictures known to have no mask before any file is read."""
         return []
 
 
 class Named(NamedTuple):
-    """What is called how in a data set.
+    """The names that a data set uses.
 
     Attributes:
         images: the folder of the pictures; None takes the usual names.
-        masks: the folder of the masks.
-        image_suffix: what the names of pictures end in, before the dot.
-        mask_suffix: what those of masks end in; other files beside them are no masks.
+        masks: the folder of the masks; None takes the usual names.
+        image_suffix: ending of the names of pictures, before the dot.
+        mask_suffix: ending of the names of masks, before the dot; files without it are not masks.
         image_key: the column of the pictures, in tables.
         mask_key: the column of the masks.
     """
@@ -77,7 +77,7 @@ class FolderPairs(Pairs):
     """Files below two folders."""
 
     def __init__(self, images: Path, files: Sequence[str], masks: Path, of: Sequence[str]) -> None:
-        """of: the file of each mask below `masks`; "" where there is none."""
+        """of: the mask of each picture, a path below `masks`; "" if there is none."""
         # Arrays of bytes: a list of Python strings would be copied into each worker, page by page.
         self.images, self.masks = str(images), str(masks)
         self.files, self.of = np.array([f.encode() for f in files]), np.array([f.encode() for f in of])
@@ -100,7 +100,7 @@ class FolderPairs(Pairs):
 
 
 class TablePairs(Pairs):
-    """Rows of a table of `datasets` with two columns of pictures."""
+    """Rows of a `datasets` table with a column of pictures and one of masks, if it has any."""
 
     def __init__(self, table: Any, named: Named, where: str, split: str) -> None:
         import datasets
@@ -117,7 +117,7 @@ class TablePairs(Pairs):
         self.table = table.select_columns(kept)
         for key in kept:
             try:
-                # Undecoded, so that a damaged file is met where it can be named and counted.
+                # Undecoded, so that a damaged file is found where it can be reported and counted.
                 self.table = self.table.cast_column(key, datasets.Image(decode=False))
             except Exception as e:
                 raise DataError(
@@ -129,7 +129,7 @@ class TablePairs(Pairs):
         return len(self.table)
 
     def picture(self, i: int) -> bytes | str:
-        # Empty bytes are no picture, which is noticed, and counted, where pictures are decoded.
+        # Empty bytes are not a picture, which is detected and counted where pictures are decoded.
         return self._stored(self.table[i][self.image_key]) or b""
 
     def mask(self, i: int) -> bytes | str | None:
@@ -149,7 +149,7 @@ class TablePairs(Pairs):
 
 
 class JoinedPairs(Pairs):
-    """Several splits, one after the other."""
+    """Several splits, concatenated."""
 
     def __init__(self, parts: Sequence[Pairs]) -> None:
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
@@ -158,7 +158,7 @@ class JoinedPairs(Pairs):
         return int(self.ends[-1])
 
     def _at(self, i: int) -> tuple[Pairs, int]:
-        # From the right, as the end of a part is the first row of the next.
+        # side="right", since the end of a part is the first row of the next.
         number = int(np.searchsorted(self.ends, i, side="right"))
         return self.parts[number], i - int(self.ends[number - 1] if number else 0)
 
@@ -182,18 +182,18 @@ class JoinedPairs(Pairs):
 def open_pairs(
     root: str | None, hub: str | None, download: bool, subset: str | None, named: Named, note: Callable[[str], None]
 ) -> dict[str, Pairs]:
-    """The splits of a data set by name: train, validation, test, or what else they are called.
+    """Opens the splits of a data set, by name: train, validation, test, or others.
 
     Args:
         root: folder.
         hub: data set on the hub.
-        download: allows the network.
-        subset: of a data set on the hub that has several.
-        named: what is called how.
-        note: is told what was left out.
+        download: allows network access.
+        subset: configuration of a data set on the hub that has several.
+        named: the names that the data set uses.
+        note: called with a message about files that are left out.
 
     Raises:
-        DataError: there is nothing there, or pictures and masks cannot be matched.
+        DataError: no data are found, or pictures and masks cannot be matched.
     """
     if root is not None:
         path = Path(root).expanduser()
@@ -209,27 +209,27 @@ def open_pairs(
 
 
 def open_pictures(root: str) -> Pairs:
-    """The pictures of a folder, or one file, whose masks are to be predicted.
+    """Opens the pictures of a folder, or a single file, whose masks are to be predicted.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no pictures, or two would have the same file of predictions.
     """
     path = Path(root).expanduser()
     files = [path.name] if path.is_file() else sorted(_pictures(path)) if path.is_dir() else []
     if not files:
         raise DataError(f"data.predict_root: no pictures in {root!r}\n  Give a folder of pictures, or one file")
     folder = path.parent if path.is_file() else path
-    _stems(files, "", folder)  # two of one name would have one file of predictions
+    _stems(files, "", folder)  # two of the same name would share one file of predictions
     return FolderPairs(folder, files, folder, [""] * len(files))
 
 
 def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str, Pairs]:
-    """The splits of a folder; none where it holds no folder of pictures."""
+    """Returns the splits of a folder; none if it holds no folder of pictures."""
     images = _child(root, named.images, IMAGES)
     if images is not None:
         masks = _child(root, named.masks, MASKS)
         below = [p.name for p in sorted(images.iterdir()) if p.is_dir() and _split(p.name) in SPLITS]
-        # No splits: all of it is to train on, and a share is held out.
+        # No splits: all of it is training data, of which a share is held out later.
         if not below:
             return {"train": _matched(images, masks, named, note)}
         return {_split(name): _matched(images / name, masks and masks / name, named, note) for name in below}
@@ -242,12 +242,12 @@ def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str,
 
 
 def _split(name: str) -> str:
-    """`training` is `train`, and what is no usual name stays."""
+    """Maps usual names to those of the splits, as `training` to `train`; other names stay."""
     return next((split for split, words in SPLITS.items() if name.lower() in words), name)
 
 
 def _child(root: Path, given: str | None, usual: Sequence[str]) -> Path | None:
-    """The folder that is given, or has a usual name and holds pictures: ``annotations`` may hold other things."""
+    """Returns the given folder, or one with a usual name that holds pictures: ``annotations`` may hold other files."""
     if given is not None:
         return root / given if (root / given).is_dir() else None
     found = [root / name for name in usual if (root / name).is_dir() and _any_picture(root / name)]
@@ -267,10 +267,10 @@ def _pictures(root: Path) -> list[str]:
 
 
 def _stems(files: Sequence[str], suffix: str, where: Path) -> dict[str, str]:
-    """The files whose names end in `suffix`, by what comes before it.
+    """Returns the files whose names end in `suffix` (before the dot), keyed by the part before it.
 
     Raises:
-        DataError: two files have one stem.
+        DataError: two files have the same stem.
     """
     found: dict[str, str] = {}
     for file in sorted(files):
@@ -287,7 +287,7 @@ def _stems(files: Sequence[str], suffix: str, where: Path) -> dict[str, str]:
 
 
 def _matched(images: Path, masks: Path | None, named: Named, note: Callable[[str], None]) -> Pairs:
-    """The pictures of a split, each with the mask of its name."""
+    """Returns the pictures of a split, each with the mask of the same name."""
     pictures = _stems(_pictures(images), named.image_suffix, images)
     if not pictures:
         ending = f" whose names end in {named.image_suffix!r}" if named.image_suffix else ""

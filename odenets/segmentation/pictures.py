@@ -18,12 +18,12 @@ from ..training.layout import PICTURES
 class PredictedMasks(BasePredictionWriter):
     """Writes two files per picture: ``masks/NAME.png`` and ``drawn/NAME.png``.
 
-    The first holds the class of each pixel, as numbers from 0 on, with the colours of the classes as its palette; the
-    second shows the picture with these colours over it. Each process writes those that it predicted.
+    The first holds the class of each pixel, as numbers from 0 on, with the colours of the classes as its palette. The
+    second shows the picture with these colours over it. Each process writes the pictures that it predicted.
 
     Args:
-        folder: where to.
-        strength: share of the colour in what is drawn; the picture has the rest.
+        folder: where the files are written.
+        strength: opacity of the colours, from 0 to 1.
     """
 
     def __init__(self, folder: str | Path, strength: float = 0.5) -> None:
@@ -43,10 +43,10 @@ class PredictedMasks(BasePredictionWriter):
     ) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         for index, mask, x in zip(batch_indices or (), prediction, batch[0], strict=True):
-            if isinstance(index, tuple):  # it is there to give every process equally many
+            if isinstance(index, tuple):  # a repeated picture, to give every process equally many
                 continue
             name = data.predicted_name(index)
-            if name.endswith(" (unreadable)"):  # what stands in for it is another picture
+            if name.endswith(" (unreadable)"):  # another picture has replaced it
                 continue
             place = placed(name)
             levels = shown(x.float().cpu(), data.mean, data.std, (mask.shape[0], mask.shape[1]))
@@ -65,20 +65,20 @@ class PredictedMasks(BasePredictionWriter):
 
 
 def placed(name: str) -> Path:
-    """Where the prediction for a picture lies: as the picture does, below the folder of predictions.
+    """The path of a picture's prediction: the path of the picture, below the folder of predictions.
 
     Example:
         >>> placed("ulm/1.jpg").as_posix(), placed("../v1.0 row 3").as_posix()
         ('ulm/1.png', 'v1.0 row 3.png')
     """
-    # A picture may lie outside of the folder of data; predictions stay below their own.
+    # A picture may lie outside the data folder; predictions stay below their own.
     path = Path(*(part for part in Path(name).parts if part not in ("..", "/")))
-    # Only a known suffix is replaced: the dot in "v1.0 row 3" begins none.
+    # Only a known suffix is replaced: the dot in "v1.0 row 3" does not start one.
     return path.with_suffix(".png") if path.suffix.lower() in PICTURES else path.with_name(f"{path.name}.png")
 
 
 def shown(x: Tensor, mean: Sequence[float], std: Sequence[float], size: tuple[int, int]) -> Tensor:
-    """A normalised picture (3, h, w) as uint8 (H, W, 3) of a size."""
+    """Converts a normalised picture (3, h, w) to uint8 (H, W, 3) of the given size."""
     m, s = (torch.tensor(figures).view(3, 1, 1) for figures in (mean, std))
     levels = (x * s + m)[None]
     if levels.shape[-2:] != size:
@@ -87,8 +87,8 @@ def shown(x: Tensor, mean: Sequence[float], std: Sequence[float], size: tuple[in
 
 
 def numbered(mask: Tensor, colors: Sequence[Sequence[int]]) -> Image.Image:
-    """A mask (h, w) as a picture that holds its numbers; up to 256 classes as a palette."""
-    # No palette has more colours, and 16 bits hold the number of any class.
+    """Converts a mask (h, w) to a picture of its numbers, with a palette for up to 256 classes."""
+    # A palette has at most 256 colours; 16 bits hold the number of any class.
     if len(colors) > 256:
         return Image.fromarray(mask.numpy().astype(np.uint16))
     picture = Image.fromarray(mask.numpy().astype(np.uint8))
@@ -97,13 +97,13 @@ def numbered(mask: Tensor, colors: Sequence[Sequence[int]]) -> Image.Image:
 
 
 def drawn(levels: Tensor, mask: Tensor, colors: Sequence[Sequence[int]], strength: float = 0.5) -> Image.Image:
-    """A picture with the colours of the classes over it, and lines where classes meet.
+    """Draws the colours of the classes over a picture, with lines where classes meet.
 
     Args:
         levels: the picture, uint8 (h, w, 3).
         mask: classes (h, w).
-        colors: of the classes.
-        strength: share of the colour.
+        colors: colours of the classes.
+        strength: opacity of the colours.
     """
     painted = torch.tensor(colors, dtype=torch.float32)[mask.long()]
     mixed = (1 - strength) * levels.float() + strength * painted

@@ -10,11 +10,11 @@ CITYSCAPES = (
 
 
 class Preset(NamedTuple):
-    """What a data set is known to be; an option that is given wins.
+    """The known properties of a data set; options that are given override them.
 
     Attributes:
         classes: names of the classes, or their number.
-        options: of ``SegmentationData``.
+        options: arguments of ``SegmentationData``.
     """
 
     classes: Sequence[str] | int
@@ -22,7 +22,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    # ADEChallengeData2016: images/training/*.jpg and annotations/training/*.png, 0 for what is none of the 150 classes.
+    # ADEChallengeData2016: images/training/*.jpg and annotations/training/*.png; 0 means none of the 150 classes.
     "ade20k": Preset(150, {"reduce_labels": True, "short": 512, "longest": 2048, "crop": 512}),
     # leftImg8bit/train/aachen/*_leftImg8bit.png and gtFine/train/aachen/*_gtFine_labelIds.png; 19 of 34 kinds count.
     "cityscapes": Preset(

@@ -1,4 +1,4 @@
-"""The LightningModule that trains a segmentation network, and measures it over whole data sets."""
+"""The LightningModule that trains a segmentation network and evaluates it over whole data sets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,33 +25,34 @@ from .pictures import PredictedMasks
 
 
 class Segmenter(NetModule):
-    """Training of a network that gives each pixel a class.
+    """Trains a network that gives each pixel a class.
 
-    Logs train/loss, its parts where it has several, val/mIoU, val/mAcc, val/aAcc and the same of the test, which count
-    every pixel of the stored masks that has a class, in one table over the whole set and all processes; see
+    Logs train/loss, its parts if there are several, val/mIoU, val/mAcc, val/aAcc and the same for the test set. These
+    count every pixel of the stored masks that has a class, in one table over the whole set and all processes; see
     ``Overlap``.
 
-    A batch of training is (pictures (n, c, h, w), classes (n, h, w)), one of evaluation two lists of n, or the same;
-    -100 is the class of a pixel that does not count.
+    A training batch is (pictures (n, c, h, w), classes (n, h, w)); an evaluation batch is two lists of length n, or the
+    same as in training. A pixel that does not count has class -100.
 
     Args:
         net: The network.
         optimizer: Called with parameter groups, e.g. ``partial(torch.optim.AdamW, lr=1e-4)``.
         schedule: Stepped after each optimiser step.
-        inference: How the network is asked about a picture in evaluation; None shows it once and whole.
+        inference: How the network is applied to a picture in evaluation; None is one pass over the whole picture.
         step_weight_decay: Weight decay of learned step sizes (parameters named ``h`` or ``step_size``).
         per_class: Also logs the IoU of each class that occurs, val/IoU/NAME.
-        channels_last: Keep pictures and weights with the channels as the fastest axis.
-        compile: Compile the network in place, so that the names in checkpoints stay the same.
-        layer_decay: Factor of the learning rate from a layer to the one before it; the head has the whole, and 1 is one
-            rate for all. See ``odenets.models.depth`` for what a layer is.
+        channels_last: Whether pictures and weights are stored with the channels as the fastest axis.
+        compile: Whether the network is compiled, in place, so that the names in checkpoints stay the same.
+        layer_decay: Factor of the learning rate from a layer to the one before it; the head has the full rate, and 1 is
+            one rate for all. ``odenets.models.depth`` defines layers.
         frozen: Parts of the model below the head that are not trained, by their names in a classifier, as in
-            ["stem", "levels.[01]"]; ["*"] trains the head alone. See ``odenets.training.Classifier``.
-        aux: Auxiliary values of residual functions that are added to the loss, and their weights; see there.
+            ["stem", "levels.[01]"]; ["*"] trains only the head. See ``odenets.training.Classifier``.
+        aux: Auxiliary values of residual functions that are added to the loss, with their weights; see
+            ``odenets.training.Classifier``.
 
     Raises:
-        SchemeError: A network that does not say how deep its parameters lie, with a ``layer_decay``; a part or an
-            auxiliary value that it does not have.
+        SchemeError: ``layer_decay`` is given, but the network does not define the depths of its parameters; or a part
+            or auxiliary value does not exist.
 
     Example:
         >>> from functools import partial
@@ -63,7 +64,7 @@ class Segmenter(NetModule):
         torch.Size([40, 60])
     """
 
-    monitor = "val/mIoU"  # what the best checkpoint is best in
+    monitor = "val/mIoU"  # the figure by which the best checkpoint is chosen
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Segmenter(NetModule):
         aux: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        # As in Classifier: what a configuration says is stored, and what was built in Python is not pickled.
+        # As in Classifier: settings from a configuration are stored, and objects built in Python are not pickled.
         parts = [] if _given_hyperparameters.get() is not None else ["net", "optimizer", "schedule", "inference"]
         self.save_hyperparameters(ignore=parts)
         self.net, self.optimizer = net, optimizer
@@ -89,10 +90,10 @@ class Segmenter(NetModule):
         self.compile_net, self.layer_decay = compile, layer_decay
         self.take_auxiliary(aux)
         self.take_frozen(frozen)
-        # Refused here, before any data are read.
+        # Rejected here, before any data are read.
         check_optimizer(optimizer, parameter_groups(net, step_weight_decay, layer_decay))
         self.overlap = Overlap(net.num_classes)
-        self.train()  # as in Classifier: norms in frozen parts go into evaluation
+        self.train()  # as in Classifier: puts norms in frozen parts into evaluation mode
 
     @property
     def freezable(self) -> nn.Module:
@@ -123,15 +124,15 @@ class Segmenter(NetModule):
         return sum(terms, loss)
 
     def predicted(self, x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor) -> list[Tensor]:
-        """The class of each pixel of some pictures, (H, W) each.
+        """Returns the predicted class of each pixel, (H, W) per picture.
 
         Args:
             x: pictures (c, h, w), normalised.
-            y: masks (H, W), of which only the sizes matter here.
+            y: masks (H, W), used only for their sizes.
         """
         found: list[Tensor] = []
         while len(found) < len(x):
-            # Neighbours of one size are seen together.
+            # Consecutive pictures of one size form a batch.
             first = len(found)
             kind = x[first].shape, y[first].shape
             last = next((i for i in range(first, len(x)) if (x[i].shape, y[i].shape) != kind), len(x))
@@ -148,7 +149,7 @@ class Segmenter(NetModule):
     def _log_overlap(self, stage: str) -> None:
         figures = self.overlap.compute()
         self.overlap.reset()
-        # While Lightning tries two batches before training, these may well have no class.
+        # In Lightning's sanity check of a few batches before training, it may well happen that no pixel has a class.
         if not bool(figures["aAcc"].isfinite()) and not self.trainer.sanity_checking:
             raise DataError(
                 f"no pixel of the pictures that were seen for {stage} has a class\n"
@@ -179,15 +180,15 @@ class Segmenter(NetModule):
         self._log_overlap("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[Tensor]:
-        """The class of each pixel, (H, W) each, on the CPU; in 8 bits where all classes fit."""
+        """Returns the class of each pixel, (H, W) per picture, on the CPU; in 8 bits if all classes fit."""
         kind = torch.uint8 if self.net.num_classes <= 256 else torch.int16
         return [mask.to("cpu", kind) for mask in self.predicted(*batch)]
 
     def prediction_writer(self, folder: Path) -> Callback:
-        """What writes the predictions of ``lightning predict``.
+        """Returns the callback that writes the predictions of ``lightning predict``.
 
         Args:
-            folder: where they go.
+            folder: where they are written.
         """
         return PredictedMasks(folder / "predictions")
 
@@ -195,12 +196,12 @@ class Segmenter(NetModule):
         return scheduled(self.trainer, self.make_optimizer(), self.schedule)
 
     def make_optimizer(self) -> Optimizer:
-        """The optimiser, with the groups of the network and their learning rates."""
+        """Builds the optimiser with the parameter groups of the network and their learning rates."""
         groups = parameter_groups(self.net, self.step_weight_decay, self.layer_decay)
         return make_optimizer(self.optimizer, groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # As in Classifier: networks of two schemes may have equal parameters.
+        # As in Classifier: networks of two schemes may have parameters of the same names and shapes.
         theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and ours is not None and theirs != ours:
             rank_zero_warn(f"the checkpoint's net differs from the configured one: {_differences(theirs, ours)}")
