@@ -19,7 +19,7 @@ from .ode.trees import HALF
 from .runge_kutta import RungeKutta
 from .scheme import Function, Scheme, State, StepSize
 
-# Our names, and what torchdiffeq calls them.
+# Our names, and torchdiffeq's names for the same methods.
 TORCHDIFFEQ = {"dopri5": "dopri5", "dopri8": "dopri8", "bosh3": "bosh3", "heun2": "adaptive_heun"}
 PAIRS = ("bosh3", "dopri5", "dopri8", "fehlberg45", "heun2", "tsit5", "verner89")
 BACKENDS = ("schemes", "torchdiffeq")
@@ -35,7 +35,7 @@ def _written(value: Any) -> str:
 
 
 class Solved(NamedTuple):
-    """What ``Adaptive.solve`` returns: the values at the times asked for, and the run (None of torchdiffeq)."""
+    """The result of ``Adaptive.solve``: the values at the requested times, and the run (None for torchdiffeq)."""
 
     values: list[Tensor]
     run: Run | None
@@ -45,13 +45,13 @@ class Adaptive(Scheme):
     r"""Solves x' = f(t, x) from t to t + h with a step size chosen from an error estimate.
 
     One residual function a step, called with (x, time since the start of the step); ``step`` and Stack adapt functions
-    of another signature. A Stack with one shared function and depth d makes a single solve over [0, d h]; with d
+    with other signatures. A Stack with one shared function and depth d makes a single solve over [0, d h]; with d
     functions it solves d unit intervals in turn, function n on the n-th. A step of 0 is the identity.
 
     Cost: evaluations depend on the input and are counted (``Stack.evaluations``); gradients by backpropagation through
-    the accepted steps, or with ``adjoint=true`` by the continuous adjoint: memory that does not grow with the steps,
-    gradients right to the tolerances only. What f reads (parameters, closures, contexts, the time) gets its gradient
-    either way.
+    the accepted steps, or with ``adjoint=true`` by the continuous adjoint: memory does not grow with the steps, but
+    gradients are accurate only to the tolerances. All that f reads (parameters, closures, contexts, the time) gets its
+    gradient either way.
 
     Args:
         method: an embedded pair: bosh3, dopri5, dopri8, fehlberg45, heun2, tsit5, verner89, or one of your own.
@@ -59,10 +59,10 @@ class Adaptive(Scheme):
         atol: absolute tolerance.
         adjoint: whether to use the continuous adjoint.
         max_steps: upper bound on internal steps, so that a stiff field ends in an error and not in a hang.
-        backend: "schemes", or "torchdiffeq" (bosh3, dopri5, dopri8, heun2) to compare with.
+        backend: "schemes", or "torchdiffeq" (bosh3, dopri5, dopri8, heun2) for comparison.
 
     Raises:
-        SchemeError: the method is no pair, or tolerances are not positive.
+        SchemeError: the method is not a pair, or tolerances are not positive.
 
     Source: Chen et al. 2018, Neural ordinary differential equations.
 
@@ -128,15 +128,15 @@ class Adaptive(Scheme):
         gs: Sequence[Function] = (),
         on_run: Callable[[Run], None] | None = None,
     ) -> Solved:
-        """The solve over a step of size h, with its values at some times within.
+        """Solves over a step of size h, with values at the requested times within it.
 
         Args:
             fs: the residual function, called with (x, time since the start of the step).
             state: the one stream.
             h: the length of the interval.
-            at: times since the start, strictly monotone from the start on, the last one h; None asks for h alone.
+            at: times since the start, strictly monotone from the start on, the last one h; None means h alone.
             gs: none.
-            on_run: shown the run when it is over, also one that could not go on, before that is raised.
+            on_run: called with the run when it is over; with a failed run too, before the error is raised.
 
         Returns:
             The values, and the run: its status, and the numbers of accepted and rejected steps.
@@ -154,10 +154,10 @@ class Adaptive(Scheme):
         times = [0.0, *map(float, at)] if at is not None else [0.0, end]
         if times[-1] != end:
             raise SchemeError(f"{self}: the last time asked for is {times[-1]:g}, want the end of the step, {end:g}.")
-        # A learned length needs a slope even where it is 0, or it would stay there.
+        # A learned length needs a gradient even where it is 0, or it would stay there.
         if end == 0 and not (isinstance(h, Tensor) and h.requires_grad):
             return Solved([x] * (len(times) - 1), Run([x], 0.0, x))
-        if x.numel() == 0 or end == 0:  # a step of Euler's shows what a gradient depends on
+        if x.numel() == 0 or end == 0:  # an Euler step, so that the graph has all that a gradient depends on
             y = x + (h if isinstance(h, Tensor) else end) * f(x, clock(0.0, x))
             return Solved([y] * (len(times) - 1), Run([y], end, y))
         if self.backend == "torchdiffeq":
@@ -165,7 +165,7 @@ class Adaptive(Scheme):
         control = Control(self.rtol, self.atol, max_steps=self.max_steps)
         own = x.dtype
         if own in HALF:
-            # A small step would be lost on a state of half precision; the function still sees its own.
+            # A small increment would be lost in a state of half precision; the function still receives its own dtype.
             x = x.float()
 
         def func(since: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Adaptive(Scheme):
             self._check(run)
 
         gradient = "adjoint" if self.adjoint else "store"
-        # As `odeint`: where the continuous extension is good enough, times that are asked for change no step.
+        # As in `odeint`: where the continuous extension is accurate enough, the requested times change no step.
         land = len(times) > 2 and self.pair.dense[3] < self.pair.order
         try:
             ys, run = solved(func, x, times, self.pair, control, gradient=gradient, land=land, check=check)
@@ -225,7 +225,7 @@ class Adaptive(Scheme):
             "rtol": self.rtol,
             "atol": self.atol,
             "method": TORCHDIFFEQ[self.method],
-            # Stepping right onto the times: an interpolated value has the interpolant's error, not the method's.
+            # Steps end exactly on the times: an interpolated value has the interpolant's error, not the method's.
             "options": {"max_num_steps": self.max_steps, "step_t": t[1:].detach()},
         }
         solver: Any = torchdiffeq.odeint
@@ -240,7 +240,7 @@ class Adaptive(Scheme):
             text = str(error)
             if not text.startswith(("max_num_steps", "underflow", "non-finite")):
                 raise
-            if text.startswith("non-finite") or text.endswith("nan"):  # the step size is told from the state
+            if text.startswith("non-finite") or text.endswith("nan"):  # the step size is computed from the state
                 raise SchemeError(f"{self}: {text}; {NOT_FINITE}.") from None
             raise SchemeError(f"{self}: {text}; raise rtol and atol, or max_steps.") from None
 

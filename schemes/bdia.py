@@ -5,10 +5,10 @@ In training each step mixes Euler's step from x_n with a step back from it, x_{n
 the network is plain Euler, a ResNet. Two layers:
 
 * ``Bdia`` is the scheme: Euler, and ``draw`` and ``at_random`` for training.
-* ``Bidirectional`` is the coupling of one step for a gamma that is given; its inverse amplifies by 1/|gamma|.
+* ``Bidirectional`` is the coupling of one step for a given gamma; its inverse amplifies by 1/|gamma|.
 
-Exact arithmetic works as on any other coupling: on a binary grid, half a multiple of the unit loses its last bit, and
-only that; with one bit per element kept beside, a step of gamma = 1/2 is undone bit by bit.
+Exact arithmetic works as for any other coupling: on a binary grid, half a multiple of the unit loses its last bit and
+nothing else; with that one bit per element stored, a step with gamma = 1/2 is undone bit for bit.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class Bidirectional(Coupling):
                 raise SchemeError("bidirectional: gamma is 0, so that x_{n-1} is lost; want any other number.")
             self.amplification = max(1.0, 1 / abs(self.gamma))
         else:
-            # A drawn gamma is a tensor whose size only a look at its values would tell; ``Bdia`` sets the figure right.
+            # The magnitude of a drawn gamma, a tensor, is known only from its values; ``Bdia`` sets the right figure.
             self.amplification = 2.0
         self.first = _First()
 
@@ -99,7 +99,7 @@ class Bidirectional(Coupling):
         return (Slot(n, 0, streams[-1:], streams[-1]),)
 
     def __eq__(self, other: object) -> bool:
-        # Two draws print alike and are not the same step.
+        # Two draws print alike but are not the same step.
         return self is other or (super().__eq__(other) and not isinstance(self.gamma, Tensor))
 
     __hash__ = Coupling.__hash__
@@ -112,14 +112,14 @@ class Bdia(Scheme):
     """BDIA: Euler at inference, and in training a step forward mixed with a step back by a random gamma per sample.
 
     As it stands this is Euler's scheme on one stream, x_{n+1} = x_n + h F(x_n): gamma at its mean, 0. In training,
-    ``at_random(n, draw(x))`` is step n: invertible, and in exact arithmetic bit by bit. Any published ResNet, ConvNeXt
-    or ViT can be fine-tuned so, without a change to its architecture.
+    ``at_random(n, draw(x))`` is step n: invertible, and in exact arithmetic bit for bit. Any published ResNet, ConvNeXt
+    or ViT can be fine-tuned this way, without a change to its architecture.
 
     Cost: 1 residual function a step, no shortcuts; in training 2 streams, and 1 bit per element and step in exact
     arithmetic.
 
     Args:
-        gamma: size of gamma, a power of two up to 1/2; exact arithmetic wants 1/2.
+        gamma: magnitude of gamma, a power of two up to 1/2; exact arithmetic wants 1/2.
 
     Raises:
         SchemeError: gamma is not 1/2, 1/4, 1/8, ...
@@ -171,7 +171,7 @@ class Bdia(Scheme):
 
         Args:
             x: a stream, (n, ...).
-            generator: where the random bits come from, on whatever device; None is the global one of the device of x.
+            generator: source of the random bits, on any device; None is the default generator of x's device.
 
         Returns:
             (n, 1, ..., 1), of the dtype and device of x.
@@ -183,11 +183,11 @@ class Bdia(Scheme):
         return (2 * bits - 1).to(x.device, x.dtype) * self.gamma
 
     def at_random(self, n: int, gamma: float | Tensor) -> Scheme:
-        """Step n of training, for a gamma that was drawn.
+        """Step n of training, for a drawn gamma.
 
         Args:
             n: number of the step.
-            gamma: how far a step back is mixed in; a number, or one for each sample.
+            gamma: weight of the step back; a number, or one for each sample.
         """
         step = Bidirectional(gamma)
         step.amplification = 1 / self.gamma

@@ -14,14 +14,14 @@ __getattr__ = renamed_names(__name__, globals(), {"RevCol": "RevColCoupling"})
 
 
 class _Column(Coupling):
-    """What the first column and the later ones share."""
+    """The common base of the first column and the later ones."""
 
     streams = 1  # init makes the stem; the first column makes the levels
 
     def __init__(self, levels: int, growth: int, huge: bool):
         self.levels, self.growth, self.huge = levels, growth, huge
         self.stages = self.evaluations = levels
-        # A column is one moment: its levels are resolutions, not times.
+        # A column is one point in time: its levels are resolutions, not times.
         self.nodes = (0.0,) * levels
 
     def readout(self, state: State) -> Tensor:
@@ -47,7 +47,7 @@ class FirstColumn(_Column):
     There is no column before it, so nothing comes from above and nothing is scaled; its inverse drops the levels.
 
     Args:
-        levels: how many it makes.
+        levels: number of levels that it makes.
         growth: as in ``RevColCoupling``.
         huge: as in ``RevColCoupling``.
     """
@@ -58,7 +58,7 @@ class FirstColumn(_Column):
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         def update(level: int) -> Update:
-            # Its source is the stream that the update before has just appended.
+            # Its source is the stream that the previous update has just appended.
             return Update(level + 1, lambda s: (1.0, scaled(h, fs[level](s[level]))), appends=True)
 
         return [update(level) for level in range(self.levels)]
@@ -79,9 +79,9 @@ class RevColCoupling(_Column):
 
     Streams: the stem's output x_{-1}, which no column changes, then one per level, from fine to coarse. A step is a
     column. Function l is given the new level below and the old level above as separate arguments; the last level has
-    none above, the first column none at all (``at(0)``): it makes the levels. The alphas are shortcuts, one per level
-    and later column: invertible modules such as a learned scale per channel; without them alpha is 1. ``readout`` is
-    the last level.
+    none above, and the first column (``at(0)``) has none at all, since it makes the levels. The alphas are shortcuts,
+    one per level and later column: invertible modules such as a learned scale per channel; without them alpha is 1.
+    ``readout`` is the last level.
 
     Cost: one residual function per level and column, 1 + ``levels`` streams. Inverse: closed form, from the last level
     to the first; it amplifies by 1/|alpha| a column, and more where the functions are steep (two- to fourfold a column
@@ -89,8 +89,9 @@ class RevColCoupling(_Column):
 
     Args:
         levels: number of levels.
-        growth: ``slots`` asks for widths of stem * growth^level; functions that are made by hand may have any.
-        huge: whether function 0 is also given the last level of the last column, third (RevCol-H); from 3 levels on.
+        growth: ``slots`` requires widths of stem * growth^level; hand-written functions may have any.
+        huge: whether function 0 is also given the previous column's last level, as its third argument (RevCol-H); from
+            3 levels on.
 
     Raises:
         SchemeError: no level, or too few of them for ``huge``.

@@ -1,8 +1,8 @@
-"""Schemes made of schemes one after another: repeat, substeps and mixes.
+"""Schemes composed of schemes in sequence: repeat, substeps and mixes.
 
 A wrapper around one scheme is that scheme: ``repeat(s, 1)``, ``substeps(s, 1)``, ``1*s``, ``nested(s, euler)`` and, for
 one stream, ``nested(euler, s)`` give the same values and have the same attributes, first steps, inverse and training.
-`schemes.testing.check_wrapper` is this law, and goes through every attribute that `Scheme` declares.
+`schemes.testing.check_wrapper` checks this law, for every attribute that `Scheme` declares.
 """
 
 from .composition import Composition
@@ -29,7 +29,7 @@ class Repeat(Composition):
         n: number of steps, at least 1.
 
     Raises:
-        SchemeError: n is no count, or the scheme chooses its own steps.
+        SchemeError: n is not a count, or the scheme chooses its own steps.
 
     Example:
         >>> import schemes
@@ -66,7 +66,7 @@ class Substeps(Composition):
         n: number of steps, at least 1.
 
     Raises:
-        SchemeError: n is no count, or the scheme chooses its own steps.
+        SchemeError: n is not a count, or the scheme chooses its own steps.
 
     Example:
         >>> import schemes
@@ -91,10 +91,10 @@ class Mix(Composition):
     Cost: the sum of the parts'.
 
     Args:
-        parts: (count, scheme) pairs; one-stream schemes, or several times the same one.
+        parts: (count, scheme) pairs; one-stream schemes, or the same scheme several times.
 
     Raises:
-        SchemeError: a count is no count, or parts of different streams are mixed.
+        SchemeError: a count is invalid, or parts of different streams are mixed.
 
     Example:
         >>> import schemes
@@ -106,7 +106,7 @@ class Mix(Composition):
 
     def __init__(self, *parts: tuple[int, Scheme]):
         self.counts = tuple((_count("mix", n), check_part("mix", s)) for n, s in parts)
-        # Before the period is written out: 4096*(4096*rk4) is short to type.
+        # Checked before the period is expanded: 4096*(4096*rk4) is short to type.
         if sum(n * s.stages for n, s in self.counts) > MAX_FUNCTIONS:
             raise SchemeError(f"{self}: more than {MAX_FUNCTIONS} residual functions in one period.")
         flat: list[Scheme] = []

@@ -1,4 +1,4 @@
-"""Schemes one after another, as one: the base of repeat, substeps and mixes."""
+"""Schemes in sequence as one scheme: the base of repeat, substeps and mixes."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Composition(Scheme):
         for p in parts:
             if p.nodes is None:
                 raise SchemeError(f"{self}: {p} chooses its own steps; only fixed-step schemes follow each other.")
-            # ``Steps`` are parts of one composition that was checked when it was made.
+            # ``Steps`` come from a composition that was checked when it was made.
             if p != first and type(self) is not Steps and not (p.one_stream and first.one_stream):
                 where = " in training" if p.training_differs or first.training_differs else ""
                 raise SchemeError(
@@ -34,16 +34,16 @@ class Composition(Scheme):
                 )
         self.parts = parts
         self.stages = stages
-        # After the first part the streams have their new shape, and need none.
+        # After the first part the streams have their new shape, so the other parts need no shortcuts.
         self.streams, self.shortcuts = first.streams, first.shortcuts  # shortcuts are the first part's
         self.invertible, self.exact = all(p.invertible for p in parts), all(p.exact for p in parts)
         self.training_differs = any(p.training_differs for p in parts)
         self.streams_added, self.byproducts = sum(p.streams_added for p in parts), last.byproducts
-        # Undoing the last part grows an error that the part before grows again.
+        # Undoing the last part grows an error, which undoing the part before it grows again.
         self.amplification = math.prod(p.amplification for p in parts)
         mixings, gains = [p.mixing for p in parts], [p.gain for p in parts]
         if None not in mixings and None not in gains:
-            # Each part starts anew from its own input, so the largest figure of a part is the figure of all.
+            # Each part starts anew from its own input, so the figure of the composition is the largest of a part.
             self.mixing = self.scale * max(m for m in mixings if m is not None)
             self.gain = self.scale * sum(g for g in gains if g)
         self.nodes, self.span = self._times(parts)
@@ -92,7 +92,7 @@ class Composition(Scheme):
             return self
         count, drawing = len(self.parts), as_argument(generator)
         parts = tuple(p.training_scheme(n * count + i, x, *drawing) for i, p in enumerate(self.parts))
-        # Drawn part by part: each step of a repeated bdia has a sign of its own.
+        # Drawn part by part: each step of a repeated bdia has its own sign.
         return Steps(parts, self.scale, f"{self} in training, step {n}")
 
     @property
@@ -121,7 +121,7 @@ class Composition(Scheme):
         for p in self.parts:
             base = len(found)
             found += [
-                # Only the first part sees the step's input before the shortcut.
+                # Only the first part receives the step's input before the shortcut.
                 replace(slot, index=base + slot.index, raw=slot.raw and base == 0)
                 for slot in p.slots(n, streams, out_channels)
             ]
@@ -137,9 +137,9 @@ class Composition(Scheme):
         return self.parts[0].stream_widths(channels)
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
-        i %= self.stages  # functions that are evaluated several times over come as often
+        i %= self.stages  # a function that is evaluated several times appears once per evaluation
         for p in self.parts:
-            # Streams are followed through the parts, as a part may append some, or rotate them.
+            # Streams are followed through the parts, since a part may append some, or rotate them.
             if i < p.stages:
                 return p.shape_of(i, streams)
             i, streams = i - p.stages, p.shapes_after(streams)  # type: ignore[assignment]
@@ -198,7 +198,7 @@ class Steps(Composition):
     """The parts of one step of a composition whose steps differ: its first one, or any one in training.
 
     Args:
-        parts: what follows each other, in order.
+        parts: the schemes of the parts, in order.
         scale: each part makes a step of ``scale * h``.
         name: the text that it prints as; no expression reads it.
     """

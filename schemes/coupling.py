@@ -8,7 +8,7 @@ functions. Three instances:
 * momentum: ``v <- beta v + (1 - beta) F(x)``, then ``x <- x + h v``.
 * leapfrog: ``x_0 <- x_0 + 2 h F(x_1)``, then the two streams change places (``rotate``).
 
-This module holds the contract, and the couplings whose streams are slices of the input; the others are in
+This module defines the contract, and the couplings whose streams are slices of the input; the others are in
 ``columns`` (levels of different shapes), ``multistep`` (neighbouring steps), ``dense`` and ``reversible``.
 """
 
@@ -48,19 +48,19 @@ class Update(_Update):
 
     Attributes:
         dst: the stream that changes.
-        terms: gives (scale, shift) from the state; must not read ``state[dst]``, nor what follows it where it is new.
-            The shift is a new tensor that nothing else holds; the scale is a number or a tensor that broadcasts, never
-            zero.
-        appends: whether ``dst`` is a new stream, one more than there were; its inverse is to drop it.
+        terms: computes (scale, shift) from the state; must not read ``state[dst]``, nor any stream after it where
+            ``dst`` is new. The shift is a new tensor that nothing else references; the scale is a number or a tensor
+            that broadcasts, never zero.
+        appends: whether ``dst`` is a new stream, one more than there were; the inverse drops it.
         shortcut: number of the shortcut that takes the place of ``scale *`` in a step that is given shortcuts: an
             invertible module with a method ``inverse``; None where there is none.
-        byproduct: a stream that is overwritten by a third result of ``terms`` which the inverse does not
-            need back, such as a residual function's value that the readout uses; None where there is none.
+        byproduct: a stream that is overwritten by a third result of ``terms`` and that the inverse need not restore,
+            such as a residual function's value that the readout uses; None where there is none.
     """
 
     __slots__ = ()
 
-    # A named tuple takes no other keywords; the old names of two fields are translated here.
+    # A named tuple accepts no other keywords; the old names of two fields are translated here.
     def __new__(
         cls,
         dst: int,
@@ -100,17 +100,17 @@ def apply_update(update: Update, state: State, gs: Sequence[Function] = ()) -> S
         gs: the step's shortcuts.
     """
     d = update.dst
-    # Before anything is written: the terms read the state as it stands before this update.
+    # Before anything is written: the terms read the state from before this update.
     scale, shift, *byproducts = update.terms(state)
     if update.appends:
         return (*state, shift)
     new = list(state)
     x, g = state[d], shortcut_of(update, gs)
-    # A shortcut replaces the scale and not the shift, so the inverse is one subtraction and g's own inverse.
+    # A shortcut replaces the scale but not the shift, so the inverse is one subtraction and g's own inverse.
     if g is not None:
         new[d] = g(x) + shift
     elif isinstance(scale, Tensor):
-        # One kernel, and out of place: a function that ends in tanh has saved its value, which the shift may be.
+        # One kernel, and out of place: the shift may be a tensor saved for the backward pass, such as tanh's output.
         new[d] = torch.addcmul(shift, x, scale)
     else:
         new[d] = torch.add(shift, x, alpha=scale)
@@ -120,7 +120,7 @@ def apply_update(update: Update, state: State, gs: Sequence[Function] = ()) -> S
 
 
 def invert_update(update: Update, state: State, gs: Sequence[Function] = ()) -> State:
-    """The state before an elementary update; a stream that it appended is dropped, a by-product is left.
+    """The state before an elementary update; a stream that it appended is dropped, a byproduct is left as it is.
 
     Args:
         update: the update.
@@ -136,7 +136,7 @@ def invert_update(update: Update, state: State, gs: Sequence[Function] = ()) -> 
     if g is not None:
         new[d] = g.inverse(rest)
     else:
-        # Scale 1 is left out and not divided by: the usual case, and a pass over the memory saved.
+        # Scale 1 is the usual case; skipping the division saves a pass over memory.
         new[d] = rest if isinstance(scale, float) and scale == 1.0 else rest / scale
     return tuple(new)
 
@@ -152,7 +152,7 @@ def rotated(state: State, by: int) -> State:
 
 
 def scaled(h: StepSize, x: Tensor) -> Tensor:
-    """h x, without the product where h is the number 1.
+    """h x, without a multiplication where h is the number 1.
 
     Args:
         h: a step size.
@@ -168,7 +168,7 @@ class Coupling(Scheme):
     pass.
 
     Attributes:
-        rotate: the updates are followed by a rotation of the streams: the first ``rotate`` go to the end.
+        rotate: number of leading streams that are moved to the end after the updates.
     """
 
     invertible = True
@@ -195,7 +195,7 @@ class Coupling(Scheme):
     def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         self._check(gs)
         state = rotated(state, -self.rotate)
-        # The list depends on the number of streams before the step, which is what dense couplings count by.
+        # The list depends on the number of streams before the step: dense couplings count by it.
         for update in reversed(self.updates(fs, h, len(state) - self.streams_added)):
             state = invert_update(update, state, gs)
         return state
@@ -207,14 +207,14 @@ class Coupling(Scheme):
 
     @property
     def raw(self) -> tuple[bool, ...]:
-        # Shortcuts stand in place of a factor here and keep the shape; where they do not, a subclass says so.
+        # Shortcuts replace a factor here and keep the shape; a subclass where they do not overrides this.
         return (False,) * self.stages
 
     def widths(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[int, ...]:
         return rotated(streams, self.rotate)  # type: ignore[arg-type,return-value]
 
     def shapes_after(self, streams: tuple[torch.Size | None, ...]) -> tuple[torch.Size | None, ...]:
-        # A function that makes a stream is numbered as that stream is among the new ones.
+        # Function i makes the i-th of the new streams.
         new = tuple(self.shape_of(i, streams) for i in range(self.streams_added))  # type: ignore[arg-type]
         return rotated((*streams, *new), self.rotate)  # type: ignore[arg-type,return-value]
 
@@ -224,7 +224,7 @@ class _Split(Coupling):
 
     Attributes:
         dim: the dimension.
-        split: width of each slice; None for slices of one width, the first of them wider where it does not divide.
+        split: width of each slice; None for equal widths, the first ones wider by 1 where the width does not divide.
     """
 
     dim: int = 1
@@ -256,7 +256,7 @@ class _Split(Coupling):
         return ", ".join(filter(None, given))
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
-        if not isinstance(x, Tensor):  # what stands for a tensor in a trace, and has no size to be checked
+        if not isinstance(x, Tensor):  # a proxy in a trace, whose size cannot be checked
             parts = torch.tensor_split(x, self.streams, self.dim)
             if self.split is not None:
                 parts = torch.split(x, list(self.split), self.dim)
@@ -269,14 +269,14 @@ class _Split(Coupling):
             raise SchemeError(
                 f"{self}: cannot split {tuple(x.shape)} along dim={self.dim} into {self.streams} streams."
             )
-        # Unlike ``chunk``, which may give fewer slices than are asked for.
+        # Unlike ``chunk``, which may return fewer slices than requested.
         return torch.tensor_split(x, self.streams, self.dim)
 
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)
 
     def state_from_output(self, y: Tensor) -> State:
-        # After a rotation the widths stand in another order than ``init`` would cut them.
+        # After a rotation the widths are not in the order in which ``init`` would split them.
         if self.rotate and y.shape[self.dim] % self.streams:
             raise SchemeError(f"{self}: its streams differ in width and change places; invert from Stack.final_state.")
         return self.init((), y)
@@ -296,7 +296,7 @@ class _Split(Coupling):
         return streams[i]
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
-        # Streams before i have been moved, and have their new width where a shortcut changes it; those after it have
+        # Streams before i have been updated, and have their new width where a shortcut changes it; those after i have
         # not.
         outs = streams if out_channels is None else self.stream_widths(out_channels)
         return tuple(
@@ -320,7 +320,7 @@ class _Split(Coupling):
 
 
 def _others(state: State, i: int, dim: int) -> Tensor:
-    # Of two streams the other one alone: joining one tensor would copy it.
+    # The one other stream is returned itself: concatenating a single tensor would copy it.
     others = state[:i] + state[i + 1 :]
     return others[0] if len(others) == 1 else torch.cat(others, dim)
 
@@ -364,7 +364,7 @@ class RevNetCoupling(_Split):
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
         f, g = fs
         return [
-            # The float 1.0 is a sign to the engine that nothing has to be multiplied, divided or differentiated.
+            # The float 1.0 tells the engine that nothing has to be multiplied, divided or differentiated.
             Update(0, lambda s: (1.0, scaled(h, f(s[1]))), shortcut=0),
             Update(1, lambda s: (1.0, scaled(h, g(s[0]))), shortcut=1),
         ]
@@ -377,7 +377,7 @@ class Additive(_Split):
     """n streams, each moved by a function of all others: x_i <- x_i + h F_i(others), for i = 0 .. n - 1.
 
     Function i is given one argument: the other streams joined along ``dim``, in order, those before i already moved.
-    Shortcuts as in revnet, which is the case of 2; with more than 2 streams they must keep the resolution.
+    Shortcuts are as in revnet, the case of 2 streams; with more than 2 streams they must keep the resolution.
 
     Cost: n residual functions a step, n streams, and a copy of n - 1 of them per function. Inverse: closed form,
     amplification 1.
@@ -411,7 +411,7 @@ class Additive(_Split):
         self._set_split(split)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
-        # A function of its own, so that each lambda keeps its i and not the loop's last.
+        # A separate function, so that each lambda captures its own i and not the loop's last.
         def update(i: int) -> Update:
             return Update(i, lambda s: (1.0, scaled(h, fs[i](_others(s, i, self.dim)))), shortcut=i)
 
@@ -457,12 +457,12 @@ class Affine(_Split):
         self.dim, self.bound = int(dim), float(bound)
         if not 0 < self.bound < 20:
             raise SchemeError(f"affine: the bound of the log-scale is {self.bound:g}, want 0 < bound < 20.")
-        # Of the worst input, since a declared figure must hold for all: the law takes the log-scales to their bound.
+        # For the worst input, since a declared figure must hold for all: the law drives the log-scales to their bound.
         self.amplification = math.exp(self.bound)
         self._set_split(split)
 
     def _terms(self, h: StepSize, y: Tensor) -> tuple[Tensor, Tensor]:
-        # Log-scale first, shift second, as in Real NVP; a function that is made by hand must follow this order.
+        # Log-scale first, shift second, as in Real NVP; a hand-written function must follow this order.
         s, b = y.chunk(2, self.dim)
         return torch.exp(h * self.bound * torch.tanh(s / self.bound)), h * b
 
@@ -486,9 +486,9 @@ class Affine(_Split):
 class MultiLevel(_Split):
     """The multi-level coupling in its general form: x_t = h F_t(x_{t-1}, ..., x_{t-m+1}) + gamma x_{t-m}.
 
-    Streams (x_{t-m}, ..., x_{t-1}), at first the slices of the input along ``dim``. The function is given the m - 1
-    newer streams as separate arguments, newest first, so that they may differ in shape. A shortcut, if given, takes
-    the place of gamma. With m = 2 and gamma = 1, two steps are one of revnet.
+    The streams are (x_{t-m}, ..., x_{t-1}), at first the slices of the input along ``dim``. The function is given the
+    m - 1 newer streams as separate arguments, newest first, so that they may differ in shape. A shortcut, if given,
+    takes the place of gamma. With m = 2 and gamma = 1, two steps are one of revnet.
 
     Cost: 1 residual function a step, m streams. Inverse: closed form; amplifies by |gamma|^(-1/m) a step.
 
@@ -526,7 +526,7 @@ class MultiLevel(_Split):
         self.streams, self.gamma, self.dim = m, float(gamma), int(dim)
         if self.gamma == 0:
             raise SchemeError("multilevel: gamma is 0, so that the oldest stream is lost; want any other number.")
-        # A stream meets the factor once in m steps, when it is the oldest.
+        # A stream is multiplied by gamma once in m steps, when it is the oldest.
         self.amplification = abs(self.gamma) ** (-1 / m)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:

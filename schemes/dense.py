@@ -14,12 +14,12 @@ class Dense(Coupling):
     """Dense concatenation: x_{n+1} = h F_n([x_0, x_1, ..., x_n]), a new stream of width ``growth`` each step.
 
     The function is given all streams joined along ``dim``, the input first and the newest last, or, without ``join``,
-    as separate arguments in that order (a function that joins them itself may drop the joined tensor and make it again
+    as separate arguments in that order (a function that joins them itself may drop the joined tensor and recompute it
     in the backward pass). The readout joins them.
 
-    Cost: 1 residual function a step; the state is all that was computed, so memory grows with depth by the new streams
-    (and the function's joined input is transient where inner tensors are recomputed). Inverse: drops the last stream,
-    exact and free of evaluations; amplification 1.
+    Cost: 1 residual function a step; the state holds everything computed so far, so memory grows with depth by the new
+    streams (and the function's joined input is transient where inner tensors are recomputed). Inverse: drops the last
+    stream, exact and without evaluations; amplification 1.
 
     Args:
         growth: width of the new stream.
@@ -27,7 +27,7 @@ class Dense(Coupling):
         join: whether the function is given one joined argument.
 
     Raises:
-        SchemeError: growth is no positive whole number.
+        SchemeError: growth is not a positive whole number.
 
     Source:
         Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, equation 2.
@@ -62,14 +62,14 @@ class Dense(Coupling):
         (f,) = fs
 
         def terms(state: State) -> tuple[float, Tensor]:
-            given = state[:streams]  # the engine calls this with the stream that was made still in place
+            given = state[:streams]  # the engine also calls this with the new stream still in place
             return 1.0, scaled(h, f(torch.cat(given, self.dim)) if self.join else f(*given))
 
         return [Update(streams, terms, appends=True)]
 
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         shape = list(streams[0])
-        # All streams have one resolution, so any of them tells the rest of the shape.
+        # All streams have one resolution, so any of them gives the rest of the shape.
         shape[self.dim] = self.growth
         return torch.Size(shape)
 

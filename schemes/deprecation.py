@@ -12,9 +12,9 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def _method(old: str, new: str, target: Callable[..., Any]) -> Callable[..., Any]:
-    """A method ``old`` that warns and calls ``target``, the ``new`` of the class that it stands in.
+    """A method ``old`` that warns and calls ``target``, the method ``new`` of the class that defines it.
 
-    That very class's, and not the object's: ``super().old()`` then means what it meant.
+    It calls the method of that class, not the object's own, so that ``super().old()`` keeps its meaning.
     """
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,32 +41,32 @@ class _Attribute:
 
 
 def adopt(cls: type, names: Mapping[str, str]) -> None:
-    """Gives a class that defines old names, as written for 0.1, the new ones too, and the other way round.
+    """Gives a class that defines old names, as written for 0.1, the new ones too, and vice versa.
 
     Args:
-        cls: the class; what it inherits was adopted where it is defined.
+        cls: the class; inherited names were adopted in the class that defines them.
         names: old names and their new ones, of methods, properties and attributes.
     """
     for old, new in names.items():
         own = cls.__dict__
         if old in own and new not in own:
-            # Past adopt, __init_subclass__ and abc, at the class.
+            # The level skips adopt, __init_subclass__ and abc, so that the warning points at the class.
             warn_renamed(f"{cls.__name__}.{old}", new, stacklevel=5)
             setattr(cls, new, own[old])
-            # A method keeps its old name as it was written, which its own class may still call.
+            # A method stays available under its old name as it was written, since its own class may still call it.
             if not isinstance(own[new], FunctionType):
-                setattr(cls, old, _Attribute(old, new))  # so that both names go on meaning one value
+                setattr(cls, old, _Attribute(old, new))  # so that both names keep meaning the same value
         elif new in own and old not in own:
             value = own[new]
             setattr(cls, old, _method(old, new, value) if isinstance(value, FunctionType) else _Attribute(old, new))
 
 
 def renamed_names(module: str, values: Mapping[str, Any], names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module that still answers to old names of its members.
+    """The ``__getattr__`` of a module that still resolves old names of its members.
 
     Args:
         module: its name, for messages.
-        values: what stands in it: ``globals()``.
+        values: its namespace, ``globals()``.
         names: old names and their new ones.
     """
 
@@ -80,7 +80,7 @@ def renamed_names(module: str, values: Mapping[str, Any], names: Mapping[str, st
 
 
 def renamed_arguments(what: str, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments that were given by their old names, under the new ones.
+    """Translates arguments given by their old names to the new names.
 
     Raises:
         TypeError: a name that is not among the old ones.

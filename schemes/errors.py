@@ -1,4 +1,4 @@
-"""The one public exception."""
+"""The public exception and warning."""
 
 
 class SchemeError(ValueError):
@@ -9,7 +9,7 @@ class SchemeError(ValueError):
 
 
 class MixingWarning(UserWarning):
-    """A scheme whose stage inputs leave the step's input far behind, over separate weights.
+    """A scheme whose stage inputs stray far from the step's input, used with separate weights.
 
-    Filter it with ``warnings.filterwarnings("ignore", category=schemes.MixingWarning)`` where that is meant.
+    Filter it with ``warnings.filterwarnings("ignore", category=schemes.MixingWarning)`` where this is intended.
     """

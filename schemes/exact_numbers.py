@@ -23,7 +23,7 @@ class Surd:
     Made by `sqrt` and arithmetic; a result whose root cancels is a `Fraction` again.
 
     Raises:
-        SchemeError: q is 0, d has a square factor, or two different roots meet.
+        SchemeError: q is 0, d has a square factor, or two different roots are combined.
 
     Example:
         >>> x = (2 - sqrt(2)) / 2
@@ -51,7 +51,7 @@ class Surd:
 
     def __truediv__(self, other: int | Fraction | Surd) -> Number:
         p, q = self._parts(other)
-        norm = p * p - q * q * self.d  # zero only for p = q = 0, as sqrt(d) is irrational
+        norm = p * p - q * q * self.d  # zero only for p = q = 0, since sqrt(d) is irrational
         return self * _number(p / norm, -q / norm, self.d)
 
     def __rtruediv__(self, other: int | Fraction) -> Number:
@@ -79,7 +79,7 @@ class Surd:
     @property
     def sign(self) -> int:
         """1 or -1, found without rounding."""
-        # Of p and q sqrt(d) the one of larger size decides, and sizes are compared by their squares.
+        # The larger of p and q sqrt(d) in magnitude decides; magnitudes are compared by their squares.
         larger = self.p if self.p * self.p > self.q * self.q * self.d else self.q
         return 1 if larger > 0 else -1
 
@@ -109,7 +109,7 @@ class Surd:
     def _parts(self, other: int | Fraction | Surd) -> tuple[Fraction, Fraction]:
         if isinstance(other, Surd):
             # A field with one root is closed under division; two roots would need four rationals, and no method here
-            # has them.
+            # needs them.
             if other.d != self.d:
                 raise SchemeError(f"sqrt({self.d}) and sqrt({other.d}) meet: an expression can hold only one root.")
             return other.p, other.q
@@ -172,7 +172,7 @@ def number(text: str) -> Number:
                 return sqrt(n)
             case ast.Constant():
                 digits = ast.get_source_segment(source, node) or ""  # the node itself holds a rounded float
-                # The bound on exponents: 1e999999999 is short to write, and would fill the memory as a fraction.
+                # Exponents are bounded: 1e999999999 is short to write, but would fill the memory as a fraction.
                 if re.fullmatch(r"\d*\.?\d*(e[+-]?\d\d?)?", digits, re.IGNORECASE):
                     return Fraction(digits)
         raise ValueError
@@ -193,19 +193,19 @@ NumberLike: TypeAlias = int | Fraction | Surd | str
 
 
 def exact(x: NumberLike) -> Number:
-    """A number as it stands, a text as `number` reads it; floats are refused, as they were rounded before."""
+    """A number as it is, a text as `number` reads it; floats are refused, since they are already rounded."""
     if isinstance(x, str):
         return number(x)
     if isinstance(x, (Fraction, Surd)):
         return x
-    # Not floats: 0.1 is not 1/10, and an order condition would fail by 1e-17 for no reason that anybody sees.
+    # Not floats: 0.1 is not 1/10, and an order condition would fail by 1e-17 for no visible reason.
     if isinstance(x, int):
         return Fraction(x)
     raise SchemeError(f"{x!r} is not exact; write it as text or as Fraction, such as '1/3' or Fraction(1, 3).")
 
 
 def show(x: Number) -> str:
-    """As `number` reads it: a fraction, a decimal where the denominator is a large power of ten, or a surd."""
+    """The text that `number` reads: a fraction, a decimal where the denominator is a large power of ten, or a surd."""
     if isinstance(x, Fraction) and x.denominator > 10**4:
         for places in range(5, 41):
             if (10**places) % x.denominator == 0:

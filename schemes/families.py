@@ -1,6 +1,6 @@
 """Families of Runge-Kutta methods: functions that derive exact coefficients from parameters.
 
-All of them stay in the numbers that they are given: rational parameters give rational methods, as the Chebyshev and
+All of them stay in the field of their parameters: rational parameters give rational methods, since the Chebyshev and
 Legendre recursions only add, multiply and divide.
 """
 
@@ -34,7 +34,7 @@ def ees25(x: NumberLike = "1/10") -> Tableau:
     if x == 1 or 4 * x * x == 1:
         raise SchemeError(f"ees25: x = {x} divides by zero; any number but 1, 1/2 and -1/2 will do.")
     p, q = 4 * (1 - x), 1 - 4 * x * x
-    # The rows sum to the nodes by construction, so the nodes are not written down a second time.
+    # The rows sum to the nodes by construction, so the nodes are not written out again.
     return Tableau.from_rows(
         [[], [(1 + 2 * x) / p], [-(4 * x - 1) * (4 * x - 1) / (p * q), (1 - x) / q]],
         [x, Fraction(1, 2), Fraction(1, 2) - x],
@@ -55,7 +55,7 @@ def _recursion(
         b = list(a)
         a[0] += 1 - m - n
         a[j - 1] += m
-        # At the first stage Y_{j-2} is no stage; its factor is 0 there.
+        # At the first stage there is no Y_{j-2}; its factor is 0 there.
         a[max(j - 2, 0)] += n
         b[0] += g_t
         b[j - 1] += m_t
@@ -67,7 +67,8 @@ def _recursion(
 def _chebyshev(s: int, w: Fraction) -> tuple[list[Fraction], list[Fraction], list[Fraction]]:
     """The Chebyshev polynomials T_0 .. T_s, their first and their second derivatives, at w."""
     t, d, e = [Fraction(1), w], [Fraction(0), Fraction(1)], [Fraction(0), Fraction(0)]
-    # The recursion T_j = 2 w T_{j-1} - T_{j-2}, differentiated once and twice; the derivatives first, as they read it.
+    # The recursion T_j = 2 w T_{j-1} - T_{j-2}, differentiated once and twice. Higher derivatives are appended first,
+    # since they read index j - 1 of the lower ones.
     for _ in range(2, s + 1):
         e.append(4 * d[-1] + 2 * w * e[-1] - e[-2])
         d.append(2 * t[-1] + 2 * w * d[-1] - d[-2])
@@ -93,8 +94,8 @@ def rkc1(s: int, damping: NumberLike = "1/20") -> Tableau:
     """First-order Chebyshev method: R(z) = T_s(w0 + w1 z) / T_s(w0); stable to about (2 - 4/3 damping) s^2.
 
     Args:
-        s: how many stages.
-        damping: by how much R(z) stays below 1 in between.
+        s: number of stages.
+        damping: by how much R(z) stays below 1 inside the stability interval.
 
     Example:
         >>> rkc1(1).b, rkc1(5).stages
@@ -121,8 +122,8 @@ def rkc2(s: int, damping: NumberLike = "2/13") -> Tableau:
     """Second-order Chebyshev method; stable to about 2/3 (s^2 - 1) (1 - 2/15 damping).
 
     Args:
-        s: how many stages.
-        damping: by how much R(z) stays below 1 in between.
+        s: number of stages.
+        damping: by how much R(z) stays below 1 inside the stability interval.
 
     Example:
         >>> rkc2(2).order
@@ -153,7 +154,7 @@ def rkl1(s: int) -> Tableau:
     """First-order Legendre method, R(z) = P_s(1 + 2 z / (s^2 + s)); stable to s^2 + s.
 
     Args:
-        s: how many stages.
+        s: number of stages.
     """
     s = _stages("rkl1", s, 1)
     # P_s'(1) = (s^2 + s) / 2, so that R'(0) = 1; there is no damping.
@@ -175,7 +176,7 @@ def rkl2(s: int) -> Tableau:
     """Second-order Legendre method; stable to (s^2 + s - 2) / 2 at least.
 
     Args:
-        s: how many stages.
+        s: number of stages.
     """
     s = _stages("rkl2", s, 2)
     w1 = Fraction(4, s * s + s - 2)

@@ -1,8 +1,8 @@
-"""The updates of a scheme in writing, read from its step: the algebra runs once on names instead of tensors.
+"""The updates of a scheme as text, read from its step: the algebra runs once on names instead of tensors.
 
 Streams are ``x0``, ``x1``, ..., residual functions ``F0``, ``F1``, ..., the step size is ``h``. Three instances:
 
-* revnet: ``x0 <- x0 + h F0(x1)``, then ``x1 <- x1 + h F1(x0)``: each update reads what those before it left.
+* revnet: ``x0 <- x0 + h F0(x1)``, then ``x1 <- x1 + h F1(x0)``: each update reads the streams left by those before it.
 * leapfrog: ``x0 <- x0 + 2 h F0(x1)``, then the streams rotate: ``x0, x1 <- x1, x0``.
 * ab2: no list of updates; its step is written as one: ``x0, x1 <- x0 + ..., F0(x0)``.
 """
@@ -16,7 +16,7 @@ from .scheme import Scheme
 
 
 class _Term:
-    """What stands for a tensor: a sum of products, in writing."""
+    """A symbol in place of a tensor: a sum of products, as text."""
 
     def __init__(self, sum_of: Sequence[tuple[float, tuple[str, ...]]]):
         like: dict[tuple[str, ...], float] = {}
@@ -26,7 +26,7 @@ class _Term:
 
     @classmethod
     def of(cls, value: Any) -> "_Term":
-        """A term as it is; a number, or a text that is a factor."""
+        """The term of a number, or of a text as one factor; a term passes through."""
         if isinstance(value, _Term):
             return value
         return cls([(1.0, (value,))] if isinstance(value, str) else [(float(value), ())])
@@ -35,7 +35,7 @@ class _Term:
         text = ""
         for number, factors in self.parts:
             size = f"{abs(number):.4g}"
-            # The step size before functions, as one writes it.
+            # The step size comes before functions, as is customary.
             written = " ".join(sorted(factors, key=lambda f: (f != "h", "(" in f)))
             product = written if size == "1" and factors else f"{size} {written}".rstrip()
             sign = ("-" if number < 0 else "") if not text else (" - " if number < 0 else " + ")
@@ -93,14 +93,14 @@ def _function(name: str) -> Callable[..., _Term]:
 
 
 def formulas(*parts: Scheme) -> tuple[tuple[str, ...], ...]:
-    """The updates of steps that are taken one after another, in order; each acts on what the one before it left.
+    """The updates of consecutive steps, in order; each acts on the streams that the one before it left.
 
     Args:
-        parts: the scheme of each step, beginning with the first: ``scheme.at(0), scheme.at(1)``. What can be written
-            are couplings, and any scheme whose step is additions, products and functions of its streams.
+        parts: the scheme of each step, beginning with the first: ``scheme.at(0), scheme.at(1)``. Couplings can be
+            written, and so can any scheme whose step is additions, products and functions of its streams.
 
     Returns:
-        The lines of each step; none where a step does more than can be written so.
+        The lines of each step; none where a step does more than can be written this way.
 
     Example:
         >>> import schemes
@@ -114,7 +114,7 @@ def formulas(*parts: Scheme) -> tuple[tuple[str, ...], ...]:
     for step in parts:
         try:
             lines, streams = _updates(step, streams) if isinstance(step, Coupling) else _step(step, streams)
-        # Whatever a scheme does to tensors that names cannot: its documentation alone describes it then.
+        # A scheme may do to tensors what names do not support: then its documentation alone describes it.
         except (SchemeError, TypeError, AttributeError, ValueError, IndexError):
             lines = ()
         found.append(lines)
@@ -126,7 +126,7 @@ def _updates(scheme: Coupling, streams: int) -> tuple[tuple[str, ...], int]:
     fs = [_function(f"F{i}") for i in range(scheme.stages)]
     lines = []
     for update in scheme.updates(fs, _Term.of("h"), streams):  # type: ignore[arg-type]
-        # As in the engine: a stream that was appended is there for those that come after it.
+        # As in the engine: an appended stream is there for the updates that come after it.
         scale, shift, *byproducts = update.terms(tuple(map(_Term.of, names)))  # type: ignore[arg-type]
         if update.appends:
             names.append(f"x{update.dst}")

@@ -1,4 +1,4 @@
-"""Continuous extensions of Runge-Kutta methods: data and exact constructions, whose orders are proved and not believed.
+"""Continuous extensions of Runge-Kutta methods: data and exact constructions, whose orders are proved, not assumed.
 
 y(t + theta h) = x + h sum_i b_i(theta) k_i for 0 <= theta <= 1, with polynomials b_i without constant term, over the
 stages of the method, the slope at the end of the step (which is the next step's first, so that it costs nothing), and
@@ -27,12 +27,12 @@ def first_same_as_last(tableau: Tableau) -> bool:
     Args:
         tableau: the method.
     """
-    # By its coefficients, exactly: a stage that only nearly stands at the end must be evaluated again.
+    # Compared exactly, by coefficients: a stage that is only nearly the slope at the end must be evaluated again.
     return tableau.stages > 1 and (*tableau.a[-1], ZERO) == tableau.b
 
 
 def with_end(tableau: Tableau) -> tuple[tuple[Number, ...], ...]:
-    """The rows of A, and after them the row of the slope at the end of the step where no stage is that.
+    """The rows of A, and after them the row of the slope at the end of the step, unless a stage already is that slope.
 
     Args:
         tableau: the method.
@@ -47,8 +47,8 @@ class Interpolant:
     Args:
         a: rows of the strictly lower triangle: the method's, the end's (`with_end`), and those of the extra stages.
         weights: one polynomial per stage: the coefficients of theta, theta^2, ...
-        extra: number of extra stages, which are evaluated only where the solution is asked for within a step.
-        digits: None for exact data; else the decimals to which the coefficients are right.
+        extra: number of extra stages, which are evaluated only where the solution is requested within a step.
+        digits: None for exact data; else the number of decimals to which the coefficients are correct.
         cite: where they are published.
 
     Example:
@@ -77,15 +77,15 @@ class Interpolant:
         """The largest p, up to ``limit``, such that all order conditions up to p hold for every theta.
 
         Args:
-            limit: conditions of higher order are not looked at.
+            limit: conditions of higher order are not checked.
         """
         powers = range(1, max(self.degree, limit) + 1)
         columns = {m: [p[m - 1] if m <= len(p) else ZERO for p in self.weights] for m in powers}
-        # A condition on polynomials is one on each power of theta: the weights of a power are a method of their own.
+        # A condition on polynomials is one on each power of theta: the weights of a power act as a separate method.
         tests = {m: (_ElementaryWeights(self.a, b), _Sensitivity(self.a, b)) for m, b in columns.items() if any(b)}
         tolerance = 0.0 if self.digits is None else 5 * 10.0**-self.digits
         for p in range(1, limit + 1):
-            # No power p, so theta^p on the right-hand side is not met.
+            # There is no power p, so theta^p on the right-hand side cannot be matched.
             if p not in tests:
                 return p - 1
             for tree in trees(p):
@@ -120,7 +120,7 @@ def _product(*factors: Sequence[NumberLike]) -> list[Number]:
 
 
 def dopri5(tableau: Tableau) -> Interpolant:
-    """The quartic of the pair of Dormand and Prince that Shampine chose, of order 4, by the method's own stages.
+    """Shampine's quartic for the pair of Dormand and Prince, of order 4, from the method's own stages.
 
     Args:
         tableau: the pair.
@@ -138,7 +138,7 @@ def dopri5(tableau: Tableau) -> Interpolant:
 
 
 def tsit5(tableau: Tableau) -> Interpolant:
-    """The quartic that was published with the pair of Tsitouras, of order 4, by the method's own stages.
+    """The quartic published with the pair of Tsitouras, of order 4, from the method's own stages.
 
     Args:
         tableau: the pair.
@@ -163,7 +163,7 @@ def tsit5(tableau: Tableau) -> Interpolant:
 
 # long: a published table, line by line
 def dopri8(tableau: Tableau) -> Interpolant:
-    """A polynomial of degree 6 for the pair 8(7), of order 5, by its thirteen stages and the slope at the end.
+    """A polynomial of degree 6 for the pair 8(7), of order 5, from its thirteen stages and the slope at the end.
 
     Args:
         tableau: the pair.
@@ -271,8 +271,8 @@ def _slope(polynomial: Sequence[Number], x: Fraction) -> Number:
 
 
 def _corrected(weights: list[list[Number]], points: Sequence[tuple[int, Fraction]]) -> list[list[Number]]:
-    """The polynomials plus theta^2 (1 - theta)^2 q(theta), whose slope at each point is the slope of that stage."""
-    # It and its slope vanish at both ends, so the values and slopes that are right there stay right.
+    """The polynomials plus theta^2 (1 - theta)^2 q(theta), so that the slope at each point is that of its stage."""
+    # The addition and its slope vanish at both ends, so the values and slopes there stay right.
     square: tuple[int, ...] = (0, 1, -2, 1)  # theta^2 - 2 theta^3 + theta^4, from theta on
     basis = [[Fraction(x) for x in (0,) * n + square] for n in range(len(points))]
     matrix = [[_slope(b, x) for b in basis] for _, x in points]
@@ -300,8 +300,8 @@ def _inverse(matrix: list[list[Number]]) -> list[list[Number]]:
 def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
     """Hermite interpolation of the values and slopes at both ends, raised to degree 4 or 5 by more slopes.
 
-    The cubic costs nothing. One more stage on it gives a slope that the quartic takes over, and two on the quartic
-    those of the quintic (1 and 3 extra evaluations). The order is the degree, or the method's if that is lower.
+    The cubic costs nothing. One more stage on it gives a slope that the quartic matches, and two stages on the quartic
+    give those of the quintic (1 and 3 extra evaluations). The order is the degree, or the method's if that is lower.
 
     Args:
         tableau: any method.
@@ -318,7 +318,7 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
     end = len(rows) - 1
     weights: list[list[Number]] = []
     for i in range(end + 1):
-        # The slope at the end is a stage more than the method has, with weight 0 in the method itself.
+        # Where the slope at the end is one stage more than the method has, its weight in the method itself is 0.
         b: Number = tableau.b[i] if i < tableau.stages else ZERO
         start, last = Fraction(int(i == 0)), Fraction(int(i == end))
         # b_i (3 - 2 theta) theta^2, plus theta (1 - theta)^2 at the start and theta^2 (theta - 1) at the end
@@ -328,7 +328,7 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         found = [[_at(p, x) for p in weights] for x in points]
         for row, x in zip(found, points, strict=True):
             stages.append((len(rows), x))
-            # A stage at the point that the polynomial gives; it reads the stages before it and not itself.
+            # A stage at the point that the polynomial gives; it reads the stages before it, but not itself.
             rows.append((*row, *([ZERO] * (len(rows) - len(row)))))
         new: list[list[Number]] = [[ZERO, ZERO, ZERO] for _ in points]
         weights = _corrected([*weights, *new], stages)
@@ -358,7 +358,7 @@ def interpolant(tableau: Tableau) -> Interpolant:
     from . import tableaux
 
     make = PUBLISHED.get(tableau.name)
-    # A user's method may bear that name; the published polynomials belong to those coefficients alone.
+    # A user's method may have that name; the published polynomials belong to the published coefficients alone.
     if make is not None and tableau == tableaux.METHODS[tableau.name]:
         return make(tableau)
     return hermite(tableau, 5 if (tableau.order or 1) > 3 else 3)

@@ -32,7 +32,7 @@ def sampled(*texts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def shorten(text: str, limit: int = 240) -> str:
-    """The text, or its beginning: messages stay readable whatever was typed."""
+    """The text, cut to the limit, so that messages stay readable whatever was typed."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -50,13 +50,13 @@ class Reader:
     """Reads one expression.
 
     Args:
-        names: what a bare name stands for.
-        families: what a call stands for: functions of numbers, truth values, none and schemes.
-        add: what ``a + b`` makes of the (count, value) pairs, or None where sums are not part of the language.
+        names: the values of bare names.
+        families: the functions behind calls: of numbers, truth values, none and schemes.
+        add: makes the value of ``a + b`` from the (count, value) pairs; None where sums are not part of the language.
         what: the word for the thing that is read, in messages.
-        units: what a number is multiplied by that is followed by one of these words, as in 2GB.
-        listing: how to see all names: the second line of a message about one that there is not; where there are few
-            names, it lists them all unless this says otherwise.
+        units: the factor of a number that is followed by one of these words, as in 2GB.
+        listing: how to see all names: the second line of a message about an unknown name. If it is empty and there are
+            few names, that line lists them all.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Reader:
         """The value of the expression.
 
         Raises:
-            SchemeError: the text is too long, too deep, or says anything else than the grammar allows; the message
-                names the position (from 1) and the closest known name.
+            SchemeError: the text is too long, too deep, or contains anything that the grammar does not allow; the
+                message names the position (from 1) and the closest known name.
         """
         if not isinstance(text, str):
             like = next(iter([*self.names, *self.families]), "")
@@ -92,21 +92,21 @@ class Reader:
             )
         if "\n" in self.text or not self.text.isascii():
             raise SchemeError(f"the {self.what} {self._shown()} must be one line of plain ASCII characters.")
-        # Units are blanked out, as Python would read 2GB as an error; columns stay, by which they are found again.
+        # Units are blanked out, since 2GB is an error in Python; columns stay, and units are found again by them.
         text = self._without_units()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python warns of texts such as "1or 2", which are refused below
+                warnings.simplefilter("ignore")  # Python warns about texts such as "1or 2", which are refused below
                 tree = ast.parse(text, mode="eval")
         except SyntaxError as error:
             self._fail(f"cannot be read: {error.msg}", (error.offset or 1) - 1)
-        # Python's parser gives up on thousands of brackets, each version with another error.
+        # Python's parser gives up on thousands of brackets, with a different error in each version.
         except (RecursionError, MemoryError, ValueError) as error:
             self._fail(f"cannot be read: {error}", 0)
         return self._value(tree.body, 0)
 
     def _without_units(self) -> str:
-        """The text with blanks for units, which are noted: positions in it stay."""
+        """The text with its units recorded and replaced by blanks, so that positions in it stay."""
         self._units_at.clear()
 
         def blank(found: re.Match[str]) -> str:
@@ -134,8 +134,8 @@ class Reader:
             case ast.Constant():
                 value = self._constant(node)
                 return value * self._units_at[at] if at in self._units_at else value
-            # A tuple is an argument such as split=(3, 5), and no scheme.
-            case ast.Tuple(elts=elts) if depth:  # of arguments alone
+            # A tuple is an argument such as split=(3, 5), not a scheme.
+            case ast.Tuple(elts=elts) if depth:  # only within arguments
                 return tuple(self._value(e, depth + 1) for e in elts)
             case ast.Name(id=name):
                 return self._name(name, at)
@@ -161,7 +161,7 @@ class Reader:
                 if not _number(value):
                     self._fail("minus stands before numbers only", at)
                 return -value
-        # Words for what people try; everything else is named by its node.
+        # Words for what people try; everything else is named by its node type.
         words: dict[type, str] = {
             ast.Attribute: "an attribute",
             ast.Lambda: "a lambda",
@@ -190,7 +190,7 @@ class Reader:
             self._fail("* and ** are not part of the language", at)
 
     def _argument(self, name: str, keyword: ast.keyword, depth: int) -> Any:
-        """The value of key=value; a family may name words of its own: ``words`` says which, key by key."""
+        """The value of key=value; a family may accept words of its own, which its ``words`` lists by key."""
         words = getattr(self.families[name], "words", {}).get(keyword.arg, ())
         if isinstance(keyword.value, ast.Name) and keyword.value.id in words:
             return keyword.value.id
@@ -199,7 +199,7 @@ class Reader:
     def _unknown(self, name: str, at: int) -> NoReturn:
         known = sorted([*self.names, *self.families])
         hint, few = closest(name, known), ", ".join(known) if len(known) <= 12 else ""
-        # Not once more what the first line has just listed.
+        # Does not repeat what the first line has just listed.
         rest = f"All names: {few}." if few and few not in hint else ""
         self._fail(f"there is no {shorten(name, 60)!r}; {hint}", at, self.listing or rest)
 
@@ -213,7 +213,7 @@ class Reader:
             return value
         if isinstance(value, float):
             # Decimals are exact here: ees25(x=0.1) means 1/10. The bound keeps 1e999999 from filling the memory; so
-            # would 1e-999999, which as a float is 0, and as a fraction 0e999999.
+            # would 1e-999999, which is 0 as a float, and 0e999999 as a fraction.
             digits = (ast.get_source_segment(self.text, node) or repr(value)).replace("_", "")
             if value == 0 and not re.search("[1-9]", digits.lower().partition("e")[0]):
                 return Fraction(0)
@@ -225,17 +225,17 @@ class Reader:
     def _call(self, name: str, args: list[Any], kwargs: dict[str, Any], at: int) -> Any:
         make = self.families[name]
         try:
-            # Bound before it is called: a TypeError from inside would speak of code that the user never saw.
+            # Bound before the call: a TypeError from inside would refer to code that the user never saw.
             inspect.signature(make).bind(*args, **kwargs)
         except TypeError as error:
-            # Without annotations: the user writes numbers and names, and no types.
+            # Without annotations: the user writes numbers and names, not types.
             form = ", ".join(str(p).split(":")[0].strip() for p in inspect.signature(make).parameters.values())
             self._fail(f"{name}: {error}; it is written {name}({form})", at)
         try:
             return make(*args, **kwargs)
         except SchemeError as error:
             raise SchemeError(f"{self.what} {self._shown()}, position {at + 1}: {shorten(str(error))}") from None
-        # A family is given whatever was written, such as a scheme for a number, and need not check types itself.
+        # A family is given whatever was written, such as a scheme in place of a number, and need not check types.
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self._fail(f"{name}: wrong kind of argument ({error})", at)
 
@@ -259,7 +259,7 @@ class Reader:
                 self._terms(right, depth, pairs)
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 n, value = self._value(left, depth + 1), self._value(right, depth + 1)
-                # The count stands first, as in 3*rk4: rk4*3 is refused, so that each mix has one spelling.
+                # The count comes first, as in 3*rk4: rk4*3 is refused, so that each mix has one spelling.
                 if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                     self._fail(f"n*{self.what} needs a whole number n of at least 1 before the *", left.col_offset)
                 if _number(value) or value is None or isinstance(value, bool):

@@ -5,8 +5,9 @@ section 2): with streams y and evaluations Y_i = F_i(argument i),
 
     arguments = U y + h A F,        new y = V y + h B F.
 
-``probe`` reads them back by feeding unit vectors through a step. They are an oracle: Runge-Kutta methods must give
-their tableau, a declared inverse must be the derived one, and a contributor who writes ``_step`` alone has the rest.
+``probe`` recovers them by feeding unit vectors through a step. They are an oracle: Runge-Kutta methods must reproduce
+their tableau, a declared inverse must equal the derived one, and a contributor who writes ``_step`` alone gets the
+rest.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ class LinearMethod:
 
     @property
     def read(self) -> tuple[int, ...]:
-        """The streams that the step, or another step after it, reads; the others are by-products for the readout."""
+        """The streams that the step, or another step after it, reads; the others are byproducts for the readout."""
         kept = list(range(self.v.shape[0]))
         while True:
             used = [j for j in kept if bool(self.u[:, j].any()) or bool(self.v[kept, j].any())]
@@ -61,16 +62,16 @@ class LinearMethod:
 
     @property
     def invertible(self) -> bool:
-        """Whether an explicit step leads back: V is nonsingular and no evaluation waits for itself.
+        """Whether an explicit step leads back: V is nonsingular and no evaluation depends on itself.
 
-        Streams that nothing reads are left aside.
+        Streams that nothing reads are ignored.
         """
         m = self.restricted(self.read)
         return m._regular and m._order(m._backwards()) is not None
 
     @property
     def amplification(self) -> float:
-        """Spectral radius of V^-1: by how much a step's inverse grows an error, in the long run, at h = 0."""
+        """Spectral radius of V^-1: the factor by which a step's inverse grows an error, in the long run, at h = 0."""
         m = self.restricted(self.read)
         if not m._regular:
             return float("inf")
@@ -84,16 +85,16 @@ class LinearMethod:
         """
         m = self.restricted(self.read)
         if not self.invertible:
-            # Backwards an evaluation may depend on a result that only itself can give: explicit forward is not explicit
-            # back.
+            # Backwards an evaluation may depend on its own result: a method that is explicit forwards need not be
+            # explicit backwards.
             why = "it forgets a stream (V is singular)" if not m._regular else "its stages would be implicit"
             raise SchemeError(f"this scheme has no explicit inverse: {why}.")
         v = torch.linalg.inv(m.v)
-        # Solved for the old streams: y = V^-1 (new y - B F), put into the arguments.
+        # Solved for the old streams: y = V^-1 (new y - B F), substituted into the arguments.
         return LinearMethod(m._backwards(), m.u @ v, -v @ m.b, v, m.functions)
 
     def step(self, fs: Sequence[Function], state: State) -> State:
-        """One step, by the matrices; evaluations go in any order in which none waits for a later one.
+        """One step, by the matrices; evaluations run in an order in which none depends on a later one.
 
         Args:
             fs: the residual functions.
@@ -116,7 +117,7 @@ class LinearMethod:
 
     def _backwards(self) -> Tensor:
         a = self.a - self.u @ torch.linalg.solve(self.v, self.b)
-        # What cancels leaves rounding behind, which would look like one evaluation waiting for another.
+        # Cancellation leaves rounding errors, which would look like one evaluation depending on another.
         return torch.where(a.abs() > _ZERO * (1 + self.a.abs().max()), a, 0.0)
 
     def _order(self, a: Tensor) -> list[int] | None:
@@ -144,12 +145,12 @@ def _sum(row: Tensor, state: State, weights: Tensor, ks: dict[int, Tensor]) -> T
 def probe(scheme: Scheme, streams: int | None = None, h: float = 1.0) -> LinearMethod:
     """Reads the matrices A, U, B, V of a scheme from one step.
 
-    Every stream and every evaluation is a unit vector of its own; what comes out, and what the functions are given, are
+    Every stream and every evaluation is its own unit vector; the results of the step, and the functions' arguments, are
     then the rows of the matrices. A second step, from random vectors, checks that the scheme is linear in both.
 
     Args:
         scheme: a scheme whose streams have one shape and whose functions take one of that shape.
-        streams: number of streams; None asks the scheme.
+        streams: number of streams; None takes the scheme's own.
         h: step size.
 
     Raises:
@@ -168,7 +169,7 @@ def probe(scheme: Scheme, streams: int | None = None, h: float = 1.0) -> LinearM
 def _probe(scheme: Scheme, streams: int | None, h: float) -> LinearMethod:
     r = scheme.streams if streams is None else streams
     s = scheme.stages if scheme.evaluations is None else max(scheme.evaluations, scheme.stages)
-    # Every stream and every evaluation has a direction of its own, so a sum shows in its entries what it is made of.
+    # Every stream and every evaluation has its own direction, so the entries of a sum are its coefficients.
     units = torch.eye(r + s, dtype=torch.float64)
     arguments, results, functions = _run(scheme, h, units[:r], units[r:])
     n = len(arguments)
@@ -197,7 +198,7 @@ def _run(scheme: Scheme, h: float, y: Tensor, k: Tensor) -> tuple[Tensor, Tensor
                 raise SchemeError(f"{scheme}: no general linear method; function {i} is given several streams.")
             arguments.append(args[0])
             functions.append(i)
-            # By the order of the calls and not by the function's number: a scheme may call one several times.
+            # By the order of the calls, not by the function's number: a scheme may call a function several times.
             return k[len(arguments) - 1][None]
 
         return f

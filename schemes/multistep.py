@@ -1,7 +1,7 @@
-"""Schemes of two or three streams that look back on the step before: leapfrog, momentum, ALF, reversible Heun, ...
+"""Schemes of two or three streams that use the previous step: leapfrog, momentum, ALF, reversible Heun, ...
 
 All but Adams-Bashforth are couplings. Their streams hold the solution at neighbouring steps, or the solution and its
-slope, so one vector field's function is evaluated once a step at no loss of order; with separate weights they are the
+slope, so a single vector field is evaluated once a step without loss of order; with separate weights they are the
 networks of the same names.
 """
 
@@ -56,7 +56,7 @@ class Leapfrog(_OneFunction):
     rotate = 1
 
     def __init__(self, first: bool = False):
-        # The first step is a scheme of its own, whose own first step is itself: that ends the recursion.
+        # The first step is a separate scheme, whose own first step is itself: this ends the recursion.
         self.first = self if first else Leapfrog(first=True)
 
     def at(self, n: int) -> Scheme:
@@ -110,7 +110,7 @@ class Momentum(_OneFunction):
         self.beta = float(beta)
         if self.beta in (0.0, 1.0):
             raise SchemeError(f"momentum: beta is {self.beta:g}, want any number but 0 and 1; 0 is Euler: 'euler'.")
-        self.order = 1 if abs(self.beta) < 1 else None  # else the velocity grows, or swings, step by step
+        self.order = 1 if abs(self.beta) < 1 else None  # else the velocity grows, or oscillates, step by step
         self.amplification = max(1.0, 1 / abs(self.beta))
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
@@ -120,7 +120,7 @@ class Momentum(_OneFunction):
         (f,) = fs
         return [
             Update(1, lambda s: (self.beta, (1 - self.beta) * f(s[0])), shortcut=0),
-            # A product also where h is 1: a shift is a tensor of its own, and s[1] is a stream.
+            # Multiplied even where h is 1: a shift has to be a new tensor, and s[1] is a stream.
             Update(0, lambda s: (1.0, h * s[1])),
         ]
 
@@ -131,14 +131,14 @@ class Momentum(_OneFunction):
 class LmResNet(_OneFunction):
     """The linear multistep network LM-ResNet: x_{n+1} = (1 - k) x_n + k x_{n-1} + h F(x_n).
 
-    Kept as streams (x_n, d_n) with d_n = x_n - x_{n-1}, which is the same: d <- -k d + h F(x), then x <- x + d; at
+    Kept as streams (x_n, d_n) with d_n = x_n - x_{n-1}, which is equivalent: d <- -k d + h F(x), then x <- x + d; at
     first (x, 0). A shortcut, if given, takes the place of -k: a learned k is a learned scale of d, of opposite sign.
 
     Cost: 1 residual function a step, 2 streams. No order for F itself: for small h it follows (1 + k) x' = F(x).
     Inverse: closed form; amplifies by 1/|k| a step where |k| < 1.
 
     Args:
-        k: share of the last but one x, not 0.
+        k: share of x_{n-1}, not 0.
 
     Raises:
         SchemeError: k is 0 (Euler, which has no inverse).
@@ -169,7 +169,7 @@ class LmResNet(_OneFunction):
         (f,) = fs
         return [
             Update(1, lambda s: (-self.k, scaled(h, f(s[0]))), shortcut=0),
-            # Times 1, as a shift has to be a new tensor, and s[1] is a stream.
+            # Times 1, since a shift has to be a new tensor, and s[1] is a stream.
             Update(0, lambda s: (1.0, 1.0 * s[1])),
         ]
 
@@ -225,8 +225,7 @@ class Alf(_OneFunction):
         def half(s: State) -> tuple[float, Tensor]:
             return 1.0, (0.5 * h) * s[1]
 
-        # Half a step twice, each with the velocity that holds there: what makes the scheme its own mirror image at eta
-        # = 1.
+        # Two half steps, each with the velocity that holds there, make the scheme symmetric in time at eta = 1.
         return [Update(0, half), Update(1, lambda s: (1 - 2 * eta, 2 * eta * f(s[0]))), Update(0, half)]
 
     def __str__(self) -> str:
@@ -237,10 +236,10 @@ class ReversibleHeun(_OneFunction):
     """Reversible Heun: z' = 2 y - z + h F(z), y' = y + h/2 (F(z) + F(z')), with one evaluation a step.
 
     With w = y + h/2 F(z) this is a list of elementary updates, z <- 2 w - z, then w <- w + h F(z): the function that
-    neighbouring steps share stays inside w. Streams (w, z, e), where e = h/2 F(z) is a by-product that the readout
+    neighbouring steps share stays inside w. Streams (w, z, e), where e = h/2 F(z) is a byproduct that the readout
     y = w - e uses and no step reads; at first (x + e, x, e), for which the first function is evaluated once more.
 
-    Cost: 1 residual function a step, 3 streams. Order 2, for equal steps: w carries half a step of the size before.
+    Cost: 1 residual function a step, 3 streams. Order 2, for equal steps: w carries half a step of the previous size.
     Inverse: closed form, amplification 1. Stable on the imaginary axis only, up to 1.
 
     Source:
@@ -275,7 +274,7 @@ class ReversibleHeun(_OneFunction):
 
         def move(s: State) -> tuple[Any, ...]:
             k = f(s[1])
-            # One evaluation gives both: what the stream moves by, and what the readout takes off again.
+            # One evaluation gives both the increment of the stream and the half that the readout subtracts again.
             return 1.0, scaled(h, k), (0.5 * h) * k
 
         return [Update(1, lambda s: (-1.0, 2.0 * s[0])), Update(0, move, byproduct=2)]
@@ -326,7 +325,7 @@ class AdamsBashforth2(Scheme):
             raise SchemeError(f"{self}: {len(gs)} shortcuts, want none; put other maps between two stacks.")
         x, before = state
         k = fs[0](x)
-        # There is no slope before the first. One step of Euler's, of local order 2, keeps the global order 2.
+        # There is no slope before the first. One Euler step, with a local error of order 2, keeps the global order 2.
         slope = k if self.first is self else 1.5 * k - 0.5 * before
         return x + scaled(h, slope), k
 

@@ -64,20 +64,20 @@ class Nested(Scheme):
         self.stages = outer.stages * inner.stages
         self.span = outer.span * inner.span
         self.nodes = self._times(outer.nodes, inner.nodes)
-        # What a step does to the streams is the outer scheme's; the inner one only stands in for functions.
+        # The outer scheme determines what a step does to the streams; the inner one only replaces functions.
         for name in ("streams", "invertible", "shortcuts", "training_differs", "streams_added", "byproducts"):
             setattr(self, name, getattr(outer, name))
         self.amplification, self.exact = outer.amplification, outer.exact
         if outer.evaluations is not None and inner.evaluations is not None:
             self.evaluations = outer.evaluations * inner.evaluations
         if outer.mixing is not None and inner.mixing is not None and outer.gain and inner.gain:
-            # A stage strays by what the outer sums of whole inner increments, and by the inner's own stage on top.
+            # A stage strays by the outer's sum of whole inner increments, plus the inner's own stage.
             self.mixing, self.gain = outer.mixing * inner.gain + inner.mixing, outer.gain * inner.gain
         if outer.order and inner.order:
             self.order = self._order()
 
     def _times(self, outer: tuple[float, ...], inner: tuple[float, ...]) -> tuple[float, ...]:
-        """The times of all evaluations, use by use; each use of the outer has all of the inner's."""
+        """The times of all evaluations, use by use; each use of the outer scheme contains all uses of the inner."""
         s, r = self.outer.stages, self.inner.stages
         return tuple(
             self.inner.span * c + d
@@ -93,15 +93,14 @@ class Nested(Scheme):
             return outer.order
         if _is_euler(outer):
             return inner.order
-        if isinstance(outer, Composition) and outer.scale == 1.0:  # full steps: each part is nested by itself
-            # Nesting inside each part, and then one after the other, is the same network; each part has an order of its
-            # own.
+        if isinstance(outer, Composition) and outer.scale == 1.0:  # full steps: each part is nested on its own
+            # Nesting inside each part and composing the results gives the same network; each part has its own order.
             orders = [Nested(p, inner).order for p in set(outer.parts)]
             return None if None in orders else min(o for o in orders if o)
         if isinstance(outer, Nested):  # nesting is associative
             return Nested(outer.outer, Nested(outer.inner, inner)).order
-        # The slope of an inner step of size h is off by O(h), whatever the order; of Runge-Kutta methods:
-        # sum_ij B_i b_j (C_i + c_j) is 1/2 + 1/2 and not 1/2 when both have order 2 or more.
+        # The slope of an inner step of size h is off by O(h), whatever the order. For Runge-Kutta methods:
+        # sum_ij B_i b_j (C_i + c_j) is 1/2 + 1/2 instead of 1/2 when both have order 2 or more.
         return 1
 
     @property
@@ -111,10 +110,10 @@ class Nested(Scheme):
             return None
         if self.outer.span > 1:
             # An inner step of size h is the part 1 / span of the whole.
-            # Rows only: the weights make the increment, which the slope divides by h again.
+            # Only the rows are scaled: the weights give the increment, which the slope divides by h again.
             rows = [[x / self.outer.span for x in row] for row in inner.a]
             inner = Tableau.from_rows(rows, inner.b, name=inner.name, order=inner.order, digits=inner.digits)
-        # Its order is ours: `nest` does not know of full steps, whose order may be higher.
+        # The order is set here: `nest` does not know about full steps, whose order may be higher.
         return replace(nest(outer, inner), order=self.order)
 
     @property
@@ -124,7 +123,7 @@ class Nested(Scheme):
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         found = []
         for i, slot in enumerate(self.outer.slots(n, streams, out_channels)):
-            # Found here for schemes whose widths depend on the input; the others were refused when they were made.
+            # Raised only for schemes whose widths depend on the input; the others were refused at construction.
             if out_channels is None and slot.in_channels != (slot.out_channels,):
                 raise SchemeError(self._uneven(streams))
             for j, raw in enumerate(self.inner.raw):
@@ -161,7 +160,7 @@ class Nested(Scheme):
         return self if outer is self.outer else Nested(outer, self.inner)
 
     def _functions(self, fs: Sequence[Function], h: StepSize, gs: Sequence[Function]) -> tuple[Function, ...]:
-        """The outer's residual functions: slopes of the inner, with the shortcut where they see the raw input."""
+        """The outer's residual functions: slopes of the inner, with the shortcut where they receive the raw input."""
         s, slope, inner_uses = self.inner.stages, self.inner.slope, uses_of(self.inner)
         bound = len(fs) > self.stages  # with times: every use has its own functions
         raws = self.outer.raw
@@ -172,7 +171,7 @@ class Nested(Scheme):
             shortcut = gs if raws[i] else ()
             return lambda x: slope(part, x, h, shortcut)
 
-        # A reversible outer scheme evaluates everything twice, and its inner steps each have as many uses of their own.
+        # A reversible outer scheme evaluates everything twice, and each of its inner steps has uses of its own.
         uses = len(fs) // (self.stages * inner_uses) if bound else 1
         return tuple(function(u, i) for u in range(uses) for i in range(self.outer.stages))
 
@@ -187,7 +186,7 @@ class Nested(Scheme):
         return self.outer.input_from_state(state)
 
     def at(self, n: int) -> Scheme:
-        part = self.outer.whole(n)  # a mix is nested whole
+        part = self.outer.whole(n)  # a mix is nested as a whole
         return self if part is self.outer else Nested(part, self.inner)
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
@@ -206,7 +205,7 @@ class Nested(Scheme):
         return self.outer.readout(state)
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
-        # Each inner stage that sees the raw input asks for the shortcut again.
+        # Each inner stage that receives the raw input would evaluate the shortcut again.
         gs = tuple(Once(g) for g in gs)
         return self.outer._step(self._functions(fs, h, gs), state, h, gs)
 
@@ -223,11 +222,11 @@ class Nested(Scheme):
 
 
 def _is_euler(scheme: Scheme) -> bool:
-    """Whether a step is x + h F(x), under whatever name."""
+    """Whether a step is x + h F(x), under any name."""
     if scheme.stages != 1 or not scheme.streams == 1:
         return False
     try:
-        # By what it does and not by its name: repeat(euler, 1) and a user's own scheme are Euler's too.
+        # By behaviour, not by name: repeat(euler, 1) is Euler's scheme too, and a user's own scheme may be.
         m = probe(scheme)
     except SchemeError:
         return False
@@ -235,14 +234,14 @@ def _is_euler(scheme: Scheme) -> bool:
 
 
 def _check_outer(outer: Scheme) -> None:
-    """Refuses an outer scheme whose residual functions no step can be: they take several streams, or change width."""
-    # A width that divides evenly, so that what differs is the scheme's doing and not the input's.
+    """Refuses an outer scheme whose functions a step cannot replace: they take several streams, or change width."""
+    # A width that divides evenly, so that any difference comes from the scheme and not from the input.
     widths = outer.stream_widths(12 * outer.streams)
     for n in (0, 1):
         part = outer.whole(n)
         try:
             slots = part.slots(n, widths)
-        except ValueError:  # a scheme that says nothing of its slots
+        except ValueError:  # a scheme that does not describe its slots
             return
         for slot in slots:
             if slot.in_channels != (slot.out_channels,):

@@ -62,11 +62,11 @@ def trees(order: int) -> tuple[Tree, ...]:
         [[[]][]] 8 1
         [[][][]] 4 6
     """
-    # Largest first, so that every multiset of children has one spelling, and every tree is made once.
+    # Largest first, so that every multiset of children has one representation, and every tree is made once.
     smaller = [tree for n in range(order - 1, 0, -1) for tree in trees(n)]
 
     def forests(vertices: int, start: int) -> Iterator[tuple[Tree, ...]]:
-        """Multisets of trees with so many vertices in all, as sequences that never go back in `smaller`."""
+        """Multisets of trees with that many vertices in all, as sequences in the order of `smaller`."""
         if vertices == 0:
             yield ()
         for k in range(start, len(smaller)):
@@ -103,7 +103,7 @@ class _ElementaryWeights:
 
     def __init__(self, a: Sequence[Sequence[Number]], b: Sequence[Number]):
         roots = {x.d for row in (*a, b) for x in row if isinstance(x, Surd)}
-        # Pairs (p, q) of integers are the whole arithmetic, and stand for one root.
+        # The arithmetic is on pairs (p, q) of integers, which can represent one root only.
         if len(roots) > 1:
             raise SchemeError(
                 f"order: the coefficients hold sqrt of {sorted(roots)}; one root per tableau is exact here."
@@ -122,7 +122,7 @@ class _ElementaryWeights:
         """Phi_i(tree) for all i."""
         result = [(1, 0)] * len(self.rows)
         for child in tree.children:
-            # A subtree occurs in many trees: its vector is what most of the time would go into.
+            # A subtree occurs in many trees: recomputing its vector would take most of the time.
             if child not in self.memory:
                 inner = self._stages(child)
                 self.memory[child] = [self._dot(row, inner) for row in self.rows]
@@ -132,7 +132,7 @@ class _ElementaryWeights:
 
     def residual(self, tree: Tree, target: Fraction) -> Number:
         p, q = self._dot(self.b, self._stages(tree))
-        # One factor of the denominator for each entry of A on the way, which is one for each vertex but the root.
+        # One factor of the denominator for each entry of A in the product: one for each vertex but the root.
         scale = self.unit_b * self.unit ** (tree.order - 1)
         if q == 0 and p * target.denominator == scale * target.numerator:  # without a gcd of very long integers
             return Fraction(0)
@@ -141,10 +141,10 @@ class _ElementaryWeights:
 
 
 class _Sensitivity:
-    """How much an elementary weight moves, to first order and at most, per unit of error in every coefficient.
+    """Bounds, to first order, how far an elementary weight moves per unit of error in every coefficient.
 
-    An entry x that is not zero counts with max(1, |x|): errors are absolute below 1 and relative above. Floats do,
-    as this is a bound.
+    An entry x that is not zero counts with max(1, |x|): errors are absolute below 1 and relative above. Floats suffice,
+    since this is a bound.
     """
 
     def __init__(self, a: Sequence[Sequence[Number]], b: Sequence[Number]):
@@ -166,7 +166,7 @@ class _Sensitivity:
         total = 0.0
         for child in tree.children:
             siblings = list(tree.children)
-            # One of them: where two children are equal, each is varied in turn while the other stays.
+            # Removes one only: where two children are equal, each is varied in turn while the other stays.
             siblings.remove(child)
             inner = slopes
             for sibling in siblings:
@@ -218,13 +218,13 @@ def conditions(tableau: Tableau, p: int, weights: Weights = "b") -> tuple[Number
 def _agreement(
     a: Sequence[Sequence[Number]], b: Sequence[Number], limit: int, tolerance: float, identity: bool = False
 ) -> int:
-    """Up to which order the map (a, b) agrees with the exact flow, or with the identity map."""
+    """The order up to which the map (a, b) agrees with the exact flow, or with the identity map."""
     elementary, sensitivity = _ElementaryWeights(a, b), _Sensitivity(a, b)
 
     def holds(tree: Tree) -> bool:
         exact = Fraction(1, tree.density)
         residual = elementary.residual(tree, Fraction(0) if identity else exact)
-        # Exact data get no benefit of the doubt: a residual of 1e-30 is a wrong coefficient.
+        # Exact data get no tolerance: a residual of 1e-30 means a wrong coefficient.
         if residual == 0 or not tolerance:
             return residual == 0
         allowed = tolerance * sensitivity.of(tree)
@@ -250,7 +250,7 @@ def order(tableau: Tableau, weights: Weights = "b", limit: int = 12) -> int:
     Args:
         tableau: any tableau, a user's own included.
         weights: ``"b"`` or ``"b_hat"``.
-        limit: where to stop looking.
+        limit: the highest order that is checked.
 
     Example:
         >>> from schemes import tableaux
@@ -268,7 +268,7 @@ def antisymmetric_order(tableau: Tableau, limit: int = 10) -> int:
 
     Args:
         tableau: the method.
-        limit: higher orders are not looked at.
+        limit: the highest order that is checked.
 
     Example:
         >>> from schemes import tableaux

@@ -1,8 +1,8 @@
-"""What schemes made of schemes do with their parts: checks, shares of functions, shortcuts of several parts.
+"""Helpers for schemes composed of schemes: checks of parts, their shares of functions, shortcuts of several parts.
 
-Where a step evaluates its residual functions several times over (reversible), ``nodes`` and the functions that are
-given with their times stand use by use: all functions of the first use, then all of the second. A part of a
-composition takes its own share out of each.
+Where a step evaluates its residual functions several times over (reversible), ``nodes`` and the functions bound to
+their times are ordered use by use: all functions of the first use, then all of the second. A part of a composition
+takes its own share of each use.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from .scheme import Function, Scheme, check_attributes
 
 
 def check_part(name: str, scheme: object) -> Scheme:
-    """The part itself; raises a SchemeError, which names the wrapper, where it is no scheme."""
+    """Returns the part itself; raises a SchemeError that names the wrapper where the part is not a scheme."""
     if not isinstance(scheme, Scheme):
         raise SchemeError(f"{name}: {scheme!r} is no scheme; write a name such as rk4.")
     return check_attributes(scheme)
 
 
 def as_argument(generator: torch.Generator | None) -> tuple[torch.Generator, ...]:
-    """A generator as a last argument, where there is one: schemes of a user's own need not take it."""
+    """A generator as a last argument, if there is one: user-defined schemes need not accept it."""
     return () if generator is None else (generator,)
 
 
@@ -33,11 +33,11 @@ def uses_of(scheme: Scheme) -> int:
 
 
 def share_of(items: Sequence[Any], stages: int, start: int, part: int, uses: int) -> tuple[Any, ...]:
-    """What ``part`` functions from ``start`` on have of items that stand use by use, ``stages`` in each.
+    """The items of ``part`` functions from ``start`` on, out of items ordered use by use, ``stages`` in each.
 
-    Items that stand once, as functions without times do, serve for every use.
+    Items given only once, as functions without times are, serve every use.
     """
-    # Functions come once, or with their times filled in once per use: only their number tells which.
+    # Functions come once, or once per use where their times are filled in; only the number of items tells which.
     given = len(items) // stages
     if given == 1:
         return tuple(items[start : start + part])
@@ -46,7 +46,7 @@ def share_of(items: Sequence[Any], stages: int, start: int, part: int, uses: int
 
 
 class Once:
-    """A shortcut evaluated once a step, however many inner schemes ask for it (its BatchNorm must move once)."""
+    """A shortcut evaluated once a step, however many inner schemes call it (its BatchNorm must update only once)."""
 
     __slots__ = ("g", "seen", "value")
 
@@ -54,7 +54,7 @@ class Once:
         self.g, self.seen, self.value = g, None, None
 
     def __call__(self, x: Tensor) -> Tensor:
-        # By identity: inner schemes hand on the very tensor, and comparing values would cost as much as the shortcut.
+        # By identity: inner schemes pass on the same object, and comparing values would cost as much as the shortcut.
         if self.seen is not x:
             self.seen, self.value = x, self.g(x)
         return self.value  # type: ignore[return-value]

@@ -25,12 +25,12 @@ from .tableau import Tableau
 
 
 def _runge_kutta(make: Callable[..., Tableau]) -> Callable[..., Scheme]:
-    """The family of schemes of a family of tableaux; building exact coefficients takes time, so each is kept."""
+    """The family of schemes of a family of tableaux; cached, since building exact coefficients takes time."""
 
     # Typed, as 1, 1.0 and true are equal keys and may be different arguments.
     @functools.lru_cache(maxsize=64, typed=True)
     def build(*args: Any, **kwargs: Any) -> Scheme:
-        # Kept by its arguments: one text must give one object, whose scaled coefficients are then shared.
+        # Cached by its arguments: equal texts must give the same object, whose scaled coefficients are then shared.
         return RungeKutta(make(*args, **kwargs))
 
     return functools.update_wrapper(build, make)
@@ -87,11 +87,11 @@ def get(scheme: "str | Scheme | Tableau") -> Scheme:
         return check_attributes(scheme)
     if isinstance(scheme, Tableau):
         return RungeKutta(scheme)
-    # The dictionaries themselves: what is registered later is known to readers from then on.
+    # The dictionaries themselves, not copies: a reader then knows names that are registered later.
     found = Reader(_NAMES, _FAMILIES, Mix, listing=LISTING).read(scheme)
     if not isinstance(found, Scheme):
         raise SchemeError(f"{shorten(repr(scheme), 60)} is no scheme; write a name such as 'rk4' or an expression.")
-    # Once more at the end: each family keeps to the limit, and a sum of several may not.
+    # Checked again at the end: each family keeps to the limit, but a sum of several may exceed it.
     if isinstance(getattr(found, "stages", None), int):
         limit_functions(str(found), found.stages)
     return check_attributes(found)
@@ -105,9 +105,9 @@ def names() -> tuple[str, ...]:
 def examples(name: str | None = None) -> tuple[str, ...]:
     """Expressions that sample everything registered: every plain name, and what each family and class declares.
 
-    Laws, strategies and tables go through them, so that a new scheme needs no second mention: a class of schemes says
-    its ``examples`` in its body, and a function by the decorator ``schemes.language.sampled``. A family that declares
-    none and can be called without arguments stands with its name.
+    Laws, strategies and tables iterate over them, so that a new scheme need not be listed anywhere else: a class of
+    schemes declares its ``examples`` in its body, a function by the decorator ``schemes.language.sampled``. A family
+    that declares none and can be called without arguments is listed by its name.
 
     Args:
         name: only those of that name; None is all.
@@ -139,7 +139,7 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
         scheme: the scheme, its tableau, or a function that makes one from the arguments of a call.
 
     Raises:
-        SchemeError: the name is taken or no identifier, or the object is none of the three.
+        SchemeError: the name is taken or not an identifier, or the object is none of the three.
 
     Example:
         >>> import schemes
@@ -147,7 +147,7 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
         >>> schemes.get("my_heun").order
         2
     """
-    # What the reader's grammar accepts as a name, and nothing else.
+    # Exactly the names that the reader's grammar accepts.
     plain = isinstance(name, str) and name.isidentifier() and name.isascii()
     if not plain or keyword.iskeyword(name) or name.lower() in ("true", "false", "none"):
         raise SchemeError(
@@ -156,11 +156,11 @@ def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> N
     if name in _NAMES or name in _FAMILIES:
         raise SchemeError(f"cannot register {name!r}: the name is taken.")
     if isinstance(scheme, Tableau):
-        scheme = RungeKutta(replace(scheme, name=name))  # so that it prints as what reads it
+        scheme = RungeKutta(replace(scheme, name=name))  # so that it prints as the name that reads it
     if isinstance(scheme, Scheme):
         _NAMES[name] = check_attributes(scheme)
     elif callable(scheme):
-        # Raises at once for a builtin without a signature, which no call from a text could be checked against.
+        # Raises at once for a builtin without a signature, since calls in a text could not be checked against it.
         inspect.signature(scheme)
         _FAMILIES[name] = scheme
     else:
@@ -185,7 +185,7 @@ def catalogue() -> tuple[CatalogueEntry, ...]:
     """What is known of each named Runge-Kutta scheme: stages, orders, mixing figure and stability intervals.
 
     ``real`` and ``imaginary`` are the lengths of the intervals [-r, 0] and [-i, i] on which |R(z)| <= 1; ``mixing`` is
-    max_i sum_j |a_ij|. Families of tableaux stand with their usual member, the first of their examples.
+    max_i sum_j |a_ij|. A family of tableaux is represented by its usual member, the first of its examples.
     """
     samples = [*sorted(_NAMES), *(examples(name)[0] for name in sorted(tableaux.FAMILIES))]
     rows = []
@@ -195,7 +195,7 @@ def catalogue() -> tuple[CatalogueEntry, ...]:
         if t is None:
             rows.append(CatalogueEntry(name, scheme.stages, scheme.order, None, None, None, None, True, ""))
             continue
-        # In exact numbers, at each call: the catalogue is for pages, and no other code waits for it.
+        # Computed in exact numbers at each call: the catalogue serves documentation, and no other code waits for it.
         real, imaginary = stability.real_interval(t), stability.imaginary_interval(t)
         rows.append(
             CatalogueEntry(name, t.stages, t.order, t.order_hat, t.mixing, real, imaginary, t.digits is None, t.cite)

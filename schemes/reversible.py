@@ -26,11 +26,12 @@ class Reversible(Coupling):
     Psi_h is the increment of the base over a step h, Psi_{-h} the same backwards from the end of the step; c is the
     coupling. Streams (y, z), at first (x, x); the readout is y.
 
-    Cost: **2 s evaluations a step** (each residual function twice), 2 streams, at most the graph of one increment is
+    Cost: **2 s evaluations a step** (each residual function twice), 2 streams; at most the graph of one increment is
     alive. **Danger**: it is stable only on a short interval, about 1 - c on the negative real axis, whatever the base
     (c = 0.99: 0.01; y' = -y with h = 1 explodes), and its inverse **amplifies by 1/c a step** (c = 0.8: 1.6 million
-    times over 64 steps). A coupling near 1 reconstructs well and is unstable sooner; ``stability_interval`` has the
-    figures. The base's order holds for one vector field; with separate weights there is none, but the inverse remains.
+    times over 64 steps). A coupling near 1 reconstructs well but is unstable sooner; ``stability_interval`` computes
+    the limits. The base's order holds for one vector field; with separate weights there is none, but the inverse
+    remains.
 
     Args:
         base: a scheme of one stream with fixed steps, such as rk4.
@@ -68,7 +69,7 @@ class Reversible(Coupling):
             raise SchemeError(f"reversible: the coupling is {self.coupling:g}, want 0 < coupling < 1.")
         self.stages, self.order, self.span = base.stages, base.order, base.span
         self.evaluations = None if base.evaluations is None else 2 * base.evaluations
-        # The way back starts at the end of the step, and runs through the same times in the other direction.
+        # The backward increment starts at the end of the step, and runs through the same times in reverse.
         self.nodes = (*base.nodes, *(base.span - c for c in base.nodes))
         self.amplification = 1 / self.coupling
 
@@ -76,19 +77,19 @@ class Reversible(Coupling):
         return x, x
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
-        # Given times, each function comes twice, at the times of either half; without times both halves share.
+        # With times, each function comes twice, bound to the times of each half; without times both halves share it.
         half = max(len(fs) // 2, self.stages)
         forth, back = fs[:half], fs[-half:]
         c, slope = self.coupling, self.base.slope
 
         def first(s: State) -> tuple[float, Tensor]:
-            # z belongs to the shift, as it is another stream; what scales y is c alone.
+            # z is another stream and so belongs to the shift; y is scaled by c alone.
             return c, torch.add(h * slope(forth, s[1], h), s[1], alpha=1 - c)
 
         return [Update(0, first), Update(1, lambda s: (1.0, h * slope(back, s[0], -h)))]
 
     def stability_interval(self, tolerance: float = 1e-9, imaginary_tolerance: float = 1e-4) -> Intervals:
-        """How far along either axis a step of y' = lambda y grows nothing, in z = h lambda.
+        """How far along either axis, in z = h lambda, a step of y' = lambda y does not grow.
 
         With P = R(z) - 1 and Q = R(-z) - 1, R being the base's stability polynomial, a step is stable where both roots
         of x^2 - (1 + c - (1 - c) Q - P Q) x + c lie in the unit disc.

@@ -15,7 +15,7 @@ Terms = tuple[tuple[int, float], ...]
 
 
 def terms(row: Sequence[float]) -> Terms:
-    """The nonzero entries of a row, with their places."""
+    """The nonzero entries of a row, with their indices."""
     return tuple((j, float(a)) for j, a in enumerate(row) if a)
 
 
@@ -44,8 +44,8 @@ def weighted(ks: Sequence[Tensor], row: Terms) -> Tensor:
 class RungeKutta(Scheme):
     r"""An explicit Runge-Kutta method: k_i = f_i(g(x) + h sum_j a_ij k_j), x' = g(x) + h sum_i b_i k_i.
 
-    A stage whose row of A is zero is given x itself, before the shortcut g: in a network this residual function makes
-    the stride and the new width.
+    A stage whose row of A is zero is given x itself, before the shortcut g: in a network this residual function applies
+    the stride and the change of width.
 
     Cost: ``stages`` residual functions a step, less those that only an error estimate reads; one stream, no inverse;
     the k_i of a step are kept until its end.
@@ -88,10 +88,10 @@ class RungeKutta(Scheme):
         return self._tableau
 
     def _at(self, h: float) -> tuple[tuple[Terms, ...], Terms]:
-        """The rows times h, and the weights times h; the few step sizes that a network uses are kept."""
+        """The rows times h, and the weights times h; cached for the few step sizes that a network uses."""
         found = self._scaled.get(h)
         if found is None:
-            # A schedule or a solver makes a new size at every call; what it leaves behind must not pile up.
+            # A schedule or a solver uses a new size at every call, and the cache must not grow without bound.
             if len(self._scaled) >= 64:
                 self._scaled = {1.0: (self._rows, self._weights)}
             rows = tuple(tuple((j, h * a) for j, a in row) for row in self._rows)
@@ -107,7 +107,7 @@ class RungeKutta(Scheme):
             return (torch.addcmul(y, weighted(ks, self._weights), h),)
         rows, weights = self._at(h)
         ks: list[Tensor] = []
-        # Not strict: functions of stages that only a companion reads are given too, and not called.
+        # Not strict: functions of stages that only a companion reads are passed too, but not called.
         for f, row in zip(fs, rows[: self.live], strict=False):
             ks.append(f(combine(y, ks, row) if row else x))
         return (combine(y, ks, weights),)
@@ -155,7 +155,7 @@ class RungeKutta(Scheme):
         return tuple(range(self.live, self.stages))
 
     def __eq__(self, other: object) -> bool:
-        # By the coefficients: a user's method may bear the name of another.
+        # By the coefficients: a user's method may have the same name as another.
         return isinstance(other, RungeKutta) and self._tableau == other._tableau
 
     def __hash__(self) -> int:

@@ -2,12 +2,13 @@
 
 Three instances explain the decomposition:
 
-* ``rk4`` has one stream and four residual functions a step; its ``_step`` evaluates them at sums of each other.
-* ``revnet`` has two streams and two residual functions; its ``_step`` updates them in turn, ``_inverse`` undoes it.
+* ``rk4`` has one stream and four residual functions a step; its ``_step`` evaluates each at a sum of earlier values.
+* ``revnet`` has two streams and two residual functions; its ``_step`` updates the streams in turn, and its ``_inverse``
+  undoes the updates.
 * ``dense`` has one residual function and a tuple of streams that grows by one each step.
 
 Time is data, not code: ``nodes`` says at which time ``t + nodes[i] * h`` residual function i is evaluated, so the
-algebra in ``_step`` never sees a clock, and a residual function that takes no time costs nothing.
+algebra in ``_step`` never handles time, and a residual function that takes no time costs nothing extra.
 """
 
 import inspect
@@ -45,14 +46,15 @@ def limit_functions(name: str, count: int) -> None:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one residual function is given, and what it must return.
+    """The widths that one residual function is given and must return.
 
     Attributes:
         step: number of the step, from 0.
         index: number of the residual function in its step, from 0.
         in_channels: width of each argument, in order.
         out_channels: width of the result, at the resolution of the stream that it updates.
-        raw: whether it sees the step's input itself, before the shortcut (it then makes the stride and the width).
+        raw: whether it receives the step's input itself, before the shortcut (it must then apply the stride and change
+            the width).
     """
 
     step: int
@@ -75,22 +77,22 @@ class Scheme(ABC):
             per evaluation, and evaluation j calls function ``j % stages``.
         span: a step moves time on by ``span * h``.
         mixing: max_i sum_j |a_ij|, how far a stage's input strays from the step's, in units of the residual functions;
-            None where this is no Runge-Kutta method.
+            None where this is not a Runge-Kutta method.
         gain: sum_i |b_i| over a step, likewise.
         streams: number of streams that ``init`` makes.
         invertible: whether ``_inverse`` undoes ``_step``.
         shortcuts: number of shortcuts that a step may be given, all or none.
-        evaluations: calls of residual functions per step; None where only a run can tell.
-        training_differs: whether ``training_scheme`` is another scheme than this one (bdia).
+        evaluations: calls of residual functions per step; None where it is known only at run time.
+        training_differs: whether ``training_scheme`` returns a different scheme (bdia).
         streams_added: number of streams that a step appends.
-        byproducts: the streams, as they stand after a step, that its inverse does not bring back.
-        amplification: by how much a step's inverse grows an error of the streams, in the long run and without residual
-            functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not amplify.
-            Learned shortcuts change it; they must be measured.
-        exact: whether the inverse can be made bit-exact on a grid; not where the scale of an update is computed from
+        byproducts: the streams, numbered as after a step, that its inverse does not restore.
+        amplification: the factor by which a step's inverse grows an error of the streams, in the long run and without
+            residual functions: the spectral radius of the inverse's linear part. 1 where reconstruction does not
+            amplify. Learned shortcuts change it; their effect must be measured.
+        exact: whether the inverse can be made bit-exact on a grid; False where the scale of an update is computed from
             the streams.
-        examples: expressions of the language that read as members of this class, the usual one first. The laws of
-            ``schemes.testing``, the strategies and the tables of the documentation go through them.
+        examples: expressions of the language that parse to members of this class, the usual one first. The laws of
+            ``schemes.testing``, the strategies and the tables of the documentation iterate over them.
     """
 
     examples: ClassVar[tuple[str, ...]] = ()
@@ -134,24 +136,24 @@ class Scheme(ABC):
         """One step: the algebra alone. ``gs`` are shortcuts, one per stream, or empty."""
 
     def _inverse(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
-        """The state from which ``_step`` made ``state``."""
+        """The state from which ``_step`` computed ``state``."""
         raise SchemeError(f"{self} has no inverse; choose an invertible scheme such as revnet.")
 
     @property
     def reversible_in_training(self) -> bool:
-        """Whether ``training_scheme`` is invertible, so that training can make states again instead of keeping them."""
+        """Whether ``training_scheme`` is invertible, so that training can rebuild states instead of storing them."""
         return self.invertible
 
     def training_scheme(self, n: int, x: Tensor, generator: torch.Generator | None = None) -> "Scheme":
-        """What stands for this scheme in step n of a training pass; x is a stream of it.
+        """Returns the scheme that replaces this one in step n of a training pass; x is one of its streams.
 
-        The scheme itself, unless training and inference differ (bdia). A Stack asks the scheme of its step,
-        ``at(n).training_scheme(n, x)``, and gives a generator where it was given a seed.
+        This is the scheme itself, unless training and inference differ (bdia). A Stack calls it on the scheme of its
+        step, ``at(n).training_scheme(n, x)``, and passes a generator where it was given a seed.
 
         Args:
             n: number of the step.
-            x: a stream, for its shape, type and device.
-            generator: from which random numbers come; None is torch's own.
+            x: a stream, for its shape, dtype and device.
+            generator: source of random numbers; None is torch's default generator.
         """
         return self
 
@@ -178,10 +180,10 @@ class Scheme(ABC):
         return [(self, fs, h, gs)]
 
     def state_from_output(self, y: Tensor) -> State:
-        """The streams whose readout is y, where the readout loses nothing: the start of an inverse.
+        """The streams whose readout is y, where the readout is lossless: the start of an inverse.
 
         Args:
-            y: what ``readout`` gave.
+            y: a result of ``readout``.
         """
         if self.streams != 1:
             raise SchemeError(f"{self}: its output does not determine its streams; invert from Stack.final_state(x).")
@@ -191,12 +193,12 @@ class Scheme(ABC):
         """The input from which ``init`` made these streams.
 
         Args:
-            state: what ``init`` gave.
+            state: streams made by ``init``.
         """
         return state[0]
 
     def init(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0) -> State:
-        """Makes the streams from the input; ``fs`` and ``h`` are the first step's, evaluated at its start in time.
+        """Makes the streams from the input; ``fs`` and ``h`` are the first step's, with time at the start of that step.
 
         Args:
             fs: residual functions of the first step.
@@ -214,7 +216,7 @@ class Scheme(ABC):
         return state[0]
 
     def slope(self, fs: Sequence[Function], x: Tensor, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> Tensor:
-        """The increment of one step from x, divided by h: what a step is as a residual function. One stream only.
+        """The increment of one step from x, divided by h: the step as a residual function. One stream only.
 
         Args:
             fs: the residual functions, ``stages`` of them.
@@ -224,20 +226,20 @@ class Scheme(ABC):
         """
         if self.streams != 1:
             raise SchemeError(f"{self} has {self.streams} streams; only a one-stream scheme can act as a function.")
-        # Evaluated once, and given to the step as a value: it is subtracted below, and a BatchNorm in it must move
-        # once.
+        # Evaluated once, and passed to the step as a value: it is subtracted again below, and a BatchNorm in it must
+        # update only once.
         shortcut = gs[0](x) if gs else x
         (y,) = self._step(fs, (x,), h, gs=(lambda _: shortcut,) if gs else ())
         return (y - shortcut) / h
 
     @property
     def tableau(self) -> Tableau | None:
-        """The exact coefficients, over one use scaled to a step of 1; None where this is no Runge-Kutta method."""
+        """The exact coefficients, over one use scaled to a step of 1; None where this is not a Runge-Kutta method."""
         return None
 
     @property
     def raw(self) -> tuple[bool, ...]:
-        """Which residual functions see the step's input itself, before the shortcut."""
+        """Which residual functions receive the step's input itself, before the shortcut."""
         return (True,) * self.stages
 
     @property
@@ -246,7 +248,7 @@ class Scheme(ABC):
         return (self,)
 
     def at(self, n: int) -> "Scheme":
-        """The scheme of step n: the plan again and again, unless the first step differs from the others.
+        """The scheme of step n: the plan repeats, unless the first step differs from the others.
 
         Args:
             n: number of the step.
@@ -254,7 +256,7 @@ class Scheme(ABC):
         return self.plan[n % len(self.plan)]
 
     def whole(self, n: int) -> "Scheme":
-        """The scheme of use n where a mix counts as one step, its whole period; of any other scheme ``at(n)``.
+        """The scheme of use n, where one use of a mix is its whole period; for any other scheme this is ``at(n)``.
 
         Args:
             n: number of the use.
@@ -272,7 +274,7 @@ class Scheme(ABC):
     def shape_of(self, i: int, streams: tuple[torch.Size, ...]) -> torch.Size | None:
         """The shape that residual function i must return, from the shapes of the streams after the shortcut.
 
-        None where the function chooses it: it makes a new stream.
+        None where the function chooses the shape, since it makes a new stream.
 
         Args:
             i: number of the residual function.
@@ -289,7 +291,7 @@ class Scheme(ABC):
         return streams
 
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
-        """What each residual function of step n is given and must return.
+        """The slot of each residual function of step n.
 
         Args:
             n: number of the step.
@@ -332,7 +334,7 @@ class Scheme(ABC):
         """
         if len(fs) != self.stages:
             raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
-        # Without any of them plain functions do, and the signatures need not be read.
+        # Otherwise the functions are called as they are, and their signatures need not be read.
         if t is not None or context is not None or self.nodes is None:
             fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
         return self._step(fs, state, h, gs)
@@ -363,7 +365,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The expression that ``get`` reads as this scheme; two schemes of one text are equal."""
+        """The expression that ``get`` reads as this scheme; two schemes with the same text are equal."""
 
     def __eq__(self, other: object) -> bool:
         # The text is the identity: it is what a checkpoint stores and what ``get`` reads back.
@@ -386,7 +388,7 @@ class Takes(NamedTuple):
         time: with a time.
         context: with a context.
         first: with the time as its first argument, and not by keyword.
-        opaque: nobody knows, since it takes any keyword (``**kwargs``); it is then given neither.
+        opaque: unknown, since it takes any keyword (``**kwargs``); it is then given neither.
     """
 
     time: bool = False
@@ -395,7 +397,7 @@ class Takes(NamedTuple):
     opaque: bool = False
 
 
-# Where torch keeps what its wrappers wrap: torch.compile, DataParallel and DDP, FSDP, checkpoints.
+# Attributes in which torch's wrappers keep the wrapped module: torch.compile, DataParallel and DDP, FSDP, checkpoints.
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -412,7 +414,7 @@ def signature(f: Function) -> Takes:
         return Takes()
     first = next(iter(parameters.values()), None)
     positional = first is not None and first.name == "t" and first.kind is not inspect.Parameter.KEYWORD_ONLY
-    # A wrapper's (*args, **kwargs) says nothing: what counts is the signature of what it wraps.
+    # A wrapper's (*args, **kwargs) tells nothing: the signature of the wrapped module counts.
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if anything and isinstance(f, torch.nn.Module):
         for name in _WRAPPED:
@@ -425,7 +427,7 @@ def signature(f: Function) -> Takes:
 class Bound:
     """A residual function with its time and context filled in.
 
-    With ``free`` time the caller appends the time since the start of the step; ``calls[0]`` then counts.
+    With ``free`` time the caller appends the time since the start of the step; ``calls[0]`` then counts the calls.
     """
 
     __slots__ = ("calls", "context", "free", "function", "takes", "time")
@@ -439,7 +441,7 @@ class Bound:
     def __call__(self, *args: Any) -> Tensor:
         time = self.time
         if self.free:
-            # A solver evaluates at times of its own choice, and gives them with the arguments.
+            # A solver chooses its evaluation times, and passes each as the last argument.
             args, since = args[:-1], args[-1]
             time = since if time is None else time + since
             if self.calls is not None:
@@ -515,7 +517,7 @@ def solve(
     for n in range(steps):
         time = t[0] + n * scheme.span * h
         if not n:
-            # What makes the streams is evaluated at the start, whatever the nodes of a step are.
+            # Functions that make the streams are evaluated at the start, whatever the nodes of a step are.
             start = None if scheme.nodes is None else (0.0,) * scheme.stages
             state = scheme.init(bind(fs, takes, start, time, h, context), x, h)
         part = scheme.whole(n)
@@ -524,7 +526,7 @@ def solve(
 
 
 def check_attributes(scheme: Scheme) -> Scheme:
-    """The scheme itself; raises a SchemeError where its class does not say what a step takes, and at which times."""
+    """Returns the scheme itself; raises a SchemeError where its class does not declare valid stages and nodes."""
     stages = getattr(scheme, "stages", None)
     if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
         told = "does not set stages" if stages is None else f"sets stages to {stages!r}"

@@ -1,17 +1,17 @@
-"""The closest of known names, for the remedy of an error: one way for schemes, models, options, commands and files."""
+"""The closest known names, for the remedy in an error: shared by schemes, models, options, commands and files."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def closest(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.4) -> list[str]:
-    """The names that resemble one, the best first; capitals do not matter.
+    """The names that resemble a given one, the best first; case is ignored.
 
     Args:
-        name: as it was given.
-        names: those that there are.
-        most: how many at most.
-        cutoff: how much they must resemble it, from 0 to 1.
+        name: the name as given.
+        names: the known names.
+        most: maximum number of results.
+        cutoff: minimum similarity, from 0 to 1.
 
     Example:
         >>> closest("ResNet50", ["rk4", "resnet50"])

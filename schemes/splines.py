@@ -1,11 +1,11 @@
 """B-splines on [0, 1]: basis functions, and the exact and the best maps from one spline space to another.
 
-A space is a degree d and inner knots, each up to d + 1 times; the ends stand d + 1 times, so that the first and the
-last coefficient are the values there. Three instances:
+A space is a degree d and inner knots, each repeated up to d + 1 times; the ends are repeated d + 1 times, so that the
+first and the last coefficient are the values there. Three instances:
 
 * degree 0, inner knots k / n: n constants, the weights of n separate layers;
 * degree 1, inner knots k / n: n + 1 values, joined by straight lines;
-* degree 2, each inner knot twice: what a line per interval becomes when its degree is raised, still with corners.
+* degree 2, each inner knot twice: straight lines after their degree is raised, still with corners.
 
 Coefficients may be anything that can be added and scaled: here they are rows of tensors of weights.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from .errors import SchemeError
 
 DEGREES = (0, 1, 2, 3)
-# Two knots, or a time and a knot, that differ by less are one: times are sums of step sizes.
+# Two knots, or a time and a knot, that differ by less count as equal: times are sums of step sizes.
 SAME = 1e-9
 
 
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     Args:
         first: the number of the first of them.
-        values: of each.
+        values: the value of each.
     """
 
     first: int
@@ -43,15 +43,15 @@ class Row(NamedTuple):
 class SplineSpace:
     r"""The piecewise polynomials of one degree with given inner knots: s(u) = sum_k B_k(u) c_k on [0, 1].
 
-    A knot that stands m times leaves d - m continuous derivatives. Outside of [0, 1] the first and the last polynomial
-    go on.
+    A knot of multiplicity m leaves d - m continuous derivatives. Outside of [0, 1] the first and the last polynomial
+    continue.
 
     Args:
         degree: of the pieces, 0 to 3.
-        inner: knots inside of (0, 1), rising; one of degree + 1 times is a jump.
+        inner: knots inside of (0, 1), rising; one that is repeated degree + 1 times is a jump.
 
     Raises:
-        SchemeError: another degree, knots outside or falling, or one that stands too often.
+        SchemeError: another degree, knots outside or falling, or one that is repeated too often.
 
     Source:
         de Boor 2001, A Practical Guide to Splines, revised edition, chapters IX and X.
@@ -81,10 +81,10 @@ class SplineSpace:
 
     @classmethod
     def uniform(cls, intervals: int, degree: int) -> "SplineSpace":
-        """The space with so many intervals of one length, as smooth as its degree allows.
+        """The space with that many intervals of equal length, as smooth as its degree allows.
 
         Args:
-            intervals: how many.
+            intervals: number of intervals.
             degree: of the polynomials.
         """
         if isinstance(intervals, bool) or not isinstance(intervals, int) or intervals < 1:
@@ -103,18 +103,18 @@ class SplineSpace:
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """All knots, the ends degree + 1 times."""
+        """All knots, with the ends repeated degree + 1 times."""
         end = self.degree + 1
         return (*[0.0] * end, *self.inner, *[1.0] * end)
 
     @property
     def uniform_intervals(self) -> int | None:
-        """The number of intervals where all are of one length, else None."""
+        """The number of intervals where all are of equal length, else None."""
         n = len(self.breaks) - 1
         return n if all(abs(u - k / n) < SAME for k, u in enumerate(self.breaks)) else None
 
     def times(self, u: float) -> int:
-        """How often a knot stands.
+        """The multiplicity of an inner knot.
 
         Args:
             u: the knot.
@@ -143,14 +143,14 @@ class SplineSpace:
         return found
 
     def basis(self, u: Tensor) -> Tensor:
-        """The basis functions at a place that is a tensor, (count,); differentiable, the same operations for each.
+        """The basis functions at a place that is a tensor, (count,); differentiable, the same operations at any place.
 
         Args:
             u: a place in [0, 1].
         """
         knots = torch.tensor(self.knots, dtype=u.dtype, device=u.device)
         ends = torch.tensor(self.knots[self.degree + 1 : self.count], dtype=u.dtype, device=u.device)
-        # The number of the interval, as a comparison: an index would have to be read by the host.
+        # The number of the interval is found by comparison: an index would have to be read by the host.
         slack = max(SAME, 4 * torch.finfo(u.dtype).eps)
         i = self.degree + (u.detach() + slack >= ends).sum()
         value = (torch.arange(len(self.knots) - 1, device=u.device) == i).to(u.dtype)
@@ -162,13 +162,13 @@ class SplineSpace:
         return value
 
     def refined(self, intervals: int) -> "SplineSpace":
-        """The smallest space that holds this one and has these uniform intervals; knots keep how often they stand.
+        """The smallest space that holds this one and has these uniform intervals; knots keep their multiplicity.
 
         Args:
-            intervals: how many, of one length.
+            intervals: number of intervals, of equal length.
 
         Raises:
-            SchemeError: an old knot is none of the new ones; the nearest numbers that hold it are named.
+            SchemeError: an old knot is not among the new ones; the message names the nearest numbers that hold it.
         """
         new = SplineSpace.uniform(intervals, 0).inner
         missing = [u for u in dict.fromkeys(self.inner) if not any(abs(u - v) < SAME for v in new)]
@@ -180,7 +180,7 @@ class SplineSpace:
         return SplineSpace(self.degree, tuple(u for v in new for u in [v] * max(1, self.times(v))))
 
     def elevated(self, degree: int) -> "SplineSpace":
-        """The space of a higher degree that holds this one: each knot stands once more per degree.
+        """The space of a higher degree that holds this one: each knot is repeated once more per degree.
 
         Args:
             degree: at least this one's.
@@ -208,7 +208,7 @@ class SplineSpace:
 
 
 def _nearest(space: SplineSpace, intervals: int) -> str:
-    """The numbers of uniform intervals around the wanted one that hold a space's knots, as the end of a sentence."""
+    """The numbers of uniform intervals around the requested one that hold a space's knots, as the end of a sentence."""
     least = next((n for n in range(1, 4097) if all(abs(u * n - round(u * n)) < n * SAME for u in space.inner)), None)
     if least is None:
         return "its knots fit no uniform grid: project instead."
@@ -218,7 +218,7 @@ def _nearest(space: SplineSpace, intervals: int) -> str:
 
 
 def _interval(space: SplineSpace, u: float) -> tuple[int, float]:
-    """The number of the interval of u among all knots, and u, moved onto a knot that it means."""
+    """The number of the interval of u among all knots, and u, moved onto a knot that counts as equal to it."""
     d, knots = space.degree, space.knots
     i = min(max(bisect_right(knots, u + SAME) - 1, d), space.count - 1)
     for knot in (knots[i], knots[i + 1]):
@@ -285,14 +285,14 @@ def transfer(source: SplineSpace, target: SplineSpace) -> Tensor:
 
 
 def _raised(space: SplineSpace, i: int, us: Sequence[float]) -> Tensor:
-    """The polar form at as many arguments as there are: the mean over what is left when one is taken out, and so on."""
+    """The polar form at any number of arguments: the mean over leaving out each of them in turn, recursively."""
     if len(us) == space.degree:
         return _blossom(space, i, us)
     return torch.stack([_raised(space, i, [*us[:k], *us[k + 1 :]]) for k in range(len(us))]).mean(0)
 
 
 def _quadrature(a: SplineSpace, b: SplineSpace) -> tuple[list[float], Tensor]:
-    """Places and weights that integrate products of two splines exactly: Gauss and Legendre's on each interval."""
+    """Places and weights that integrate products of two splines exactly: Gauss-Legendre on each interval."""
     # Four nodes are exact up to degree 7, and products of cubics have degree 6.
     outer, inner = (3 + 2 * (6 / 5) ** 0.5) / 7, (3 - 2 * (6 / 5) ** 0.5) / 7
     nodes = (-(outer**0.5), -(inner**0.5), inner**0.5, outer**0.5)
@@ -350,8 +350,8 @@ def distance(a: SplineSpace, b: SplineSpace) -> tuple[Tensor, Tensor, Tensor]:
 def fit(space: SplineSpace, us: Sequence[float]) -> Tensor:
     r"""The map from values at some places to the spline that is nearest to them; of several, the least rough.
 
-    Least squares at the places; what these leave free (a spline of more coefficients than there are places) is decided
-    by the smallest sum of squared differences of neighbouring coefficients, so that a constant stays one.
+    Least squares at the places; whatever these leave free (a spline of more coefficients than there are places) is
+    decided by the smallest sum of squared differences of neighbouring coefficients, so that a constant stays constant.
 
     Args:
         space: the space.
@@ -368,7 +368,7 @@ def fit(space: SplineSpace, us: Sequence[float]) -> Tensor:
     best = torch.linalg.pinv(rows)
     _, sizes, basis = torch.linalg.svd(rows)
     rank = int((sizes > 1e-12 * sizes.max()).sum())
-    free = basis[rank:].T  # directions that the values do not see
+    free = basis[rank:].T  # directions that do not change the values
     if not free.shape[1]:
         return best
     rough = torch.eye(space.count, dtype=torch.float64).diff(dim=0)

@@ -59,7 +59,7 @@ def R(tableau: Tableau, z: Any) -> Any:
 
 
 def _horner(coefficients: list[float], z: Any) -> Any:
-    # In the type and shape of z, whatever it is.
+    # Plus 0 z, so that the value has the type and shape of z.
     value = coefficients[-1] + 0 * z
     for x in reversed(coefficients[:-1]):
         value = value * z + x
@@ -67,7 +67,7 @@ def _horner(coefficients: list[float], z: Any) -> Any:
 
 
 class Region(NamedTuple):
-    """|R| on a grid: ``size[i][j]`` belongs to ``re[j] + 1j * im[i]``, as contour plots want it.
+    """|R| on a grid: ``size[i][j]`` belongs to ``re[j] + 1j * im[i]``, as contour plots expect.
 
     Args:
         re: real parts, one per column.
@@ -109,10 +109,10 @@ def region(
 
 
 def real_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
-    """The largest r with |R(x)| <= 1 + tolerance for -r <= x <= 0, right to about 1e-11.
+    """The largest r with |R(x)| <= 1 + tolerance for -r <= x <= 0, accurate to about 1e-11.
 
     |R| is evaluated in 60 digits on a grid of step 1/64 and the first crossing is bisected. A bump above 1 that is
-    narrower than the grid is not seen, and an excess of 1e-12 counts as none: undamped methods touch 1 on their way.
+    narrower than the grid is missed, and an excess of 1e-12 is ignored: undamped methods touch 1 inside the interval.
 
     Args:
         tableau: the method.
@@ -141,8 +141,8 @@ def imaginary_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
     """The largest r with |R(iy)| <= 1 + tolerance for 0 <= y <= r; 0.0 if |R| rises at once and no growth is allowed.
 
     Whether |R(iy)|^2 = 1 + e_k y^k + ... rises or falls at 0 is read from the first coefficient e_k that is not zero
-    (for rounded data: not within rounding), as near 0 the values differ from 1 by next to nothing: dopri8 is unstable
-    on the whole axis, but up to y = 0.7 it grows by less than 1e-9 per step. The rest is as in `real_interval`.
+    (for rounded data: not within rounding), since near 0 the values barely differ from 1: dopri8 is unstable on the
+    whole axis, but up to y = 0.7 it grows by less than 1e-9 per step. The rest is as in `real_interval`.
 
     Args:
         tableau: the method.
@@ -163,9 +163,9 @@ def imaginary_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
             for j, y in enumerate(part):
                 square[i + j + shift] += x * y
     square[0] -= 1
-    # What rounding of published decimals can make of a coefficient that is zero.
+    # How large a coefficient that is zero can become by the rounding of published decimals.
     noise = 10 * tableau.tolerance * tableau.stages * max(1.0, tableau.mixing)
-    if tolerance == 0:  # divide by the first power that is there: the sign of what is left decides, however small
+    if tolerance == 0:  # divide by the lowest power present: the sign of its coefficient decides, however small
         while len(square) > 1 and (square[0] == 0 or abs(float(square[0])) <= noise):
             del square[0]
         if square[0] > 0:
@@ -173,7 +173,7 @@ def imaginary_interval(tableau: Tableau, tolerance: float = 0.0) -> float:
     with localcontext() as context:
         context.prec = _PRECISION
         coefficients = [_decimal(x) for x in square]
-        # Of |R|^2 - 1, which is what the polynomial is.
+        # The limit of |R|^2 - 1, which is the polynomial here.
         limit = (1 + Decimal(tolerance)) ** 2 - 1
 
         def grows(y: Decimal) -> bool:
@@ -194,7 +194,7 @@ def _decimal(x: Number) -> Decimal:
 def _first(grows: Callable[[Decimal], bool]) -> float:
     """Where `grows` first turns true on the grid, bisected; |R| is unbounded, so it does."""
     low = Decimal(0)
-    # A scan, as the set where |R| <= 1 may have gaps: bisection alone could land beyond the first.
+    # A scan, since the set where |R| <= 1 may have gaps: bisection alone could land beyond the first.
     while not grows(low + _SCAN):
         low += _SCAN
     high = low + _SCAN

@@ -1,4 +1,4 @@
-"""Step sizes as rules: a number, a decay over the whole network, learned, or from the error of the step before.
+"""Step sizes as rules: a number, a decay over the whole network, learned, or from the error of the previous step.
 
 The step size h multiplies every a_ij and b_i of a scheme. Four readings of "RK-8 with a decaying scaling factor"
 (arXiv 2103.15244 gives no formula) are these rules and, for a change over the epochs, ``Stack.set_step``.
@@ -16,7 +16,7 @@ from .language import Reader, shorten
 
 def _finite(name: str, value: Any) -> float:
     try:
-        # NaN for everything that is no number, so that one comparison below refuses all of it.
+        # NaN for everything that is not a number, so that the one comparison below refuses it all.
         found = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         found = float("nan")
@@ -98,15 +98,15 @@ class Learned(StepSize):
 
 
 class FromError(StepSize):
-    r"""h_{n+1} = h_n * min(largest, max(smallest, safety * (tol / e_n)^(1/(q+1)))), no step is rejected.
+    r"""h_{n+1} = h_n * min(largest, max(smallest, safety * (tol / e_n)^(1/(q+1)))); no step is rejected.
 
     e_n is the root mean square of the step's error estimate (its embedded companion), q the lower order of the pair.
     The factor carries no gradient and is computed on the device.
 
     Args:
-        tol: wanted error of a step, in units of the stream.
+        tol: target error of a step, in units of the stream.
         h0: the size of step 0.
-        safety: factor below 1 that keeps clear of the tolerance.
+        safety: factor below 1 that keeps the error clear of the tolerance.
         smallest: smallest change from one step to the next.
         largest: largest change.
     """
@@ -129,7 +129,7 @@ class FromError(StepSize):
             error: its error estimate.
             order: the lower order of the pair.
         """
-        # Detached: else training could lower its loss by moving the steps instead of the functions.
+        # Detached: otherwise training could lower its loss by changing the steps instead of the functions.
         rms = error.detach().float().square().mean().sqrt()
         factor = self.safety * (self.tol / rms.clamp_min(torch.finfo(rms.dtype).tiny)) ** (1 / (order + 1))
         return h * factor.clamp(self.smallest, self.largest)
@@ -143,7 +143,7 @@ class PerDepth(StepSize):
 
     Args:
         length: the time at the end; None is the span of the stack's field.
-        h: the step size, once a stack has told its depth.
+        h: the step size, once the depth of the stack is known.
     """
 
     def __init__(self, length: Any = None, h: float | None = None):
@@ -153,7 +153,7 @@ class PerDepth(StepSize):
         """The rule for steps that move time on by ``units`` step sizes in all.
 
         Args:
-            length: the span of the stack's field; a length that the rule itself names comes first.
+            length: the span of the stack's field; a length that the rule itself names takes precedence.
             units: the sum of the steps' spans.
         """
         return PerDepth(self.length, length / units)

@@ -2,7 +2,7 @@
 
 A coefficient is a rational number or p + q sqrt(d). Nothing is rounded before `Tableau.floats`, so that the checks
 below and the order conditions compare with ``==``. Methods that were published as rounded decimals (or as rational
-approximations of numbers that nobody wrote down) declare ``digits``; every check then allows a few units in that digit.
+approximations of unpublished numbers) declare ``digits``; every check then allows a few units in that digit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _sum(numbers: Iterable[Number]) -> Number:
 
 
 class _RowSums(tuple[Number, ...]):
-    """Nodes that are row sums by construction: adding the rows up once more would tell nothing."""
+    """Nodes that are row sums by construction, so that checking the sums would be redundant."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,14 +39,14 @@ class Tableau:
     Cost: `stages` residual functions per step, one stream; no inverse.
 
     Args:
-        name: what error messages and the catalogue call it.
+        name: the name in error messages and in the catalogue.
         a: rows of the strictly lower triangle: row i (from 0) has i entries.
         b: the weights that advance the solution.
         c: the nodes.
         b_hat: second weights, whose result estimates the error of the first, or None.
-        order: declared order of b; None where nobody declared one (`schemes.order.order` computes it).
+        order: declared order of b; None where none is declared (`schemes.order.order` computes it).
         order_hat: declared order of b_hat.
-        digits: None for exact data; else the decimals to which the published coefficients are right.
+        digits: None for exact data; else the number of decimals to which the published coefficients are correct.
         cite: where the coefficients are published.
 
     Raises:
@@ -76,8 +76,8 @@ class Tableau:
         summed = isinstance(self.c, _RowSums)
         for field in ("b", "c", "b_hat"):
             if (entries := getattr(self, field)) is not None:
-                # Frozen, so that an array that was checked cannot be changed; texts among the entries become numbers
-                # here.
+                # The class is frozen, so that a checked array cannot be changed; strings among the entries become
+                # numbers here.
                 object.__setattr__(self, field, _row(entries))
         object.__setattr__(self, "a", tuple(_row(row) for row in self.a))
         self._check(summed)
@@ -95,9 +95,9 @@ class Tableau:
                 )
             if summed:
                 continue
-            # The node is redundant, and printed in every paper: a typing error in either is found by the other.
+            # The node is redundant, but printed in every paper: the row and the node each catch a typo in the other.
             self._close(f"{who}: row {i + 1} sums to", _sum(row), f"its node c{i + 1} = ", self.c[i], row)
-        # The condition of order 1; it finds most single wrong weights before any tree is looked at.
+        # The condition of order 1; it catches most single wrong weights before any tree is examined.
         self._close(f"{who}: weights sum to", _sum(self.b), "", Fraction(1), self.b)
         if self.b_hat is not None:
             if len(self.b_hat) != s:
@@ -109,7 +109,7 @@ class Tableau:
             if got != want:
                 raise SchemeError(f"{what} {show(got)}, want {of}{show(want)}.")
             return
-        # Every entry may be off in its last digit, a large one by more, as it was rounded relative to its size.
+        # Every entry may be off in its last digit, and a large one by more, since it was rounded relative to its size.
         tolerance = self.tolerance * max(1.0, sum(abs(float(x)) for x in entries))
         if abs(float(got - want)) > tolerance:
             raise SchemeError(
@@ -136,9 +136,9 @@ class Tableau:
         Args:
             text: the array.
             order: declared order of the weights; None declares none.
-            name: what error messages call it.
+            name: the name in error messages.
             cite: where it is published.
-            digits: decimals to which published coefficients are right; None where they are exact.
+            digits: decimals to which published coefficients are correct; None where they are exact.
             order_hat: declared order of the second weights.
 
         Example:
@@ -155,7 +155,7 @@ class Tableau:
             if bar:
                 lines.append((head.strip(), tail.split()))
             elif lines:
-                # Long rows are broken in print, and in the source too.
+                # Long rows are broken across lines in print, and in the source too.
                 lines[-1][1].extend(line.split())
             else:
                 raise SchemeError(f"{name or 'tableau'}: first line {line.strip()!r} has no '|'; write 'c | a ...'.")
@@ -189,8 +189,8 @@ class Tableau:
         Args:
             a: rows of the strictly lower triangle.
             b: the weights.
-            name: what error messages call it.
-            fields: of Tableau.
+            name: the name in error messages.
+            fields: the other fields of Tableau.
         """
         rows = tuple(_row(row) for row in a)
         return cls(name=name, a=rows, b=_row(b), c=_RowSums(_sum(row) for row in rows), **fields)
@@ -202,7 +202,7 @@ class Tableau:
         Args:
             A: factors of the register that holds increments.
             B: factors by which it is added to the solution.
-            fields: of Tableau.
+            fields: the other fields of Tableau.
 
         Example:
             >>> print(Tableau.low_storage(A=[0, "-1/2"], B=["1/2", 1], name="midpoint", order=2))
@@ -210,7 +210,7 @@ class Tableau:
             1/2 | 1/2
                 | 0   1
         """
-        # The first stage has nothing in its register to scale.
+        # The register is empty at the first stage, so A_1 has nothing to scale.
         if len(A) != len(B) or (A and exact(A[0]) != 0):
             raise SchemeError(f"low_storage: {len(A)} A and {len(B)} B; want as many of each, and A_1 = 0.")
         s = len(B)
@@ -219,7 +219,7 @@ class Tableau:
         register = list(u)
         for i, (a_i, b_i) in enumerate(zip(_row(A), _row(B), strict=True)):
             rows.append(u[:i])
-            # Two registers of coefficients instead of vectors: what S and u hold, in terms of the slopes so far.
+            # Both registers hold coefficients instead of vectors: S and u in terms of the slopes so far.
             register = [a_i * x + int(i == j) for j, x in enumerate(register)]
             u = [x + b_i * y for x, y in zip(u, register, strict=True)]
         return cls.from_rows(rows, u, **fields)
@@ -230,8 +230,8 @@ class Tableau:
     ) -> Tableau:
         """Shu and Osher's form u_i = sum_{j<i} alpha_ij u_j + h beta_ij f(u_j), i = 1..s, u_0 = x, x' = u_s.
 
-        Strong-stability-preserving methods are published so; the Chebyshev and Legendre recursions are of this form
-        with three alphas and two betas per stage.
+        Strong-stability-preserving methods are published in this form; the Chebyshev and Legendre recursions have it
+        too, with three alphas and two betas per stage.
 
         Args:
             alpha: row i (from 1) has i entries that sum to 1.
@@ -256,8 +256,8 @@ class Tableau:
             if abs(float(total - 1)) > (0.0 if fields.get("digits") is None else 5 * 10.0 ** -fields["digits"]):
                 raise SchemeError(f"shu_osher: the alphas of row {i} sum to {show(total)}, want 1.")
             for j, (x, y) in enumerate(zip(weights, _row(betas), strict=True)):
-                # u_j is itself a combination of slopes, which is put in; what is left is the row of a Butcher array.
-                # Most alphas of a recursion are 0, and exact numbers of many digits are slow to multiply.
+                # u_j is itself a combination of slopes; substituting it leaves the row of a Butcher array. Most alphas
+                # of a recursion are 0, and exact numbers of many digits are slow to multiply.
                 if x != 0:
                     row = [r + x * old for r, old in zip(row, rows[j], strict=True)]
                 row[j] += y
@@ -272,7 +272,7 @@ class Tableau:
 
     @property
     def exact(self) -> bool:
-        """Whether the coefficients are the method's own, not rounded ones."""
+        """Whether the coefficients are exact, not rounded."""
         return self.digits is None
 
     @property
@@ -283,7 +283,7 @@ class Tableau:
     @property
     def mixing(self) -> float:
         """max_i sum_j |a_ij|: by how much a stage's input can outgrow x when the residual functions differ."""
-        # Of floats: exact sums of numbers with a thousand digits take as long as all else.
+        # Summed as floats: exact sums of numbers with a thousand digits take as long as everything else.
         return max(fsum(abs(float(x)) for x in row) for row in self.a)
 
     def floats(
@@ -307,7 +307,7 @@ class Tableau:
             1
         """
         needed = {i for i, x in enumerate(self.b) if x != 0}
-        # From the last stage back: by then all that reads stage i has been looked at.
+        # From the last stage back, so that every stage that reads stage i is visited before it.
         for i in reversed(range(self.stages)):
             if i in needed:
                 needed |= {j for j, x in enumerate(self.a[i]) if x != 0}
@@ -341,7 +341,7 @@ def nest(outer: Tableau, inner: Tableau) -> Tableau:
     """A method whose residual functions are increments of another method: A (x) 1 b^T + I (x) a, weights B (x) b.
 
     Row (i, j) is the input of inner stage j within outer stage i; ``outer.stages * inner.stages`` residual functions.
-    The second condition reads sum B C + sum b c = 1/2, so that two methods of order 2 or more nest to order 1.
+    The condition of order 2 reads sum B C + sum b c = 1/2, so two methods of order 2 or more nest to order 1.
 
     Example:
         >>> euler = Tableau("euler", [[]], b=[1], c=[0], order=1)
@@ -358,7 +358,7 @@ def nest(outer: Tableau, inner: Tableau) -> Tableau:
     if outer.stages == 1 or inner.stages == 1:
         order = (inner if outer.stages == 1 else outer).order
     else:
-        # Order 2 wants 1/2; a tolerance, as published decimals do not sum to it exactly.
+        # Order 2 requires 1/2, up to a tolerance, since published decimals do not sum to it exactly.
         slope = _sum(b * c for t in (outer, inner) for b, c in zip(t.b, t.c, strict=True))
         order = 1 if abs(float(slope) - 0.5) > 1e-6 else None  # None: left to schemes.order
     return Tableau.from_rows(
@@ -378,7 +378,7 @@ def compose(tableaux: Sequence[Tableau], steps: Sequence[NumberLike] | None = No
     Args:
         tableaux: the methods, first step first.
         steps: their step sizes, all 1 unless given.
-        name: of the method that they make.
+        name: the name of the composed method.
 
     Example:
         >>> euler = Tableau("euler", [[]], b=[1], c=[0], order=1)
@@ -397,7 +397,7 @@ def compose(tableaux: Sequence[Tableau], steps: Sequence[NumberLike] | None = No
     done: list[Number] = []
     for tableau, size in zip(tableaux, sizes, strict=True):
         h = size / total
-        # What the steps before have added stands in every row of this one: its stages start from where they ended.
+        # Every row of this step starts with what the earlier steps have added: its stages start where those ended.
         rows += [done + [h * x for x in row] for row in tableau.a]
         done += [h * x for x in tableau.b]
     orders = [t.order for t in tableaux]

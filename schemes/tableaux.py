@@ -147,7 +147,7 @@ gill4 = Tableau.parse(
 
 # --- order 5 and 6 ---------------------------------------------------------------------------------------------------
 
-# Kutta's fifth-order method as Nyström corrected it.
+# Kutta's fifth-order method, as corrected by Nyström.
 kutta_nystrom5 = Tableau.parse(
     """
     0   |
@@ -196,7 +196,7 @@ dopri5 = Tableau.parse(
     cite="Dormand, Prince, J. Comput. Appl. Math. 6 (1980) 19-26, RK5(4)7M",
 )
 
-# What circulates as b_hat of this pair is often the difference b_hat - b: its entries sum to 0, those here to 1.
+# The b_hat in circulation for this pair is often the difference b_hat - b: its entries sum to 0, those here to 1.
 tsit5 = Tableau.parse(
     """
     0                  |
@@ -256,8 +256,8 @@ cooper_verner8 = Tableau.parse(
     cite="Cooper, Verner, SIAM J. Numer. Anal. 9 (1972) 389-405",
 )
 
-# Rational approximations by the authors. The thirteen stages that either set of weights uses; solvers that reuse the
-# next step's first evaluation count a fourteenth.
+# Rational approximations by the authors. Only the thirteen stages that either set of weights uses are listed; solvers
+# that reuse the next step's first evaluation count a fourteenth.
 dopri8 = Tableau.parse(
     """
     0                     |

@@ -1,8 +1,8 @@
 """The continuous adjoint: gradients by an equation that is solved backwards in time, in memory that does not grow.
 
-With a = dL/dy it reads a' = -(df/dy)^H a, and the gradient of what f reads is the integral of (df/dtheta)^H a. The
-state is solved backwards along with it, from the values that the forward solve gave out. Gradients are right to the
-tolerances only (Chen et al. 2018, Neural ordinary differential equations).
+With a = dL/dy it reads a' = -(df/dy)^H a, and the gradient of the tensors that f reads is the integral of
+(df/dtheta)^H a. The state is solved backwards along with it, from the values that the forward solve returned. Gradients
+are accurate only to the tolerances (Chen et al. 2018, Neural ordinary differential equations).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx: Any, back: "Backward", forward: Callable[[Tensor], list[Tensor]], y0: Tensor, *reads: Tensor):
         ys = torch.stack(forward(y0.detach()))
         ctx.back = back
-        # The values alone: the solve's own states are gone, which is the point.
+        # Only the values are saved: the solve's own states are gone, which is the point.
         ctx.save_for_backward(ys, *reads)
         return ys
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         refuse_transforms("adjoint", grad)
-        ys, *_ = ctx.saved_tensors  # reading them refuses what was changed in place
+        ys, *_ = ctx.saved_tensors  # reading them raises if one was changed in place
         with torch.no_grad():
             gradients = ctx.back(ys.detach(), grad)
         return None, None, *once("adjoint", ys, gradients)
@@ -45,8 +45,8 @@ class Backward:
 
     Args:
         func: the field of packed states, ``func(time tensor, y)``.
-        reads: what it reads.
-        times: of the values that were given out.
+        reads: the tensors that it reads.
+        times: the times of the returned values.
         method: the pair that solves the adjoint equation.
         control: its tolerances and limits.
         norm: None measures the error by the largest of those of state, adjoint and gradients; "seminorm" leaves the
@@ -75,7 +75,7 @@ class Backward:
         state = whole.start(grad[-1])
         control = replace(self.control, norm=whole.norm)
         for i in range(len(ys) - 1, 0, -1):
-            # The value that was given out, not the one that the solve backwards came to: errors do not pile up.
+            # The returned value, not the one that the backward solve arrived at: errors do not accumulate.
             whole.put(state, ys[i])
             times = (self.times[i], self.times[i - 1])
             with torch.no_grad():
@@ -93,18 +93,18 @@ class Backward:
 
 
 class _Augmented:
-    """The state, its adjoint and the gradients of what the field reads, one behind the other in a flat tensor.
+    """The state, its adjoint and the gradients of the tensors that the field reads, joined in one flat tensor.
 
     Args:
         func: the field.
-        reads: what it reads.
+        reads: the tensors that it reads.
         y: a state.
         norm: see `Backward`.
     """
 
     def __init__(self, func: Callable[[Any, Tensor], Tensor], reads: Reads, y: Tensor, norm: str | None):
         self.func, self.reads, self.inputs, self.like = func, reads, reads.tensors, y
-        # The widest dtype of all, so that no gradient is rounded on its way.
+        # The widest dtype of all, so that no gradient is rounded on the way.
         self.dtype = y.dtype
         for x in self.inputs:
             self.dtype = torch.promote_types(self.dtype, x.dtype)
@@ -123,7 +123,7 @@ class _Augmented:
         flat[: self.n] = y.reshape(-1)
 
     def add(self, flat: Tensor, grad: Tensor) -> None:
-        """Adds the gradient of a value that was given out to the adjoint."""
+        """Adds the gradient of a returned value to the adjoint."""
         flat[self.n : 2 * self.n] += grad.reshape(-1)
 
     def slope(self, t: Any, flat: Tensor) -> Tensor:
@@ -139,12 +139,12 @@ class _Augmented:
         return torch.cat([s.reshape(-1).to(y.device, self.dtype) for s in (k.detach(), *products)])
 
     def norm(self, flat: Tensor) -> Tensor:
-        """The largest of the parts' own: many parameters must not outvote a small state."""
+        """The largest of the parts' norms: many parameters must not outweigh a small state."""
         pieces = flat[: sum(self.measured)].split(self.measured)
         return torch.stack([rms(p) for p in pieces if p.numel()]).amax()
 
     def gradients(self, flat: Tensor) -> list[Tensor | None]:
-        """The gradient of the state at the start, and those of what the field reads."""
+        """The gradient of the state at the start, and those of the tensors that the field reads."""
         _, adjoint, *found = flat.split(self.parts)
         return [
             _as(adjoint, self.like.dtype).reshape(self.like.shape),

@@ -1,4 +1,4 @@
-"""What a solve gives back, from what its loop found: packed values as the user's trees, events with their gradients."""
+"""The solution from the result of a loop: packed values as the user's trees, events with their gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def attached(problem: Problem, place: Place) -> tuple[Found, Tensor]:
 
 
 def answer(problem: Problem, ys: Tensor, run: Run, numbers: Sequence[float]) -> Solution:
-    """The solution that a run with one step size amounts to."""
+    """The solution of a run with one step size."""
     t, last = problem.times[: len(ys)], run.y
     found: list[Found] = []
     if not problem.endless:
@@ -38,7 +38,7 @@ def answer(problem: Problem, ys: Tensor, run: Run, numbers: Sequence[float]) -> 
                 ys = torch.stack((ys[0], y))
                 t = torch.stack((problem.times[0].detach(), event.t.to(problem.times)))
     if run.status == "finished":
-        last = ys[-1]  # and not the run's own, which knows nothing of the times' gradients
+        last = ys[-1]  # not the run's own, which lacks the times' gradients
     return solution(problem, t, ys, run, last, found)
 
 
@@ -65,7 +65,7 @@ def solution(problem: Problem, t: Tensor, ys: Tensor, run: Run, last: Tensor, ev
 
 
 def trivial(problem: Problem, numbers: Sequence[float]) -> Solution:
-    """One time, or no entries: a step of Euler's shows what a gradient depends on."""
+    """One time, or no entries: an Euler step, so that the graph has all that a gradient depends on."""
     y, ys = problem.y0, [problem.y0]
     if len(numbers) > 1:
         k = problem.func(clock(numbers[0], y), y)

@@ -47,7 +47,7 @@ def chosen(problem: Problem, y: Tensor, times: list[float], watch: Watch | None)
 
 
 def _tolerance(name: str, value: Any) -> float | Tensor:
-    # Tolerances of several entries count by the strictest.
+    # Of a tolerance with several entries the strictest counts.
     if isinstance(value, Tensor) and not (value.is_complex() or value.requires_grad) and value.numel():
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -56,7 +56,7 @@ def _tolerance(name: str, value: Any) -> float | Tensor:
 
 
 def _adjoint(problem: Problem, control: Control) -> dict[str, Any]:
-    """How the adjoint equation is solved."""
+    """The pair, control and norm of the adjoint equation's solve."""
     if problem.gradient != "adjoint":
         return {}
     given = dict(problem.back)
@@ -79,10 +79,10 @@ def _adjoint(problem: Problem, control: Control) -> dict[str, Any]:
             "adjoint_method, adjoint_options and adjoint_params."
         )
     own = {k: getattr(control, k) if v is None else _tolerance(f"adjoint_{k}", v) for k, v in number.items()}
-    # The adjoint's state has parameters in it too, so tolerances of single entries do not fit: the strictest serves.
+    # The adjoint's state includes parameters, so tolerances of single entries do not fit: the strictest is used.
     flat = {k: float(v.min()) if isinstance(v, Tensor) else float(v) for k, v in own.items()}
-    # What speaks of the forward solve's state or of its start is not handed down, nor what has another value here,
-    # by whichever of its names.
+    # Options about the forward solve's state or its start are not passed on, nor those that are given for the adjoint
+    # too, under any of their names.
     instead = {"norm", "first_step", "outputs", *(reading.ADAPTIVE.get(k, k) for k in options)}
     inner = {k: v for k, v in problem.options.items() if reading.ADAPTIVE.get(k, k) not in instead} | options
     y0 = problem.y0

@@ -1,4 +1,4 @@
-r"""Step-size control: what counts as an error, and what follows from it.
+r"""Step-size control: how an error is measured, and the step size that follows from it.
 
 The error estimate e of a step from x to y is measured as ``norm(e / (atol + rtol max(|x|, |y|)))``, entry by entry, by
 default in the root mean square; a step is accepted where this ratio is at most 1. The next step size is
@@ -35,10 +35,10 @@ class Control:
         min_step: steps of this size are accepted whatever their error.
         max_step: upper bound on a step.
         max_steps: upper bound on attempted steps of a solve.
-        safety: factor below 1 that keeps clear of the tolerance.
+        safety: factor below 1 that keeps the error clear of the tolerance.
         smallest: smallest change from one step to the next.
         largest: largest change.
-        proportional: the controller's p; with the default integral part Hairer's damped choice.
+        proportional: the controller's p; the default, with the default integral part, is Hairer's damped choice.
         integral: its i.
         derivative: its d.
         step_t: times onto which the solver steps.
@@ -60,7 +60,7 @@ class Control:
     derivative: float = 0.0
     step_t: list[float] = field(default_factory=list)
     jump_t: list[float] = field(default_factory=list)
-    exacting: bool = field(init=False, default=False)  # whether nothing is allowed where the state is zero
+    exacting: bool = field(init=False, default=False)  # whether no error is allowed where the state is zero
 
     def __post_init__(self):
         for name in ("rtol", "atol"):
@@ -82,7 +82,7 @@ class Control:
             if not math.isfinite(getattr(self, name)):
                 raise SchemeError(f"odeint: {name} is {getattr(self, name):g}, want a finite number.")
         if not self.integral > 0:
-            # Steps of an error that stays would shrink by the safety, one after another, down to nothing.
+            # With a constant error, steps would shrink by the safety factor, one after another, down to nothing.
             raise SchemeError(f"odeint: integral is {self.integral:g}, want a positive number: it holds the step size.")
         if not 0 <= self.min_step <= self.max_step or self.min_step == math.inf:
             raise SchemeError(
@@ -99,11 +99,11 @@ class Control:
 
         Args:
             size: absolute values of a state.
-            rows: the samples that it holds, where some of the batch are left out.
+            rows: the samples that it holds, where some of the batch have been dropped.
         """
         # In place: states are large, and no caller needs the sizes afterwards.
         scale = size.mul_(_of(self.rtol, rows, size)).add_(_of(self.atol, rows, size))
-        # An error of 0 is allowed where nothing else is; 0 / 0 would tell nothing.
+        # An error of 0 is allowed even where no other is; 0 / 0 would be NaN.
         return scale.clamp_(min=torch.finfo(scale.dtype).tiny) if self.exacting else scale
 
     def measure(self, weighted: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Control:
         return rms(weighted) if self.norm is None else self.norm(weighted)
 
     def ratio(self, error: Tensor, size0: Tensor, size1: Tensor) -> float:
-        """The error of a step in units of what is allowed, from the absolute values at its ends; overwrites error."""
+        """The error of a step in units of the allowed error, from the absolute values at its ends; overwrites error."""
         weighted = error.div_(self.scale(torch.maximum(size0, size1)))
         # The one place in a step that waits for the device: the host has to know whether to go on.
         ratio = float(self.measure(weighted))
@@ -120,8 +120,8 @@ class Control:
         return ratio
 
     def factor(self, ratios: list[float], order: int) -> float:
-        """By how much the step size changes after an accepted step; the last ratio first."""
-        # A missing ratio counts as 1, which changes nothing; an error of 0 would be divided by.
+        """The factor of the step size after an accepted step; the last ratio comes first."""
+        # A missing ratio counts as 1, which changes nothing; the floor avoids dividing by an error of 0.
         r, r1, r2 = (max(x, 1e-10) for x in (*ratios, 1.0, 1.0, 1.0)[:3])
         k = order + 1
         p, i, d = self.proportional, self.integral, self.derivative
@@ -131,21 +131,21 @@ class Control:
         return min(self.largest, max(self.smallest, self.safety * change))
 
     def shrink(self, ratio: float, order: int) -> float:
-        """By how much the step size changes after a rejected step."""
-        # How far it was from being finite is not known, so as far back as is allowed.
+        """The factor of the step size after a rejected step."""
+        # How far it was from being finite is not known, so it shrinks as far as is allowed.
         if not ratio < math.inf:  # inf or nan
             return self.smallest
         return min(self.safety, max(self.smallest, self.safety * ratio ** (-1 / (order + 1))))
 
 
 def _of(tolerance: float | Tensor, rows: Tensor | None, size: Tensor) -> float | Tensor:
-    """A tolerance of these samples, where it has one for each."""
+    """The tolerance of these samples, where it has one for each."""
     each = rows is not None and isinstance(tolerance, Tensor) and tolerance.ndim == size.ndim
     return tolerance[rows] if each and len(tolerance) > 1 else tolerance  # type: ignore[index, arg-type]
 
 
 class Pace:
-    """The step size of one solve, as it goes.
+    """The step size of one solve, as it evolves.
 
     Args:
         control: tolerances and limits.
@@ -158,7 +158,7 @@ class Pace:
         self.control, self.order, self.sign = control, order, sign
         self.ratios: list[float] = []
         self.rejected = self.lands = self.stuck = False
-        self.broken = False  # whether the last step that was tried in vain was not finite
+        self.broken = False  # whether the last rejected step was not finite
         self.h = self._within(h)
 
     def _within(self, h: float) -> float:
@@ -168,11 +168,11 @@ class Pace:
         """The size and the end of the next step, no further than the target; sets ``lands``, whether it reaches it."""
         rest = target - t
         size, length = abs(self.h), abs(rest)
-        # A hundredth more rather than a step of a hundredth behind it.
+        # A step that is a hundredth longer, rather than one of a hundredth after it.
         self.lands = size * 1.01 >= length
         if self.lands:
             return rest, target
-        h = rest / 2 if size * 2 > length else self.h  # halves, so that no sliver of a step is left
+        h = rest / 2 if size * 2 > length else self.h  # halves, so that no tiny step is left over
         return h, t + h
 
     def accepts(self, h: float, ratio: float) -> bool:
@@ -188,7 +188,7 @@ class Pace:
                 h1 = self.h  # a step cut short says little about the next
             self.h, self.rejected = self._within(h1), False
             return True
-        # Rejected twice at the least size: the second time nothing else would be tried.
+        # Rejected twice at the least size: a further attempt would be the same.
         self.stuck = self.rejected and least
         self.rejected, self.broken = True, not ratio < math.inf
         self.h = self._within(h * control.shrink(ratio, self.order))
@@ -205,10 +205,10 @@ def first_step(f: Callable[[float, Tensor], Any], t: float, y: Tensor, k: Tensor
     scale = c.scale(y.abs())
     # One transfer for both.
     d0, d1 = torch.stack((c.measure(y / scale), c.measure(k / scale))).tolist()
-    # A start at zero, or at rest, tells no scale of time; nor does a slope of which nothing is allowed.
+    # A start at zero, or at rest, gives no scale of time; nor does a slope of which no error is allowed.
     h = 1e-6 if d0 < 1e-5 or d1 < 1e-5 or not 0 < d0 / d1 < math.inf else 0.01 * d0 / d1
     h = min(h, abs(span))
-    # With a graph where the steps have one: a compiled field is then compiled once.
+    # With a graph where the steps have one: a compiled field is then compiled only once.
     slope = f(t + math.copysign(h, span), y + math.copysign(h, span) * k).detach()
     d2 = float(c.measure((slope - k).div_(scale))) / h if h else 0.0
     if not math.isfinite(d2):

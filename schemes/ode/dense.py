@@ -10,7 +10,7 @@ from .field import clock
 
 
 class Segment:
-    """One step with its continuous extension; extra stages are evaluated when it is first asked for a value."""
+    """One step with its continuous extension; extra stages are evaluated when a value is first requested."""
 
     def __init__(self, t0: float, t1: float, h: float, y: Tensor, method: Any, tried: Any, f: Any, end: Tensor):
         self.t0, self.t1, self.h, self.y = t0, t1, h, y
@@ -23,7 +23,7 @@ class Segment:
         if not self._slopes:
             f, tried, end = self._rest
             self._slopes = self._method.extended(f, self.t0, self.h, self.y, tried, end)
-            # The field's graph and the stages are held by the slopes alone from here on.
+            # From here on only the slopes hold the field's graph and the stages.
             self._rest = (None, None, None)
         return self._slopes
 
@@ -32,7 +32,7 @@ class Segment:
         polynomials = self._method.dense[2]
         slopes = self.slopes
         if isinstance(t, Tensor):
-            # In double, whatever the state: a difference of close times would lose the digits that it is made of.
+            # In double, whatever the state: a difference of nearby times would lose its significant digits.
             theta = (t.to(torch.float64) - self.t0) / self.h
             y = self.y
             for k, p in zip(slopes, polynomials, strict=True):

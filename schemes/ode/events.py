@@ -15,18 +15,18 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Event:
-    """A function of (t, y) whose zeros are wanted; several values are several events of one kind.
+    """A function of (t, y) whose zeros are to be found; several values are several events of one kind.
 
-    A step is looked at in four places, so that a function which crosses zero and comes back within a quarter of a step
-    goes unseen; ``max_step`` bounds that. A function that touches zero without crossing it is found where it is exactly
-    zero at one of them only.
+    Each step is sampled at four places, so a function that crosses zero and returns within a quarter of a step is
+    missed; ``max_step`` bounds that. A function that touches zero without crossing it is found only where it is exactly
+    zero at one of these places.
 
     Args:
-        fn: a function of (t, y) with one or several values; under control per sample it sees the whole batch, with t of
-            shape (batch, 1, ...), and returns (batch,) or (batch, values).
+        fn: a function of (t, y) with one or several values; under control per sample it receives the whole batch, with
+            t of shape (batch, 1, ...), and returns (batch,) or (batch, values).
         direction: 1 for crossings from below, -1 from above, in the direction of the solve; 0 for both.
         terminal: whether the solve ends there.
-        at_start: whether a zero at the start counts; else the solve leaves it first.
+        at_start: whether a zero at the start counts; otherwise the solve leaves it first.
 
     Example:
         >>> import torch, schemes
@@ -52,7 +52,7 @@ class Event:
             raise SchemeError(f"Event: direction is {self.direction!r}, want -1, 0 or 1.")
 
     def value(self, number: int, t: Tensor, y: Any) -> Tensor:
-        """What the function says, checked.
+        """The value of the function, checked.
 
         Args:
             number: the event's place in the list of events, for messages.
@@ -60,7 +60,7 @@ class Event:
             y: the state.
 
         Raises:
-            SchemeError: it is no tensor of real numbers.
+            SchemeError: it is not a tensor of real numbers.
         """
         value = self.fn(t, y)
         if not isinstance(value, Tensor):
@@ -83,7 +83,7 @@ def listed(events: Any) -> list[Event]:
     """Events as a list.
 
     Raises:
-        SchemeError: they are no events.
+        SchemeError: they are not events.
     """
     if events is None or isinstance(events, Event):
         return [] if events is None else [events]
@@ -133,11 +133,11 @@ class Found(NamedTuple):
 
 
 class Watch:
-    """Looks for events step by step.
+    """Detects events step by step.
 
     Args:
-        events: what to look for.
-        unpack: makes the user's state of a packed one.
+        events: the events to detect.
+        unpack: turns a packed state into the user's.
     """
 
     samples = (0.25, 0.5, 0.75, 1.0)
@@ -154,7 +154,7 @@ class Watch:
         found = []
         before = None if y.is_inference() else y._version
         for n, event in enumerate(self.events):
-            # In double for the secants, which take differences of values that are close.
+            # In double for the secants, which take differences of nearly equal values.
             found.append(event.value(n, clock(t, y), state).detach().reshape(-1).to(y.device, torch.float64))
             if before is not None and y._version != before:
                 raise SchemeError(f"odeint: event {n} changes its argument y in place; write to a copy, y.clone().")
@@ -175,14 +175,14 @@ class Watch:
             return self._known(torch.cat(self._values(t, y)).tolist(), t)
 
     def start(self, run: Run, y: Tensor) -> bool:
-        """Looks at the start; whether the solve ends there."""
+        """Detects events at the start; returns whether the solve ends there."""
         with torch.no_grad():
             parts = self._values(run.t, y)
         self.owners = [(n, c) for n, part in enumerate(parts) for c in range(len(part))]
         values = self._known(torch.cat(parts).tolist(), run.t)
         self.signs = [(v > 0) - (v < 0) for v in values]
         for (n, c), v in zip(self.owners, values, strict=True):
-            # Else the solve leaves zero first, and a bouncing ball is not caught on the ground that it starts from.
+            # Otherwise the solve leaves zero first, so a bouncing ball is not caught on the ground that it starts from.
             if v == 0 and self.events[n].at_start:
                 run.events.append(Place(n, c, run.t, y))
                 if self.events[n].terminal:
@@ -191,10 +191,10 @@ class Watch:
         return False
 
     def step(self, run: Run, piece: Any) -> bool:
-        """Looks at a step; whether the solve ends within it."""
+        """Detects events in a step; returns whether the solve ends within it."""
         with torch.no_grad():
             rows = []
-            # The end itself and not t0 + h, which may differ from it by rounding.
+            # The end itself, not t0 + h, which may differ from it by rounding.
             times = [piece.t0 + x * piece.h if x < 1 else piece.t1 for x in self.samples]
             for t in times:
                 rows.append(torch.cat(self._values(t, piece.at(t))))
@@ -205,13 +205,13 @@ class Watch:
             for m, value in enumerate(self._known(row, t)):
                 old, new = self.signs[m], (value > 0) - (value < 0)
                 event = self.events[self.owners[m][0]]
-                # A function that starts at zero has no sign yet; the first one that it takes is no crossing.
+                # A function that starts at zero has no sign yet; taking its first sign is not a crossing.
                 if old and new != old and event.direction in (0, -old):
                     hits.append((t if new == 0 else self._locate(piece, before, t, m), m))
                 if new or (old and new != old):
                     self.signs[m] = new
             before = t
-        # By time and not by the order of the functions: a terminal event hides what comes after it, and nothing before.
+        # By time, not by the order of the functions: a terminal event hides events after it, but none before it.
         hits.sort(key=lambda hit: hit[0] * (1 if piece.h > 0 else -1))
         for t, m in hits:
             n, c = self.owners[m]
@@ -234,7 +234,7 @@ class Watch:
             for n in range(100):
                 if abs(b - a) <= 4e-16 * max(abs(a), abs(b)) or fb == fa:
                     break
-                # Every third time a bisection, so that no function can slow the secants down to a crawl.
+                # Every third iteration is a bisection, so that no function can slow the secants down to a crawl.
                 t = (a + b) / 2 if n % 3 == 2 else b - fb * (b - a) / (fb - fa)
                 if not min(a, b) < t < max(a, b):
                     t = (a + b) / 2
@@ -267,14 +267,14 @@ def attach(
     """The time and the state of an event with their gradients, and whether it grazes.
 
     With g(t, y(t)) = 0 a change of y moves the time by -dg / (dg/dt + dg/dy f): a step of Newton's method whose
-    denominator carries no gradient, and whose value is zero; the first one is right to first order, a second one from
-    there to second order. The state moves with it along the flow.
+    denominator carries no gradient, and whose value is zero. The first such step is right to first order, a second one
+    from there to second order. The state moves with the time along the flow.
 
     Raises:
-        SchemeError: a gradient is wanted of an event at which the function has slope zero.
+        SchemeError: a gradient is requested of an event at which the function has slope zero.
     """
     with torch.enable_grad():
-        # Leaves of their own: only the slopes at the event are wanted, and no graph behind it.
+        # Separate leaves: only the slopes at the event are needed, not the graph behind it.
         time = clock(t, y).requires_grad_()
         at = y.detach().requires_grad_()
         g = fn(time, unpack(at)).reshape(-1)[component]
@@ -283,7 +283,7 @@ def attach(
         f = func(clock(t, y), y.detach())
         own = float(parts[0]) if parts[0] is not None else 0.0
         along = 0.0 if parts[1] is None else float((parts[1].conj() * f).real.sum())
-        # Without cancellation, as a measure of what the slope would be if its terms did not cancel.
+        # A measure of what the slope would be if its terms did not cancel.
         size = abs(own) + (0.0 if parts[1] is None else float((parts[1].abs() * f.abs()).sum()))
     slope = own + along
     # Twice rounding: what is left of a slope of zero after the event was located.
@@ -300,7 +300,7 @@ def attach(
             f"odeint: at the event at t={t:.6g} the event function has slope zero (it grazes), so its time has no "
             "gradient; solve under torch.no_grad(), or move the event."
         )
-    # Zero in value: the time is that which was located, and only its derivatives are new.
+    # Zero in value: the time stays as located, and only its derivatives are new.
     shift = newton(g, slope, y)
     there = moved(func, at_event, y, shift)
     g = fn(at_event + shift.to(at_event.dtype), unpack(there)).reshape(-1)[component]
@@ -309,5 +309,5 @@ def attach(
 
 
 def newton(g: Tensor, slope: Any, y: Tensor) -> Tensor:
-    """-dg / slope: zero, with the derivatives that a step of Newton's method has; of the real dtype of a state."""
+    """-dg / slope: zero, with the derivatives of a step of Newton's method; in the real dtype of a state."""
     return (-(g - g.detach()) / slope).to(y.device, y.real.dtype if y.is_complex() else y.dtype)

@@ -1,4 +1,4 @@
-"""The vector field as solvers call it: with a time that is a Python number, checked, counted."""
+"""The vector field as solvers call it: with a time that is a Python number, checked and counted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +17,18 @@ def clock(t: float, like: Tensor) -> Tensor:
 
 
 def time_dtype(like: Tensor) -> torch.dtype:
-    """The real dtype of a state, but no half precision, which would not tell neighbouring times apart."""
+    """The real dtype of a state, but never half precision, which would not tell neighbouring times apart."""
     return torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
 
 
-# How many calls of a field are looked at for writes in place: several steps of any pair, and no cost after them.
+# How many calls of a field are checked for in-place writes: several steps of any pair, and no cost after them.
 WATCHED = 32
 
 
 class Writes:
-    """Notices a function that writes to its argument, or to what it has returned before.
+    """Detects a function that writes to its argument, or to a tensor that it has returned before.
 
-    A solver without a graph would go on with the wrong numbers; with one, autograd notices by itself.
+    A solver without a graph would go on with the wrong numbers; with one, autograd detects it on its own.
     """
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Writes:
         self.version = 0
 
     def call(self, func: Callable[..., Any], y: Tensor, *given: Any) -> Any:
-        """``func(*given)``, where y is the state among what is given."""
+        """``func(*given)``, where y is the state among the arguments."""
         if y.is_inference() or torch.compiler.is_compiling():  # such tensors count no writes
             return func(*given)
         before = y._version
@@ -49,18 +49,18 @@ class Writes:
                 "return a new one."
             )
         if isinstance(k, Tensor) and not k.is_inference():
-            # Without its graph, which would live as long as the field; the count of writes is the same.
+            # Without its graph, which would live as long as the field; the version counter is shared.
             self.last, self.version = k.detach(), k._version
         return k
 
 
 class Field:
-    """Calls ``func(t, y)`` with t as a tensor, checks what comes back, and counts.
+    """Calls ``func(t, y)`` with t as a tensor, checks the result, and counts the calls.
 
     Args:
         func: the vector field of packed states.
         like: a state.
-        at: times that are read as others beside them.
+        at: times that are replaced by neighbouring ones.
     """
 
     def __init__(self, func: Callable[[Any, Tensor], Tensor], like: Tensor, at: dict[float, float] | None = None):
@@ -74,7 +74,7 @@ class Field:
         self.count[0] += 1
         if self.at is not None:
             t = self.at.get(t, t)
-        # A scalar that is made on the host costs a microsecond; on a device a copy would wait, a fill does not.
+        # A scalar made on the host costs a microsecond; on a device a copy would wait, but a fill does not.
         if self.cpu:
             time = torch.scalar_tensor(t, dtype=self.time_dtype)
         else:
@@ -88,7 +88,7 @@ class Field:
         return k
 
     def timed(self, time: Tensor, y: Tensor) -> Tensor:
-        """The same at a time that is a tensor already."""
+        """The same at a time that is already a tensor."""
         self.count[0] += 1
         k = self.func(time, y)
         return k if isinstance(k, Tensor) and k.shape == y.shape and k.dtype == self.dtype else fitted(k, y)
@@ -101,14 +101,14 @@ class Field:
         near = torch.tensor(t, dtype=self.time_dtype)
         aim = float("-inf") if before == forward else float("inf")
         other = Field(self.func, torch.empty((), dtype=self.dtype, device=self.device))
-        # One counter for both. The neighbour in the field's own precision: in double the field would round it away.
+        # One counter for both. The neighbour is that of the field's own precision: one in double would be rounded away.
         other.writes = self.writes
         other.count, other.at = self.count, {t: float(torch.nextafter(near, torch.full_like(near, aim)))}
         return other
 
 
 def moved(func: Callable[[Any, Tensor], Tensor], t: Tensor, y: Tensor, d: Tensor) -> Tensor:
-    """The state that the flow makes of y between t and t + d, for a d whose value is 0: y, with derivatives by d.
+    """The state to which the flow takes y from t to t + d, for a d whose value is 0: y, with derivatives in d.
 
     By the midpoint rule, so that the first and the second derivatives are those of the flow.
 
@@ -124,7 +124,7 @@ def moved(func: Callable[[Any, Tensor], Tensor], t: Tensor, y: Tensor, d: Tensor
 
 
 def fitted(k: Any, y: Tensor) -> Tensor:
-    """What the field returned, in the shape and dtype of the state."""
+    """The result of the field, in the shape and dtype of the state."""
     if not isinstance(k, Tensor):
         raise SchemeError(f"odeint: func returned a {type(k).__name__}, want a tensor of shape {tuple(y.shape)}.")
     if k.shape != y.shape:
@@ -135,7 +135,7 @@ def fitted(k: Any, y: Tensor) -> Tensor:
                 f"odeint: func returned {tuple(k.shape)} for a state of {tuple(y.shape)}; a slope has its shape."
             ) from None
     if k.dtype != y.dtype:
-        # A wider slope would be rounded without a word, and the solve's error estimate with it.
+        # A wider slope would be rounded silently, and the solve's error estimate with it.
         if torch.promote_types(k.dtype, y.dtype) != y.dtype:
             raise SchemeError(
                 f"odeint: func returned {k.dtype} for a state of {y.dtype}; "

@@ -19,7 +19,7 @@ Time = float | Tensor
 
 
 class Grid(Sequence[float]):
-    """The times of equal steps from a start to an end, made as they are asked for: there may be billions.
+    """The times of equal steps from a start to an end, computed on demand: there may be billions.
 
     Args:
         start: the first time.
@@ -42,7 +42,7 @@ class Grid(Sequence[float]):
             raise IndexError(i)
         if i == self.n:
             return self.end
-        # Each from the start, so that nothing adds up.
+        # Each is computed from the start, so that rounding does not accumulate.
         return self.start + ((self.end - self.start) * (i / self.n) if self.size is None else self.size * i)
 
 
@@ -50,9 +50,9 @@ def count(start: float, end: float, size: float) -> int:
     """How many steps of at most that size there are between two times.
 
     Raises:
-        SchemeError: more than a number format can tell apart.
+        SchemeError: more than the number format can tell apart.
     """
-    # Less a hair: an interval of 0.3 in steps of 0.1 is three steps and not four.
+    # Minus a slack for rounding: an interval of 0.3 in steps of 0.1 is three steps, not four.
     n = abs(end - start) / size - 1e-9
     if not n < 2.0**53:
         raise SchemeError(f"odeint: a step_size of {size:g} is lost against times from {start:g} to {end:g}.")
@@ -60,20 +60,20 @@ def count(start: float, end: float, size: float) -> int:
 
 
 def grids(times: Sequence[float], size: float | None, steps: int | None) -> list[Grid]:
-    """The grid of each interval: so many equal steps, or as many as keep a step within a size; one if neither."""
+    """The grid of each interval: ``steps`` equal steps, or as many as keep a step within ``size``; one if neither."""
     return [Grid(a, b, steps or (1 if size is None else count(a, b, size))) for a, b in pairwise(times)]
 
 
 class Stepper:
-    """Uses of a scheme one after another.
+    """Takes steps of a scheme one after another.
 
-    A scheme of several streams starts anew where the step size changes, as its streams belong to one size.
+    A scheme of several streams starts anew where the step size changes, since its streams belong to one size.
 
     Args:
         scheme: a scheme with fixed steps.
         func: the field, ``func(time tensor, y)``.
         y: the state at the start.
-        again: whether a step's graph is dropped and made again in the backward pass.
+        again: whether a step's graph is dropped and recomputed in the backward pass.
         perturb: whether the ends of a step are evaluated just within it.
     """
 
@@ -101,17 +101,17 @@ class Stepper:
         """The state after a step of that length from time t; ``size`` is the length as a number."""
         scheme = self.scheme
         h = length / scheme.span
-        # Relative to the size: equal steps of a grid differ by rounding.
+        # Relative to the size, since equal steps of a grid differ by rounding.
         if not self.state or (scheme.streams > 1 and abs(size - self.size) > 1e-9 * abs(size)):
             self.size, self.n = size, 0
             self.state = scheme.init([self._at(t, 0.0)] * scheme.stages, self.y, h)
         self.size = size
-        # Of a mix the whole period is one step; of other schemes the first step may differ from the rest.
+        # For a mix the whole period is one step; for other schemes the first step may differ from the rest.
         part = scheme if len(scheme.plan) > 1 else scheme.at(self.n)
         nodes: tuple[float, ...] = part.nodes or ()
         fs = [self._at(t + c * h if c else t, c / scheme.span) for c in nodes]
         if self.again:
-            # The streams go in as arguments: what a closure holds would be kept, and its graph with it.
+            # The streams are passed as arguments: tensors held by a closure would be kept, and their graph with them.
             self.state = checkpoint(lambda *s: part._step(fs, s, h), *self.state, use_reentrant=False)  # type: ignore
         else:
             self.state = part._step(fs, self.state, h)
@@ -121,10 +121,10 @@ class Stepper:
 
 
 def endless(t: float, size: float) -> Iterator[tuple[float, float]]:
-    """Steps of one size for ever."""
+    """Steps of one size, without end."""
     n = 0
     while True:
-        # Multiplied and not added up: ten thousand steps end where they should.
+        # Multiplied, not accumulated: ten thousand steps end where they should.
         yield t + n * size, t + (n + 1) * size
         n += 1
 
@@ -149,7 +149,7 @@ def solve(
         stepper: the scheme and the field.
         times: strictly monotone.
         grid: one grid per interval, or a single one over all of them; None steps on by ``size`` until an event.
-        moving: the times as a tensor that needs a gradient; grids are then one per interval.
+        moving: the times as a tensor that requires a gradient; there is then one grid per interval.
         size: the step size of an endless solve.
         interp: "linear" interpolation where values lie within steps, or a cubic one.
         max_steps: upper bound on the steps of an endless solve.
@@ -192,8 +192,8 @@ def solve(
             if interp == "linear" and not dense and events is None:
                 piece = Hermite(t0, t1, y, y1, None, None)
             else:
-                # Both ends' slopes, of which one is the neighbour's: an evaluation a step, and only where pieces are
-                # wanted.
+                # The slopes at both ends, one of which the neighbouring step shares: one evaluation a step, and only
+                # where pieces are needed.
                 k = f(t0, y) if k is None else k
                 end = f(t1, y1)
                 piece, k = Hermite(t0, t1, y, y1, k, end), end

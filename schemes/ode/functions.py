@@ -1,4 +1,4 @@
-"""Functions that a solve is given: whether they can be called as they will be, told before the first call."""
+"""Checks before the first call whether the functions given to a solve can be called as the solve will call them."""
 
 import inspect
 from typing import Any
@@ -11,12 +11,12 @@ CLOCKS = ("t", "time")
 
 
 def callable_as(what: str, f: Any, *arguments: str) -> None:
-    """Refuses what cannot be called with so many arguments, as far as its signature tells.
+    """Refuses a function that cannot be called with that many arguments, as far as its signature tells.
 
     Args:
-        what: who is given it, and as what: "odeint: func".
+        what: the caller and the argument, for messages: "odeint: func".
         f: the function.
-        arguments: names of the arguments; where the first is the time, one that names it second is refused too.
+        arguments: names of the arguments; where the first is the time, a function that names it second is refused too.
 
     Raises:
         SchemeError: with the signature, and what to write instead.
@@ -28,7 +28,7 @@ def callable_as(what: str, f: Any, *arguments: str) -> None:
         )
     if not callable(f):
         raise SchemeError(f"{what} is a {type(f).__name__}, want a function of ({form}).")
-    # A module's own call takes anything; what counts is its ``forward``, unless it is called otherwise.
+    # A module's ``__call__`` takes anything; its ``forward`` counts, unless its class overrides ``__call__``.
     plain = isinstance(f, torch.nn.Module) and type(f).__call__ is torch.nn.Module.__call__
     try:
         signature = inspect.signature(f.forward if plain else f)  # type: ignore[union-attr]
@@ -43,7 +43,7 @@ def callable_as(what: str, f: Any, *arguments: str) -> None:
             f"{what} takes {shown}, and is called as {name}({form}).\n"
             f"  Wrap it in a function of these: lambda {form}: ..."
         ) from None
-    # scipy's order: the time would be taken for the state, and broadcast against it without a word.
+    # scipy's order: the time would be taken for the state, and silently broadcast against it.
     if arguments[0] in CLOCKS and len(bound) > 1 and bound[1] in CLOCKS and bound[0] not in CLOCKS:
         raise SchemeError(
             f"{what} takes {shown}, the time second, and is called as {name}({form}).\n"

@@ -1,4 +1,4 @@
-"""Ways to differentiate a solve: keep its graph, make it again step by step, or solve the adjoint equation."""
+"""Ways to differentiate a solve: keep its graph, recompute it step by step, or solve the adjoint equation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,15 +20,15 @@ GRADIENTS = ("store", "checkpoint", "reverse", "adjoint")
 
 
 def recomputed(method: Any) -> Callable[..., Attempt]:
-    """``method.attempt``, whose graph keeps the state and the slope at the start alone and makes the rest again."""
+    """``method.attempt`` with a graph that keeps only the state and the slope at the start and recomputes the rest."""
 
     def attempt(f: Field, t: float, h: float, y: Tensor, k: Tensor) -> Attempt:
         def run(y: Tensor, k: Tensor) -> tuple[Tensor, ...]:
             tried = method.attempt(f, t, h, y, k)
-            # The first slope came in from outside, and goes out as it came.
+            # The first slope is an input, and is returned as it is.
             return (tried.y, *tried.slopes[1:])
 
-        # Slopes are given out, as dense output and the next step read them; what is inside of the field is not kept.
+        # Slopes are returned, since dense output and the next step read them; tensors inside the field are not kept.
         y1, *slopes = checkpoint(run, y, k, use_reentrant=False)  # type: ignore[misc]
         return Attempt(y1, [k, *slopes])
 
@@ -49,7 +49,7 @@ def solved(
     back: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Run]:
-    """The values at all times, stacked, and the run; differentiable in the way asked for.
+    """The values at all times, stacked, and the run; differentiable in the requested way.
 
     Args:
         func: the field of packed states, ``func(time tensor, y)``.
@@ -67,11 +67,11 @@ def solved(
     f = Field(func, y0)
     if gradient == "adjoint" and torch.is_grad_enabled():
         refuse_transforms("adjoint")
-        y0 = y0.clone() if y0.is_inference() else y0  # which could be no leaf
+        y0 = y0.clone() if y0.is_inference() else y0  # which could not be a leaf
         reads = Reads(func, clock(times[0], y0), y0, known)
         if (around := AROUND.get()) is not None:
             around.evaluated()
-        # Else there is nothing to differentiate, and a plain solve will do.
+        # Otherwise there is nothing to differentiate, and a plain solve will do.
         if y0.requires_grad or len(reads):
             found: list[Run] = []
 
@@ -95,7 +95,7 @@ def known_gradient(gradient: str) -> str:
     """The name of a way to differentiate.
 
     Raises:
-        SchemeError: it is none.
+        SchemeError: there is no such way.
     """
     if gradient not in GRADIENTS:
         raise SchemeError(f"odeint: gradient is {gradient!r}, want one of {', '.join(GRADIENTS)}.")

@@ -1,11 +1,11 @@
-"""A step size per sample: samples are accepted and rejected apart, and rest when they are done.
+"""A step size per sample: steps are accepted and rejected sample by sample, and samples rest when they are done.
 
 The field is called with all rows and times of shape (batch, 1, ...); where the data of the samples travels in a
-context, rows that are done are left out, and the context is sliced with them. Iterations are those of the slowest
-sample, so this pays where the field is dear: see the pages.
+context, rows that are done are dropped, and the context is sliced with them. The number of iterations is that of the
+slowest sample, so this pays off where the field is expensive: see the pages.
 
 Gradients come from a second pass along the recorded steps (`retrace`), in which every row takes its own accepted steps
-and nothing else; so what a rejected step did, infinities included, leaves no trace in them.
+and nothing else; so rejected steps, infinities included, leave no trace in the gradients.
 """
 
 import math
@@ -32,10 +32,10 @@ NAMES = ("running", "finished", "event", "max_steps", "underflow", "not_finite")
 
 @dataclass
 class Batch:
-    """What a solve with a step size per sample found; tensors have one entry per sample.
+    """The result of a solve with a step size per sample; tensors have one entry per sample.
 
     Attributes:
-        ys: values at the times asked for, (times, batch, ...).
+        ys: values at the requested times, (times, batch, ...).
         t: the time that was reached.
         y: the state there.
         status: one of the constants of this module.
@@ -45,10 +45,10 @@ class Batch:
         evaluations: calls of the field.
         rows: rows of all evaluations together.
         steps: starts and sizes of the accepted steps, (steps, batch); a sample that is done has size 0.
-        until: their ends, which are not quite starts and sizes together; None where func does not jump.
-        events: what was found.
+        until: their ends, which are not quite start plus size; None where func does not jump.
+        events: the events that were found.
         samples: the samples of the events.
-        places: (times, batch), after which of its steps a sample has its value at a time; -1 at the start.
+        places: (times, batch), the number of the step in which a sample has its value at a time; -1 at the start.
         thetas: (times, batch), where within that step.
         ends: by sample, the step and the place within it at which a terminal event ended it.
     """
@@ -72,7 +72,7 @@ class Batch:
 
 
 class Log:
-    """What has been found so far, with an entry per sample of the whole batch.
+    """The results so far, with an entry per sample of the whole batch.
 
     Args:
         times: (batch, times).
@@ -88,7 +88,7 @@ class Log:
         self.status = torch.zeros(n, dtype=torch.long, device=y.device)
         self.accepted, self.rejected = torch.zeros_like(self.status), torch.zeros_like(self.status)
         self.t, self.y = times[:, 0].clone(), y.clone()
-        # Of each iteration: where the steps started, their sizes, which of them were kept, and with jumps their ends.
+        # For each iteration: starts of the steps, their sizes, which of them were kept, and with jumps their ends.
         self.starts: list[Tensor] = []
         self.sizes: list[Tensor] = []
         self.kept: list[Tensor] = []
@@ -98,7 +98,7 @@ class Log:
         self.ends: dict[int, tuple[int, float]] = {}
 
     def batch(self, iterations: int, rows: Rows) -> Batch:
-        """All of it, when the solve is over."""
+        """All results, when the solve is over."""
         starts, sizes, until = self._compacted()
         return Batch(
             self.ys,
@@ -127,7 +127,7 @@ class Log:
             nothing = torch.zeros((0, len(n)), dtype=torch.float64, device=n.device)
             return nothing, nothing, nothing if self.until else None
         good = torch.stack(self.kept)
-        # Rejected steps all go into one row more than there are accepted ones, which is then cut off.
+        # Rejected steps all go into one extra row at the end, which is then cut off.
         index = torch.where(good, good.long().cumsum(0) - 1, most)
 
         def column(values: list[Tensor]) -> Tensor:
@@ -135,7 +135,7 @@ class Log:
             return empty.scatter_(0, index, torch.stack(values))[:most]
 
         t, h = column(self.starts), column(self.sizes)
-        # A sample that is done rests at its end: the field is then evaluated at a time that it has seen.
+        # A sample that is done rests at its end: the field is then evaluated at a time that it has seen before.
         rest = torch.arange(most, device=n.device)[:, None] >= n
         ends = (t + h).gather(0, (n - 1).clamp(min=0)[None])
         until = torch.where(rest, ends, column(self.until)) if self.until else None
@@ -143,7 +143,7 @@ class Log:
 
 
 class Front:
-    """The rows that are still stepped, an entry of each tensor for each.
+    """The rows that are still stepped; each tensor has one entry per row.
 
     Attributes:
         own: their samples' numbers in the batch.
@@ -156,11 +156,11 @@ class Front:
         stop: number of the stop ahead.
         place: number of the time whose value comes next.
         tries: steps tried.
-        ratio: error of the last step tried, in units of what is allowed.
-        before: that of the last accepted step.
-        before2: that of the one before.
+        ratio: error of the last step tried, in units of the allowed error.
+        before: ratio of the last accepted step.
+        before2: ratio of the accepted step before that.
         again: whether the last step was rejected.
-        broken: whether the last step that was tried in vain was not finite.
+        broken: whether the last rejected step was not finite.
         active: whether the row goes on.
     """
 
@@ -175,18 +175,18 @@ class Front:
         self.place = torch.ones(n, dtype=torch.long, device=device)
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows alone."""
+        """Drops all rows but these."""
         for name, value in vars(self).items():
             setattr(self, name, value[rows])
 
 
 @dataclass(slots=True)
 class Tried:
-    """A step of all rows of a front.
+    """An attempted step of all rows of a front.
 
     Attributes:
         h: sizes, with the sign of the direction; 0 for rows that do not go on.
-        step: the same, to be multiplied with states.
+        step: the same, shaped to multiply states.
         t: times at the end.
         lands: which rows end on a stop.
         y: states at the end.
@@ -194,7 +194,7 @@ class Tried:
         size: absolute values of the states at the end.
         good: which are kept.
         end: the slopes at the end, where they are known.
-        at: the continuous extension, where it was asked for.
+        at: the continuous extension, where it was needed.
     """
 
     h: Tensor
@@ -218,8 +218,8 @@ class Solve:
         control: tolerances and limits, of each sample.
         times: (batch, times) in double precision, strictly monotone along the second dimension, all in one direction.
         land: whether steps end on every time; else values within steps are interpolated.
-        events: what to look for; functions of (t, y) with one or several values per sample.
-        unpack: makes the user's state of a packed one.
+        events: the events to detect; functions of (t, y) with one or several values per sample.
+        unpack: turns a packed state into the user's.
         early: whether the first sample that fails ends the solve.
     """
 
@@ -253,7 +253,7 @@ class Solve:
         return torch.sort(found, dim=1, descending=self.sign < 0).values
 
     def beside(self, time: Tensor, y: Tensor, before: bool) -> Tensor:
-        """Times at jumps as the numbers just before or after them."""
+        """Replaces times at jumps by the numbers just before or after them."""
         near = time.to(time_dtype(y))
         aim = -math.inf if before == (self.sign > 0) else math.inf
         # The neighbour in the precision in which the field reads times; in double it would be rounded back to the jump.
@@ -274,11 +274,11 @@ class Solve:
         watch = Signs(self.events, self.unpack, front.t, y) if self.events else None
         if watch is not None:
             self._events_at_start(watch, front, log)
-        # The conditions wait for the device: an iteration cannot begin before it is known whether there is one.
+        # The loop condition waits for the device: whether there is another iteration must be known before it begins.
         while bool(front.active.any()) and not (self.early and bool((log.status > EVENT).any())):
             iterations += 1
             if self.rows.context is not None and not bool(front.active.all()):
-                # Rows that are done are left out, which only a context allows: else the field knows all by their place.
+                # Rows that are done are dropped, which only a context allows: else the field knows rows by position.
                 keep = front.active.nonzero()[:, 0]
                 front.keep(keep)
                 f = self.rows.at(front.own)
@@ -302,14 +302,14 @@ class Solve:
         control, t = self.control, self.times[:, 0].clone()
         k = self.start(f, t, y)
         fine = torch.isfinite(y).reshape(len(y), -1).all(1) & torch.isfinite(k).reshape(len(y), -1).all(1)
-        # Of its samples alone: one that is broken from the start does not stop the others.
+        # Only for the samples concerned: one that is broken from the start does not stop the others.
         log.status[~fine] = NOT_FINITE
         if control.first_step is not None:
             h = torch.full_like(t, abs(control.first_step))
         else:
             span = self.times[:, -1] - t
             h = first_steps(f, t, y, k, span, self.pair.order, control)
-            # Far from zero, times next to each other are further apart than a cautious step.
+            # Far from zero, neighbouring floating-point times are further apart than a cautious step.
             ulp = torch.nextafter(t.abs(), torch.full_like(t, math.inf)) - t.abs()
             h = torch.minimum(torch.maximum(h, 4 * ulp), span.abs())
         h = h.clamp(control.min_step, control.max_step)  # sizes are positive here
@@ -332,7 +332,7 @@ class Solve:
         target = front.stops.gather(1, front.stop[:, None])[:, 0]
         rest = (target - front.t).abs()
         lands = front.h * 1.01 >= rest
-        # As in ``control.Pace``: two steps of half the rest, so that no sliver of a step is left.
+        # As in ``control.Pace``: two steps of half the rest, so that no tiny step is left over.
         h = torch.where(lands, rest, torch.where(front.h * 2 > rest, rest / 2, front.h))
         least = front.again & (front.h <= control.min_step) & ~lands & (front.ratio > 1)
         least |= front.again & (front.h < sys.float_info.min)  # as in ``control.Pace``
@@ -347,7 +347,7 @@ class Solve:
     def _judge(
         self, front: Front, log: Log, h: Tensor, t: Tensor, lands: Tensor, error: Tensor, size: Tensor
     ) -> Tensor:
-        """Which steps are kept, by their errors; sets the sizes of the next: `control.Control.factor` and `shrink`."""
+        """Decides by their errors which steps are kept; sets the next sizes: `control.Control.factor` and `shrink`."""
         control, own, active = self.control, front.own, front.active
         allowed = control.scale(torch.maximum(front.size, size), None if len(own) == len(log.status) else own)
         front.ratio = ratio = norms(control, error / allowed).double()
@@ -382,7 +382,7 @@ class Solve:
         return good
 
     def _extended(self, f: RowField, front: Front, tried: Tried) -> At:
-        """The continuous extension of the step, made when it is first asked for."""
+        """The continuous extension of the step, built on first use."""
         if tried.at is None:
             if tried.end is None:
                 tried.end = f(self.beside(tried.t, tried.y, True) if self.jumps else tried.t, tried.y)
@@ -390,7 +390,7 @@ class Solve:
         return tried.at
 
     def _look(self, f: RowField, watch: Signs, front: Front, log: Log, tried: Tried) -> None:
-        """Looks for events; a row that one ends stops there instead of at the end of the step."""
+        """Detects events; a row that is ended by one stops there instead of at the end of the step."""
         at = self._extended(f, front, tried)
         for place, row, theta in watch.step(at, front.t, tried.h, tried.t, tried.good):
             sample = int(front.own[row])
@@ -403,7 +403,7 @@ class Solve:
                 log.ends[sample] = (int(log.accepted[sample]) - 1, theta)
 
     def _give(self, f: RowField, front: Front, log: Log, tried: Tried) -> None:
-        """The values at the times that the steps have reached; one time a round, as a step may pass several."""
+        """Records the values at the times that the steps have reached, one time a round: a step may pass several."""
         times, width = self.times[front.own], self.times.shape[1]
         while True:
             due = times.gather(1, front.place.clamp(max=width - 1)[:, None])[:, 0]
@@ -411,13 +411,13 @@ class Solve:
             if not bool(ready.any()):
                 return
             value, theta = tried.y, torch.ones_like(front.t)
-            # Where steps land on every time, a value within a step is asked for only because an event has cut the step
+            # Where steps land on every time, a value within a step is needed only because an event has cut the step
             # short.
             if not self.land or self.events:
                 inside = ready & (due != tried.t)
                 if bool(inside.any()):
                     at = self._extended(f, front, tried)
-                    # Rows that rest have size 0; what the quotient is for them is not used.
+                    # Rows that rest have size 0; the quotient for them is not used.
                     h = torch.where(tried.h == 0, torch.ones_like(tried.h), tried.h)
                     theta = torch.where(inside, (due - front.t) / h, 1.0)
                     value = torch.where(wide(inside, front.y).bool(), at(theta), tried.y)
@@ -428,7 +428,7 @@ class Solve:
             front.place = front.place + ready.long()
 
     def _advance(self, f: RowField, front: Front, log: Log, tried: Tried) -> None:
-        """Moves the rows whose steps are kept to their ends, and lets those rest that are done."""
+        """Moves the rows whose steps are kept to their ends, and lets rows that are done rest."""
         good, own, count = tried.good, front.own, front.stops.shape[1]
         gone = good.reshape(-1, *(1,) * (front.y.ndim - 1))
         front.y = torch.where(gone, tried.y, front.y)
@@ -437,7 +437,7 @@ class Solve:
         front.stop = torch.where(good & tried.lands, front.stop + 1, front.stop)
         stopped = good & (log.status[own] == EVENT) if self.events else torch.zeros_like(good)
         done = good & ((front.stop >= count) | stopped)
-        # Padded and repeated stops are passed over.
+        # Padded and repeated stops are skipped.
         while True:
             passed = (front.stop < count) & front.active
             passed &= front.stops.gather(1, front.stop.clamp(max=count - 1)[:, None])[:, 0] == front.t
@@ -447,7 +447,7 @@ class Solve:
             done = done | (passed & (front.stop >= count))
         log.status[own] = torch.where(done & ~stopped, FINISHED, log.status[own])
         front.active = front.active & ~done
-        # At every iteration, as a row may be left out of the next.
+        # At every iteration, since a row may be dropped from the next.
         log.t[own], log.y[own] = front.t, front.y
         front.stop = front.stop.clamp(max=count - 1)
         if tried.end is None or self.jumps:

@@ -30,13 +30,13 @@ def odeint(
 ) -> Any:
     r"""Solves y' = func(t, y), y(t[0]) = y0, for the values at all times t.
 
-    Cost: an embedded pair evaluates its stages once per step that is tried, less one where its last stage is the next
-    step's first; two more choose the first step. Memory by ``gradient``, see there.
+    Cost: an embedded pair evaluates its stages once per attempted step, less one where its last stage is the next
+    step's first; two more evaluations choose the first step. Memory depends on ``gradient``, see there.
 
     Args:
         func: the vector field; t is a tensor without dimensions, or (batch, 1, ...) under control per sample.
         y0: a tensor, or a tuple, dict or other tree of tensors.
-        t: strictly monotone times, either way; may need a gradient.
+        t: strictly monotone times, increasing or decreasing; may require a gradient.
         method: any expression of the language of schemes. An embedded pair (bosh3, dopri5, dopri8, fehlberg45, heun2,
             tsit5, verner89) chooses its steps, unless options give them; all others take fixed steps.
         rtol: relative tolerance, a number, a tensor that broadcasts against y0 (with ``batch="independent"`` also one
@@ -45,15 +45,15 @@ def odeint(
         options: of adaptive solves: first_step, min_step, max_step, max_steps, safety, smallest, largest, proportional,
             integral, derivative, norm, step_t, jump_t, outputs ("step" or "interpolate"), context (see ``batch``). Of
             fixed steps: one of step_size, steps (per interval), grid, grid_constructor; interp ("linear", "cubic"; None
-            steps onto every time), perturb, max_steps. torchdiffeq's names stand for ours. Of the adjoint:
+            steps onto every time), perturb, max_steps. torchdiffeq's names are accepted for ours. Of the adjoint:
             adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params.
-        gradient: "store" keeps the graph of the accepted steps; "checkpoint" keeps a state per step and makes the rest
-            again; "reverse" keeps step sizes alone, by reversible(method), reversible_heun or alf; "adjoint" solves the
-            adjoint equation, right to the tolerances.
+        gradient: "store" keeps the graph of the accepted steps; "checkpoint" keeps a state per step and recomputes the
+            rest; "reverse" keeps only the step sizes, by reversible(method), reversible_heun or alf; "adjoint" solves
+            the adjoint equation, accurate to the tolerances.
         batch: "joint" takes one step size for all, "independent" one for each sample along the first dimension. With
             ``options["context"]``, a tree of tensors with that first dimension, func is called as func(t, y, context)
-            and sees the samples alone that are not done.
-        event_fn: a function of (t, y), an `Event`, or several; the solve then goes on from t[0] in the direction of
+            and receives only the samples that are not finished.
+        event_fn: a function of (t, y), an `Event`, or several; the solve then runs from t[0] in the direction of
             t[1] until one of its values crosses zero.
 
     Returns:
@@ -77,13 +77,13 @@ def odeint(
     events = [e if isinstance(e, Event) else Event(e, at_start=True) for e in events]
     if events and not any(e.terminal for e in events):
         raise SchemeError("odeint: no event of event_fn is terminal, so the solve would not end; use integrate.")
-    # With an event the second time gives the direction and no end, which is what torchdiffeq's callers expect.
+    # With an event the second time gives the direction, not an end, as torchdiffeq's callers expect.
     settings = Settings(method, rtol, atol, options, gradient, batch, events, endless=bool(events))
     found = solve(Problem(func, y0, t, settings))
     if not events:
         return found.y
     if batch == "independent":
-        # One terminal event for each sample, since each goes on until it has met one.
+        # One terminal event for each sample, since each continues until it has met one.
         ends = {e.sample: e for e in found.events if events[e.number].terminal}
         times = torch.stack([ends[n].t for n in range(len(ends))])
     else:
@@ -106,7 +106,7 @@ def integrate(
     dense: bool = False,
     check: bool = True,
 ) -> Solution:
-    """What `odeint` does, with everything that it found: status, counts, events, the continuous solution.
+    """Solves as `odeint` does, and returns all that was found: status, counts, events, the continuous solution.
 
     Args:
         func: as in `odeint`, and so are the others.
@@ -118,10 +118,10 @@ def integrate(
         options: as in `odeint`.
         gradient: how to differentiate.
         batch: one step size, or one per sample.
-        events: what to look for on the way; a terminal one ends the solve.
+        events: the events to detect on the way; a terminal one ends the solve.
         dense: whether the continuous solution is kept, which ``solution(t)`` evaluates (gradients "store" and
             "checkpoint", one step size).
-        check: whether a solve that cannot go on raises; else its ``status`` says so, and what was found is returned.
+        check: whether a solve that cannot go on raises; else its ``status`` says why, and what was found is returned.
 
     Returns:
         The solution.
@@ -153,9 +153,9 @@ def odeint_adjoint(
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Any:
-    """`odeint` with ``gradient="adjoint"``, called as torchdiffeq's function of that name.
+    """`odeint` with ``gradient="adjoint"``, called like torchdiffeq's function of that name.
 
-    What func reads is found by itself, whether func is a module or not; ``adjoint_params`` adds to it.
+    The tensors that func reads are found automatically, whether func is a module or not; ``adjoint_params`` adds more.
 
     Args:
         func: the vector field.
@@ -166,7 +166,7 @@ def odeint_adjoint(
         method: an embedded pair.
         options: as in `odeint`.
         event_fn: as in `odeint`.
-        adjoint_rtol: of the adjoint equation; else rtol.
+        adjoint_rtol: rtol of the adjoint equation; by default that of the solve.
         adjoint_atol: likewise.
         adjoint_method: likewise.
         adjoint_options: added to the options; ``{"norm": "seminorm"}`` leaves gradients out of the error.
@@ -179,7 +179,7 @@ def odeint_adjoint(
         "adjoint_options": adjoint_options,
         "adjoint_params": adjoint_params,
     }
-    # None is torchdiffeq's way to say "as in the forward solve", and so it is left out.
+    # None is torchdiffeq's way of saying "as in the forward solve", so it is left out.
     given = {**(options or {}), **{k: v for k, v in back.items() if v is not None}}
     return odeint(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=given, gradient="adjoint", event_fn=event_fn
@@ -196,7 +196,7 @@ def odeint_event(
     odeint_interface: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The time of the first event after t0 and the values there, called as torchdiffeq's function of that name.
+    """The time of the first event after t0 and the values there, called like torchdiffeq's function of that name.
 
     Args:
         func: the vector field.
@@ -212,7 +212,8 @@ def odeint_event(
     if not isinstance(reverse_time, bool):
         raise SchemeError(f"odeint_event: reverse_time is {reverse_time!r}, want True or False.")
     start = _start("t0", t0)
-    # Detached: the second time gives a direction, and must not carry a gradient of the first. Far from zero 1 is lost.
+    # Detached: the second time only gives a direction, and must not pass a gradient to the first. Scaled by t0, since
+    # far from zero an added 1 is lost to rounding.
     step = 1 + start.detach().abs()
     t = torch.stack((start, start.detach() + (-step if reverse_time else step)))
     return (odeint_interface or odeint)(func, y0, t, event_fn=event_fn, **kwargs)
@@ -237,7 +238,7 @@ def odeint_dense(
     method: str | Scheme | None = None,
     options: dict[str, Any] | None = None,
 ) -> Solution:
-    """The continuous solution from t0 to t1, called as torchdiffeq's function of that name.
+    """The continuous solution from t0 to t1, called like torchdiffeq's function of that name.
 
     Args:
         func: the vector field.

@@ -1,4 +1,4 @@
-"""One step size for the whole state: the loop that chooses it, steps, and gives values at the times asked for."""
+"""One step size for the whole state: the loop that chooses it, steps, and gives values at the requested times."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ def stops(times: Sequence[float], control: Control, land: bool) -> tuple[list[fl
     low, high = min(start, end), max(start, end)
     jumps = {t for t in control.jump_t if low <= t <= high}
     given = {t for t in control.step_t if low < t < high}
-    # A jump at the very start is none to step onto: the field is read after it from the beginning.
+    # A jump at the very start is not one to step onto: the field is read after it from the beginning.
     found = ({*times[1:]} if land else {end}) | given | (jumps - {start})
     return sorted(found, reverse=end < start), jumps
 
@@ -39,7 +39,7 @@ def begin(run: Run, f: Field, y: Tensor, t: float, end: float, order: int, contr
         h = sign * min(abs(control.first_step), abs(end - t))
     else:
         h = first_step(f, t, y.detach(), k.detach(), end - t, order, control)
-        # Far from zero, times next to each other are further apart than a cautious step.
+        # Far from zero, neighbouring floating-point times are further apart than a cautious step.
         h = sign * min(max(abs(h), 4 * math.ulp(t)), abs(end - t))
     return k, Pace(control, order, h, sign)
 
@@ -131,7 +131,8 @@ def solve(
         run.steps.append((t, h))
         if after is not None:
             after(t, y, h)
-        # Where no stage is the end's slope, it is evaluated by whoever needs it first: this piece, or the next step.
+        # Where no stage is the slope at the end, it is evaluated where it is needed first: by this piece or the next
+        # step.
         last: Tensor | None = tried.slopes[-1] if reuses else None
         piece: Segment | None = None
         ended = False
@@ -142,7 +143,7 @@ def solve(
             if dense:
                 run.segments.append(piece)
             ended = events is not None and events.step(run, piece)
-        # An event inside of the step ends the solve there: times behind it have no values.
+        # An event inside of the step ends the solve there: times after it have no values.
         upto = run.t if ended else t1
         while i < len(times) and (times[i] - upto) * sign <= 0:
             run.ys.append(y1 if times[i] == t1 else piece.at(times[i]))  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Solves forward by a reversible rule: along given grids, or by steps that are chosen."""
+"""Forward solves by a reversible rule: along given grids, or with chosen steps."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,16 +18,16 @@ from .run import Run
 from .trees import rms
 
 Step = Callable[[Field, float, float, State], tuple[State, Tensor | None]]
-# The run, its last streams, and those that stood before the streams started anew, by the number of the step.
+# The run, its last streams, and the streams just before they started anew, by the number of the step.
 Marched = tuple[Run, State, dict[int, State]]
 
 # Two streams that follow one solution differ by about its error. No step size keeps a stiff field from driving them
-# apart; where they differ by so many tolerances (or, in fixed steps, by this part of their size) the solve is stopped.
+# apart; where they differ by this many tolerances (or, with fixed steps, by this part of their size) the solve stops.
 PARTED, APART = 100.0, 0.1
 
 
 def steps(r: Rule, again: bool) -> Step:
-    """The rule's step, or the same with a graph that is made again in the backward pass."""
+    """The rule's step, or the same with a graph that is recomputed in the backward pass."""
     if not again:
         return r.step
 
@@ -39,7 +39,7 @@ def steps(r: Rule, again: bool) -> Step:
             errors.append(None if error is None else error.detach())
             return found
 
-        # The error leaves by the list: it carries no gradient, and would else be kept as an output.
+        # The error is returned through the list: it carries no gradient, and would be kept as an output.
         return checkpoint(run, *s, use_reentrant=False), errors[0]  # type: ignore[return-value]
 
     return step
@@ -58,14 +58,14 @@ def along(r: Rule, f: Field, y: Tensor, grids: Sequence[Sequence[float]], again:
         for t0, t1 in pairwise(grid):
             h = t1 - t0
             if size is not None and abs(h - size) > 1e-9 * abs(h):
-                # The inverse cannot cross this border: it needs the streams as they were.
+                # The inverse cannot cross this restart: it needs the streams as they were.
                 kept[len(run.steps)] = state
                 state = r.start(f, t0, state[0])
             run.steps.append((t0, h))
             state, _ = step(f, t0, h, state)
             size = h
         run.ys.append(state[0])
-        # Once an interval and not once a step, since it waits for the device.
+        # Once an interval, not once a step, since it waits for the device.
         with torch.no_grad():
             apart, value = r.spread(state), rms(state[0].abs())
             if apart is not None and not float(rms(apart)) <= APART * float(value) + 1e-12:
@@ -92,7 +92,7 @@ def march(
     """A solve whose steps are chosen; see `joint.solve`."""
     run, t, kept = Run([y], times[0], y), times[0], {}
     step = steps(r, again)
-    # A step onto every time: a reversible scheme has no continuous extension to read values from.
+    # Steps end on every time: a reversible scheme has no continuous extension to read values from.
     ahead, jumps = stops(times, control, True)
     if jumps:
         raise SchemeError("odeint: reversible schemes know no jump_t; take step_t, or a pair such as tsit5.")
@@ -113,7 +113,7 @@ def march(
         assert error is not None
         with torch.no_grad():
             size1 = state1[0].abs()
-            # A copy, as the ratio is computed in place.
+            # A copy, since the ratio is computed in place.
             ratio = control.ratio(error.detach().clone(), size0, size1)
         if not pace.accepts(h, ratio):
             run.rejected += 1

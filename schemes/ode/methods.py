@@ -1,11 +1,11 @@
-"""The scheme of a solve, from what the user gives as ``method``; torchdiffeq's names are known."""
+"""Finds the scheme of a solve from its argument ``method``; torchdiffeq's names are known."""
 
 from typing import Any
 
 from ..errors import SchemeError
 from ..scheme import Scheme
 
-# torchdiffeq's names of methods that the language calls otherwise, and of those that it has not.
+# torchdiffeq's names of methods that the language names differently, and of those that it does not have.
 ALIASES = {"adaptive_heun": "heun2"}
 ABSENT = {
     "fehlberg2": "heun2 or bosh3",
@@ -20,9 +20,9 @@ def scheme_of(method: Any) -> Scheme:
     """The scheme that a name or an expression stands for; None stands for dopri5.
 
     Raises:
-        SchemeError: there is none, with what comes next to it.
+        SchemeError: there is none; the message names the closest method.
     """
-    from ..registry import get  # not at import: the registry knows adaptive(...), which stands on this package
+    from ..registry import get  # not at import: the registry knows adaptive(...), which is built on this package
 
     if method is None:
         method = "dopri5"

@@ -1,7 +1,7 @@
 """Gradients of times: where a time moves, the value there moves along the field.
 
-A solve with chosen steps works with times as Python numbers, without a graph. Their gradients come in afterwards: a
-term that is zero, and whose derivative by the time is the slope there.
+A solve with chosen steps works with times as Python numbers, without a graph. Their gradients are added afterwards: by
+a term that is zero, and whose derivative with respect to the time is the slope there.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from .problem import Problem
 
 
 def shift(problem: Problem, i: int) -> Tensor:
-    """Zero, with the gradient of time i; under control per sample one for each where each has its own."""
+    """Zero, with the gradient of time i; under control per sample one per sample, where each has its own times."""
     t, y0 = problem.times[..., i], problem.y0
     return (t - t.detach()).to(y0.device, y0.real.dtype if y0.is_complex() else y0.dtype)
 
 
 def moves(problem: Problem) -> bool:
-    """Whether times are to have a gradient that the steps do not give them; fixed steps are made of them."""
+    """Whether times need a gradient that the steps do not give them; fixed steps are differences of times."""
     return problem.adaptive and problem.times.requires_grad and torch.is_grad_enabled()
 
 
 def moved_start(problem: Problem) -> Tensor:
-    """y0, from which a gradient of the first time flows along the field: a later start is a start further back."""
+    """y0, through which a gradient of the first time flows along the field: a later start is a start further back."""
     if not moves(problem):
         return problem.y0
     d, t = shift(problem, 0), clock(float(problem.times[0].detach()), problem.y0)
@@ -33,8 +33,8 @@ def moved_start(problem: Problem) -> Tensor:
 
 
 def with_times(problem: Problem, ys: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Values at all times, to which a gradient of their times flows along the field."""
+    """Values at all times, through which gradients of their times flow along the field."""
     if not moves(problem):
         return ys
-    # Two evaluations for each time, paid only where a gradient of the times is wanted.
+    # Two evaluations for each time, paid only where a gradient of the times is needed.
     return torch.stack([moved(problem.func, clock(numbers[i], y), y, shift(problem, i)) for i, y in enumerate(ys)])

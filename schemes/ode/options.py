@@ -1,4 +1,4 @@
-"""The options of a solve, by torchdiffeq's names and ours, read once and named where they are wrong."""
+"""The options of a solve, by torchdiffeq's names and ours, read once; errors name the option that is wrong."""
 
 import math
 import reprlib
@@ -16,7 +16,7 @@ from .control import Control
 from .functions import callable_as
 from .trees import Packing
 
-# Ours, and what torchdiffeq calls them.
+# Our names and torchdiffeq's, each with ours.
 ADAPTIVE = {
     "first_step": "first_step",
     "min_step": "min_step",
@@ -38,7 +38,7 @@ FIXED = {"step_size", "steps", "grid", "grid_constructor", "interp", "perturb", 
 
 @dataclass
 class FixedOptions:
-    """What says where fixed steps go."""
+    """The options that place fixed steps."""
 
     step_size: float | None = None
     steps: int | None = None
@@ -130,7 +130,7 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
     _unknown(options, {*ADAPTIVE, *OTHERS}, "adaptive solves")
     found: dict[str, Any] = {}
     for name, ours in ADAPTIVE.items():
-        # None stands for what is not given, as in torchdiffeq.
+        # None means that an option is not given, as in torchdiffeq.
         if options.get(name) is not None:
             if ours in found:
                 raise SchemeError(f"odeint: the option {ours} is given twice, as {name!r} too.")
@@ -157,18 +157,18 @@ def control(options: Mapping[str, Any], rtol: Any, atol: Any, packing: Packing, 
 
 
 def lands(options: Mapping[str, Any], pair: Any) -> bool:
-    """Whether steps end on every time: as told, else where the continuous extension is less exact than the steps."""
+    """Whether steps end on every time: as requested, else where the extension is less accurate than the steps."""
     given = options.get("outputs")
     if given not in (None, "step", "interpolate"):
         raise SchemeError(f"odeint: outputs is {given!r}, want 'step' or 'interpolate'.")
     if given is None:
-        # Where the extension is as good as the error estimate, steps need not be cut short to land.
+        # Where the extension is as accurate as the error estimate, steps need not be cut short to land.
         return pair.dense[3] < pair.order
     return given == "step"
 
 
 def fixed(options: Mapping[str, Any]) -> FixedOptions:
-    """Where fixed steps go."""
+    """Reads the options that place fixed steps."""
     _unknown(options, FIXED, "fixed steps")
     given = [name for name in ("step_size", "steps", "grid", "grid_constructor") if options.get(name) is not None]
     if len(given) > 1:
@@ -197,7 +197,7 @@ def grid_times(points: Any, start: float, end: float) -> list[float]:
     row = _times("the grid", points)
     if len(row) < 2:
         raise SchemeError(f"odeint: the grid has {len(row)} times, want the start and the end at least.")
-    # Exactly: a grid that ends a little early would give the last value of another time.
+    # Compared exactly: with a grid that ends a little early, the last value would be that of another time.
     if row[0] != start or row[-1] != end:
         raise SchemeError(f"odeint: the grid goes from {row[0]:g} to {row[-1]:g}, want from {start:g} to {end:g}.")
     sign = 1.0 if end > start else -1.0

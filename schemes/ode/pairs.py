@@ -1,4 +1,4 @@
-"""An embedded pair as a step of its own: the stages from the first slope on, the error, the continuous extension."""
+"""The step of an embedded pair: the stages from the first slope on, the error, the continuous extension."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class Pair:
     """A Runge-Kutta method with a companion, ready to be stepped with step sizes that are Python numbers.
 
     Raises:
-        SchemeError: the scheme is no embedded pair.
+        SchemeError: the scheme is not an embedded pair.
     """
 
     def __init__(self, scheme: Scheme):
@@ -71,7 +71,7 @@ class Pair:
             for n, (j, a) in enumerate(row):
                 x = x.add_(ks[j], alpha=h * a) if n else torch.add(y, ks[j], alpha=h * a)
             ks.append(f(t + c * h, x))
-        if self.reuses:  # the last stage stood at the end of the step
+        if self.reuses:  # the last stage was the slope at the end of the step
             return Attempt(x, ks)
         return Attempt(combine(y, ks, tuple((j, h * b) for j, b in self.weights)), ks)
 
@@ -86,7 +86,7 @@ class Pair:
         if self._dense is None:
             found = interpolant(self.tableau)
             n = len(found.a) - found.extra
-            # Made when it is first asked for: exact polynomials take a while, and most solves land on their times.
+            # Built on first use: exact polynomials take a while, and most solves land on their times.
             self._dense = (
                 tuple(terms(tuple(map(float, row))) for row in found.a[n:]),
                 tuple(float(c) for c in found.nodes[n:]),
@@ -98,7 +98,7 @@ class Pair:
     def extended(self, f: Field, t: float, h: float, y: Tensor, attempt: Attempt, end: Tensor) -> list[Tensor]:
         """The slopes that the continuous extension reads: the stages', the one at the end, the extra ones."""
         rows, nodes, *_ = self.dense
-        # The order of the interpolant's rows: the stages, then the slope at the end where no stage is that.
+        # In the order of the interpolant's rows: the stages, then the slope at the end, unless a stage is that slope.
         ks = attempt.slopes if self.reuses else [*attempt.slopes, end]
         if not rows:
             return ks

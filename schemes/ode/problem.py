@@ -1,4 +1,4 @@
-"""What a solve is asked for: its arguments, read and checked before the field is called for the first time."""
+"""The arguments of a solve, read and checked before the field is called for the first time."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,10 +36,10 @@ class Settings:
         options: of the solve.
         gradient: how to differentiate.
         batch: one step size for all samples, or one for each.
-        events: what to look for on the way.
+        events: the events to detect on the way.
         dense: whether the continuous solution is kept.
         check: whether a solve that cannot go on raises.
-        endless: whether it goes on until an event ends it; of the two times the second then gives the direction.
+        endless: whether it goes on until an event ends it; the second of the two times then gives the direction.
     """
 
     method: str | Scheme | None = "dopri5"
@@ -55,7 +55,7 @@ class Settings:
 
 
 def _tensors(params: Any) -> tuple[Tensor, ...]:
-    """The tensors that the user says the field reads."""
+    """The tensors that the user declares the field to read."""
     if params is None:
         return ()
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -77,13 +77,13 @@ class Problem:
         settings: how to solve.
 
     Attributes:
-        user: the field as it was given.
+        user: the field as given.
         func: the field of packed states.
         y0: the packed state.
         times: the times as a tensor.
-        options: those of the solve, without the adjoint's.
-        back: those of the adjoint.
-        apart: whether each sample has a step size of its own.
+        options: the options of the solve, without the adjoint's.
+        back: the options of the adjoint.
+        apart: whether each sample has its own step size.
         rule: the reversible rule, where the scheme is one or the gradient asks for one.
         adaptive: whether step sizes are chosen.
     """
@@ -103,7 +103,7 @@ class Problem:
                 raise SchemeError(f"odeint: {name} is {getattr(settings, name)!r}, want True or False.")
         self.dense, self.check, self.endless = settings.dense, settings.check, settings.endless
         self.packing = Packing(y0, self.apart)
-        # A copy: the adjoint's own are taken out of it, and the user's dictionary stays whole.
+        # A copy: the adjoint's options are removed from it, and the user's dictionary stays whole.
         self.options = dict(options or {})
         for name in self.options:
             if not isinstance(name, str):
@@ -118,14 +118,14 @@ class Problem:
         self.func: Callable[..., Tensor] = self.user if self.packing.plain else self._packed
         paired = isinstance(self.scheme, RungeKutta) and self.scheme.tableau.b_hat is not None
         self.rule: Rule | None = rule_for(self.scheme) if self.gradient == "reverse" else rule(self.scheme)
-        # A step size can be chosen where a step comes with an error estimate, and only there.
+        # A step size can be chosen only where a step comes with an error estimate.
         estimates = paired if self.rule is None else self.rule.estimates
         self.adaptive = estimates and not reading.is_fixed(self.options)
         self._refuse(paired)
 
     def but(self, **changes: Any) -> "Problem":
-        """The same problem with other attributes; what was checked stays checked."""
-        # Shallow, and the field of packed states stays bound to the first problem, whose packing both share.
+        """A copy of the problem with other attributes; what was checked is not checked again."""
+        # A shallow copy: the field of packed states stays bound to the first problem, whose packing both share.
         found = copy.copy(self)
         for name, value in changes.items():
             setattr(found, name, value)
@@ -140,7 +140,7 @@ class Problem:
         if reading.is_fixed(self.options) or own.backend != "schemes":
             raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
         self.rtol, self.atol = own.rtol, own.atol
-        # What the call says wins over what the scheme brings along.
+        # An option of the call takes precedence over the scheme's own.
         self.options.setdefault("max_steps", own.max_steps)
         self.gradient = "adjoint" if own.adjoint else self.gradient
         return own.pair.scheme
@@ -161,7 +161,7 @@ class Problem:
         return t
 
     def _refuse(self, paired: bool) -> None:
-        """Refuses what does not go together."""
+        """Refuses settings that do not go together."""
         if self.apart and not (paired and self.adaptive):
             raise SchemeError(
                 f"odeint: batch='independent' wants an embedded pair that chooses its steps, not {self.scheme} with "
@@ -185,7 +185,7 @@ class Problem:
 
     @property
     def known(self) -> tuple[Tensor, ...]:
-        """Tensors that the user says the field reads."""
+        """Tensors that the user declares the field to read."""
         return self.params
 
     def control(self) -> Control:
@@ -199,13 +199,13 @@ class Problem:
             return None
 
         def wrapped(call: Any) -> Any:
-            # As torchdiffeq calls them: with tensors, the user's tree, and a size without a sign.
+            # As torchdiffeq calls them: with tensors, the user's tree, and an unsigned step size.
             return call and (lambda t, y, h: call(clock(t, y), self.packing.unpack(y), clock(abs(h), y)))
 
         return [wrapped(call) for call in given]
 
     def raise_if_failed(self, run: Run, more: str = "") -> None:
-        """Raises where a run stopped before its end, unless the user looks at the status.
+        """Raises where a run stopped before its end, unless the user checks the status instead.
 
         Raises:
             SchemeError: with the time, the sample and a remedy.

@@ -1,8 +1,8 @@
-"""Which tensors a vector field reads without being given them: parameters, what closures hold, contexts.
+"""Finds the tensors that a vector field reads besides its arguments: parameters, closure variables, contexts.
 
-A backward pass that makes the states again must send gradients to all of them, or say that it cannot. The autograd
-graph of one evaluation knows them: its leaves, and the edges to what was computed before the evaluation. Of the latter
-the graph tells no tensor; a second evaluation, in which every torch function shows its arguments, does.
+A backward pass that recomputes the states must send gradients to all of them, or raise. The autograd graph of one
+evaluation contains them: its leaves, and the edges to what was computed before the evaluation. For the latter the graph
+does not hold the tensors; a second evaluation, in which the arguments of every torch function are recorded, finds them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SchemeError
 
-# Set by who looks after the modules behind a field. Its ``evaluated()`` is called after an evaluation with a graph, and
-# the backward pass of an adjoint equation runs inside of it.
+# Set by the code that manages the modules behind a field. Its ``evaluated()`` is called after an evaluation with a
+# graph, and the backward pass of an adjoint equation runs inside of it.
 AROUND: ContextVar[Any] = ContextVar("around", default=None)
 
 
 class Autocast:
-    """The autocast of the forward pass: a backward pass, which runs outside of it, evaluates functions as it did."""
+    """The autocast of the forward pass, under which a backward pass, which runs outside of it, evaluates functions."""
 
     def __init__(self):
         self.on = {
@@ -31,15 +31,15 @@ class Autocast:
         }
 
     def again(self, device: str) -> AbstractContextManager[Any]:
-        """The context that a function is to be evaluated in."""
+        """The context in which to evaluate a function."""
         if device not in self.on:
             return nullcontext()
-        # No cache: a cast that an earlier evaluation made would tie this one to the graph of that one.
+        # No cache: a cast cached by an earlier evaluation would tie this one to the graph of that one.
         return torch.autocast(device, self.on[device], cache_enabled=False)
 
 
 class _Arguments(TorchFunctionMode):
-    """Collects the tensors with a history that functions are given and that no function in here has made."""
+    """Collects the tensors that torch functions are given and that no function in this mode has made."""
 
     def __init__(self, *own: Tensor):
         super().__init__()
@@ -68,14 +68,14 @@ class Reads:
         given: tensors that are known to be read.
 
     Raises:
-        SchemeError: f reads a tensor that cannot be told.
+        SchemeError: f reads a tensor that cannot be identified.
     """
 
     def __init__(self, f: Callable[[Any, Tensor], Tensor], t: Any, y: Tensor, given: Sequence[Tensor] = ()):
         self.tensors: list[Tensor] = []
         self._leaves: set[int] = set()
         self._edges: set[tuple[int, int]] = set()
-        self._alive: list[Any] = []  # graph nodes are known by their place in memory, as long as they live
+        self._alive: list[Any] = []  # graph nodes are identified by their address, as long as they live
         for x in given:
             self._add(x)
         with torch.enable_grad(), Autocast().again(y.device.type):
@@ -96,14 +96,14 @@ class Reads:
 
     def _evaluate(self, f: Any, t: Any, y: Tensor) -> tuple[Tensor, int, Tensor]:
         y1 = y.detach().requires_grad_()
-        # Nodes are numbered as they are made, so what was computed before this moment has a smaller number.
+        # Nodes are numbered as they are created, so those created before this moment have smaller numbers.
         since = y1.view_as(y1).grad_fn._sequence_nr()  # type: ignore[union-attr]
         return f(t, y1), since, y1
 
     def _add(self, x: Tensor) -> None:
         if not x.requires_grad:
             return
-        # A leaf is known by itself, a result by the node that made it: two views of one result are two edges.
+        # A leaf is identified by itself, a result by the node that made it: two views of one result are two edges.
         if x.is_leaf:
             if id(x) in self._leaves:
                 return
@@ -119,7 +119,7 @@ class Reads:
     def _walk(self, k: Tensor, since: int, y: Tensor, add: bool = True) -> bool:
         """Adds the leaves under k; returns whether an edge leads to an unknown tensor of an earlier graph.
 
-        With ``add=False`` nothing is added, and any unknown tensor counts, a leaf too.
+        With ``add=False`` nothing is added, and any unknown tensor counts, leaves included.
         """
         if k.grad_fn is None:
             if k.requires_grad and k is not y and id(k) not in self._leaves:  # func returns what it read
@@ -129,11 +129,11 @@ class Reads:
             return False
         if (id(k.grad_fn), k.output_nr) in self._edges:
             return False
-        # A loop and not a recursion: graphs of deep fields are longer than Python's stack.
+        # A loop, not a recursion: graphs of deep fields are deeper than Python's stack.
         queue, visited = [k.grad_fn], {k.grad_fn}
         while queue:
             node = queue.pop()
-            # Leaves stand outside of that order.
+            # Leaf nodes are outside of this numbering.
             if type(node).__name__ == "AccumulateGrad":
                 variable = node.variable  # type: ignore[attr-defined]
                 if variable is not y and id(variable) not in self._leaves:
@@ -141,8 +141,8 @@ class Reads:
                         return True
                     self._add(variable)
                 continue
-            # Computed before the evaluation: a gradient would have to go on from here, to a tensor that the node does
-            # not name.
+            # Computed before the evaluation: a gradient would have to continue from here, to a tensor that the node
+            # does not name.
             if node._sequence_nr() < since:
                 return True
             for following, number in node.next_functions:
@@ -153,10 +153,10 @@ class Reads:
         return False
 
     def evaluate(self, f: Callable[[Any, Tensor], Tensor], t: Any, y: Tensor) -> Tensor:
-        """``f(t, y)`` with a graph, for y a leaf; refuses tensors that earlier evaluations did not read."""
+        """``f(t, y)`` with a graph, for a leaf y; refuses tensors that earlier evaluations did not read."""
         since = y.view_as(y).grad_fn._sequence_nr()  # type: ignore[union-attr]
         k = f(t, y)
-        # Walked anew at every evaluation: a field may read another tensor at another time.
+        # Walked again at every evaluation: a field may read different tensors at different times.
         if k.requires_grad and self._walk(k, since, y, add=False):
             raise SchemeError(
                 "odeint: func reads a tensor in the backward pass (through a closure) that it did not read at the "
@@ -169,7 +169,7 @@ class Reads:
 
     @contextmanager
     def unhooked(self) -> Iterator[None]:
-        """Inside, hooks on what is read do not run: they are due once, for the gradient of the whole solve."""
+        """Disables hooks on the tensors read: they are to run once, for the gradient of the whole solve."""
         hooks = [(x, x._backward_hooks) for x in self.tensors if x._backward_hooks]
         try:
             for x, _ in hooks:
@@ -202,22 +202,22 @@ class _Once(torch.autograd.Function):
 
 
 def once(way: str, ys: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; where a graph of them is asked for, behind a node that refuses to be differentiated again.
+    """The gradients; where a graph of them is requested, behind a node that refuses to be differentiated again.
 
     Args:
-        way: its name.
+        way: the name of the gradient option, for the message.
         ys: the values of the solve, whose graph leads to all that the gradients depend on.
         grads: the gradients.
     """
     if not torch.is_grad_enabled():
         return list(grads)
-    # Hung on the values: who asks for one gradient of gradients alone would otherwise be given none, without a word.
+    # Attached to the values: a request for a single gradient of gradients would otherwise silently return none.
     marked = iter(_Once.apply(way, ys, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
     return [None if g is None else next(marked) for g in grads]
 
 
 def refuse_transforms(way: str, grad: Tensor | None = None) -> None:
-    """Raises a SchemeError inside of torch.func, or where ``grad`` is one of the batches that torch makes by it."""
+    """Raises a SchemeError inside of torch.func, or where ``grad`` is one of torch's batched gradients."""
     batched = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)  # type: ignore[attr-defined]
     if batched or torch._C._are_functorch_transforms_active():
         raise SchemeError(

@@ -1,6 +1,6 @@
 """The second pass of a solve with a step size per sample: along the recorded steps, with a graph.
 
-For every row the j-th step of this pass is its j-th accepted step, so rows go on together here that did not when the
+For every row the j-th step of this pass is its j-th accepted step, so rows advance together here that did not when the
 steps were found; a sample that has no more steps rests with size 0.
 """
 
@@ -21,7 +21,7 @@ Attempt = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tupl
 
 
 def _recomputed(pair: Pair, f: RowField) -> Attempt:
-    """`attempt`, whose graph keeps the state and the slope at the start alone and makes the rest again."""
+    """`attempt` with a graph that keeps only the state and the slope at the start and recomputes the rest."""
 
     def tried(
         t: Tensor, h: Tensor, step: Tensor, y: Tensor, k: Tensor, end: Tensor | None
@@ -30,7 +30,7 @@ def _recomputed(pair: Pair, f: RowField) -> Attempt:
             y1, slopes = attempt(pair, f, t, h, step, y, k, end)
             return (y1, *slopes[1:])
 
-        # The first slope came in from outside, and goes out as it came: the checkpoint gives back what it computed.
+        # The first slope is an input, and is returned as it is: the checkpoint returns only what it computed.
         y1, *slopes = checkpoint(run, y, k, use_reentrant=False)  # type: ignore[misc]
         return y1, [k, *slopes]
 
@@ -42,9 +42,9 @@ def retrace(solve: Solve, batch: Batch, y: Tensor, recompute: bool) -> tuple[Ten
 
     Args:
         solve: the solve.
-        batch: what it found.
+        batch: its result.
         y: the states at the start.
-        recompute: whether each step's graph is dropped and made again in the backward pass.
+        recompute: whether each step's graph is dropped and recomputed in the backward pass.
     """
     f, pair = solve.rows.at(None), solve.pair
     plan = _Plan(batch)
@@ -75,7 +75,7 @@ class _Plan:
     """Which step gives which values, and which samples end within it.
 
     Args:
-        batch: what was found without a graph.
+        batch: the result of the pass without a graph.
     """
 
     def __init__(self, batch: Batch):
@@ -89,12 +89,12 @@ class _Plan:
                 self.wanted.setdefault(j, []).append(m)
 
     def looks_within(self, j: int) -> bool:
-        """Whether anything is asked for within step j, and not at its end."""
+        """Whether any value is needed within step j, and not at its end."""
         places, thetas = self.batch.places, self.batch.thetas
         return j in self.ends or any(bool(((places[m] == j) & (thetas[m] != 1)).any()) for m in self.wanted.get(j, ()))
 
     def give(self, j: int, y: Tensor, at: At | None, values: list[Tensor]) -> None:
-        """Puts the values that step j gives, for the samples that have theirs in it."""
+        """Stores the values that step j gives, for the samples whose value lies in it."""
         for m in self.wanted.get(j, ()):
             mask, theta = self.batch.places[m] == j, self.batch.thetas[m]
             value = y
@@ -103,7 +103,7 @@ class _Plan:
             values[m] = torch.where(wide(mask, y).bool(), value, values[m])
 
     def stop(self, j: int, y: Tensor, at: At, states: dict[int, Tensor]) -> Tensor:
-        """The states after step j, of samples that an event ends there those at the event, which are noted too."""
+        """The states after step j; for samples that an event ends there, those at the event, which are recorded too."""
         theta = torch.ones(len(y), dtype=torch.float64, device=y.device)
         chosen = torch.zeros(len(y), dtype=torch.bool, device=y.device)
         for sample in self.ends[j]:

@@ -1,8 +1,8 @@
-"""Reversible solves: the backward pass makes the states again from the last one, along the recorded step sizes.
+"""Reversible solves: the backward pass reconstructs the states from the last one, along the recorded step sizes.
 
-Memory is the step sizes and the values given out. Gradients are those of the discrete solution, up to rounding that the
-inverse amplifies (by 1/c a step under McCallum and Foster's rule). The same rules serve solves whose graph is stored:
-all ways to differentiate see one solution.
+Memory holds the step sizes and the returned values. Gradients are those of the discrete solution, up to rounding that
+the inverse amplifies (by 1/c a step under McCallum and Foster's rule). The same rules serve solves whose graph is
+stored: all ways to differentiate share one solution.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from .rules import Rule, State, Tape
 from .run import Run
 from .trees import rms
 
-# Relative error of a state made again at which the backward pass is stopped.
+# Relative error of a reconstructed state at which the backward pass is stopped.
 DRIFT = 1e-3
 
 
@@ -29,7 +29,7 @@ class _Reverse(torch.autograd.Function):
     def forward(ctx: Any, back: "Backward", forward: Callable[..., Any], y0: Tensor, *reads: Tensor):
         run, state, kept = forward(y0.detach())
         ctx.back, ctx.steps, ctx.streams = back, run.steps, len(state)
-        # Tensors must be saved by autograd itself, so that a write to one is noticed; the step numbers are kept beside.
+        # Tensors must be saved by autograd itself, which then detects a write to one; step numbers are kept separately.
         ctx.kept = {n: i for i, n in enumerate(kept)}
         ys = torch.stack(run.ys)
         run.ys = []  # the stacked values are the only ones kept
@@ -58,9 +58,9 @@ class Backward:
         with torch.no_grad(), self.precision.again(grad.device.type), self.reads.unhooked():
             tape = Tape(self.func, self.reads)
             s: State = tuple(state)
-            # The loss sees the first stream alone.
+            # The loss depends on the first stream alone.
             g: State = (grad[-1], *(torch.zeros_like(x) for x in s[1:]))
-            # By equal numbers: steps end on the very times that were asked for.
+            # Looked up by equal numbers: steps end exactly on the requested times.
             places = {t: i for i, t in enumerate(self.times[:-1])}
             for n in reversed(range(len(steps))):
                 t, h = steps[n]
@@ -68,7 +68,7 @@ class Backward:
                 if n in kept:  # the streams started anew from their value
                     first = self.rule.back_start(tape, t, s, g)
                     s = tuple(kept[n])
-                    # What the other streams have learned has gone into the value from which they started.
+                    # The gradients of the other streams have gone into the value from which they started.
                     g = (first, *(torch.zeros_like(x) for x in s[1:]))
                 if t in places:
                     i = places[t]
@@ -110,7 +110,7 @@ def solved(
         times: strictly monotone.
         steps: tolerances and limits of steps that are chosen, or a grid per interval.
         check: raises where a run failed.
-        gradient: "reverse" makes the states again; "store" and "checkpoint" as elsewhere.
+        gradient: "reverse" reconstructs the states; "store" and "checkpoint" as elsewhere.
         known: tensors that func is known to read.
         options: passed to `march`, where steps are chosen.
     """

@@ -30,12 +30,13 @@ class Hit(NamedTuple):
 
 
 class Samples:
-    """The states of a whole batch, of which some rows are looked at: event functions see all of it.
+    """The states of a whole batch, of which only some rows are stepped: event functions receive all of it.
 
-    They may so read data of the samples through a closure, whichever rows are left. The other rows are as at the start.
+    They may thus read data of the samples through a closure, whichever rows are left. The other rows stay as at the
+    start.
 
     Args:
-        unpack: makes the user's state of a packed one.
+        unpack: turns a packed state into the user's.
         t: the times of all samples.
         y: their states.
     """
@@ -44,7 +45,7 @@ class Samples:
         self.unpack, self.t, self.y = unpack, t, y.detach()
 
     def put(self, rows: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The times and states of all samples, those of some rows replaced."""
+        """The times and states of all samples, with those of some rows replaced."""
         return self.t.index_copy(0, rows, t.to(self.t.dtype)), self.y.index_copy(0, rows, y)
 
     def value(self, number: int, event: Event, t: Tensor, y: Tensor) -> Tensor:
@@ -66,8 +67,8 @@ class Signs:
     """The signs of event functions, row by row.
 
     Args:
-        events: what to look for.
-        unpack: makes the user's state of a packed one.
+        events: the events to detect.
+        unpack: turns a packed state into the user's.
         t: the times of the rows at the start.
         y: their states.
     """
@@ -93,7 +94,7 @@ class Signs:
         return values if self.rows is None else [v[self.rows] for v in values]
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows alone."""
+        """Drops all rows but these."""
         self.signs = self.signs[rows]
         self.rows = rows if self.rows is None else self.rows[rows]
 
@@ -105,7 +106,7 @@ class Signs:
         return row if self.rows is None else int(self.rows[row])
 
     def start(self, active: Tensor) -> list[Hit]:
-        """The events that a start at zero counts as; ``active`` are the rows that start at all."""
+        """The events at the start, where a zero there counts; ``active`` are the rows that start at all."""
         values = torch.cat(self.values, 1)
         self._refuse_nan(values, self.t, active)
         zero = (values == 0).nonzero().tolist()
@@ -141,7 +142,7 @@ class Signs:
                     continue
                 place = x if new[row, m] == 0 else self._locate(at, t, h, float(low[row]), x, row, m)
                 hits.append((row, place, m))
-            # A sign of 0 at the start of a step is passed over until the function has left zero.
+            # A sign of 0 at the start of a step is ignored until the function has left zero.
             change = good[:, None] & ((new != 0) | crossed)
             self.signs = torch.where(change, new, self.signs)
             low = theta
@@ -151,7 +152,7 @@ class Signs:
             if row in over:
                 continue
             n, c = self.owners[m]
-            # The extension is one of the whole batch: all rows are evaluated there, and one is wanted.
+            # The extension is one of the whole batch: all rows are evaluated there, but only one is needed.
             y = at(torch.full_like(t, theta))[row]
             time = float(until[row] if theta == 1 else t[row] + theta * h[row])
             found.append(Hit(Place(n, c, time, y), row, theta))
@@ -176,7 +177,7 @@ class Signs:
 
 
 class Attached(NamedTuple):
-    """Events of several samples with their gradients; an entry of each for every event.
+    """Events of several samples with their gradients; each field has one entry per event.
 
     Attributes:
         t: the times, in double precision.
@@ -203,17 +204,17 @@ def attach_rows(
     """The times and states of one event in several samples with their gradients: `events.attach`, all at once.
 
     Args:
-        number: its place in the list of events.
+        number: the event's place in the list of events.
         event: the event.
         batch: the states of all samples.
-        field: of all samples.
+        field: the field of all samples.
         samples: the samples, each once.
         components: the numbers of their values that are zero.
         t: the times of the events, in double precision, without a graph.
         y: the states there.
 
     Raises:
-        SchemeError: a gradient is wanted of an event at which the function has slope zero.
+        SchemeError: a gradient is requested of an event at which the function has slope zero.
     """
     rows = torch.tensor(samples, device=y.device)
     which = torch.tensor(components, device=y.device)
@@ -227,7 +228,7 @@ def attach_rows(
     with torch.enable_grad():
         time, at = t.detach().requires_grad_(), y.detach().requires_grad_()
         value = g(time, at)
-        # Of their sum, as a sample's value depends on nothing but the sample.
+        # Of their sum, since a sample's value depends on nothing but the sample.
         parts = torch.autograd.grad(value.sum(), [time, at], allow_unused=True) if value.requires_grad else (None, None)
     with torch.no_grad():
         slope = torch.zeros_like(t) if parts[0] is None else parts[0].double()

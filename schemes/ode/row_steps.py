@@ -1,4 +1,4 @@
-"""A step of an embedded pair in which every row has a size of its own."""
+"""A step of an embedded pair in which every row has its own size."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ def shifted(y: Tensor, ks: Sequence[Tensor], row: Terms, step: Tensor) -> Tensor
     """y + step sum_j row[j] k_j."""
     if not row:
         return y
-    # The sum stands here once more than in ``gathered``: a call for each stage is what a small batch would notice.
+    # Repeats the sum of ``gathered``: an extra call for each stage would be noticeable in a small batch.
     j, a = row[0]
     total = ks[j] * a
     for j, a in row[1:]:
@@ -41,17 +41,17 @@ def attempt(
         f: the field.
         t: times at the start.
         h: sizes.
-        step: the same, to be multiplied with states.
+        step: the same, shaped to multiply states.
         y: states at the start.
         k: slopes there.
-        end: times at the end, where they are not t + h to the field: at jumps, which it reads as just before them.
+        end: times at the end, where the field is not to read t + h: at jumps, it reads times just before them.
     """
     ks, x = [k], y
     for c, row in pair.tail:
         x = shifted(y, ks, row, step)
         ks.append(f(end if end is not None and c == 1 else t + c * h, x))
     if not pair.reuses:
-        # Where the last stage stands at the end of the step, its input is the result already.
+        # Where the last stage is the slope at the end of the step, its input already is the result.
         x = shifted(y, ks, pair.weights, step)
     return x, ks
 

@@ -1,4 +1,4 @@
-"""The field on the rows of a batch, each at a time of its own, and numbers that differ from row to row."""
+"""The field on the rows of a batch, each at its own time, and numbers that differ from row to row."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ RowField = Callable[[Tensor, Tensor], Tensor]  # (times of the rows, states of t
 
 
 class Rows:
-    """Calls the field on some rows, at times of their own.
+    """Calls the field on some rows, each at its own time.
 
     Args:
         func: the field of packed states, ``func(t, y)`` or with a context ``func(t, y, context)``.
@@ -28,7 +28,7 @@ class Rows:
         self.func, self.context = func, context
         self.count = self.rows = 0
         self.writes = Writes()
-        # Whether a solve without a graph looks for what would have one, and whether it has found any.
+        # Whether a solve without a graph checks for results that would have one, and whether it has found any.
         self.looking = self.reads = False
         if context is not None:
             for x in pytree.tree_leaves(context):
@@ -39,7 +39,7 @@ class Rows:
                     )
 
     def at(self, rows: Tensor | None) -> RowField:
-        """The field of these rows; None stands for all."""
+        """The field of these rows; None means all."""
         context = self.context
         if context is not None and rows is not None:
             context = pytree.tree_map(lambda x: x[rows] if isinstance(x, Tensor) else x, context)
@@ -61,14 +61,14 @@ class Rows:
 
 
 def wide(h: Tensor, y: Tensor) -> Tensor:
-    """One number per row, to be multiplied with a state."""
+    """One number per row, shaped to multiply a state."""
     return h.to(y.real.dtype if y.is_complex() else y.dtype).reshape(-1, *(1,) * (y.ndim - 1))
 
 
 def norms(control: Control, weighted: Tensor) -> Tensor:
     """The norm of every row."""
     if control.norm is not None:
-        # The user's norm is one of a single state.
+        # The user's norm takes a single state.
         found = torch.func.vmap(control.norm)(weighted)
         if bool((found < 0).any()):
             raise SchemeError(f"odeint: norm returned {float(found.min()):g}, want a number that is not negative.")
@@ -78,7 +78,7 @@ def norms(control: Control, weighted: Tensor) -> Tensor:
 
 
 def first_steps(f: RowField, t: Tensor, y: Tensor, k: Tensor, span: Tensor, order: int, c: Control) -> Tensor:
-    """`control.first_step` for every row; sizes without a sign."""
+    """`control.first_step` for every row; the sizes are unsigned."""
     scale = c.scale(y.abs())
     d0, d1 = norms(c, y / scale).double(), norms(c, k / scale).double()
     unknown = (d0 < 1e-5) | (d1 < 1e-5) | ~((d0 / d1 > 0) & (d0 / d1 < torch.inf))
@@ -90,5 +90,5 @@ def first_steps(f: RowField, t: Tensor, y: Tensor, k: Tensor, span: Tensor, orde
     top = torch.maximum(d1, d2)
     h1 = torch.where(top <= 1e-15, torch.clamp(h * 1e-3, min=1e-6), (0.01 / top) ** (1 / (order + 1)))
     found = torch.minimum(torch.minimum(100 * h, h1), span.abs())
-    # A trial step that overflowed says nothing but that it was too long.
+    # A trial step that overflowed tells only that it was too long.
     return torch.where(torch.isfinite(d2), found, h * 1e-3)

@@ -27,22 +27,22 @@ State = tuple[Tensor, ...]
 
 
 class Tape:
-    """Evaluations of the field with a graph, and what they add to the gradients of what it reads."""
+    """Evaluates the field with a graph, and accumulates the gradients of the tensors that it reads."""
 
     def __init__(self, func: Callable[[Any, Tensor], Tensor], reads: Reads):
         self.func, self.reads = func, reads
         self.gradients: list[Tensor | None] = [None] * len(reads)
 
     def evaluate(self, t: float, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The slope, and a function that sends a gradient of it back to y (and to what the field reads)."""
-        # A leaf: the graph is that of one evaluation, and goes with the function that is returned.
+        """The slope, and a function that propagates its gradient back to y (and to the tensors the field reads)."""
+        # A leaf: the graph covers one evaluation only, and is freed with the function that is returned.
         y = y.detach().requires_grad_()
         with torch.enable_grad():
             k = self.reads.evaluate(self.func, clock(t, y), y)
         return k.detach(), lambda grad: self.back(k, y, grad)
 
     def back(self, k: Tensor, y: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of y from that of k = f(y); those of what else f reads are added up."""
+        """The gradient of y from that of k = f(y); gradients of the other tensors that f reads are accumulated."""
         found, *rest = vjp(k, [y, *self.reads.tensors], grad)
         for n, g in enumerate(rest):
             if g is not None:
@@ -73,7 +73,7 @@ class Rule(ABC):
         return g[0]
 
     def spread(self, s: State) -> Tensor | None:
-        """How far apart two streams are that follow one solution, or None."""
+        """The difference of two streams that follow one solution, or None."""
         return s[0] - s[1]
 
 
@@ -106,7 +106,7 @@ class McCallumFoster(Rule):
         return (y1, z1), error
 
     def _increment(self, tape: Tape, t: float, h: float, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Psi_h(t, y), and what sends its gradient back."""
+        """Psi_h(t, y), and a function that propagates its gradient back."""
         ks: list[Tensor] = []
         sends: list[Callable[[Tensor], Tensor]] = []
         for c, row in zip(self.nodes[: self.live], self.rows, strict=False):
@@ -115,8 +115,8 @@ class McCallumFoster(Rule):
             sends.append(send)
 
         def back(grad: Tensor) -> Tensor:
-            # Backwards through the stages by hand, from each slope to the stage's input, and from there to the slopes
-            # that it is made of.
+            # Backwards through the stages by hand: from each slope to the stage's input, and from there to the slopes
+            # that it is a sum of.
             gradients: list[Tensor | None] = [None] * self.live
             for j, b in self.weights:
                 gradients[j] = (h * b) * grad
@@ -158,19 +158,19 @@ class Heun(Rule):
 
     def step(self, f: Field, t: float, h: float, s: State) -> tuple[State, Tensor | None]:
         y, z, k = s
-        # The sum is new, so z is taken off in place.
+        # The sum is a new tensor, so z is subtracted in place.
         z1 = torch.add(k * h, y, alpha=2).sub_(z)
         k1 = f(t + h, z1)
         return (y + (0.5 * h) * (k + k1), z1, k1), (0.5 * h) * (k1 - k)
 
     def back(self, tape: Tape, t: float, h: float, s: State, g: State) -> tuple[State, State]:
         (y1, z1, k1), (gy1, gz1, gk1) = s, g
-        # k1 stands in the next step too, and gk1 is what that sends: its graph is made here, once for both.
+        # The next step reads k1 too, and gk1 is the gradient from there: the graph is built here, once for both.
         k1, send = tape.evaluate(t + h, z1)
         gz1 = gz1 + send(gk1 + (0.5 * h) * gy1)
         z, gz = 2 * y1 - z1 - h * k1, -gz1
         with torch.no_grad():
-            # Without a graph: its gradient comes in the step before, where it was that step's last slope.
+            # Without a graph: its gradient is computed in the step before, whose last slope it was.
             k = tape.func(clock(t, z), z)
         y = y1 - (0.5 * h) * (k + k1)
         return (y, z, k), (gy1 + 2 * gz1, gz, (0.5 * h) * gy1 + h * gz1)
@@ -203,7 +203,7 @@ class Leapfrog(Rule):
         eta = self.eta
         m = torch.add(x1, v1, alpha=-0.5 * h)
         u, send = tape.evaluate(t + 0.5 * h, m)
-        # u once more, from the same point: m is half a step back from x1, as it was half a step ahead of x.
+        # u again, from the same point: m is half a step back from x1, as it was half a step ahead of x.
         v = (v1 - 2 * eta * u) / (1 - 2 * eta)
         gv1 = gv1 + (0.5 * h) * gx
         gx = gx + send(2 * eta * gv1)
@@ -214,11 +214,11 @@ class Leapfrog(Rule):
         return g[0] + send(g[1])
 
     def spread(self, s: State) -> Tensor | None:
-        return None  # a velocity that strays shows in the error estimate
+        return None  # a velocity that drifts shows in the error estimate
 
 
 def rule(scheme: Scheme) -> Rule | None:
-    """The reversible rule that a scheme is; None where it is none."""
+    """The reversible rule of a scheme; None where there is none."""
     if isinstance(scheme, Reversible) and isinstance(scheme.base, RungeKutta):
         return McCallumFoster(scheme.base, scheme.coupling)
     if isinstance(scheme, Alf):

@@ -1,4 +1,4 @@
-"""What a solve found, and how it ended."""
+"""The result of a solve, and how it ended."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,10 @@ NOT_FINITE = (
 
 @dataclass
 class Run:
-    """What a solve of packed states found.
+    """The result of a solve of packed states.
 
     Attributes:
-        ys: values at the times asked for, as far as the solve came.
+        ys: values at the requested times, as far as the solve got.
         t: the time that it reached.
         y: the state there.
         status: "finished", "event", "max_steps", "underflow", "not_finite" or "unstable" (of reversible schemes).
@@ -28,8 +28,8 @@ class Run:
         rejected: steps that were not.
         evaluations: calls of the field.
         steps: start and size of each step that was kept.
-        segments: the pieces of the continuous solution, where asked for.
-        events: what the event functions found, as (number, time, state).
+        segments: the pieces of the continuous solution, where requested.
+        events: the events found, as (number, time, state).
     """
 
     ys: list[Tensor]
@@ -52,7 +52,7 @@ class Run:
     def reason(self) -> str:
         """What stopped the solve, where, and in which sample."""
         where = f"t={self.t:.6g}" + ("" if self.sample is None else f", sample {self.sample}")
-        # No step can be at fault: the remedy is another one.
+        # No step can be at fault, so the remedy is a different one.
         if self.status == "not_finite" and not self.accepted + self.rejected:
             return f"the state or its slope is not finite at the start, {where}"
         return {

@@ -1,4 +1,4 @@
-"""Solves with a step size per sample: the loop, its second pass for gradients, and what is given back."""
+"""Solves with a step size per sample: the loop, its second pass for gradients, and the solution."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .solution import Solution
 
 
 def solve_samples(problem: Problem) -> Solution:
-    """The solution, every sample with a step size of its own."""
+    """The solution, with a separate step size for every sample."""
     n, times = len(problem.y0), _times(problem)
     if times.shape[1] == 1 or problem.y0.numel() == 0:
         return _trivial(problem, times)
@@ -30,7 +30,7 @@ def solve_samples(problem: Problem) -> Solution:
         # Each sample in its own direction, until its own event.
         times = torch.cat((times[:, :1], times[:, :1] + sign * torch.inf), 1)
     solve = _solve(problem, times)
-    # A function may read what has a gradient at late times alone, and is asked at every one.
+    # A function may read a tensor with a gradient only at late times, so every call is checked.
     solve.rows.looking = torch.is_grad_enabled()
     batch = solve.run(problem.y0.detach())
     solve.rows.looking = False
@@ -69,7 +69,7 @@ def _trivial(problem: Problem, times: Tensor) -> Solution:
     field = Rows(problem.func, problem.options.get("context"), n).at(None)
     ys = [problem.y0]
     if width > 1:
-        # A step of Euler's shows what a gradient depends on.
+        # An Euler step, so that the graph has all that a gradient depends on.
         k = field(times[:, 0], problem.y0)
         ys += [problem.y0 + wide(times[:, i] - times[:, 0], k) * k for i in range(1, width)]
     stacked, count = torch.stack(ys), torch.zeros(n, dtype=torch.long, device=times.device)
@@ -141,19 +141,19 @@ def _with_graph(
             whole = wide(fine, y).bool()
             ys, last = torch.where(whole, ys, batch.ys), torch.where(whole, last, batch.y)
     if torch.is_grad_enabled() and problem.times.requires_grad and not problem.endless:
-        # Of a sample that did not come so far there is no value, nor a derivative.
+        # A sample that did not get that far has neither a value nor a derivative.
         there = [fine if i == 0 else batch.places[i] >= 0 for i in range(len(ys))]
         ys = torch.stack([_moved(problem, solve, i, x, y, there[i]) for i, x in enumerate(ys)])
-        # Whoever has come to the end ends with the time that was asked for.
+        # Samples that have finished end at the requested time, so their last state has the gradient of that time.
         whole = wide(batch.status == FINISHED, y).bool()
         last = torch.where(whole, ys[-1], last)
     return ys, states, last
 
 
 def _standing_in(bad: Tensor, y: Tensor) -> Tensor:
-    """The states at the start, another sample's for those that are broken from there on.
+    """The states at the start, with another sample's for those that are broken from the start.
 
-    The function sees all rows, and NaN in one would spoil the gradients of what all of them read.
+    The function receives all rows, and a NaN in one would spoil the gradients of the tensors that all of them read.
     """
     if not bool(bad.any()) or bool(bad.all()):
         return y
@@ -161,9 +161,9 @@ def _standing_in(bad: Tensor, y: Tensor) -> Tensor:
 
 
 def _moved(problem: Problem, solve: Solve, i: int, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
-    """The values x at time i, with a gradient of that time, of the samples that are there; y stands in for others."""
+    """The values x at time i, with a gradient of that time for samples that are there; others are evaluated at y."""
     mask = wide(there, y).bool()
-    # Where a field reads NaN, the gradients of what it reads are lost.
+    # Where a field is given NaN, the gradients of the tensors that it reads are lost.
     whole = torch.where(mask, x, y)
     found = moved(solve.rows.at(None), solve.times[:, i], whole, _each(shift(problem, i), len(y)))
     return torch.where(mask, found, x)
@@ -202,7 +202,7 @@ def _events(
 
 
 def _rounds(batch: Batch) -> list[tuple[list[Place], list[int]]]:
-    """The events found, in groups of one function in which every sample stands once at most."""
+    """The events found, in groups of one function in which every sample appears at most once."""
     groups: dict[tuple[int, int], tuple[list[Place], list[int]]] = {}
     seen: dict[tuple[int, int], int] = {}
     for place, sample in zip(batch.events, batch.samples, strict=True):

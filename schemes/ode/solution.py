@@ -1,4 +1,4 @@
-"""What a solve gives back."""
+"""The result of a solve."""
 
 import bisect
 from dataclasses import dataclass, field
@@ -16,19 +16,19 @@ from .trees import Packing
 class Solution:
     """The solution of an initial value problem.
 
-    Called with a time it gives the value there, where ``dense=True`` was asked for.
+    Called with a time, it returns the value there, if it was solved with ``dense=True``.
 
     Attributes:
-        t: the times asked for, as far as the solve came.
+        t: the requested times, as far as the solve got.
         y: the values there, stacked along the first dimension, in the structure of y0.
         status: "finished", "event", "max_steps", "underflow" (the step size fell below rounding), "not_finite" or
-            "unstable" (the streams of a reversible scheme came apart); one per sample under ``batch="independent"``.
+            "unstable" (the streams of a reversible scheme drifted apart); one per sample under ``batch="independent"``.
         reached: the time that the solve reached, one per sample likewise.
         last: the state there.
         accepted: number of steps that were kept, per sample likewise.
-        rejected: number of steps that were tried again, likewise.
+        rejected: number of steps that were rejected and retried, likewise.
         evaluations: calls of func in the forward pass.
-        rows: samples in all calls together; None unless steps are chosen per sample.
+        rows: total number of samples over all calls; None unless steps are chosen per sample.
         events: what was found, in order of time.
         steps: start and size of each step that was kept; per sample as two tensors.
     """
@@ -51,7 +51,7 @@ class Solution:
         """The value at a time, or at each of several; differentiable, in t too.
 
         Raises:
-            SchemeError: the solve kept no pieces, or the time lies outside of it.
+            SchemeError: the solve kept no continuous solution, or the time lies outside the solve.
         """
         return self._evaluated(t, "at")
 
@@ -83,7 +83,7 @@ class Solution:
     def _segment(self, t: float) -> Any:
         pieces = self._segments
         sign = 1.0 if pieces[-1].t1 > pieces[0].t0 else -1.0
-        # The last piece goes on beyond an event that has ended the solve, and says nothing there.
+        # The last piece extends beyond an event that ended the solve, and is not valid there.
         start, end = pieces[0].t0, float(self.reached)
         if not start * sign <= t * sign <= end * sign:
             raise SchemeError(f"Solution: t={t:.10g} lies outside of the solve, from {start:.10g} to {end:.10g}.")

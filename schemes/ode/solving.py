@@ -1,4 +1,4 @@
-"""Which way a problem is solved: one step size or one per sample, chosen or fixed; events found first or on the way."""
+"""Chooses how a problem is solved: one step size or one per sample, chosen or fixed; events first or on the way."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ def solve(problem: Problem) -> Solution:
         return solve_samples(problem)
     numbers: list[float] = problem.times.detach().tolist()
     if len(numbers) == 1 or problem.y0.numel() == 0:
-        # Before any method is asked: its loop would look for a first step size.
+        # Before any method is called: its loop would look for a first step size.
         return trivial(problem, numbers)
     if problem.gradient in ("adjoint", "reverse") and problem.events:
         return _located_first(problem, numbers)
@@ -34,7 +34,7 @@ def solve(problem: Problem) -> Solution:
 
 
 def _refuse_transforms(problem: Problem) -> None:
-    """Refuses torch.func where it would fail on the way."""
+    """Refuses torch.func where it would fail during the solve."""
     if not torch._C._are_functorch_transforms_active():
         return
     if problem.adaptive and any(kind.name == "Vmap" for kind in _transforms()):
@@ -61,9 +61,9 @@ def _solved(problem: Problem, numbers: list[float]) -> tuple[Tensor, Run]:
 
 
 def _located_first(problem: Problem, numbers: list[float]) -> Solution:
-    """Events under a gradient that makes states again: found without one, then solved up to the one that ends it.
+    """Events under a gradient that recomputes states: found without one, then a solve up to the terminal one.
 
-    That one has its gradients; those before it are found, and have none.
+    The terminal event has its gradients; those before it are found, but have none.
     """
     plain = problem.but(gradient="store")
     with torch.no_grad():
@@ -72,13 +72,13 @@ def _located_first(problem: Problem, numbers: list[float]) -> Solution:
         whole = problem.but(events=[])
         return replace(answer(whole, *_solved(whole, numbers), numbers), events=first.events)
     event, end = first.events[-1], float(first.reached)
-    if end == numbers[0]:  # no step, and nothing to make again
+    if end == numbers[0]:  # no step, and nothing to recompute
         return answer(plain, *_solved(plain, numbers), numbers)
     sign = 1.0 if end >= numbers[0] else -1.0
-    # Times behind the event have no values.
+    # Times after the event have no values.
     inner = [] if problem.endless else [x for x in numbers[1:] if (end - x) * sign > 0]
     row = [numbers[0], *inner, end]
-    # The time of the event has a gradient by the event function alone; those before it move with the user's.
+    # The time of the event gets its gradient from the event function alone; the times before it have the user's.
     head = problem.times[: len(row) - 1]
     times = torch.cat((head, torch.tensor([end], dtype=head.dtype, device=head.device)))
     known = problem.but(events=[], endless=False, times=times)

@@ -37,7 +37,7 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
                 "odeint: t needs a gradient; fixed steps have it where they end on every time "
                 "(step_size or steps, no interp, no grid, no event)."
             )
-        # Steps are then made of differences of these, so the graph leads through them.
+        # Steps are then computed from differences of these, so the graph leads through them.
         moving = problem.times
     again = problem.gradient == "checkpoint" and torch.is_grad_enabled()
     run = fixed_steps.solve(
@@ -69,7 +69,7 @@ def _count(grid: Grid, given: reading.FixedOptions) -> None:
 def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> Grid:
     """Where the steps go."""
     if problem.endless:
-        # Other options divide an interval, and without an end there is none.
+        # The other options divide an interval, and there is none without an end.
         if given.step_size is None:
             raise SchemeError(f"odeint: an event under {problem.scheme}, which takes fixed steps, wants a step_size.")
         return None
@@ -86,13 +86,13 @@ def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float])
 
 
 def _from_the_start(times: Sequence[float], size: float) -> Sequence[float]:
-    """Steps of one size from the start on, the last one shorter: torchdiffeq's grid, which its interp stands on."""
+    """Steps of one size from the start on, the last one shorter: torchdiffeq's grid, on which its interp is based."""
     start, end = times[0], times[-1]
     return fixed_steps.Grid(start, end, fixed_steps.count(start, end, size), math.copysign(size, end - start))
 
 
 def _reversed(problem: Problem, y: Tensor, times: list[float], grid: Grid) -> tuple[Tensor, Run]:
-    """A solve whose states are made again by the inverse of its rule."""
+    """A solve whose states are reconstructed by the inverse of its rule."""
     if problem.times.requires_grad:
         raise SchemeError("odeint: gradient='reverse' with fixed steps has no gradient of t; take 'checkpoint'.")
     if grid is None:

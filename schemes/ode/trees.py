@@ -1,4 +1,4 @@
-"""States that are trees of tensors (tuples, dicts, and what is made of them) as one tensor, and back."""
+"""Packs states that are trees of tensors (tuples, dicts, and nestings of them) into one tensor, and unpacks them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,10 @@ STATES = (*HALF, torch.float32, torch.float64, torch.complex64, torch.complex128
 
 
 class Packing:
-    """How a tree of tensors stands in one tensor: flat, or for control per sample as (batch, values of the sample).
+    """The layout of a tree of tensors in one tensor: flat, or for control per sample (batch, values of the sample).
 
-    A tensor alone keeps its shape. Leaves of several dtypes are kept in the widest of them and handed out in their own;
-    those of half precision are kept in single, since a small step would be lost on them.
+    A tensor alone keeps its shape. Leaves of several dtypes are stored in the widest of them and returned in their own;
+    those of half precision are stored in single, since a small step would be lost on them.
 
     Args:
         y0: the tree.
@@ -49,13 +49,13 @@ class Packing:
         self.sizes = [leaf.shape[kept:].numel() for leaf in leaves]
         self.dtype = torch.float32 if leaves[0].dtype in HALF else leaves[0].dtype
         for leaf in leaves[1:]:
-            # The widest holds all of them; handing out restores each leaf's own.
+            # The widest holds all of them; unpacking restores each leaf's own.
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
         # Whether packing changes nothing.
         self.plain = self.alone and self.dtype == leaves[0].dtype
 
     def pack(self, tree: Any, what: str = "func") -> Tensor:
-        """The tensor that stands for a tree."""
+        """Packs a tree into one tensor."""
         if self.alone:
             narrow = isinstance(tree, Tensor) and tree.dtype in HALF and not self.plain
             return tree.to(self.dtype) if narrow else tree
@@ -66,7 +66,7 @@ class Packing:
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise SchemeError(f"odeint: {what} returned a {type(leaf).__name__} among its tensors.")
-            # Packed with a complex neighbour it would fit, and its imaginary part would be lost when it is unpacked.
+            # Packed with a complex neighbour it would fit, but its imaginary part would be lost when it is unpacked.
             if leaf.is_complex() and not dtype.is_complex:
                 raise SchemeError(f"odeint: {what} returned {leaf.dtype} for a part of y0 that is {dtype}.")
             if torch.promote_types(leaf.dtype, self.dtype) != self.dtype:
@@ -90,12 +90,12 @@ class Packing:
         """The leaves of a tree in the order of y0's; None where it has another structure."""
         leaves, spec = pytree.tree_flatten(tree)
         if spec != self.spec:
-            # The keys of a dict have an order, which is no part of its structure.
+            # The keys of a dict have an order, which is not part of its structure.
             leaves, spec = pytree.tree_flatten(_ordered(tree, self._like))
         return leaves if spec == self.spec else None
 
     def unpack(self, flat: Tensor, lead: tuple[int, ...] = ()) -> Any:
-        """The tree that a tensor stands for; ``lead`` are dimensions in front of the state's, such as the times."""
+        """Unpacks a tensor into a tree; ``lead`` are dimensions in front of the state's, such as the times."""
         if self.alone:
             return flat if self.plain else flat.to(self.dtypes[0])
         leaves = []
@@ -122,7 +122,7 @@ class Packing:
             return _fitting(name, value.to(like.device, like.abs().dtype), like.shape)
         if not isinstance(value, (tuple, list, dict)) and pytree.tree_flatten(value)[1].is_leaf():
             raise SchemeError(f"odeint: {name} is {value!r}, want a number, a tensor, or a tree of them like y0.")
-        # By the keys of y0 where it has some; else by their number, since torchdiffeq's callers give tuples.
+        # Matched by the keys of y0 where it has some; else by position, since torchdiffeq's callers give tuples.
         found = self._leaves(value)
         leaves = pytree.tree_leaves(value) if found is None else found
         if self.alone or len(leaves) != len(self.sizes):
@@ -145,10 +145,10 @@ class Packing:
         return torch.cat(parts, -1)
 
     def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
-        """A norm of packed states: the user's own of trees, or for several tensors the largest of their own."""
+        """A norm of packed states: the user's norm of trees, or for several tensors the largest of their norms."""
         if given is not None:
             if self.samples and not self.alone:
-                # The norm is one of a single sample, which to ``unpack`` is a batch of one.
+                # The norm takes a single sample, which to ``unpack`` is a batch of one.
                 return lambda flat: _number(given(pytree.tree_map(lambda x: x[0], self.unpack(flat[None]))))
             if self.alone:
                 # In the solver's precision: a weighted error can be too large for half.
@@ -160,7 +160,7 @@ class Packing:
 
 
 def _refuse_leaf(leaf: Any) -> None:
-    """Refuses what is no state."""
+    """Refuses a leaf that cannot be part of a state."""
     if not isinstance(leaf, Tensor):
         raise SchemeError(
             f"odeint: y0 holds a {type(leaf).__name__}, want tensors alone; "
@@ -183,7 +183,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def _number(norm: Any) -> Tensor:
-    """What the user's norm returned, as a tensor without dimensions."""
+    """The result of the user's norm, as a tensor without dimensions."""
     if not isinstance(norm, Tensor):
         if isinstance(norm, bool) or not isinstance(norm, (int, float)):
             raise SchemeError(f"odeint: norm returned a {type(norm).__name__}, want one real number.")
@@ -206,7 +206,7 @@ def _fitting(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _ordered(tree: Any, like: Any) -> Any:
-    """A tree whose dicts have their keys in the order of another one's, as far as they have the same."""
+    """A tree whose dicts have their keys in the order of another tree's, as far as the keys are the same."""
     if type(tree) is not type(like):
         return tree
     if isinstance(like, dict) and tree.keys() == like.keys():

@@ -10,8 +10,7 @@ A law is a function that raises AssertionError where a scheme breaks it, so a ne
 Needs hypothesis (the extra ``testing``); nothing else in ``schemes`` imports this package.
 """
 
-# ``registration`` comes before the modules that import hypothesis, which may call it in the middle of its own import;
-# see there.
+# ``registration`` comes before the modules that import hypothesis, which may call it during its own import; see there.
 from .laws import check_expression as check_expression
 from .laws import check_formula as check_formula
 from .laws import check_order as check_order

@@ -16,7 +16,7 @@ CHANNELS = 8
 def check_scheme(scheme: str | Scheme) -> None:
     """Every law that holds for what the scheme declares: text, slots, streams, calls, order, inverse, training.
 
-    What each of them checks stands with it: `check_expression`, `check_slots`, `check_declared`, `check_order` (of a
+    Each law documents what it checks: `check_expression`, `check_slots`, `check_declared`, `check_order` (for a
     tableau the order conditions, exactly, and `check_formula`), `check_inverse`, `check_amplification`,
     `check_updates`; where training differs, the last three in training too.
 
@@ -32,7 +32,7 @@ def check_scheme(scheme: str | Scheme) -> None:
     if isinstance(scheme, str):
         check_expression(scheme)
         scheme = get(scheme)
-    if scheme.nodes is None:  # adaptive: the other laws are of fixed steps
+    if scheme.nodes is None:  # adaptive: the other laws are for fixed steps
         return
     x = torch.randn(2, CHANNELS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     check_slots(scheme, channels=CHANNELS)
@@ -44,13 +44,13 @@ def check_scheme(scheme: str | Scheme) -> None:
         computed = tableau_order(tableau, limit=(scheme.order or 0) + 1)
         assert computed == scheme.order, f"{scheme}: order {scheme.order} is declared, {computed} computed"
     elif scheme.order is not None:
-        check_order(scheme, most=600)  # no method of high order is without a tableau
+        check_order(scheme, most=600)  # every method of high order has a tableau
     if scheme.invertible:
         _check_reversible(scheme, x, training=False)
     else:
         fs = smooth_functions(scheme, CHANNELS, 1)[0]
         try:
-            # A scheme without an inverse has to say so; to do nothing would be a silent wrong state.
+            # A scheme without an inverse has to raise; doing nothing would return a wrong state silently.
             scheme.inverse(fs, scheme.init(fs, x))
         except SchemeError:
             pass
@@ -69,11 +69,11 @@ def _check_reversible(scheme: Scheme, x: torch.Tensor, training: bool) -> None:
 def check_wrappers(text: str) -> None:
     """Every wrapper of the language around a scheme is that scheme, or n steps of it.
 
-    ``repeat(s, 1)``, ``substeps(s, 1)``, ``1*s``, ``nested(s, euler)`` and, of one stream, ``nested(euler, s)``; also
-    two steps, by ``repeat``, ``substeps`` and a sum. A wrapper that cannot be right has to refuse when it is made.
+    ``repeat(s, 1)``, ``substeps(s, 1)``, ``1*s``, ``nested(s, euler)`` and, for one stream, ``nested(euler, s)``; also
+    two steps, by ``repeat``, ``substeps`` and a sum. A wrapper that cannot be right has to raise when it is made.
 
     Args:
-        text: the expression of a scheme of fixed steps.
+        text: the expression of a scheme with fixed steps.
 
     Raises:
         AssertionError: a wrapper differs from the scheme; the message names the attribute, state or slot.
@@ -89,7 +89,7 @@ def check_wrappers(text: str) -> None:
     check_wrapper(get(f"substeps({text}, 2)"), scheme, n=2, shorter=True)
     for wrapper, able in ((f"nested({text}, euler)", _nests(scheme)), (f"nested(euler, {text})", scheme.one_stream)):
         try:
-            # A wrapper that cannot be right must refuse when it is made, and not when it runs.
+            # A wrapper that cannot be right must raise when it is made, not when it runs.
             made = get(wrapper)
         except SchemeError as error:
             assert not able, f"{wrapper} is refused, and could be made: {error}"

@@ -33,7 +33,7 @@ def observed_order(scheme: Scheme, most: int = 3000) -> float:
     """The slope of log error against log step size on y' = y^2 cos t, y = 1 / (c + sin 1/2 - sin t) on [1/2, 2].
 
     The error is the norm over sixteen values of c, so that it has no zero where one solution's error changes sign. The
-    slope is fitted to the four finest grids, a factor sqrt(2) apart, whose error stands clear of rounding and which
+    slope is fitted to the four finest grids, a factor sqrt(2) apart, whose error is well above rounding and which
     make at most ``most`` calls of residual functions.
     """
     c = torch.linspace(0.87, 1.07, 16, dtype=DTYPE)
@@ -53,7 +53,7 @@ def observed_order(scheme: Scheme, most: int = 3000) -> float:
             points.append((math.log(n), math.log(error)))
         # Finer than by 2: a method of high order has few grids between a rough error and rounding.
         steps *= math.sqrt(2.0)
-    # The finest ones, where the leading term of the error dominates.
+    # Only the finest ones, where the leading term of the error dominates.
     points = points[-4:]
     _require(len(points) == 4, f"{scheme}: only {len(points)} errors between rounding and 1; no slope to fit")
     x, y = (sum(p[i] for p in points) / 4 for i in (0, 1))
@@ -64,7 +64,7 @@ def check_order(scheme: Scheme, order: int | None = None, *, most: int = 3000) -
     """The error on a nonlinear, time-dependent equation falls with the declared power of the step size, in fp64.
 
     Args:
-        scheme: a scheme of fixed steps, whose functions are given one stream.
+        scheme: a scheme with fixed steps, whose functions are given one stream.
         order: what the slope must round to; ``scheme.order`` unless given.
         most: calls of residual functions on the finest grid.
 
@@ -83,7 +83,7 @@ def check_order(scheme: Scheme, order: int | None = None, *, most: int = 3000) -
 
 
 class _Smooth(nn.Module):
-    """tanh(sum_j x_j W_j + t u): reads all its arguments and the time; records what it was given."""
+    """tanh(sum_j x_j W_j + t u): reads all its arguments and the time, and records them."""
 
     def __init__(self, widths: Sequence[int], out: int, generator: torch.Generator):
         super().__init__()
@@ -93,7 +93,7 @@ class _Smooth(nn.Module):
 
     def forward(self, *xs: Tensor, t: float = 0.0) -> Tensor:
         self.seen.append((float(t), xs))
-        # A slot that promises other widths than arrive is reported by the laws, not by a failing product.
+        # A slot whose widths are not those that arrive is reported by the laws, not by a failing product.
         products = [x @ w for x, w in zip(xs, self.weights, strict=False) if x.shape[-1] == w.shape[0]]
         return torch.tanh(sum(products, float(t) * self.drift))
 
@@ -101,14 +101,14 @@ class _Smooth(nn.Module):
 def residual_functions(
     scheme: Scheme, step: int = 0, widths: Sequence[int] = (3,), out_channels: int | None = None, seed: int = 0
 ) -> list[Function]:
-    """Smooth random residual functions that fit the slots of a step; separate ones, that read the time, in fp64.
+    """Smooth random residual functions that fit the slots of a step: separate, time-dependent, in fp64.
 
     Args:
         scheme: the scheme.
         step: number of the step.
         widths: width of every stream before the step; streams are (n, width).
         out_channels: width after the step, where a shortcut changes it.
-        seed: other functions for another seed.
+        seed: seed of the functions.
     """
     generator = torch.Generator().manual_seed(1000 * seed + step)
     slots = scheme.slots(step, tuple(widths), out_channels)
@@ -123,7 +123,7 @@ def check_formula(scheme: Scheme, *, h: float = 0.3, t: float = 0.7, seed: int =
     """A step equals k_i = f_i(g(x) + H sum_j a_ij k_j, t + c_i H), g(x) + H sum_i b_i k_i, with H = span h.
 
     The f_i are all different; a stage whose row is zero is given x itself. Checked without and with a shortcut that
-    changes the width, and the times that the residual functions see are checked too.
+    changes the width; the times that the residual functions receive are checked too.
 
     Args:
         scheme: a scheme with a tableau.
@@ -203,10 +203,10 @@ def check_round_trip(scheme: Scheme, *, steps: int = 3, channels: int = 4, h: fl
 
 
 def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int = 0) -> None:
-    """What ``slots`` promises is what residual functions are given, and ``widths`` what a step leaves.
+    """Residual functions are given what ``slots`` promises, and a step leaves the widths that ``widths`` promises.
 
     A scheme of one stream is also run with a shortcut from 4 to 6 channels on the first step, where ``raw`` slots must
-    see the step's input itself and the others what comes after the shortcut.
+    receive the step's input itself and the others what comes after the shortcut.
 
     Args:
         scheme: any fixed-step scheme whose streams differ in width only.
@@ -217,7 +217,7 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
     Raises:
         AssertionError: a number of arguments, a width, or the number of slots differs.
     """
-    # A width that changes tells the input from what comes after the shortcut.
+    # A change of width distinguishes the input from what comes after the shortcut.
     changes = ((None, ()), (channels + 2, (lambda x: torch.cat((x, x[:, :2]), 1),)))
     for out, gs in changes if scheme.one_stream and scheme.shortcuts == 1 else changes[:1]:
         state, _ = _start(scheme, channels, seed)
@@ -239,7 +239,7 @@ def check_slots(scheme: Scheme, *, steps: int = 2, channels: int = 4, seed: int 
                     given = tuple(x.shape[1] for x in xs)
                     _require(given == slot.in_channels, f"{where}: given {given}, its slot says {slot.in_channels}")
                     if part.streams == 1 and part.mixing is not None:
-                        # By identity: a stage with an empty row is given the very tensor.
+                        # By identity: a stage with an empty row is given the same tensor.
                         sees = xs[0] is entered[0]
                         _require(sees == slot.raw, f"{where}: sees the input itself: {sees}; slot.raw is {slot.raw}")
             after = tuple(x.shape[1] for x in state)
@@ -260,7 +260,7 @@ def check_expression(text: str) -> None:
         >>> check_expression("2*(rk4 + midpoint) + rkc2(s=5)")
     """
     scheme = get(text)
-    # What a checkpoint or a saved configuration does with a scheme.
+    # As a checkpoint or a saved configuration does with a scheme.
     again = get(str(scheme))
     message = f"{text!r} prints as {str(scheme)!r}, which is read as another scheme"
     _require(again == scheme and hash(again) == hash(scheme) and str(again) == str(scheme), message)
@@ -281,8 +281,8 @@ def check_stack(
 
     Outputs, gradients, buffers and the generator after a forward and a backward pass in training mode must be equal
     between the two modes: to the last bit, or within a tolerance (for "reverse") relative to their norm. For gradients
-    it is the norm of all of them together, since some are zero but for rounding, as of a bias before BatchNorm.
-    Counters and the generator are equal to the last bit in any case.
+    it is the norm of all of them together, since some are zero but for rounding, such as that of a bias before
+    BatchNorm. Counters and the generator must be equal to the last bit in any case.
 
     Args:
         make: builds the network for a mode of backprop, such as ``lambda mode: Stack(blocks(), "rk4", backprop=mode)``.
@@ -299,7 +299,7 @@ def check_stack(
     results = []
     for m in (net, other):
         m.train()
-        # Both modes draw the same dropout, and must leave the generator at the same place.
+        # Both modes draw the same dropout, and must leave the generator in the same state.
         torch.manual_seed(0)
         leaf = x.detach().clone().requires_grad_()
         y = m(leaf)

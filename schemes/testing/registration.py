@@ -7,8 +7,8 @@ from ..tableau import Tableau
 def register() -> None:
     """Tells hypothesis how to draw tableaux and schemes; hypothesis calls this itself when it is installed.
 
-    Hypothesis calls it at the end of its own import, which may have been caused by the import of our strategies, half
-    done at that moment. So this module needs no strategy until one is drawn.
+    Hypothesis calls it at the end of its own import. That import may have been triggered by our strategies, which are
+    then only half imported, so this module needs no strategy until one is drawn.
 
     Example:
         >>> from hypothesis import strategies as st

@@ -29,7 +29,7 @@ ROUND_TRIP = 1e-9
 def _invertible_examples() -> list[Scheme]:
     """The examples with an inverse that run on any number of channels from 4 on."""
     found = []
-    # Some are made for a width that divides by three or four; the strategies draw any from 4 on.
+    # Some need a width that is divisible by three or four; the strategies draw any from 4 on.
     for scheme in map(get, examples()):
         if scheme.invertible:
             try:
@@ -45,7 +45,7 @@ def couplings() -> st.SearchStrategy[Scheme]:
 
     They are the examples of every family, and for some families members with drawn parameters.
     """
-    # Rounded, so that a failing example prints as a text that anybody can type.
+    # Rounded, so that a failing example prints as a text that can be typed.
     shares = st.floats(0.5, 0.95).map(lambda x: round(x, 3))
     signed = st.builds(lambda x, s: x * s, shares, st.sampled_from([1, -1]))
     bases = st.sampled_from(["euler", "midpoint", "rk4", "substeps(heun2, 2)"]).map(get)
@@ -80,7 +80,7 @@ def states() -> st.SearchStrategy[Tensor]:
 class SmoothFunction:
     """A residual function of a slot: size * tanh(W [arguments] + bias), W random, on dimension 1; it counts its calls.
 
-    It raises AssertionError where its arguments are not those that its slot announced.
+    It raises AssertionError where its arguments do not have the widths that its slot declares.
     """
 
     def __init__(self, slot: Slot, generator: torch.Generator, size: float = 0.5):
@@ -158,10 +158,10 @@ def check_inverse(
     gs: Sequence = (),
     training: bool = False,
 ) -> None:
-    """Each step's inverse gives the streams before it, from the state that the inverses after it gave.
+    """Each step's inverse restores the streams before it, from the state that the inverses after it restored.
 
-    With smooth nonlinear residual functions in double precision, to 1e-9 of the largest number in any state; as many
-    steps as the declared amplification allows. It also checks that slots, widths, shapes and evaluations are as
+    Checked with smooth nonlinear residual functions in double precision, to 1e-9 of the largest number in any state,
+    over as many steps as the declared amplification allows. Slots, widths, shapes and evaluations must also be as
     declared.
 
     Args:
@@ -171,7 +171,7 @@ def check_inverse(
         h: step size.
         seed: of the residual functions.
         gs: shortcuts for every step that takes that many.
-        training: whether the scheme's form in training is meant (bdia).
+        training: whether the scheme's form in training is checked (bdia).
 
     Raises:
         AssertionError: the scheme breaks the law; the message names the step.
@@ -183,7 +183,7 @@ def check_inverse(
     parts = parts_of(scheme, steps, x if training else None)
     fs = smooth_functions(scheme, x.shape[1], steps, seed, parts)
     found = check_declared(scheme, fs, x, h, gs, parts)
-    # Of all states: an error made where the streams were large is still there where they are small.
+    # Over all states: an error made where the streams were large is still there where they are small.
     scale = max(float(s.abs().max()) for state in found for s in state)
     state = found[-1]
     for n in reversed(range(steps)):
@@ -204,15 +204,15 @@ def check_declared(
     gs: Sequence = (),
     parts: Sequence[Scheme] | None = None,
 ) -> list[State]:
-    """Widths, shapes, new streams, by-products and numbers of evaluations are as the scheme declares them.
+    """Widths, shapes, new streams, byproducts and numbers of evaluations are as the scheme declares them.
 
     Args:
-        scheme: any scheme of fixed steps.
+        scheme: any scheme with fixed steps.
         fs: residual functions of every step, from `smooth_functions`.
         x: the input, (n, c, ...), double precision.
         h: step size.
         gs: shortcuts for every step that takes that many.
-        parts: the scheme of each step, from `parts_of`; None is outside of training.
+        parts: the scheme of each step, from `parts_of`; None means outside of training.
 
     Returns:
         The states, one more than there are steps.
@@ -223,11 +223,11 @@ def check_declared(
     parts = parts_of(scheme, len(fs)) if parts is None else parts
     made = tuple(s.shape[1] for s in scheme.init(fs[0], x, h))
     want = scheme.stream_widths(x.shape[1])
-    # Before the functions are run, whose slots follow from these widths.
+    # Before the functions are run, since their slots follow from these widths.
     assert made == want, f"{scheme}: init makes streams of widths {made}, stream_widths says {want}"
     for own in fs:  # what init evaluates is not the step's
         for f in own:
-            # So that the run below counts up to what a step alone has called.
+            # Negated: the run below repeats init, so that only the calls of the step are left.
             f.calls = -f.calls
     found = run(scheme, fs, x, h, gs, parts)
     widths = scheme.stream_widths(x.shape[1])
@@ -266,14 +266,15 @@ class _Constant:
         return args[0].new_full((args[0].shape[0], self.slot.out_channels, *args[0].shape[2:]), self.value)
 
 
-_BATCH = 32  # samples whose training is drawn apart: the largest of so many errors hardly depends on the draw
+_BATCH = 32  # samples with separate draws in training: the largest of so many errors hardly depends on the draw
 
 
 def observed_amplification(scheme: Scheme, *, channels: int = 8, steps: int = 24, training: bool = False) -> float:
-    """By how much a step's inverse grows an error, per step, in the long run, where residual functions are constants.
+    """The factor by which a step's inverse grows an error, in the long run, where residual functions are constants.
 
-    Two states a distance apart are taken back ``2 * steps`` steps; what the second half adds to their distance counts.
-    It is the largest over three constants: 0, and a large one of either sign, which an affine coupling's scale reads.
+    Two states a distance apart are taken back ``2 * steps`` steps; the growth of their distance in the second half
+    counts. The result is the largest over three constants: 0, and a large one of either sign, which an affine
+    coupling's scale reads.
     """
     x = torch.zeros(_BATCH, channels, dtype=torch.float64)
     parts = parts_of(scheme, 2 * steps + 1, x if training else None)
@@ -307,10 +308,10 @@ def check_amplification(scheme: Scheme, *, training: bool = False) -> None:
 
     Args:
         scheme: an invertible scheme.
-        training: whether the scheme's form in training is meant (bdia).
+        training: whether the scheme's form in training is checked (bdia).
 
     Raises:
-        AssertionError: it grows them otherwise, by more than 3 % a step.
+        AssertionError: the growth differs by more than 3 % a step.
 
     Example:
         >>> import schemes
@@ -323,7 +324,7 @@ def check_amplification(scheme: Scheme, *, training: bool = False) -> None:
         f"{scheme}: a step amplifies by {got:.3f}, declared is {declared:.3f}"
     )
     try:
-        # Of step 1: a first step may append streams, and has no matrix of one size.
+        # From step 1: a first step may append streams, and has no matrix of one size.
         derived = declared if training else probe(scheme.at(1)).amplification
     except SchemeError:  # its streams differ in shape, or a step is not linear in them
         return
@@ -335,16 +336,16 @@ def check_amplification(scheme: Scheme, *, training: bool = False) -> None:
 def check_updates(scheme: Scheme, *, channels: int = 8, training: bool = False) -> None:
     """The couplings of ``decompose`` make the step, and ``exact`` says whether all their scales are constants.
 
-    An update whose scale is a constant can be undone bit by bit on a grid; one whose scale is computed from the streams
-    cannot.
+    An update whose scale is a constant can be undone bit for bit on a grid; one whose scale is computed from the
+    streams cannot.
 
     Args:
         scheme: an invertible scheme.
         channels: width of the input.
-        training: whether the scheme's form in training is meant (bdia).
+        training: whether the scheme's form in training is checked (bdia).
 
     Raises:
-        AssertionError: the pieces make another step, or ``exact`` is false.
+        AssertionError: the pieces make another step, or ``exact`` is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(2, 2, channels, dtype=torch.float64, generator=generator)

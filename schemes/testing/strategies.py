@@ -1,4 +1,4 @@
-"""Strategies that build valid values: nothing is drawn and thrown away."""
+"""Strategies that build valid values: nothing is drawn and discarded."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Draw = Callable[[st.SearchStrategy], "int | Fraction | str | Tableau | bool"]
 
 @functools.cache
 def _leaves() -> list[tuple[int, str]]:
-    """Text and number of residual functions of the expressions that need no other: Runge-Kutta methods of one scheme.
+    """Number of residual functions and text of the expressions that need no other: single Runge-Kutta methods.
 
     They are the examples of the language, and the pruned form of every embedded pair.
     """
@@ -39,7 +39,7 @@ def _entries() -> st.SearchStrategy[Fraction]:
 def tableaux(draw, *, min_stages: int = 1, max_stages: int = 5, companion: bool | None = None) -> Tableau:
     """Explicit tableaux with small rational entries: nodes are the row sums, the last weight is 1 less the others.
 
-    Nothing is known of their order, which is 1 at least.
+    Their order is at least 1, and otherwise unknown.
 
     Args:
         min_stages: smallest number of stages, at least 1.
@@ -60,7 +60,7 @@ def tableaux(draw, *, min_stages: int = 1, max_stages: int = 5, companion: bool 
 
     def weights() -> list[Fraction]:
         first = draw(st.lists(_entries(), min_size=s - 1, max_size=s - 1))
-        # Built and not filtered: of weights that are drawn freely hardly any sum to 1.
+        # Built, not filtered: hardly any freely drawn weights sum to 1.
         return [*first, 1 - sum(first, Fraction(0))]
 
     rows = [draw(st.lists(_entries(), min_size=i, max_size=i)) for i in range(s)]
@@ -74,8 +74,8 @@ def scheme_expressions(draw, *, max_stages: int = 24, max_depth: int = 3, adapti
     """Valid texts of the language of schemes: names, families, nested, repeat, substeps, pruned, mixes of all.
 
     Args:
-        max_stages: most residual functions that one step (of a mix: one period) may consume.
-        max_depth: how deep expressions are put into each other, at most 5 (the language allows 8 levels).
+        max_stages: maximum number of residual functions that one step (of a mix: one period) may consume.
+        max_depth: how deep expressions are nested, at most 5 (the language allows 8 levels).
         adaptive: whether continuous schemes are drawn too, as the whole expression.
 
     Example:
@@ -113,7 +113,7 @@ def _expression(draw, budget: int, depth: int) -> tuple[str, int]:
                 break
             n = draw(st.integers(1, min(3, budget - total)))
             text, s = _expression(draw, (budget - total) // n, depth - 1)
-            # A product binds more closely than a sum, and n*m*scheme is no expression.
+            # A product binds more tightly than a sum, and n*m*scheme is not an expression.
             bracketed = f"({text})" if " + " in text or "*" in text else text
             found.append(f"{n}*{bracketed}" if n > 1 else draw(st.sampled_from((text, f"1*{bracketed}"))))
             total += n * s
@@ -124,10 +124,10 @@ def _expression(draw, budget: int, depth: int) -> tuple[str, int]:
 
 
 def schemes(*, max_stages: int = 24) -> st.SearchStrategy[Scheme]:
-    """Fixed-step schemes of one stream: everything that `scheme_expressions` and `tableaux` can say.
+    """Fixed-step schemes of one stream: everything that `scheme_expressions` and `tableaux` can produce.
 
     Args:
-        max_stages: most residual functions that one step may consume.
+        max_stages: maximum number of residual functions that one step may consume.
     """
     drawn = tableaux(max_stages=min(5, max_stages)).map(RungeKutta)
     return st.one_of(scheme_expressions(max_stages=max_stages).map(get), drawn)

@@ -1,4 +1,4 @@
-"""The law of wrappers: what stands around a scheme passes on all that the scheme is."""
+"""The law of wrappers: a wrapper around a scheme passes on everything that the scheme declares and does."""
 
 import inspect
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class _Scale:
 
 
 def _same(got: Any, want: Any) -> bool:
-    """Equal, numbers but for rounding."""
+    """Whether two values are equal, numbers up to rounding."""
     # A wrapper may come to the same number by another sum.
     if isinstance(want, float) and isinstance(got, (int, float)):
         return got == want or abs(got - want) <= 1e-12 * max(1.0, abs(want))
@@ -39,7 +39,7 @@ def _same(got: Any, want: Any) -> bool:
 
 
 def check_attributes(wrapper: Scheme, scheme: Scheme) -> None:
-    """All that `Scheme` declares is the same of both, the tableau included.
+    """Everything that `Scheme` declares is the same for both, the tableau included.
 
     Args:
         wrapper: a wrapper around one scheme, one step of which is one step of it.
@@ -58,12 +58,12 @@ def check_attributes(wrapper: Scheme, scheme: Scheme) -> None:
 
 
 class _Walk:
-    """Steps of a scheme from an input on, forth and back."""
+    """Steps of a scheme from an input on, forwards and backwards."""
 
     def __init__(self, scheme: Scheme, fs: Sequence[Sequence[Function]], h: float, training: bool):
         self.scheme, self.fs, self.h, self.training = scheme, fs, h, training
         self.parts: list[Scheme] = []
-        self.every: int | None = None  # shortcuts are given to each of so many steps
+        self.every: int | None = None  # shortcuts are given to one in this many steps
 
     def forth(self, x: Tensor, every: int | None) -> list[State]:
         """The states from the start on."""
@@ -108,15 +108,15 @@ def _decomposed(part: Scheme, fs: Sequence[Function], state: State, h: float, gs
 def check_wrapper(wrapper: Scheme, scheme: Scheme, *, n: int = 1, h: float = 0.3, shorter: bool = False) -> None:
     """A step of the wrapper is n steps of the scheme: values, streams, inverse, shortcuts, slots and training.
 
-    With separate residual functions that read the time, over two steps of the wrapper, so that a first step that
-    differs from the others comes once. For n = 1 all attributes are compared too.
+    Checked with separate, time-dependent residual functions, over two steps of the wrapper, so that a first step that
+    differs from the others occurs once. For n = 1 all attributes are compared too.
 
     Args:
         wrapper: such as ``repeat(scheme, n)``.
-        scheme: what it stands around, of fixed steps.
+        scheme: the scheme that it wraps, with fixed steps.
         n: how many steps of the scheme make one of the wrapper.
         h: step size of the wrapper.
-        shorter: whether the scheme's steps have the size ``h / n``, and not h.
+        shorter: whether the scheme's steps have the size ``h / n``, not h.
 
     Raises:
         AssertionError: something differs; the message says what.
@@ -128,7 +128,7 @@ def check_wrapper(wrapper: Scheme, scheme: Scheme, *, n: int = 1, h: float = 0.3
     """
     if n == 1:
         check_attributes(wrapper, scheme)
-        # The first step and a later one, as first steps may be of another kind.
+        # The first step and a later one, since first steps may be of another kind.
         for k in range(2):
             if wrapper.whole(k) is not wrapper or scheme.whole(k) is not scheme:
                 check_attributes(wrapper.whole(k), scheme.whole(k))
@@ -199,9 +199,9 @@ def _check_slots(where: str, part: Scheme, others: list[Scheme], k: int, state: 
 
 
 def _start_of_inverse(scheme: Scheme, y: Tensor) -> list[Any]:
-    """Shapes and sums of the streams that an output tells; nothing where it does not tell them."""
+    """Shapes and sums of the streams that an output determines; nothing where it does not determine them."""
     try:
-        # Sums stand for values: equal ones of equal shapes are no accident here.
+        # Sums represent the values: equal sums of equal shapes are no accident here.
         return [(s.shape, float(s.sum())) for s in scheme.state_from_output(y)]
     except SchemeError:
         return []
