@@ -126,6 +126,18 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
     return found
 
 
+def sum_of(sizes: Sequence[float], rule: StepSize) -> float:
+    """Returns the length of one solve over all steps.
+
+    Raises:
+        SchemeError: it is not finite.
+    """
+    try:
+        return math.fsum(sizes)
+    except OverflowError:
+        raise SchemeError(f"Stack: the {len(sizes)} steps of step='{rule}' have no finite length together.") from None
+
+
 def example_of(given: Any) -> Any:
     """Returns the input that an example stands for: the example itself, or zeros of that shape.
 
@@ -193,10 +205,10 @@ def fields_shared(shared: nn.Module | None) -> list[ContinuousWeights]:
 
 
 def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: int) -> StepSize:
-    """Returns the rule, bound to the depth if it depends on it; checks that fields are integrated over their span.
+    """Returns the rule, bound to the depth if it depends on it.
 
     Raises:
-        SchemeError: no span is known, or the steps end elsewhere.
+        SchemeError: no span is known, or none is reached by design.
     """
     check_slots(shared, scheme)
     fields, units = fields_shared(shared), sum(scheme.at(n).span for n in range(depth))
@@ -208,7 +220,7 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
                     "Stack: step='span/depth' asks for the span of a shared ContinuousWeights; for another function "
                     "write the length of time itself, step='1/depth'."
                 )
-            # If the fields differ in span, the check below refuses the others.
+            # If the fields differ in span, ``check_end`` refuses the others.
             length = fields[0].span
         rule = rule.of(length, units)
     for field in fields:
@@ -217,21 +229,26 @@ def resolved(rule: StepSize, shared: nn.Module | None, scheme: Scheme, depth: in
                 f"Stack: step='{rule}' does not end at the span of the weights, {field.span:g}; want 'span/depth', or "
                 "the scheme adaptive(dopri5)."
             )
-    check_end(fields, sum(rule(n) * scheme.at(n).span for n in range(depth)) if fields else 0.0, scheme, depth)
     return rule
 
 
-def check_end(fields: Sequence[ContinuousWeights], end: float, scheme: Scheme, depth: int) -> None:
+def check_end(fields: Sequence[ContinuousWeights], sizes: Sequence[float], scheme: Scheme) -> None:
     """Refuses steps that do not end where the functions of depth end.
+
+    Args:
+        fields: the functions of depth.
+        sizes: the size of each step.
+        scheme: the scheme of the steps.
 
     Raises:
         SchemeError: they end elsewhere.
     """
+    end = sum(h * scheme.at(n).span for n, h in enumerate(sizes)) if fields else 0.0
     for field in fields:
         # Up to rounding, since the end is a sum of floats.
         if abs(end - field.span) > 1e-6 * field.span:
             raise SchemeError(
-                f"Stack: {depth} steps of {scheme} end at t = {end:g}, and the weights are functions on "
+                f"Stack: {len(sizes)} steps of {scheme} end at t = {end:g}, and the weights are functions on "
                 f"[0, {field.span:g}].\n  Write step='span/depth', or ContinuousWeights(..., span={end:g})."
             )
 

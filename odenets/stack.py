@@ -125,9 +125,10 @@ class Stack(nn.Module):
         # A continuous scheme with one shared function and nothing between the steps is one solve over the whole depth.
         self._merged = shared is not None and self.scheme.nodes is None and post_step is None
         shortcuts = build.shortcuts_of(shortcut, self.scheme, self.depth)
-        sizes = build.sizes_of(self.rule, step_offset, self.depth)
+        self._sizes = build.sizes_of(self.rule, step_offset, self.depth)
+        build.check_end(build.fields_shared(shared), self._sizes, self.scheme)
         # ``set_step`` scales these, so that the ratios between steps stay those of the rule, whatever was set before.
-        self._initial = [sizes[0] * self.depth] if self._merged else sizes
+        self._initial = [build.sum_of(self._sizes, self.rule)] if self._merged else self._sizes
         self._check_mode(mode)
         parts = (self.scheme, functions, shared, shortcuts, self._initial, self.rule.learned)
         self.monitor, self._inverse_monitor = Monitor(), Monitor()
@@ -183,7 +184,6 @@ class Stack(nn.Module):
         time, context, opaque = (any(getattr(takes, what) for takes in every) for what in ("time", "context", "opaque"))
         self._takes = Takes(time, context, opaque=opaque)
         self._fields = build.fields_shared(self.block)
-        self._end = sum(self.rule(n) * self.scheme.at(n).span for n in range(self.depth)) if self._fields else 0.0
         # Pairs (training, gradients enabled): a function may write to its arguments under one pair and not another.
         # Cleared together with the signatures, since a new function has not been checked.
         self._checked: set[tuple[bool, bool]] = set()
@@ -289,10 +289,13 @@ class Stack(nn.Module):
             self._read_functions()
         checks.check_given(self._takes, t, context)
         if self._fields:  # a replaced field or a loaded state dict may have changed the span
-            build.check_end(self._fields, self._end, self.scheme, self.depth)
+            build.check_end(self._fields, self._sizes, self.scheme)
         steps, sizes = self.steps, None
         if self._merged and on_step is not None:  # a continuous scheme is then solved step by step
-            steps, sizes = [steps[0]] * self.depth, [steps[0].h / self.depth] * self.depth
+            # Steps of size 0 have no ratios.
+            total, parts = (self._initial[0], self._sizes) if self._initial[0] else (self.depth, [1.0] * self.depth)
+            scale = steps[0].h / total
+            steps, sizes = [steps[0]] * self.depth, [scale * part for part in parts]
         time = t if self._takes.time else None
         return Pass(steps, self.monitor, self.block, self.after, time, context, sizes, on_step, **collected)
 
@@ -396,12 +399,13 @@ class Stack(nn.Module):
     def _values_at(self, x: Tensor, at: Sequence[float], t: Any, context: Any) -> list[Tensor]:
         """The readouts at times since the start."""
         lengths = times.lengths_of(self.steps, self.rule)
-        wanted = times.times_within(at, lengths)
+        slack = times.slack_of(self.steps)
+        wanted = times.times_within(at, lengths, slack)
         if isinstance(self.scheme, Adaptive):
-            solves = Solves(times.at_ends(wanted, lengths))
+            solves = Solves(times.at_ends(wanted, lengths, slack))
             self._walk(x, self._pass(t, context, solves=solves))
             return solves.values
-        places = times.ends_at(wanted, lengths, self.scheme)
+        places = times.ends_at(wanted, lengths, slack, self.scheme)
         found: dict[int, Tensor] = {}
 
         def on_step(n: int, state: State) -> None:
@@ -629,7 +633,7 @@ class Stack(nn.Module):
         """Sets the size of every step, for a schedule over the epochs; a decay keeps its ratios.
 
         Args:
-            h: size of the first step.
+            h: size of the first step; with ``step_offset``, of the first step of the whole network.
 
         Raises:
             SchemeError: the step sizes are learned, or end at the span of the weights.
@@ -639,8 +643,11 @@ class Stack(nn.Module):
         if build.fields_shared(self.block):
             raise SchemeError("Stack: its steps end at the span of its weights; rebuilt(depth=...) changes their size.")
         Fixed(h)
-        first = self.rule(0)
-        for step, h0 in zip(self.steps, self._initial, strict=True):
+        # Steps of size 0 have no ratios; only a fixed rule gives them.
+        first, initial = self.rule(0), self._initial
+        if not first:
+            first, initial = 1.0, [self.depth] if self._merged else [1.0] * self.depth
+        for step, h0 in zip(self.steps, initial, strict=True):
             step.h = h * h0 / first
             # Not a buffer, so that scheduled and plain stacks have the same state dict.
             step.scheduled = torch.tensor(step.h, dtype=torch.float64)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from schemes.errors import SchemeError
 from schemes.ode.options import row
@@ -25,11 +26,22 @@ def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
             f"Stack: step='{rule}' sets the times of its steps on the way, so trajectory(at=...) knows none; "
             "leave at= out, or take an adaptive scheme."
         )
-    return [step.scheme.span * float(torch.as_tensor(step.h).detach()) for step in steps]
+    return [step.scheme.span * float(step.h.detach() if isinstance(step.h, Tensor) else step.h) for step in steps]
 
 
-def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
+def slack_of(steps: Sequence[Step]) -> float:
+    """Returns the relative distance within which a time is taken for the end of a step: rounding, of learned sizes too."""
+    learned = [torch.finfo(step.h.dtype).eps for step in steps if isinstance(step.h, Tensor)]
+    return max(1e-9, 4 * max(learned, default=0.0))
+
+
+def times_within(at: Sequence[float], sizes: Sequence[float], slack: float) -> list[float]:
     """Returns times since the start, checked against steps of these sizes.
+
+    Args:
+        at: the times.
+        sizes: of the steps.
+        slack: of ``slack_of``.
 
     Raises:
         SchemeError: they are not in order, or lie beyond the steps.
@@ -42,23 +54,22 @@ def times_within(at: Sequence[float], sizes: Sequence[float]) -> list[float]:
     sign = -1.0 if end < 0 else 1.0
     if not all((b - a) * sign > 0 for a, b in pairwise(times)):
         raise SchemeError("Stack: the times of trajectory(at=...) must be in order, each once, as the steps go.")
-    slack = 1e-9 * abs(end)
     for x in times:
         # Written so that NaN is refused too.
-        if not -slack <= x * sign <= abs(end) + slack:
+        if not -slack * abs(end) <= x * sign <= (1 + slack) * abs(end):
             raise SchemeError(
                 f"Stack: there is no value at {x:g}; the steps go from 0 to {end:g}, counted from the start."
             )
     return times
 
 
-def at_ends(times: Sequence[float], sizes: Sequence[float]) -> list[float]:
+def at_ends(times: Sequence[float], sizes: Sequence[float], slack: float) -> list[float]:
     """Returns the times; one that differs from the end of a step by rounding alone is replaced by that end."""
     ends = [*accumulate(sizes, initial=0.0)]
-    return [next((e for e in ends if abs(e - x) <= 1e-9 * abs(ends[-1])), x) for x in times]
+    return [next((e for e in ends if abs(e - x) <= slack * abs(ends[-1])), x) for x in times]
 
 
-def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> list[int]:
+def ends_at(times: Sequence[float], sizes: Sequence[float], slack: float, scheme: Scheme) -> list[int]:
     """Returns the number of steps that end at each time; 0 is the start.
 
     Raises:
@@ -68,7 +79,7 @@ def ends_at(times: Sequence[float], sizes: Sequence[float], scheme: Scheme) -> l
     found = []
     for x in times:
         n = min(range(len(ends)), key=lambda i: abs(ends[i] - x))
-        if abs(ends[n] - x) > 1e-9 * abs(ends[-1]):
+        if abs(ends[n] - x) > slack * abs(ends[-1]):
             # The two nearest ends, in order.
             near = sorted(sorted(ends, key=lambda e: abs(e - x))[:2])
             raise SchemeError(

@@ -80,8 +80,8 @@ class Grid:
 
     def round(self, x: Tensor) -> Tensor:
         """x rounded to the grid, ties to even; straight through."""
-        # Adding and subtracting 1.5 limit would save a pass over memory, but between -limit and -limit / 2 the sum has a
-        # digit below the unit, and the result is off the grid.
+        # Adding and subtracting 1.5 limit would save a pass over memory, but between -limit and -limit / 2 that sum has
+        # a digit below the unit, and the result is off the grid.
         value = torch.mul(x.detach(), self.per_unit).round_().mul_(self.unit)
         return _Straight.apply(x, value) if x.requires_grad else value  # type: ignore[return-value]
 

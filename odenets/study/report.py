@@ -171,12 +171,15 @@ def _differences(lines: Sequence[Line], first: str, second: str) -> str:
 
 def _costs(lines: Sequence[Line], schemes: Sequence[str]) -> str:
     rows = []
+    formats = {"params": ",.0f", "macs": ",.0f", "kept_mib": ".1f", "seconds": ".1f"}
     for scheme in schemes:
         own = [line for line in lines if line["scheme"] == scheme]
         counts = [sum(line["status"] == status for line in own) for status in ("trained", "diverged", "failed")]
         chosen = [line for line in own if line["status"] == "trained"]
-        p, m, k, s = (mean([line[name] for line in chosen]) for name in ("params", "macs", "kept_mib", "seconds"))
-        rows.append([NAMES.get(scheme, scheme), *map(str, counts), f"{p:,.0f}", f"{m:,.0f}", f"{k:.1f}", f"{s:.1f}"])
+        means = ["–"] * len(formats)
+        if chosen:
+            means = [f"{mean([line[name] for line in chosen]):{form}}" for name, form in formats.items()]
+        rows.append([NAMES.get(scheme, scheme), *map(str, counts), *means])
     head = "scheme | trained | diverged | failed | parameters | multiply-adds | MiB kept per step | seconds"
     return markdown(head, rows)
 
@@ -217,8 +220,9 @@ def draw(schemes: Sequence[str], lines: Sequence[Line], out: Path) -> list[Path]
     """
     from .. import plots
 
+    # A scheme of which no network was trained has no curves.
+    first, schemes = schemes[0], [s for s in schemes if any(line["scheme"] == s for line in lines)]
     accuracies = {NAMES.get(s, s): [line["accuracy"] for line in lines if line["scheme"] == s] for s in schemes}
-    first = schemes[0]
     intervals = {}
     for second in schemes[1:]:
         for row in _rows(lines, first, second, "accuracy", ("order", "norm")):

@@ -150,11 +150,14 @@ class Store(Generic[Task, Outcome]):
             if not self.path.exists():
                 self._make()
             self._begin()
-        except BaseException:
+        except BaseException as error:
             # `__exit__` is not called if `__enter__` raises, and this process would keep the lock.
             if hasattr(self, "connection"):
                 self.connection.close()
             self.lock.release()
+            # Also while it only reads: a killed writer has left a journal, which cannot be rolled back here.
+            if isinstance(error, sqlite3.OperationalError):
+                raise _read_only(self.path, error) from None
             raise
         return self
 
@@ -207,7 +210,10 @@ class Store(Generic[Task, Outcome]):
 
     def _write(self, statement: str, values: list[Any]) -> int:
         """Runs one statement as a transaction of its own; returns the number of rows that it changed."""
-        return patient(lambda: self.connection.execute(statement, values).rowcount, self.path)
+        try:
+            return patient(lambda: self.connection.execute(statement, values).rowcount, self.path)
+        except sqlite3.OperationalError as error:
+            raise _read_only(self.path, error) from None
 
     def done(self) -> set[Any]:
         """Returns the keys (numbers) of the recorded networks."""
@@ -255,6 +261,12 @@ class Store(Generic[Task, Outcome]):
         return self._write(chosen, [json.dumps(list(among))])
 
 
+def _read_only(path: Path, error: sqlite3.OperationalError) -> SchemeError:
+    return SchemeError(
+        f"{path} cannot be written to: {first_line(error)}\n  Make the file and its folder writable, or copy the file."
+    )
+
+
 Value = TypeVar("Value")
 
 
@@ -266,7 +278,8 @@ def patient(act: Callable[[], Value], path: Path) -> Value:
         path: path of the database, for the notice after five seconds.
 
     Raises:
-        SchemeError: the database is damaged, or cannot be written to.
+        SchemeError: the database is damaged.
+        sqlite3.OperationalError: it cannot be written to.
         sqlite3.IntegrityError: the row exists already.
     """
     began, said = time.monotonic(), False

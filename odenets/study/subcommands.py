@@ -114,12 +114,13 @@ def _train(study: Study, options: Namespace) -> None:
     with _quiet(), Store(options.store, study.settings) as store:
         if options.retry:
             print(f"{store.forget_failed()} failed networks are trained again", flush=True)
-        start, before = time.monotonic(), len(store.done())
+        start = time.monotonic()
         try:
-            for p in engine.run(study, store, workers=options.workers, address=options.address):
+            ended = engine.run(study, store, workers=options.workers, address=options.address)
+            for count, p in enumerate(ended, 1):
                 c, r = p.candidate, p.result
                 # From the networks of this run alone: those of earlier runs took none of its time.
-                left = (time.monotonic() - start) / (p.done - before) * (p.total - p.done) / 60
+                left = (time.monotonic() - start) / count * (p.total - p.done) / 60
                 what = f"accuracy {r.accuracy:.3f}" if r.accuracy is not None else r.error
                 print(
                     f"{p.done}/{p.total} #{c.number} {c.scheme} {c.order} {r.status}: {what}; {left:.0f} min left",

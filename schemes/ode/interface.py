@@ -21,8 +21,8 @@ def odeint(
     t: Tensor,
     *,
     method: str | Scheme | None = "dopri5",
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     options: dict[str, Any] | None = None,
     gradient: str = "store",
     batch: str = "joint",
@@ -40,8 +40,8 @@ def odeint(
         method: any expression of the language of schemes. An embedded pair (bosh3, dopri5, dopri8, fehlberg45, heun2,
             tsit5, verner89) chooses its steps, unless options give them; all others take fixed steps.
         rtol: relative tolerance, a number, a tensor that broadcasts against y0 (with ``batch="independent"`` also one
-            per sample), or a tree of them in the structure of y0.
-        atol: absolute tolerance, likewise.
+            per sample), or a tree of them in the structure of y0. None is 1e-7, or that of ``method="adaptive(...)"``.
+        atol: absolute tolerance, likewise; None is 1e-9.
         options: of adaptive solves: first_step, min_step, max_step, max_steps, safety, smallest, largest, proportional,
             integral, derivative, norm, step_t, jump_t, outputs ("step" or "interpolate"), context (see ``batch``). Of
             fixed steps: one of step_size, steps (per interval), grid, grid_constructor; interp ("linear", "cubic"; None
@@ -97,8 +97,8 @@ def integrate(
     t: Tensor,
     *,
     method: str | Scheme | None = "dopri5",
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     options: dict[str, Any] | None = None,
     gradient: str = "store",
     batch: str = "joint",
@@ -142,8 +142,8 @@ def odeint_adjoint(
     y0: Any,
     t: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     method: str | Scheme | None = None,
     options: dict[str, Any] | None = None,
     event_fn: Any = None,
@@ -233,8 +233,8 @@ def odeint_dense(
     t0: Tensor,
     t1: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = None,
+    atol: Any = None,
     method: str | Scheme | None = None,
     options: dict[str, Any] | None = None,
 ) -> Solution:

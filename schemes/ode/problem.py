@@ -31,8 +31,8 @@ class Settings:
 
     Attributes:
         method: a scheme, or its text.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
+        rtol: relative tolerance; None is that of the method, or 1e-7.
+        atol: absolute tolerance; None is that of the method, or 1e-9.
         options: of the solve.
         gradient: how to differentiate.
         batch: one step size for all samples, or one for each.
@@ -43,8 +43,8 @@ class Settings:
     """
 
     method: str | Scheme | None = "dopri5"
-    rtol: Any = 1e-7
-    atol: Any = 1e-9
+    rtol: Any = None
+    atol: Any = None
     options: Mapping[str, Any] | None = None
     gradient: str = "store"
     batch: str = "joint"
@@ -110,8 +110,9 @@ class Problem:
                 raise SchemeError(f"odeint: options has the key {name!r}, want names of options.")
         self.back = {k: self.options.pop(k) for k in list(self.options) if k.startswith("adjoint_")}
         self.params = _tensors(self.back.get("adjoint_params"))
-        self.rtol, self.atol = settings.rtol, settings.atol
+        self.tolerances = {"rtol": 1e-7, "atol": 1e-9}
         self.scheme = self._scheme(settings.method)
+        self.tolerances |= {k: v for k in self.tolerances if (v := getattr(settings, k)) is not None}
         self.times = self._times(t)
         self.y0 = self.packing.pack(y0, "y0")
         self.user: Callable[..., Any] = func
@@ -139,10 +140,11 @@ class Problem:
         own: Any = scheme
         if reading.is_fixed(self.options) or own.backend != "schemes":
             raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
-        self.rtol, self.atol = own.rtol, own.atol
-        # An option of the call takes precedence over the scheme's own.
+        # What the call gives takes precedence over the scheme's own.
+        self.tolerances = {"rtol": own.rtol, "atol": own.atol}
         self.options.setdefault("max_steps", own.max_steps)
-        self.gradient = "adjoint" if own.adjoint else self.gradient
+        if own.adjoint and self.gradient == "store":
+            self.gradient = "adjoint"
         return own.pair.scheme
 
     def _times(self, t: Any) -> Tensor:
@@ -190,7 +192,7 @@ class Problem:
 
     def control(self) -> Control:
         """Tolerances, limits and the controller."""
-        return reading.control(self.options, self.rtol, self.atol, self.packing, self.y0)
+        return reading.control(self.options, **self.tolerances, packing=self.packing, y=self.y0)
 
     def callbacks(self) -> Any:
         """The functions that torchdiffeq calls around steps, where the user's field has some."""

@@ -359,6 +359,7 @@ def loaded(stack, f):
     [
         (lambda f: Stack(f, "rk4", depth=8), r"8 steps of rk4 end at t = 8, .* \[0, 1\].\n  Write step='span/depth'"),
         (lambda f: Stack(f, "dopri5", depth=8, step="error(1e-3)"), "does not end at the span of the weights"),
+        (lambda f: Stack(f, depth=2, step="decay(0.5, h0=2/3)", step_offset=1), r"end at t = 0\.5, .* \[0, 1\]"),
         (lambda f: Stack(torch.tanh, "rk4", depth=8, step="span/depth"), "asks for the span of a shared Continuous"),
         (lambda f: Stack(torch.tanh, "rk4", depth=8, step="-1/depth"), "length is -1, want a positive number"),
         (lambda f: Stack(PerSlot([f]), "revnet", depth=8, step="span/depth"), "1 shared .* revnet has 2"),

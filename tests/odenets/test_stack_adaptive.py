@@ -50,10 +50,47 @@ def test_values_within_change_no_step_where_the_solution_is_continuous():
     assert torch.equal(values[-1], y) and stack.solves == before
 
 
+@pytest.mark.parametrize("schedule", [None, 0.4])
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("step", [0.5, -0.5, 0.0, "decay(0.5)", "decay(1.5, h0=0.2)", "learned(h0=0.3)", "1.2/depth"])
+def test_one_solve_covers_the_steps_that_the_rule_gives(step, offset, schedule):
+    """A shared function is solved once, over the length that separate solves of the same steps have together."""
+    one = Stack(spinning, SCHEMES[0], depth=3, step=step, step_offset=offset)
+    each = Stack([spinning] * 3, SCHEMES[0], step=step, step_offset=offset)
+    if schedule is not None:
+        if one.rule.learned:
+            return
+        one.set_step(schedule)
+        each.set_step(schedule)
+    assert len(one.steps) == 1 and len(each.steps) == 3
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(one(X), each(X), **close)
+    for got, want in zip(one.trajectory(X), each.trajectory(X), strict=True):
+        torch.testing.assert_close(got, want, **close)
+    ends = torch.tensor([float(torch.as_tensor(s.h, dtype=F64).detach()) for s in each.steps], dtype=F64).cumsum(0).tolist()
+    if ends[0]:
+        for got, want in zip(one.trajectory(X, at=ends), each.trajectory(X, at=ends), strict=True):
+            torch.testing.assert_close(got, want, **close)
+
+
+def test_steps_without_a_finite_length_together_are_refused():
+    with pytest.raises(SchemeError, match="no finite length together"):
+        Stack(spinning, SCHEMES[0], depth=3, step=1e308)
+
+
 def test_times_that_run_backwards():
     stack = Stack(spinning, SCHEMES[0], depth=2, step=-0.5)
     for got, t in zip(stack.trajectory(X, at=[-0.2, -1.0]), (-0.2, -1.0), strict=True):
         torch.testing.assert_close(got, spun(X, t), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0.1, "learned(h0=0.1)", "0.7/depth"])
+@pytest.mark.parametrize("scheme", ["rk4", SCHEMES[0]])
+def test_times_are_those_of_the_steps_whatever_their_digits(scheme, step):
+    stack = Stack([spinning] * 7, scheme, step=step) if "ad" in scheme else Stack(spinning, scheme, depth=7, step=step)
+    path = stack.trajectory(X)
+    for n in range(1, 8):
+        torch.testing.assert_close(stack.trajectory(X, at=[n / 10])[0], path[n - 1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scheme", ["rk4", "leapfrog", "ab2"])

@@ -546,6 +546,24 @@ def test_adaptive_brings_its_own_tolerances():
     assert loose.accepted < tight.accepted / 3
 
 
+@pytest.mark.parametrize("given", [{"rtol": 1e-9}, {"atol": 1e-9}, {"rtol": 1e-7, "atol": 1e-9}, {"rtol": 1e-3}])
+def test_what_the_call_gives_takes_precedence_over_adaptive(given):
+    want = odeint(turning, START, times(0, 3), method="tsit5", **{"rtol": 1e-2, "atol": 1e-4, **given})
+    method = "adaptive(tsit5, rtol=1e-2, atol=1e-4)"
+    assert torch.equal(odeint(turning, START, times(0, 3), method=method, **given), want)
+    dense = odeint_dense(turning, START, times(0)[0], times(3)[0], method=method, **given)
+    torch.testing.assert_close(dense(times(0, 3)), want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_that_the_call_names_takes_precedence_over_adaptive():
+    y = START.clone().requires_grad_()
+    found = []
+    for method, gradient in (("adaptive(tsit5, adjoint=true)", "checkpoint"), ("adaptive(tsit5)", "checkpoint")):
+        found += torch.autograd.grad(odeint(turning, y, times(0, 3), method=method, gradient=gradient)[-1].sum(), y)
+    adjoint = torch.autograd.grad(odeint(turning, y, times(0, 3), method="adaptive(tsit5, adjoint=true)")[-1].sum(), y)
+    assert torch.equal(*found) and not torch.equal(found[0], adjoint[0])
+
+
 def test_no_entries_and_one_time():
     empty = torch.empty(0, 2, dtype=F64, requires_grad=True)
     for batch in ("joint", "independent"):

@@ -1,8 +1,10 @@
 """Intervals are Welch's and cover what they promise; the report says what the lines hold."""
 
 import dataclasses
+import json
 import logging
 import random
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,19 @@ def test_the_command_prints_tables_and_draws(store, tmp_path, capsys):
         assert f"| {kind} |" in out
     for name in ("accuracy.png", "ranks.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_scheme_without_a_trained_network_has_dashes(store, tmp_path, capsys):
+    connection = sqlite3.connect(store)
+    with connection:
+        (text,) = connection.execute("SELECT settings FROM study").fetchone()
+        settings = json.loads(text)
+        settings["schemes"].append("rk4")
+        connection.execute("UPDATE study SET settings = ?", [json.dumps(settings)])
+    connection.close()
+    main(["study", "report", str(store), "--out", str(tmp_path / "figures")])
+    assert "| rk4 | 0 | 0 | 0 | – | – | – | – |" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "accuracy.png").is_file()
 
 
 def test_the_page_says_what_the_committed_lines_say(capsys):

@@ -214,6 +214,22 @@ def spoil(path: Path, statement: str) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_file_that_cannot_be_written_to_is_said_to_be(tmp_path, monkeypatch, when):
+    path, real = tmp_path / "s.sqlite", sqlite3.connect
+    with Store(path, {"a": [1]}, growing=("a",)):
+        pass
+    frozen = lambda file, **k: real(f"{Path(file).absolute().as_uri()}?mode=ro", uri=True, **k)  # noqa: E731
+    monkeypatch.setattr(module.sqlite3, "connect", frozen)
+    settings = {"a": [1, 2]} if when == "before" else {"a": [1]}
+    with (
+        pytest.raises(SchemeError, match="cannot be written to: .*readonly.*\n  Make the file"),
+        Store(path, settings, growing=("a",)) as store,
+    ):
+        assert when == "between"
+        store.add(CANDIDATES[0], Result("trained"))
+
+
 def test_files_that_are_damaged_or_of_another_version_are_said_to_be(tmp_path):
     for folder in "abcd":
         (tmp_path / folder).mkdir()
