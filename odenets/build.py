@@ -454,7 +454,7 @@ def steps_of(
 ) -> list[Step]:
     """Builds the steps, one for each size, each with its share of the residual functions."""
     if isinstance(shared, PerSlot):
-        shared.revisions.append(revision)
+        shared.revisions.add(revision)
     steps, start = [], 0
     for n, h in enumerate(sizes):
         part = scheme.at(n)

@@ -3,7 +3,7 @@
 ``ContinuousWeights`` turns a block into a residual function f(t, x) = block(x; theta(t)). The block stays a module with
 its own names: each of its parameters gains a leading dimension for the coefficients.
 
-* a convolution's ``block.conv.weight`` is (knots + degree, out, in, 3, 3);
+* a convolution's ``block.conv.weight`` is (knots + degree, out, in, 3, 3), for knots that differ;
 * evaluated at t it is the convolution with the weights sum_k B_k(t) c_k, which exist for that call alone;
 * under euler, at the knots of a linear spline, these weights are single coefficients, and nothing is computed.
 """
@@ -163,7 +163,10 @@ class ContinuousWeights(nn.Module):
         return self._found[1]
 
     def coefficients(self) -> dict[str, nn.Parameter]:
-        """Returns the coefficients of each of the block's parameters, by name: (knots + degree, ...)."""
+        """Returns the coefficients of each of the block's parameters, by name: (coefficients, ...).
+
+        There are knots + degree of them, and more where inner knots are repeated.
+        """
         return {places[0].key: places[0].now() for places in self._places()}
 
     def weights(self, t: float | Tensor) -> dict[str, Tensor]:

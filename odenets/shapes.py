@@ -1,7 +1,7 @@
 """Coloured shapes on texture, drawn with their masks and boxes: a synthetic data set for segmentation and detection.
 
 Four kinds of shape, at random angles and sizes, which may partly occlude each other. Colour hints at the kind without
-determining it, since the ranges of hue overlap. Each image is a function of the seed and its number alone::
+determining it, since the ranges of hue overlap. Each image of a size is a function of the seed and its number alone::
 
     python -m odenets.shapes FOLDER --train 2000 --val 200 --size 64
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class PerSlot(nn.ModuleList):
 
     def __init__(self, functions: Iterable[nn.Module] = ()):
         super().__init__()
-        self.revisions: list[Revision] = []  # of the stacks that share these functions
+        # Of the stacks that share these functions; weak, since a regulariser may build a stack of them in every step.
+        self.revisions: WeakSet[Revision] = WeakSet()
         self.extend(functions)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,6 +87,13 @@ class PerSlot(nn.ModuleList):
         if isinstance(value, nn.Module):
             for revision in self.revisions:
                 revision.stale = True
+
+    # Weak references are neither copied nor pickled, so those that are alive go as a list.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "revisions": [*self.revisions]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "revisions": WeakSet(state["revisions"])})
 
 
 def in_each_slot(shared: nn.Module, stages: int) -> tuple[nn.Module, ...]:

@@ -30,7 +30,7 @@ def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
 
 
 def slack_of(steps: Sequence[Step]) -> float:
-    """Returns the relative distance within which a time is taken for the end of a step: rounding, of learned sizes too."""
+    """Returns the relative distance, of rounding, within which a time is taken for the end of a step."""
     learned = [torch.finfo(step.h.dtype).eps for step in steps if isinstance(step.h, Tensor)]
     return max(1e-9, 4 * max(learned, default=0.0))
 

@@ -124,11 +124,20 @@ def examples(name: str | None = None) -> tuple[str, ...]:
             found.append(each)
             found += type(_NAMES[each]).__dict__.get("examples", ())
         else:
-            found += vars(make).get("examples", ())
+            found += vars(make).get("examples", ()) or ([each] if _needs_nothing(make) else [])
     if name is None:  # a sum has no name
         found += Mix.examples
     # Each once, and in order: families that are registered under two names give theirs twice.
     return tuple(dict.fromkeys(found))
+
+
+def _needs_nothing(make: Callable[..., Any]) -> bool:
+    """Whether a family can be called without arguments."""
+    try:
+        inspect.signature(make).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def register(name: str, scheme: "Scheme | Tableau | Callable[..., Scheme]") -> None:
@@ -182,7 +191,7 @@ class CatalogueEntry(NamedTuple):
 
 
 def catalogue() -> tuple[CatalogueEntry, ...]:
-    """What is known of each named Runge-Kutta scheme: stages, orders, mixing figure and stability intervals.
+    """What is known of each named scheme: stages and order; of Runge-Kutta methods, mixing and stability too.
 
     ``real`` and ``imaginary`` are the lengths of the intervals [-r, 0] and [-i, i] on which |R(z)| <= 1; ``mixing`` is
     max_i sum_j |a_ij|. A family of tableaux is represented by its usual member, the first of its examples.

@@ -365,7 +365,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The expression that ``get`` reads as this scheme; two schemes with the same text are equal."""
+        """The expression that ``get`` reads as this scheme; it identifies one, unless a subclass compares more."""
 
     def __eq__(self, other: object) -> bool:
         # The text is the identity: it is what a checkpoint stores and what ``get`` reads back.
@@ -388,7 +388,7 @@ class Takes(NamedTuple):
         time: with a time.
         context: with a context.
         first: with the time as its first argument, and not by keyword.
-        opaque: unknown, since it takes any keyword (``**kwargs``); it is then given neither.
+        opaque: unknown, since it takes any keyword (``**kwargs``); it is then given no context, and a time only if it has a parameter for it.
     """
 
     time: bool = False

@@ -105,7 +105,7 @@ def languages() -> dict[str, tuple[Callable[[str], object], list[str]]]:
     }
 
 
-class Endless(Exception):
+class Endless(BaseException):
     """An input was given up; no reader catches it as one of its own errors."""
 
 
@@ -147,7 +147,7 @@ class Kind:
         except self.documented as error:
             if str(error).count("\n") > 1:
                 wrong = f"more than two lines: {error}"
-        except Exception as error:
+        except (Exception, Endless) as error:
             wrong = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -239,6 +239,8 @@ def free(device: torch.device) -> float:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
+        if device.type not in ("cpu", "mps"):  # which share the host's memory
+            raise ValueError
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # not on this system
         raise SchemeError("backprop='auto' does not find out what is free here: say it, 'auto(memory=2GB)'.") from None

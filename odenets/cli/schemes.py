@@ -40,7 +40,8 @@ def run(args: Sequence[str]) -> None:
     options = parser().parse(args)
     try:
         chosen = w.matching(options.pattern, schemes.names(), "scheme")
-        found = [known_of(text) for text in (schemes.examples(name)[0] for name in chosen)]
+        # One example per name; a family that declares none and needs arguments has nothing to show.
+        found = [known_of(text) for name in chosen for text in schemes.examples(name)[:1]]
         if options.json:
             w.write(w.as_json(found), None)
         else:

@@ -1,7 +1,7 @@
 """Adversarial attacks by small changes of a picture: FGSM and projected gradient descent.
 
 An attack moves pictures in [0, 1] within a ball of radius eps, and within [0, 1], to raise the cross-entropy of their
-labels; normalisation is part of the attacked network. During the attack the network is in evaluation mode (frozen
+labels; normalisation is part of the attacked network. During the attack a module is in evaluation mode (frozen
 statistics, no dropout), and its parameters' gradients are left as they were.
 """
 
@@ -59,11 +59,17 @@ class Attack(NamedTuple):
             seeds: Seeds of the pictures' random starts; 0 to n - 1 if left out.
 
         Raises:
-            SchemeError: Pictures of another kind, or a gradient that is not finite.
+            SchemeError: Pictures of another kind, another number of labels, or a gradient that is not finite.
         """
-        if not x.is_floating_point() or x.dim() != 4 or float(x.min()) < 0 or float(x.max()) > 1:
+        # Written so that NaN is refused too.
+        inside = x.is_floating_point() and (not x.numel() or (float(x.min()) >= 0 and float(x.max()) <= 1))
+        if not inside or x.dim() != 4:
             raise SchemeError(f"{self.name}: pictures {tuple(x.shape)} of {x.dtype}; want floats in [0, 1]")
+        if labels.shape != x.shape[:1]:
+            raise SchemeError(f"{self.name}: labels {tuple(labels.shape)}; want one for each of {len(x)} pictures")
         clean = x.detach()
+        if not x.numel():
+            return clean.clone()
         moved = self._start(clean, range(len(x)) if seeds is None else seeds)
         with evaluating(logits) if isinstance(logits, nn.Module) else nullcontext():
             for _ in range(self.steps):

@@ -116,7 +116,7 @@ def correlate(x: Tensor, kernel: Tensor) -> Tensor:
 
     Args:
         x: (n, c, h, w).
-        kernel: (2 r + 1, 2 s + 1).
+        kernel: (2 r + 1, 2 r + 1).
     """
     half = len(kernel) // 2
     used = (kernel != 0).any(1).nonzero()[:, 0] - half

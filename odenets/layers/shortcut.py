@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -120,8 +121,6 @@ class SpaceToDepth(nn.Module):
         Args:
             y: (n, factor^2 c, h / factor, w / factor).
         """
-        from einops import rearrange  # its import takes a third of this package's, for this layer alone
-
         return rearrange(y, "n (a b c) h w -> n c (h a) (w b)", a=self.factor, b=self.factor)
 
     def extra_repr(self) -> str:

@@ -116,7 +116,7 @@ class DenseNet(LevelNet):
         self.finish_levels(at.channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Maps published keys to ours: torchvision's (old and new), gpleiss's, andreasveit's."""
+        """Maps published keys to ours: torchvision's (old and new), gpleiss's, andreasveit's, or a twin's."""
         own = self.state_dict().keys()
         return keys_of_densenet.published(own, keys) or twin(own, keys)
 

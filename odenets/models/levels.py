@@ -118,7 +118,7 @@ def takes_shortcut(scheme: Scheme) -> bool:
 
 
 class _Misfit(Exception):
-    """Why a scheme does not fit a network, as the end of a sentence, and whether another dimension would do."""
+    """Why a scheme does not fit a network, as the end of a sentence."""
 
 
 def check_streams(

@@ -118,7 +118,7 @@ class RDNet(LevelNet):
         self.finish_levels(at.channels, reductions)
 
     def key_map(self, keys: Collection[str]) -> KeyMap | None:
-        """Maps published keys to ours: naver-ai's and timm's, which differ in the epsilon of the head's norm."""
+        """Maps published keys to ours: naver-ai's and timm's, which differ in the head norm's epsilon, or a twin's."""
         own = self.state_dict().keys()
         return keys_of_rdnet.published(own, keys) or twin(own, keys)
 

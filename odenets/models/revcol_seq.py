@@ -109,14 +109,22 @@ class RevColTranslator(nn.Module):
     def translate(self, source: Tensor, limit: int | None = None) -> Tensor:
         """Decodes greedily, word by word, until every sentence ends: (n, t), padded, without the start.
 
+        Dropout acts unless the network is in evaluation mode.
+
         Args:
             source: (n, s), words of the source, padded.
             limit: maximum number of words of a translation, the start included; None means the number of positions.
+
+        Raises:
+            SchemeError: a limit that is not a whole number from 1 to the number of positions.
         """
+        limit = self.length if limit is None else limit
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= self.length:
+            raise SchemeError(f"translate: limit is {limit!r}, want a whole number from 1 to {self.length}.")
         memory, padded = self.encode(source), source == PAD
         words = torch.full((len(source), 1), START, device=source.device)
         done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
-        for _ in range((limit or self.length) - 1):
+        for _ in range(limit - 1):
             # A sentence that has ended is continued by padding, until the longest of the batch has ended.
             word = self.decode(words, memory, padded)[:, -1].argmax(-1).masked_fill(done, PAD)
             words = torch.cat([words, word[:, None]], 1)

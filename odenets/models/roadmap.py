@@ -1,7 +1,7 @@
 """Two published roadmaps, each step a network: from ResNet to ConvNeXt, and from DenseNet to RDNet.
 
 ``convnext("widen")`` builds the step at which the channels grow, ``rdnet("d")`` the one with the larger middle. Every
-step is one configuration of one builder, and differs from the step before by one change.
+step is a configuration, and differs from the step before by what the paper changes there.
 """
 
 from collections import OrderedDict

@@ -34,7 +34,8 @@ def restack(
     A block that adds its input itself, y = block(x), becomes the residual function block(x) - x. Parameters,
     state-dict keys and children of the model are unchanged, so that weights load before or after, ``save_pretrained``
     works and adapters (LoRA) find their layers; ``unrestack`` restores the model. Under ``"euler"`` and, in evaluation,
-    ``"bdia"`` its outputs are the same as before; under any other scheme it is another network with the same weights.
+    ``"bdia"`` its outputs are the same as before, with steps of size 1; under any other scheme or step it is another
+    network with the same weights.
 
     Masks, positions and any other arguments that a model passes to its blocks still reach them. The stack itself is
     ``model.get_submodule(path).stack``.

@@ -134,9 +134,9 @@ def epochs_of(folder: Path) -> list[dict[str, float]]:
     """
     found: dict[int, dict[str, float]] = {}
     for row in logged_rows(folder):
-        # Seven digits are more than anything that is logged has.
-        figures = {k: float(f"{float(v):.7g}") for k, v in row.items() if v and LOGGED.fullmatch(k or "")}
-        figures = {k: v for k, v in figures.items() if math.isfinite(v)}
+        figures = {k: float(v) for k, v in row.items() if v and LOGGED.fullmatch(k or "")}
+        # Counts are exact; of measured figures, seven digits are more than single precision has.
+        figures = {k: v if v.is_integer() else float(f"{v:.7g}") for k, v in figures.items() if math.isfinite(v)}
         if figures and row.get("epoch"):
             # Figures of training and of validation are logged in separate rows.
             found.setdefault(int(row["epoch"]), {}).update(figures)
@@ -212,7 +212,7 @@ def outcome_of(folder: Path, status: str, parameters: int | None = None, error: 
 
     Args:
         folder: folder of the run.
-        status: ``trained``, ``failed`` or ``diverged``.
+        status: ``trained``, ``failed``, ``diverged`` or ``unfinished``.
         parameters: number of parameters of the net, if known.
         error: the error message.
     """

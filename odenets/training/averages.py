@@ -18,9 +18,9 @@ INSTEAD = "Take odenets.training.MovingAverage(decay) in its place"
 class MovingAverage(WeightAveraging):
     """Validates and saves a moving average of the weights and of the norms' statistics; training does not use it.
 
-    After optimiser step i >= start: average <- decay * average + (1 - decay) * weights, and before, average <- weights.
+    After optimiser step i > start: average <- decay * average + (1 - decay) * weights; until then, average <- weights.
 
-    The first average equals the weights after step `start`. Integers and booleans, such as counters and tables of
+    So the first average equals the weights after step `start`. Integers and booleans, such as counters and tables of
     indices, are copied. 16-bit weights are averaged in 32 bits.
 
     Args:

@@ -274,7 +274,7 @@ class Command(LightningCLI):
         if self.source is not None:
             adapt = self.config_init[str(self.subcommand)].adapt
             start_from(self._begun_with(), self.source, adapt, self.subcommand == "fit")
-        # Modules and callbacks that change the network when a checkpoint is read are asked before; see Refinement.
+        # Without strict_loading, a checkpoint may have other tensors than the module.
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
         if self.subcommand != "fit":

@@ -381,7 +381,7 @@ def _reschedule(
 class LastCheckpoint(Callback):
     """Writes ``last.ckpt`` at the end of each epoch and of the run, on a signal, and, if requested, every n steps.
 
-    It comes before all other callbacks: at the hooks where it saves, all of them are done with the previous batch or
+    It comes before the user's callbacks: at the hooks where it saves, all of them are done with the previous batch or
     epoch. SIGTERM and SIGINT are deferred until a checkpoint can be written; a second one ends the process.
 
     Args:

@@ -84,7 +84,7 @@ def _wrong(trained: Trained, x: Tensor, labels: Tensor) -> int:
 
 
 def read_baseline(text: str) -> CorruptionErrors:
-    """Reads a baseline's errors: ``alexnet``, as published, or a file of `odenets evaluate --corruptions --json`.
+    """Reads a baseline's errors: ``alexnet``, as published, or a file of `odenets evaluate --corruptions --output`.
 
     Args:
         text: the name, or the path of the file.

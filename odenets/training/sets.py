@@ -149,8 +149,8 @@ class Decoded(Dataset):
         """Writes the picture to `out` (size, size, 3); returns its label."""
         epoch, position = request if isinstance(request, tuple) else (None, request)
         for at, index in self.tally.places(position, self.indices):
-            # Seeded by the place of the picture that is shown: a replacement gets the box of its own place.
-            generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, at))
+            # Seeded by the requested place: a picture that replaces another gets another box than at its own place.
+            generator = None if epoch is None else Generator().manual_seed(seed_of(self.seed, epoch, position))
             try:
                 self._cut(Picture(self.source.encoded(index)), generator, out)
             except Unreadable as e:

@@ -229,8 +229,9 @@ class ParquetSource(Source):
             column = self._open[number].read_row_group(group, columns=[self.image_key], use_threads=False)
             self._kept[place] = column.column(self.image_key)
             self.reads += 1
+            self._open.move_to_end(number)
             for held in (self._kept, self._open):
-                # Evicts the oldest: an order reads shards in turn, so it will not be requested again soon.
+                # Evicts the one used longest ago: an order reads shards in turn, so it will not be requested again soon.
                 if len(held) > _KEPT:
                     held.popitem(last=False)
         self._kept.move_to_end(place)

@@ -286,7 +286,7 @@ def attach(
         # A measure of what the slope would be if its terms did not cancel.
         size = abs(own) + (0.0 if parts[1] is None else float((parts[1].abs() * f.abs()).sum()))
     slope = own + along
-    # Twice rounding: what is left of a slope of zero after the event was located.
+    # Far above rounding: locating the event leaves that much of a slope of zero.
     grazing = abs(slope) <= 1e-6 * size or size == 0
     found = torch.tensor(t, dtype=dtype, device=y.device)
     if not torch.is_grad_enabled():

@@ -29,7 +29,7 @@ class Run:
         evaluations: calls of the field.
         steps: start and size of each step that was kept.
         segments: the pieces of the continuous solution, where requested.
-        events: the events found, as (number, time, state).
+        events: the events found, as ``Place``.
     """
 
     ys: list[Tensor]

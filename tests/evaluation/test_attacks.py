@@ -171,6 +171,11 @@ def test_pictures_outside_of_0_to_1_and_broken_networks_are_refused():
         fgsm()(linear(), torch.full((1, 3, 4, 4), 1.5, dtype=torch.float64), LABELS[:1])
     with pytest.raises(SchemeError, match=r"\[0, 1\]"):
         fgsm()(linear(), torch.zeros(1, 3, 4, 4, dtype=torch.uint8), LABELS[:1])
+    with pytest.raises(SchemeError, match=r"\[0, 1\]"):
+        fgsm()(linear(), torch.full((1, 3, 4, 4), float("nan"), dtype=torch.float64), LABELS[:1])
+    with pytest.raises(SchemeError, match="one for each of 2 pictures"):
+        fgsm()(linear(), torch.rand(2, 3, 4, 4, dtype=torch.float64), LABELS[:1])
+    assert pgd()(linear(), torch.rand(0, 3, 4, 4, dtype=torch.float64), LABELS[:0]).shape == (0, 3, 4, 4)
     net = linear()
     with torch.no_grad():
         net[1].weight[0, 0] = float("nan")

@@ -1,7 +1,9 @@
 """Weights as functions of depth: values, gradients, modes, the law of convergence, changes of basis, state."""
 
 import copy
+import gc
 import math
+import pickle
 
 import pytest
 import torch
@@ -609,8 +611,21 @@ def test_functions_per_slot_are_shared_by_all_steps():
 
     with pytest.raises(SchemeError, match="no residual function has a parameter named context"):
         net(x, context=batch(1))
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
     pair[1] = Reads()
     assert net(x, context=batch(1)).isfinite().all()
+    for twin in copies:
+        twin.block[1] = Reads()
+        assert twin(x, context=batch(1)).isfinite().all(), "a copy notices its own exchange"
+
+
+def test_functions_per_slot_forget_stacks_that_are_gone():
+    pair = PerSlot([nn.Linear(3, 3).double(), nn.Linear(3, 3).double()])
+    net = Stack(pair, "revnet", depth=3, step="1/depth")
+    for depth in range(2, 6):  # as a regulariser does in every step
+        net.rebuilt(depth=depth)
+    gc.collect()
+    assert len(pair.revisions) == 1
 
 
 def test_uneven_and_repeated_knots():

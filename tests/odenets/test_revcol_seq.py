@@ -52,6 +52,9 @@ def test_translate_ends_after_the_end():
             assert set(row[row.index(END) + 1 :]) <= {PAD}
     with pytest.raises(SchemeError, match="has 33 words, the longest may have 32"):
         net(torch.ones(1, 33, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))
+    for limit in (0, -3, 33, True, 2.5):
+        with pytest.raises(SchemeError, match=f"limit is {limit}, want a whole number from 1 to 32"):
+            net.translate(torch.ones(1, 3, dtype=torch.long), limit)
     with pytest.raises(SchemeError, match="at least one of each"):
         RevColTranslator(9, 9, columns=0)
 

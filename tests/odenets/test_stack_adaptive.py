@@ -67,7 +67,11 @@ def test_one_solve_covers_the_steps_that_the_rule_gives(step, offset, schedule):
     torch.testing.assert_close(one(X), each(X), **close)
     for got, want in zip(one.trajectory(X), each.trajectory(X), strict=True):
         torch.testing.assert_close(got, want, **close)
-    ends = torch.tensor([float(torch.as_tensor(s.h, dtype=F64).detach()) for s in each.steps], dtype=F64).cumsum(0).tolist()
+    ends = (
+        torch.tensor([float(torch.as_tensor(s.h, dtype=F64).detach()) for s in each.steps], dtype=F64)
+        .cumsum(0)
+        .tolist()
+    )
     if ends[0]:
         for got, want in zip(one.trajectory(X, at=ends), each.trajectory(X, at=ends), strict=True):
             torch.testing.assert_close(got, want, **close)

@@ -153,6 +153,11 @@ def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, 
         }
 
 
+def test_counts_are_exact_and_figures_have_seven_digits(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,cost/samples,val/loss,lr-SGD\n0,115305031.0,0.12345678912,0.1\n")
+    assert epochs_of(tmp_path) == [{"epoch": 0, "cost/samples": 115305031.0, "val/loss": 0.1234568}]
+
+
 @pytest.mark.long
 def test_two_workers_work_at_the_same_time(finished):
     lines = {line["name"]: line for line in read(finished / "runs.sqlite", RUNS)[1]}

@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_written_to_is_said_to_be(tmp_path, monkeypatch, w
     monkeypatch.setattr(module.sqlite3, "connect", frozen)
     settings = {"a": [1, 2]} if when == "before" else {"a": [1]}
     with (
-        pytest.raises(SchemeError, match="cannot be written to: .*readonly.*\n  Make the file"),
+        pytest.raises(SchemeError, match=r"cannot be written to: .*readonly.*\n  Make the file"),
         Store(path, settings, growing=("a",)) as store,
     ):
         assert when == "between"

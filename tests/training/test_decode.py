@@ -308,6 +308,10 @@ def test_unreadable_pictures_are_named_and_replaced(tmp_path, size, workers, rec
         assert len(train) == 20 and len(named) == len(WRONG) and int(train.tally.seen.sum()) == len(WRONG)
         bad = next(i for i in range(len(train)) if "empty.png" in train.name(i))
         assert torch.equal(train[(3, bad)][0], train[(3, bad)][0])
+        # Whichever takes its place is not shown twice with the same box in an epoch.
+        wide = next(i for i in range(bad + 1, bad + len(train)) if "unreadable" not in train.name(i % len(train)))
+        if train.smallest:
+            assert not torch.equal(train[(3, bad)][0], train[(3, wide % len(train))][0])
     else:
         assert len(train) == 12 and not any("empty" in train.name(i) for i in range(12))
     if workers == 0:
