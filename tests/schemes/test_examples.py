@@ -94,6 +94,8 @@ def test_every_registered_name_has_an_example(monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     schemes.register("twice", lambda scheme: Repeat(scheme, 2))
     assert names_without_examples() == ["twice"]
+    schemes.register("bare", lambda: Repeat(schemes.get("rk4"), 2))
+    assert schemes.examples("bare") == ("bare",), "it can be called without arguments"
     schemes.register("thrice", sampled("thrice(rk4)")(lambda scheme: Repeat(scheme, 3)))
     assert schemes.examples("thrice") == ("thrice(rk4)",) and "thrice(rk4)" in schemes.examples()
 
