@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,11 @@ def fail(message: str, tip: str = "lightning --help shows how the command is use
     first = lines[0] if lines else "unknown"
     sys.stderr.write(f"error: {first}\n  {rest}\n")
     raise Failed(status, first)
+
+
+def closed_output() -> None:
+    """Discards what is left to flush once the reader has closed the pipe, as in `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

@@ -388,7 +388,8 @@ class Takes(NamedTuple):
         time: with a time.
         context: with a context.
         first: with the time as its first argument, and not by keyword.
-        opaque: unknown, since it takes any keyword (``**kwargs``); it is then given no context, and a time only if it has a parameter for it.
+        opaque: unknown, since it takes any keyword (``**kwargs``); it is then given no context, and a time
+            only if it has a parameter for it.
     """
 
     time: bool = False

@@ -72,7 +72,7 @@ NAMED = [
     ("odenets/training/classifier.py", "y if y.ndim == 1 else y.argmax(1)", "y if y.ndim == 1 else y.argmin(1)"),
     ("odenets/training/supervision.py", "(logits, y, label_smoothing=self.label_smoothing)", "(logits, y)"),
     ("schemes/coupling.py", "i / (n - 1) for i in range(n)", "i / n for i in range(n)"),
-    ("odenets/backprop/grid.py", "self.rounder = 1.5 * self.limit", "self.rounder = 1.25 * self.limit"),
+    ("odenets/backprop/grid.py", ".round_().mul_(self.unit)", ".floor_().mul_(self.unit)"),
     ("odenets/backprop/grid.py", "high < self.limit)", "high <= self.limit)"),
     ("odenets/backprop/grid.py", "(math.ceil(1 / low) - 1).bit_length()", "math.ceil(1 / low).bit_length()"),
 ]

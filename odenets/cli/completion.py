@@ -16,6 +16,7 @@ import shtab
 import schemes
 
 from .. import packaged
+from ..messages import closed_output
 from ..models.catalogue import list_models
 from ..training import command
 from . import words as w
@@ -58,7 +59,7 @@ def run(args: Sequence[str]) -> None:
     try:
         sys.stdout.write(script(options.shell, options.prog) + "\n")
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
 
 
 def script(shell: str, prog: str = "odenets") -> str:

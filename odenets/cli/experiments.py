@@ -9,7 +9,7 @@ from pathlib import Path
 from schemes import SchemeError
 
 from .. import packaged
-from ..messages import fail
+from ..messages import closed_output, fail
 from . import words as w
 
 TEXT = """Lists the experiments that come with the package: `lightning fit -c NAME` trains one. Given the name of
@@ -51,7 +51,7 @@ def run(args: Sequence[str]) -> None:
                 [(n, textwrap.shorten(text, 100, placeholder=" ...")) for n, _, text in rows],
             )
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
     except (SchemeError, OSError) as e:
         fail(str(e), "odenets experiments --help shows how it is used")
 

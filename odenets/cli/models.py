@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from schemes import MixingWarning, SchemeError
 
 from ..backprop.sizes import show
-from ..messages import fail, first_line
+from ..messages import closed_output, fail, first_line
 from ..models.catalogue import create_model, list_models, model_kind, model_options, published_weights
 from ..planning import outermost, plan
 from . import words as w
@@ -66,7 +66,7 @@ def run(args: Sequence[str]) -> None:
             rows.append(row)
         _write(rows, options)
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
     except SchemeError as e:
         fail(str(e), "odenets models --help shows how it is used")
 

@@ -9,7 +9,7 @@ import torch
 
 from schemes import SchemeError
 
-from ..messages import fail, first_line
+from ..messages import closed_output, fail, first_line
 from ..training.judge import Prediction
 from ..training.sources import DataError
 from ..training.trained import Trained, open_trained
@@ -70,7 +70,7 @@ def run_over(name: str, command: Callable[[Sequence[str]], list[Prediction]], ar
     except (SchemeError, DataError, ImportError) as e:
         fail(str(e), f"odenets {name} --help shows how it is used")
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
         return
     for prediction in unread:
         sys.stderr.write(f"{prediction.name} cannot be read: {prediction.error}\n")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from odenets import recipes
 from schemes import SchemeError
 
-from ..messages import fail
+from ..messages import closed_output, fail
 from . import words as w
 
 TEXT = """Prints a row of a paper's table as a complete configuration, whose opening comment says what was published of
@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> None:
     except SchemeError as e:
         fail(str(e))
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
 
 
 def _lines(pattern: str) -> str:

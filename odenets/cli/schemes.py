@@ -8,7 +8,7 @@ import schemes
 from schemes import SchemeError
 from schemes.scheme import Scheme
 
-from ..messages import fail
+from ..messages import closed_output, fail
 from . import words as w
 
 TEXT = """Lists the schemes: all names, or those that match a pattern (rk*, or a part of the name); a family is shown by
@@ -47,7 +47,7 @@ def run(args: Sequence[str]) -> None:
         else:
             w.show("", COLUMNS, map(_cells, found), ("Order", "Stages", "Calls", "Mixing"))
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
     except SchemeError as e:
         fail(str(e), "odenets schemes --help shows how it is used")
 

@@ -17,7 +17,7 @@ from schemes.scheme import Scheme
 from schemes.tableau import show as exact
 
 from .. import plots
-from ..messages import counted, fail
+from ..messages import closed_output, counted, fail
 from . import words as w
 from .schemes import known_of
 
@@ -55,7 +55,7 @@ def run(args: Sequence[str]) -> None:
         if options.plot is not None and not options.json:
             print(f"plot: {options.plot}")
     except BrokenPipeError:
-        w.closed_output()
+        closed_output()
     except SchemeError as e:
         fail(str(e), "odenets schemes lists them all")
 

@@ -5,7 +5,6 @@ import csv
 import fnmatch
 import io
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -192,8 +191,3 @@ def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
         remedy = f"Closest: {', '.join(near)}" if near else f"There are {len(names)}; without a pattern all are shown"
         fail(f"no {what} matches {pattern!r}", remedy, 1)
     return found
-
-
-def closed_output() -> None:
-    """Discards what is left to flush once the reader has closed the pipe, as in `| head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,8 +26,8 @@ class ModernFunction(nn.Module):
     """Two pointwise convolutions and one k x k convolution between them, or before them.
 
     In order: a narrow or a wide middle (``inverted``), a depthwise middle convolution (``depthwise``), moved to the
-    front (``dw_first``), with a norm after each convolution and an activation after all but the last, or one norm (after
-    the k x k convolution) and one activation (between the pointwise ones) in all.
+    front (``dw_first``), with a norm after each convolution and an activation after all but the last, or with one norm
+    (after the k x k convolution) and one activation (between the pointwise ones) in all.
 
     Args:
         in_channels: width of the argument.

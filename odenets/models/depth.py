@@ -159,7 +159,8 @@ def grid_depths(net: nn.Module, blocks: Sequence[int], per_block: int = 1) -> di
     """Returns depths in a grid of columns and levels: 1 + b + c for block b of column c, counted over all its levels.
 
     This is the length of the shortest path through the grid to the block. The links between levels share the depth of
-    the first block after them, a column's factors that of its first block, the stem has depth 0, and all else comes after the last block.
+    the first block after them, a column's factors that of its first block; the stem has depth 0, and all else comes
+    after the last block.
 
     Args:
         net: its ``columns`` are a ``Stack``.

@@ -163,8 +163,8 @@ class IRevNet(_Reversible):
         width: width of the first level, both streams together; every further level multiplies it by four.
         block: "bottleneck" (1x1, 3x3, 1x1 with a quarter of the width inside) or "basic".
         patch: side of the squares that the stem moves into the channels; 1 leaves the picture's resolution.
-        backprop: as in Stack; with several levels not "exact": moving pixels into channels can be undone, but not on the
-            grid.
+        backprop: as in Stack; with several levels not "exact": moving pixels into channels can be undone, but not on
+            the grid.
         num_classes: width of the head; 0 returns features.
         head: as in ``HeadNet``.
 

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 from schemes import SchemeError
 
 from ..config_files import check_files
-from ..messages import counted, fail
+from ..messages import closed_output, counted, fail
 from ..names import closest
 from ..packaged import experiments
 from ..packaged import find as find_experiment
@@ -82,8 +81,8 @@ def run(words: Sequence[str]) -> None:
             _train(words)
     except (SchemeError, DataError) as error:
         fail(str(error), TIP)
-    except BrokenPipeError:  # the reader has closed the pipe, as in `| head`; what is left to flush is discarded
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        closed_output()
 
 
 def _report(words: Sequence[str]) -> None:

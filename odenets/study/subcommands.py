@@ -1,8 +1,6 @@
 """The command `odenets study run|report|sample`: trains random networks, compares them, shows what would be trained."""
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from schemes import SchemeError
 
 from ..config_files import check_files
-from ..messages import TIP, explain, fail
+from ..messages import TIP, closed_output, explain, fail
 from ..packaged import with_files
 from ..training.sources import DataError
 from . import engine, report
@@ -80,8 +78,8 @@ def run(args: Sequence[str]) -> None:
                 _train(study, chosen)
     except (SchemeError, DataError) as error:
         fail(str(error), HELP)
-    except BrokenPipeError:  # the reader has closed the pipe, as in `| head`; what is left to flush is discarded
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        closed_output()
 
 
 def _show(study: Study) -> None:

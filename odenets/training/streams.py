@@ -231,7 +231,7 @@ class ParquetSource(Source):
             self.reads += 1
             self._open.move_to_end(number)
             for held in (self._kept, self._open):
-                # Evicts the one used longest ago: an order reads shards in turn, so it will not be requested again soon.
+                # The one used longest ago: an order reads shards in turn, so it will not be requested again soon.
                 if len(held) > _KEPT:
                     held.popitem(last=False)
         self._kept.move_to_end(place)
