@@ -3,6 +3,7 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
+import ast
 import importlib.util
 import json
 import re
@@ -84,6 +85,20 @@ def named_schemes() -> str:
             if e.real is not None
         ],
     )
+
+
+def modules(package: str) -> str:
+    """The modules of a package that have a page, each with the first line of its docstring."""
+    folder, root = PAGES / "reference" / package.replace(".", "/"), PAGES.parents[1]
+    # The packages inside of odenets have tables of their own; schemes has one for all.
+    pages = sorted(folder.glob("*.md") if package == "odenets" else folder.rglob("*.md"))
+    rows = []
+    for page in pages:
+        place = page.relative_to(PAGES / "reference")
+        text = ast.get_docstring(ast.parse((root / place.with_suffix(".py")).read_text(encoding="utf-8")))
+        name = ".".join(page.relative_to(folder).with_suffix("").parts)
+        rows.append([f"[{name}]({place.as_posix()})", str(text).split("\n")[0].replace("|", "&#124;")])
+    return table("Module | is", rows)
 
 
 # Short descriptions of each family's page, for the README.
@@ -378,7 +393,11 @@ def numbers_of_recipes() -> str:
 
 # Tables of experiments/benchmarks/depth_is_time.py, which is loaded only when a page needs one.
 DEPTH_TABLES = ("arms", "otherwise", "distances", "fits", "projected", "fitted")
+# The packages whose modules have pages.
+NESTED = sorted(folder.name for folder in (PAGES / "reference/odenets").iterdir() if folder.is_dir())
+PACKAGES = ("schemes", "odenets", *(f"odenets.{name}" for name in NESTED))
 TABLES = {
+    **{f"modules_{name.replace('.', '_')}": partial(modules, name) for name in PACKAGES},
     **{f"family_{name}": lambda name=name: catalogue.page(name) for name in catalogue.FAMILIES},
     "recipes": numbers_of_recipes,
     **{f"paper_{file.__name__.rpartition('.')[2]}": partial(paper, file) for file in FILES},

@@ -45,8 +45,8 @@ class Adaptive(Scheme):
     r"""Solves x' = f(t, x) from t to t + h with a step size chosen from an error estimate.
 
     One residual function a step, called with (x, time since the start of the step); ``step`` and Stack adapt functions
-    with other signatures. A Stack with one shared function and depth d makes a single solve over [0, d h]; with d
-    functions it solves d unit intervals in turn, function n on the n-th. A step of 0 is the identity.
+    with other signatures. A Stack with one shared function makes a single solve over the length of all its
+    steps; with d functions it solves d steps in turn, function n on the n-th. A step of 0 is the identity.
 
     Cost: evaluations depend on the input and are counted (``Stack.evaluations``); gradients by backpropagation through
     the accepted steps, or with ``adjoint=true`` by the continuous adjoint: memory does not grow with the steps, but
