@@ -102,7 +102,8 @@ class Adaptive(Scheme):
             raise SchemeError(f"adaptive: no adaptive method {name!r}; there are {', '.join(PAIRS)}.")
         if backend not in BACKENDS:
             raise SchemeError(f"adaptive: no backend {backend!r}; there are {', '.join(BACKENDS)}.")
-        if backend == "torchdiffeq" and name not in TORCHDIFFEQ:
+        own = name in tableaux.METHODS and method == RungeKutta(tableaux.METHODS[name])
+        if backend == "torchdiffeq" and not (own and name in TORCHDIFFEQ):
             raise SchemeError(f"adaptive: no adaptive method {name!r}; torchdiffeq has {', '.join(TORCHDIFFEQ)}.")
         for key, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
@@ -114,6 +115,12 @@ class Adaptive(Scheme):
         self.method, self.rtol, self.atol, self.backend = name, float(rtol), float(atol), backend
         self.adjoint, self.max_steps = adjoint, int(max_steps)
         self.pair = Pair(method)
+
+    def __eq__(self, other: object) -> bool:
+        # A user's pair may have the name of another.
+        return super().__eq__(other) and self.pair.scheme == other.pair.scheme  # type: ignore[attr-defined]
+
+    __hash__ = Scheme.__hash__
 
     def _step(self, fs: Sequence[Function], state: State, h: StepSize = 1.0, gs: Sequence[Function] = ()) -> State:
         return (self.solve(fs, state, h, gs=gs).values[-1],)

@@ -168,8 +168,8 @@ class Pace:
         """The size and the end of the next step, no further than the target; sets ``lands``, whether it reaches it."""
         rest = target - t
         size, length = abs(self.h), abs(rest)
-        # A step that is a hundredth longer, rather than one of a hundredth after it.
-        self.lands = size * 1.01 >= length
+        # A step that is a hundredth longer, rather than one of a hundredth after it; a limit is kept to rounding.
+        self.lands = min(size * 1.01, max(size, self.control.max_step * (1 + 1e-12))) >= length
         if self.lands:
             return rest, target
         h = rest / 2 if size * 2 > length else self.h  # halves, so that no tiny step is left over

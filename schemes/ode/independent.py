@@ -331,7 +331,9 @@ class Solve:
         control = self.control
         target = front.stops.gather(1, front.stop[:, None])[:, 0]
         rest = (target - front.t).abs()
-        lands = front.h * 1.01 >= rest
+        # As one step size for all: a hundredth longer, but within the limit.
+        most = front.h.clamp(min=self.control.max_step * (1 + 1e-12))
+        lands = torch.minimum(front.h * 1.01, most) >= rest
         # As in ``control.Pace``: two steps of half the rest, so that no tiny step is left over.
         h = torch.where(lands, rest, torch.where(front.h * 2 > rest, rest / 2, front.h))
         least = front.again & (front.h <= control.min_step) & ~lands & (front.ratio > 1)

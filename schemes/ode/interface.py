@@ -24,7 +24,7 @@ def odeint(
     rtol: Any = None,
     atol: Any = None,
     options: dict[str, Any] | None = None,
-    gradient: str = "store",
+    gradient: str | None = None,
     batch: str = "joint",
     event_fn: Any = None,
 ) -> Any:
@@ -49,7 +49,8 @@ def odeint(
             adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params.
         gradient: "store" keeps the graph of the accepted steps; "checkpoint" keeps a state per step and recomputes the
             rest; "reverse" keeps only the step sizes, by reversible(method), reversible_heun or alf; "adjoint" solves
-            the adjoint equation, accurate to the tolerances.
+            the adjoint equation, accurate to the tolerances. None is "store", or "adjoint" under
+            ``method="adaptive(..., adjoint=true)"``.
         batch: "joint" takes one step size for all, "independent" one for each sample along the first dimension. With
             ``options["context"]``, a tree of tensors with that first dimension, func is called as func(t, y, context)
             and receives only the samples that are not finished.
@@ -100,7 +101,7 @@ def integrate(
     rtol: Any = None,
     atol: Any = None,
     options: dict[str, Any] | None = None,
-    gradient: str = "store",
+    gradient: str | None = None,
     batch: str = "joint",
     events: Sequence[Event] = (),
     dense: bool = False,

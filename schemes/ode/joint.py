@@ -161,6 +161,10 @@ def solve(
             if stop == len(ahead):
                 break
     run.t, run.y = t, y
+    # Of a finite field too: a state beyond the largest number has an infinite allowance for its error.
+    if run.status == "finished" and not bool(torch.isfinite(y.detach()).all()):
+        run.status = "not_finite"
+        run.t = max((t for t, y in zip(times, run.ys, strict=False) if first_bad(y) is None), key=lambda t: sign * t)
     if run.status == "not_finite":
         run.sample = first_bad(tried.y, *tried.slopes)
     return run

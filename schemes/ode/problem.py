@@ -34,7 +34,7 @@ class Settings:
         rtol: relative tolerance; None is that of the method, or 1e-7.
         atol: absolute tolerance; None is that of the method, or 1e-9.
         options: of the solve.
-        gradient: how to differentiate.
+        gradient: how to differentiate; None is that of the method, or "store".
         batch: one step size for all samples, or one for each.
         events: the events to detect on the way.
         dense: whether the continuous solution is kept.
@@ -46,7 +46,7 @@ class Settings:
     rtol: Any = None
     atol: Any = None
     options: Mapping[str, Any] | None = None
-    gradient: str = "store"
+    gradient: str | None = None
     batch: str = "joint"
     events: Sequence[Event] = ()
     dense: bool = False
@@ -96,7 +96,8 @@ class Problem:
         callable_as("odeint: func", func, *(("t", "y", "context") if samples else ("t", "y")))
         if settings.batch not in ("joint", "independent"):
             raise SchemeError(f"odeint: batch is {settings.batch!r}, want 'joint' or 'independent'.")
-        self.gradient, self.apart = known_gradient(settings.gradient), settings.batch == "independent"
+        self.gradient = known_gradient("store" if settings.gradient is None else settings.gradient)
+        self.apart = settings.batch == "independent"
         self.events: Sequence[Event] = listed(settings.events)
         for name in ("dense", "check"):
             if not isinstance(getattr(settings, name), bool):
@@ -111,7 +112,7 @@ class Problem:
         self.back = {k: self.options.pop(k) for k in list(self.options) if k.startswith("adjoint_")}
         self.params = _tensors(self.back.get("adjoint_params"))
         self.tolerances = {"rtol": 1e-7, "atol": 1e-9}
-        self.scheme = self._scheme(settings.method)
+        self.scheme = self._scheme(settings.method, settings.gradient)
         self.tolerances |= {k: v for k in self.tolerances if (v := getattr(settings, k)) is not None}
         self.times = self._times(t)
         self.y0 = self.packing.pack(y0, "y0")
@@ -132,8 +133,8 @@ class Problem:
             setattr(found, name, value)
         return found
 
-    def _scheme(self, method: Any) -> Scheme:
-        """The scheme; adaptive(...) stands for its pair, and brings tolerances and limits of its own."""
+    def _scheme(self, method: Any, given: str | None) -> Scheme:
+        """The scheme; adaptive(...) stands for its pair, and brings tolerances, limits and a gradient of its own."""
         scheme = scheme_of(method)
         if scheme.nodes is not None:
             return scheme
@@ -142,8 +143,10 @@ class Problem:
             raise SchemeError(f"odeint: {own} chooses its steps by itself; for fixed ones take {own.method}.")
         # What the call gives takes precedence over the scheme's own.
         self.tolerances = {"rtol": own.rtol, "atol": own.atol}
-        self.options.setdefault("max_steps", own.max_steps)
-        if own.adjoint and self.gradient == "store":
+        # None means that an option is not given, under whichever of its names.
+        if all(self.options.get(name) is None for name, ours in reading.ADAPTIVE.items() if ours == "max_steps"):
+            self.options["max_steps"] = own.max_steps
+        if own.adjoint and given is None:
             self.gradient = "adjoint"
         return own.pair.scheme
 
@@ -212,6 +215,8 @@ class Problem:
         Raises:
             SchemeError: with the time, the sample and a remedy.
         """
+        if not (self.packing.plain or self.apart):
+            run.sample = None  # a row of the packed state is none of the user's
         if run.failed and self.check:
             raise SchemeError(f"odeint: {run.reason()}{more}; {self._advice(run)}.")
 

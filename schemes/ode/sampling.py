@@ -34,6 +34,10 @@ def solve_samples(problem: Problem) -> Solution:
     solve.rows.looking = torch.is_grad_enabled()
     batch = solve.run(problem.y0.detach())
     solve.rows.looking = False
+    # As in a joint solve: a state beyond the largest number has an infinite allowance for its error.
+    beyond = ~torch.isfinite(batch.y).reshape(n, -1).all(1).to(batch.status.device)
+    beyond &= batch.status == FINISHED
+    batch.status[beyond], batch.t[beyond] = NOT_FINITE, times[beyond, 0]
     _raise_if_failed(problem, batch)
     bad = (batch.status == NOT_FINITE) & (batch.accepted == 0)
     y = _standing_in(bad, problem.y0)

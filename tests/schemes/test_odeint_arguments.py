@@ -1,6 +1,7 @@
 """odeint: what it refuses before anything is computed; precisions, times and ends that are easily lost."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 
 import schemes
-from schemes import Event, SchemeError, integrate, odeint
+from schemes import Event, RungeKutta, SchemeError, integrate, odeint
+from schemes.adaptive import Adaptive
 from schemes.ode import odeint_adjoint, odeint_dense, odeint_event
 from schemes.ode.options import ADAPTIVE, FIXED, OTHERS
+from schemes.tableaux import METHODS
 
 F64 = torch.float64
 START = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=F64)
@@ -198,7 +201,7 @@ def test_options_of_fixed_steps_that_make_no_sense_are_named(options, message):
         odeint(decay, START, TIMES, method="rk4", options=options)
 
 
-@pytest.mark.parametrize("value", ["a", None, True, 1j, torch.tensor(1j), torch.tensor(True), object()])
+@pytest.mark.parametrize("value", ["a", True, 1j, torch.tensor(1j), torch.tensor(True), object()])
 def test_tolerances_that_are_no_numbers_are_named(value):
     for name in ("rtol", "atol"):
         with pytest.raises(SchemeError, match=f"{name} is "):
@@ -393,3 +396,60 @@ def test_a_stack_refuses_functions_that_cannot_be_called_with_a_stream():
     for given in ({"max_steps": 1.5}, {"max_steps": True}, {"adjoint": "no"}):
         with pytest.raises(SchemeError, match=f"adaptive: {next(iter(given))} is "):
             schemes.adaptive.Adaptive(**given)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_num_steps"])
+def test_a_limit_of_the_call_takes_precedence_over_adaptive_by_either_name(name):
+    t = torch.tensor([0.0, 30.0], dtype=F64)
+
+    def taken(method, options):
+        return integrate(decay, START, t, method=method, options=options, check=False).accepted
+
+    assert taken("adaptive(dopri5)", {name: 5}) <= 5
+    assert taken("adaptive(dopri5, max_steps=5)", {name: 100}) > 5
+    assert taken("adaptive(dopri5, max_steps=5)", {name: None}) <= 5
+
+
+def test_a_gradient_that_is_written_out_takes_precedence_over_adaptive():
+    y = START.clone().requires_grad_()
+    found = odeint(decay, y, TIMES, method="adaptive(tsit5, adjoint=true)", gradient="store")
+    (first,) = torch.autograd.grad(found[-1].square().sum(), y, create_graph=True)
+    torch.autograd.grad(first.sum(), y)  # the adjoint has no second derivative
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8"])
+def test_a_state_beyond_the_largest_number_is_not_finite(batch, method):
+    y0 = torch.zeros(2, 1)
+    with pytest.raises(SchemeError, match="stopped being finite"):
+        odeint(lambda t, y: torch.full_like(y, 1e38), y0, torch.tensor([0.0, 10.0]), method=method, batch=batch)
+    found = integrate(lambda t, y: torch.full_like(y, 1e37), y0, torch.tensor([0.0, 10.0]), method=method, batch=batch)
+    assert found.y.isfinite().all()
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("end", [1.005, -1.005, 3.02])
+def test_no_step_is_longer_than_the_limit(batch, end):
+    options = {"max_step": 1.0, "first_step": 1.0}
+    t = torch.tensor([0.0, end], dtype=F64)
+    found = integrate(lambda t, y: 0 * y, torch.ones(2, 1), t, batch=batch, options=options)
+    steps = found.accepted.max() if batch == "independent" else found.accepted
+    assert int(steps) == math.ceil(abs(end))
+
+
+def test_a_packed_state_has_no_sample():
+    y0 = (torch.ones(4, 3), torch.ones(4))
+    y0[0][2] = float("nan")
+    with pytest.raises(SchemeError) as error:
+        odeint(lambda t, y: y, y0, TIMES)
+    assert "sample" not in str(error.value)
+    with pytest.raises(SchemeError, match="sample 2"):
+        odeint(lambda t, y: y, y0[0], TIMES)
+
+
+def test_pairs_of_one_name_are_told_apart_by_their_coefficients():
+    other = RungeKutta(replace(METHODS["bosh3"], name="dopri5"))
+    assert Adaptive(other) != schemes.get("adaptive(dopri5)")
+    assert Adaptive("dopri5") == schemes.get("adaptive(dopri5)")
+    with pytest.raises(SchemeError, match="torchdiffeq has"):
+        Adaptive(other, backend="torchdiffeq")
