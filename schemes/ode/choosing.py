@@ -27,6 +27,11 @@ def chosen(problem: Problem, y: Tensor, times: list[float], watch: Watch | None)
     if problem.rule is not None:
         if gradient == "adjoint":
             raise SchemeError(f"odeint: gradient='adjoint' wants an embedded pair, not {problem.scheme}.")
+        if problem.options.get("outputs") is not None and not reading.lands(problem.options, None):
+            raise SchemeError(
+                "odeint: outputs='interpolate' wants an embedded pair and gradient 'store', 'checkpoint' or 'adjoint'; "
+                "other solves step onto every time."
+            )
         return reverse.solved(
             problem.rule, problem.func, y, times, control, check, gradient=gradient, known=known, **beside
         )

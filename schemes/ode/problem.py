@@ -180,6 +180,15 @@ class Problem:
         if self.back and self.gradient != "adjoint" and [*self.back] != ["adjoint_params"]:
             names = ", ".join(name for name in self.back if name != "adjoint_params")
             raise SchemeError(f"odeint: {names} belongs to gradient='adjoint', not {self.gradient!r}; leave it out.")
+        if self.options.get("interp") == "linear" and (self.dense or self.events):
+            raise SchemeError(
+                "odeint: interp='linear' gives values between fixed steps by lines, and the continuous solution of "
+                "dense=True and events is one of cubics; leave interp out."
+            )
+        called = [name for name in CALLBACKS if getattr(self.user, name, None) is not None]
+        if called and (self.apart or (self.gradient == "reverse" and not self.adaptive)):
+            how = "batch='independent'" if self.apart else "gradient='reverse' with fixed steps"
+            raise SchemeError(f"odeint: func has a {called[0]}, which {how} does not call; leave it out.")
         if "context" in self.options and not self.apart:
             raise SchemeError(
                 "odeint: the option context belongs to batch='independent'; else func reads it by itself."

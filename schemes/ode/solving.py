@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
+from . import options as reading
 from .answers import answer, attached, solution, trivial
 from .choosing import chosen
 from .events import Place, Watch
@@ -27,10 +28,21 @@ def solve(problem: Problem) -> Solution:
     numbers: list[float] = problem.times.detach().tolist()
     if len(numbers) == 1 or problem.y0.numel() == 0:
         # Before any method is called: its loop would look for a first step size.
-        return trivial(problem, numbers)
+        return _without_steps(problem, numbers)
     if problem.gradient in ("adjoint", "reverse") and problem.events:
         return _located_first(problem, numbers)
     return answer(problem, *_solved(problem, numbers), numbers)
+
+
+def _without_steps(problem: Problem, numbers: list[float]) -> Solution:
+    """The solution at one time, or of no entries; the options are read all the same."""
+    _ = problem.control() if problem.adaptive else reading.fixed(problem.options)
+    if not problem.events or len(numbers) > 1:
+        return trivial(problem, numbers)
+    y = moved_start(problem)
+    run = Run([y], numbers[0], y)
+    Watch(problem.events, problem.packing.unpack).start(run, y)
+    return answer(problem, y[None], run, numbers)
 
 
 def _refuse_transforms(problem: Problem) -> None:

@@ -453,3 +453,44 @@ def test_pairs_of_one_name_are_told_apart_by_their_coefficients():
     assert Adaptive("dopri5") == schemes.get("adaptive(dopri5)")
     with pytest.raises(SchemeError, match="torchdiffeq has"):
         Adaptive(other, backend="torchdiffeq")
+
+
+@pytest.mark.parametrize("beside", [{"dense": True}, {"events": [Event(lambda t, y: y[0, 0] - 0.5, terminal=False)]}])
+def test_lines_between_steps_do_not_go_with_cubics(beside):
+    with pytest.raises(SchemeError, match="leave interp out"):
+        integrate(decay, START, TIMES, method="rk4", options={"step_size": 0.5, "interp": "linear"}, **beside)
+
+
+@pytest.mark.parametrize("given", [{"method": "alf"}, {"method": "tsit5", "gradient": "reverse"}])
+def test_outputs_are_read_by_reversible_solves(given):
+    for outputs, message in (("bogus", "outputs is 'bogus'"), ("interpolate", "other solves step onto every time")):
+        with pytest.raises(SchemeError, match=message):
+            odeint(decay, START, TIMES, **given, options={"outputs": outputs})
+    want = odeint(decay, START, TIMES, **given)
+    assert torch.equal(odeint(decay, START, TIMES, **given, options={"outputs": "step"}), want)
+
+
+@pytest.mark.parametrize(
+    "given", [{"batch": "independent"}, {"method": "reversible_heun", "options": {"steps": 3}, "gradient": "reverse"}]
+)
+def test_callbacks_that_are_not_called_are_refused(given):
+    class Field(nn.Module):
+        def forward(self, t, y):
+            return -y
+
+        def callback_step(self, t, y, h):
+            pass
+
+    with pytest.raises(SchemeError, match=r"func has a callback_step, which .* does not call"):
+        odeint(Field(), START, TIMES, **given)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "alf"])
+def test_one_time_reads_its_options_and_finds_events_at_the_start(method):
+    with pytest.raises(SchemeError, match="bogus"):
+        odeint(decay, START, TIMES[:1], method=method, options={"bogus": 1})
+    for at_start in (True, False):
+        event = Event(lambda t, y: y[0, 0] - START[0, 0], at_start=at_start)
+        found = integrate(decay, START, TIMES[:1], method=method, events=[event])
+        assert torch.equal(found.y, START[None]) and len(found.events) == at_start
+        assert found.status == ("event" if at_start else "finished")
