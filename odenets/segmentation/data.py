@@ -355,8 +355,8 @@ class SegmentationData(Scenes):
         ignore: Values of masks that do not count; None: 255, unless that is a class.
         reduce_labels: Whether 0 does not count and class c is stored as c + 1.
         ids: The value of each class in order; all others do not count.
-        palette: The colour of each class in order, for masks in colour.
-        ignore_colors: Colours that do not count.
+        palette: The colour of each class in order, for masks in colour; the options above are for masks of numbers.
+        ignore_colors: Colours that do not count, beside a palette.
         train_split: Split to train on; several are joined by a plus sign: train+extra.
         val_split: Split to validate on; none that is trained on.
         test_split: Split to test on, none that is trained on; default: test if it has masks, else the validation split.
@@ -430,11 +430,13 @@ class SegmentationData(Scenes):
         self.framing = _framing(
             given("short", short), given("longest", longest), given("crop", crop, 512), tuple(scales), most
         )
+        # One way of storing classes that is given takes the place of the way that the data set is known for.
+        stored = palette is not None or ids is not None or bool(reduce_labels)
         self.labels = Labels(
             len(self.classes),
             ignore,
-            given("reduce_labels", reduce_labels, False),
-            given("ids", ids),
+            bool(reduce_labels) if stored else given("reduce_labels", reduce_labels, False),
+            ids if stored else given("ids", ids),
             palette,
             ignore_colors,
         )

@@ -328,6 +328,21 @@ def test_refuses(folder, options, says):
         data(folder, **options)
 
 
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize(
+    ("options", "ids", "colored"),
+    [
+        ({"palette": [[0, 0, 0], [9, 0, 0]]}, [0, 1], True),
+        ({"ids": [4, 5]}, [4, 5], False),
+        ({"reduce_labels": True}, [1, 2], False),
+    ],
+)
+def test_what_is_given_of_masks_takes_the_place_of_what_is_known(folder, kind, options, ids, colored):
+    names = {"images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
+    labels = data(folder, kind=kind, classes=2, **names, **options).labels
+    assert labels.ids == ids and (labels.colors is not None) == colored
+
+
 def test_two_pictures_of_one_name_are_refused(folder):
     save(folder / "images" / "val" / "val0.jpg", np.zeros((2, 2, 3)))
     with pytest.raises(DataError, match=r"val0.jpg and val0.png, which would have one mask"):
