@@ -502,8 +502,8 @@ class SegmentationData(Scenes):
             # Reported once, not at each stage of a run.
             if not self.sets:
                 rank_zero_info(
-                    f"{self.where} has no validation split beside {train}: {len(held):,} of {count:,} training pictures "
-                    f"are held out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
+                    f"{self.where} has no validation split beside {train}: {len(held):,} of {count:,} training "
+                    f"pictures are held out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
                 )
         if stage == "fit" and "train" not in self.sets:
             self.sets["train"] = self._dataset(self._pairs(str(train)), rest, train=True)

@@ -416,8 +416,8 @@ class Images(Pictures):
             rest, held = hold_out(len(train), self.holdout, self.split_seed)
             if not self.sets:
                 rank_zero_info(
-                    f"{self.where} has no validation split beside {train_name}: {len(held):,} of {len(train):,} training "
-                    f"pictures are held out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
+                    f"{self.where} has no validation split beside {train_name}: {len(held):,} of {len(train):,} "
+                    f"training pictures are held out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
                 )
         if stage == "fit" and "train" not in self.sets:
             assert train is not None

@@ -288,7 +288,9 @@ def test_no_picture_is_both_trained_on_and_evaluated_on(folder, trained):
 
 
 @pytest.mark.parametrize("use", ["val", "test"])
-@pytest.mark.parametrize(("trained", "given"), [(None, "train"), ("train+validation", "validation"), (None, "test+train")])
+@pytest.mark.parametrize(
+    ("trained", "given"), [(None, "train"), ("train+validation", "validation"), (None, "test+train")]
+)
 def test_a_split_to_evaluate_on_that_is_trained_on_is_refused(folder, use, trained, given):
     pair(folder, "test", "t", np.zeros((4, 4), int))
     with pytest.raises(DataError, match=rf"data.{use}_split: '\w+' of .* is trained on.*\n  Name a split"):

@@ -129,7 +129,10 @@ def test_what_is_no_mask_of_the_picture_is_named(mask, options, says):
         ({"count": 2, "palette": BLACK_AND_RED, "ids": [4, 5]}, "data.ids for masks of numbers"),
         ({"count": 2, "palette": BLACK_AND_RED, "ignore": [7]}, "data.ignore for masks of numbers"),
         ({"count": 2, "palette": BLACK_AND_RED, "reduce": True}, "data.reduce_labels for masks of numbers"),
-        ({"count": 2, "palette": BLACK_AND_RED, "ignore_colors": [[1, 2, 3], [255, 0, 0]]}, r"\(255, 0, 0\) is the col"),
+        (
+            {"count": 2, "palette": BLACK_AND_RED, "ignore_colors": [[1, 2, 3], [255, 0, 0]]},
+            r"\(255, 0, 0\) is the col",
+        ),
         ({"count": 2, "ignore_colors": [[1, 2, 3]]}, "in colour only with data.palette"),
     ],
 )
