@@ -9,7 +9,7 @@ values are then mapped to classes. Three examples:
 * VOC's coloured masks: ``Labels(21, palette=[[0, 0, 0], [128, 0, 0], ...], ignore_colors=[[224, 224, 192]])``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,15 +58,7 @@ class Labels:
             raise DataError(f"data.classes: {count} classes\n  Give 2 or more, and at most {LARGEST:,}")
         if reduce and ids is not None:
             raise DataError("data.reduce_labels and data.ids both say how classes are stored\n  Give one of them")
-        numbers = {"ids": ids is not None, "reduce_labels": reduce, "ignore": bool(ignore)}
-        for option, asked in numbers.items():
-            if asked and palette is not None:
-                raise DataError(
-                    f"data.palette is for masks in colour, data.{option} for masks of numbers\n"
-                    "  Give one of them; colours that do not count are data.ignore_colors"
-                )
-        if ignore_colors and palette is None:
-            raise DataError("data.ignore_colors: masks are in colour only with data.palette\n  Give the palette too")
+        _check_kind({"ids": ids is not None, "reduce_labels": reduce, "ignore": bool(ignore)}, palette, ignore_colors)
         for option, given in (("ids", ids), ("palette", palette)):
             if given is not None and len(given) != count:
                 raise DataError(f"data.{option} has {len(given)} entries for {count} classes\n  Give one for each")
@@ -143,6 +135,18 @@ class Labels:
             named = _some([_color(key) for key in unknown])
             raise Unreadable(f"its mask holds the colour {named}, which is in no palette")
         return np.array([known[key] for key in there.tolist()], dtype=np.int16)[np.searchsorted(there, keys)]
+
+
+def _check_kind(numbers: Mapping[str, bool], palette: Any, ignore_colors: Any) -> None:
+    """Rejects options for masks of numbers, if they are given, beside a palette, and those of a palette without one."""
+    for option, given in numbers.items():
+        if given and palette is not None:
+            raise DataError(
+                f"data.palette is for masks in colour, data.{option} for masks of numbers\n"
+                "  Give one of them; colours that do not count are data.ignore_colors"
+            )
+    if ignore_colors and palette is None:
+        raise DataError("data.ignore_colors: masks are in colour only with data.palette\n  Give the palette too")
 
 
 _PLACES = np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
