@@ -35,9 +35,11 @@ PREFIXES = ("module.", "net.", "model.", "backbone.")
 # Where Lightning's callbacks store the raw weights when averaged ones take their place.
 RAW = "current_model_state"
 COMPILED = "_orig_mod."
-# Files older than BatchNorm's counter lack it, and it matters only with momentum=None. Files of nets with a fixed step
-# size have no learned one, which starts from the same value.
-OPTIONAL = re.compile(r"(^|\.)(num_batches_tracked|steps\.\d+\.h)$")
+# Files older than BatchNorm's counter lack it, and it matters only with momentum=None.
+COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
+# Files of nets with a fixed step size hold none, so that a learned one keeps the value that it starts from. No file
+# says whether the two are equal; `Report.kept` lists them.
+LEARNED = re.compile(r"(?P<stack>^|.*\.)steps\.\d+\.h$")
 LISTED = 10
 
 
@@ -75,7 +77,8 @@ class Report(NamedTuple):
         loaded: number of tensors written.
         layout: the layout that it found, "own" for the model's own keys.
         dropped: keys of the source that were left out on purpose.
-        kept: keys of the model that are missing from the source, and optional; they keep their values.
+        kept: keys of the model that are missing from the source, and optional; they keep their values. A learned step
+            size is among them where the source has a fixed one, which need not be equal.
     """
 
     loaded: int
@@ -227,7 +230,7 @@ def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adap
     found = {key: value for key, value in found.items() if key not in new}
     wrong = [text for target, text in misshapen.items() if target not in new]
     absent = [k for k in own if k not in placed or k in new]
-    missing = [k for k in absent if k not in new and not OPTIONAL.search(k)]
+    missing = _needed([k for k in absent if k not in new], placed)
     if unmatched or wrong or unusable or missing:
         raise SchemeError(_misfits(model, name, unmatched, wrong, unusable, missing, adapting is not None))
     return Matched(model, Report(len(found), layout, tuple(dropped), tuple(absent)), found, settings)
@@ -346,6 +349,14 @@ def _harmless() -> list[Any]:
         found += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
         found += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
     return found
+
+
+def _needed(absent: Collection[str], placed: Iterable[str]) -> list[str]:
+    """Returns the keys that a file may not lack, of those that it lacks; `placed` are those that it has."""
+    # A file with some of a stack's step sizes is of another stack, whose steps are not these.
+    learned = {found["stack"] for key in placed if (found := LEARNED.match(key))}
+    steps = {key: found["stack"] for key in absent if (found := LEARNED.match(key))}
+    return [key for key in absent if not COUNTER.search(key) and (key not in steps or steps[key] in learned)]
 
 
 def _unusable(value: Tensor, own: Tensor) -> str:

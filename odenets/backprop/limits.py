@@ -11,9 +11,9 @@ R = TypeVar("R")
 # A mark in the text of torch's error, and its meaning for a residual function.
 _MEANINGS = {
     "don't yet support saved tensor hooks": (
-        "torch.func.grad, vjp, jacrev and hessian inside of a residual function run under backprop='store' alone: all "
-        "else watches what autograd saves, which they refuse.\n"
-        "  Use backprop='store', or torch.autograd.grad(..., create_graph=True) in the function."
+        "torch.func.grad, vjp, jacrev and hessian inside of a residual function, or of a stack that offloads, run "
+        "under backprop='store' alone: all else watches what autograd saves, which they refuse.\n"
+        "  Use backprop='store', or torch.autograd.grad(..., create_graph=True) in their place."
     ),
     "torch.utils.checkpoint is incompatible with .grad()": (
         "torch.utils.checkpoint(use_reentrant=True) inside of a residual function cannot be differentiated step by "

@@ -39,6 +39,8 @@ from .transforms import Placement, Resize, bounds
 
 Target = dict[str, Tensor]
 Request = int | tuple[int, int]  # an index, or (epoch, index)
+Place = tuple[Path, Path]  # a file of annotations, and the folder of its pictures
+Named = dict[str, tuple[str | None, str | None]]  # the two, as options name them below the root, by split
 OTHERS = re.compile(r"captions|keypoints|panoptic|stuff|image_info", re.IGNORECASE)  # files of COCO without objects
 _PACKED = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -291,8 +293,8 @@ class DetectionData(Pictures):
         multiple: height and width of a batch are multiples of it.
         empty: whether pictures without a box are trained on.
         train_annotations: annotation file for training, below root.
-        val_annotations: annotation file for validation, below root.
-        test_annotations: annotation file for testing, below root; default: that of validation.
+        val_annotations: annotation file for validation, below root; not that of training.
+        test_annotations: annotation file for testing, below root, not that of training; default: that of validation.
         train_pictures: folder of the training pictures, below root.
         val_pictures: folder of the validation pictures, below root.
         test_pictures: folder of the test pictures, below root.
@@ -349,7 +351,7 @@ class DetectionData(Pictures):
             "val": (val_annotations, val_pictures),
             "test": (test_annotations, test_pictures),
         }
-        self.places = {name: self._place(name, *paths) for name, paths in given.items()}
+        self.places = self._kept_apart({name: self._place(name, *paths) for name, paths in given.items()}, given)
         # Two splits may share a file, which is then read once.
         self.opened: dict[Path, Annotations] = {}
         self.unlabelled = None if predict_root is None else Unannotated(pictures_at([predict_root])[0])
@@ -368,7 +370,22 @@ class DetectionData(Pictures):
         """The number of categories."""
         return len(self.classes)
 
-    def _place(self, split: str, given: str | None, folder: str | None) -> tuple[Path, Path] | None:
+    def _kept_apart(self, places: dict[str, Place | None], given: Named) -> dict[str, Place | None]:
+        """Returns the places without those that nobody named and that are trained on; raises for those named."""
+        trained = places["train"] and places["train"][0].resolve()
+        for name in ("val", "test"):
+            place = places[name]
+            if place is None or place[0].resolve() != trained:
+                continue
+            if given[name][0] is not None:
+                raise DataError(
+                    f"data.{name}_annotations: {place[0]} is trained on, so that it measures nothing\n"
+                    "  Name a file that data.train_annotations does not"
+                )
+            places[name] = None
+        return places
+
+    def _place(self, split: str, given: str | None, folder: str | None) -> Place | None:
         """Returns the annotation file of a split and the folder of its pictures; None if there is no file."""
         path = self._named(split) if given is None else self.root / given
         if path is None:
@@ -402,7 +419,11 @@ class DetectionData(Pictures):
         if place is None and name == "test":
             place = self.places["val"]
         if place is None:
-            raise DataError(f"{self.root}: no annotations of {name}\n  Name them: --data.{name}_annotations FILE")
+            trained = self.places["train"]
+            beside = "" if trained is None else f" beside {trained[0].name}"
+            raise DataError(
+                f"{self.root}: no annotations of {name}{beside}\n  Name them: --data.{name}_annotations FILE"
+            )
         if place[0] not in self.opened:
             found = self.opened[place[0]] = Annotations(*place, self.masks, self.max_faults)
             self._compare(found)

@@ -96,7 +96,7 @@ class ConvNeXt(LevelNet):
         **head: Any,
     ):
         super().__init__(**head)
-        check_continuous(continuous, step, recompute=bool(recompute))
+        check_continuous(continuous, degree, step, recompute=bool(recompute))
         _check(functions, widths, kernel)
         found = schemes_of_levels(scheme, len(functions))
         depths = steps_of_levels(found, functions)

@@ -280,11 +280,12 @@ def made_continuous(stack: nn.Module, knots: int | None, degree: int) -> nn.Modu
     return Stack(field, stack.scheme, stack.depth, step="span/depth", backprop=stack.backprop)
 
 
-def check_continuous(continuous: int | None, step: float | str, **unfit: bool) -> None:
+def check_continuous(continuous: int | None, degree: int, step: float | str, **unfit: bool) -> None:
     """Rejects options that do not go with weights that are functions of depth, before anything is built.
 
     Args:
         continuous: number of knots, None for separate weights.
+        degree: degree of the splines; 1 is the default, which goes with separate weights too.
         step: the network's step size.
         unfit: options, and whether they have a value that does not fit.
 
@@ -292,6 +293,11 @@ def check_continuous(continuous: int | None, step: float | str, **unfit: bool) -
         SchemeError: an option does not fit; it is named.
     """
     if continuous is None:
+        if degree != 1:
+            raise SchemeError(
+                f"degree={degree} is that of weights that are functions of depth, and these are separate ones.\n"
+                "  Give the number of their knots too, as in continuous=8, or leave it out."
+            )
         return
     if step != 1.0:
         raise SchemeError(f"continuous={continuous}: each level ends at its depth in time, so step={step!r} cannot be.")

@@ -106,7 +106,7 @@ class ResidualNet(LevelNet):
         norm = norm or ("batch" if continuous is None else "group")
         check_choices(block=(block, Block), placement=(placement, Placement), shortcut=(shortcut, Shortcut))
         check_choices(stem=(stem, Stem), norm=(norm, Norm), act=(act, Act))
-        check_continuous(continuous, step, **{f"placement={placement!r}": placement != "preact"})
+        check_continuous(continuous, degree, step, **{f"placement={placement!r}": placement != "preact"})
         if not functions or len(functions) != len(widths):
             raise SchemeError(
                 f"{len(functions)} counts of residual functions, {len(widths)} widths: want one per level."

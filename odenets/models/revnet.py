@@ -119,7 +119,7 @@ class RevNet(_Reversible):
         self._check(block, units)
         norm = norm or ("batch" if continuous is None else "group")
         check_choices(stem=(stem, Stem), norm=(norm, Norm), act=(act, Act))
-        check_continuous(continuous, 1.0)
+        check_continuous(continuous, degree, 1.0)
         if len(widths) != len(units) + 1 or any(w % 2 for w in widths):
             raise SchemeError(f"RevNet: widths {tuple(widths)}, want an even one for the stem and for each level.")
         self.stem = _stem(stem, self.in_chans, widths[0])

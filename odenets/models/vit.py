@@ -89,7 +89,7 @@ class ViT(HeadNet):
         **head: Any,
     ):
         super().__init__(global_pool=global_pool, **head)  # type: ignore[arg-type]
-        check_continuous(continuous, step, depth_init=depth_init)
+        check_continuous(continuous, degree, step, depth_init=depth_init)
         found = schemes.get(scheme)
         steps = steps_that_fit(found, (2 if continuous is None else 1) * depth, 1)
         self.patch = patch

@@ -23,6 +23,7 @@ from ..training.errors import DataError
 from ..training.order import IGNORED, batch_generator, loader, seed_of
 from ..training.sets import Tally
 from ..training.sources import TEST, TRAIN, VALIDATION
+from ..training.splits import kept_apart
 from .augment import SegmentationAugment
 from .masks import Labels, colors
 from .pairs import JoinedPairs, Named, Pairs, open_pairs, open_pictures
@@ -354,11 +355,11 @@ class SegmentationData(Scenes):
         ignore: Values of masks that do not count; None: 255, unless that is a class.
         reduce_labels: Whether 0 does not count and class c is stored as c + 1.
         ids: The value of each class in order; all others do not count.
-        palette: The colour of each class in order, for masks in colour.
-        ignore_colors: Colours that do not count.
+        palette: The colour of each class in order, for masks in colour; the options above are for masks of numbers.
+        ignore_colors: Colours that do not count, beside a palette.
         train_split: Split to train on; several are joined by a plus sign: train+extra.
-        val_split: Split to validate on.
-        test_split: Split to test on; default: test if it has masks, else the validation split.
+        val_split: Split to validate on; none that is trained on.
+        test_split: Split to test on, none that is trained on; default: test if it has masks, else the validation split.
         holdout: Share of the training pictures that is held out if there is no validation split.
         split_seed: Seed of the choice of held-out pictures.
         num_workers: Processes that decode; None takes the cores, at most 8.
@@ -429,11 +430,13 @@ class SegmentationData(Scenes):
         self.framing = _framing(
             given("short", short), given("longest", longest), given("crop", crop, 512), tuple(scales), most
         )
+        # One way of storing classes that is given takes the place of the way that the data set is known for.
+        stored = palette is not None or ids is not None or bool(reduce_labels)
         self.labels = Labels(
             len(self.classes),
             ignore,
-            given("reduce_labels", reduce_labels, False),
-            given("ids", ids),
+            bool(reduce_labels) if stored else given("reduce_labels", reduce_labels, False),
+            ids if stored else given("ids", ids),
             palette,
             ignore_colors,
         )
@@ -454,23 +457,22 @@ class SegmentationData(Scenes):
                 mask_key,
             )
             self.splits = open_pairs(root, hub, download, subset, named, rank_zero_warn)
-        self.names = {
-            "train": self._split("train_split", train_split, TRAIN),
-            "val": self._split("val_split", val_split, VALIDATION),
-            "test": self._split("test_split", test_split, TEST),
-        }
+        usual = {"train": (train_split, TRAIN), "val": (val_split, VALIDATION), "test": (test_split, TEST)}
+        found = {use: self._split(f"{use}_split", *words) for use, words in usual.items()}
+        self.names = kept_apart(found, [use for use, (name, _) in usual.items() if name is not None], self.where)
 
     def _split(self, option: str, given: str | None, names: Sequence[str]) -> str | None:
         """Returns the split, or splits joined by a plus sign, that an option selects."""
         if given is None:
             return next((name for name in names if name in self.splits), None)
-        for part in given.split("+"):
+        parts = [part.strip() for part in given.split("+")]
+        for part in parts:
             if part not in self.splits:
                 raise DataError(
                     f"data.{option}: no split {part!r} in {self.where}; it has {', '.join(self.splits)}\n"
                     "  Name one of them, or several: train+extra"
                 )
-        return given
+        return "+".join(parts)
 
     def _pairs(self, name: str) -> Pairs:
         parts = [self.splits[part] for part in name.split("+")]
@@ -500,8 +502,8 @@ class SegmentationData(Scenes):
             # Reported once, not at each stage of a run.
             if not self.sets:
                 rank_zero_info(
-                    f"{self.where} has no validation split: {len(held):,} of {count:,} training pictures are held out "
-                    f"(data.holdout={self.holdout}, data.split_seed={self.split_seed})"
+                    f"{self.where} has no validation split beside {train}: {len(held):,} of {count:,} training "
+                    f"pictures are held out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
                 )
         if stage == "fit" and "train" not in self.sets:
             self.sets["train"] = self._dataset(self._pairs(str(train)), rest, train=True)

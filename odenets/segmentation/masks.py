@@ -9,7 +9,7 @@ values are then mapped to classes. Three examples:
 * VOC's coloured masks: ``Labels(21, palette=[[0, 0, 0], [128, 0, 0], ...], ignore_colors=[[224, 224, 192]])``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ class Labels:
         ignore: values of pixels that do not count; None: 255, unless that is a class.
         reduce: whether 0 does not count and class c is stored as c + 1.
         ids: the value of each class in order; all others do not count. None: class c is stored as c.
-        palette: the colour of each class in order, for masks in colour.
-        ignore_colors: colours of pixels that do not count.
+        palette: the colour of each class in order, for masks in colour; the options above are for masks of numbers.
+        ignore_colors: colours of pixels that do not count, beside a palette.
 
     Raises:
         DataError: options are invalid or contradict each other.
@@ -58,6 +58,7 @@ class Labels:
             raise DataError(f"data.classes: {count} classes\n  Give 2 or more, and at most {LARGEST:,}")
         if reduce and ids is not None:
             raise DataError("data.reduce_labels and data.ids both say how classes are stored\n  Give one of them")
+        _check_kind({"ids": ids is not None, "reduce_labels": reduce, "ignore": bool(ignore)}, palette, ignore_colors)
         for option, given in (("ids", ids), ("palette", palette)):
             if given is not None and len(given) != count:
                 raise DataError(f"data.{option} has {len(given)} entries for {count} classes\n  Give one for each")
@@ -75,6 +76,11 @@ class Labels:
         self.ignore_colors = _keys(ignore_colors or [], "ignore_colors")
         if self.colors is not None and len(np.unique(self.colors)) != count:
             raise DataError("data.palette: two classes have one colour\n  Give each class its own")
+        if self.colors is not None and (both := np.intersect1d(self.colors, self.ignore_colors)).size:
+            raise DataError(
+                f"data.ignore_colors: {_color(both[0])} is the colour of a class\n"
+                "  Change data.ignore_colors or data.palette"
+            )
 
     def read(self, encoded: bytes | str, size: tuple[int, int]) -> NDArray[np.int16]:
         """Returns the class of each pixel (h, w); -100 for a pixel that does not count.
@@ -126,9 +132,21 @@ class Labels:
         }
         unknown = [key for key in there.tolist() if key not in known]
         if unknown:
-            colors = [f"({key >> 16}, {key >> 8 & 255}, {key & 255})" for key in unknown]
-            raise Unreadable(f"its mask holds the colour {_some(colors)}, which is in no palette")
+            named = _some([_color(key) for key in unknown])
+            raise Unreadable(f"its mask holds the colour {named}, which is in no palette")
         return np.array([known[key] for key in there.tolist()], dtype=np.int16)[np.searchsorted(there, keys)]
+
+
+def _check_kind(numbers: Mapping[str, bool], palette: Any, ignore_colors: Any) -> None:
+    """Rejects options for masks of numbers, if they are given, beside a palette, and those of a palette without one."""
+    for option, given in numbers.items():
+        if given and palette is not None:
+            raise DataError(
+                f"data.palette is for masks in colour, data.{option} for masks of numbers\n"
+                "  Give one of them; colours that do not count are data.ignore_colors"
+            )
+    if ignore_colors and palette is None:
+        raise DataError("data.ignore_colors: masks are in colour only with data.palette\n  Give the palette too")
 
 
 _PLACES = np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
@@ -140,6 +158,11 @@ def _keys(colors: Sequence[Sequence[int]], option: str) -> NDArray[np.int32]:
         if len(color) != 3 or not all(0 <= level <= 255 for level in color):
             raise DataError(f"data.{option}: {list(color)} is no colour\n  Give three levels, 0 to 255: [128, 0, 0]")
     return np.array(colors, dtype=np.int32).reshape(-1, 3) @ _PLACES
+
+
+def _color(key: int) -> str:
+    """Returns the colour that a number encodes, for messages."""
+    return f"({key >> 16}, {key >> 8 & 255}, {key & 255})"
 
 
 def _numbers(image: Image.Image) -> NDArray[Any]:

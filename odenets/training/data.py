@@ -26,7 +26,7 @@ from .order import batch_generator, loader
 from .sets import Cached, Decoded, Kept, Tally, decode_all
 from .sets import shard_order as shard_order
 from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
-from .splits import open_splits
+from .splits import kept_apart, open_splits
 from .view import View
 
 SMALL = 96  # pixels a side; up to here, pictures are kept in memory and by default not cropped at random
@@ -211,8 +211,8 @@ class Images(Pictures):
         image_key: Column of the pictures.
         label_key: Column of the labels; of tar shards, the suffix.
         train_split: Split to train on; several are joined by a plus sign: train+extra.
-        val_split: Split to validate on.
-        test_split: Split to test on; default: test, else the validation split.
+        val_split: Split to validate on; none that is trained on.
+        test_split: Split to test on, none that is trained on; default: test, else the validation split.
         holdout: Share that is held out where there is no validation split.
         split_seed: Seed of the held-out share.
         cache: Decode once and keep all pictures in memory; None does so up to 96 pixels a side and 4 GiB in all.
@@ -319,11 +319,11 @@ class Images(Pictures):
 
     def _name_splits(self, train: str | None, val: str | None, test: str | None) -> dict[str, str | None]:
         """The split, or splits joined by a plus sign, that each part of a run uses."""
-        tested = self._split("test_split", test, TEST)
-        trained = self._split("train_split", train, TRAIN)
-        checked = self._split("val_split", val, VALIDATION)
-        if test is None and tested in (trained or "").split("+"):
-            tested = None  # training data is not a test
+        # The numbers of the classes follow the order in which splits are opened.
+        usual = {"test": (test, TEST), "train": (train, TRAIN), "val": (val, VALIDATION)}
+        found = {use: self._split(f"{use}_split", *words) for use, words in usual.items()}
+        named = kept_apart(found, [use for use, (name, _) in usual.items() if name is not None], self.where)
+        trained, checked, tested = (named[use] for use in ("train", "val", "test"))
         # Better to validate on the test split than on a part of the training pictures; both then use the same split.
         if checked is None and tested is not None and not self._unlabelled(tested):
             checked = tested
@@ -416,8 +416,8 @@ class Images(Pictures):
             rest, held = hold_out(len(train), self.holdout, self.split_seed)
             if not self.sets:
                 rank_zero_info(
-                    f"{self.where} has no validation split: {len(held):,} of {len(train):,} training pictures are held "
-                    f"out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
+                    f"{self.where} has no validation split beside {train_name}: {len(held):,} of {len(train):,} "
+                    f"training pictures are held out (data.holdout={self.holdout}, data.split_seed={self.split_seed})"
                 )
         if stage == "fit" and "train" not in self.sets:
             assert train is not None

@@ -146,7 +146,8 @@ class ParallelText(L.LightningDataModule):
         # Columns such as `translation.de`, where a data set nests its languages.
         self.splits = {name: table.flatten() for name, table in splits.items()}
         self.train_name = self._first(TRAIN) or next(iter(self.splits))
-        self.val_name = self._first(VALIDATION) or self._first(TEST)
+        # Not the split that is trained on, for want of one of that name.
+        self.val_name = next((n for n in (*VALIDATION, *TEST) if n in self.splits and n != self.train_name), None)
         features = self.splits[self.train_name].features
         self.keys = tuple(
             find_column(None, [language, f"translation.{language}"], features, option, self.where)

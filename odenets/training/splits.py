@@ -1,6 +1,6 @@
 """The splits of a data set, opened: class folders, tables, tar shards, or a data set of the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,36 @@ def open_splits(
         {name: partial(opened, name, files) for name, files in found.others.items()},
         found.notes,
     )
+
+
+def kept_apart(names: Mapping[str, str | None], given: Collection[str], where: str) -> dict[str, str | None]:
+    """Returns the splits of a run, without those that were not asked for and share pictures with the training data.
+
+    Args:
+        names: The split, or splits joined by a plus sign, of `train`, `val` and `test`; None where there is none.
+        given: Those of the three that were asked for by name.
+        where: The data, for messages.
+
+    Raises:
+        DataError: A split that was asked for shares pictures with the training data, or one is named twice.
+
+    Example:
+        >>> kept_apart({"train": "train+test", "val": "validation", "test": "test"}, ["train"], "pets")
+        {'train': 'train+test', 'val': 'validation', 'test': None}
+    """
+    parts = {use: name.split("+") if name else [] for use, name in names.items()}
+    for use, listed in parts.items():
+        # Pictures that are listed twice would also be held out and trained on.
+        if len(set(listed)) < len(listed):
+            raise DataError(f"data.{use}_split: {names[use]} names a split of {where} twice\n  Name each of them once")
+    shared = {use: [part for part in parts[use] if part in parts["train"]] for use in ("val", "test")}
+    for use, common in shared.items():
+        if common and use in given:
+            raise DataError(
+                f"data.{use}_split: {common[0]!r} of {where} is trained on, so that it measures nothing\n"
+                f"  Name a split that data.train_split does not, or leave data.{use}_split out"
+            )
+    return {use: None if shared.get(use) else name for use, name in names.items()}
 
 
 def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, files: Sequence[str]) -> Source:

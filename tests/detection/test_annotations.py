@@ -271,3 +271,29 @@ def test_splits_name_the_same_categories(tmp_path):
 def test_options_out_of_range_are_refused(option, said, drawn):
     with pytest.raises(DataError, match=re.escape(said)):
         DetectionData(**{"root": str(drawn), **option})
+
+
+@pytest.mark.parametrize("use", ["val", "test"])
+@pytest.mark.parametrize("trained", [None, "train.json", "a/../train.json"])
+def test_a_file_to_evaluate_on_that_is_trained_on_is_refused(tmp_path, use, trained):
+    (tmp_path / "train.json").write_text(json.dumps(small(tmp_path)))
+    (tmp_path / "a").mkdir()
+    says = rf"data.{use}_annotations: .*train.json is trained on, .*\n  Name a file"
+    with pytest.raises(DataError, match=says):
+        DetectionData(str(tmp_path), train_annotations=trained, **{f"{use}_annotations": "train.json"})
+
+
+@pytest.mark.parametrize("use", ["val", "test"])
+def test_a_file_that_is_trained_on_by_name_is_not_evaluated_on_by_its_own(tmp_path, use):
+    held = small(tmp_path)
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    for name in ("train.json", "val.json", *["test.json"] * (use == "test")):
+        (tmp_path / name).write_text(json.dumps(held))
+    data = DetectionData(str(tmp_path), train_annotations=f"{use}.json", train_pictures="train", test_pictures="val")
+    assert data.places[use] is None
+    if use == "val":
+        with pytest.raises(DataError, match=r"no annotations of val beside val.json\n"):
+            data.setup("fit")
+    else:
+        data.setup("fit"), data.setup("test")
+        assert data.sets["test"].shown.path.name == "val.json"

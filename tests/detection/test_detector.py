@@ -5,6 +5,7 @@ import io
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -172,6 +173,59 @@ def test_results_are_written_with_the_ids_of_the_file(drawn, tmp_path):
     found = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [row["category_id"] for row in found] == [7, 90] and {row["image_id"] for row in found} == {7}
     assert [row["bbox"] for row in found] == [[1, 2, 4, 6]] * 2
+
+
+def colored(folder: Path, colors: list[tuple[int, int, int]]) -> DetectionData:
+    """Pictures of one colour each, without boxes."""
+    (folder / "train").mkdir(parents=True)
+    for i, color_ in enumerate(colors):
+        Image.new("RGB", (16, 16), color_).save(folder / "train" / f"{i:02d}_of_{len(colors)}.png")
+    listed = [{"id": 1, "file_name": f"00_of_{len(colors)}.png", "width": 16, "height": 16}]
+    held = {"images": listed, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (folder / "train.json").write_text(json.dumps(held))
+    data = DetectionData(str(folder), predict_root=str(folder / "train"))
+    data.setup("predict")
+    return data
+
+
+def write(data: DetectionData, folder: Path, found: list[Found], **options) -> None:
+    trainer = SimpleNamespace(datamodule=data, world_size=1, is_global_zero=True)
+    DetectionFiles(folder, **options).write_on_epoch_end(trainer, None, [found], [[list(range(len(found)))]])  # type: ignore
+
+
+NOTHING = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 3, 64])
+@pytest.mark.parametrize("count", [1, 3, 14])
+def test_the_files_are_those_of_this_call_whatever_lay_there(tmp_path, count, pictures):
+    earlier, now = colored(tmp_path / "a", [(255, 0, 0)] * 13), colored(tmp_path / "b", [(0, 0, 255)] * count)
+    masked = Found(
+        torch.tensor([[1.0, 2, 5, 8]]), torch.tensor([0.75]), torch.tensor([0]), torch.ones(1, 16, 16).bool()
+    )
+    write(earlier, tmp_path / "out", [masked] * 13)
+    own = tmp_path / "out" / "pictures" / "my own.png"
+    Image.new("RGB", (4, 4)).save(own)
+    write(now, tmp_path / "out", [NOTHING] * count, pictures=pictures)
+    write(now, tmp_path / "fresh", [NOTHING] * count, pictures=pictures)
+    own.unlink()
+    found, wanted = (
+        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("out", "fresh")
+    )
+    assert found == wanted and len([name for name in found if "pictures/" in name]) == min(count, pictures)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+@pytest.mark.parametrize("pictures", [0, 64])
+def test_a_picture_that_cannot_be_read_has_no_detections(tmp_path, pictures):
+    data = colored(tmp_path / "a", [(0, 0, 255)] * 4)
+    (tmp_path / "a" / "train" / "02_of_4.png").write_bytes(b"no picture")
+    assert [int(data.sets["predict"][i][1]["picture"]) for i in range(4)] == [1, 2, 4, 4]
+    one = Found(torch.tensor([[1.0, 2, 5, 8]]), torch.tensor([0.75]), torch.tensor([0]))
+    write(data, tmp_path / "out", [one] * 4, pictures=pictures)
+    ids = [row["image_id"] for row in json.loads((tmp_path / "out/predictions.json").read_text())]
+    assert ids == [1, 2, 4] and list(json.loads((tmp_path / "out/pictures.json").read_text())) == ["1", "2", "4"]
 
 
 def test_each_layer_has_outputs_of_its_own_that_begin_as_published():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from odenets import checkpoints
+from odenets import Stack, checkpoints
 from odenets.checkpoints import load, save
 from odenets.models import HOResNet, ResNet, create_model
 from schemes import MixingWarning, SchemeError
@@ -239,6 +239,25 @@ def test_a_learned_step_keeps_its_value_where_the_file_has_none_and_is_refused_w
     assert checkpoints.load(model, source.state_dict()).kept == ("levels.0.steps.0.h",)
     with pytest.raises(SchemeError, match=r"without a place: levels\.0\.steps\.0\.h"):
         checkpoints.load(source, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("rk4", "euler"), ("rk4", "midpoint"), ("midpoint", "euler"), ("euler", "rk4")]
+)
+def test_learned_steps_of_other_steps_are_refused(one, other):
+    source, model = (HOResNet((4, 4), (4, 4), scheme=name, step="learned") for name in (one, other))
+    before = [p.clone() for p in model.state_dict().values()]
+    with pytest.raises(SchemeError, match=r"(missing|without a place): levels\.0\.steps\.\d\.h, "):
+        checkpoints.load(model, source.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_file_that_lacks_one_of_the_learned_steps_of_a_stack_is_refused(step):
+    stack = Stack([nn.Linear(2, 2) for _ in range(4)], step="learned")
+    state = {key: value for key, value in stack.state_dict().items() if key != f"steps.{step}.h"}
+    with pytest.raises(SchemeError, match=rf"1 missing: steps\.{step}\.h"):
+        checkpoints.load(stack, state)
 
 
 def change(state, **changes):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import ContinuousWeights, Stack, checkpoints, create_model
+from odenets import ContinuousWeights, Stack, checkpoints, create_model, list_models
 from odenets.analysis.convergence import convergence
 from odenets.continuous import fields_of
 from odenets.rebuild import Regularised, continuous_stacks, rebuilt, scheme_distance, separated
@@ -242,6 +242,14 @@ def test_distance_between_schemes_has_gradients():
 def test_what_is_refused(make, message):
     with pytest.raises(SchemeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("degree", [0, 2, 3])
+def test_a_degree_without_knots_is_refused_by_every_model(degree):
+    for name in list_models():
+        with pytest.raises(SchemeError, match=rf"degree={degree} is that of .*\n.*continuous=8|no option 'degree'\n"):
+            create_model(name, degree=degree)
+    assert create_model("ho_resnet26", degree=1).continuous is None
 
 
 def test_a_coupling_gets_a_field_for_each_slot():

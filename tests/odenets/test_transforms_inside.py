@@ -130,3 +130,18 @@ def test_forward_mode_through_a_stack_has_its_tangent_or_is_refused(mode):
             else:
                 torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, want)
         net(x)  # as always, once the level is closed
+
+
+@pytest.mark.parametrize("kind", ["grad", "jacrev", "jvp", "vmap"])
+def test_a_transform_of_a_stack_that_offloads_is_that_of_a_stored_one_or_is_refused_by_name(kind):
+    torch.manual_seed(0)
+    net = Stack([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)], "revnet").double()
+    x = torch.randn(3, 8, dtype=F64)
+    f = net if kind in ("grad", "jvp") else lambda z: net(z[None])[0]  # the others map over the samples
+    want = INSIDE[kind](f, x)
+    net.backprop = "offload"
+    if kind in ("jvp", "vmap"):
+        torch.testing.assert_close(INSIDE[kind](f, x), want)
+        return
+    with pytest.raises(SchemeError, match=SAVED + r", or of a stack that offloads, .*\n.*backprop='store'"):
+        INSIDE[kind](f, x)

@@ -141,15 +141,15 @@ def test_joined_splits_follow_each_other(tmp_path):
             save(tmp_path / split / "images" / f"{split}{i}.png", np.zeros((4, 4, 3)))
             if (split, i) != ("test", 1):
                 save(tmp_path / split / "masks" / f"{split}{i}.png", np.full((4, 4), number + i))
-    module = data(tmp_path, train_split="train+test", val_split="train")
+    module = data(tmp_path, train_split="train + test", holdout=0.2)
     with pytest.warns(UserWarning, match=r"test1\.png"):
         module.setup("fit")
     joined = module._pairs("train+test")
     assert [joined.name(i) for i in range(5)] == ["train0.png", "train1.png", "test0.png", "test1.png", "test2.png"]
     assert [str(joined.picture(i)).rpartition("/")[2] for i in range(5)] == [joined.name(i) for i in range(5)]
     assert joined.lacking() == [3]
-    labels = [[int(c) for c in module.sets["train"][i][1].unique() if c >= 0] for i in range(4)]
-    assert labels == [[0], [1], [1], [3]]
+    labels = [[int(c) for c in y.unique() if c >= 0] for use in ("train", "val") for _, y in samples(module, use)]
+    assert sorted(labels) == [[0], [1], [1], [3]]
 
 
 def test_what_is_drawn_follows_from_the_seed_the_epoch_and_the_place(folder):
@@ -170,9 +170,10 @@ def test_a_box_that_one_class_fills_is_drawn_again(tmp_path):
     mask = np.zeros((64, 64), int)
     mask[24:40, 24:40] = 1
     pair(tmp_path, "train", "a", mask)
+    pair(tmp_path, "val", "b", mask)
     shares = {}
     for most in (0.75, 1.0):
-        module = data(tmp_path, scales=(1.0, 1.0), most=most, classes=2, val_split="train")
+        module = data(tmp_path, scales=(1.0, 1.0), most=most, classes=2)
         module.setup("fit")
         parts = [module.sets["train"][(epoch, 0)][1] for epoch in range(40)]
         shares[most] = sum(filled_by_one(part, 0.75) for part in parts) / 40
@@ -276,6 +277,28 @@ def test_held_out_where_there_is_no_validation_split(tmp_path):
     assert len(val) == 1 and not train & val and train | val == set(range(10))
 
 
+@pytest.mark.parametrize("trained", [None, "train+validation", "train+test", "train+validation+test", "test"])
+def test_no_picture_is_both_trained_on_and_evaluated_on(folder, trained):
+    for i in range(2):
+        pair(folder, "test", f"t{i}", np.zeros((4, 4), int))
+    module = data(folder, train_split=trained)
+    module.setup("fit"), module.setup("test")
+    names = {use: {part.name(i) for i in range(len(part))} for use, part in module.sets.items()}
+    assert names["train"] and names["val"] and not names["train"] & (names["val"] | names["test"])
+
+
+@pytest.mark.parametrize("use", ["val", "test"])
+@pytest.mark.parametrize(
+    ("trained", "given"), [(None, "train"), ("train+validation", "validation"), (None, "test+train")]
+)
+def test_a_split_to_evaluate_on_that_is_trained_on_is_refused(folder, use, trained, given):
+    pair(folder, "test", "t", np.zeros((4, 4), int))
+    with pytest.raises(DataError, match=rf"data.{use}_split: '\w+' of .* is trained on.*\n  Name a split"):
+        data(folder, train_split=trained, **{f"{use}_split": given})
+    with pytest.raises(DataError, match=rf"data.{use}_split: test\+test names a split of .* twice\n"):
+        data(folder, **{f"{use}_split": "test + test"})
+
+
 def test_drawn_shapes_are_those_of_their_numbers():
     module = DrawnShapes(train=3, val=2, size=16)
     module.setup("fit")
@@ -305,6 +328,21 @@ def test_drawn_shapes_are_those_of_their_numbers():
 def test_refuses(folder, options, says):
     with pytest.raises(DataError, match=says):
         data(folder, **options)
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize(
+    ("options", "ids", "colored"),
+    [
+        ({"palette": [[0, 0, 0], [9, 0, 0]]}, [0, 1], True),
+        ({"ids": [4, 5]}, [4, 5], False),
+        ({"reduce_labels": True}, [1, 2], False),
+    ],
+)
+def test_what_is_given_of_masks_takes_the_place_of_what_is_known(folder, kind, options, ids, colored):
+    names = {"images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
+    labels = data(folder, kind=kind, classes=2, **names, **options).labels
+    assert labels.ids == ids and (labels.colors is not None) == colored
 
 
 def test_two_pictures_of_one_name_are_refused(folder):

@@ -13,6 +13,7 @@ from odenets.training.decode import Unreadable
 from odenets.training.errors import DataError
 
 SIZE = (3, 2)
+BLACK_AND_RED = [[0, 0, 0], [255, 0, 0]]
 
 
 def stored(levels, mode=None, palette=None) -> bytes:
@@ -125,10 +126,18 @@ def test_what_is_no_mask_of_the_picture_is_named(mask, options, says):
         ({"count": 3, "ignore": [2]}, "2 is the value of a class"),
         ({"count": 2, "palette": [[0, 0, 0], [0, 0, 256]]}, "is no colour"),
         ({"count": 2, "palette": [[0, 0, 0], [0, 0, 0]]}, "two classes have one colour"),
+        ({"count": 2, "palette": BLACK_AND_RED, "ids": [4, 5]}, "data.ids for masks of numbers"),
+        ({"count": 2, "palette": BLACK_AND_RED, "ignore": [7]}, "data.ignore for masks of numbers"),
+        ({"count": 2, "palette": BLACK_AND_RED, "reduce": True}, "data.reduce_labels for masks of numbers"),
+        (
+            {"count": 2, "palette": BLACK_AND_RED, "ignore_colors": [[1, 2, 3], [255, 0, 0]]},
+            r"\(255, 0, 0\) is the col",
+        ),
+        ({"count": 2, "ignore_colors": [[1, 2, 3]]}, "in colour only with data.palette"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, says):
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=says + r".*\n  "):
         Labels(**options)
 
 

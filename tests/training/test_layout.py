@@ -215,6 +215,52 @@ def test_a_subset_is_a_folder_and_splits_are_joined(tmp_path):
     assert whole.names == {"train": "train+test", "val": None, "test": None}  # test is no measure any more
 
 
+@pytest.mark.parametrize(
+    ("there", "trained"),
+    [
+        ("train", None),
+        ("train val test", None),
+        ("train val", "train+val"),
+        ("train test", "train+test"),
+        ("train val test", "train+val"),
+        ("train val test", "train+test"),
+        ("train val test", "train+val+test"),
+        ("train val test", "val"),
+    ],
+)
+def test_no_picture_is_both_trained_on_and_evaluated_on(tmp_path, there, trained):
+    root = write(tmp_path, *(f"{s}/{c}/{s}{i}.png" for s in there.split() for c in "ab" for i in "1234"))
+    data = Images(str(root), train_split=trained, size=4, num_workers=0)
+    data.setup("fit"), data.setup("test")
+    names = {use: {part.name(i) for i in range(len(part))} for use, part in data.sets.items()}
+    assert names["train"] and names["val"] and not names["train"] & (names["val"] | names["test"])
+
+
+@pytest.mark.parametrize("use", ["val", "test"])
+@pytest.mark.parametrize(
+    ("trained", "given", "part"),
+    [
+        (None, "train", "train"),
+        (None, "training", "train"),
+        (None, "test+train", "train"),
+        ("train+extra", "extra", "extra"),
+        ("train+validation", "val", "validation"),
+    ],
+)
+def test_a_split_to_evaluate_on_that_is_trained_on_is_refused(tmp_path, use, trained, given, part):
+    for split in ("train", "validation", "test", "extra"):
+        table(tmp_path / f"{split}-00000-of-00001.parquet", [0, 1])
+    says = f"data.{use}_split: '{part}' of {tmp_path} is trained on"
+    refused(tmp_path, says, train_split=trained, **{f"{use}_split": given})
+
+
+@pytest.mark.parametrize("use", ["train", "val", "test"])
+@pytest.mark.parametrize("given", ["{}+{}", "{}+ {}", "train+test+train"])
+def test_a_split_that_is_named_twice_is_refused(tmp_path, use, given):
+    root = write(tmp_path, *(f"{s}/{c}/1.png" for s in ("train", "val", "test") for c in "ab"))
+    refused(root, f"data.{use}_split: ", "twice", **{f"{use}_split": given.format(use, use)})
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not TEXTS_OF_PANDAS, reason="texts of pandas 3 are no file names to this datasets")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata.csv open
@@ -383,8 +429,8 @@ def test_predict_takes_pictures_without_labels(tmp_path):
 def test_pictures_of_every_binary_type_are_read(tmp_path, kind, streaming):
     cells = pa.StructArray.from_arrays([pa.array([PNG, PNG], kind), pa.array(["a", "b"])], ["bytes", "path"])
     pq.write_table(pa.table({"image": cells, "label": ["x", "y"]}), tmp_path / "train.parquet")
-    data = Images(str(tmp_path), batch_size=2, val_split="train", streaming=streaming)
+    data = Images(str(tmp_path), batch_size=1, holdout=0.5, streaming=streaming)
     data.prepare_data()
-    data.setup("validate")
-    ((pictures, labels),) = data.val_dataloader()
-    assert pictures.shape == (2, 3, 4, 4) and labels.tolist() == [0, 1]
+    data.setup("fit")
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    assert [x.shape for x, _ in batches] == [(1, 3, 4, 4)] * 2 and sorted(int(y) for _, y in batches) == [0, 1]

@@ -49,6 +49,15 @@ def test_long_pairs_are_left_out_and_pairs_are_held_out(tmp_path):
     assert seen == {s for s, _ in sentences(10)}
 
 
+@pytest.mark.parametrize("only", ["validation", "test", "other"])
+def test_a_split_of_any_name_is_not_both_trained_on_and_validated_on(tmp_path, only):
+    write_texts(tmp_path / f"{only}-00000-of-00001.parquet", 10)
+    data = ParallelText(root=str(tmp_path), holdout=0.2)
+    data.setup("fit")
+    train, val = ({to_text(s.tolist()) for s, _ in (part[i] for i in range(len(part)))} for part in data.sets.values())
+    assert (len(train), len(val)) == (8, 2) and not train & val
+
+
 def test_missing_data_is_told_with_its_remedies(tmp_path):
     for options, told in (
         ({}, "no data"),
