@@ -241,9 +241,7 @@ def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str,
         # No splits: all of it is training data, of which a share is held out later.
         if not below:
             return {"train": _matched(images, masks, named, note)}
-        return {
-            split: _matched(folder, masks and masks / folder.name, named, note) for split, folder in below.items()
-        }
+        return {split: _matched(folder, masks and masks / folder.name, named, note) for split, folder in below.items()}
     inside = {p: images for p in _naming_splits(root) if (images := _child(p, named.images, IMAGES)) is not None}
     return {
         split: _matched(inside[folder], _child(folder, named.masks, MASKS), named, note)
