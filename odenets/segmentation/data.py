@@ -6,6 +6,7 @@ batch, on its device. In evaluation a picture is resized once and its mask stays
 the stored masks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -307,7 +308,7 @@ class DrawnShapes(Scenes):
         augment: SegmentationAugment | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, 0, IMAGENET_MEAN, IMAGENET_STD, augment)
-        if min(train, val) < 1 or size < 16 or texture < 0:
+        if min(train, val) < 1 or size < 16 or not 0 <= texture < math.inf:
             figures = f"train={train}, val={val}, size={size}, texture={texture}"
             raise DataError(
                 f"DrawnShapes: {figures}; wants pictures, of 16 pixels or more, and a strength of 0 or more"
