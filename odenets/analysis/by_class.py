@@ -21,7 +21,7 @@ class ClassAlignment(NamedTuple):
         names: names of the places.
         label: (places, classes), with the indicator of the class, over all pictures.
         picture: (places, classes), with the pictures themselves, among those of the class. Both are NaN if undefined
-            (too few pictures, or features that are the same for all).
+            (too few pictures, a label that one or all but one have, or features that are the same for all).
         counts: number of pictures of each class (classes,).
     """
 
