@@ -43,7 +43,7 @@ class CorruptionErrors(NamedTuple):
                 "  Give one for each, or their mean."
             )
         at = self.strengths if strengths is None else strengths
-        return sum(value[self.strengths.index(s)] for s in at) / len(at)
+        return float(sum(value[self.strengths.index(s)] for s in at) / len(at))
 
     def has(self, strengths: Sequence[int]) -> bool:
         """Whether errors at these strengths are known; from means over all strengths, no part is."""

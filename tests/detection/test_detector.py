@@ -361,6 +361,8 @@ REFUSED = {
     "heads": (lambda: RTDETR(4, width=32, heads=0), "head.width is 32 with 0 heads"),
     "points": (lambda: RTDETR(4, **{**SMALL, "points": 0}), "head.points is 0"),
     "feedforward": (lambda: DeformableDETR(4, **{**SMALL, "feedforward": 0}), "head.feedforward is 0"),
+    "width of a pyramid": (lambda: MaskRCNN(4, width=0), "head.width is 0"),
+    "hidden": (lambda: CascadeMaskRCNN(4, hidden=-1), "head.hidden is -1"),
     "fewer levels": (
         lambda: DeformableDETR(4, feature_levels=2, **SMALL).build(Maps([8, 8, 8], [4, 8, 16])),
         "head.feature_levels is 2, and there are 3 maps\n  Choose fewer by model.levels",

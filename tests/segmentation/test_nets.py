@@ -173,6 +173,9 @@ def test_refuses():
         Mask2Former("revcol_tiny", 5, options=REVCOL, width=40)
     with pytest.raises(SchemeError, match=r"maps of vit_tiny_patch16 are 1/16"):
         Mask2Former("vit_tiny_patch16", 5)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(SchemeError, match=f"auxiliary={weight}"):
+            revcol(auxiliary=weight)
     with pytest.raises(SchemeError, match="batch of one picture"):
         revcol()(X[:1], Y[:1])
     with pytest.raises(SchemeError, match="no option 'chanels'"):
