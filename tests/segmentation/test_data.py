@@ -332,10 +332,12 @@ def test_drawn_shapes_are_those_of_their_numbers():
         assert np.array_equal(x.permute(1, 2, 0), drawing.picture) and np.array_equal(y, drawing.mask)
 
 
-@pytest.mark.parametrize("given", [{"train": 0}, {"val": 0}, {"size": 8}, {"texture": -1.0}, {"texture": float("nan")}])
-def test_shapes_that_cannot_be_drawn_are_refused(given):
-    with pytest.raises(DataError, match=f"DrawnShapes: .*{[*given][0]}={[*given.values()][0]}"):
-        DrawnShapes(**given)
+@pytest.mark.parametrize(
+    ("option", "value"), [("train", 0), ("val", 0), ("size", 8), ("texture", -1.0), ("texture", float("nan"))]
+)
+def test_shapes_that_cannot_be_drawn_are_refused(option, value):
+    with pytest.raises(DataError, match=f"DrawnShapes: .*{option}={value}"):
+        DrawnShapes(**{option: value})
 
 
 @pytest.mark.parametrize(
