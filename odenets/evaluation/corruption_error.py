@@ -35,7 +35,7 @@ class CorruptionErrors(NamedTuple):
             SchemeError: it has several errors, but not one for each strength.
         """
         value = self.errors[name]
-        if isinstance(value, Real):
+        if isinstance(value, int | float | Real):
             return float(value)
         if not len(value) or len(value) != len(self.strengths):
             raise SchemeError(
@@ -47,7 +47,7 @@ class CorruptionErrors(NamedTuple):
 
     def has(self, strengths: Sequence[int]) -> bool:
         """Whether errors at these strengths are known; from means over all strengths, no part is."""
-        if any(isinstance(value, Real) for value in self.errors.values()):
+        if any(isinstance(value, int | float | Real) for value in self.errors.values()):
             return set(strengths) == set(self.strengths)
         return set(strengths) <= set(self.strengths)
 
