@@ -1,13 +1,18 @@
 """Figures of analyses, as PNG, SVG or PDF by the file's suffix; matplotlib is imported only when one is drawn."""
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from schemes import SchemeError
+
 from .palette import COLOURS, MARKERS, looks
+
+_CELL = re.compile(r"(?:(.*)\.)?(\d+):(\d+)", re.DOTALL)  # a place of a column: its stack, column and level
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,11 +120,12 @@ def _title(name: str, most: int = 18) -> str:
 def _by_column(places: Sequence[str]) -> tuple[list[tuple[int, int]], list[int], list[int]]:
     """Returns the (level, column) of each place, all levels, and all columns; one level if places are not columns."""
     # `columns.steps.3:1` is column 3, level 1.
-    keys = [tuple(name.rsplit(".", 1)[-1].split(":")) for name in places]
-    # A single level is not a grid: steps of an ordinary stack end in `1:0`, too.
-    if all(len(key) == 2 and key[0].isdigit() for key in keys) and len({key[1] for key in keys}) > 1:
-        found = [(int(key[1]), int(key[0])) for key in keys]
-    else:
+    parts = [m.groups("") for name in places if (m := _CELL.fullmatch(name))]
+    found = [(int(level), int(column)) for _, column, level in parts]
+    # Not a grid: other places, those of several stacks or one place twice, which would share cells, and a single level,
+    # as steps of an ordinary stack end in `1:0`, too.
+    one = len({stack for stack, *_ in parts}) == 1 and len(set(found)) == len(places)
+    if not one or len({level for level, _ in found}) == 1:
         found = [(0, i) for i in range(len(places))]
     return found, sorted({level for level, _ in found}), sorted({column for _, column in found})
 
@@ -172,10 +178,15 @@ def cost(points: Sequence[Mapping[str, Any]], path: str | Path, title: str = "")
             number is left out.
         path: the file.
         title: above the figure.
+
+    Raises:
+        SchemeError: no row has a number.
     """
     found = {"parameters": ("parameters", 1e6, "million parameters"), "macs": ("macs", 1e9, "GMACs")}
     panels = [spec for key, spec in found.items() if any(row.get(key) for row in points)]
-    figure = _figure(0.6 + 3.7 * max(1, len(panels)), 4.0)
+    if not panels:
+        raise SchemeError("cost: no row has a number of parameters or of multiply-adds\n  Give rows with one of them.")
+    figure = _figure(0.6 + 3.7 * len(panels), 4.0)
     groups = list(dict.fromkeys(str(row["group"]) for row in points))
     drawn = looks(groups)
     for place, (key, unit, what) in enumerate(panels, 1):
@@ -382,12 +393,17 @@ def reliability(bins: Sequence[Mapping[str, Any]], path: str | Path, title: str 
         path: the file.
         title: above the figure.
 
+    Raises:
+        SchemeError: no bin holds a picture.
+
     Source:
         Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, figure 1.
     """
+    total = sum(row["pictures"] for row in bins)
+    if not total:
+        raise SchemeError("reliability: no bin holds a picture\n  Give the bins of some pictures.")
     figure = _figure(4.2, 4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    total = sum(row["pictures"] for row in bins)
     ece = sum(row["pictures"] / total * abs(row["accuracy"] - row["confidence"]) for row in bins)
     edges = [row["from"] for row in bins], [row["to"] - row["from"] for row in bins]
     bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}

@@ -74,7 +74,7 @@ def draw(index: int, size: int = 64, seed: int = 0, texture: float = 1.0) -> Dra
         >>> drawing.picture.shape, drawing.mask.shape, [CLASSES[shape.label] for shape in drawing.shapes]
         ((32, 32, 3), (32, 32), ['square'])
     """
-    if size < 16 or texture < 0:
+    if size < 16 or not 0 <= texture < np.inf:
         raise ValueError(f"draw: size={size}, texture={texture}; wants 16 pixels or more, and a strength of 0 or more")
     # Seeded by both, so that an image does not depend on the size of the set, nor on which others are drawn.
     random = np.random.default_rng([seed, index])
@@ -204,13 +204,16 @@ def write(folder: str | Path, splits: dict[str, int], size: int = 64, seed: int 
         seed: of the images.
 
     Raises:
-        ValueError: the folder is not empty.
+        ValueError: the folder is not empty, or a number, the size or the seed is too small. Nothing is written then.
     """
     from PIL import Image
 
     root = Path(folder)
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root} is not empty\n  Give another folder, or empty this one")
+    if size < 16 or seed < 0 or min(splits.values(), default=0) < 0:
+        counts = ", ".join(f"{split}={count}" for split, count in splits.items())
+        raise ValueError(f"write: {counts}, size={size}, seed={seed}\n  Give 16 pixels or more, and numbers from 0 on")
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     # One count for all splits, so that no validation image is also a training image.
     numbers = itertools.count()

@@ -21,7 +21,7 @@ class ClassAlignment(NamedTuple):
         names: names of the places.
         label: (places, classes), with the indicator of the class, over all pictures.
         picture: (places, classes), with the pictures themselves, among those of the class. Both are NaN if undefined
-            (too few pictures, or features that are the same for all).
+            (too few pictures, a label that one or all but one have, or features that are the same for all).
         counts: number of pictures of each class (classes,).
     """
 
@@ -96,7 +96,8 @@ def class_alignment(
         x = torch.stack(waiting[k])
         waiting[k] = []
         # Run again on their own: keeping pictures instead of features takes the memory of a few pictures per class.
-        model(x.to(device))
+        # A copy: a network may write into its input.
+        model(x.to(device, copy=True))
         pictures[k].update({**dict(features.items()), "input": x})
 
     with evaluating(model), Features(model, names) as features:
@@ -104,7 +105,6 @@ def class_alignment(
             if len(x) < 4:
                 continue
             y = _classes_of(y, classes)
-            # A copy: a network may write into its input.
             model(x.to(device, copy=True))
             # Before any group is closed: its pass through the network replaces these features.
             label.update([value for _, value in features.items()], y)
@@ -139,7 +139,7 @@ class _WithLabel:
     def __init__(self, count: int, classes: int) -> None:
         self.cross = torch.zeros(count, classes, dtype=torch.float64)
         self.own, self.size = torch.zeros(2, count, dtype=torch.float64)
-        self.labels = torch.zeros(classes, dtype=torch.float64)
+        self.labels, self.size_of_labels = torch.zeros(2, classes, dtype=torch.float64)
         self.units: dict[int, float] = {}
 
     def update(self, features: Sequence[Tensor], y: Tensor) -> None:
@@ -148,6 +148,7 @@ class _WithLabel:
         indicator -= indicator.mean(1, keepdim=True)
         of_labels = indicator[:, :, None] * indicator[:, None]  # (classes, n, n)
         self.labels += n * unbiased_hsic(of_labels, of_labels)
+        self.size_of_labels += n * of_labels.square().sum((1, 2)) / (n * (n - 3))
         for i, x in enumerate(features):
             if not bool(x.isfinite().all()):
                 raise SchemeError("class_alignment: features hold values that are not finite.\n  Try model.float().")
@@ -161,7 +162,8 @@ class _WithLabel:
             self.size[i] += n * k.square().sum() / (n * (n - 3))
 
     def compute(self) -> Tensor:
-        # Anything smaller is rounding, of features that are the same for all samples.
+        # Anything smaller is rounding: of features that are the same for all samples, or of a class that has only one
+        # sample, or all but one.
         own = torch.where(self.own > 1e-12 * self.size, self.own, torch.nan).sqrt()
-        labels = torch.where(self.labels > 0, self.labels, torch.nan).sqrt()
+        labels = torch.where(self.labels > 1e-12 * self.size_of_labels, self.labels, torch.nan).sqrt()
         return self.cross / (own[:, None] * labels)

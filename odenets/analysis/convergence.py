@@ -88,14 +88,14 @@ def convergence(
 
     Args:
         net: returns logits (n, classes); runs in evaluation mode, and is left as it was.
-        batches: returns the samples anew at each call, as pairs of an input and labels (n,).
+        batches: returns the samples anew at each call, in the same order, as pairs of an input and labels (n,).
         schemes: the schemes to run it under.
         scales: numbers of steps, as multiples of each stack's own; multiples that give no whole number are left out.
         tolerances: relative tolerances for the adaptive solver ``adaptive(dopri5)``.
         reference: the scheme of the reference logits, with four times the most steps.
 
     Raises:
-        SchemeError: no weights are functions of depth, or no number of steps fits.
+        SchemeError: no weights are functions of depth, no number of steps fits, or the samples differ between calls.
 
     Example:
         >>> import torch
@@ -117,58 +117,83 @@ def convergence(
     try:
         # Four times as fine as the finest, so that the reference's own error is small compared with those measured.
         fine = rebuilt(net, reference, scale=4 * max(shares))
-        want, labels = _logits(fine, batches)
+        want = _logits(fine, batches)
         runs = [(scheme, rebuilt(net, scheme, scale=share)) for scheme in schemes for share in shares]
-        points = [_point(run, scheme, batches, want, labels) for scheme, run in runs]
+        points = [_point(run, scheme, batches, want) for scheme, run in runs]
         for tolerance in tolerances:
             scheme = f"adaptive(dopri5, rtol={tolerance:g}, atol={tolerance / 10:g})"
             # One step over the whole span, which the solver divides as it needs.
-            points.append(_point(rebuilt(net, scheme, depth=1), scheme, batches, want, labels, adaptive=True))
+            points.append(_point(rebuilt(net, scheme, depth=1), scheme, batches, want, adaptive=True))
     finally:
         for module, mode in modes:  # one by one: frozen norms stay in evaluation
             module.training = mode
     slopes = {scheme: _slope([p for p in points if p.scheme == scheme]) for scheme in schemes}
     steps = "/".join(str(s.depth) for s in continuous_stacks(fine).values())
-    return Convergence(points, slopes, f"{reference} with {steps} steps", _accuracy(want, labels), len(labels))
+    return Convergence(points, slopes, f"{reference} with {steps} steps", want.accuracy, len(want.labels))
+
+
+class _Seen(NamedTuple):
+    """What a network made of the samples.
+
+    Attributes:
+        logits: in double precision.
+        labels: of the samples.
+        sums: of each input, which tell samples of one label apart.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    sums: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.logits.argmax(1) == self.labels).double().mean())
+
+    def same(self, other: "_Seen") -> bool:
+        """Whether both are of the same samples, in the same order."""
+        # The order of summation may differ, and with it the last digits.
+        slack = 1e-9 * float(self.sums.abs().max())
+        return torch.equal(self.labels, other.labels) and torch.allclose(self.sums, other.sums, 0, slack, True)
 
 
 def _point(
     run: nn.Module,
     scheme: str,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    want: Tensor,
-    labels: Tensor,
+    want: _Seen,
     adaptive: bool = False,
 ) -> Point:
     counts: list[int] = []
     stacks = continuous_stacks(run).values()
-    got, _ = _logits(run, batches, lambda: counts.append(sum(stack.evaluations for stack in stacks)))
-    distance = float((got - want).norm() / want.norm())
+    got = _logits(run, batches, lambda: counts.append(sum(stack.evaluations for stack in stacks)))
+    if not want.same(got):
+        raise SchemeError(
+            "convergence: batches() gave other samples, or another order, than before\n"
+            "  Give a loader that neither shuffles nor augments."
+        )
+    distance = float((got.logits - want.logits).norm() / want.logits.norm())
     steps = () if adaptive else tuple(stack.depth for stack in stacks)
-    return Point(scheme, steps, sum(counts) / len(counts) if adaptive else counts[0], _accuracy(got, labels), distance)
+    return Point(scheme, steps, sum(counts) / len(counts) if adaptive else counts[0], got.accuracy, distance)
 
 
 @torch.no_grad()
 def _logits(
     net: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], after: Callable[[], None] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns the logits, in double precision, and the labels of all samples."""
+) -> _Seen:
     device = next(net.parameters()).device
-    found, labels = [], []
+    found, labels, sums = [], [], []
     for x, y in batches():
+        kind = torch.complex128 if x.is_complex() else torch.float64
+        sums.append(x.reshape(len(x), -1).sum(1, dtype=kind).cpu())
         # Widened before they are subtracted: a norm over many samples in single precision would add an error of its
-        # own.
-        found.append(net(x.to(device)).double().cpu())
+        # own. A copy: a network may write into its input.
+        found.append(net(x.to(device, copy=True)).double().cpu())
         labels.append(y.cpu())
         if after is not None:
             after()
     if not found:
         raise SchemeError("convergence: there are no samples.")
-    return torch.cat(found), torch.cat(labels)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).double().mean())
+    return _Seen(torch.cat(found), torch.cat(labels), torch.cat(sums))
 
 
 def _slope(points: Sequence[Point]) -> float:

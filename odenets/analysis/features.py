@@ -296,6 +296,20 @@ def _readout_of(step: nn.Module) -> str:
     return READOUT if isinstance(step, Step) and type(step.scheme).readout is not Scheme.readout else "0"
 
 
+def below(name: str, outer: str) -> bool:
+    """Whether a module lies inside another, by their names in ``named_modules``; all lie inside the model itself.
+
+    Args:
+        name: the name of the module.
+        outer: the name of the other; "" is the model.
+
+    Example:
+        >>> below("a.b", "a"), below("ab", "a"), below("a", "")
+        (True, False, True)
+    """
+    return name.startswith(f"{outer}." if outer else "")
+
+
 def places(model: nn.Module) -> list[str]:
     """Returns the places worth a look in any model.
 
@@ -313,7 +327,7 @@ def places(model: nn.Module) -> list[str]:
     found = []
     inside: list[str] = []  # stacks inside residual functions are skipped
     for name, module in model.named_modules():
-        if not isinstance(module, Stack) or any(name.startswith(f"{outer}.") for outer in inside):
+        if not isinstance(module, Stack) or any(below(name, outer) for outer in inside):
             continue
         inside.append(name)
         levels = getattr(module.scheme, "levels", 0)

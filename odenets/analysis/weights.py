@@ -12,6 +12,9 @@ from schemes.dense import Dense
 from ..layers import ChannelScale
 from ..stack import Stack
 from ..step import Step
+from .features import below
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
 class WeightMap(NamedTuple):
@@ -61,7 +64,7 @@ def weight_maps(model: nn.Module) -> list[WeightMap]:
     found: list[WeightMap] = []
     for name, module in model.named_modules():
         # Stacks inside residual functions are part of them.
-        if isinstance(module, Stack) and not any(name.startswith(f"{one.name}.") for one in found if one.name):
+        if isinstance(module, Stack) and not any(below(name, one.name) for one in found):
             found.append(_of_stack(model, name, module))
     if not found:
         raise SchemeError(f"{type(model).__name__} has no stack.\n  Give a network that holds a Stack.")
@@ -73,7 +76,8 @@ def _of_stack(model: nn.Module, name: str, stack: Stack) -> WeightMap:
     scales = [[g for g in step.gs or () if isinstance(g, ChannelScale)] for step in steps]
     if isinstance(stack.scheme, Dense):
         # A step that appends channels has one function.
-        readers = [(f"{name}.steps.{n}", _functions(stack, step)[0]) for n, step in enumerate(steps)]
+        prefix = f"{name}." if name else ""
+        readers = [(f"{prefix}steps.{n}", _functions(stack, step)[0]) for n, step in enumerate(steps)]
         return _of_sources(model, name, readers, stack.scheme.growth)
     if any(scales):
         levels = max(map(len, scales))
@@ -135,13 +139,13 @@ def _follower(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
     return None
 
 
-def _layers(f: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
+def _layers(f: nn.Module) -> Iterator[Layer]:
     for module in f.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, Layer):
             yield module
 
 
-def _mixing(f: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
+def _mixing(f: nn.Module) -> Iterator[Layer]:
     """Yields the layers that mix channels, in order, without grouped convolutions."""
     for layer in _layers(f):
         if isinstance(layer, nn.Linear) or layer.groups == 1:

@@ -12,6 +12,7 @@ after normalisation. A target is a dictionary of tensors:
 As in classification, the random numbers for a picture depend only on the run's seed, the epoch and the picture's place.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -294,7 +295,8 @@ class DetectionData(Pictures):
         empty: whether pictures without a box are trained on.
         train_annotations: annotation file for training, below root.
         val_annotations: annotation file for validation, below root; not that of training.
-        test_annotations: annotation file for testing, below root, not that of training; default: that of validation.
+        test_annotations: annotation file for testing, below root, not that of training; default: that of validation,
+            also for other ``test_pictures``.
         train_pictures: folder of the training pictures, below root.
         val_pictures: folder of the validation pictures, below root.
         test_pictures: folder of the test pictures, below root.
@@ -338,12 +340,16 @@ class DetectionData(Pictures):
         mean: list[float] | None = None,
         std: list[float] | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, None)
+        super().__init__(
+            batch_size, num_workers, IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std, None
+        )
         self.root, self.masks, self.multiple, self.empty = Path(root).expanduser(), masks, multiple, empty
         self.max_faults, self.max_unreadable = max_faults, max_unreadable
-        _check(size, resize, jitter, scales, flip, multiple)
-        drawn = scales or [round(size * (0.6 + 0.04 * i)) for i in range(11)]
-        self.resize = Resize(size, None if resize == "multiscale" else jitter, drawn, longest or size * 5 // 3, flip)
+        _check(size, resize, jitter, scales, longest, flip, multiple)
+        _check_levels(self.mean, self.std)
+        drawn = [round(size * (0.6 + 0.04 * i)) for i in range(11)] if scales is None else scales
+        most = size * 5 // 3 if longest is None else longest
+        self.resize = Resize(size, None if resize == "multiscale" else jitter, drawn, most, flip)
         if not self.root.is_dir():
             raise DataError(f"data.root: no folder {root!r}\n  Give the folder of pictures and annotations")
         given = {
@@ -352,8 +358,12 @@ class DetectionData(Pictures):
             "test": (test_annotations, test_pictures),
         }
         self.places = self._kept_apart({name: self._place(name, *paths) for name, paths in given.items()}, given)
-        # Two splits may share a file, which is then read once.
-        self.opened: dict[Path, Annotations] = {}
+        val = self.places["val"]
+        # Other pictures under the annotations of validation, such as distorted ones.
+        if test_pictures is not None and self.places["test"] is None and val is not None:
+            self.places["test"] = val[0], self.root / test_pictures
+        # Two splits may share a file and its pictures, which are then read once.
+        self.opened: dict[Place, Annotations] = {}
         self.unlabelled = None if predict_root is None else Unannotated(pictures_at([predict_root])[0])
         # The smaller file first: it names the classes too, and the training file may take a minute to read.
         names = [name for name in ("val", "test", "train") if self.places[name] is not None]
@@ -387,16 +397,14 @@ class DetectionData(Pictures):
 
     def _place(self, split: str, given: str | None, folder: str | None) -> Place | None:
         """Returns the annotation file of a split and the folder of its pictures; None if there is no file."""
+        if folder is not None and not (self.root / folder).is_dir():
+            raise DataError(f"data.{split}_pictures: no folder {str(self.root / folder)!r}\n  Give one below data.root")
         path = self._named(split) if given is None else self.root / given
         if path is None:
             return None
         if not path.is_file():
             raise DataError(f"data.{split}_annotations: no file {str(path)!r}\n  Give one below data.root")
-        if folder is None:
-            return path, _pictures_of(self.root, path)
-        if not (self.root / folder).is_dir():
-            raise DataError(f"data.{split}_pictures: no folder {str(self.root / folder)!r}\n  Give one below data.root")
-        return path, self.root / folder
+        return path, _pictures_of(self.root, path) if folder is None else self.root / folder
 
     def _named(self, split: str) -> Path | None:
         wanted = {"train": "train", "val": "validation", "test": "test"}[split]
@@ -424,10 +432,10 @@ class DetectionData(Pictures):
             raise DataError(
                 f"{self.root}: no annotations of {name}{beside}\n  Name them: --data.{name}_annotations FILE"
             )
-        if place[0] not in self.opened:
-            found = self.opened[place[0]] = Annotations(*place, self.masks, self.max_faults)
+        if place not in self.opened:
+            found = self.opened[place] = Annotations(*place, self.masks, self.max_faults)
             self._compare(found)
-        return self.opened[place[0]]
+        return self.opened[place]
 
     def _compare(self, found: Annotations) -> None:
         first = next(iter(self.opened.values()))
@@ -452,6 +460,11 @@ class DetectionData(Pictures):
         shown = self._open("test" if name == "predict" else name)
         if name == "train" and not self.empty:
             before, shown = len(shown), shown.with_boxes()
+            if not len(shown):
+                raise DataError(
+                    f"{shown.path}: none of {before:,} pictures has a box besides crowds\n"
+                    "  Give data.empty true, or another file"
+                )
             rank_zero_info(f"{shown.path}: {before - len(shown):,} of {before:,} pictures have no box and are left out")
         return Detections(shown, self.resize, name == "train", self.max_unreadable)
 
@@ -509,18 +522,33 @@ class DetectionData(Pictures):
 
 
 def _check(
-    size: int, resize: str, jitter: Sequence[float], scales: Sequence[int] | None, flip: float, multiple: int
+    size: int,
+    resize: str,
+    jitter: Sequence[float],
+    scales: Sequence[int] | None,
+    longest: int | None,
+    flip: float,
+    multiple: int,
 ) -> None:
     """Rejects options out of range."""
     if resize not in ("jitter", "multiscale"):
         raise DataError(f"data.resize={resize!r}: wants jitter or multiscale")
     if not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1] <= 10):
         raise DataError(f"data.jitter={list(jitter)}: wants two factors, the smaller one first, above 0 and up to 10")
-    for name, value in (("size", size), ("multiple", multiple), *(("scales", s) for s in scales or ())):
-        if value < 1:
+    if scales is not None and not len(scales):
+        raise DataError("data.scales=[]: wants one length or more; null takes the usual ones")
+    sides = (("size", size), ("longest", longest), ("multiple", multiple), *(("scales", s) for s in scales or ()))
+    for name, value in sides:
+        if value is not None and value < 1:
             raise DataError(f"data.{name}={value}: wants pixels, 1 or more")
     if not 0 <= flip <= 1:
         raise DataError(f"data.flip={flip}: wants a probability")
+
+
+def _check_levels(mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, figures, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        if len(figures) != 3 or not all(least < figure < math.inf for figure in figures):
+            raise DataError(f"data.{name}={figures}: wants three finite figures{', above 0' if name == 'std' else ''}")
 
 
 def _pictures_of(root: Path, path: Path) -> Path:

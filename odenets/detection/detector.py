@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from schemes import SchemeError
 
+from ..analysis.features import evaluating
 from ..models.conventions import Conventions
 from ..models.depth import depths_around
 from ..training.groups import check_optimizer, make_optimizer, parameter_groups
@@ -21,7 +22,7 @@ from ..training.schedules import Schedule, WarmupCosine, scheduled
 from .data import Target
 from .drawing import in_file
 from .heads import Head, Maps, Output
-from .precision import AveragePrecision, Found
+from .precision import MASKS, AveragePrecision, Found
 from .writer import DetectionFiles
 
 Batch = tuple[Tensor, list[Target]]
@@ -115,6 +116,13 @@ class Detector(NetModule):
         self._sums = [0.0, 0.0]  # of losses, and of boxes
         self.train()  # as in Classifier: puts frozen norms into evaluation mode
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # Before the first batch; predictions compare nothing. Data without the word may have masks nevertheless.
+        masks = getattr(getattr(self._trainer, "datamodule", None), "masks", None)
+        if self.head.masks and stage != "predict" and masks is False:
+            raise SchemeError("the head predicts masks, and the data have none\n  " + MASKS)
+
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
         # On every call: a later train() would otherwise set the running statistics moving again.
@@ -143,12 +151,13 @@ class Detector(NetModule):
 
     @torch.no_grad()
     def detect(self, x: Tensor) -> list[Found]:
-        """Detects objects in normalised pictures, in their pixels; the module must be in evaluation mode.
+        """Detects objects in normalised pictures, in their pixels, in evaluation mode; the module is left as it was.
 
         Args:
             x: the pictures (n, 3, h, w).
         """
-        return self(x).found
+        with evaluating(self):
+            return self(x).found
 
     def _boxes(self, targets: Sequence[Target]) -> float:
         """The number of boxes in a batch, at least 1: its mean over the processes, as their gradients are averaged."""

@@ -7,6 +7,7 @@ the pictures, their maps and the targets, and returns losses by name and detecti
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,21 @@ class Maps(NamedTuple):
 
     channels: list[int]
     reductions: list[int]
+
+
+def check_doubling(head: str, maps: Maps, otherwise: str) -> None:
+    """Rejects maps that are not each half the size of the one before.
+
+    Args:
+        head: the head that wants them.
+        maps: shapes of the network's maps.
+        otherwise: what to take for other maps.
+    """
+    if any(b != 2 * a for a, b in pairwise(maps.reductions)):
+        raise SchemeError(
+            f"{head}: maps of reductions {maps.reductions}; wanted each twice the one before\n"
+            f"  Choose others by model.levels, or take {otherwise}"
+        )
 
 
 class Output(NamedTuple):
@@ -88,7 +104,7 @@ class DETR(Head):
             raise SchemeError(f"head.decoder_layers is {decoder_layers}; wanted 2 or more\n  Give another number")
         if (num_classes is not None and num_classes < 1) or queries < 1:
             raise SchemeError(f"{num_classes} classes and {queries} queries; wanted 1 or more of each")
-        if width % heads or width % 32:
+        if heads < 1 or width < 1 or width % heads or width % 32:
             raise SchemeError(
                 f"head.width is {width} with {heads} heads; wanted a multiple of 32 and of head.heads\n"
                 "  Give another width, such as 256"
@@ -174,6 +190,17 @@ class DETR(Head):
         ]
 
 
+def check_counts(**counts: int) -> None:
+    """Rejects options of a head below 1.
+
+    Args:
+        **counts: options by name.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise SchemeError(f"head.{name} is {count}; wanted 1 or more\n  Give another number")
+
+
 class _Single:
     """Evaluates a loss of transformers in single precision."""
 
@@ -212,7 +239,8 @@ class DeformableDETR(DETR):
         decoder_layers: number of decoder layers, 2 or more.
         feedforward: width of the feed-forward layers.
         points: sampling points of an attention head on each map.
-        feature_levels: number of maps to attend to; if the network has fewer, coarser ones are added.
+        feature_levels: number of maps to attend to, at least as many as the network gives; if it gives fewer, coarser
+            ones are added.
         dropout: dropout rate of the transformer.
 
     Source:
@@ -237,6 +265,7 @@ class DeformableDETR(DETR):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(num_classes, queries, width, heads, decoder_layers)
+        check_counts(points=points, feedforward=feedforward, feature_levels=feature_levels)
         self.feature_levels = feature_levels
         self.options = {
             "num_queries": queries,
@@ -255,10 +284,14 @@ class DeformableDETR(DETR):
     def configured(self, maps: Maps, backbone: Any) -> nn.Module:
         from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
-        count = max(self.feature_levels, len(maps.channels))
+        if self.feature_levels < len(maps.channels):
+            raise SchemeError(
+                f"DeformableDETR: head.feature_levels is {self.feature_levels}, and there are {len(maps.channels)} "
+                f"maps\n  Choose fewer by model.levels, or give head.feature_levels {len(maps.channels)}"
+            )
         config = DeformableDetrConfig(
             backbone_config=backbone,
-            num_feature_levels=count,
+            num_feature_levels=self.feature_levels,
             num_labels=self.num_classes,  # type: ignore[call-arg]
             with_box_refine=True,
             auxiliary_loss=True,
@@ -340,6 +373,7 @@ class RTDETR(DETR):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(num_classes, queries, width, heads, decoder_layers)
+        check_counts(points=points, feedforward=feedforward)
         self.options = {
             "num_queries": queries,
             "d_model": width,
@@ -361,11 +395,7 @@ class RTDETR(DETR):
         from transformers import RTDetrConfig, RTDetrForObjectDetection
 
         count = len(maps.channels)
-        if any(b != 2 * a for a, b in zip(maps.reductions, maps.reductions[1:], strict=False)):
-            raise SchemeError(
-                f"RTDETR: maps of reductions {maps.reductions}; wanted each twice the one before\n"
-                "  Choose others by model.levels, or take DeformableDETR"
-            )
+        check_doubling("RTDETR", maps, "DeformableDETR")
         config = RTDetrConfig(
             backbone_config=backbone,
             encoder_in_channels=list(maps.channels),

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from schemes import SchemeError
+
 from .annotations import coco_tools
 
 MOST = 100  # detections of a picture that count
+MASKS = "Give data.masks true, or head.masks false"
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100")
 
 
@@ -100,7 +103,17 @@ class AveragePrecision:
             picture: its id.
             truth: the ``truth_`` entries of a target, and ``stored``, the height and width of its file.
             found: the detections, in pixels of the file.
+
+        Raises:
+            SchemeError: masks are compared, and the annotations or the detections have none.
         """
+        sides = (
+            ("annotations", truth["truth_labels"], truth.get("truth_masks")),
+            ("detections", found.labels, found.masks),
+        )
+        for what, labels, masks in sides:
+            if self.masks and len(labels) and masks is None:
+                raise SchemeError(f"picture {picture}: masks are compared, and its {what} have none\n  {MASKS}")
         columns = [truth[f"truth_{name}"].tolist() for name in ("labels", "boxes", "crowd", "area")]
         names = ("label", "bbox", "iscrowd", "area")
         there: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -14,8 +14,8 @@ from schemes import SchemeError
 
 from ..messages import first_line
 from .data import Target
-from .heads import Head, Maps, Output
-from .precision import MOST, Found
+from .heads import Head, Maps, Output, check_counts, check_doubling
+from .precision import MASKS, MOST, Found
 
 
 def vision() -> Any:
@@ -69,10 +69,13 @@ class MaskRCNN(Head):
         super().__init__()
         if (num_classes is not None and num_classes < 1) or proposals < 1:
             raise SchemeError(f"{num_classes} classes and {proposals} proposals; wanted 1 or more of each")
+        check_counts(width=width, hidden=hidden)
         self.num_classes, self.masks, self.width, self.hidden = num_classes, masks, width, hidden
         self.proposals, self.least = proposals, least
 
     def build(self, maps: Maps) -> None:
+        # A box goes to the map whose number is the logarithm of its size: with gaps some boxes would find none.
+        check_doubling(type(self).__name__, maps, "DeformableDETR")
         torchvision, detection = vision()
         # A coarser map for the largest anchors; boxes are never pooled from it, so it has no name below.
         pool = torchvision.ops.feature_pyramid_network.LastLevelMaxPool()
@@ -147,9 +150,7 @@ class MaskRCNN(Head):
             proposals, _ = self.rpn(images, features)
             return Output({}, self._found(features, proposals, sizes, targets))
         if targets is None or (self.masks and any("masks" not in target for target in targets)):
-            raise SchemeError(
-                "MaskRCNN trains on masks, and the batch has none\n  Give data.masks true, or head.masks false"
-            )
+            raise SchemeError(f"MaskRCNN trains on masks, and the batch has none\n  {MASKS}")
         theirs = [self._theirs(target) for target in targets]
         proposals, first = self.rpn(images, features, theirs)
         losses = {"objectness": first["loss_objectness"], "proposals": first["loss_rpn_box_reg"]}

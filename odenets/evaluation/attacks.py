@@ -59,7 +59,7 @@ class Attack(NamedTuple):
             seeds: Seeds of the pictures' random starts; 0 to n - 1 if left out.
 
         Raises:
-            SchemeError: Pictures of another kind, another number of labels, or a gradient that is not finite.
+            SchemeError: Pictures of another kind, another number of labels or seeds, or a gradient that is not finite.
         """
         # Written so that NaN is refused too.
         inside = x.is_floating_point() and (not x.numel() or (float(x.min()) >= 0 and float(x.max()) <= 1))
@@ -67,6 +67,8 @@ class Attack(NamedTuple):
             raise SchemeError(f"{self.name}: pictures {tuple(x.shape)} of {x.dtype}; want floats in [0, 1]")
         if labels.shape != x.shape[:1]:
             raise SchemeError(f"{self.name}: labels {tuple(labels.shape)}; want one for each of {len(x)} pictures")
+        if seeds is not None and len(seeds) != len(x):
+            raise SchemeError(f"{self.name}: {len(seeds)} seeds for {len(x)} pictures\n  Give one for each.")
         clean = x.detach()
         if not x.numel():
             return clean.clone()

@@ -1,6 +1,7 @@
 """Summaries of errors under corruptions: their mean, and the mCE and relative mCE against a baseline."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from schemes import SchemeError
@@ -28,16 +29,25 @@ class CorruptionErrors(NamedTuple):
     name: str = ""
 
     def mean(self, name: str, strengths: Sequence[int] | None = None) -> float:
-        """Returns the error under a corruption, averaged over its strengths, or over some of them."""
+        """Returns the error under a corruption, averaged over its strengths, or over some of them.
+
+        Raises:
+            SchemeError: it has several errors, but not one for each strength.
+        """
         value = self.errors[name]
-        if isinstance(value, int | float):
+        if isinstance(value, int | float | Real):
             return float(value)
+        if not len(value) or len(value) != len(self.strengths):
+            raise SchemeError(
+                f"{name} has {len(value)} errors, for strengths {', '.join(map(str, self.strengths))}\n"
+                "  Give one for each, or their mean."
+            )
         at = self.strengths if strengths is None else strengths
-        return sum(value[self.strengths.index(s)] for s in at) / len(at)
+        return float(sum(value[self.strengths.index(s)] for s in at) / len(at))
 
     def has(self, strengths: Sequence[int]) -> bool:
         """Whether errors at these strengths are known; from means over all strengths, no part is."""
-        if any(isinstance(value, int | float) for value in self.errors.values()):
+        if any(isinstance(value, int | float | Real) for value in self.errors.values()):
             return set(strengths) == set(self.strengths)
         return set(strengths) <= set(self.strengths)
 
@@ -83,7 +93,7 @@ def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None 
         baseline loses nothing), "mce", "relative_mce", and "left_out".
 
     Raises:
-        SchemeError: The baseline was corrupted differently.
+        SchemeError: There are no errors, or not one for each strength, or the baseline was corrupted differently.
 
     Source:
         Hendrycks and Dietterich 2019, arXiv 1903.12261, section 4.
@@ -94,6 +104,8 @@ def corruption_error(found: CorruptionErrors, baseline: CorruptionErrors | None 
         >>> round(corruption_error(errors)["mean"], 3), corruption_error(errors, twice)["mce"]
         (0.35, 0.5)
     """
+    if not found.errors:
+        raise SchemeError("corruption_error: there is no corruption\n  Give errors under one or more.")
     means = {name: found.mean(name) for name in found.errors}
     summary: dict[str, Any] = {"mean": sum(means.values()) / len(means)}
     if baseline is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from schemes import SchemeError
 
-from ..seeds import seed_of
+from ..seeds import plain, seed_of
 from . import filters as f
 from .textures import Draws, clouds, frosting
 
@@ -87,7 +87,8 @@ def _shuffled(x: Tensor, reach: int, draws: Draws) -> Tensor:
     published pictures were made this way.
     """
     n, _, height, width = x.shape
-    down, across = (torch.arange(size - reach, reach, -1) for size in (height, width))
+    # None on a side of at most twice the reach.
+    down, across = (torch.arange(size - reach, min(reach, size - reach), -1) for size in (height, width))
     if not len(down) or not len(across):
         return x
     moves = draws.integers(-reach, reach, (len(down), len(across), 2))  # (columns, rows), as they are drawn there
@@ -403,7 +404,11 @@ def corrupt(
         )
     if name not in KINDS:
         raise SchemeError(f"corrupt: there is no corruption {name!r}\n  There are {', '.join(KINDS)}.")
-    if strength not in STRENGTHS:
+    try:
+        level = plain(strength)
+    except SchemeError:
+        level = 0  # True and 2.0 equal strengths, and are none
+    if level not in STRENGTHS:
         raise SchemeError(f"corrupt: strength {strength!r}\n  Want a whole number from 1 to 5.")
     height, width = x.shape[2:]
     protocol = protocol_of(height, width) if protocol is None else protocol
@@ -412,9 +417,9 @@ def corrupt(
     places = range(len(x)) if indices is None else indices
     if len(places) != len(x):
         raise SchemeError(f"corrupt: {len(places)} indices for {len(x)} pictures\n  Give one each.")
-    draws = Draws([seed_of(seed, name, strength, int(i)) for i in places])
+    draws = Draws([seed_of(seed, name, level, i) for i in places])
     scale, shrink = min(height, width) / SIDES[protocol], 0.2 if protocol == "cifar" else 1.0
-    setting = Setting(CONSTANTS[name][protocol][strength - 1], draws, scale, shrink, frost)
+    setting = Setting(CONSTANTS[name][protocol][int(level) - 1], draws, scale, shrink, frost)
     # In double precision, as NumPy made the published pictures: fractions are dropped, and a value slightly too small
     # costs a level.
     return _cut(KINDS[name](x.double() / 255, setting))

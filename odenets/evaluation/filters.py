@@ -112,14 +112,14 @@ def disk(radius: float, alias_blur: float) -> Tensor:
 
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """Correlates each channel with one odd kernel, mirrored at the edges; skips rows and columns of zeros around it.
+    """Correlates each channel with one odd, square kernel, mirrored at the edges; leaves out the zeros around its core.
 
     Args:
         x: (n, c, h, w).
-        kernel: (2 r + 1, 2 r + 1).
+        kernel: (2 r + 1, 2 r + 1), not all zeros.
     """
     half = len(kernel) // 2
-    used = (kernel != 0).any(1).nonzero()[:, 0] - half
+    used = (kernel != 0).nonzero() - half
     reach = int(used.abs().max())
     inner = kernel[half - reach : half + reach + 1, half - reach : half + reach + 1]
     height, width = x.shape[-2:]

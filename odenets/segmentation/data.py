@@ -6,6 +6,7 @@ batch, on its device. In evaluation a picture is resized once and its mask stays
 the stored masks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -308,7 +309,7 @@ class DrawnShapes(Scenes):
         augment: SegmentationAugment | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, 0, IMAGENET_MEAN, IMAGENET_STD, augment)
-        if min(train, val) < 1 or size < 16 or texture < 0:
+        if min(train, val) < 1 or size < 16 or not 0 <= texture < math.inf:
             figures = f"train={train}, val={val}, size={size}, texture={texture}"
             raise DataError(
                 f"DrawnShapes: {figures}; wants pictures, of 16 pixels or more, and a strength of 0 or more"
@@ -336,7 +337,8 @@ class SegmentationData(Scenes):
         root: Folder on this machine.
         hub: Data set on the hub.
         download: Allows network access for ``hub``; without it only an earlier download is used.
-        kind: A data set whose labels, folders and usual sizes are known; other arguments override these.
+        kind: A data set whose labels, folders and usual sizes are known; other arguments override these, and a palette,
+            ``ids`` or ``reduce_labels`` all that is known of how its classes are stored.
         classes: Names of the classes in order, or their number.
         crop: Side, or height and width, of training pictures. None: 512.
         short: Length to which the shorter side is resized, before the random factor in training; None leaves pictures
@@ -359,7 +361,8 @@ class SegmentationData(Scenes):
         ignore_colors: Colours that do not count, beside a palette.
         train_split: Split to train on; several are joined by a plus sign: train+extra.
         val_split: Split to validate on; none that is trained on.
-        test_split: Split to test on, none that is trained on; default: test if it has masks, else the validation split.
+        test_split: Split to test on, which must have masks, none that is trained on; default: test if it has masks,
+            else the validation split.
         holdout: Share of the training pictures that is held out if there is no validation split.
         split_seed: Seed of the choice of held-out pictures.
         num_workers: Processes that decode; None takes the cores, at most 8.
@@ -423,6 +426,12 @@ class SegmentationData(Scenes):
                 "  Give their names in order, or their number: --data.classes 21"
             )
         self.classes = [str(n) for n in range(classes)] if isinstance(classes, int) else list(classes)
+        twice = next((name for i, name in enumerate(self.classes) if name in self.classes[:i]), None)
+        if twice is not None:
+            raise DataError(f"data.classes: {twice!r} names two classes\n  Give each class its own name")
+        # Three ways to say how classes are stored: one that is given replaces the preset's, whichever that is.
+        if reduce_labels or ids is not None or palette is not None:
+            known = {option: value for option, value in known.items() if option not in ("reduce_labels", "ids")}
 
         def given(option: str, value: Any, otherwise: Any = None) -> Any:
             return known.get(option, otherwise) if value is None else value
@@ -457,6 +466,7 @@ class SegmentationData(Scenes):
                 mask_key,
             )
             self.splits = open_pairs(root, hub, download, subset, named, rank_zero_warn)
+        self.tests = test_split is not None  # on that split, and on no other in its place
         usual = {"train": (train_split, TRAIN), "val": (val_split, VALIDATION), "test": (test_split, TEST)}
         found = {use: self._split(f"{use}_split", *words) for use, words in usual.items()}
         self.names = kept_apart(found, [use for use, (name, _) in usual.items() if name is not None], self.where)
@@ -476,7 +486,7 @@ class SegmentationData(Scenes):
 
     def _pairs(self, name: str) -> Pairs:
         parts = [self.splits[part] for part in name.split("+")]
-        return parts[0] if len(parts) == 1 else JoinedPairs(parts)
+        return parts[0] if len(parts) == 1 else JoinedPairs(parts, name.split("+"))
 
     def setup(self, stage: str) -> None:
         train, val, test = (self.names[name] for name in ("train", "val", "test"))
@@ -487,6 +497,10 @@ class SegmentationData(Scenes):
             return
         if not self.splits:
             raise DataError(f"data.predict_root alone is for predict\n  To {stage}, give data.root or data.hub")
+        if stage == "test" and "test" not in self.sets and test is not None and self._tested(test):
+            self.sets["test"] = self._dataset(self._pairs(test), None, train=False)
+        if stage == "test" and "test" in self.sets:
+            return  # a run that only tests needs no other split
         if train is None and (stage == "fit" or val is None):
             there = ", ".join(f"{name} ({len(pairs):,} pictures)" for name, pairs in self.splits.items())
             raise DataError(f"{self.where}: no split to train on; it has {there}\n  Name it: --data.train_split NAME")
@@ -509,11 +523,16 @@ class SegmentationData(Scenes):
             self.sets["train"] = self._dataset(self._pairs(str(train)), rest, train=True)
         if "val" not in self.sets:
             self.sets["val"] = self._dataset(self._pairs(str(val or train)), held, train=False)
-        if stage == "test" and "test" not in self.sets:
-            # Many data sets publish their test pictures without masks.
-            masked = test is not None and len(self._pairs(test).lacking()) < len(self._pairs(test))
-            own = self._dataset(self._pairs(str(test)), None, train=False) if masked else None
-            self.sets["test"] = self.sets["val"] if own is None else own
+        if stage == "test":
+            self.sets["test"] = self.sets["val"]
+
+    def _tested(self, test: str) -> bool:
+        """Whether this split is tested on: many data sets publish their test pictures without masks."""
+        pairs = self._pairs(test)
+        if self.tests or len(pairs.lacking()) < len(pairs):
+            return True
+        rank_zero_info(f"{self.where}: the split {test} has no masks; the test runs on the validation split")
+        return False
 
     def _dataset(self, pairs: Pairs, indices: Tensor | None, train: bool, masked: bool = True) -> Segments:
         indices = torch.arange(len(pairs)) if indices is None else indices

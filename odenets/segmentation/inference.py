@@ -1,5 +1,6 @@
 """Inference on whole pictures: in one piece or by sliding windows, at several scales, and mirrored."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -50,7 +51,7 @@ class Inference:
             raise SchemeError(f"Inference: stride={stride} and no window\n  Give the window, too")
         if self.window and any(s > w for s, w in zip(self.stride or (), self.window, strict=True)):
             raise SchemeError(f"Inference: windows of {self.window} that move by {self.stride} leave gaps")
-        if not scales or min(scales) <= 0:
+        if not scales or not all(0 < scale < math.inf for scale in scales):
             raise SchemeError(f"Inference: scales={list(scales)}; wants one or more, above 0")
         self.scales, self.flip = tuple(scales), flip
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from schemes import SchemeError
+
 from ..training.order import IGNORED
 
 
@@ -44,14 +46,30 @@ class Overlap(Metric):
 
         Args:
             predicted: predicted classes, of any shape.
-            y: true classes; -100 for pixels that do not count.
+            y: true classes, of the same shape; -100 for pixels that do not count.
+
+        Raises:
+            SchemeError: shapes differ, or a pixel that counts holds no class.
         """
-        if not bool((y != IGNORED).any()):
+        if predicted.shape != y.shape:
+            raise SchemeError(
+                f"Overlap: predictions {tuple(predicted.shape)} and masks {tuple(y.shape)}\n"
+                "  Give the class of each pixel: scores.argmax(1)"
+            )
+        y = y.flatten().long()  # in 8 bits without a sign, -100 would be 156
+        counted = y != IGNORED
+        both = torch.stack([predicted.flatten().long()[counted], y[counted]])
+        if not both.numel():
             return
-        # Validation of the arguments would compute unique values at each call and synchronise with the device.
-        self.counts += multiclass_confusion_matrix(
-            predicted.long().flatten(), y.long().flatten(), self.num_classes, ignore_index=IGNORED, validate_args=False
-        )
+        # Values beyond the classes would be counted in other cells of the matrix.
+        low, high = torch.stack(both.aminmax()).tolist()
+        if low < 0 or high >= self.num_classes:
+            raise SchemeError(
+                f"Overlap: classes of {low} to {high}; wants 0 to {self.num_classes - 1}\n"
+                "  Give -100 where a pixel has no class, and Overlap the number of all classes"
+            )
+        # Its validation of the arguments would compute unique values at each call.
+        self.counts += multiclass_confusion_matrix(both[0], both[1], self.num_classes, validate_args=False)
 
     def compute(self) -> dict[str, Tensor]:
         """Returns mIoU, mAcc, aAcc, and the IoU of each class, NaN for one that is left out."""

@@ -8,6 +8,7 @@ reduction, with zeros, the mean colour of a normalised picture; the padding is c
     losses = net(x, y)               # {"loss": ..., "auxiliary": ...}, to be summed
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -68,10 +69,11 @@ def pixel_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         >>> round(float(pixel_cross_entropy(torch.zeros(1, 4, 1, 1), y)), 4)  # log 4
         1.3863
     """
+    y = y.long()  # in 8 bits without a sign, -100 would be 156
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = F.interpolate(logits, y.shape[-2:], mode="bilinear", align_corners=False)
     # Summed and divided here: torch's own mean is NaN if no pixel counts.
-    total = F.cross_entropy(logits, y.long(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum")
     return total / (y != IGNORED).sum().clamp(min=1)
 
 
@@ -203,7 +205,7 @@ class UPerNet(_OnMaps):
         weights_classes: int | None = None,
     ):
         super().__init__()
-        if min(width, auxiliary_width) < 1 or auxiliary < 0 or not 0 <= dropout < 1:
+        if min(width, auxiliary_width) < 1 or not 0 <= auxiliary < math.inf or not 0 <= dropout < 1:
             figures = f"width={width}, auxiliary_width={auxiliary_width}, auxiliary={auxiliary}, dropout={dropout}"
             raise SchemeError(f"UPerNet: {figures}; want channels, a weight of 0 or more, and a share below 1")
         config = _backbone(model, in_chans, scheme, backprop, options)
@@ -242,7 +244,7 @@ class UPerNet(_OnMaps):
         if y is not None:
             below, right = (b - a for a, b in zip(size, x.shape[-2:], strict=True))
             # Padding has no class and does not count in the loss.
-            y = F.pad(y, (0, right, 0, below), value=IGNORED)
+            y = F.pad(y.long(), (0, right, 0, below), value=IGNORED)
             # One picture pooled to one cell has no variance for the batch norm that follows.
             if self.training and len(x) == 1:
                 raise SchemeError("UPerNet: a batch of one picture has no statistics\n  Give data.batch_size 2 or more")
@@ -308,8 +310,8 @@ class Mask2Former(_OnMaps):
         x: (n, in_chans, h, w); y: (n, h, w); the result is (n, num_classes, h, w), or a dictionary of scalars.
 
     Raises:
-        SchemeError: the model has no such maps, the width is not a multiple of 32 and of ``heads``, there is only one
-            class, or transformers or scipy is not installed.
+        SchemeError: the model has no such maps, the width is not a multiple of 32 and of ``heads``, another number is
+            below 1, there is only one class, a label is none, or transformers or scipy is not installed.
 
     Source:
         Cheng et al. 2022, Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527.
@@ -343,14 +345,18 @@ class Mask2Former(_OnMaps):
                 f"Mask2Former: the maps of {model} are 1/{', 1/'.join(map(str, reductions))} of the picture; wants "
                 "three or more, each half of the one before\n  UPerNet takes any"
             )
-        if width < 1 or width % 32 or width % heads:
+        if width < 1 or heads < 1 or width % 32 or width % heads:
             raise SchemeError(f"Mask2Former: width={width}, heads={heads}; wants a width that 32 and the heads divide")
+        feedforward = 8 * width if feedforward is None else feedforward
+        counts = {"queries": queries, "decoder_layers": decoder_layers, "feedforward": feedforward, "points": points}
+        for option, count, least in (*((*pair, 1) for pair in counts.items()), ("encoder_layers", encoder_layers, 0)):
+            if count < least:
+                raise SchemeError(f"Mask2Former: {option}={count}; wants {least} or more")
         self._begin(config, num_classes, weights, weights_classes)
         try:
             import scipy  # noqa: F401
         except ImportError:
             raise SchemeError('Mask2Former assigns queries by scipy\n  pip install "odenets[segment]"') from None
-        feedforward = 8 * width if feedforward is None else feedforward
         self.net = _mask2former(
             backbone_config=config,
             num_labels=num_classes,
@@ -373,8 +379,9 @@ class Mask2Former(_OnMaps):
         size, x = x.shape[-2:], filled_up(x, self.multiple)
         if y is not None:
             below, right = (b - a for a, b in zip(size, x.shape[-2:], strict=True))
-            y = F.pad(y, (0, right, 0, below), value=IGNORED)
-            classes = [picture[picture != IGNORED].unique().long() for picture in y]
+            y = F.pad(y.long(), (0, right, 0, below), value=IGNORED)
+            classes = [picture[picture != IGNORED].unique() for picture in y]
+            _check_classes(torch.cat(classes), self.num_classes)
             masks = [(p == c[:, None, None]).to(x.dtype) for p, c in zip(y, classes, strict=True)]
             return {"loss": self.net(x, mask_labels=masks, class_labels=classes).loss}
         found = self.net(x)
@@ -389,6 +396,15 @@ class Mask2Former(_OnMaps):
     def probabilities(self, scores: Tensor) -> Tensor:
         """Returns the scores themselves, which are sums of products of probabilities."""
         return scores
+
+
+def _check_classes(classes: Tensor, count: int) -> None:
+    """Rejects labels beyond the classes: the next one would be taken for "no object"."""
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < count:
+        held = f"{int(classes.min())} to {int(classes.max())}"
+        raise SchemeError(
+            f"Mask2Former: labels of {held}; wants 0 to {count - 1}\n  Give -100 where a pixel has no class"
+        )
 
 
 def _reductions(config: Any) -> list[int]:

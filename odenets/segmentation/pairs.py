@@ -10,7 +10,8 @@ given one. A mask belongs to the picture with the same path up to the ending: 1.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from os.path import splitext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,30 +150,38 @@ class TablePairs(Pairs):
 
 
 class JoinedPairs(Pairs):
-    """Several splits, concatenated."""
+    """Several splits, concatenated.
 
-    def __init__(self, parts: Sequence[Pairs]) -> None:
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+    Where two of them hold a file of the same name, names begin with the split, since predictions are stored under them.
+    """
+
+    def __init__(self, parts: Sequence[Pairs], splits: Sequence[str]) -> None:
+        """splits: the name of each part."""
+        self.parts, self.splits, self.ends = parts, splits, np.cumsum([len(part) for part in parts])
+        # Without their endings, which predictions do not keep; rows of tables are named after their splits anyway.
+        stems = [splitext(file)[0] for part in parts if isinstance(part, FolderPairs) for file in part.files.tolist()]
+        self.alike = len(set(stems)) < len(stems)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _at(self, i: int) -> tuple[Pairs, int]:
+    def _at(self, i: int) -> tuple[int, int]:
         # side="right", since the end of a part is the first row of the next.
         number = int(np.searchsorted(self.ends, i, side="right"))
-        return self.parts[number], i - int(self.ends[number - 1] if number else 0)
+        return number, i - int(self.ends[number - 1] if number else 0)
 
     def picture(self, i: int) -> bytes | str:
-        part, row = self._at(i)
-        return part.picture(row)
+        number, row = self._at(i)
+        return self.parts[number].picture(row)
 
     def mask(self, i: int) -> bytes | str | None:
-        part, row = self._at(i)
-        return part.mask(row)
+        number, row = self._at(i)
+        return self.parts[number].mask(row)
 
     def name(self, i: int) -> str:
-        part, row = self._at(i)
-        return part.name(row)
+        number, row = self._at(i)
+        name = self.parts[number].name(row)
+        return f"{self.splits[number]}/{name}" if self.alike else name
 
     def lacking(self) -> list[int]:
         starts = [0, *self.ends[:-1].tolist()]
@@ -228,16 +237,37 @@ def _folders(root: Path, named: Named, note: Callable[[str], None]) -> dict[str,
     images = _child(root, named.images, IMAGES)
     if images is not None:
         masks = _child(root, named.masks, MASKS)
-        below = [p.name for p in sorted(images.iterdir()) if p.is_dir() and _split(p.name) in SPLITS]
+        below = _by_split(_naming_splits(images))
         # No splits: all of it is training data, of which a share is held out later.
         if not below:
             return {"train": _matched(images, masks, named, note)}
-        return {_split(name): _matched(images / name, masks and masks / name, named, note) for name in below}
-    found = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and _split(p.name) in SPLITS):
-        images = _child(folder, named.images, IMAGES)
-        if images is not None:
-            found[_split(folder.name)] = _matched(images, _child(folder, named.masks, MASKS), named, note)
+        return {split: _matched(folder, masks and masks / folder.name, named, note) for split, folder in below.items()}
+    inside = {p: images for p in _naming_splits(root) if (images := _child(p, named.images, IMAGES)) is not None}
+    return {
+        split: _matched(inside[folder], _child(folder, named.masks, MASKS), named, note)
+        for split, folder in _by_split(inside).items()
+    }
+
+
+def _naming_splits(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and _split(p.name) in SPLITS)
+
+
+def _by_split(folders: Iterable[Path]) -> dict[str, Path]:
+    """Returns the folder of each split.
+
+    Raises:
+        DataError: two folders name one split.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        split = _split(folder.name)
+        if split in found:
+            raise DataError(
+                f"{folder.parent} holds {found[split].name} and {folder.name}, which both name the split {split}\n"
+                "  Take one of them away, or put their files into one"
+            )
+        found[split] = folder
     return found
 
 

@@ -114,7 +114,7 @@ class Segmenter(NetModule):
             parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
             self.name_parts(parts)
         if self.net.mean_over_pixels and self.trainer.world_size > 1:
-            share = share_of(self.trainer, (y != IGNORED).sum())
+            share = share_of(self.trainer, (y.long() != IGNORED).sum())
             parts = {name: share * part for name, part in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)

@@ -55,6 +55,26 @@ def test_the_network_is_left_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU, nn.Hardtanh])
+def test_a_network_may_write_into_its_input(kind):
+    model, batches = net(), [(x - 0.7, y) for x, y in data(20, 13)]
+    found = [class_alignment(nn.Sequential(kind(inplace=own), *model), batches, ["2"], classes=3) for own in (0, 1)]
+    assert torch.equal(found[0].picture, found[1].picture) and torch.equal(found[0].label, found[1].label)
+    assert bool(found[0].picture.isfinite().all())
+
+
+@pytest.mark.parametrize("n", [4, 5, 6, 7, 8, 11, 16, 33])
+@pytest.mark.parametrize("members", [0, 1, "all but one", "all"])
+def test_a_label_without_an_alignment_is_undefined(n, members):
+    """The estimate for the indicator of none, of one or of all is 0, and their alignment no number."""
+    batches = []
+    for size in (n, n + 2):
+        x = data(size)[0][0]
+        many = {"all but one": size - 1, "all": size}.get(members, members)
+        batches.append((x, (torch.arange(size) < many).long()))
+    assert bool(class_alignment(net(), batches, ["1", "2"], classes=2).label.isnan().all())
+
+
 def test_what_does_not_go_is_refused():
     with pytest.raises(SchemeError, match="0 to 1"):
         class_alignment(net(), data(12), ["1"], classes=2)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from odenets import Stack, create_model
-from odenets.analysis import weight_maps
+from odenets.analysis import places, weight_maps
 from odenets.models import DenseNet, RevCol
 from schemes import SchemeError
 
@@ -67,6 +67,31 @@ def test_stages_and_steps_of_other_schemes():
     assert (found.row, found.column, found.columns) == ("stage", "step", ("1", "2"))
     [shared] = weight_maps(Stack(fs[1], "rk4", depth=3))
     assert torch.equal(shared.values, torch.full((1, 3), 1.5, dtype=torch.float64))
+
+
+def test_stacks_inside_functions_are_part_of_them_wherever_the_outer_one_is():
+    outer = Stack([Stack([nn.Linear(4, 4), nn.Linear(4, 4)], "euler"), nn.Linear(4, 4)], "euler")
+    for net, prefix in ((outer, ""), (nn.Sequential(outer), "0."), (nn.ModuleDict({"a": outer, "ab": outer}), "a.")):
+        [found] = weight_maps(net)
+        assert found.name == prefix.removesuffix(".") and torch.equal(found.values, weight_maps(outer)[0].values)
+        assert places(net) == [f"{prefix}steps.0:0", f"{prefix}steps.1:0"]
+    two = nn.ModuleDict({"a": outer, "ab": Stack([nn.Linear(4, 4)], "euler")})
+    assert [found.name for found in weight_maps(two)] == ["a", "ab"] and len(places(two)) == 3
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions_of_any_number_of_dimensions(kind):
+    fs = [nn.Sequential(kind(2, 2, 3, padding=1), nn.Tanh()) for _ in range(3)]
+    for i, f in enumerate(fs):
+        nn.init.constant_(f[0].weight, -1.0 - i)
+    [found] = weight_maps(Stack(fs, "euler"))
+    assert found.values.tolist() == [[1.0, 2.0, 3.0]]
+    joined = [kind(2 + 3 * i, 3, 3, padding=1) for i in range(2)]
+    for f in joined:
+        nn.init.constant_(f.weight, 0.5)
+    [found] = weight_maps(Stack(joined, "dense(3)"))
+    want = torch.tensor([[0.5, 0.5], [torch.nan, 0.5], [torch.nan, torch.nan]], dtype=torch.float64)
+    torch.testing.assert_close(found.values, want, equal_nan=True)
 
 
 def test_what_cannot_be_read_is_refused():

@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,6 +71,19 @@ def test_a_baseline_is_a_file_that_evaluate_wrote(capsys, digits, tmp_path):
     for text in ("other.json", "none.json"):
         with pytest.raises(DataError, match="no errors under corruptions"):
             read_baseline(str(tmp_path / text))
+
+
+@pytest.mark.parametrize("row", [[], [0.2], [0.2, 0.3, 0.9]])
+def test_errors_are_one_per_strength_or_their_mean(row):
+    mine = CorruptionErrors(0.1, {"snow": np.float32(0.5), "fog": row}, (1, 2))
+    with pytest.raises(SchemeError, match=rf"fog has {len(row)} errors, for strengths 1, 2\n  Give one for each"):
+        corruption_error(mine)
+    with pytest.raises(SchemeError, match="there is no corruption"):
+        corruption_error(mine._replace(errors={}))
+    known = mine._replace(errors={"snow": np.float32(0.5), "fog": np.array([0.2, 0.4]), "frost": 0})
+    mean = corruption_error(known)["mean"]
+    assert mean == pytest.approx(0.8 / 3) and type(mean) is float  # not NumPy's, which JSON refuses
+    assert corruption_error(known, known)["mce"] is None  # of frost without an error
 
 
 def test_corruption_errors_by_hand():

@@ -246,6 +246,34 @@ def test_files_are_found_by_their_names(tmp_path):
         DetectionData(str(tmp_path), val_pictures="train2017")
 
 
+OTHER = {"annotations": "train.json", "pictures": "other"}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("given", [("annotations", "pictures"), ("pictures",)])
+def test_splits_that_share_a_file_have_their_own_pictures(tmp_path, split, given):
+    (tmp_path / "train.json").write_text(json.dumps(small(tmp_path)))
+    (tmp_path / "val.json").write_text((tmp_path / "train.json").read_text())
+    (tmp_path / "other").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 10), "white").save(tmp_path / "other" / name)
+    options = {f"{split}_{kind}": OTHER[kind] for kind in given}
+    data = DetectionData(str(tmp_path), size=20, **{"val_pictures": "train", "train_pictures": "train", **options})
+    data.setup("fit"), data.setup("test"), data.setup("predict")
+    mean = {name: float(data.sets[name].picture(0).getpixel((0, 0))[0]) for name in data.sets}
+    white = {"val": {"val", "test", "predict"}, "test": {"test", "predict"}}[split]
+    assert mean == {name: 255 if name in white else 128 for name in ("train", "val", "test", "predict")}
+    with pytest.raises(DataError, match=f"data.{split}_pictures: no folder"):
+        DetectionData(str(tmp_path), **{**options, f"{split}_pictures": "nowhere"})
+
+
+def test_splits_that_share_a_file_and_its_pictures_read_it_once(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps(small(tmp_path)))
+    data = DetectionData(str(tmp_path), val_annotations="train.json")
+    data.setup("fit"), data.setup("test")
+    assert data.sets["train"].shown is data.sets["val"].shown is data.sets["test"].shown
+
+
 def test_splits_name_the_same_categories(tmp_path):
     held = small(tmp_path)
     (tmp_path / "train.json").write_text(json.dumps(held))
@@ -264,6 +292,14 @@ def test_splits_name_the_same_categories(tmp_path):
         ({"resize": "crop"}, "data.resize"),
         ({"flip": 2.0}, "data.flip"),
         ({"scales": [0]}, "data.scales"),
+        ({"scales": []}, "data.scales=[]"),
+        ({"longest": 0}, "data.longest=0"),
+        ({"longest": -5}, "data.longest=-5"),
+        ({"mean": []}, "data.mean=[]"),
+        ({"std": []}, "data.std=[]"),
+        ({"std": [0.2, 0.2, 0.0]}, "data.std=[0.2, 0.2, 0.0]"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "data.mean"),
+        ({"test_pictures": "none"}, "data.test_pictures: no folder"),
         ({"train_annotations": "none.json"}, "data.train_annotations: no file"),
         ({"val_pictures": "none"}, "data.val_pictures: no folder"),
     ],

@@ -19,9 +19,17 @@ from torch import nn
 from odenets import create_model, shapes
 from odenets.checkpoints import save
 from odenets.cli import main
-from odenets.detection import RTDETR, DeformableDETR, DetectionData, Found, draw_detections
+from odenets.detection import (
+    RTDETR,
+    CascadeMaskRCNN,
+    DeformableDETR,
+    DetectionData,
+    Found,
+    MaskRCNN,
+    draw_detections,
+)
 from odenets.detection.drawing import color, in_file
-from odenets.detection.heads import Maps, Output
+from odenets.detection.heads import Head, Maps, Output
 from odenets.detection.precision import rows
 from odenets.detection.writer import DetectionFiles
 from odenets.models import RevCol
@@ -404,6 +412,17 @@ REFUSED = {
     "decay": (lambda: detector("rt", layer_decay=1.5), "layer_decay is 1.5"),
     "layers": (lambda: DeformableDETR(4, decoder_layers=1), "head.decoder_layers is 1"),
     "width": (lambda: RTDETR(4, width=48, heads=8), "head.width is 48 with 8 heads"),
+    "heads": (lambda: RTDETR(4, width=32, heads=0), "head.width is 32 with 0 heads"),
+    "points": (lambda: RTDETR(4, **{**SMALL, "points": 0}), "head.points is 0"),
+    "feedforward": (lambda: DeformableDETR(4, **{**SMALL, "feedforward": 0}), "head.feedforward is 0"),
+    "width of a pyramid": (lambda: MaskRCNN(4, width=0), "head.width is 0"),
+    "hidden": (lambda: CascadeMaskRCNN(4, hidden=-1), "head.hidden is -1"),
+    "fewer levels": (
+        lambda: DeformableDETR(4, feature_levels=2, **SMALL).build(Maps([8, 8, 8], [4, 8, 16])),
+        "head.feature_levels is 2, and there are 3 maps\n  Choose fewer by model.levels",
+    ),
+    "gap in a pyramid": (lambda: MaskRCNN(4).build(Maps([8, 8], [4, 16])), "MaskRCNN: maps of reductions [4, 16]"),
+    "uneven pyramid": (lambda: CascadeMaskRCNN(4).build(Maps([8, 8, 8], [4, 8, 8])), "[4, 8, 8]; wanted each twice"),
     "gap": (lambda: RTDETR(4, **SMALL).build(Maps([8, 8], [4, 16])), "reductions [4, 16]"),
     "queries": (lambda: detector("rt", levels=[2]).detect(torch.zeros(1, 3, 32, 32)), "12 queries"),
     "odd": (lambda: detector("rt", net(pad=True)).detect(torch.zeros(1, 3, 40, 48)), "wanted multiples of 16"),
@@ -416,6 +435,49 @@ def test_refusals(case):
     with pytest.raises(SchemeError) as stop:
         made()
     assert said in str(stop.value) and len(str(stop.value).splitlines()) <= 2
+
+
+@every_head
+@pytest.mark.parametrize("freeze_norms", [False, True])
+def test_detects_in_evaluation_mode_and_is_left_as_it_was(head, freeze_norms, batch):
+    found = detector(head, freeze_norms=freeze_norms)
+    before = [m.training for m in found.modules()]
+    assert found.training
+    one = found.detect(batch[0])
+    assert [m.training for m in found.modules()] == before
+    two = found.eval().detect(batch[0])
+    assert len(one) == len(batch[0])
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.boxes, b.boxes) and torch.equal(a.scores, b.scores) and torch.equal(a.labels, b.labels)
+
+
+class Masking(Head):
+    """Says that it predicts masks."""
+
+    levels, masks = 1, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = 4
+        self.layer = nn.Linear(1, 1)
+
+    def build(self, maps):
+        pass
+
+    def forward(self, x, maps, targets, boxes):
+        one = torch.tensor([[1.0, 1, 5, 5]]), torch.tensor([0.5]), torch.tensor([0])
+        return Output({"loss": self.layer.weight.sum()}, [Found(*one, torch.ones(1, 48, 48) > 0) for _ in x])
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_masks_that_the_data_lack_are_missed_before_the_first_batch(stage, drawn, tmp_path):
+    data = DetectionData(str(drawn), size=48, num_workers=0, multiple=16)
+    module = Detector(net(), Masking(), partial(torch.optim.SGD, lr=0.1))
+    plain = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=1, enable_checkpointing=False, default_root_dir=tmp_path, **plain)
+    with pytest.raises(SchemeError, match=r"the head predicts masks, and the data have none\n  Give data.masks true"):
+        getattr(trainer, stage)(module, data)
+    module.setup("predict")  # compares nothing
 
 
 def test_pictures_with_boxes():

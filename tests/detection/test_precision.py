@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from odenets.detection import Annotations, AveragePrecision, Found
 from odenets.detection.precision import FIGURES, rows
+from schemes import SchemeError
 
 
 def planted(seed: int, masks: bool):
@@ -132,6 +133,17 @@ def test_counted_by_hand():
     found = Found(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.long))
     precision.add(1, truth_of([[0, 0, 10, 10], [20, 20, 10, 10]], [0, 0]), found)
     assert precision.compute()["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+@pytest.mark.parametrize("what", ["annotations", "detections"])
+def test_masks_that_are_missing_are_refused(what):
+    boxes, masks = torch.tensor([[0.0, 0, 8, 8]]), torch.ones(1, 16, 16, dtype=torch.bool)
+    truth, found = truth_of(boxes.tolist(), [0]), Found(boxes, torch.tensor([0.9]), torch.tensor([0]), masks)
+    both = {**truth, "truth_masks": masks}, found
+    AveragePrecision(masks=True).add(1, *both)
+    truth, found = (truth, found) if what == "annotations" else (both[0], found._replace(masks=None))
+    with pytest.raises(SchemeError, match=rf"picture 1: .* its {what} have none\n  Give data.masks true"):
+        AveragePrecision(masks=True).add(1, truth, found)
 
 
 def test_sets_without_objects_or_detections():

@@ -13,6 +13,7 @@ from odenets.detection import DetectionData
 from odenets.detection.annotations import Objects
 from odenets.detection.data import Collate, _inside, _unpacked
 from odenets.detection.transforms import Placement, Resize, bounds, fit, shorter
+from odenets.training.errors import DataError
 from odenets.training.order import seed_of
 
 
@@ -155,6 +156,8 @@ def test_crowds_are_judged_and_not_trained_on(drawn, tmp_path):
     assert all(len(found.sets["train"][i][1]["boxes"]) == 0 for i in range(12))
     targets = [found.sets["val"][i][1] for i in range(9)]
     assert sum(len(target["truth_boxes"]) for target in targets) > 5
+    with pytest.raises(DataError, match=r"none of 12 pictures has a box besides crowds\n  Give data.empty true"):
+        data(tmp_path / "set", empty=False)
     assert all(target["truth_crowd"].all() and not len(target["boxes"]) for target in targets)
 
 

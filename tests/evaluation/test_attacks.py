@@ -1,5 +1,6 @@
 """FGSM and projected gradient descent against gradients by hand, and what they leave as it was."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,15 @@ def test_a_random_start_is_the_picture_s_own(norm):
     size = torch.linalg.vector_norm(start, float("inf") if norm == "linf" else 2, 1) / 0.1
     # Uniform in a ball of two dimensions: the square of the radius is uniform.
     assert float(size.max()) <= 1 + 1e-12 and abs(float((size**2).mean()) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_seeds_are_one_per_picture_and_of_any_kind(kind):
+    attack, seeds = pgd(0.1, steps=1), [10, 11, 12, 13, 14, 15]
+    assert torch.equal(attack(conv(), PICTURES, LABELS, kind(seeds)), attack(conv(), PICTURES, LABELS, seeds))
+    for few in ([10], seeds[:5], [*seeds, 16], []):
+        with pytest.raises(SchemeError, match=rf"{len(few)} seeds for 6 pictures\n  Give one for each"):
+            attack(conv(), PICTURES, LABELS, kind(few))
 
 
 def test_attacks_are_read_and_never_evaluated():

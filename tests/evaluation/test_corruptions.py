@@ -6,6 +6,7 @@ import torch
 
 from odenets.evaluation import corruptions
 from odenets.evaluation.corruptions import CONSTANTS, KINDS, STRENGTHS, corrupt, protocol_of
+from odenets.evaluation.filters import correlate
 from odenets.evaluation.textures import Draws, plasma
 from odenets.seeds import seed_of
 from schemes import SchemeError
@@ -108,6 +109,58 @@ def test_random_numbers_are_a_picture_s_own(name):
     )
     assert random != torch.equal(whole, corrupt(x, name, 3, seed=1))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+TYPES = [np.int64, np.uint8, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int16)]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_seeds_do_not_depend_on_the_types_of_numbers(kind):
+    want = seed_of(2, "fog", 1)
+    assert want == 3061148245470756632  # figures that were published follow from it
+    assert seed_of(kind(2), np.str_("fog"), kind(1)) == want
+    x = smooth(2, 16)
+    one = corrupt(x, "gaussian_noise", 2, [3, 4], seed=5)
+    places = [kind(3), kind(4)]
+    assert torch.equal(one, corrupt(x, np.str_("gaussian_noise"), kind(2), places, seed=kind(5)))
+    assert torch.equal(one, corrupt(x, "gaussian_noise", 2, torch.tensor([3, 4]), seed=5))
+    assert torch.equal(one, corrupt(x, "gaussian_noise", 2, np.array([3, 4]), seed=5))
+
+
+@pytest.mark.parametrize(
+    "part", [True, 2.0, None, np.True_, np.float32(2), torch.tensor(True), torch.tensor(2.0), torch.arange(2), (1, 2)]
+)
+def test_what_is_no_whole_number_gives_no_seed(part):
+    with pytest.raises(SchemeError, match="whole numbers and texts, not from") as stop:
+        seed_of(0, part)
+    assert len(str(stop.value).splitlines()) == 2
+    x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for given in ({"strength": part}, {"strength": 1, "seed": part}, {"strength": 1, "indices": [part]}):
+        with pytest.raises(SchemeError, match="whole number"):
+            corrupt(x, "fog", **given)
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize(
+    "kept", [(ALL, ALL), (2, ALL), (ALL, 2), (0, ALL), (ALL, 4), (2, 2), (1, 3), (ALL, slice(2, 4))]
+)
+def test_kernels_with_zeros_anywhere(kept):
+    g = torch.Generator().manual_seed(0)
+    x, values = torch.rand(2, 3, 12, 10, generator=g), torch.rand(5, 5, generator=g)
+    kernel = torch.zeros(5, 5)
+    kernel[kept] = values[kept]
+    wide = torch.nn.functional.pad(x, (2,) * 4, mode="reflect")
+    want = [kernel[i, j] * wide[..., i : i + 12, j : j + 10] for i in range(5) for j in range(5)]
+    torch.testing.assert_close(correlate(x, kernel), torch.stack(want).sum(0))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pictures_of_any_size(name):
+    for shape in ((1, 1), (1, 9), (9, 1), (2, 3)):
+        for strength in (1, 5):
+            assert corrupt(smooth(1, 9)[..., : shape[0], : shape[1]], name, strength).shape == (1, 3, *shape)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 33), (1, 33, 20)])

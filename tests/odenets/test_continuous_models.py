@@ -118,6 +118,40 @@ def test_the_law_of_convergence_holds_for_logits(scheme, order):
     ]
 
 
+# What a loader gives at its second call, of inputs and labels.
+LATER = {
+    "another order": lambda x, y: [(x.roll(1, 0), y.roll(1))],
+    "another order within a label": lambda x, y: [(x[[3, 1, 2, 0, 4, 5]], y)],
+    "other labels": lambda x, y: [(x, y.roll(1))],
+    "other inputs": lambda x, y: [(x + 1e-3, y)],
+    "fewer": lambda x, y: [(x[:5], y[:5])],
+    "the same": lambda x, y: [(x, y)],
+    "other batches": lambda x, y: [(x[:2], y[:2]), (x[2:], y[2:])],
+}
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_convergence_wants_the_same_samples_at_each_call(later):
+    net, x, y = scattered(small("ho_resnet26", scheme="euler")), pictures(n=6), torch.tensor([0, 1, 2, 0, 1, 1])
+    calls = iter([LATER["the same"], LATER[later]])
+    if later in ("the same", "other batches"):
+        [point] = convergence(net, lambda: next(calls)(x, y), ["rk4"], [1]).points
+        assert point.distance < 0.01
+    else:
+        with pytest.raises(SchemeError, match=r"gave other samples, or another order, than before\n  Give a loader"):
+            convergence(net, lambda: next(calls)(x, y), ["rk4"], [1])
+
+
+def test_convergence_of_a_network_that_writes_into_its_input():
+    net, x, y = scattered(small("ho_resnet26", scheme="euler")), pictures(n=3), torch.tensor([0, 1, 2])
+    before = x.clone()
+    one, two = (
+        convergence(nn.Sequential(nn.SiLU(inplace=own), net), lambda: [(x, y)], ["euler"], [1]).points[0]
+        for own in (False, True)
+    )
+    assert one == two and torch.equal(x, before)
+
+
 @pytest.mark.long
 @torch.no_grad()
 def test_convergence_reads_off_what_it_says():

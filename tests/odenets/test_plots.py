@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from odenets import plots
+from schemes import SchemeError
 
 
 @pytest.mark.cases(1)
@@ -24,6 +25,49 @@ def test_names_above_heat_maps_do_not_cover_each_other(draw, prefix, monkeypatch
     assert {title.get_text().replace("\n", "") for title in titles} >= set(names)
     boxes = [title.get_window_extent() for title in titles]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def cells(figure):
+    """The texts in the fields of the first panel, by column and level."""
+    return {tuple(map(int, text.get_position())): text.get_text() for text in figure.axes[0].texts}
+
+
+PLACES = {
+    "columns": ([f"net.columns.steps.{n}:{level + 1}" for n in range(2) for level in range(2)], 2),
+    "of the root": ([f"steps.{n}:{level}" for n in range(2) for level in range(2)], 2),
+    "two stacks": ([f"levels.{level}.steps.0:{i}" for level in range(2) for i in range(2)], 1),
+    "two networks": ([f"{net}.columns.steps.0:{level}" for net in ("a", "b") for level in (1, 2)], 1),
+    "mixed": (["levels.0.steps.0:0", "levels.1.steps.0:readout", "levels.2.steps.0:1", "levels.2.steps.1:1"], 1),
+    "calls": (["f.steps.0@0:1", "f.steps.0@1:1", "f.steps.0@0:2", "f.steps.0@1:2"], 1),
+    "twice": (["columns.steps.0:1", "columns.steps.0:2", "columns.steps.1:1", "columns.steps.1:1"], 1),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_each_place_has_a_field_of_its_own(case, monkeypatch):
+    names, levels = PLACES[case]
+    own = names[:3] if case == "twice" else names  # a matrix has one row for a name
+    matrix = torch.eye(len(own) + 2)
+    matrix[-2, : len(own)] = torch.tensor([0.11, 0.22, 0.33, 0.44])[: len(own)]
+    figure = figure_of(monkeypatch, lambda: plots.alignment_by_column(matrix, [*own, "input", "label"], "a.png"))
+    assert sorted(cells(figure).values()) == ["0.11", "0.22", "0.33", "0.44"][: len(own)]
+    figure = figure_of(monkeypatch, lambda: plots.class_alignment([0.1] * 4, [0.1, 0.2, 0.3, 0.4], names, "a.png"))
+    lines = figure.axes[0].lines
+    assert len(lines) == levels and sorted(y for line in lines for y in line.get_ydata()) == [0.1, 0.2, 0.3, 0.4]
+    assert all(len(set(line.get_xdata())) == len(line.get_xdata()) for line in lines)
+    heats = [torch.full((1, 4, 4), float(k)) for k in range(4)]
+    figure = figure_of(monkeypatch, lambda: plots.heat_maps_by_column(torch.rand(1, 3, 4, 4), heats, names, "a.png"))
+    assert [len(axes.images) for axes in figure.axes].count(2) == 4
+
+
+def test_figures_of_nothing_are_refused(tmp_path):
+    for points in ([], [{"group": "a", "error": 0.1}], [{"group": "a", "error": 0.1, "macs": None}]):
+        with pytest.raises(SchemeError, match="cost: no row has a number"):
+            plots.cost(points, tmp_path / "x.png")
+    empty = {"from": 0.0, "to": 1.0, "pictures": 0, "accuracy": 0.0, "confidence": 0.0}
+    for bins in ([], [empty]):
+        with pytest.raises(SchemeError, match="reliability: no bin holds a picture"):
+            plots.reliability(bins, tmp_path / "x.png")
 
 
 FLAT = [24.0, 24.1, 24.0]
@@ -84,14 +128,20 @@ def test_a_model_a_mode_and_a_quantity_have_one_look():
     assert looks(["store", "euler"])["store"] == looks(["reverse", "store"])["store"]
 
 
-def laid_out(monkeypatch, draw):
-    """The figure that a function draws, laid out."""
+def figure_of(monkeypatch, draw):
+    """The figure that a function draws."""
     pytest.importorskip("matplotlib")
     seen = []
     monkeypatch.setattr(plots, "_write", lambda figure, path: seen.append(figure) or Path(path))
     draw()
-    seen[0].draw_without_rendering()
     return seen[0]
+
+
+def laid_out(monkeypatch, draw):
+    """The same, laid out."""
+    figure = figure_of(monkeypatch, draw)
+    figure.draw_without_rendering()
+    return figure
 
 
 @pytest.mark.parametrize("columns", [1, 4, 12, 16, 30])

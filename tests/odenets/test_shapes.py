@@ -70,3 +70,18 @@ def test_a_folder_holds_pictures_masks_and_annotations(tmp_path):
                 assert annotation["area"] == shape.mask.sum() == sum(annotation["segmentation"]["counts"][1::2])
     with pytest.raises(ValueError, match="not empty"):
         write(tmp_path / "out", {"train": 1})
+
+
+@pytest.mark.parametrize(
+    "given", [{"size": 8}, {"size": 15}, {"seed": -1}, {"splits": {"train": -3}}, {"splits": {"train": 1, "val": -1}}]
+)
+def test_nothing_is_written_of_what_is_refused(given, tmp_path):
+    with pytest.raises(ValueError, match="Give 16 pixels or more"):
+        write(tmp_path / "out", **{"splits": {"train": 1}, "size": 16, **given})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("texture", [-0.1, float("nan"), float("inf")])
+def test_a_texture_has_a_finite_strength(texture):
+    with pytest.raises(ValueError, match="a strength of 0 or more"):
+        draw(3, 16, texture=texture)

@@ -12,6 +12,7 @@ from odenets.segmentation import DrawnShapes, SegmentationData
 from odenets.segmentation.data import Framing, Segments, filled_by_one
 from odenets.segmentation.masks import Labels
 from odenets.segmentation.pairs import FolderPairs
+from odenets.segmentation.pictures import placed
 from odenets.shapes import draw
 from odenets.training.data import Tally
 from odenets.training.errors import DataError
@@ -253,13 +254,59 @@ def test_a_split_without_masks_is_for_predictions_alone(folder):
     assert x.shape == (3, 7, 9) and y.shape == (7, 9) and module.predicted_name(1) == "t1.png"
     module.setup("test")
     assert module.sets["test"] is module.sets["val"]
-    with pytest.raises(DataError, match=r"none of 2 pictures has a mask, t0.png first\n.*--data.masks"):
-        data(folder, val_split="test").setup("validate")
+    for asked, stage in (("val", "validate"), ("test", "test")):
+        with pytest.raises(DataError, match=r"none of 2 pictures has a mask, t0.png first\n.*--data.masks"):
+            data(folder, **{f"{asked}_split": "test"}).setup(stage)
     alone = SegmentationData(predict_root=str(folder / "images" / "test"), classes=5)
     alone.setup("predict")
     assert len(alone.sets["predict"]) == 2
     with pytest.raises(DataError, match="predict_root alone"):
         alone.setup("fit")
+
+
+def test_a_run_that_only_tests_needs_no_other_split(tmp_path):
+    for i in range(2):
+        pair(tmp_path, "test", str(i), np.zeros((4, 4), int))
+    module = data(tmp_path)
+    module.setup("test")
+    assert len(module.sets["test"]) == 2
+    with pytest.raises(DataError, match="no split to train on"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("names", [("train", "training"), ("val", "valid"), ("Test", "eval")])
+@pytest.mark.parametrize("where", ["images/{}", "{}/images"])
+def test_two_folders_of_one_split_are_refused(tmp_path, where, names):
+    (tmp_path / "dev").mkdir()  # holds no pictures
+    for name in names:
+        save(tmp_path / where.format(name) / "1.png", np.zeros((4, 4, 3)))
+    with pytest.raises(DataError, match=rf"holds {names[0]} and {names[1]}, which both name the split .*\n  Take one"):
+        data(tmp_path)
+
+
+def test_pictures_of_joined_splits_have_names_of_their_own(tmp_path):
+    for split, ending in (("train", "png"), ("val", "jpg"), ("test", "png")):
+        save(tmp_path / "images" / split / f"{'b' if split == 'test' else 'a'}.{ending}", np.zeros((4, 4, 3)))
+    names = {}
+    for joined in ("validation+train", "validation+test"):
+        module = data(tmp_path, test_split=joined)
+        module.setup("predict")
+        names[joined] = [placed(module.predicted_name(i)).as_posix() for i in range(2)]
+    assert names == {"validation+train": ["validation/a.png", "train/a.png"], "validation+test": ["a.png", "b.png"]}
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize(
+    ("way", "want"),
+    [({"ids": [3, 4]}, [0, 1, -100]), ({"reduce_labels": True, "classes": 4}, [2, 3, -100]), ({"palette": None}, [])],
+)
+def test_how_classes_are_stored_overrides_a_preset(tmp_path, kind, way, want):
+    pair(tmp_path, "train", "1", quadrants((4, 4), (3, 4, 0, 1)))
+    way = {name: [[0, 0, 0], [1, 1, 1]] if value is None else value for name, value in way.items()}
+    named = {"images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
+    module = data(tmp_path, **{"kind": kind, "classes": 2, "short": None, **named, **way})
+    assert module.framing.longest == 2048  # of the preset
+    assert module.labels.classes_of(np.array([3, 4, 0]) if want else np.array([0, 1])).tolist() == (want or [0, 1])
 
 
 def test_masks_without_pictures_are_said(folder):
@@ -309,9 +356,18 @@ def test_drawn_shapes_are_those_of_their_numbers():
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("train", 0), ("val", 0), ("size", 8), ("texture", -1.0), ("texture", float("nan"))]
+)
+def test_shapes_that_cannot_be_drawn_are_refused(option, value):
+    with pytest.raises(DataError, match=f"DrawnShapes: .*{option}={value}"):
+        DrawnShapes(**{option: value})
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"classes": None}, "data.classes: how many"),
+        ({"classes": ["sky", "sea", "sky"]}, "data.classes: 'sky' names two"),
         ({"crop": [3]}, "data.crop"),
         ({"short": 0}, "data.short=0"),
         ({"scales": (2.0, 1.0)}, "data.scales"),

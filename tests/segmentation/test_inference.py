@@ -78,7 +78,16 @@ def test_windows_cover_a_side_and_end_with_it(side, window, stride):
 
 @pytest.mark.parametrize(
     "options",
-    [{"window": 0}, {"window": 8, "stride": 9}, {"stride": 4}, {"scales": []}, {"scales": [0]}, {"window": [8]}],
+    [
+        {"window": 0},
+        {"window": 8, "stride": 9},
+        {"stride": 4},
+        {"scales": []},
+        {"scales": [0]},
+        {"scales": (1, float("nan"))},
+        {"scales": (1, float("inf"))},
+        {"window": [8]},
+    ],
 )
 def test_refuses(options):
     with pytest.raises(SchemeError, match="Inference"):

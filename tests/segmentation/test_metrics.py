@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from odenets.segmentation import Overlap
+from schemes import SchemeError
 
 
 def by_hand(pairs, classes):
@@ -56,6 +57,36 @@ def test_batches_add_up_to_the_whole_set(seed):
     overlap.reset()
     overlap.update(*pairs[0])
     assert figures(overlap) == pytest.approx(by_hand(pairs[:1], 7))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_masks_of_any_type_are_counted_alike(kind):
+    """In 8 bits without a sign -100 would be 156."""
+    one, two = Overlap(200), Overlap(200)
+    for said, y in (([3, 156], [3, 8]), ([199, 7], [156, 156])):
+        one.update(torch.tensor(said).to(kind), torch.tensor(y).to(kind))
+        two.update(torch.tensor(said), torch.tensor(y))
+    assert torch.equal(one.counts, two.counts) and int(one.counts.sum()) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "y", "message"),
+    [
+        ([[0, 1, 2]], [[0], [1], [2]], r"predictions \(1, 3\) and masks \(3, 1\)"),
+        ([0, 1, 2], [0, 1], r"predictions \(3,\) and masks \(2,\)"),
+        ([0, 3], [0, 0], "classes of 0 to 3; wants 0 to 2"),
+        ([0, 1], [0, 255], "classes of 0 to 255; wants 0 to 2"),
+        ([0, 1], [0, -1], "classes of -1 to 1"),
+        ([-100, 1], [0, 1], "classes of -100 to 1"),
+    ],
+)
+def test_what_would_be_counted_in_other_cells_is_refused(said, y, message):
+    overlap = Overlap(3)
+    with pytest.raises(SchemeError, match=message) as stop:
+        overlap.update(torch.tensor(said), torch.tensor(y))
+    assert len(str(stop.value).splitlines()) == 2 and int(overlap.counts.sum()) == 0
+    overlap.update(torch.tensor([0, 7]), torch.tensor([0, -100]))  # a pixel that does not count may be anything
+    assert int(overlap.counts.sum()) == 1
 
 
 def test_no_pixel_is_no_figure():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from odenets import create_model
 from odenets.checkpoints import save
 from odenets.segmentation import Mask2Former, UPerNet
+from odenets.segmentation.nets import pixel_cross_entropy
 from schemes import SchemeError
 
 from .scenes import REVCOL, revcol
@@ -19,7 +20,7 @@ Y[:, :3] = -100
 def mask2former(**options):
     torch.manual_seed(0)
     small = {"queries": 6, "decoder_layers": 2, "encoder_layers": 1, "heads": 2, "feedforward": 32, "points": 64}
-    return Mask2Former("revcol_tiny", 5, options=REVCOL, width=32, **small, **options)
+    return Mask2Former(**{"model": "revcol_tiny", "num_classes": 5, "options": REVCOL, "width": 32, **small, **options})
 
 
 def losses_and_gradients(net, x=X, y=Y):
@@ -94,6 +95,44 @@ def test_pictures_without_any_class_have_a_finite_loss(build):
         assert all(bool(grad.isfinite().all()) for grad in grads.values() if grad is not None)
 
 
+@pytest.mark.parametrize("build", ["upernet", "mask2former"])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_type_have_the_same_loss(build, kind):
+    """Also where pictures are filled up: in 8 bits without a sign -100 would be 156."""
+    torch.manual_seed(0)
+    made = {"upernet": revcol, "mask2former": mask2former}[build](num_classes=160).eval()
+    x, y = X[..., :13, :21], Y[:, :13, :21].clamp(min=0)
+    y[0, 0, :9] = 156
+    found = []
+    for labels in (y, y.to(kind)):
+        torch.manual_seed(1)
+        found.append({name: part.item() for name, part in made(x, labels).items()})
+    assert found[0] == found[1]
+    logits = torch.randn(2, 160, 4, 6, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(pixel_cross_entropy(logits, y), pixel_cross_entropy(logits, y.to(kind)))
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("option", ["queries", "decoder_layers", "heads", "feedforward", "points", "width"])
+def test_numbers_of_mask2former_are_1_or_more(option, number):
+    with pytest.raises(SchemeError, match=f"Mask2Former: .*{option}={number}"):
+        mask2former(**{option: number})
+
+
+def test_mask2former_may_have_no_encoder():
+    assert bool(mask2former(encoder_layers=0)(X, Y)["loss"].isfinite())
+    with pytest.raises(SchemeError, match="Mask2Former: encoder_layers=-1; wants 0 or more"):
+        mask2former(encoder_layers=-1)
+
+
+@pytest.mark.parametrize("label", [5, 6, -1, 255])
+def test_labels_that_are_no_class_are_refused_by_mask2former(label):
+    y = Y.clone()
+    y[0, 0, 0] = label
+    with pytest.raises(SchemeError, match=r"Mask2Former: labels of .*; wants 0 to 4\n  Give -100"):
+        mask2former()(X, y)
+
+
 def test_scores_of_mask2former_are_sums_over_the_queries():
     net = mask2former().eval()
     with torch.no_grad():
@@ -134,6 +173,9 @@ def test_refuses():
         Mask2Former("revcol_tiny", 5, options=REVCOL, width=40)
     with pytest.raises(SchemeError, match=r"maps of vit_tiny_patch16 are 1/16"):
         Mask2Former("vit_tiny_patch16", 5)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(SchemeError, match=f"auxiliary={weight}"):
+            revcol(auxiliary=weight)
     with pytest.raises(SchemeError, match="batch of one picture"):
         revcol()(X[:1], Y[:1])
     with pytest.raises(SchemeError, match="no option 'chanels'"):
