@@ -20,8 +20,7 @@ Grid = Sequence[Sequence[float]] | None  # one per interval, or a single one ove
 def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None) -> tuple[Tensor, Run]:
     """The values at all times, stacked, and the run."""
     given = reading.fixed(problem.options)
-    grid = _grid(problem, given, times)
-    onto = grid is not None and len(grid) == len(times) - 1  # whether steps end on every time
+    grid, equal = _grid(problem, given, times)
     if problem.gradient == "adjoint":
         raise SchemeError(
             f"odeint: gradient='adjoint' wants an embedded pair that chooses its steps, not {problem.scheme} with "
@@ -29,10 +28,11 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
         )
     _count(grid, given)
     if problem.gradient == "reverse":
+        onto = grid is not None and len(grid) == len(times) - 1  # whether steps end on every time
         return _reversed(problem, y, times, grid if onto else None)
     moving = None
     if problem.times.requires_grad and torch.is_grad_enabled():
-        if not onto:
+        if not equal:
             raise SchemeError(
                 "odeint: t needs a gradient; fixed steps have it where they end on every time "
                 "(step_size or steps, no interp, no grid, no event)."
@@ -66,23 +66,23 @@ def _count(grid: Grid, given: reading.FixedOptions) -> None:
         )
 
 
-def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> Grid:
-    """Where the steps go."""
+def _grid(problem: Problem, given: reading.FixedOptions, times: Sequence[float]) -> tuple[Grid, bool]:
+    """Where the steps go, and whether they divide each interval of the times into equal ones."""
     if problem.endless:
         # The other options divide an interval, and there is none without an end.
         if given.step_size is None:
             raise SchemeError(f"odeint: an event under {problem.scheme}, which takes fixed steps, wants a step_size.")
-        return None
+        return None, False
     points = given.grid
     if points is None and given.constructor is not None:
         points = given.constructor(problem.user, problem.packing.unpack(problem.y0), problem.times.detach())
         if points is None:
             raise SchemeError("odeint: grid_constructor returned None, want the times of a grid.")
     if points is not None:
-        return [reading.grid_times(points, times[0], times[-1])]
+        return [reading.grid_times(points, times[0], times[-1])], False
     if given.interp is not None and given.step_size is not None:
-        return [_from_the_start(times, given.step_size)]
-    return fixed_steps.grids(times, given.step_size, given.steps)
+        return [_from_the_start(times, given.step_size)], False
+    return fixed_steps.grids(times, given.step_size, given.steps), True
 
 
 def _from_the_start(times: Sequence[float], size: float) -> Sequence[float]:

@@ -242,6 +242,29 @@ def test_values_before_the_event_of_a_sample_are_there_and_later_ones_are_not():
         integrate(falling, y0, times(0, 1.0), events=[Event(lambda t, y: y.sum())], batch="independent")
 
 
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("when", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("method, outputs", [("dopri5", "interpolate"), ("dopri5", "step"), ("verner89", None)])
+def test_a_value_at_the_time_of_the_event_of_a_sample_is_the_same_with_a_gradient(method, outputs, when, gradient):
+    """Each sample ends at another time, which is a requested one, or at none; in long steps that events cut short."""
+    ends = times(when, 1.3, 9.0)
+    event = Event(lambda t, y: t.reshape(-1) - ends)
+    given = {"method": method, "options": {"outputs": outputs}, "rtol": 1e-4, "atol": 1e-6, "gradient": gradient}
+    found = []
+    for graph in (False, True):
+        y0, rate = times(1.0, 2.0, 3.0)[:, None], times(0.5).requires_grad_(graph)
+        found.append(
+            integrate(
+                lambda t, y, rate=rate: -rate * y, y0, times(0, 0.7, 1, 1.3, 2, 3), events=[event], batch="independent",
+                **given,
+            )
+        )  # fmt: skip
+    plain, graph = found
+    torch.testing.assert_close(graph.y.detach(), plain.y, rtol=1e-13, atol=0, equal_nan=True)
+    torch.testing.assert_close(graph.last.detach(), plain.last, rtol=1e-13, atol=0)
+    torch.testing.assert_close(graph.y[int((graph.t < when).sum()), 0], graph.last[0], rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("context", [False, True])
 def test_functions_of_samples_may_read_data_of_the_samples(context):
     """Field and event read one number per sample through closures, or the field through the context."""

@@ -111,6 +111,39 @@ def test_fixed_steps_have_the_gradient_of_the_discrete_solution(method, gradient
     assert torch.autograd.gradcheck(f, (case.y0[:1].detach().requires_grad_(), case.t), fast_mode=True)
 
 
+UNEVEN = torch.tensor([0.0, 0.1, 1.0], dtype=F64)
+GRIDS = [
+    {"grid": UNEVEN},
+    {"grid_constructor": lambda func, y0, t: UNEVEN},
+    {"step_size": 0.3, "interp": "linear"},
+    {"step_size": 0.3, "interp": "cubic"},
+    {"step_size": 0.3},
+    {"steps": 3},
+    {"steps": 3, "interp": "linear"},
+    {},
+]
+
+
+@pytest.mark.parametrize("options", GRIDS)
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+def test_times_with_a_gradient_are_solved_on_the_same_grid_or_not_at_all(options, gradient):
+    t, y0 = torch.tensor([0.0, 1.0], dtype=F64), torch.ones(2, dtype=F64)
+    calls = []
+
+    def solve(t):
+        return odeint(lambda t, y: calls.append(t) or t - y, y0, t, method="euler", gradient=gradient, options=options)
+
+    want = solve(t)
+    t.requires_grad_()
+    if "grid" in options or "grid_constructor" in options or {"step_size", "interp"} <= options.keys():
+        calls.clear()
+        with pytest.raises(SchemeError, match="t needs a gradient; fixed steps have it where they end on every time"):
+            solve(t)
+        assert not calls
+    else:
+        torch.testing.assert_close(solve(t).detach(), want, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("gradient", ["store", "checkpoint"])
 @pytest.mark.parametrize("batch", ["joint", "independent"])
 def test_second_derivatives(gradient, batch):
