@@ -46,7 +46,7 @@ def solve_samples(problem: Problem) -> Solution:
         rows = torch.tensor(list(ends), device=last.device)
         last = last.index_copy(0, rows, torch.stack(list(ends.values())))
     if problem.endless:
-        ys = torch.stack((ys[0], last))
+        ys = torch.stack((problem.y0, last))  # as it was given: y moves with the time of the start
     unpack = problem.packing.unpack
     return Solution(
         problem.times,

@@ -309,6 +309,21 @@ def test_second_derivatives_of_times_and_events(gradient, batch):
             )
 
 
+@pytest.mark.parametrize(
+    "batch, gradient", [*(("joint", g) for g in GRADIENTS), ("independent", "store"), ("independent", "checkpoint")]
+)
+def test_the_start_of_a_solve_up_to_an_event_is_y0_whenever_it_starts(batch, gradient):
+    """The first value depends on y0 alone, the last one here on neither it nor the times."""
+    y0, t = times(2.0)[None].requires_grad_(), times(0.5, 1.0).requires_grad_()
+    when, y = odeint(
+        lambda t, y: -y, y0, t, event_fn=lambda t, y: y[:, 0] - 1, batch=batch, gradient=gradient, rtol=1e-9, atol=1e-9
+    )
+    wanted = [(when, 0.5, [1, 0]), (y[0], 1.0, [0, 0]), (y[1], 0.0, [0, 0])]
+    for value, by_state, by_times in wanted:
+        got = torch.autograd.grad(value.sum(), [y0, t], retain_graph=True, materialize_grads=True)
+        torch.testing.assert_close(got, (times(by_state)[None], times(*by_times)), rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("batch, gradient", [("joint", "checkpoint"), ("independent", "store")])
 def test_second_derivatives_of_an_event_by_differences_of_first_ones(batch, gradient):
     """Of a field and an event function that read the time, along one direction of all inputs."""

@@ -284,6 +284,48 @@ def test_gradients_of_a_failing_solve_reach_what_was_solved():
     assert math.isfinite(found.reached)
 
 
+@pytest.mark.parametrize("most", [1, 3, 20])
+@pytest.mark.parametrize("method", ["reversible(tsit5)", "reversible_heun", "alf", "alf(9/10)"])
+def test_a_reversible_solve_that_stops_early_has_the_gradients_of_the_stored_one(method, most):
+    """Of every value that it got to, however far beyond the last of them it went."""
+    field = lambda t, y: torch.sin(5 * t) - 0.3 * y * y  # noqa: E731
+    t, found = torch.tensor([0.0, 0.01, 0.5, 50.0], dtype=F64), {}
+    for gradient in ("store", "reverse"):
+        y0 = torch.tensor([1.0, 0.4], dtype=F64, requires_grad=True)
+        run = integrate(
+            field, y0, t, method=method, gradient=gradient, check=False, options={"max_steps": most}, rtol=1e-5, atol=1e-5
+        )
+        assert run.status == "max_steps" and run.accepted == len(run.steps)
+        found[gradient] = [len(run.y), *(torch.autograd.grad(y.sum(), y0, retain_graph=True)[0] for y in run.y)]
+    assert found["store"][0] == found["reverse"][0]
+    for got, want in zip(found["reverse"][1:], found["store"][1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method, options", [("tsit5", {}), ("reversible_heun", {}), ("rk4", {"steps": 40})])
+def test_gradients_of_streams_that_came_apart_are_those_of_the_values_before(method, options):
+    y0 = torch.ones(3, dtype=F64, requires_grad=True)
+    t, found = torch.tensor([0.0, 0.001, 0.01, 1.0], dtype=F64), []
+    for gradient in ("store", "reverse"):
+        same = f"reversible({method}, coupling=0.999)" if gradient == "store" and "rev" not in method else method
+        f = lambda t, y: -40 * (y - torch.cos(t))  # noqa: E731
+        given = {"gradient": gradient, "options": options, "rtol": 1e-3, "atol": 1e-3}
+        run = integrate(f, y0, t, method=same, check=False, **given)
+        found.append([torch.autograd.grad(y.sum(), y0, retain_graph=True)[0] for y in run.y[:3]])
+    assert run.status == "unstable" and run.accepted == len(run.steps) > 0
+    for got, want in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["reversible(tsit5)", "reversible_heun", "alf"])
+def test_a_solve_that_fails_at_its_start_has_the_gradient_of_its_start(method):
+    y0 = torch.tensor([1.0, math.nan], dtype=F64, requires_grad=True)
+    run = integrate(lambda t, y: -y, y0, T, method=method, gradient="reverse", check=False)
+    assert run.status == "not_finite"
+    (got,) = torch.autograd.grad(run.y[0, 0], y0)
+    assert got.tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("method", ["tsit5", "reversible(tsit5, coupling=0.9)", "reversible_heun"])
 def test_a_stiff_field_is_too_much_for_two_streams_and_that_is_said(method):
     """No step size keeps them together: the parasitic mode grows as exp(40 t)."""
