@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import SchemeError
 
@@ -19,6 +20,15 @@ def clock(t: float, like: Tensor) -> Tensor:
 def time_dtype(like: Tensor) -> torch.dtype:
     """The real dtype of a state, but never half precision, which would not tell neighbouring times apart."""
     return torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
+
+
+def tracked(x: Any) -> bool:
+    """Whether derivatives by x are recorded: in a graph, or as a tangent of forward mode."""
+    if not isinstance(x, Tensor):
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 # How many calls of a field are checked for in-place writes: several steps of any pair, and no cost after them.

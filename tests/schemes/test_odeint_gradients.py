@@ -292,9 +292,8 @@ def test_a_reversible_solve_that_stops_early_has_the_gradients_of_the_stored_one
     t, found = torch.tensor([0.0, 0.01, 0.5, 50.0], dtype=F64), {}
     for gradient in ("store", "reverse"):
         y0 = torch.tensor([1.0, 0.4], dtype=F64, requires_grad=True)
-        run = integrate(
-            field, y0, t, method=method, gradient=gradient, check=False, options={"max_steps": most}, rtol=1e-5, atol=1e-5
-        )
+        given = {"method": method, "gradient": gradient, "options": {"max_steps": most}, "rtol": 1e-5, "atol": 1e-5}
+        run = integrate(field, y0, t, check=False, **given)
         assert run.status == "max_steps" and run.accepted == len(run.steps)
         found[gradient] = [len(run.y), *(torch.autograd.grad(y.sum(), y0, retain_graph=True)[0] for y in run.y)]
     assert found["store"][0] == found["reverse"][0]
