@@ -149,8 +149,8 @@ class Adaptive(Scheme):
             The values, and the run: its status, and the numbers of accepted and rejected steps.
 
         Raises:
-            SchemeError: the times are not in order, the input is not finite, or the solver cannot go on; the message says
-                where and in which sample.
+            SchemeError: the times are not in order, the input is not finite, or the solver cannot go on; the message
+                says where and in which sample.
         """
         if gs:
             raise SchemeError(f"{self} has one continuous stream; put a stride or projection before the Stack.")

@@ -22,13 +22,31 @@ def time_dtype(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
 
 
+def recorded() -> bool:
+    """Whether derivatives may be recorded: a graph, or tangents of forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def tracked(x: Any) -> bool:
     """Whether derivatives by x are recorded: in a graph, or as a tangent of forward mode."""
     if not isinstance(x, Tensor):
         return False
     if x.requires_grad and torch.is_grad_enabled():
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    return torch._C._are_functorch_transforms_active() and _transformed(x)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates by x, seen from inside of other transforms too."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        # The inner transforms see neither a graph nor a tangent of the outer ones.
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 # How many calls of a field are checked for in-place writes: several steps of any pair, and no cost after them.

@@ -13,7 +13,7 @@ from .adjoint import Backward, adjoint
 from .control import Control
 from .field import Field, clock
 from .pairs import Attempt, Pair
-from .reads import AROUND, Reads, refuse_transforms
+from .reads import AROUND, Reads, refuse_tangents, refuse_transforms
 from .run import Run
 
 GRADIENTS = ("store", "checkpoint", "reverse", "adjoint")
@@ -73,6 +73,7 @@ def solved(
             around.evaluated()
         # Otherwise there is nothing to differentiate, and a plain solve will do.
         if y0.requires_grad or len(reads):
+            refuse_tangents("adjoint")
             found: list[Run] = []
 
             def forward(y: Tensor) -> list[Tensor]:

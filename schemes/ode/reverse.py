@@ -15,7 +15,7 @@ from ..errors import SchemeError
 from .control import Control
 from .field import Field, clock
 from .marching import Marched, along, march
-from .reads import Autocast, Reads, once, refuse_transforms
+from .reads import Autocast, Reads, once, refuse_tangents, refuse_transforms
 from .rules import Rule, State, Tape
 from .run import Run
 from .trees import rms
@@ -149,5 +149,6 @@ def solved(
                 "the solve; read all at every time, or take gradient='store' or 'checkpoint'."
             )
         return ys, runs[0]
+    refuse_tangents("reverse")
     ys = _Reverse.apply(Backward(r, func, reads, times), forward, y0, *reads.tensors)
     return ys, runs[0]  # type: ignore[return-value]

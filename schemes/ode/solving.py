@@ -42,6 +42,11 @@ def _refuse_transforms(problem: Problem) -> None:
             "odeint: under torch.func.vmap no step size can be chosen; take fixed steps (step_size or steps in the "
             "options), or a batch in y0 with batch='independent' in place of vmap."
         )
+    if problem.events:
+        raise SchemeError(
+            "odeint: events do not go with torch.func, inside of which their times have no derivatives.\n"
+            "  Take torch.autograd.grad or torch.autograd.forward_ad, or solve up to a known time without the event."
+        )
     if problem.gradient != "store":
         raise SchemeError(f"odeint: gradient={problem.gradient!r} does not go with torch.func; take gradient='store'.")
 

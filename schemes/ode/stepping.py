@@ -11,6 +11,7 @@ from . import fixed as fixed_steps
 from . import options as reading
 from . import reverse
 from .events import Watch
+from .field import tracked
 from .problem import Problem
 from .run import Run
 
@@ -29,16 +30,18 @@ def stepped(problem: Problem, y: Tensor, times: list[float], watch: Watch | None
     _count(grid, given)
     if problem.gradient == "reverse":
         onto = grid is not None and len(grid) == len(times) - 1  # whether steps end on every time
-        return _reversed(problem, y, times, grid if onto else None)
+        return _reversed(problem, y, times, grid if onto else None, given)
     moving = None
-    if problem.times.requires_grad and torch.is_grad_enabled():
-        if not equal:
+    if tracked(problem.times):
+        # What lies within a step is interpolated between ends that are numbers.
+        if not equal or problem.dense or problem.events:
             raise SchemeError(
                 "odeint: t needs a gradient; fixed steps have it where they end on every time "
-                "(step_size or steps, no interp, no grid, no event)."
+                "(step_size or steps, no interp, no grid, no event, no dense=True).\n  Detach t, or take a pair that "
+                "chooses its steps."
             )
-        # Steps are then computed from differences of these, so the graph leads through them.
-        moving = problem.times
+        # Zero, with the derivatives of the times. Added to the numbers of the grid, so that no value changes.
+        moving = problem.times.to(torch.float64) - problem.times.detach().to(torch.float64)
     again = problem.gradient == "checkpoint" and torch.is_grad_enabled()
     run = fixed_steps.solve(
         fixed_steps.Stepper(problem.scheme, problem.func, y, again, given.perturb),
@@ -91,9 +94,16 @@ def _from_the_start(times: Sequence[float], size: float) -> Sequence[float]:
     return fixed_steps.Grid(start, end, fixed_steps.count(start, end, size), math.copysign(size, end - start))
 
 
-def _reversed(problem: Problem, y: Tensor, times: list[float], grid: Grid) -> tuple[Tensor, Run]:
+def _reversed(
+    problem: Problem, y: Tensor, times: list[float], grid: Grid, given: reading.FixedOptions
+) -> tuple[Tensor, Run]:
     """A solve whose states are reconstructed by the inverse of its rule."""
-    if problem.times.requires_grad:
+    if given.perturb:
+        raise SchemeError(
+            "odeint: gradient='reverse' has no perturb: its steps read the times at their ends.\n"
+            "  Leave perturb out, or take gradient='checkpoint'."
+        )
+    if tracked(problem.times):
         raise SchemeError("odeint: gradient='reverse' with fixed steps has no gradient of t; take 'checkpoint'.")
     if grid is None:
         raise SchemeError("odeint: gradient='reverse' steps onto every time; want step_size or steps, no interp.")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from schemes import Event, SchemeError, integrate, odeint
 from schemes.ode import odeint_event
@@ -322,6 +323,52 @@ def test_the_start_of_a_solve_up_to_an_event_is_y0_whenever_it_starts(batch, gra
     for value, by_state, by_times in wanted:
         got = torch.autograd.grad(value.sum(), [y0, t], retain_graph=True, materialize_grads=True)
         torch.testing.assert_close(got, (times(by_state)[None], times(*by_times)), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch, method", [("joint", "tsit5"), ("joint", "alf"), ("independent", "tsit5")])
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("by", ["height", "start", "level"])
+def test_events_have_tangents_in_forward_mode(by, graph, batch, method):
+    """A throw ends on a level: time and speed there, in closed form."""
+    values = {"height": times(2.0)[0], "start": times(0.5)[0], "level": times(0.3)[0]}
+    rtol = 1e-3 if method == "alf" else 1e-10
+
+    def landing(height, start, level):
+        event = Event(lambda t, y: y[:, 0] - level)
+        y0 = torch.stack((height, torch.zeros_like(height)))[None]
+        t = torch.stack((start, start.detach() + 9))
+        found = integrate(falling, y0, t, events=[event], batch=batch, method=method, rtol=rtol, atol=rtol)
+        return torch.stack((found.events[0].t, found.events[0].y.reshape(-1)[1], found.last[0, 1]))
+
+    def exact(height, start, level):
+        fall = torch.sqrt(2 * (height - level) / G)
+        return torch.stack((start + fall, -G * fall, -G * fall))
+
+    with forward_ad.dual_level(), torch.set_grad_enabled(graph):
+        dual = {**values, by: forward_ad.make_dual(values[by], times(1.0)[0])}
+        got, want = (forward_ad.unpack_dual(f(**dual)) for f in (landing, exact))
+    torch.testing.assert_close(got.primal, want.primal, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.tangent, want.tangent, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize(
+    "batch, method, options", [("joint", "tsit5", {}), ("independent", "tsit5", {}), ("joint", "rk4", {"steps": 9})]
+)
+def test_events_are_refused_under_torch_func(transform, batch, method, options):
+    def solve(y):
+        t = times(0, 1.0)
+        events = [Event(lambda t, y: y[:, 0] - 1)]
+        return (
+            integrate(lambda t, y: 1 / 0, y, t, events=events, batch=batch, method=method, options=options).events[0].t
+        )
+
+    y0 = times(2.0)[None]
+    with pytest.raises(SchemeError, match=r"events do not go with torch.func|no step size can be chosen"):
+        if transform == "jvp":
+            torch.func.jvp(solve, (y0,), (y0,))
+        else:
+            getattr(torch.func, transform)(solve)(y0[None] if transform == "vmap" else y0)
 
 
 @pytest.mark.parametrize("batch, gradient", [("joint", "checkpoint"), ("independent", "store")])

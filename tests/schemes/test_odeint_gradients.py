@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from schemes import SchemeError, integrate, odeint
+from schemes import Event, SchemeError, integrate, odeint
 from schemes.ode.gradients import GRADIENTS
 
 F64 = torch.float64
@@ -142,6 +143,152 @@ def test_times_with_a_gradient_are_solved_on_the_same_grid_or_not_at_all(options
         assert not calls
     else:
         torch.testing.assert_close(solve(t).detach(), want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.cases(16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+@pytest.mark.parametrize("state", [torch.float32, F64, torch.complex128])
+@pytest.mark.parametrize("method", ["rk4", "ab2", "alf", "substeps(heun3, 2)"])
+def test_a_gradient_of_times_of_any_dtype_changes_no_value(method, state, dtype):
+    t, y0 = torch.tensor([1000.1, 1000.2, 1003.7]).to(dtype).unique(), torch.ones(2, dtype=state)
+    options = {"step_size": 0.3}
+    f = lambda t, y: torch.cos(t) - y  # noqa: E731
+    want = odeint(f, y0, t, method=method, options=options)
+    got = odeint(f, y0, t.requires_grad_(), method=method, options=options)
+    eps = torch.finfo(state).eps
+    torch.testing.assert_close(got.detach(), want, rtol=8 * eps, atol=8 * eps)
+    assert torch.autograd.grad(got.real.sum(), t)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("end", [1.0, -1.0])
+@pytest.mark.parametrize("method", ["euler", "heun3", "rk4", "ab2", "substeps(euler, 2)"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_ends_of_steps_are_perturbed_whether_times_need_a_gradient_or_not(dtype, method, end, gradient):
+    """Of a field that jumps at the end of a step, which is right with perturb and wrong without."""
+    f = lambda t, y: torch.where(t * end > 0.5, 3.0, 1.0) * torch.ones_like(y)  # noqa: E731
+    t, y0 = torch.tensor([0.0, end], dtype=dtype), torch.zeros(1, dtype=dtype)
+    given = {"method": method, "gradient": gradient, "options": {"steps": 4, "perturb": True}}
+    want = odeint(f, y0, t, **given)
+    got = odeint(f, y0, t.requires_grad_(), **given).detach()
+    torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    if method != "ab2":  # which reads the slope of the step before
+        torch.testing.assert_close(want[-1], torch.tensor([2.0 * end], dtype=dtype))
+
+
+@pytest.mark.parametrize("method", ["rk4", "alf", "reversible_heun", "reversible(rk4)"])
+def test_a_reversible_solve_refuses_to_perturb(method):
+    options = {"steps": 4, "perturb": True}
+    with pytest.raises(SchemeError, match=r"gradient='reverse' has no perturb.*\n  Leave perturb out"):
+        odeint(lambda t, y: 1 / 0, torch.ones(1), T, method=method, gradient="reverse", options=options)
+
+
+@pytest.mark.parametrize("given", [{"dense": True}, {"events": [Event(lambda t, y: y[0] - 0.5, terminal=False)]}])
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+def test_what_lies_within_fixed_steps_has_no_gradient_of_the_times(given, gradient):
+    call = {"method": "rk4", "gradient": gradient, "options": {"steps": 5}, **given}
+    y0 = torch.ones(1, dtype=F64)
+    assert integrate(lambda t, y: -y, y0, T, **call).status == "finished"
+    with pytest.raises(SchemeError, match=r"t needs a gradient; fixed steps have it where .*\n  Detach t"):
+        integrate(lambda t, y: 1 / 0, y0, T.clone().requires_grad_(), **call)
+
+
+def decayed(y, t, a):
+    return y * torch.exp(-a * (t[1:] - t[0]))
+
+
+BY = {"y": torch.tensor(2.0, dtype=F64), "t": torch.tensor([0.2, 1.0], dtype=F64), "a": torch.tensor(0.7, dtype=F64)}
+SOLVERS = [
+    ("joint", "tsit5", None),
+    ("independent", "tsit5", None),
+    ("joint", "rk4", {"steps": 30}),
+    ("joint", "ab2", {"steps": 100}),
+]
+
+
+@pytest.mark.parametrize("batch, method, options", SOLVERS)
+@pytest.mark.parametrize("name", BY)
+@pytest.mark.parametrize("way", ["forward_ad", "jvp", "jacfwd", "jacrev"])
+def test_every_way_of_differentiation_sees_states_times_and_parameters(way, name, batch, method, options):
+    """Each gives the derivative, or refuses; none gives zero."""
+    given = {"batch": batch, "method": method, "options": options, "rtol": 1e-9, "atol": 1e-9}
+
+    def solve(x, exact=False):
+        y, t, a = ({**BY, name: x}[n] for n in BY)
+        if exact:
+            return decayed(y, t, a)
+        return odeint(lambda t, y: -a * y, y[None, None], t, **given)[1:, 0, 0]
+
+    x = BY[name]
+    want = torch.autograd.functional.jacobian(lambda x: solve(x, True), x)
+    axis = torch.ones_like(x) * torch.arange(1, x.numel() + 1).reshape(x.shape)
+    if way in ("jacfwd", "jacrev"):
+        try:
+            got = getattr(torch.func, way)(solve)(x)
+        except SchemeError as error:
+            assert way == "jacfwd" and method == "tsit5" and "no step size can be chosen" in str(error)
+            return
+    else:
+        want = (want * axis).sum(-1) if x.ndim else want * axis
+        if way == "jvp":
+            got = torch.func.jvp(solve, (x,), (axis,))[1]
+        else:
+            with forward_ad.dual_level():
+                got = forward_ad.unpack_dual(solve(forward_ad.make_dual(x, axis))).tangent
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch, method, options", SOLVERS[:3])
+@pytest.mark.cases(12)
+@pytest.mark.parametrize("outer, inner", [(o, i) for o in BY for i in BY if o != i])
+@pytest.mark.parametrize("way", ["grad", "jvp"])
+def test_nested_transforms_see_what_the_outer_one_differentiates_by(way, outer, inner, batch, method, options):
+    given = {"batch": batch, "method": method, "options": options, "rtol": 1e-9, "atol": 1e-9}
+
+    def along(solve, x):
+        """The sum of the inner derivative, along ones in the outer variable."""
+
+        def first(x):
+            rest = {**BY, outer: x}
+            return (
+                torch.func.grad(lambda z: solve(*({**rest, inner: z}[n] for n in BY)).sum())(rest[inner])[..., None]
+                .sum(0)
+                .sum()
+            )
+
+        if way == "grad":
+            return torch.func.grad(first)(x).sum()
+        return torch.func.jvp(first, (x,), (torch.ones_like(x),))[1]
+
+    weights = torch.tensor([1.0, 3.0], dtype=F64)  # so that moving both times alike counts
+
+    def weighted(y, t, a):
+        return y, t * weights, a
+
+    got = along(lambda *x: solve_by(weighted(*x), given), BY[outer])
+    want = along(lambda *x: decayed(*weighted(*x)), BY[outer])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def solve_by(inputs, given):
+    y, t, a = inputs
+    return odeint(lambda t, y: -a * y, y[None, None], t, **given)[1:, 0, 0]
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "adjoint"])
+@pytest.mark.parametrize("dual", ["y0", "parameter"])
+def test_backward_passes_of_their_own_refuse_tangents(gradient, dual):
+    with forward_ad.dual_level():
+        a, y0 = (torch.ones(1, dtype=F64, requires_grad=True) for _ in range(2))
+        two = forward_ad.make_dual(a if dual == "parameter" else y0, torch.ones(1, dtype=F64))
+        a, y0 = (two, y0) if dual == "parameter" else (a, two)
+        with pytest.raises(SchemeError, match=f"gradient='{gradient}' has no tangents of forward mode"):
+            odeint(lambda t, y: -a * y, y0, T, gradient=gradient)
+        with torch.no_grad():
+            y = odeint(lambda t, y: -a * y, y0, T, gradient=gradient)
+        tangent = forward_ad.unpack_dual(y[-1]).tangent
+        want = math.exp(-1.6) * (-1.6 if dual == "parameter" else 1.0)
+        torch.testing.assert_close(tangent, torch.tensor([want], dtype=F64), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("gradient", ["store", "checkpoint"])
