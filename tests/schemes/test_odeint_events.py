@@ -202,6 +202,39 @@ def test_events_that_do_not_end_a_solve_are_found_under_every_gradient(gradient)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("when", [0.5, 1.0, 2.0, 0.7])
+def test_a_value_at_the_time_of_a_terminal_event_is_returned_under_every_gradient(when, sign, gradient):
+    """With the derivatives of a value at that time, by the times and by the state at the start."""
+    t, y0 = (sign * times(0.2, 0.5, 1.0, 2.0)).requires_grad_(), times(2.0).requires_grad_()
+    event = Event(lambda t, y: t - sign * when)
+    found = integrate(lambda t, y: -y, y0, t, events=[event], gradient=gradient, rtol=1e-9, atol=1e-9)
+    n = sum(x <= when for x in (0.2, 0.5, 1.0, 2.0))
+    assert found.status == "event" and len(found.y) == len(found.t) == n
+    exact = y0 * torch.exp(t[0] - t[:n])
+    torch.testing.assert_close(found.y[:, 0], exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.last, y0 * torch.exp(t[0] - sign * when), rtol=1e-6, atol=0)
+    wanted = [(found.y[:, 0], exact), (found.last, y0 * torch.exp(t[0] - sign * when))]
+    for got, want in wanted:
+        weights = torch.arange(1.0, len(got) + 1, dtype=F64)
+        got, want = (torch.autograd.grad((y * weights).sum(), [t, y0], retain_graph=True) for y in (got, want))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("method", ["rk4", "alf", "reversible_heun", "reversible(rk4)", "tsit5"])
+@pytest.mark.parametrize("options", [{"steps": 3}, {"step_size": 0.5}, {"grid": [0, 1, 2.0]}])
+def test_events_of_fixed_steps_that_are_reversed_are_refused(options, method, terminal):
+    given = {"method": method, "options": options, "gradient": "reverse"}
+    events = [Event(lambda t, y: y[0] - 1, terminal=terminal)]
+    with pytest.raises(SchemeError, match=r"gradient='reverse' with fixed steps knows no events.\n  Take gradient="):
+        integrate(lambda t, y: 1 / 0, times(2.0), times(0, 2.0), events=events, **given)
+    if terminal:
+        with pytest.raises(SchemeError, match="gradient='reverse' with fixed steps knows no events"):
+            odeint(lambda t, y: 1 / 0, times(2.0), times(0, 2.0), event_fn=events, **given)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_events_of_trees(gradient):
     f = lambda t, y: {"x": y["v"], "v": -G * torch.ones_like(y["v"])}  # noqa: E731
     y0 = {"x": times(2.0), "v": times(1.0).requires_grad_()}
