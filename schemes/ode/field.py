@@ -147,8 +147,13 @@ def moved(func: Callable[[Any, Tensor], Tensor], t: Tensor, y: Tensor, d: Tensor
         d: likewise, of the real dtype of the state.
     """
     wide = d.reshape(-1, *(1,) * (y.ndim - 1)) if d.ndim else d
-    half = y + (wide / 2) * func(t, y)
-    return y + wide * func(t + (d / 2).to(t.dtype), half)
+    half = y + (wide / 2) * fitted(func(t, y), y)
+    return y + wide * fitted(func(t + (d / 2).to(t.dtype), half), half)
+
+
+def fitting(func: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """The field, whose results are in the shape and dtype of the state, as those of a `Field` are."""
+    return lambda t, y: fitted(func(t, y), y)
 
 
 def fitted(k: Any, y: Tensor) -> Tensor:

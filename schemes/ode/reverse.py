@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from .control import Control
-from .field import Field, clock
+from .field import Field, clock, fitting
 from .marching import Marched, along, march
 from .reads import Autocast, Reads, once, refuse_tangents, refuse_transforms
 from .rules import Rule, State, Tape
@@ -140,7 +140,8 @@ def solved(
     again = gradient == "checkpoint" and torch.is_grad_enabled()
     if gradient != "reverse":
         return torch.stack(forward(y0)[0].ys), runs[0]
-    reads = Reads(func, clock(times[0], y0), y0, known) if torch.is_grad_enabled() else None
+    same = fitting(func)
+    reads = Reads(same, clock(times[0], y0), y0, known) if torch.is_grad_enabled() else None
     if reads is None or not (y0.requires_grad or len(reads)):
         ys = torch.stack(forward(y0)[0].ys)
         if ys.requires_grad:
@@ -150,5 +151,5 @@ def solved(
             )
         return ys, runs[0]
     refuse_tangents("reverse")
-    ys = _Reverse.apply(Backward(r, func, reads, times), forward, y0, *reads.tensors)
+    ys = _Reverse.apply(Backward(r, same, reads, times), forward, y0, *reads.tensors)
     return ys, runs[0]  # type: ignore[return-value]

@@ -291,6 +291,60 @@ def test_backward_passes_of_their_own_refuse_tangents(gradient, dual):
         torch.testing.assert_close(tangent, torch.tensor([want], dtype=F64), rtol=1e-5, atol=0)
 
 
+SLOPES = {
+    "without dimensions": lambda w, t, y: w[0] * torch.cos(t),
+    "of one entry": lambda w, t, y: w[:1] * torch.cos(t).reshape(-1)[:1],
+    "of one row": lambda w, t, y: w + 0 * y[:1],
+    "narrower": lambda w, t, y: (w * y).float(),
+    "narrower, of one row": lambda w, t, y: w.float(),
+}
+
+
+@pytest.mark.parametrize(
+    "gradient, method", [*((g, "tsit5") for g in GRADIENTS), *(("reverse", m) for m in ("alf", "reversible_heun"))]
+)
+@pytest.mark.parametrize("times", [True, False])
+@pytest.mark.parametrize("kind", SLOPES)
+def test_slopes_that_are_broadcast_or_converted_have_the_gradients_of_whole_ones(kind, times, gradient, method):
+    found = []
+    rtol = 1e-7 if method == "tsit5" else 1e-3
+    for whole in (False, True):
+        w = torch.tensor([0.3, -0.2, 0.5], dtype=F64, requires_grad=True)
+        y0 = torch.linspace(0.5, 1.5, 6, dtype=F64).reshape(2, 3).requires_grad_()
+        t = T[:3].clone().requires_grad_(times)
+
+        def f(t, y, w=w, whole=whole):
+            k = SLOPES[kind](w, t, y)
+            return k.expand(y.shape).to(F64) if whole else k
+
+        y = odeint(f, y0, t, gradient=gradient, method=method, rtol=rtol, atol=rtol)
+        assert y.shape == (3, 2, 3) and y.dtype == F64
+        found.append([y, *torch.autograd.grad((y * weights(y)).sum(), [y0, w, t][: 2 + times])])
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("times", [True, False])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda y: 1.0, "returned a float"),
+        (lambda y: y.double(), r"returned torch.float64 for a state of torch.float32"),
+        (lambda y: y[:, :2], r"returned \(2, 2\) for a state of \(2, 3\)"),
+        (lambda y: y[None], r"returned \(1, 2, 3\) for a state of \(2, 3\)"),
+    ],
+)
+def test_slopes_that_do_not_fit_are_named_under_every_gradient(wrong, message, times, batch, gradient):
+    if batch == "independent" and gradient not in ("store", "checkpoint"):
+        return
+    y0, t = torch.ones(2, 3, requires_grad=True), T.clone().requires_grad_(times)
+    with pytest.raises(SchemeError, match=message):
+        odeint(lambda t, y: wrong(y), y0, t, gradient=gradient, batch=batch)
+
+
 @pytest.mark.parametrize("gradient", ["store", "checkpoint"])
 @pytest.mark.parametrize("batch", ["joint", "independent"])
 def test_second_derivatives(gradient, batch):
