@@ -1,5 +1,6 @@
 """The vector field as solvers call it: with a time that is a Python number, checked and counted."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +61,8 @@ class Writes:
     """
 
     def __init__(self):
-        self.last: Tensor | None = None
-        self.version = 0
+        # Weak, so that neither states nor graphs live longer for it: what nobody holds may be written to.
+        self.seen: list[tuple[weakref.ref[Tensor], int]] = []
 
     def call(self, func: Callable[..., Any], y: Tensor, *given: Any) -> Any:
         """``func(*given)``, where y is the state among the arguments."""
@@ -71,14 +72,16 @@ class Writes:
         k = func(*given)
         if y._version != before:
             raise SchemeError("odeint: func changes its argument y in place; write to a copy, y.clone().")
-        if self.last is not None and self.last._version != self.version:
-            raise SchemeError(
-                "odeint: func writes into a tensor that it has returned before, and that the solver still needs; "
-                "return a new one."
-            )
         if isinstance(k, Tensor) and not k.is_inference():
-            # Without its graph, which would live as long as the field; the version counter is shared.
-            self.last, self.version = k.detach(), k._version
+            # A tensor that nothing was written to is no old one; the last one is looked at nevertheless.
+            for one, version in self.seen if k._version else self.seen[-1:]:
+                old = one()
+                if old is not None and old._version != version:
+                    raise SchemeError(
+                        "odeint: func writes into a tensor that it has returned before, and that the solver still "
+                        "needs; return a new one."
+                    )
+            self.seen.append((weakref.ref(k), k._version))
         return k
 
 
