@@ -374,12 +374,14 @@ class Stack(nn.Module):
         Args:
             x: the input, or a tuple of streams.
             at: times since the start, in order, at which to return values instead of after each step: any times under
-                an adaptive scheme, otherwise 0 and the ends of steps.
+                an adaptive scheme, otherwise 0 and the ends of steps. Where step sizes are learned, the end of a step
+                moves with them, and the other times stay.
             t: time at the start.
             context: passed to residual functions that have this parameter.
 
         Raises:
-            SchemeError: times out of order, beyond the steps, or within a step of a scheme that has no values there.
+            SchemeError: times out of order, beyond the steps, or within a step of a scheme that has no values there;
+                or steps of both directions.
 
         Example:
             >>> import torch

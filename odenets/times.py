@@ -44,12 +44,17 @@ def times_within(at: Sequence[float], sizes: Sequence[float], slack: float) -> l
         slack: of ``slack_of``.
 
     Raises:
-        SchemeError: they are not in order, or lie beyond the steps.
+        SchemeError: they are not in order, or lie beyond the steps; or the steps do not all go in one direction.
     """
     given = row("at", at, "trajectory").reshape(-1)
     if given.requires_grad:
         raise SchemeError("trajectory: at requires a gradient, which times have none of here; detach it.")
     times: list[float] = given.tolist()
+    if min(sizes, default=0.0) < 0 < max(sizes, default=0.0):
+        raise SchemeError(
+            "Stack: trajectory(at=...) wants steps in one direction, and these go forwards and backwards, through some "
+            "times twice;\n  leave at= out, which gives the values after each step."
+        )
     end = math.fsum(sizes)
     sign = -1.0 if end < 0 else 1.0
     if not all((b - a) * sign > 0 for a, b in pairwise(times)):

@@ -1,6 +1,8 @@
 """Continuous depth: an adaptive solver in place of a fixed step."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from . import tableaux
 from .errors import SchemeError
 from .ode.control import Control
-from .ode.field import clock, moved, time_dtype
+from .ode.field import clock, moved, time_dtype, tracked
 from .ode.gradients import solved
 from .ode.pairs import Pair
 from .ode.reads import Reads
@@ -32,6 +34,10 @@ NO_GRAPH = (
 def _written(value: Any) -> str:
     real = isinstance(value, Real) and not isinstance(value, bool)
     return str(float(value)) if real else repr(value)
+
+
+def _number(x: Any) -> float:
+    return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
 
 class Solved(NamedTuple):
@@ -131,7 +137,7 @@ class Adaptive(Scheme):
         fs: Sequence[Function],
         state: State,
         h: StepSize = 1.0,
-        at: Sequence[float] | None = None,
+        at: Sequence[StepSize] | None = None,
         gs: Sequence[Function] = (),
         on_run: Callable[[Run], None] | None = None,
     ) -> Solved:
@@ -141,7 +147,8 @@ class Adaptive(Scheme):
             fs: the residual function, called with (x, time since the start of the step).
             state: the one stream.
             h: the length of the interval.
-            at: times since the start, strictly monotone from the start on, the last one h; None means h alone.
+            at: times since the start, strictly monotone from the start on, the last one h; None means h alone. Tensors
+                get their gradients.
             gs: none.
             on_run: called with the run when it is over; with a failed run too, before the error is raised.
 
@@ -149,26 +156,24 @@ class Adaptive(Scheme):
             The values, and the run: its status, and the numbers of accepted and rejected steps.
 
         Raises:
-            SchemeError: the input is not finite, or the solver cannot go on; the message says where and in which
-                sample.
+            SchemeError: the times are not in order, the input is not finite, or the solver cannot go on; the message
+                says where and in which sample.
         """
         if gs:
             raise SchemeError(f"{self} has one continuous stream; put a stride or projection before the Stack.")
         (x,) = state
         self._check_input(x)
         f = fs[0]
-        end = float(h.detach()) if isinstance(h, Tensor) else float(h)
-        times = [0.0, *map(float, at)] if at is not None else [0.0, end]
-        if times[-1] != end:
-            raise SchemeError(f"{self}: the last time asked for is {times[-1]:g}, want the end of the step, {end:g}.")
+        end, ends = _number(h), [h] if at is None else [*at]
+        times = self._times(ends, end)
         # A learned length needs a gradient even where it is 0, or it would stay there.
-        if end == 0 and not (isinstance(h, Tensor) and h.requires_grad):
+        if end == 0 and not tracked(h):
             return Solved([x] * (len(times) - 1), Run([x], 0.0, x))
         if x.numel() == 0 or end == 0:  # an Euler step, so that the graph has all that a gradient depends on
             y = x + (h if isinstance(h, Tensor) else end) * f(x, clock(0.0, x))
             return Solved([y] * (len(times) - 1), Run([y], end, y))
         if self.backend == "torchdiffeq":
-            return Solved(self._torchdiffeq(f, x, times, h), None)
+            return Solved(self._torchdiffeq(f, x, times, [*ends[:-1], h]), None)
         control = Control(self.rtol, self.atol, max_steps=self.max_steps)
         own = x.dtype
         if own in HALF:
@@ -194,11 +199,26 @@ class Adaptive(Scheme):
             raise SchemeError(f"{self}: torch.func.vmap: {NO_GRAPH}") from error
         # Without the start, which is the step's input.
         values = list(ys.unbind()[1:])
-        if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
-            # The end of the interval moves along the flow.
-            d = (h - h.detach()).to(x.device, x.real.dtype if x.is_complex() else x.dtype)
-            values[-1] = moved(func, clock(end, x), values[-1], d)
+        for i, since in enumerate([*ends[:-1], h]):
+            if tracked(since):
+                # Where a time moves, its value moves along the flow.
+                d = (since - since.detach()).to(x.device, x.real.dtype if x.is_complex() else x.dtype)  # type: ignore
+                values[i] = moved(func, clock(times[i + 1], x), values[i], d)
         return Solved([y.to(own) for y in values], run)
+
+    def _times(self, ends: Sequence[StepSize], end: float) -> list[float]:
+        """The start and the times asked for, as numbers; refuses those that are no way from the start to the end."""
+        times = [0.0, *map(_number, ends)]
+        if times[-1] != end:
+            raise SchemeError(f"{self}: the last time asked for is {times[-1]:g}, want the end of the step, {end:g}.")
+        sign = math.copysign(1.0, end)
+        # Written so that NaN is refused too; in a step of length 0 all times are the start.
+        if not all((b - a) * sign > 0 for a, b in pairwise(times)) and (end != 0 or any(times)):
+            raise SchemeError(
+                f"{self}: the times asked for, {', '.join(f'{x:g}' for x in times[1:])}, are not in order from 0 to "
+                f"{end:g};\n  name each once, the end last."
+            )
+        return times
 
     def _check_input(self, x: Tensor) -> None:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -220,14 +240,16 @@ class Adaptive(Scheme):
             raise SchemeError(f"{self}: {run.reason()}; {NOT_FINITE}.")
         raise SchemeError(f"{self}: {run.reason()}; raise rtol and atol, or max_steps.")
 
-    def _torchdiffeq(self, f: Function, x: Tensor, times: Sequence[float], h: StepSize) -> list[Tensor]:
+    def _torchdiffeq(self, f: Function, x: Tensor, times: Sequence[float], ends: Sequence[StepSize]) -> list[Tensor]:
         try:
             import torchdiffeq
         except ModuleNotFoundError:
             raise SchemeError('adaptive: backend=torchdiffeq needs torchdiffeq: pip install "odenets[ode]".') from None
         t = torch.tensor(times, dtype=time_dtype(x), device=x.device)
-        if isinstance(h, Tensor):
-            t = torch.cat((t[:-1], h.reshape(1).to(t)))
+        if any(isinstance(since, Tensor) for since in ends):
+            t = torch.stack(
+                [t[0], *(s.reshape(()).to(t) if isinstance(s, Tensor) else t[i] for i, s in enumerate(ends, 1))]
+            )
         options: dict[str, Any] = {
             "rtol": self.rtol,
             "atol": self.atol,

@@ -106,7 +106,7 @@ class FromError(StepSize):
     Args:
         tol: target error of a step, in units of the stream.
         h0: the size of step 0.
-        safety: factor below 1 that keeps the error clear of the tolerance.
+        safety: factor of at most 1 that keeps the error clear of the tolerance.
         smallest: smallest change from one step to the next.
         largest: largest change.
     """
@@ -117,6 +117,12 @@ class FromError(StepSize):
         self.tol, self.h0 = _positive("error: tol", tol), _positive("error: h0", h0)
         self.safety = _positive("error: safety", safety)
         self.smallest, self.largest = _positive("error: smallest", smallest), _positive("error: largest", largest)
+        # The bounds of `schemes.ode.control.Control`: else steps would leave the tolerance, or one bound the other.
+        if not (self.smallest < 1 <= self.largest and self.safety <= 1):
+            raise SchemeError(
+                f"error: smallest, largest and safety are {self.smallest:g}, {self.largest:g} and {self.safety:g};\n"
+                "  want smallest < 1 <= largest and safety <= 1."
+            )
 
     def __call__(self, n: int) -> float:
         return self.h0
@@ -130,7 +136,8 @@ class FromError(StepSize):
             order: the lower order of the pair.
         """
         # Detached: otherwise training could lower its loss by changing the steps instead of the functions.
-        rms = error.detach().float().square().mean().sqrt()
+        # The absolute value first: a complex error would lose its imaginary part.
+        rms = error.detach().abs().float().square().mean().sqrt()
         factor = self.safety * (self.tol / rms.clamp_min(torch.finfo(rms.dtype).tiny)) ** (1 / (order + 1))
         return h * factor.clamp(self.smallest, self.largest)
 

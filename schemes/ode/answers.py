@@ -26,8 +26,8 @@ def answer(problem: Problem, ys: Tensor, run: Run, numbers: Sequence[float]) -> 
     """The solution of a run with one step size."""
     t, last = problem.times[: len(ys)], run.y
     found: list[Found] = []
-    if not problem.endless:
-        ys = with_times(problem, ys, numbers)
+    # Without an end the start is the only value, and is y0 itself, which does not move with its time.
+    ys = problem.y0[None] if problem.endless else with_times(problem, ys, numbers)
     for n, place in enumerate(run.events):
         event, y = attached(problem, place)
         found.append(event)
@@ -35,7 +35,7 @@ def answer(problem: Problem, ys: Tensor, run: Run, numbers: Sequence[float]) -> 
         if n == len(run.events) - 1 and run.status == "event":
             last = y
             if problem.endless:
-                ys = torch.stack((ys[0], y))
+                ys = torch.stack((problem.y0, y))
                 t = torch.stack((problem.times[0].detach(), event.t.to(problem.times)))
     if run.status == "finished":
         last = ys[-1]  # not the run's own, which lacks the times' gradients

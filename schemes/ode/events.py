@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
-from .field import clock, moved
+from .field import clock, moved, recorded, tracked
 from .functions import callable_as
 from .run import Run
 
@@ -289,11 +289,11 @@ def attach(
     # Far above rounding: locating the event leaves that much of a slope of zero.
     grazing = abs(slope) <= 1e-6 * size or size == 0
     found = torch.tensor(t, dtype=dtype, device=y.device)
-    if not torch.is_grad_enabled():
+    if not recorded():
         return found, y, grazing
     at_event = clock(t, y)
     g = fn(at_event, unpack(y)).reshape(-1)[component]
-    if not g.requires_grad:
+    if not tracked(g):
         return found, y, grazing
     if grazing:
         raise SchemeError(

@@ -1,10 +1,12 @@
 """The vector field as solvers call it: with a time that is a Python number, checked and counted."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import SchemeError
 
@@ -21,6 +23,33 @@ def time_dtype(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
 
 
+def recorded() -> bool:
+    """Whether derivatives may be recorded: a graph, or tangents of forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def tracked(x: Any) -> bool:
+    """Whether derivatives by x are recorded: in a graph, or as a tangent of forward mode."""
+    if not isinstance(x, Tensor):
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    return torch._C._are_functorch_transforms_active() and _transformed(x)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates by x, seen from inside of other transforms too."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        # The inner transforms see neither a graph nor a tangent of the outer ones.
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 # How many calls of a field are checked for in-place writes: several steps of any pair, and no cost after them.
 WATCHED = 32
 
@@ -32,8 +61,8 @@ class Writes:
     """
 
     def __init__(self):
-        self.last: Tensor | None = None
-        self.version = 0
+        # Weak, so that neither states nor graphs live longer for it: what nobody holds may be written to.
+        self.seen: list[tuple[weakref.ref[Tensor], int]] = []
 
     def call(self, func: Callable[..., Any], y: Tensor, *given: Any) -> Any:
         """``func(*given)``, where y is the state among the arguments."""
@@ -43,14 +72,16 @@ class Writes:
         k = func(*given)
         if y._version != before:
             raise SchemeError("odeint: func changes its argument y in place; write to a copy, y.clone().")
-        if self.last is not None and self.last._version != self.version:
-            raise SchemeError(
-                "odeint: func writes into a tensor that it has returned before, and that the solver still needs; "
-                "return a new one."
-            )
         if isinstance(k, Tensor) and not k.is_inference():
-            # Without its graph, which would live as long as the field; the version counter is shared.
-            self.last, self.version = k.detach(), k._version
+            # A tensor that nothing was written to is no old one; the last one is looked at nevertheless.
+            for one, version in self.seen if k._version else self.seen[-1:]:
+                old = one()
+                if old is not None and old._version != version:
+                    raise SchemeError(
+                        "odeint: func writes into a tensor that it has returned before, and that the solver still "
+                        "needs; return a new one."
+                    )
+            self.seen.append((weakref.ref(k), k._version))
         return k
 
 
@@ -119,8 +150,13 @@ def moved(func: Callable[[Any, Tensor], Tensor], t: Tensor, y: Tensor, d: Tensor
         d: likewise, of the real dtype of the state.
     """
     wide = d.reshape(-1, *(1,) * (y.ndim - 1)) if d.ndim else d
-    half = y + (wide / 2) * func(t, y)
-    return y + wide * func(t + (d / 2).to(t.dtype), half)
+    half = y + (wide / 2) * fitted(func(t, y), y)
+    return y + wide * fitted(func(t + (d / 2).to(t.dtype), half), half)
+
+
+def fitting(func: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """The field, whose results are in the shape and dtype of the state, as those of a `Field` are."""
+    return lambda t, y: fitted(func(t, y), y)
 
 
 def fitted(k: Any, y: Tensor) -> Tensor:

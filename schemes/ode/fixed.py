@@ -90,12 +90,17 @@ class Stepper:
         """The field at a time, as a residual function."""
         if isinstance(time, Tensor):
             time = time.to(self.device, self.dtype)
+            if self.perturb and place in (0.0, 1.0):
+                time = time + (self._beside(time.detach(), place) - time.detach())
             return lambda x: self.field.timed(time, x)
         if self.perturb and place in (0.0, 1.0):
-            near = torch.tensor(time, dtype=self.dtype)
-            forward = (self.size > 0) == (place == 0.0)
-            time = float(torch.nextafter(near, torch.full_like(near, math.inf if forward else -math.inf)))
+            time = float(self._beside(torch.tensor(time, dtype=self.dtype), place))
         return lambda x: self.field(time, x)
+
+    def _beside(self, near: Tensor, place: float) -> Tensor:
+        """The number next to a time at an end of a step, towards the inside of the step."""
+        forward = (self.size > 0) == (place == 0.0)
+        return torch.nextafter(near, torch.full_like(near, math.inf if forward else -math.inf))
 
     def advance(self, t: Time, length: Time, size: float) -> Tensor:
         """The state after a step of that length from time t; ``size`` is the length as a number."""
@@ -149,7 +154,8 @@ def solve(
         stepper: the scheme and the field.
         times: strictly monotone.
         grid: one grid per interval, or a single one over all of them; None steps on by ``size`` until an event.
-        moving: the times as a tensor that requires a gradient; there is then one grid per interval.
+        moving: zeros in double precision that have the derivatives of the times; there is then one grid per interval,
+            of equal steps, and neither events nor dense output.
         size: the step size of an endless solve.
         interp: "linear" interpolation where values lie within steps, or a cubic one.
         max_steps: upper bound on the steps of an endless solve.
@@ -180,9 +186,9 @@ def solve(
             y1 = stepper.advance(t0, t1 - t0, t1 - t0)
         else:
             n = len(grid[i]) - 1  # type: ignore[index]
-            length = (moving[i + 1] - moving[i]) / n
+            longer = (moving[i + 1] - moving[i]) / n
             # Times and lengths as tensors, so that the step itself carries the gradient of the times at its ends.
-            y1 = stepper.advance(moving[i] + length * j if j else moving[i], length, t1 - t0)
+            y1 = stepper.advance(t0 + moving[i] + longer * j, t1 - t0 + longer, t1 - t0)
         run.accepted += 1
         run.steps.append((t0, t1 - t0))
         inside = place < len(times) and (times[place] - t1) * sign < 0

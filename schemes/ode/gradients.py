@@ -11,9 +11,9 @@ from ..errors import SchemeError
 from . import joint
 from .adjoint import Backward, adjoint
 from .control import Control
-from .field import Field, clock
+from .field import Field, clock, fitting
 from .pairs import Attempt, Pair
-from .reads import AROUND, Reads, refuse_transforms
+from .reads import AROUND, Reads, refuse_tangents, refuse_transforms
 from .run import Run
 
 GRADIENTS = ("store", "checkpoint", "reverse", "adjoint")
@@ -68,11 +68,13 @@ def solved(
     if gradient == "adjoint" and torch.is_grad_enabled():
         refuse_transforms("adjoint")
         y0 = y0.clone() if y0.is_inference() else y0  # which could not be a leaf
-        reads = Reads(func, clock(times[0], y0), y0, known)
+        same = fitting(func)
+        reads = Reads(same, clock(times[0], y0), y0, known)
         if (around := AROUND.get()) is not None:
             around.evaluated()
         # Otherwise there is nothing to differentiate, and a plain solve will do.
         if y0.requires_grad or len(reads):
+            refuse_tangents("adjoint")
             found: list[Run] = []
 
             def forward(y: Tensor) -> list[Tensor]:
@@ -82,7 +84,7 @@ def solved(
                 return found[0].ys
 
             how = {"method": method, "control": control, "norm": None, **(back or {})}
-            ys = adjoint(Backward(func, reads, times, **how), forward, y0)
+            ys = adjoint(Backward(same, reads, times, **how), forward, y0)
             return ys, found[0]
     attempt = recomputed(method) if gradient == "checkpoint" and torch.is_grad_enabled() else None
     run = joint.solve(f, y0, times, method, control, land=land, attempt=attempt, **options)

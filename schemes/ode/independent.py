@@ -195,6 +195,7 @@ class Tried:
         good: which are kept.
         end: the slopes at the end, where they are known.
         at: the continuous extension, where it was needed.
+        stop: where within the step each row ends, 1 unless an event ends it; None where none does.
     """
 
     h: Tensor
@@ -207,6 +208,7 @@ class Tried:
     good: Tensor
     end: Tensor | None
     at: At | None = None
+    stop: Tensor | None = None
 
 
 class Solve:
@@ -400,7 +402,9 @@ class Solve:
             log.samples.append(sample)
             if self.events[place.number].terminal:
                 log.status[sample] = EVENT
-                tried.t[row] = place.t
+                if tried.stop is None:
+                    tried.stop = torch.ones_like(front.t)
+                tried.t[row], tried.stop[row] = place.t, theta
                 tried.y = tried.y.index_copy(0, torch.tensor([row], device=tried.y.device), place.y[None])
                 log.ends[sample] = (int(log.accepted[sample]) - 1, theta)
 
@@ -412,7 +416,7 @@ class Solve:
             ready = tried.good & (front.place < width) & ((tried.t - due) * self.sign >= 0)
             if not bool(ready.any()):
                 return
-            value, theta = tried.y, torch.ones_like(front.t)
+            value, theta = tried.y, torch.ones_like(front.t) if tried.stop is None else tried.stop
             # Where steps land on every time, a value within a step is needed only because an event has cut the step
             # short.
             if not self.land or self.events:
@@ -421,7 +425,7 @@ class Solve:
                     at = self._extended(f, front, tried)
                     # Rows that rest have size 0; the quotient for them is not used.
                     h = torch.where(tried.h == 0, torch.ones_like(tried.h), tried.h)
-                    theta = torch.where(inside, (due - front.t) / h, 1.0)
+                    theta = torch.where(inside, (due - front.t) / h, theta)
                     value = torch.where(wide(inside, front.y).bool(), at(theta), tried.y)
             who, column = front.own[ready], front.place[ready]
             log.ys[column, who] = value[ready]

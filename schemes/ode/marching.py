@@ -69,7 +69,7 @@ def along(r: Rule, f: Field, y: Tensor, grids: Sequence[Sequence[float]], again:
         with torch.no_grad():
             apart, value = r.spread(state), rms(state[0].abs())
             if apart is not None and not float(rms(apart)) <= APART * float(value) + 1e-12:
-                run.status, run.t, run.y = "unstable", grid[-1], state[0]
+                run.status, run.t, run.y, run.accepted = "unstable", grid[-1], state[0], len(run.steps)
                 return run, state, kept
     run.accepted = len(run.steps)
     run.t, run.y = times[-1], state[0]
@@ -120,8 +120,6 @@ def march(
             if instead is not None:
                 instead(t, state[0], h)
             continue
-        run.accepted += 1
-        run.steps.append((t, h))
         if after is not None:
             after(t, state[0], h)
         with torch.no_grad():
@@ -132,6 +130,9 @@ def march(
                 if not float(control.measure(apart.div_(scale))) <= PARTED:
                     run.status = "unstable"
                     break
+        # Not before it is known that the solve goes on from here: the backward pass begins at the end of these.
+        run.accepted += 1
+        run.steps.append((t, h))
         if dense or events is not None:
             end = f(t1, state1[0])
             piece, k = Hermite(t, t1, state[0], state1[0], k, end), end

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .field import clock, moved
+from .field import clock, moved, tracked
 from .problem import Problem
 
 
@@ -20,8 +20,8 @@ def shift(problem: Problem, i: int) -> Tensor:
 
 
 def moves(problem: Problem) -> bool:
-    """Whether times need a gradient that the steps do not give them; fixed steps are differences of times."""
-    return problem.adaptive and problem.times.requires_grad and torch.is_grad_enabled()
+    """Whether times need derivatives that the steps do not give them; fixed steps are differences of times."""
+    return problem.adaptive and tracked(problem.times)
 
 
 def moved_start(problem: Problem) -> Tensor:

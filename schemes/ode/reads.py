@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -214,6 +215,15 @@ def once(way: str, ys: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor | 
     # Attached to the values: a request for a single gradient of gradients would otherwise silently return none.
     marked = iter(_Once.apply(way, ys, *(g.detach() for g in grads if g is not None)))  # type: ignore[arg-type]
     return [None if g is None else next(marked) for g in grads]
+
+
+def refuse_tangents(way: str) -> None:
+    """Raises a SchemeError in forward mode, whose tangents a backward pass of its own would lose."""
+    if forward_ad._current_level >= 0:
+        raise SchemeError(
+            f"odeint: gradient={way!r} has no tangents of forward mode (torch.autograd.forward_ad).\n"
+            "  Take gradient='store' or 'checkpoint' (adjoint=false), or solve without a graph: torch.no_grad()."
+        )
 
 
 def refuse_transforms(way: str, grad: Tensor | None = None) -> None:

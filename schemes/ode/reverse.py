@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from .control import Control
-from .field import Field, clock
+from .field import Field, clock, fitting
 from .marching import Marched, along, march
-from .reads import Autocast, Reads, once, refuse_transforms
+from .reads import Autocast, Reads, once, refuse_tangents, refuse_transforms
 from .rules import Rule, State, Tape
 from .run import Run
 from .trees import rms
@@ -29,6 +29,8 @@ class _Reverse(torch.autograd.Function):
     def forward(ctx: Any, back: "Backward", forward: Callable[..., Any], y0: Tensor, *reads: Tensor):
         run, state, kept = forward(y0.detach())
         ctx.back, ctx.steps, ctx.streams = back, run.steps, len(state)
+        # A solve that stopped early has gone on from its last value, which is then not where its streams are.
+        ctx.at_last = run.t == back.times[len(run.ys) - 1]
         # Tensors must be saved by autograd itself, which then detects a write to one; step numbers are kept separately.
         ctx.kept = {n: i for i, n in enumerate(kept)}
         ys = torch.stack(run.ys)
@@ -42,7 +44,8 @@ class _Reverse(torch.autograd.Function):
         (ys, *saved), n = ctx.saved_tensors, ctx.streams
         # The first n are the last streams; then n for each place where they started anew.
         kept = {step: tuple(saved[n * (i + 1) : n * (i + 2)]) for step, i in ctx.kept.items()}
-        return None, None, *once("reverse", ys, ctx.back(ctx.steps, ys.detach(), tuple(saved[:n]), kept, grad))
+        found = ctx.back(ctx.steps, ys.detach(), tuple(saved[:n]), kept, grad, ctx.at_last)
+        return None, None, *once("reverse", ys, found)
 
 
 class Backward:
@@ -53,13 +56,19 @@ class Backward:
         self.precision = Autocast()
 
     def __call__(
-        self, steps: list[tuple[float, float]], ys: Tensor, state: State, kept: dict[int, State], grad: Tensor
+        self,
+        steps: list[tuple[float, float]],
+        ys: Tensor,
+        state: State,
+        kept: dict[int, State],
+        grad: Tensor,
+        at_last: bool,
     ) -> list[Tensor | None]:
         with torch.no_grad(), self.precision.again(grad.device.type), self.reads.unhooked():
             tape = Tape(self.func, self.reads)
             s: State = tuple(state)
             # The loss depends on the first stream alone.
-            g: State = (grad[-1], *(torch.zeros_like(x) for x in s[1:]))
+            g: State = (grad[-1] if at_last else torch.zeros_like(s[0]), *(torch.zeros_like(x) for x in s[1:]))
             # Looked up by equal numbers: steps end exactly on the requested times.
             places = {t: i for i, t in enumerate(self.times[:-1])}
             for n in reversed(range(len(steps))):
@@ -74,7 +83,8 @@ class Backward:
                     i = places[t]
                     self._close(s[0], ys[i], t)
                     g = (g[0] + grad[i], *g[1:])
-            found = self.rule.back_start(tape, self.times[0], s, g)
+            # A solve that failed before its first step has one stream, and nothing to go back through.
+            found = self.rule.back_start(tape, self.times[0], s, g) if steps else g[0]
         return [found, *tape.gradients]
 
     def _close(self, again: Tensor, was: Tensor, t: float) -> None:
@@ -130,7 +140,8 @@ def solved(
     again = gradient == "checkpoint" and torch.is_grad_enabled()
     if gradient != "reverse":
         return torch.stack(forward(y0)[0].ys), runs[0]
-    reads = Reads(func, clock(times[0], y0), y0, known) if torch.is_grad_enabled() else None
+    same = fitting(func)
+    reads = Reads(same, clock(times[0], y0), y0, known) if torch.is_grad_enabled() else None
     if reads is None or not (y0.requires_grad or len(reads)):
         ys = torch.stack(forward(y0)[0].ys)
         if ys.requires_grad:
@@ -139,5 +150,6 @@ def solved(
                 "the solve; read all at every time, or take gradient='store' or 'checkpoint'."
             )
         return ys, runs[0]
-    ys = _Reverse.apply(Backward(r, func, reads, times), forward, y0, *reads.tensors)
+    refuse_tangents("reverse")
+    ys = _Reverse.apply(Backward(r, same, reads, times), forward, y0, *reads.tensors)
     return ys, runs[0]  # type: ignore[return-value]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from .events import Event, Place, newton, refuse_nan
-from .field import moved, time_dtype
+from .field import moved, recorded, time_dtype, tracked
 from .rows import RowField
 
 At = Callable[[Tensor], Tensor]  # the state within a step, at one theta per row
@@ -238,10 +238,10 @@ def attach_rows(
             slope = slope + (parts[1].conj() * k).real.reshape(len(y), -1).sum(1)
             size = size + (parts[1].abs() * k.abs()).reshape(len(y), -1).sum(1)
         grazing = (slope.abs() <= 1e-6 * size) | (size == 0)
-    if not torch.is_grad_enabled():
+    if not (event.terminal and recorded()):
         return Attached(t, y, grazing)
     value = g(t, y)
-    if not value.requires_grad:
+    if not tracked(value):
         return Attached(t, y, grazing)
     if bool(grazing.any()):
         n = int(grazing.nonzero()[0])

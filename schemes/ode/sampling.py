@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SchemeError
 from . import options as reading
 from .events import Found, Place
-from .field import moved
+from .field import moved, tracked
 from .independent import FINISHED, NAMES, NOT_FINITE, Batch, Solve
 from .moving import shift
 from .pairs import Pair
@@ -41,7 +41,7 @@ def solve_samples(problem: Problem) -> Solution:
     _raise_if_failed(problem, batch)
     bad = (batch.status == NOT_FINITE) & (batch.accepted == 0)
     y = _standing_in(bad, problem.y0)
-    if torch.is_grad_enabled() and problem.times.requires_grad:
+    if tracked(problem.times):
         d = _each(shift(problem, 0), n)
         y = moved(solve.rows.at(None), times[:, 0] + d, y, -d)
     ys, states, last = _with_graph(problem, solve, batch, y, ~bad)
@@ -50,7 +50,7 @@ def solve_samples(problem: Problem) -> Solution:
         rows = torch.tensor(list(ends), device=last.device)
         last = last.index_copy(0, rows, torch.stack(list(ends.values())))
     if problem.endless:
-        ys = torch.stack((ys[0], last))
+        ys = torch.stack((problem.y0, last))  # as it was given: y moves with the time of the start
     unpack = problem.packing.unpack
     return Solution(
         problem.times,
@@ -144,7 +144,7 @@ def _with_graph(
         if not bool(fine.all()):
             whole = wide(fine, y).bool()
             ys, last = torch.where(whole, ys, batch.ys), torch.where(whole, last, batch.y)
-    if torch.is_grad_enabled() and problem.times.requires_grad and not problem.endless:
+    if tracked(problem.times) and not problem.endless:
         # A sample that did not get that far has neither a value nor a derivative.
         there = [fine if i == 0 else batch.places[i] >= 0 for i in range(len(ys))]
         ys = torch.stack([_moved(problem, solve, i, x, y, there[i]) for i, x in enumerate(ys)])

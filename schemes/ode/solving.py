@@ -54,6 +54,11 @@ def _refuse_transforms(problem: Problem) -> None:
             "odeint: under torch.func.vmap no step size can be chosen; take fixed steps (step_size or steps in the "
             "options), or a batch in y0 with batch='independent' in place of vmap."
         )
+    if problem.events:
+        raise SchemeError(
+            "odeint: events do not go with torch.func, inside of which their times have no derivatives.\n"
+            "  Take torch.autograd.grad or torch.autograd.forward_ad, or solve up to a known time without the event."
+        )
     if problem.gradient != "store":
         raise SchemeError(f"odeint: gradient={problem.gradient!r} does not go with torch.func; take gradient='store'.")
 
@@ -77,6 +82,12 @@ def _located_first(problem: Problem, numbers: list[float]) -> Solution:
 
     The terminal event has its gradients; those before it are found, but have none.
     """
+    if problem.gradient == "reverse" and not problem.adaptive:
+        # The last step would be cut at the event, where the first solve has a value within a step: two solutions.
+        raise SchemeError(
+            "odeint: gradient='reverse' with fixed steps knows no events.\n"
+            "  Take gradient='store' or 'checkpoint', or steps that are chosen (no step_size, steps or grid)."
+        )
     plain = problem.but(gradient="store")
     with torch.no_grad():
         first = answer(plain, *_solved(plain, numbers), numbers)
@@ -88,18 +99,16 @@ def _located_first(problem: Problem, numbers: list[float]) -> Solution:
         return answer(plain, *_solved(plain, numbers), numbers)
     sign = 1.0 if end >= numbers[0] else -1.0
     # Times after the event have no values.
-    inner = [] if problem.endless else [x for x in numbers[1:] if (end - x) * sign > 0]
-    row = [numbers[0], *inner, end]
-    # The time of the event gets its gradient from the event function alone; the times before it have the user's.
-    head = problem.times[: len(row) - 1]
-    times = torch.cat((head, torch.tensor([end], dtype=head.dtype, device=head.device)))
-    known = problem.but(events=[], endless=False, times=times)
+    before = numbers[:1] if problem.endless else [x for x in numbers if (end - x) * sign >= 0]
+    row = before if before[-1] == end else [*before, end]
+    known = problem.but(events=[], endless=False)
     ys, run = _solved(known, row)
-    ys = with_times(known, ys, row)
+    # The time of the event gets its gradient from the event function alone; the times up to it have the user's.
     last = ys[-1] if run.status == "finished" else run.y
     found, y = attached(problem, Place(event.number, event.component, end, last))
     if problem.endless:
-        ys, t = torch.stack((ys[0], y)), torch.stack((problem.times[0], found.t))
+        ys, t = torch.stack((problem.y0, y)), torch.stack((problem.times[0], found.t))
     else:
-        ys, t = ys[:-1], problem.times[: len(ys) - 1]
+        ys = with_times(known, ys[: len(before)], numbers)
+        t = problem.times[: len(ys)]
     return solution(problem, t, ys, replace(run, status="event"), y, [*first.events[:-1], found])

@@ -77,6 +77,56 @@ def test_one_solve_covers_the_steps_that_the_rule_gives(step, offset, schedule):
             torch.testing.assert_close(got, want, **close)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("adjoint", ["false", "true"])
+@pytest.mark.parametrize("pair", ["tsit5", "dopri8"])
+def test_times_within_steps_stay_where_sizes_are_learned(pair, adjoint, sign):
+    """The gradient by each size, of functions that differ and read the time, against the exact solution."""
+    rates = (1.0, 2.0, 0.5)
+    functions = [lambda t, x, n=n: n * spinning(t, x) for n in rates]
+    stack = Stack(functions, f"adaptive({pair}, rtol=1e-9, atol=1e-9, adjoint={adjoint})", step="learned").double()
+    h = [step.h for step in stack.steps]
+    for x in h:
+        x.data.fill_(0.5 * sign)
+    at = [0.2 * sign, 0.8 * sign, 0.9 * sign, 1.3 * sign]  # in the first step, twice in the second, in the third
+    angle = lambda t: t + torch.sin(torch.as_tensor(t))  # noqa: E731
+    ends = [0.0, h[0], h[0] + h[1]]
+    for step, t, got in zip((0, 1, 1, 2), at, stack.trajectory(X, at=at), strict=True):
+        parts = [rates[n] * (angle(ends[n + 1]) - angle(ends[n])) for n in range(step)]
+        a = sum(parts) + rates[step] * (angle(t) - angle(ends[step]))
+        exact = torch.stack((a.cos() * X[:, 0] + a.sin() * X[:, 1], a.cos() * X[:, 1] - a.sin() * X[:, 0]), 1)
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+        # With zero added, which has a graph where a value in the first step has none.
+        found, want = (torch.autograd.grad(y.sum() + 0 * sum(h), h, retain_graph=True) for y in (got, exact))
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[0], "rk4"])
+@pytest.mark.parametrize("sizes", [(0.0, -0.5), (-0.5, 0.0), (0.0, 0.0, 0.5), (0.3, 0.0, 0.2), (0.2, 0.5)])
+def test_steps_of_no_length_pass_no_time(scheme, sizes):
+    functions = [spinning] * (len(sizes) * (4 if scheme == "rk4" else 1))
+    stack = Stack(functions, scheme, step="learned(h0=0.5)").double()
+    for step, h in zip(stack.steps, sizes, strict=True):
+        step.h.data.fill_(h)
+    end = sum(sizes)
+    at = [0.3 * end, end] if scheme != "rk4" else [0.0, end]
+    for got, t in zip(stack.trajectory(X, at=at), at, strict=True):
+        torch.testing.assert_close(got, spun(X, t), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[0], "rk4"])
+@pytest.mark.parametrize("sizes", [(-0.5, 1.0), (1.0, -0.5), (0.0, 1.0, -1.0)])
+def test_steps_forwards_and_backwards_have_no_times(scheme, sizes):
+    calls = []
+    functions = [lambda x: calls.append(1) or -x] * (len(sizes) * (4 if scheme == "rk4" else 1))
+    stack = Stack(functions, scheme, step="learned(h0=0.5)").double()
+    for step, h in zip(stack.steps, sizes, strict=True):
+        step.h.data.fill_(h)
+    with pytest.raises(SchemeError, match="wants steps in one direction"):
+        stack.trajectory(X, at=[sum(sizes)])
+    assert not calls and len(stack.trajectory(X)) == len(sizes)
+
+
 def test_steps_without_a_finite_length_together_are_refused():
     with pytest.raises(SchemeError, match="no finite length together"):
         Stack(spinning, SCHEMES[0], depth=3, step=1e308)

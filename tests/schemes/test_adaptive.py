@@ -323,6 +323,36 @@ def test_values_at_given_times_and_what_the_run_was():
         scheme.solve([lambda x, since: x], (x,), 2.0, at=[0.5])
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("at", [[0.9, 0.2, 1.0], [2.0, 1.0], [-0.5, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0], [math.nan, 1.0]])
+def test_times_that_are_no_way_to_the_end_of_a_step_are_refused(at, sign):
+    calls = []
+    at = [sign * x for x in at] if sign else [*at[:-1], 0.0]
+    with pytest.raises(SchemeError, match=r"the times asked for, .*, are not in order from 0 to"):
+        get("adaptive(tsit5)").solve([lambda x: calls.append(1) or -x], (torch.ones(1),), sign, at=at)
+    assert not calls
+
+
+@pytest.mark.parametrize("adjoint", ["true", "false"])
+@pytest.mark.parametrize("way", ["grad", "jvp"])
+def test_times_given_as_tensors_have_their_derivatives(adjoint, way):
+    scheme = get(f"adaptive(tsit5, rtol=1e-8, atol=1e-8, adjoint={adjoint})")
+    t = torch.tensor([0.5, 1.5, 2.0], dtype=F64)
+
+    def solve(t):
+        f = [lambda x, since: torch.cos(since) * x]
+        return torch.stack(scheme.solve(f, (torch.ones(1, dtype=F64),), t[2], at=list(t)).values)[:, 0]
+
+    want = torch.diag(torch.cos(t) * torch.exp(torch.sin(t)))
+    if way == "grad":
+        got = torch.autograd.functional.jacobian(solve, t)
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            columns = [torch.autograd.forward_ad.make_dual(t, e) for e in torch.eye(3, dtype=F64)]
+            got = torch.stack([torch.autograd.forward_ad.unpack_dual(solve(x)).tangent for x in columns], 1)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
 def test_autocast_reaches_the_adjoint():
     torch.manual_seed(0)
     field = nn.Linear(3, 3)

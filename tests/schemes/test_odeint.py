@@ -319,6 +319,40 @@ def test_fields_that_write_in_place_are_refused(batch, graph):
     torch.testing.assert_close(same[1], START * math.e, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+@pytest.mark.parametrize("method, options", [("dopri5", {}), ("verner89", {}), ("bosh3", {}), ("rk4", {"steps": 20})])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("part", [False, True])
+def test_tensors_used_in_turn_are_refused(part, count, method, options, batch):
+    """Whichever of the earlier results is written to, as a whole or through a view."""
+    if batch == "independent" and options:
+        return
+    kept = [torch.empty(2, *START.shape, dtype=F64) for _ in range(count)]
+    calls = []
+
+    def in_turn(t, y):
+        one = kept[len(calls) % count]
+        calls.append(t)
+        one = one[0] if part else one.unbind()[1]
+        return one.copy_(-y)
+
+    with torch.no_grad(), pytest.raises(SchemeError, match=r"has returned before.*return a new one"):
+        odeint(in_turn, START, times(0, 1), method=method, options=options, batch=batch)
+    assert len(calls) == count + 1
+
+
+@pytest.mark.parametrize("batch", ["joint", "independent"])
+def test_tensors_that_are_new_in_each_call_may_be_written_to(batch):
+    def f(t, y):
+        k = torch.empty_like(y)
+        return k.copy_(y).neg_()
+
+    for graph in (False, True):
+        y0 = START.clone().requires_grad_(graph)
+        y = odeint(f, y0, times(0, 1), batch=batch)
+        torch.testing.assert_close(y[1].detach(), START / math.e, rtol=1e-6, atol=1e-6)
+
+
 def test_slopes_are_broadcast_and_checked():
     y = odeint(lambda t, y: torch.cos(t), START, times(0, 2))
     torch.testing.assert_close(y[1], START + math.sin(2), rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from schemes import Event, SchemeError, integrate, odeint
 from schemes.ode import odeint_event
@@ -201,6 +202,39 @@ def test_events_that_do_not_end_a_solve_are_found_under_every_gradient(gradient)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("when", [0.5, 1.0, 2.0, 0.7])
+def test_a_value_at_the_time_of_a_terminal_event_is_returned_under_every_gradient(when, sign, gradient):
+    """With the derivatives of a value at that time, by the times and by the state at the start."""
+    t, y0 = (sign * times(0.2, 0.5, 1.0, 2.0)).requires_grad_(), times(2.0).requires_grad_()
+    event = Event(lambda t, y: t - sign * when)
+    found = integrate(lambda t, y: -y, y0, t, events=[event], gradient=gradient, rtol=1e-9, atol=1e-9)
+    n = sum(x <= when for x in (0.2, 0.5, 1.0, 2.0))
+    assert found.status == "event" and len(found.y) == len(found.t) == n
+    exact = y0 * torch.exp(t[0] - t[:n])
+    torch.testing.assert_close(found.y[:, 0], exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.last, y0 * torch.exp(t[0] - sign * when), rtol=1e-6, atol=0)
+    wanted = [(found.y[:, 0], exact), (found.last, y0 * torch.exp(t[0] - sign * when))]
+    for got, want in wanted:
+        weights = torch.arange(1.0, len(got) + 1, dtype=F64)
+        got, want = (torch.autograd.grad((y * weights).sum(), [t, y0], retain_graph=True) for y in (got, want))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("method", ["rk4", "alf", "reversible_heun", "reversible(rk4)", "tsit5"])
+@pytest.mark.parametrize("options", [{"steps": 3}, {"step_size": 0.5}, {"grid": [0, 1, 2.0]}])
+def test_events_of_fixed_steps_that_are_reversed_are_refused(options, method, terminal):
+    given = {"method": method, "options": options, "gradient": "reverse"}
+    events = [Event(lambda t, y: y[0] - 1, terminal=terminal)]
+    with pytest.raises(SchemeError, match=r"gradient='reverse' with fixed steps knows no events.\n  Take gradient="):
+        integrate(lambda t, y: 1 / 0, times(2.0), times(0, 2.0), events=events, **given)
+    if terminal:
+        with pytest.raises(SchemeError, match="gradient='reverse' with fixed steps knows no events"):
+            odeint(lambda t, y: 1 / 0, times(2.0), times(0, 2.0), event_fn=events, **given)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_events_of_trees(gradient):
     f = lambda t, y: {"x": y["v"], "v": -G * torch.ones_like(y["v"])}  # noqa: E731
     y0 = {"x": times(2.0), "v": times(1.0).requires_grad_()}
@@ -240,6 +274,29 @@ def test_values_before_the_event_of_a_sample_are_there_and_later_ones_are_not():
     assert bool(got.isfinite()) and slopes[1:3].ne(0).all() and slopes[3] == 0
     with pytest.raises(SchemeError, match=r"one value per sample"):
         integrate(falling, y0, times(0, 1.0), events=[Event(lambda t, y: y.sum())], batch="independent")
+
+
+@pytest.mark.parametrize("gradient", ["store", "checkpoint"])
+@pytest.mark.parametrize("when", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("method, outputs", [("dopri5", "interpolate"), ("dopri5", "step"), ("verner89", None)])
+def test_a_value_at_the_time_of_the_event_of_a_sample_is_the_same_with_a_gradient(method, outputs, when, gradient):
+    """Each sample ends at another time, which is a requested one, or at none; in long steps that events cut short."""
+    ends = times(when, 1.3, 9.0)
+    event = Event(lambda t, y: t.reshape(-1) - ends)
+    given = {"method": method, "options": {"outputs": outputs}, "rtol": 1e-4, "atol": 1e-6, "gradient": gradient}
+    found = []
+    for graph in (False, True):
+        y0, rate = times(1.0, 2.0, 3.0)[:, None], times(0.5).requires_grad_(graph)
+        found.append(
+            integrate(
+                lambda t, y, rate=rate: -rate * y, y0, times(0, 0.7, 1, 1.3, 2, 3), events=[event], batch="independent",
+                **given,
+            )
+        )  # fmt: skip
+    plain, graph = found
+    torch.testing.assert_close(graph.y.detach(), plain.y, rtol=1e-13, atol=0, equal_nan=True)
+    torch.testing.assert_close(graph.last.detach(), plain.last, rtol=1e-13, atol=0)
+    torch.testing.assert_close(graph.y[int((graph.t < when).sum()), 0], graph.last[0], rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("context", [False, True])
@@ -284,6 +341,67 @@ def test_second_derivatives_of_times_and_events(gradient, batch):
             torch.testing.assert_close(
                 zero if a is None else a, zero.expand_as(a) if b is None else b, rtol=1e-6, atol=1e-6
             )
+
+
+@pytest.mark.parametrize(
+    "batch, gradient", [*(("joint", g) for g in GRADIENTS), ("independent", "store"), ("independent", "checkpoint")]
+)
+def test_the_start_of_a_solve_up_to_an_event_is_y0_whenever_it_starts(batch, gradient):
+    """The first value depends on y0 alone, the last one here on neither it nor the times."""
+    y0, t = times(2.0)[None].requires_grad_(), times(0.5, 1.0).requires_grad_()
+    when, y = odeint(
+        lambda t, y: -y, y0, t, event_fn=lambda t, y: y[:, 0] - 1, batch=batch, gradient=gradient, rtol=1e-9, atol=1e-9
+    )
+    wanted = [(when, 0.5, [1, 0]), (y[0], 1.0, [0, 0]), (y[1], 0.0, [0, 0])]
+    for value, by_state, by_times in wanted:
+        got = torch.autograd.grad(value.sum(), [y0, t], retain_graph=True, materialize_grads=True)
+        torch.testing.assert_close(got, (times(by_state)[None], times(*by_times)), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch, method", [("joint", "tsit5"), ("joint", "alf"), ("independent", "tsit5")])
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("by", ["height", "start", "level"])
+def test_events_have_tangents_in_forward_mode(by, graph, batch, method):
+    """A throw ends on a level: time and speed there, in closed form."""
+    values = {"height": times(2.0)[0], "start": times(0.5)[0], "level": times(0.3)[0]}
+    rtol = 1e-3 if method == "alf" else 1e-10
+
+    def landing(height, start, level):
+        event = Event(lambda t, y: y[:, 0] - level)
+        y0 = torch.stack((height, torch.zeros_like(height)))[None]
+        t = torch.stack((start, start.detach() + 9))
+        found = integrate(falling, y0, t, events=[event], batch=batch, method=method, rtol=rtol, atol=rtol)
+        return torch.stack((found.events[0].t, found.events[0].y.reshape(-1)[1], found.last[0, 1]))
+
+    def exact(height, start, level):
+        fall = torch.sqrt(2 * (height - level) / G)
+        return torch.stack((start + fall, -G * fall, -G * fall))
+
+    with forward_ad.dual_level(), torch.set_grad_enabled(graph):
+        dual = {**values, by: forward_ad.make_dual(values[by], times(1.0)[0])}
+        got, want = (forward_ad.unpack_dual(f(**dual)) for f in (landing, exact))
+    torch.testing.assert_close(got.primal, want.primal, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.tangent, want.tangent, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize(
+    "batch, method, options", [("joint", "tsit5", {}), ("independent", "tsit5", {}), ("joint", "rk4", {"steps": 9})]
+)
+def test_events_are_refused_under_torch_func(transform, batch, method, options):
+    def solve(y):
+        t = times(0, 1.0)
+        events = [Event(lambda t, y: y[:, 0] - 1)]
+        return (
+            integrate(lambda t, y: 1 / 0, y, t, events=events, batch=batch, method=method, options=options).events[0].t
+        )
+
+    y0 = times(2.0)[None]
+    with pytest.raises(SchemeError, match=r"events do not go with torch.func|no step size can be chosen"):
+        if transform == "jvp":
+            torch.func.jvp(solve, (y0,), (y0,))
+        else:
+            getattr(torch.func, transform)(solve)(y0[None] if transform == "vmap" else y0)
 
 
 @pytest.mark.parametrize("batch, gradient", [("joint", "checkpoint"), ("independent", "store")])

@@ -85,6 +85,24 @@ def test_the_step_that_follows_an_error(error, factor, h):
     assert float(found) == pytest.approx(0.5 * factor, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("turn", [1.0, 1j, -1j, -1.0, 0.6 + 0.8j])
+def test_a_complex_error_counts_by_its_size(turn, dtype):
+    error = torch.tensor([3e-3, 1e-3, 0.0])
+    want = FromError(1e-3).following(1.0, error, 2)
+    torch.testing.assert_close(FromError(1e-3).following(1.0, (turn * error).to(dtype), 2), want)
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"safety": 2}, {"safety": 1.01}, {"smallest": 5, "largest": 0.5}, {"smallest": 1}, {"largest": 0.9}]
+)
+def test_bounds_that_make_no_sense_are_refused(bounds):
+    written = ", ".join(f"{k}={v}" for k, v in bounds.items())
+    for make in (lambda: FromError(1e-3, **bounds), lambda: step_size(f"error(1e-3, {written})")):
+        with pytest.raises(SchemeError, match="want smallest < 1 <= largest and safety <= 1"):
+            make()
+
+
 def test_bounds_of_the_change_can_be_set():
     rule = FromError(1e-3, smallest=0.5, largest=2)
     assert float(rule.following(1.0, torch.zeros(2), 4)) == 2
