@@ -382,10 +382,11 @@ class DetectionData(Pictures):
 
     def _kept_apart(self, places: dict[str, Place | None], given: Named) -> dict[str, Place | None]:
         """Returns the places without those that nobody named and that are trained on; raises for those named."""
-        trained = places["train"] and places["train"][0].resolve()
+        trained = places["train"] and [path.resolve() for path in places["train"]]
         for name in ("val", "test"):
             place = places[name]
-            if place is None or place[0].resolve() != trained:
+            # One file may also stand for other pictures, such as distorted ones.
+            if place is None or [path.resolve() for path in place] != trained:
                 continue
             if given[name][0] is not None:
                 raise DataError(

@@ -439,13 +439,11 @@ class SegmentationData(Scenes):
         self.framing = _framing(
             given("short", short), given("longest", longest), given("crop", crop, 512), tuple(scales), most
         )
-        # One way of storing classes that is given takes the place of the way that the data set is known for.
-        stored = palette is not None or ids is not None or bool(reduce_labels)
         self.labels = Labels(
             len(self.classes),
             ignore,
-            bool(reduce_labels) if stored else given("reduce_labels", reduce_labels, False),
-            ids if stored else given("ids", ids),
+            given("reduce_labels", reduce_labels, False),
+            given("ids", ids),
             palette,
             ignore_colors,
         )

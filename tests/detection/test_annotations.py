@@ -268,10 +268,11 @@ def test_splits_that_share_a_file_have_their_own_pictures(tmp_path, split, given
 
 
 def test_splits_that_share_a_file_and_its_pictures_read_it_once(tmp_path):
-    (tmp_path / "train.json").write_text(json.dumps(small(tmp_path)))
-    data = DetectionData(str(tmp_path), val_annotations="train.json")
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps(small(tmp_path)))
+    data = DetectionData(str(tmp_path), test_annotations="val.json", test_pictures="train", val_pictures="train")
     data.setup("fit"), data.setup("test")
-    assert data.sets["train"].shown is data.sets["val"].shown is data.sets["test"].shown
+    assert data.sets["val"].shown is data.sets["test"].shown is not data.sets["train"].shown
 
 
 def test_splits_name_the_same_categories(tmp_path):
@@ -326,7 +327,8 @@ def test_a_file_that_is_trained_on_by_name_is_not_evaluated_on_by_its_own(tmp_pa
     for name in ("train.json", "val.json", *["test.json"] * (use == "test")):
         (tmp_path / name).write_text(json.dumps(held))
     data = DetectionData(str(tmp_path), train_annotations=f"{use}.json", train_pictures="train", test_pictures="val")
-    assert data.places[use] is None
+    # Pictures to test on, without a file of their own, have that of validation.
+    assert data.places[use] == (None if use == "val" else (tmp_path / "val.json", tmp_path / "val"))
     if use == "val":
         with pytest.raises(DataError, match=r"no annotations of val beside val.json\n"):
             data.setup("fit")

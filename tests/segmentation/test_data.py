@@ -289,7 +289,7 @@ def test_pictures_of_joined_splits_have_names_of_their_own(tmp_path):
         save(tmp_path / "images" / split / f"{'b' if split == 'test' else 'a'}.{ending}", np.zeros((4, 4, 3)))
     names = {}
     for joined in ("validation+train", "validation+test"):
-        module = data(tmp_path, test_split=joined)
+        module = data(tmp_path, test_split=joined, train_split="test" if "train" in joined else None)
         module.setup("predict")
         names[joined] = [placed(module.predicted_name(i)).as_posix() for i in range(2)]
     assert names == {"validation+train": ["validation/a.png", "train/a.png"], "validation+test": ["a.png", "b.png"]}
