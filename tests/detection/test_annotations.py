@@ -268,8 +268,9 @@ def test_splits_that_share_a_file_have_their_own_pictures(tmp_path, split, given
 
 
 def test_splits_that_share_a_file_and_its_pictures_read_it_once(tmp_path):
+    held = json.dumps(small(tmp_path))
     for name in ("train.json", "val.json"):
-        (tmp_path / name).write_text(json.dumps(small(tmp_path)))
+        (tmp_path / name).write_text(held)
     data = DetectionData(str(tmp_path), test_annotations="val.json", test_pictures="train", val_pictures="train")
     data.setup("fit"), data.setup("test")
     assert data.sets["val"].shown is data.sets["test"].shown is not data.sets["train"].shown
