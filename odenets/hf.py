@@ -141,6 +141,12 @@ def _no_mixing() -> Iterator[None]:
         yield
 
 
+def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters and the buffers of a network, by name."""
+    yield from net.named_parameters()
+    yield from net.named_buffers()
+
+
 class OdenetsPreTrainedModel(PreTrainedModel):
     """Base of the backbone and the classifier: one network, ``net``, whose keys are those of the library.
 
@@ -159,23 +165,24 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.net = config.build(num_classes)
         self._new: dict[str, Tensor] = {}
-        for p in self.net.parameters():
-            if not p.is_meta:  # it has its value, which transformers must not draw again
-                p._is_hf_initialized = True  # type: ignore[attr-defined]
+        for _, t in _tensors(self.net):
+            if not t.is_meta:  # it has its value, which transformers must not draw again
+                t._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises weights that no file held, as the library does in a new network."""
-        own = {id(p) for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)}
-        places = {key: p for key, p in self.net.named_parameters() if id(p) in own}
+        """Initialises weights and buffers that no file held, as the library does in a new network."""
+        held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        own = {id(t) for t in held if not getattr(t, "_is_hf_initialized", False)}
+        places = {key: t for key, t in _tensors(self.net) if id(t) in own}
         if not places:
             return
         if not self._new:  # once for all modules with missing weights
             # transformers may have set the meta device, on which no numbers can be drawn.
             with _no_mixing(), torch.device("cpu"):
-                self._new.update(self.config.build(self.net.num_classes).named_parameters())  # type: ignore[union-attr]
+                self._new.update(_tensors(self.config.build(self.net.num_classes)))  # type: ignore[union-attr]
         with torch.no_grad():
-            for key, p in places.items():
-                p.copy_(self._new[key])
+            for key, t in places.items():
+                t.copy_(self._new[key])
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -126,6 +126,26 @@ def test_weights_that_no_file_holds_are_drawn_as_the_library_draws(tmp_path):
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in other.items())
 
 
+@pytest.mark.parametrize("family", ["DenseNet", "ResNet", "RevNet"])
+def test_buffers_that_no_file_holds_are_those_of_a_new_network(family, tmp_path, monkeypatch):
+    """A file of the weights alone: running statistics are those before any training, not whatever memory holds."""
+    net = classifier(families()[family])
+    new = {key: b.clone() for key, b in net.net.named_buffers()}
+    for key, b in net.net.named_buffers():
+        b.fill_(3)
+    kept = {key for key, _ in net.named_parameters()}
+    net.save_pretrained(tmp_path, state_dict={k: v for k, v in net.state_dict().items() if k in kept})
+    # What an allocator may return, made certain.
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: torch.full_like(x, 7, **kwargs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        loaded = hf.OdenetsForImageClassification.from_pretrained(tmp_path)
+    found = dict(loaded.net.named_buffers())
+    assert found.keys() == new.keys() and all(torch.equal(b, new[key]) for key, b in found.items())
+    weights = dict(net.net.named_parameters())
+    assert all(torch.equal(p, weights[key]) for key, p in loaded.net.named_parameters())
+
+
 def test_scheme_and_mode_are_part_of_the_configuration(tmp_path):
     net = classifier("convnext_base", scheme="bdia", backprop="exact", id2label={0: "cat", 1: "dog"}, num_labels=None)
     assert {str(level.backprop) for level in net.net.levels} == {"exact"} and net.config.num_labels == 2
