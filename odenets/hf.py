@@ -9,7 +9,7 @@ Raises:
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,15 @@ from torch import Tensor, nn
 
 from schemes.errors import MixingWarning, SchemeError
 
+from . import checkpoints
+from .continuous import ContinuousWeights, expected_shapes
+from .knots import KNOTS, count_of, read_knots
 from .models.catalogue import IMAGENET_MEAN, IMAGENET_STD, create_model, model_options
 from .models.conventions import Conventions
+from .models.keys.layout import places_of, twin
 
 try:
+    from safetensors import safe_open
     from transformers import (
         AutoBackbone,
         AutoConfig,
@@ -38,6 +43,7 @@ try:
 except ImportError as error:
     raise ImportError(f'odenets.hf needs transformers 5 ({error}): pip install "odenets[hf]"') from None
 
+NET = "net."  # of the keys of the network, in a file of a model
 CARD = """---
 library_name: transformers
 pipeline_tag: image-classification
@@ -147,6 +153,58 @@ def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from net.named_buffers()
 
 
+def _names(net: nn.Module, keys: Collection[str]) -> dict[str, str]:
+    """Returns the names in this network of a file's keys, which differ where its scheme makes other steps.
+
+    Raises:
+        SchemeError: a level has other functions than the file's, in other steps: none would be in its place.
+    """
+    bare = {key: key.removeprefix(NET) for key in keys}
+    own = net.state_dict().keys()
+    places, given = places_of(own), places_of(bare.values())
+    for level in places.keys() & given.keys():
+        here, there = places[level], given[level]
+        if len(here) != len(there) and any(a != b for a, b in zip(here, there, strict=False)):
+            raise SchemeError(
+                f"level {level + 1} of the file has {len(there)} residual functions, here {len(here)} in other steps; "
+                "nothing was loaded.\n  Build it with as many functions, or under the scheme of the file."
+            )
+    known = twin(own, list(bare.values()))
+    # A head that this network does not have keeps its name, under which transformers leaves it out.
+    renamed = {} if known is None else {key: known.names[b] or b for key, b in bare.items()}
+    return {key: NET + name if key.startswith(NET) else name for key, name in renamed.items()}
+
+
+def _take_knots(net: nn.Module, held: dict[str, Tensor]) -> None:
+    """Moves the knots of fields out of a state dict into the fields, which get as many coefficients as it holds.
+
+    Raises:
+        SchemeError: they are functions on another span.
+    """
+    bare = {key.removeprefix(NET): value for key, value in held.items()}
+    expected_shapes(net, bare, net.state_dict())
+    for name, field in net.named_modules():
+        if isinstance(field, ContinuousWeights) and (given := bare.get(f"{name}.{KNOTS}")) is not None:
+            _, space = read_knots(given, count_of(bare, f"{name}.", field.space.count))
+            if space != field.space:
+                # Only the shapes: the values are those of the file.
+                field.change(space, torch.zeros(space.count, field.space.count))
+            held.pop(f"{NET}{name}.{KNOTS}", None)
+            held.pop(f"{name}.{KNOTS}", None)
+
+
+def _keys(files: Sequence[str]) -> list[str]:
+    """Returns the keys in weight files, without reading the tensors of a safetensors file."""
+    found: list[str] = []
+    for file in files:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as held:
+                found += held.keys()
+        else:
+            found += checkpoints.read(file)
+    return found
+
+
 class OdenetsPreTrainedModel(PreTrainedModel):
     """Base of the backbone and the classifier: one network, ``net``, whose keys are those of the library.
 
@@ -183,6 +241,29 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         with torch.no_grad():
             for key, t in places.items():
                 t.copy_(self._new[key])
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: dict[str, Tensor] | None, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Loads as transformers does; each residual function to its place under the scheme of this network.
+
+        Raises:
+            SchemeError: functions or learned step sizes that have no place here, or fields on another span.
+        """
+        files = checkpoint_files or [] if state_dict is None else []
+        names = _names(model.net, _keys(files) if state_dict is None else state_dict)
+        # Knots are neither parameters nor buffers, which is all that transformers looks for.
+        knots = {f"{NET}{name}.{KNOTS}" for name, m in model.net.named_modules() if isinstance(m, ContinuousWeights)}
+        if knots or any(key != name for key, name in names.items()):
+            held = (
+                state_dict if state_dict is not None else {k: v for f in files for k, v in checkpoints.read(f).items()}
+            )
+            state_dict = {names.get(key, key): value for key, value in held.items()}
+            _take_knots(model.net, state_dict)
+        info, *rest = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        info.missing_keys -= knots
+        return info, *rest
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> Any:
         try:

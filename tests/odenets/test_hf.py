@@ -9,6 +9,7 @@ import torch
 from test_every_model import families, shared, shrunk
 
 from odenets import checkpoints
+from odenets.continuous import fields_of
 from schemes import MixingWarning, SchemeError
 
 transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "odenets[hf]"')
@@ -35,6 +36,11 @@ def classifier(name, **more):
         warnings.simplefilter("ignore", MixingWarning)
         torch.manual_seed(0)
         return hf.OdenetsForImageClassification(config(name, **more)).eval()
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def pictures(net, n=2):
@@ -126,12 +132,79 @@ def test_weights_that_no_file_holds_are_drawn_as_the_library_draws(tmp_path):
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in other.items())
 
 
+def loaded(folder, **given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixingWarning)
+        return hf.OdenetsForImageClassification.from_pretrained(folder, output_loading_info=True, **given)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("source", "target"), [("euler", "midpoint"), ("rk4", "euler"), ("euler", "2*euler + midpoint")]
+)
+def test_another_scheme_gets_the_functions_in_their_order(source, target, suffix, tmp_path):
+    given = {"functions": [4, 4, 4], "widths": [4, 8, 8]}
+    net = hf.OdenetsForImageClassification(hf.OdenetsConfig(name="resnet20", options=given, scheme=source))
+    net.save_pretrained(tmp_path)
+    if suffix == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+    found, report = loaded(tmp_path, scheme=target)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    want = hf.OdenetsConfig(name="resnet20", options=given, scheme=target).build(10)
+    checkpoints.load(want, net.net.state_dict())
+    assert same(found.net, want)
+    maps, report = hf.OdenetsBackbone.from_pretrained(
+        tmp_path, scheme=target, out_features=["stage1"], output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert all(torch.equal(v, want.state_dict()[k]) for k, v in maps.net.state_dict().items())
+
+
+def test_functions_without_a_place_are_refused(tmp_path):
+    given = {"functions": [4, 4, 4], "widths": [4, 8, 8]}
+    net = hf.OdenetsForImageClassification(hf.OdenetsConfig(name="resnet20", options={**given, "step": "learned"}))
+    net.save_pretrained(tmp_path)
+    with pytest.raises(SchemeError, match=r"level 1 of the file has 4 residual functions, here 6 in other steps"):
+        loaded(tmp_path, scheme="midpoint", options={**given, "functions": [6, 6, 6]})
+    with pytest.raises(SchemeError, match=r"learned size of one of 4 steps"):
+        loaded(tmp_path, scheme="midpoint")
+    # Under the same scheme the first functions are the file's, and the others new.
+    found, report = loaded(tmp_path, options={**given, "functions": [6, 6, 6], "step": "learned"})
+    assert {key.split(".")[4] for key in report["missing_keys"]} == {"4", "5"}
+    ours = found.net.state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in net.net.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", ["euler", "midpoint", "revnet"])
+def test_weights_that_are_functions_of_depth_go_out_and_in(scheme, tmp_path):
+    given = {"functions": [4, 4, 4], "widths": [4, 8, 8], "continuous": 2}
+    net = hf.OdenetsForImageClassification(hf.OdenetsConfig(name="resnet20", options=given, scheme=scheme)).eval()
+    fields = fields_of(net)
+    with torch.no_grad():
+        for field in fields:
+            for c in field.coefficients().values():
+                c.normal_()
+    for knots in (2, 4):  # also of a field that was refined in training
+        for field in fields:
+            field.change(field.space.refined(knots))
+        net.save_pretrained(tmp_path)
+        found, report = loaded(tmp_path)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert same(found.net, net.net) and [f.space for f in fields_of(found)] == [f.space for f in fields]
+        x = pictures(net)
+        with torch.no_grad():
+            assert torch.equal(found(x).logits, net(x).logits)
+    with pytest.raises(SchemeError, match=r"weights are functions on .*, and those of the file on"):
+        loaded(tmp_path, options={**given, "functions": [6, 6, 6]})
+
+
 @pytest.mark.parametrize("family", ["DenseNet", "ResNet", "RevNet"])
 def test_buffers_that_no_file_holds_are_those_of_a_new_network(family, tmp_path, monkeypatch):
     """A file of the weights alone: running statistics are those before any training, not whatever memory holds."""
     net = classifier(families()[family])
     new = {key: b.clone() for key, b in net.net.named_buffers()}
-    for key, b in net.net.named_buffers():
+    for b in net.net.buffers():
         b.fill_(3)
     kept = {key for key, _ in net.named_parameters()}
     net.save_pretrained(tmp_path, state_dict={k: v for k, v in net.state_dict().items() if k in kept})
