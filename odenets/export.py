@@ -243,8 +243,8 @@ def _worst(net: nn.Module, kind: str, a: Tensor, b: Tensor) -> float:
     """Returns the largest difference of finite outputs; shapes, and all that is not finite, must be equal."""
     if a.shape != b.shape:
         raise SchemeError(
-            f"{type(net).__name__} as {kind}: its outputs are {tuple(a.shape)}, the network's {tuple(b.shape)}; nothing "
-            "was written\n  Let its forward return one tensor whose shape follows from the picture's."
+            f"{type(net).__name__} as {kind}: its outputs are {tuple(a.shape)}, the network's {tuple(b.shape)}; "
+            "nothing was written\n  Let its forward return one tensor whose shape follows from the picture's."
         )
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):

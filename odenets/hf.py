@@ -290,7 +290,11 @@ class OdenetsPreTrainedModel(PreTrainedModel):
             save_directory: the folder.
             args: as in transformers.
             kwargs: as in transformers.
+
+        Raises:
+            SchemeError: a number that the weights imply would be lost, as in ``odenets.checkpoints.save``.
         """
+        checkpoints.check_saved(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         folder, config = Path(save_directory), self.config
         if not (folder / "preprocessor_config.json").exists():

@@ -199,6 +199,21 @@ def test_weights_that_are_functions_of_depth_go_out_and_in(scheme, tmp_path):
         loaded(tmp_path, options={**given, "functions": [6, 6, 6]})
 
 
+def test_a_number_that_the_weights_imply_is_not_lost(tmp_path):
+    name = families()["RDNet"]
+    net = classifier(name)
+    checkpoints.set_implied(net.net, {"head_norm.eps": 1e-5})
+    with pytest.raises(SchemeError, match=r"head_norm\.eps = 1e-05.*\n.*head_norm_eps=1e-05"):
+        net.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    net = hf.OdenetsForImageClassification(
+        hf.OdenetsConfig(name=name, options={**options(name), "head_norm_eps": 1e-5}, image_size=64)
+    )
+    checkpoints.set_implied(net.net, {"head_norm.eps": 1e-5})
+    net.save_pretrained(tmp_path)
+    assert loaded(tmp_path)[0].net.head_norm.eps == 1e-5
+
+
 @pytest.mark.parametrize("family", ["DenseNet", "ResNet", "RevNet"])
 def test_buffers_that_no_file_holds_are_those_of_a_new_network(family, tmp_path, monkeypatch):
     """A file of the weights alone: running statistics are those before any training, not whatever memory holds."""
