@@ -43,6 +43,7 @@ try:
 except ImportError as error:
     raise ImportError(f'odenets.hf needs transformers 5 ({error}): pip install "odenets[hf]"') from None
 
+NETWORK = ("name", "options", "scheme", "num_channels")  # values of a configuration that determine its maps
 NET = "net."  # of the keys of the network, in a file of a model
 CARD = """---
 library_name: transformers
@@ -69,17 +70,22 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         name: one of ``odenets.list_models()``.
-        options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values.
+        options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values; those
+            that have names of their own here are refused.
         scheme: a scheme for all levels, or one per level; None takes the model's own.
         backprop: as in ``Stack``; None takes the model's own.
         num_channels: channels of the images.
-        image_size: side of the images in evaluation; None is 224, or 32 for models of small images.
+        image_size: side of the images in evaluation; None is the model's ``size``, else 224, or 32 for models of small
+            images.
         crop_pct: side of the centre crop, over the shorter side of the resized image.
         image_mean: per channel, subtracted from images in [0, 1].
         image_std: per channel, by which images are then divided.
         channels_of_maps: widths of the feature maps; computed if None, and saved.
         kwargs: as in transformers' ``PreTrainedConfig``: ``num_labels``, ``id2label``, ``out_features``,
             ``out_indices``. The number of labels is the model's own unless it is given.
+
+    Raises:
+        SchemeError: options that have another name here, or two values of one.
 
     Example:
         >>> config = OdenetsConfig(name="resnet20", backprop="checkpoint", out_features=["stage1", "stage3"])
@@ -103,15 +109,16 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        own = model_options(self.name)
         self.options = dict(self.options or {})
+        own = {**model_options(self.name), **self.options}
+        self._check()
         if kwargs.get("num_labels") is None:
             # transformers creates names for the labels right away, and None is not a number of them.
             kwargs.pop("num_labels", None)
             if self.id2label is None:
                 kwargs["num_labels"] = own.get("num_classes", 1000)
         if self.image_size is None:
-            self.image_size = own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
+            self.image_size = _side(self.name, self.options)
         if self.channels_of_maps is None:
             # On the meta device no weights are drawn. The widths are saved, so that this happens only once.
             with torch.device("meta"), _no_mixing():
@@ -123,12 +130,54 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', where given values replace those of the dictionary, and so does what follows from them.
+
+        Args:
+            config_dict: the configuration, as ``to_dict`` returns it.
+            kwargs: values that replace those of the dictionary.
+        """
+        beside = ("backprop", "image_size", "channels_of_maps", *NETWORK)
+        given = {key: kwargs.pop(key) for key in beside if key in kwargs}
+        held = {**config_dict, **given}
+        if "options" not in given and held.get("options"):
+            # What is asked for replaces what the options hold, which would be a second source.
+            asked = {key for key in ("scheme", "backprop") if given.get(key) is not None}
+            held["options"] = {key: value for key, value in held["options"].items() if key not in asked}
+        name = config_dict.get("name", cls.name)
+        if any(held.get(key) != config_dict.get(key) for key in NETWORK):
+            # transformers would set them after these numbers, of the network that was saved, were taken over.
+            if held.get("channels_of_maps") == config_dict.get("channels_of_maps"):
+                held.pop("channels_of_maps", None)
+            if "image_size" not in given and held.get("image_size") == _side(name, config_dict.get("options")):
+                held.pop("image_size", None)
+        return super().from_dict(held, **kwargs)
+
+    def _check(self) -> None:
+        """Refuses options that have names of their own here, and two values of one."""
+        options = self.options or {}
+        for key, own in (("num_classes", "num_labels"), ("in_chans", "num_channels")):
+            if key in options:
+                raise SchemeError(
+                    f"OdenetsConfig: options hold {key}={options[key]!r}, which is {own} here.\n"
+                    f"  Give {own}={options[key]!r} beside the options."
+                )
+        for key, own in (("scheme", "scheme"), ("backprop", "backprop"), ("size", "image_size")):
+            value = getattr(self, own)
+            if key in options and value is not None and value != options[key]:
+                raise SchemeError(
+                    f"OdenetsConfig: {own} is {value!r}, and options hold {key}={options[key]!r}.\n"
+                    "  Give one of the two."
+                )
+
     def build(self, num_classes: int) -> Any:
         """Builds the model.
 
         Args:
             num_classes: outputs of the head; 0: no head.
         """
+        self._check()
         given = {"scheme": self.scheme, "backprop": self.backprop}
         given = {k: v for k, v in given.items() if v is not None}
         net = create_model(
@@ -137,6 +186,12 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         if not isinstance(net, Conventions):
             raise SchemeError(f"{self.name}: a {type(net).__name__} has no maps and features; want a HeadNet.")
         return net
+
+
+def _side(name: str, options: dict[str, Any] | None) -> int:
+    """Returns the side of the pictures that a model is made for."""
+    own = {**model_options(name), **(options or {})}
+    return own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
 
 
 @contextmanager

@@ -28,7 +28,9 @@ def config(name, **more):
     side = 2 * shared(name).feature_info[-1]["reduction"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
-        return hf.OdenetsConfig(name=name, options=options(name), image_size=side, **{"num_labels": 5, **more})
+        given = {key: value for key, value in options(name).items() if key not in more}
+        size = {} if "size" in given else {"image_size": side}
+        return hf.OdenetsConfig(name=name, options=given, **size, **{"num_labels": 5, **more})
 
 
 def classifier(name, **more):
@@ -245,6 +247,10 @@ def test_scheme_and_mode_are_part_of_the_configuration(tmp_path):
         tmp_path, scheme="euler", backprop="checkpoint"
     )
     assert {str(level.backprop) for level in other.net.levels} == {"checkpoint"}
+    # What is asked for when a file is loaded replaces what its options hold.
+    given = hf.OdenetsConfig(name="resnet20", options={"scheme": "euler", "backprop": "store"})
+    again = hf.OdenetsConfig.from_dict(given.to_dict(), scheme="leapfrog", backprop="checkpoint")
+    assert (again.scheme, again.backprop, again.options) == ("leapfrog", "checkpoint", {})
     with pytest.raises(SchemeError, match="there is no model named 'resnet21'"):
         hf.OdenetsConfig(name="resnet21")
 
@@ -252,6 +258,59 @@ def test_scheme_and_mode_are_part_of_the_configuration(tmp_path):
 def test_the_default_number_of_labels_is_the_models():
     assert hf.OdenetsConfig(name="resnet20").num_labels == 10
     assert hf.OdenetsConfig(name="resnet20", num_labels=3).num_labels == 3
+
+
+SMALL_VIT = {"depth": 1, "dim": 16, "heads": 2, "patch": 8}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"options": {"num_classes": 5}}, r"num_classes=5, which is num_labels here\.\n  Give num_labels=5"),
+        ({"options": {"in_chans": 1}}, r"in_chans=1, which is num_channels here\.\n  Give num_channels=1"),
+        ({"options": {"scheme": "leapfrog"}, "scheme": "euler"}, r"scheme is 'euler', and options hold scheme='leap"),
+        ({"options": {"backprop": "store"}, "backprop": "checkpoint"}, r"backprop is 'checkpoint', and options hold"),
+        ({"options": {"size": 32}, "image_size": 64}, r"image_size is 64, and options hold size=32\.\n  Give one of"),
+    ],
+)
+def test_one_setting_has_one_source(given, said, tmp_path):
+    name = "vit_tiny_patch16" if "size" in given["options"] else "resnet20"
+    with pytest.raises(SchemeError, match=said):
+        hf.OdenetsConfig(name=name, **given)
+    # Nor do two sources come together when a file is loaded, or later.
+    first = hf.OdenetsConfig(name=name, **{k: v for k, v in given.items() if k != "options"})
+    hf.OdenetsForImageClassification(first).save_pretrained(tmp_path)
+    with pytest.raises(SchemeError, match=said):
+        loaded(tmp_path, options=given["options"])
+    first.options = given["options"]
+    with pytest.raises(SchemeError, match=said):
+        first.build(3)
+
+
+def test_the_side_of_the_pictures_is_that_of_the_network(tmp_path):
+    from PIL import Image
+
+    for size in (32, 48):
+        config = hf.OdenetsConfig(name="vit_tiny_patch16", options={**SMALL_VIT, "size": size})
+        net = hf.OdenetsForImageClassification(config)
+        pixels = hf.OdenetsImageProcessor.of(config)(Image.new("RGB", (80, 60)), return_tensors="pt")["pixel_values"]
+        assert config.image_size == size == net.net.stem.grid * 8 and pixels.shape[2:] == (size, size)
+    net.save_pretrained(tmp_path)
+    smaller = transformers.AutoConfig.from_pretrained(tmp_path, options={**SMALL_VIT, "size": 32})
+    assert smaller.image_size == 32
+    assert transformers.AutoConfig.from_pretrained(tmp_path, image_size=48).image_size == 48
+
+
+def test_options_that_are_replaced_take_with_them_what_follows(tmp_path):
+    hf.OdenetsForImageClassification(hf.OdenetsConfig(name="resnet20", image_size=40)).save_pretrained(tmp_path)
+    given = {"widths": [4, 8, 12], "functions": [1, 1, 1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = hf.OdenetsBackbone.from_pretrained(
+            tmp_path, options=given, out_features=["stage1", "stage3"], ignore_mismatched_sizes=True
+        )
+    assert net.config.channels_of_maps == [4, 8, 12] and net.channels == [4, 12] and net.config.image_size == 40
+    assert [m.shape[1] for m in net(torch.randn(1, 3, 32, 32)).feature_maps] == net.channels
 
 
 def test_checkpointing_reaches_the_stacks():
