@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -116,17 +116,21 @@ class HeadNet(Conventions, ABC):
             init: draws the weights of the whole network, including the head's.
         """
         self.feature_info = FeatureInfo(features)
-        self.num_features = self.head_hidden_size = features[-1]["num_chs"]
+        self._features_are(features[-1])
         # In this order: `init` draws the head's weights too, and would undo a scaling before it.
         self._put_head(self.num_classes, self.global_pool)
         if init is not None:
             init(self)
         self._scale_head()
 
+    def _features_are(self, row: Mapping[str, Any]) -> None:
+        super()._features_are(row)
+        self._reduction: int = row["reduction"]
+
     @property
     def reduction(self) -> int:
-        """Pixels of the picture per pixel of the last map, in height and width."""
-        return self.feature_info[-1]["reduction"]
+        """Pixels of the picture per pixel of the features, in height and width."""
+        return self._reduction
 
     def picture(self, x: Tensor) -> Tensor:
         """Returns the picture as the stem takes it: padded where the network pads, else checked.

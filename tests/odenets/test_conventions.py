@@ -70,8 +70,23 @@ def test_a_pruned_network_gives_the_same_maps(name, indices):
         assert rows == chosen(indices, len(shared(name).feature_info))
         got = net.forward_intermediates(x, rows, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert net.num_classes == 0 and net.num_features == got[-1].shape[1] == net.feature_info.channels(-1)
+    assert net.num_classes == 0 and got[-1].shape[1] == net.feature_info.channels(-1)
     sum(m.square().mean() for m in net.train().forward_intermediates(x, rows, intermediates_only=True)).backward()
+
+
+@every_family
+@pytest.mark.parametrize("indices", [[0], 1])
+def test_a_pruned_network_takes_pictures_and_a_head_that_fit_its_features(name, indices):
+    net = build(name, pad=True).eval()
+    net.prune_intermediate_layers(indices, prune_norm=True)
+    x = pictures(name)[:, :, 1:, 2:]
+    with torch.no_grad():
+        y = net.forward_features(x)
+        assert (y.shape[1] if y.dim() == 4 else y.shape[2]) == net.num_features == net.head_hidden_size
+        if y.dim() == 4:
+            assert y.shape[2:] == tuple(-(-side // net.reduction) for side in x.shape[2:])
+        net.reset_classifier(3)
+        assert net(x).shape == (2, 3)
 
 
 @every_family
