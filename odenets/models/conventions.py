@@ -15,7 +15,7 @@ from .feature_info import FeatureInfo, chosen, place
 
 LAST = (99999,)  # timm's marker for parameters that join the preceding group
 # Parameters of two or more dimensions that are scales or positions, not weights of a linear map.
-UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|log_scale)$|^idle\.")
+UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|gamma|log_scale)$|^idle\.")
 
 
 class Conventions(nn.Module):

@@ -9,7 +9,9 @@ import torch
 from test_every_model import build, families, pictures, shared, step
 
 from odenets import Stack
+from odenets.models import DenseNet, create_model, roadmap
 from odenets.models.feature_info import FeatureInfo, chosen
+from odenets.training.groups import parameter_groups
 from schemes import SchemeError
 
 pytestmark = pytest.mark.cases(4)
@@ -158,6 +160,27 @@ def test_parameters_without_weight_decay_exist_and_are_no_weights(name):
     assert not any(key.endswith(("weight", "bias")) for key in names)
     # All that is neither a vector nor named a weight.
     assert {k for k, p in parameters.items() if p.ndim > 1 and not k.endswith("weight")} <= names
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DenseNet((2, 2), 4, num_classes=3, stem="conv3", layer_scale=0.1),
+        lambda: roadmap.convnext("separate", layer_scale=1e-6),
+        lambda: create_model("convnext_tiny", functions=(1, 1), widths=(8, 16)),
+        lambda: create_model("convnext_tiny", functions=(2, 2), widths=(8, 16), continuous=2, layer_scale=1e-6),
+        lambda: create_model("rdnet_tiny", growths=(8, 16), downsample=(False, True), init_channels=16),
+        lambda: create_model("revcol_tiny", channels=(8, 16), blocks=(1, 1), columns=2),
+    ],
+)
+def test_factors_of_channels_do_not_decay_whatever_their_shape(build):
+    with torch.device("meta"):
+        net = build()
+    found = {k for k, p in net.named_parameters() if k.endswith((".gamma", ".alpha"))}
+    assert found and found <= net.no_weight_decay()
+    decay = {id(p): group.get("weight_decay") for group in parameter_groups(net) for p in group["params"]}
+    # RevCol's alpha decays, as in its published training.
+    assert {decay[id(p)] for k, p in net.named_parameters() if k.endswith(".gamma")} == {0.0}
 
 
 def test_a_list_of_rows():
