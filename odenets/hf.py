@@ -27,6 +27,8 @@ from .models.conventions import Conventions
 from .models.keys.layout import places_of, twin
 
 try:
+    import numpy as np
+    from PIL import Image
     from safetensors import safe_open
     from transformers import (
         AutoBackbone,
@@ -78,8 +80,9 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         image_size: side of the images in evaluation; None is the model's ``size``, else 224, or 32 for models of small
             images.
         crop_pct: side of the centre crop, over the shorter side of the resized image.
-        image_mean: per channel, subtracted from images in [0, 1].
-        image_std: per channel, by which images are then divided.
+        image_mean: per channel, subtracted from images in [0, 1]; None is ImageNet's, or for other numbers of channels
+            the mean of its three.
+        image_std: per channel, by which images are then divided; None as for the mean.
         channels_of_maps: widths of the feature maps; computed if None, and saved.
         kwargs: as in transformers' ``PreTrainedConfig``: ``num_labels``, ``id2label``, ``out_features``,
             ``out_indices``. The number of labels is the model's own unless it is given.
@@ -484,8 +487,19 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
         return found.to_tuple() if return_dict is False else found
 
 
+def _per_channel(name: str, given: list[float] | None, usual: Sequence[float], channels: int) -> list[float]:
+    """Returns one number per channel: those given, else ImageNet's, or their mean for other numbers of channels."""
+    if given is None:
+        return list(usual) if channels == len(usual) else [sum(usual) / len(usual)] * channels
+    if len(given) != channels:
+        raise SchemeError(
+            f"OdenetsConfig: {name} has {len(given)} numbers for {channels} channels.\n  Give one per channel."
+        )
+    return list(given)
+
+
 class OdenetsImageProcessor(PilBackend):
-    """Preprocesses images for evaluation: resizes the shorter side, crops the centre, then normalises.
+    """Preprocesses images for evaluation: colours of the model, shorter side, middle, then mean and deviation.
 
     Example:
         >>> from PIL import Image
@@ -508,14 +522,32 @@ class OdenetsImageProcessor(PilBackend):
 
         Args:
             config: the model's configuration.
+
+        Raises:
+            SchemeError: a mean or a standard deviation of another number of channels.
         """
         side = int(config.image_size or 224)
         return cls(
             size={"shortest_edge": round(side / config.crop_pct)},
             crop_size={"height": side, "width": side},
-            image_mean=list(config.image_mean or IMAGENET_MEAN),
-            image_std=list(config.image_std or IMAGENET_STD),
+            image_mean=_per_channel("image_mean", config.image_mean, IMAGENET_MEAN, config.num_channels),
+            image_std=_per_channel("image_std", config.image_std, IMAGENET_STD, config.num_channels),
+            do_convert_rgb=config.num_channels in (1, 3),
         )
+
+    def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
+        """Converts an image to the colours of the model: RGB, or grey if it has one channel.
+
+        Args:
+            image: the image; arrays are grey already.
+            input_data_format: as in transformers.
+        """
+        if len(self.image_mean) != 1:
+            return super().convert_to_rgb(image, input_data_format=input_data_format)
+        if not isinstance(image, Image.Image):
+            return image
+        # By way of RGB, where transparency becomes white; grey stays the same number.
+        return np.asarray(Image.fromarray(super().convert_to_rgb(image)).convert("L"))
 
 
 _from_hub = AutoBackbone.from_pretrained

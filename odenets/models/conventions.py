@@ -141,7 +141,7 @@ class Conventions(nn.Module):
         return rows
 
     def _features_are(self, row: Mapping[str, Any]) -> None:
-        """Takes the width of the features, and the multiple of pixels that they need, from a row of ``feature_info``."""
+        """Takes the width of the features, and the pixels per pixel of theirs, from a row of ``feature_info``."""
         self.num_features = self.head_hidden_size = row["num_chs"]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

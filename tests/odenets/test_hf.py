@@ -347,6 +347,35 @@ def test_a_picture_goes_through_the_pipeline_of_a_folder(tmp_path):
     assert [row["label"] for row in folder(picture)] == sorted(found, key=found.get, reverse=True)[:5]
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_processor_gives_the_channels_of_the_model(channels, mode, tmp_path):
+    from PIL import Image
+
+    net = hf.OdenetsForImageClassification(hf.OdenetsConfig(name="resnet20", num_channels=channels)).eval()
+    net.save_pretrained(tmp_path)
+    grey = Image.effect_noise((50, 50), 80)
+    for processor in (
+        hf.OdenetsImageProcessor.of(net.config),
+        transformers.AutoImageProcessor.from_pretrained(tmp_path),
+    ):
+        x = processor(grey.convert(mode), return_tensors="pt")["pixel_values"]
+        assert x.shape == (1, channels, 32, 32) and net(x).logits.shape == (1, 10)
+        # The same picture, whatever its mode: grey, with a mean for each channel.
+        want = processor(grey, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(x, want)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        assert (x * std + mean - (x * std + mean)[:, :1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["image_mean", "image_std"])
+@pytest.mark.parametrize(("channels", "given"), [(1, [0.5, 0.5, 0.5]), (3, [0.5]), (4, [0.5, 0.5, 0.5])])
+def test_a_mean_of_other_channels_is_refused(name, channels, given):
+    config = hf.OdenetsConfig(name="resnet20", num_channels=channels, **{name: given})
+    with pytest.raises(SchemeError, match=rf"{name} has \d numbers for {channels} channels\.\n  Give one per channel"):
+        hf.OdenetsImageProcessor.of(config)
+
+
 @pytest.mark.parametrize("name", ["convnext_base", "revcol_1column"])
 def test_a_segmenter_trains_on_a_backbone(name):
     backbone = config(
