@@ -41,6 +41,7 @@ COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
 # says whether the two are equal; `Report.kept` lists them.
 LEARNED = re.compile(r"(?P<stack>^|.*\.)steps\.\d+\.h$")
 LISTED = 10
+IMPLIED = "_implied_by_weights"  # the attribute of a model that remembers what it was built with
 
 
 class KeyMap(NamedTuple):
@@ -165,11 +166,66 @@ class Matched:
         """Writes the tensors, all at once."""
         # Completed by the model's own values for keys that the file may lack.
         self.model.load_state_dict({**self.model.state_dict(), **self.tensors})
-        for path, number in self.settings.items():
-            module, _, name = path.rpartition(".")
-            # Numbers such as an epsilon, in which layouts differ without a tensor that shows it.
-            setattr(self.model.get_submodule(module), name, number)
+        set_implied(self.model, self.settings)
         return self.report
+
+
+def set_implied(model: nn.Module, settings: Mapping[str, float]) -> None:
+    """Sets the numbers that the layout of loaded weights implies, after taking back those of earlier weights.
+
+    Args:
+        model: the model.
+        settings: as in ``KeyMap``.
+    """
+    # Numbers such as an epsilon, in which layouts differ without a tensor that shows it.
+    own = {path: built_with(model, path) for path in {**_implied(model), **settings}}
+    for path, number in {**own, **settings}.items():
+        module, _, name = path.rpartition(".")
+        setattr(model.get_submodule(module), name, number)
+    if own:
+        model.__dict__[IMPLIED] = {path: (own[path], number) for path, number in settings.items()}
+
+
+def built_with(model: nn.Module, path: str) -> Any:
+    """Returns a number as it was before weights were loaded whose layout implies another.
+
+    Args:
+        model: the model.
+        path: its attribute path, as in ``KeyMap.settings``.
+    """
+    present = _present(model, path)
+    own, implied = _implied(model).get(path, (present, present))
+    # Otherwise it was changed since, on purpose.
+    return own if present == implied else present
+
+
+def check_saved(model: nn.Module) -> None:
+    """Checks that a file of the weights loses no number that their layout implies.
+
+    Args:
+        model: the model, or a module around it.
+
+    Raises:
+        SchemeError: a new model would have another.
+    """
+    for module in model.modules():
+        for path, (own, number) in _implied(module).items():
+            if own != number and _present(module, path) == number:
+                raise SchemeError(
+                    f"{path} = {number:g}, which the layout of the loaded weights implies, is in no file of weights, "
+                    f"and {type(module).__name__} was built with {own}.\n  Build it with the number of the weights "
+                    f"(as {path.replace('.', '_')}={number:g} of RDNet), and load them again."
+                )
+
+
+def _present(model: nn.Module, path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(module), name, None)
+
+
+def _implied(model: nn.Module) -> dict[str, tuple[Any, float]]:
+    """The number that a model was built with, and the one that its weights imply, by path."""
+    return model.__dict__.get(IMPLIED, {})
 
 
 # long: each kind of misfit is detected in one pass over the keys
@@ -264,8 +320,11 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         path: the file, ``*.safetensors`` by convention; its folder is created if missing.
 
     Raises:
+        SchemeError: the weights were loaded from a layout that implies a number that no tensor holds and that a new
+            model would not have.
         ImportError: safetensors is not installed.
     """
+    check_saved(model)
     save_tensors(model.state_dict(), path)
 
 

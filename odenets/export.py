@@ -32,7 +32,7 @@ class Exported(NamedTuple):
         path: the file.
         format: "onnx" or "pt2".
         difference: the largest difference between its outputs and the network's, divided by their largest magnitude
-            or 1, whichever is larger.
+            or 1, whichever is larger; of finite outputs, the others are equal.
         shape: of its input; a name stands for any number.
     """
 
@@ -226,13 +226,36 @@ def _outputs(net: nn.Module, run: Callable[[Tensor], Tensor], batches: Sequence[
 
 
 def _difference(net: nn.Module, kind: str, got: list[Tensor], wanted: list[Tensor], tolerance: float) -> float:
-    scale = max(1.0, *(float(y.abs().max()) for y in wanted))
-    worst = max(float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in zip(got, wanted, strict=True))
+    worst, scale = 0.0, 1.0
+    for a, b in zip(got, wanted, strict=True):
+        # Of each batch alone: a comparison with NaN is false, so a maximum over all would forget it.
+        worst, scale = max(worst, _worst(net, kind, a.cpu().double(), b.cpu().double())), max(scale, _largest(b))
     difference = worst / scale
-    # Written so that NaN is refused too.
     if not difference <= tolerance:
         raise SchemeError(
             f"{type(net).__name__} as {kind}: its outputs differ by {difference:.2g} from the network's, more than "
             f"{tolerance:g}; nothing was written\n  Give a larger tolerance if that is expected, as in half precision."
         )
     return difference
+
+
+def _worst(net: nn.Module, kind: str, a: Tensor, b: Tensor) -> float:
+    """Returns the largest difference of finite outputs; shapes, and all that is not finite, must be equal."""
+    if a.shape != b.shape:
+        raise SchemeError(
+            f"{type(net).__name__} as {kind}: its outputs are {tuple(a.shape)}, the network's {tuple(b.shape)}; "
+            "nothing was written\n  Let its forward return one tensor whose shape follows from the picture's."
+        )
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        raise SchemeError(
+            f"{type(net).__name__} as {kind}: other outputs are infinite or NaN than the network's; nothing was written"
+            "\n  Export a network whose outputs are finite."
+        )
+    return float((a - b)[finite].abs().max()) if finite.any() else 0.0
+
+
+def _largest(y: Tensor) -> float:
+    """Returns the largest magnitude of the finite numbers, 0 where there are none."""
+    found = y[y.isfinite()]
+    return float(found.abs().max()) if found.numel() else 0.0

@@ -9,7 +9,7 @@ Raises:
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from schemes.errors import MixingWarning, SchemeError
 
+from . import checkpoints
+from .continuous import ContinuousWeights, expected_shapes
+from .knots import KNOTS, count_of, read_knots
 from .models.catalogue import IMAGENET_MEAN, IMAGENET_STD, create_model, model_options
 from .models.conventions import Conventions
+from .models.keys.layout import places_of, twin
 
 try:
+    import numpy as np
+    from PIL import Image
+    from safetensors import safe_open
     from transformers import (
         AutoBackbone,
         AutoConfig,
@@ -38,6 +45,8 @@ try:
 except ImportError as error:
     raise ImportError(f'odenets.hf needs transformers 5 ({error}): pip install "odenets[hf]"') from None
 
+NETWORK = ("name", "options", "scheme", "num_channels")  # values of a configuration that determine its maps
+NET = "net."  # of the keys of the network, in a file of a model
 CARD = """---
 library_name: transformers
 pipeline_tag: image-classification
@@ -63,17 +72,23 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         name: one of ``odenets.list_models()``.
-        options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values.
+        options: keyword arguments of ``create_model`` that differ from its own, such as widths; plain values; those
+            that have names of their own here are refused.
         scheme: a scheme for all levels, or one per level; None takes the model's own.
         backprop: as in ``Stack``; None takes the model's own.
         num_channels: channels of the images.
-        image_size: side of the images in evaluation; None is 224, or 32 for models of small images.
+        image_size: side of the images in evaluation; None is the model's ``size``, else 224, or 32 for models of small
+            images.
         crop_pct: side of the centre crop, over the shorter side of the resized image.
-        image_mean: per channel, subtracted from images in [0, 1].
-        image_std: per channel, by which images are then divided.
+        image_mean: per channel, subtracted from images in [0, 1]; None is ImageNet's, or for other numbers of channels
+            the mean of its three.
+        image_std: per channel, by which images are then divided; None as for the mean.
         channels_of_maps: widths of the feature maps; computed if None, and saved.
         kwargs: as in transformers' ``PreTrainedConfig``: ``num_labels``, ``id2label``, ``out_features``,
             ``out_indices``. The number of labels is the model's own unless it is given.
+
+    Raises:
+        SchemeError: options that have another name here, or two values of one.
 
     Example:
         >>> config = OdenetsConfig(name="resnet20", backprop="checkpoint", out_features=["stage1", "stage3"])
@@ -97,15 +112,16 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        own = model_options(self.name)
         self.options = dict(self.options or {})
+        own = {**model_options(self.name), **self.options}
+        self._check()
         if kwargs.get("num_labels") is None:
             # transformers creates names for the labels right away, and None is not a number of them.
             kwargs.pop("num_labels", None)
             if self.id2label is None:
                 kwargs["num_labels"] = own.get("num_classes", 1000)
         if self.image_size is None:
-            self.image_size = own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
+            self.image_size = _side(self.name, self.options)
         if self.channels_of_maps is None:
             # On the meta device no weights are drawn. The widths are saved, so that this happens only once.
             with torch.device("meta"), _no_mixing():
@@ -117,12 +133,54 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', where given values replace those of the dictionary, and so does what follows from them.
+
+        Args:
+            config_dict: the configuration, as ``to_dict`` returns it.
+            kwargs: values that replace those of the dictionary.
+        """
+        beside = ("backprop", "image_size", "channels_of_maps", *NETWORK)
+        given = {key: kwargs.pop(key) for key in beside if key in kwargs}
+        held = {**config_dict, **given}
+        if "options" not in given and held.get("options"):
+            # What is asked for replaces what the options hold, which would be a second source.
+            asked = {key for key in ("scheme", "backprop") if given.get(key) is not None}
+            held["options"] = {key: value for key, value in held["options"].items() if key not in asked}
+        name = config_dict.get("name", cls.name)
+        if any(held.get(key) != config_dict.get(key) for key in NETWORK):
+            # transformers would set them after these numbers, of the network that was saved, were taken over.
+            if held.get("channels_of_maps") == config_dict.get("channels_of_maps"):
+                held.pop("channels_of_maps", None)
+            if "image_size" not in given and held.get("image_size") == _side(name, config_dict.get("options")):
+                held.pop("image_size", None)
+        return super().from_dict(held, **kwargs)
+
+    def _check(self) -> None:
+        """Refuses options that have names of their own here, and two values of one."""
+        options = self.options or {}
+        for key, own in (("num_classes", "num_labels"), ("in_chans", "num_channels")):
+            if key in options:
+                raise SchemeError(
+                    f"OdenetsConfig: options hold {key}={options[key]!r}, which is {own} here.\n"
+                    f"  Give {own}={options[key]!r} beside the options."
+                )
+        for key, own in (("scheme", "scheme"), ("backprop", "backprop"), ("size", "image_size")):
+            value = getattr(self, own)
+            if key in options and value is not None and value != options[key]:
+                raise SchemeError(
+                    f"OdenetsConfig: {own} is {value!r}, and options hold {key}={options[key]!r}.\n"
+                    "  Give one of the two."
+                )
+
     def build(self, num_classes: int) -> Any:
         """Builds the model.
 
         Args:
             num_classes: outputs of the head; 0: no head.
         """
+        self._check()
         given = {"scheme": self.scheme, "backprop": self.backprop}
         given = {k: v for k, v in given.items() if v is not None}
         net = create_model(
@@ -133,12 +191,76 @@ class OdenetsConfig(BackboneConfigMixin, PreTrainedConfig):
         return net
 
 
+def _side(name: str, options: dict[str, Any] | None) -> int:
+    """Returns the side of the pictures that a model is made for."""
+    own = {**model_options(name), **(options or {})}
+    return own.get("size", 224 if own.get("num_classes", 1000) >= 1000 else 32)
+
+
 @contextmanager
 def _no_mixing() -> Iterator[None]:
     """Within it, schemes of high mixing cause no warning, since the build of the model itself gives one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MixingWarning)
         yield
+
+
+def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters and the buffers of a network, by name."""
+    yield from net.named_parameters()
+    yield from net.named_buffers()
+
+
+def _names(net: nn.Module, keys: Collection[str]) -> dict[str, str]:
+    """Returns the names in this network of a file's keys, which differ where its scheme makes other steps.
+
+    Raises:
+        SchemeError: a level has other functions than the file's, in other steps: none would be in its place.
+    """
+    bare = {key: key.removeprefix(NET) for key in keys}
+    own = net.state_dict().keys()
+    places, given = places_of(own), places_of(bare.values())
+    for level in places.keys() & given.keys():
+        here, there = places[level], given[level]
+        if len(here) != len(there) and any(a != b for a, b in zip(here, there, strict=False)):
+            raise SchemeError(
+                f"level {level + 1} of the file has {len(there)} residual functions, here {len(here)} in other steps; "
+                "nothing was loaded.\n  Build it with as many functions, or under the scheme of the file."
+            )
+    known = twin(own, list(bare.values()))
+    # A head that this network does not have keeps its name, under which transformers leaves it out.
+    renamed = {} if known is None else {key: known.names[b] or b for key, b in bare.items()}
+    return {key: NET + name if key.startswith(NET) else name for key, name in renamed.items()}
+
+
+def _take_knots(net: nn.Module, held: dict[str, Tensor]) -> None:
+    """Moves the knots of fields out of a state dict into the fields, which get as many coefficients as it holds.
+
+    Raises:
+        SchemeError: they are functions on another span.
+    """
+    bare = {key.removeprefix(NET): value for key, value in held.items()}
+    expected_shapes(net, bare, net.state_dict())
+    for name, field in net.named_modules():
+        if isinstance(field, ContinuousWeights) and (given := bare.get(f"{name}.{KNOTS}")) is not None:
+            _, space = read_knots(given, count_of(bare, f"{name}.", field.space.count))
+            if space != field.space:
+                # Only the shapes: the values are those of the file.
+                field.change(space, torch.zeros(space.count, field.space.count))
+            held.pop(f"{NET}{name}.{KNOTS}", None)
+            held.pop(f"{name}.{KNOTS}", None)
+
+
+def _keys(files: Sequence[str]) -> list[str]:
+    """Returns the keys in weight files, without reading the tensors of a safetensors file."""
+    found: list[str] = []
+    for file in files:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as held:
+                found += held.keys()
+        else:
+            found += checkpoints.read(file)
+    return found
 
 
 class OdenetsPreTrainedModel(PreTrainedModel):
@@ -159,23 +281,47 @@ class OdenetsPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.net = config.build(num_classes)
         self._new: dict[str, Tensor] = {}
-        for p in self.net.parameters():
-            if not p.is_meta:  # it has its value, which transformers must not draw again
-                p._is_hf_initialized = True  # type: ignore[attr-defined]
+        for _, t in _tensors(self.net):
+            if not t.is_meta:  # it has its value, which transformers must not draw again
+                t._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises weights that no file held, as the library does in a new network."""
-        own = {id(p) for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)}
-        places = {key: p for key, p in self.net.named_parameters() if id(p) in own}
+        """Initialises weights and buffers that no file held, as the library does in a new network."""
+        held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        own = {id(t) for t in held if not getattr(t, "_is_hf_initialized", False)}
+        places = {key: t for key, t in _tensors(self.net) if id(t) in own}
         if not places:
             return
         if not self._new:  # once for all modules with missing weights
             # transformers may have set the meta device, on which no numbers can be drawn.
             with _no_mixing(), torch.device("cpu"):
-                self._new.update(self.config.build(self.net.num_classes).named_parameters())  # type: ignore[union-attr]
+                self._new.update(_tensors(self.config.build(self.net.num_classes)))  # type: ignore[union-attr]
         with torch.no_grad():
-            for key, p in places.items():
-                p.copy_(self._new[key])
+            for key, t in places.items():
+                t.copy_(self._new[key])
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: dict[str, Tensor] | None, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Loads as transformers does; each residual function to its place under the scheme of this network.
+
+        Raises:
+            SchemeError: functions or learned step sizes that have no place here, or fields on another span.
+        """
+        files = checkpoint_files or [] if state_dict is None else []
+        names = _names(model.net, _keys(files) if state_dict is None else state_dict)
+        # Knots are neither parameters nor buffers, which is all that transformers looks for.
+        knots = {f"{NET}{name}.{KNOTS}" for name, m in model.net.named_modules() if isinstance(m, ContinuousWeights)}
+        if knots or any(key != name for key, name in names.items()):
+            held = (
+                state_dict if state_dict is not None else {k: v for f in files for k, v in checkpoints.read(f).items()}
+            )
+            state_dict = {names.get(key, key): value for key, value in held.items()}
+            _take_knots(model.net, state_dict)
+        info, *rest = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        info.missing_keys -= knots
+        return info, *rest
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -202,7 +348,11 @@ class OdenetsPreTrainedModel(PreTrainedModel):
             save_directory: the folder.
             args: as in transformers.
             kwargs: as in transformers.
+
+        Raises:
+            SchemeError: a number that the weights imply would be lost, as in ``odenets.checkpoints.save``.
         """
+        checkpoints.check_saved(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         folder, config = Path(save_directory), self.config
         if not (folder / "preprocessor_config.json").exists():
@@ -337,8 +487,19 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
         return found.to_tuple() if return_dict is False else found
 
 
+def _per_channel(name: str, given: list[float] | None, usual: Sequence[float], channels: int) -> list[float]:
+    """Returns one number per channel: those given, else ImageNet's, or their mean for other numbers of channels."""
+    if given is None:
+        return list(usual) if channels == len(usual) else [sum(usual) / len(usual)] * channels
+    if len(given) != channels:
+        raise SchemeError(
+            f"OdenetsConfig: {name} has {len(given)} numbers for {channels} channels.\n  Give one per channel."
+        )
+    return list(given)
+
+
 class OdenetsImageProcessor(PilBackend):
-    """Preprocesses images for evaluation: resizes the shorter side, crops the centre, then normalises.
+    """Preprocesses images for evaluation: colours of the model, shorter side, middle, then mean and deviation.
 
     Example:
         >>> from PIL import Image
@@ -361,14 +522,32 @@ class OdenetsImageProcessor(PilBackend):
 
         Args:
             config: the model's configuration.
+
+        Raises:
+            SchemeError: a mean or a standard deviation of another number of channels.
         """
         side = int(config.image_size or 224)
         return cls(
             size={"shortest_edge": round(side / config.crop_pct)},
             crop_size={"height": side, "width": side},
-            image_mean=list(config.image_mean or IMAGENET_MEAN),
-            image_std=list(config.image_std or IMAGENET_STD),
+            image_mean=_per_channel("image_mean", config.image_mean, IMAGENET_MEAN, config.num_channels),
+            image_std=_per_channel("image_std", config.image_std, IMAGENET_STD, config.num_channels),
+            do_convert_rgb=config.num_channels in (1, 3),
         )
+
+    def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
+        """Converts an image to the colours of the model: RGB, or grey if it has one channel.
+
+        Args:
+            image: the image; arrays are grey already.
+            input_data_format: as in transformers.
+        """
+        if len(self.image_mean) != 1:
+            return super().convert_to_rgb(image, input_data_format=input_data_format)
+        if not isinstance(image, Image.Image):
+            return image
+        # By way of RGB, where transparency becomes white; grey stays the same number.
+        return np.asarray(Image.fromarray(super().convert_to_rgb(image)).convert("L"))
 
 
 _from_hub = AutoBackbone.from_pretrained

@@ -43,12 +43,13 @@ def to_own(model: nn.Module, source: Mapping[str, Any] | str | PathLike[str]) ->
         >>> to_own(nn.Linear(1, 1), {"module.weight": torch.ones(1, 1), "module.bias": torch.ones(1)}).tensors.keys()
         dict_keys(['weight', 'bias'])
     """
-    # Read before loading, which sets them: the numbers that differ afterwards are those that the layout implies.
-    numbers = _numbers(model)
-    report = checkpoints.load(model, source)
-    changed = {path: value for path, value in _numbers(model).items() if numbers.get(path) != value}
+    name = "state dict" if isinstance(source, Mapping) else str(source)
+    found = checkpoints.matched(model, source if isinstance(source, Mapping) else checkpoints.read(source), name)
+    # Of a new model, whatever was loaded into this one before.
+    changed = {path: n for path, n in found.settings.items() if checkpoints.built_with(model, path) != n}
     if changed:
-        _refuse(report.layout, changed)
+        _refuse(found.report.layout, changed)
+    report = found.write()
     return Converted(dict(model.state_dict()), "own", report.dropped)
 
 

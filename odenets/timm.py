@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoints import Renames
+from .checkpoints import Renames, set_implied
 from .messages import first_line
 from .models.catalogue import (
     IMAGENET_MEAN,
@@ -66,9 +66,7 @@ def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     known = model.key_map(state.keys()) if isinstance(model, Renames) and state.keys() != own.keys() else None
     if known is None:
         return state
-    for path, number in known.settings.items():
-        module, _, name = path.rpartition(".")
-        setattr(model.get_submodule(module), name, number)
+    set_implied(model, known.settings)
     placed = {known.names.get(key, key): value for key, value in state.items()}
     # Layouts write a vector as (c, 1, 1), and a matrix as a 1x1 convolution.
     return {

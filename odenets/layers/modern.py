@@ -17,9 +17,9 @@ def make_norm(kind: Norm, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else LayerNorm2d(channels)
 
 
-def make_act(kind: Act) -> nn.Module:
-    """Returns a ReLU or a GELU."""
-    return nn.ReLU(inplace=True) if kind == "relu" else nn.GELU()
+def make_act(kind: Act, inplace: bool = True) -> nn.Module:
+    """Returns a ReLU or a GELU; ``inplace``: whether the ReLU may overwrite its argument."""
+    return nn.ReLU(inplace=inplace) if kind == "relu" else nn.GELU()
 
 
 class ModernFunction(nn.Module):

@@ -65,14 +65,15 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
     """conv(relu(norm(x))) of the joined maps x, keeping only the maps for the backward pass.
 
     Running statistics are updated once. Where the plain operations are needed (evaluation, synchronised or cumulative
-    statistics, a compiler, which itself chooses what to keep), those run, with the same value.
+    statistics, a norm without weights, a convolution with bias, stride or groups, a compiler, which itself chooses what
+    to keep), those run, with the same value; so they do for one value per channel, which they refuse.
 
     Cost: one additional joined copy and one additional pass of the norm and the ReLU, in the backward pass; no
     convolution and no statistics are computed again. Second derivatives raise an error.
 
     Args:
         norm: the norm.
-        conv: the convolution: no bias, stride 1, one group.
+        conv: the convolution.
         xs: one map, or several that are joined along the channels.
 
     Example:
@@ -82,19 +83,35 @@ def norm_relu_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, *xs: Tensor) -> Tensor
         >>> torch.allclose(norm_relu_conv(norm, conv, *x.split(2, 1)), conv(norm(x).relu()), atol=1e-6)
         True
     """
-    if (
-        # Exactly this class: a subclass may compute its statistics differently.
-        type(norm) is nn.BatchNorm2d
-        and isinstance(conv, nn.Conv2d)
-        and norm.training
-        and norm.momentum is not None
-        and norm.running_mean is not None
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    ):
+    if _saves(norm, conv, xs[0]):
         # The kernel updates the running statistics but not the counter, which the norm's own forward increments.
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         return _NormReluConv.apply(norm.weight, norm.bias, conv.weight, norm, conv, *xs)  # type: ignore
     x = joined(xs)
     return conv(F.relu(norm(x), inplace=True))
+
+
+def _saves(norm: nn.BatchNorm2d, conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the node of its own has the value of the plain operations, and memory to save."""
+    return (
+        # Exactly this class: a subclass may compute its statistics differently.
+        type(norm) is nn.BatchNorm2d
+        and isinstance(conv, nn.Conv2d)
+        and norm.training
+        and norm.affine
+        and norm.momentum is not None
+        and norm.running_mean is not None
+        and norm.track_running_stats
+        # One value per channel has no variance, which the norm's own forward refuses, and the kernel does not.
+        and x.dim() == 4
+        and x.numel() > x.shape[1]
+        and conv.bias is None
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
+        and conv.padding[0] == conv.padding[1]
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )

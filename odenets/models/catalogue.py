@@ -298,11 +298,14 @@ def _build(name: str, entry: Registered, pretrained: bool | str, kwargs: dict[st
             f"the published weights of {name} take {len(weights.mean)} channels, not {kwargs['in_chans']}; "
             "repeat or mix the picture's channels."
         )
-    classes, pool = kwargs.pop("num_classes", weights.num_classes), kwargs.pop("global_pool", None)
+    classes, pool = kwargs.pop("num_classes", weights.num_classes), kwargs.get("global_pool")
+    if pool == "":
+        # The published head needs a pooling, which leaves with it.
+        kwargs.pop("global_pool")
     # Built with the published head, so that every key matches; the requested head replaces it afterwards.
     model = entry.build(**kwargs, num_classes=weights.num_classes)
     checkpoints.load(model, _download(name, weights))
-    if classes != weights.num_classes or pool is not None:
+    if classes != weights.num_classes or pool == "":
         model.reset_classifier(classes, pool)  # type: ignore[operator]
     return model
 

@@ -1,7 +1,7 @@
 """Methods that timm's users call on any network: intermediate maps, checkpointing, groups of parameters."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .feature_info import FeatureInfo, chosen, place
 
 LAST = (99999,)  # timm's marker for parameters that join the preceding group
 # Parameters of two or more dimensions that are scales or positions, not weights of a linear map.
-UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|log_scale)$|^idle\.")
+UNDECAYED = re.compile(r"(^|\.)(class_token|positions|alpha|gamma|log_scale)$|^idle\.")
 
 
 class Conventions(nn.Module):
@@ -53,7 +53,7 @@ class Conventions(nn.Module):
         return found[-1], found
 
     def cut_levels(self, last: int) -> None:
-        """Removes everything after map number ``last``.
+        """Removes everything after map number ``last``; nothing, unless a subclass overrides it.
 
         Args:
             last: the number of the last map that stays, from 0.
@@ -135,8 +135,14 @@ class Conventions(nn.Module):
         if prune_norm or shorter:
             without_norms(self)
         self.feature_info = FeatureInfo(self.feature_info[: max(rows) + 1])
-        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        # Columns stay whole, whichever of their maps are wanted: so do their features, and the pictures that they take.
+        if type(self).cut_levels is not Conventions.cut_levels:
+            self._features_are(self.feature_info[-1])
         return rows
+
+    def _features_are(self, row: Mapping[str, Any]) -> None:
+        """Takes the width of the features, and the pixels per pixel of theirs, from a row of ``feature_info``."""
+        self.num_features = self.head_hidden_size = row["num_chs"]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switches stacks that store to keeping one state per step and recomputing the step, or back where disabled.

@@ -122,8 +122,12 @@ def level_depths(net: nn.Module, group: int) -> dict[str, int]:
     # Step -1 of a level is the transition before it.
     for level, stack in enumerate(net.levels):  # type: ignore[arg-type]
         # A RevNet's transition is itself a step, the first of its level.
-        depth += (first := level < len(transitions) and isinstance(transitions[level], Stack))
+        before = transitions[level] if level < len(transitions) else nn.Identity()
+        depth += (first := isinstance(before, Stack))
         places[level, -1] = depth if first else depth + 1
+        # A RevNet's level of one unit is empty after it: without parameters there is no depth.
+        if next(stack.parameters(), None) is None and (first or next(before.parameters(), None) is None):
+            continue
         for steps in _together(stack, group):
             depth += 1
             places.update({(level, step): depth for step in steps})

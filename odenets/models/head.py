@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -116,17 +116,21 @@ class HeadNet(Conventions, ABC):
             init: draws the weights of the whole network, including the head's.
         """
         self.feature_info = FeatureInfo(features)
-        self.num_features = self.head_hidden_size = features[-1]["num_chs"]
+        self._features_are(features[-1])
         # In this order: `init` draws the head's weights too, and would undo a scaling before it.
         self._put_head(self.num_classes, self.global_pool)
         if init is not None:
             init(self)
         self._scale_head()
 
+    def _features_are(self, row: Mapping[str, Any]) -> None:
+        super()._features_are(row)
+        self._reduction: int = row["reduction"]
+
     @property
     def reduction(self) -> int:
-        """Pixels of the picture per pixel of the last map, in height and width."""
-        return self.feature_info[-1]["reduction"]
+        """Pixels of the picture per pixel of the features, in height and width."""
+        return self._reduction
 
     def picture(self, x: Tensor) -> Tensor:
         """Returns the picture as the stem takes it: padded where the network pads, else checked.
@@ -204,7 +208,7 @@ class HeadNet(Conventions, ABC):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head, on the device and in the dtype of the network, scaled by ``head_init_scale``.
+        """Replaces the head, in the network's mode, dtype and on its device, scaled by ``head_init_scale``.
 
         Args:
             num_classes: the new head's width; 0 leaves features.
@@ -225,15 +229,20 @@ class HeadNet(Conventions, ABC):
             raise SchemeError(f"global_pool='' gives {given}, and {num_classes} classes need {wanted}: num_classes=0.")
         self.global_pool = pool
         self.num_classes = num_classes
-        self.head = self.make_head(num_classes) if num_classes else nn.Identity()
+        # In the network's mode: dropout of a new head must not act in a network in evaluation.
+        self.head = (self.make_head(num_classes) if num_classes else nn.Identity()).train(self.training)
 
     def _scale_head(self) -> None:
         if self.head_init_scale != 1:
             with torch.no_grad():
-                for m in self.head.modules():
+                for m in (m for head in self._heads() for m in head.modules()):
                     if isinstance(m, nn.Linear):
                         m.weight.mul_(self.head_init_scale)
                         m.bias.mul_(self.head_init_scale)
+
+    def _heads(self) -> Sequence[nn.Module]:
+        """The heads that ``_put_head`` builds."""
+        return [self.head]
 
     def make_head(self, num_classes: int) -> nn.Module:
         """Returns a linear layer with new weights.

@@ -181,9 +181,12 @@ class RevCol(ColumnNet):
         if self.supervision is not None:
             if num_classes:
                 heads = (self.make_head(num_classes, drop_rate=0.0) for _ in self.supervision.columns)
-                self.supervision.heads = nn.ModuleList(heads)
+                self.supervision.heads = nn.ModuleList(heads).train(self.training)
             else:
                 self.supervision = None
+
+    def _heads(self) -> Sequence[nn.Module]:
+        return [*super()._heads(), *(self.supervision.heads if self.supervision is not None else ())]
 
     def init_head(self, head: nn.Module) -> None:
         init_truncated(head)

@@ -5,7 +5,7 @@ A RevNet's level begins with a unit that changes stride and width and cannot be 
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class RevNet(_Reversible):
         self.stem = _stem(stem, self.in_chans, widths[0])
         expansion = FUNCTIONS[block].expansion
         channels = [widths[0], *(w * expansion for w in widths[1:])]
-        rates = iter(linear_rates(self.drop_path_rate, 2 * sum(units)))
+        rates = iter(_rates(self.drop_path_rate, units, continuous is not None))
         make = _maker(block, lambda: next(rates), norm, act)
         for level, (count, (width, out)) in enumerate(zip(units, pairwise(channels), strict=True)):
             stride = 1 if level == 0 else 2
@@ -150,6 +150,16 @@ class RevNet(_Reversible):
         # The stem rounds up; only what comes after it must be even.
         first = self.feature_info[0]["reduction"]
         return all(-(-side // first) % (self.reduction // first) == 0 for side in (height, width))
+
+
+def _rates(rate: float, units: Sequence[int], continuous: bool) -> list[float]:
+    """Returns the rates of stochastic depth, one per function; those after a level's first unit have a field's mean."""
+    rates, found = iter(linear_rates(rate, 2 * sum(units))), []
+    for count in units:
+        found += islice(rates, 2)
+        rest = list(islice(rates, 2 * count - 2))
+        found += [sum(rest) / len(rest)] * len(rest) if continuous and rest else rest
+    return found
 
 
 class IRevNet(_Reversible):

@@ -19,7 +19,7 @@ from ..stack import Stack
 from .dense_levels import Widths, schemes_with_growth
 from .densenet import DenseNet
 from .level_net import LevelNet
-from .levels import mixer, schemes_of_levels, steps_that_fit
+from .levels import mixer, schemes_of_levels, steps_that_fit, takes_shortcut
 from .rdnet import RDNet
 
 
@@ -171,7 +171,8 @@ class ModernNet(LevelNet):
                     channels=width,
                     out_channels=out if changes else None,
                     shortcut=_projection(width, out, stride, d.norm) if changes else None,
-                    post_step=None if d.one_act else make_act(d.act),
+                    # In place only on a sum that nothing else keeps, as in ResidualNet.
+                    post_step=None if d.one_act else make_act(d.act, takes_shortcut(scheme_)),
                     backprop=backprop,
                 )
             )

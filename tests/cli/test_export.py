@@ -20,6 +20,8 @@ from schemes import SchemeError
 # Torch 2.11 warns whoever loads a .pt2 file of how it reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+
 
 def small() -> nn.Module:
     return create_model("ho_resnet26", num_classes=3, widths=(4, 4), functions=(2, 2), scheme="midpoint")
@@ -90,6 +92,56 @@ def test_a_file_that_is_not_the_network_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(SchemeError, match=r"differ by 0.00.*\n.*tolerance"):
         export(net, tmp_path / "net.pt2", (3, 16, 16))
     assert (tmp_path / "net.pt2").read_text() == "an earlier file" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        *((x, y, "other outputs are infinite or NaN") for x in NOT_FINITE for y in (*NOT_FINITE, 1.0) if x is not y),
+        *((1.0, y, "other outputs are infinite or NaN") for y in NOT_FINITE),
+        *((y, y, None) for y in (*NOT_FINITE, 1.0)),
+    ],
+)
+def test_every_batch_counts_and_what_is_not_finite_hides_nothing(tmp_path, monkeypatch, batch, there, here, said):
+    """One output of one batch is changed; beside it, a difference that is too large is found in any batch."""
+    shift = 0.0
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, x, put=here):
+            y = self.factor * x.mean((2, 3))
+            y[0, 0] = put if len(x) == (exporting.TRACED, *exporting.CHECKED)[batch] else y[0, 0]
+            return y
+
+    net = Net()
+
+    def write(program, path, notes):
+        path.write_text("a file")
+        return lambda x: net(x, there) + shift
+
+    monkeypatch.setattr(exporting, "_traced", lambda *args: None)
+    monkeypatch.setattr(exporting, "_pt2", write)
+    if said:
+        with pytest.raises(SchemeError, match=said + r".*\n"):
+            export(net, tmp_path / "net.pt2", (3, 16, 16))
+        assert not list(tmp_path.iterdir())
+        return
+    assert export(net, tmp_path / "net.pt2", (3, 16, 16)).difference == 0
+    shift = 1e-3
+    with pytest.raises(SchemeError, match=r"differ by 0.00.*\n"):
+        export(net, tmp_path / "net.pt2", (3, 16, 16))
+
+
+def test_outputs_of_another_shape_are_refused(tmp_path, monkeypatch):
+    net = small().eval()
+    monkeypatch.setattr(exporting, "_traced", lambda *args: None)
+    monkeypatch.setattr(exporting, "_pt2", lambda program, path, notes: lambda x: net(x)[:1])
+    with pytest.raises(SchemeError, match=r"its outputs are \(1, 3\), the network's \(2, 3\); nothing was written\n"):
+        export(net, tmp_path / "net.pt2", (3, 16, 16))
 
 
 def trained(path: Path) -> nn.Module:

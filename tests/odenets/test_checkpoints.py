@@ -183,6 +183,30 @@ def test_weights_move_between_schemes_in_order():
     torch.testing.assert_close(back(x), euler(x))
 
 
+@pytest.mark.parametrize("source", ["euler", "midpoint", "rk4", "leapfrog", "2*euler + midpoint"])
+@pytest.mark.parametrize("target", ["euler", "midpoint", "rk4", "leapfrog", "2*euler + midpoint"])
+def test_learned_step_sizes_go_to_the_same_steps_or_nothing_is_loaded(source, target):
+    def sizes(net):
+        return [step.h.item() for step in net.levels[0].steps]
+
+    a, b = (HOResNet((4,), (4,), scheme=scheme, step="learned") for scheme in (source, target))
+    with torch.no_grad():
+        for n, step in enumerate(a.levels[0].steps):
+            step.h.fill_(0.25 * (n + 1))
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    if [len(step.fs) for step in a.levels[0].steps] == [len(step.fs) for step in b.levels[0].steps]:
+        checkpoints.load(b, a.state_dict())
+        assert sizes(a) == sizes(b)
+        return
+    for given in (a.state_dict(), {f"net.{k}": v for k, v in a.state_dict().items()}):
+        with pytest.raises(SchemeError, match=r"learned size of one of \d steps.*\n.*scheme of the file, or leave"):
+            checkpoints.load(b, given)
+    assert all(torch.equal(v, before[k]) for k, v in b.state_dict().items())
+    # The remedy: without them the sizes are the network's own.
+    checkpoints.load(b, {k: v for k, v in a.state_dict().items() if not k.endswith(".h")})
+    assert set(sizes(b)) == {1.0}
+
+
 def small(**kwargs):
     return HOResNet((2,), (4,), scheme="midpoint", **kwargs)
 

@@ -9,7 +9,9 @@ import torch
 from test_every_model import build, families, pictures, shared, step
 
 from odenets import Stack
+from odenets.models import DenseNet, create_model, roadmap
 from odenets.models.feature_info import FeatureInfo, chosen
+from odenets.training.groups import parameter_groups
 from schemes import SchemeError
 
 pytestmark = pytest.mark.cases(4)
@@ -70,8 +72,23 @@ def test_a_pruned_network_gives_the_same_maps(name, indices):
         assert rows == chosen(indices, len(shared(name).feature_info))
         got = net.forward_intermediates(x, rows, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert net.num_classes == 0 and net.num_features == got[-1].shape[1] == net.feature_info.channels(-1)
+    assert net.num_classes == 0 and got[-1].shape[1] == net.feature_info.channels(-1)
     sum(m.square().mean() for m in net.train().forward_intermediates(x, rows, intermediates_only=True)).backward()
+
+
+@every_family
+@pytest.mark.parametrize("indices", [[0], 1])
+def test_a_pruned_network_takes_pictures_and_a_head_that_fit_its_features(name, indices):
+    net = build(name, pad=True).eval()
+    net.prune_intermediate_layers(indices, prune_norm=True)
+    x = pictures(name)[:, :, 1:, 2:]
+    with torch.no_grad():
+        y = net.forward_features(x)
+        assert (y.shape[1] if y.dim() == 4 else y.shape[2]) == net.num_features == net.head_hidden_size
+        if y.dim() == 4:
+            assert y.shape[2:] == tuple(-(-side // net.reduction) for side in x.shape[2:])
+        net.reset_classifier(3)
+        assert net(x).shape == (2, 3)
 
 
 @every_family
@@ -143,6 +160,27 @@ def test_parameters_without_weight_decay_exist_and_are_no_weights(name):
     assert not any(key.endswith(("weight", "bias")) for key in names)
     # All that is neither a vector nor named a weight.
     assert {k for k, p in parameters.items() if p.ndim > 1 and not k.endswith("weight")} <= names
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DenseNet((2, 2), 4, num_classes=3, stem="conv3", layer_scale=0.1),
+        lambda: roadmap.convnext("separate", layer_scale=1e-6),
+        lambda: create_model("convnext_tiny", functions=(1, 1), widths=(8, 16)),
+        lambda: create_model("convnext_tiny", functions=(2, 2), widths=(8, 16), continuous=2, layer_scale=1e-6),
+        lambda: create_model("rdnet_tiny", growths=(8, 16), downsample=(False, True), init_channels=16),
+        lambda: create_model("revcol_tiny", channels=(8, 16), blocks=(1, 1), columns=2),
+    ],
+)
+def test_factors_of_channels_do_not_decay_whatever_their_shape(build):
+    with torch.device("meta"):
+        net = build()
+    found = {k for k, p in net.named_parameters() if k.endswith((".gamma", ".alpha"))}
+    assert found and found <= net.no_weight_decay()
+    decay = {id(p): group.get("weight_decay") for group in parameter_groups(net) for p in group["params"]}
+    # RevCol's alpha decays, as in its published training.
+    assert {decay[id(p)] for k, p in net.named_parameters() if k.endswith(".gamma")} == {0.0}
 
 
 def test_a_list_of_rows():

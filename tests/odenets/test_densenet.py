@@ -262,6 +262,37 @@ def test_one_node_is_norm_relu_and_convolution():
     torch.testing.assert_close(norm_relu_conv.norm_relu_conv(norm, conv, *xs), conv(norm(torch.cat(xs, 1)).relu()))
 
 
+def outcome(run, norm, conv, *shape):
+    """Everything that a pass in training leaves behind, or the error's kind; from the same numbers each time."""
+    torch.manual_seed(0)
+    for module in (norm, conv):
+        module.reset_parameters()
+    x = torch.randn(shape, requires_grad=True)
+    try:
+        y = run(norm, conv, x)
+        y.square().sum().backward()
+    except Exception as error:
+        return [str(type(error)), *(b.clone() for b in norm.buffers())]
+    grads = [p.grad for m in (norm, conv) for p in m.parameters()]
+    norm.zero_grad(), conv.zero_grad()
+    return [y.detach(), x.grad, *grads, *(b.clone() for b in norm.buffers())]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (1, 4, 1, 2), (1, 4, 1, 1), (4, 5, 5)], ids=str)
+@pytest.mark.parametrize("norm", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "conv",
+    [{}, {"bias": True}, {"stride": 2}, {"groups": 2}, {"dilation": 2}, {"padding": "same"}, {"padding": (1, 0)}],
+    ids=str,
+)
+def test_every_norm_convolution_and_picture_gives_what_the_plain_operations_give(conv, norm, shape):
+    norm, conv = nn.BatchNorm2d(4, **norm), nn.Conv2d(4, 2, 3, **{"padding": 1, "bias": False, **conv})
+    want = outcome(lambda norm, conv, x: conv(norm(x).relu()), norm, conv, *shape)
+    found = outcome(norm_relu_conv.norm_relu_conv, norm, conv, *shape)
+    torch.testing.assert_close(found[1:], want[1:])
+    assert found[0] == want[0] if isinstance(want[0], str) else torch.allclose(found[0], want[0], atol=1e-5)
+
+
 def test_one_node_runs_under_autocast():
     a, b = both()
     x = torch.randn(8, 3, 16, 16)

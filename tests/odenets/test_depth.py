@@ -9,6 +9,7 @@ from test_every_model import build, families, pictures, shared
 from torch import nn
 
 from odenets import create_model
+from odenets.models import RevNet
 from odenets.models.depth import grid_depths, matched_depths, parameter_depths
 from schemes import SchemeError
 
@@ -108,6 +109,16 @@ def test_attention_and_perceptron_of_a_block_lie_together(scheme):
     for key, depth in parameter_depths(net).items():
         if m := re.match(r"levels\.0\.steps\.(\d+)", key):
             assert depth == 1 + int(m[1]) // max(1, 2 // stages), key
+
+
+@pytest.mark.parametrize("units", [(1,), (1, 1), (2, 1), (1, 2, 1), (3, 1, 1, 2)])
+def test_a_level_without_parameters_has_no_depth(units):
+    found = parameter_depths(RevNet(units=units, widths=(8,) * (len(units) + 1)))
+    assert sorted(set(found.values())) == list(range(sum(units) + 2))
+    ends = [sum(units[:level]) for level in range(len(units))]
+    assert [found[f"transitions.{level}.steps.0.fs.1.conv2.weight"] for level in range(len(units))] == [
+        end + 1 for end in ends
+    ]
 
 
 def test_a_revnets_first_unit_is_a_step_of_its_own():

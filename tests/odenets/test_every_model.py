@@ -198,6 +198,18 @@ def test_copies_and_pickles_before_and_after_a_step(name):
         step(net, x)
 
 
+@pytest.mark.cases(8)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_new_head_has_the_mode_of_the_network(name, training):
+    net = build(name, drop_rate=0.5).train(training)
+    net.reset_classifier(4)
+    assert {m.training for m in net.modules()} == {training}
+    if not training:
+        with torch.no_grad():
+            x = pictures(name)
+            assert torch.equal(net(x), net(x))
+
+
 @pytest.mark.cases(9)
 def test_reset_classifier(name):
     net, x = copy.deepcopy(shared(name)), pictures(name)

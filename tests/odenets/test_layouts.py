@@ -1,5 +1,7 @@
 """Weights from published keys to ours and back: bit by bit, or refused whole."""
 
+import copy
+
 import pytest
 import torch
 from published_nets import ConvNeXt, DenseNet, Isotropic, RDNet, fill
@@ -165,5 +167,48 @@ def test_a_number_that_no_tensor_holds_is_not_lost():
         with pytest.raises(SchemeError, match=r"implies norm\.eps = 1e-06"):
             convert(Net(), like)
     net = Net()
+    for _ in range(2):
+        with pytest.raises(SchemeError, match=r"implies norm\.eps = 1e-06"):
+            layouts.to_own(net, {**like, "n.weight": torch.full((2,), 3.0)})
+        assert net.norm.eps == 1e-5 and equal(net.state_dict(), Net().state_dict())
+    # Nor does an earlier load make the layout's number the model's own.
+    checkpoints.load(net, like)
+    assert net.norm.eps == 1e-6
+    with pytest.raises(SchemeError, match=r"implies norm\.eps = 1e-06"):
+        layouts.to_own(net, like)
+    net = Net()
     net.norm.eps = 1e-6
     assert layouts.to_layout(net, like).tensors.keys() == like.keys()
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda net: net, torch.nn.Sequential, copy.deepcopy], ids=["bare", "inside", "copied"]
+)
+def test_a_number_of_earlier_weights_neither_stays_nor_is_lost_in_a_file(tmp_path, wrap):
+    published, build = FAMILIES["naver-ai"]
+    state, timm = fill(published()).state_dict(), fill(FAMILIES["rdnet of timm"][0]()).state_dict()
+    net, x = build().eval(), torch.randn(2, 3, 64, 64)
+    checkpoints.load(net, state)
+    assert net.head_norm.eps == 1e-5
+    with pytest.raises(SchemeError, match=r"head_norm\.eps = 1e-05.* was built with 1e-06.*\n.*head_norm_eps=1e-05"):
+        checkpoints.save(wrap(net), tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+    # The remedy: built with it, the network goes out and in.
+    again, other = (models.RDNet(**TINY_RD, head_norm_eps=1e-5).eval() for _ in range(2))
+    checkpoints.load(again, state)
+    checkpoints.save(wrap(again), tmp_path / "net.safetensors")
+    if wrap is not torch.nn.Sequential:
+        checkpoints.load(other, tmp_path / "net.safetensors")
+        assert torch.equal(other(x), net(x))
+    # Other weights: the number is the one with which the network was built, or that of their layout.
+    for given, eps in ((build().state_dict(), 1e-6), (timm, 1e-6), (state, 1e-5), (build().state_dict(), 1e-6)):
+        checkpoints.load(net, given)
+        assert net.head_norm.eps == eps
+    checkpoints.save(wrap(net), tmp_path / "net.safetensors")
+    checkpoints.load(again, timm)
+    assert again.head_norm.eps == 1e-6
+    with pytest.raises(SchemeError, match="was built with 1e-05"):
+        checkpoints.save(wrap(again), tmp_path / "net.safetensors")
+    net.head_norm.eps = 1e-3  # changed by hand, it stays
+    checkpoints.load(net, build().state_dict())
+    assert net.head_norm.eps == 1e-3

@@ -315,6 +315,21 @@ def test_pretrained_downloads_checks_and_loads(published, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("classes", [None, 6])
+def test_a_pooling_that_is_asked_for_keeps_the_published_head(published, pool, classes):
+    source = published().eval()
+    x = torch.randn(2, 3, 16, 16)
+    net = create_model("tiny", pretrained=True, global_pool=pool, num_classes=classes).eval()
+    maps = source.forward_features(x)
+    want = source.head(maps.mean((2, 3)) if pool == "avg" else maps.amax((2, 3)))
+    torch.testing.assert_close(net(x), want)
+    assert net.global_pool == pool
+    with pytest.raises(SchemeError, match="num_classes=0"):
+        create_model("tiny", pretrained=True, global_pool="")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_pretrained_says_where_it_cannot(published, monkeypatch, tmp_path):
     with pytest.raises(SchemeError, match=r"no published weights are known for ho_resnet50; .*resnet50.* are"):
         create_model("ho_resnet50", pretrained=True)

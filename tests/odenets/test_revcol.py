@@ -179,3 +179,13 @@ def test_the_idle_factors_do_not_trouble_ddp(backprop, tmp_path):
         # work: a deadlock, unless that thread comes first.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()
+
+
+def test_every_new_head_of_a_supervised_network_is_scaled_and_in_its_mode():
+    small = {"channels": (8, 16), "blocks": (1, 1), "columns": 4, "num_classes": 5, "supervision": True}
+    net = RevCol(**small, head_init_scale=0.001).eval()
+    for classes in (5, 7):
+        heads = [net.head, *net.supervision.heads]
+        assert len(heads) == 4
+        assert all(h.fc.out_features == classes and 0 < h.fc.weight.std() < 1e-4 and not h.training for h in heads)
+        net.reset_classifier(7)

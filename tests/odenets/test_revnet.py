@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from odenets.layers import PoolPadShortcut, SpaceToDepth
+from odenets.layers import DropPath, PoolPadShortcut, SpaceToDepth
 from odenets.models import IRevNet, RevNet, create_model
 from odenets.models.revnet import REVNETS
 from schemes import SchemeError
@@ -135,3 +135,15 @@ def test_every_parameter_gets_a_gradient_and_feature_info_is_true():
 def test_the_first_function_has_the_activation_of_the_others_and_writes_to_no_argument(act, kind):
     function = RevNet(act=act).transitions[0].steps[0].fs[0]
     assert type(function.relu) is kind and not function.relu.inplace
+
+
+@pytest.mark.parametrize("units", [(9, 9, 9), (1, 4), (2, 3, 1)])
+def test_fields_have_the_mean_rate_of_the_functions_that_they_stand_for(units):
+    def rates(net, part):
+        return [[m.p for m in level.modules() if isinstance(m, DropPath)] for level in getattr(net, part)]
+
+    options = {"units": units, "widths": (8,) * (len(units) + 1), "drop_path_rate": 0.5}
+    plain, fields = RevNet(**options), RevNet(**options, continuous=3)
+    assert rates(fields, "transitions") == rates(plain, "transitions")
+    for found, each in zip(rates(fields, "levels"), rates(plain, "levels"), strict=True):
+        assert found == ([pytest.approx(sum(each) / len(each))] * 2 if each else [])

@@ -1,5 +1,6 @@
 """The roadmaps: every step has the published size, runs, and ends where the models begin."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -159,3 +160,21 @@ def test_unknown_steps_are_named():
         roadmap.convnext(18)
     with pytest.raises(SchemeError, match="want resnet50 or resnet200"):
         roadmap.convnext(1, "resnet18")
+
+
+@pytest.mark.parametrize("scheme", ["euler", "midpoint", "leapfrog", "ab2", "bdia", "momentum(9/10)", "lm_resnet(1/2)"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_relu_between_steps_overwrites_nothing_that_a_scheme_keeps(scheme, training):
+    """The same values and gradients as with a ReLU that overwrites nothing."""
+    net = roadmap.ModernNet(roadmap.Design((4,), width=8, inverted=True), scheme=scheme, num_classes=3).train(training)
+    other = copy.deepcopy(net)
+    for m in other.levels.modules():
+        if isinstance(m, nn.ReLU):
+            m.inplace = False
+    x = torch.randn(2, 3, 32, 32)
+    values = []
+    for each in (net, other):
+        torch.manual_seed(0)
+        each(x).square().sum().backward()
+        values.append([p.grad for p in each.parameters()])
+    torch.testing.assert_close(*values)

@@ -3,8 +3,11 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 
+from schemes import SchemeError
+
 from ...checkpoints import KeyMap
 
+_SIZE = re.compile(r"levels\.(\d+)\.steps\.\d+\.h")
 _OWN = re.compile(r"levels\.(\d+)\.steps\.(\d+)\.fs\.(\d+)\.(.+)")
 
 Rule = str | Callable[[re.Match[str]], str | None]
@@ -58,10 +61,15 @@ def function_key(places: Places, level: int, position: int, rest: str) -> str | 
 
 
 def twin(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
-    """Maps the keys of this network under any scheme, with or without a head."""
+    """Maps the keys of this network under any scheme, with or without a head.
+
+    Raises:
+        SchemeError: learned step sizes of other steps than the network's.
+    """
     places, given = places_of(own), places_of(keys)
     if not given:
         return None
+    _check_sizes(own, keys, places, given)
     names: dict[str, str | None] = {}
     for key in keys:
         names[key] = None if key in ("head.weight", "head.bias") and key not in own else key
@@ -71,3 +79,17 @@ def twin(own: Collection[str], keys: Collection[str]) -> KeyMap | None:
             n, i = places[level][given[level].index((int(m[2]), int(m[3])))]
             names[key] = f"levels.{level}.steps.{n}.fs.{i}.{m[4]}"
     return KeyMap("own" if places == given else "own, under another scheme", names)
+
+
+def _check_sizes(own: Collection[str], keys: Collection[str], places: Places, given: Places) -> None:
+    """Refuses learned step sizes where the same functions are grouped into other steps: none is that of a step here."""
+    learned = {int(m[1]) for key in own if (m := _SIZE.fullmatch(key))}
+    for key in keys:
+        if (m := _SIZE.fullmatch(key)) and (level := int(m[1])) in learned:
+            a, b = given.get(level, []), places.get(level, [])
+            if len(a) == len(b) and a != b:
+                raise SchemeError(
+                    f"{key} is the learned size of one of {len({n for n, _ in a})} steps, and here the functions of "
+                    f"this level make {len({n for n, _ in b})}.\n"
+                    "  Build the network with the scheme of the file, or leave all steps.*.h out of what is loaded."
+                )
