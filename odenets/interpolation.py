@@ -116,19 +116,34 @@ def kept_out(
     # A checkpoint or an offload to the host handles all saved tensors itself, and hooks of ours would come first.
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
         return nullcontext()
-    made: dict[int, Tensor] = {}
+    made: dict[int, _Made] = {}
     for same, w in zip(places, weights, strict=True):
         # Empty tensors share the address 0, and would be mistaken for each other.
         if w.requires_grad and w.numel():
-            made[w.untyped_storage().data_ptr()] = same[0].now()
+            storage = w.untyped_storage()
+            made[storage.data_ptr()] = _Made(same[0].now(), w.dtype, w._version, storage)
 
     def pack(x: Tensor) -> Any:
-        source = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
+        found = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
+        # A weight that the block has written to is no longer that of the spline, and a view that conjugates, negates
+        # or reads complex numbers as real ones is more than strides.
+        if found is not None and x._version == found.version and x.dtype == found.dtype:
+            if not (x.is_conj() or x.is_neg()):
+                return _Recipe(found.source, row, x)
         # Detached, since an output that its own node saves would never be freed; and with its version, which torch
         # checks only without hooks.
-        return (x.detach(), x._version) if source is None else _Recipe(source, row, x)
+        return x.detach(), x._version
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+class _Made(NamedTuple):
+    """An interpolated weight as the block was given it: its coefficients, dtype, version and storage."""
+
+    source: Tensor
+    dtype: torch.dtype
+    version: int
+    storage: Any  # held, so that a block that replaces a weight's data does not free the address for another tensor
 
 
 class _Recipe:

@@ -189,6 +189,104 @@ def test_parts_of_a_weight_are_made_again_where_they_lie():
     torch.testing.assert_close(got, want)
 
 
+class Reads(nn.Module):
+    """A product with a complex weight, read through some view of it."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.weight, self.view = nn.Parameter(torch.randn(4, 4, dtype=torch.complex128)), view
+
+    def forward(self, x):
+        w = self.view(self.weight)
+        return (torch.tanh(x * w) * w).sum(-1)
+
+
+VIEWS = {
+    "itself": lambda w: w,
+    "conjugate": lambda w: w.conj(),
+    "adjoint": lambda w: w.mH,
+    "real": lambda w: w.real,
+    "imaginary": lambda w: w.imag,
+    "negative": lambda w: w.conj().imag,
+    "as real": lambda w: torch.view_as_real(w)[..., 1].T,
+    "conjugate of the real": lambda w: torch.view_as_complex(torch.view_as_real(w)).conj(),
+}
+
+
+def agree_with_a_plain_module(field, x, t=0.3):
+    """The value and the gradients by the input and the weights are those of a module with the weights of the time."""
+    plain, found = field.module_at(t), []
+    own = [places[0].now() for places in field._places()]
+    for f, parameters in ((lambda x: field(t, x), own), (plain, list(plain.parameters()))):
+        z = x.clone().requires_grad_()
+        y = f(z)
+        found.append((y, *torch.autograd.grad(y.abs().square().sum(), [z, *parameters])))
+    (y, gx, *rows), (want, wx, *weights) = found
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(gx, wx)
+    for given, w in zip(rows, weights, strict=True):  # the basis functions sum to one, and so do their shares
+        torch.testing.assert_close(given.sum(0), w)
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_of_complex_weights_have_their_gradients(kind):
+    field = ContinuousWeights(Reads(VIEWS[kind]), 4)
+    with torch.no_grad():
+        field.block.weight.copy_(torch.randn_like(field.block.weight))
+    agree_with_a_plain_module(field, batch(3, 4, 4))
+
+
+class Writes(nn.Module):
+    """Bounds its weight in place, before or after a use of it, as EEGNet does."""
+
+    def __init__(self, write, late=False):
+        super().__init__()
+        self.weight, self.write, self.late = nn.Parameter(torch.randn(4, 4, dtype=F64)), write, late
+
+    def forward(self, x):
+        if self.late:
+            x = x + torch.tanh(self.weight.exp().sum())
+        with torch.no_grad():
+            self.write(self.weight)
+        for _ in range(3):  # tensors that may lie where the weight lay
+            h = torch.tanh(x * 2)
+            x = torch.tanh(x @ self.weight.T) @ self.weight + h * h
+        return x
+
+
+class Bounded(nn.Module):
+    """An embedding, which bounds its rows in place, tied to a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(5, 4, max_norm=1.0)
+
+    def forward(self, x):
+        e = self.rows(torch.arange(5)).sum(0)
+        return torch.tanh(nn.functional.linear(x, self.rows.weight)) @ self.rows.weight + e
+
+
+def replaced(w):
+    w.data = torch.renorm(w.data, 2, 0, 0.5)
+
+
+WRITES = {
+    "norm": lambda: Writes(lambda w: w.renorm_(2, 0, 0.5)),
+    "norm, late": lambda: Writes(lambda w: w.renorm_(2, 0, 0.5), True),
+    "clamp": lambda: Writes(lambda w: w.clamp_(-0.1, 0.1)),
+    "diagonal": lambda: Writes(lambda w: w.diagonal().zero_()),
+    "row": lambda: Writes(lambda w: w[1].mul_(3.0)),
+    "detached": lambda: Writes(lambda w: w.detach().mul_(0.5)),
+    "data": lambda: Writes(replaced),
+    "embedding": Bounded,
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_block_that_writes_to_its_weight_has_its_gradients(kind):
+    agree_with_a_plain_module(scattered(ContinuousWeights(WRITES[kind](), 4), 1.0), batch(4, 4))
+
+
 def test_coefficients_that_are_written_to_between_the_passes_are_found():
     field = scattered(ContinuousWeights(perceptron(), 3))
     y = field(0.4, batch(2, 4))  # between two knots
