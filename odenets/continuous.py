@@ -28,7 +28,7 @@ from schemes.splines import Row, SplineSpace, distance, fit, projection, transfe
 
 from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
-from .knots import KNOTS, count_of, mapped, read_knots, relative_errors, space_of
+from .knots import KNOTS, alike, mapped, misshapen, read_knots, relative_errors, space_of
 
 # Beyond its span a field continues its last piece, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
@@ -459,12 +459,16 @@ class ContinuousWeights(nn.Module):
         if given is None:
             missing_keys.append(prefix + KNOTS)
         else:
+            wrong, (span, space) = [], (self.span, self.space)
             try:
-                span, space = read_knots(given, count_of(state_dict, prefix, self.space.count))
+                span, space = read_knots(given, self.span)
+                wrong = misshapen(space, self._shapes(f"{prefix}block."), state_dict)
             except SchemeError as error:
-                error_msgs.append(f"{prefix}{KNOTS}: {error}")
-            else:
-                if space != self.space:  # a field that was refined during training
+                wrong = [f"{prefix}{KNOTS}: {error}"]
+            error_msgs.extend(wrong)
+            # A state dict that is refused leaves the field its shapes.
+            if not wrong:
+                if not alike(space, self.space):  # a field that was refined during training
                     # Sets the shapes, since the values are then read from the state dict; parameters that it leaves out
                     # stay the same function, or the nearest one.
                     self.change(space, None if space.holds(self.space) else projection(self.space, space))
@@ -472,6 +476,10 @@ class ContinuousWeights(nn.Module):
         # torch would report the knots as unexpected, since they are not a buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _shapes(self, prefix: str) -> dict[str, torch.Size]:
+        """The shape of each parameter that is a function of time, by its key; a tied one has several."""
+        return {f"{prefix}{place.key}": same[0].now().shape for same in self._places() for place in same}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Memory formats are meant for the block's own dimensions: channels_last refuses a five-dimensional tensor.
@@ -550,8 +558,7 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
-            count = count_of(state, prefix, module.space.count)
-            span, _ = read_knots(given, count)
+            span, space = read_knots(given, module.span)
             # A field on its own accepts any span; in a network the steps would still end where they do now.
             if name and abs(span - module.span) > 1e-6 * module.span:
                 raise SchemeError(
@@ -560,8 +567,6 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
                     "  Build the network with the steps of the file, then change them: odenets.rebuild.rebuilt."
                 )
             shapes[prefix + KNOTS] = given.shape
-            for places in module._places():
-                for place in places:
-                    key = f"{prefix}block.{place.key}"
-                    shapes[key] = torch.Size([count, *shapes[key][1:]])
+            for key, shape in module._shapes(f"{prefix}block.").items():
+                shapes[key] = torch.Size([space.count, *shape[1:]])
     return shapes

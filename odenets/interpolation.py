@@ -4,7 +4,7 @@ The interpolated weights exist for one call alone. Autograd saves how to recompu
 would otherwise be saved once per evaluation: depth times the size of the block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -134,7 +134,20 @@ def kept_out(
         # checks only without hooks.
         return x.detach(), x._version
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+    return _KeptOut(made, pack)
+
+
+class _KeptOut(torch.autograd.graph.saved_tensors_hooks):
+    """The hooks of one evaluation, at whose end the weights that it was given are released."""
+
+    def __init__(self, made: dict[int, "_Made"], pack: Callable[[Tensor], Any]):
+        super().__init__(pack, _unpack)
+        self.made = made
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        # Saved tensors keep their hooks, and these would keep the weights' storages.
+        self.made.clear()
 
 
 class _Made(NamedTuple):

@@ -485,6 +485,10 @@ def loaded(stack, f):
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[5]), r"at t = 5, outside of \[0, 1\]"),
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[math.nan]), "at t = nan, outside"),
         (lambda f: ContinuousWeights.from_modules([torch.tanh]), "want a module"),
+        (
+            lambda f: ContinuousWeights(nn.Linear(4, 4), knots=torch.tensor([0, 0.1234, 0.5771, 1])),
+            r"rounded to torch.float32, and a time .* miss it.\n  Give them in float64",
+        ),
         (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=4.0), "knots are 4.0; want a whole number"),
         (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=[0, "a", 1]), "want a whole number of intervals, or"),
         (lambda f: ContinuousWeights(nn.Linear(4, 4), degree=1.0), "the degree is 1.0, want"),
@@ -674,6 +678,72 @@ def test_load_takes_the_knots_of_a_file_and_refuses_whole():
     assert other.block.knots == 4 and other.block.block[0].weight.shape[0] == 5
     checkpoints.load(other, state)
     torch.testing.assert_close(other.rebuilt("rk4", 4)(batch(2, 4)), stack(batch(2, 4)))
+
+
+class Masked(nn.Module):
+    """Buffers before and after its parameters, of whatever length."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(n))
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("zeros", torch.zeros(n, 2))
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("order", [list, sorted, lambda items: sorted(items, reverse=True)])
+@pytest.mark.parametrize("wrap", [lambda block: block, nn.Sequential])
+@pytest.mark.parametrize("n", [3, 7, 8, 10])
+def test_a_state_dict_is_read_whatever_stands_beside_the_coefficients(n, wrap, order):
+    field, x = scattered(ContinuousWeights(wrap(Masked(n)), 8, 2)), batch(3, 4)
+    state = dict(order(field.state_dict().items()))
+    for load in (nn.Module.load_state_dict, checkpoints.load):
+        for other in (ContinuousWeights(wrap(Masked(n)), 8, 2).double(), ContinuousWeights(wrap(Masked(n))).double()):
+            load(other, state)
+            assert (other.knots, other.degree) == (8, 2)
+            torch.testing.assert_close(other(0.37, x), field(0.37, x))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block.linear.weight": (9, 4, 4)}, {"block.linear.weight": (8, 4, 5)}, {"block.linear.bias": (9, 4)}],
+)
+def test_a_state_dict_that_is_refused_leaves_the_shapes(wrong):
+    state = ContinuousWeights(Masked(8), 7).state_dict() | {k: torch.zeros(shape) for k, shape in wrong.items()}
+    other = ContinuousWeights(Masked(8), 4)
+    with pytest.raises(RuntimeError, match=r"block\.linear\.\w+ is \([\d, ]+\), and its knots and the block make it \(8"):
+        other.load_state_dict(state)
+    assert other.knots == 4 and other.block.linear.weight.shape == (5, 4, 4)
+
+
+@pytest.mark.parametrize("span", [0.7, 1.0, 3.0])
+def test_a_state_dict_with_the_same_knots_leaves_the_gradients(span):
+    field, other = (ContinuousWeights(nn.Linear(4, 4), 10, 3, span=span) for _ in range(2))
+    other(0.1, torch.ones(1, 4)).sum().backward()
+    for state in (field.state_dict(), {k: v.half() for k, v in field.state_dict().items()}):
+        other.load_state_dict(state)
+        assert other.block.weight.grad is not None and other.space == field.space and other.span == span
+
+
+ROUNDED = {
+    "float32": lambda n, span: torch.linspace(0, span, n + 1),
+    "float16": lambda n, span: torch.linspace(0, span, n + 1).half(),
+    "numpy": lambda n, span: torch.linspace(0, span, n + 1).numpy(),
+    "a list of float32": lambda n, span: torch.linspace(0, span, n + 1).tolist(),
+    "float64": lambda n, span: torch.linspace(0, span, n + 1, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("span", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_knots_stand_where_they_are_meant_to(kind, span):
+    for n in (3, 8, 10, 49):
+        field = ContinuousWeights(nn.Linear(2, 2), ROUNDED[kind](n, span), 0, span)
+        with torch.no_grad():
+            field.block.bias.copy_(torch.arange(n)[:, None].expand(n, 2))
+        assert [float(field.weights(span * k / n)["bias"].detach()[0]) for k in range(n)] == [*range(n)]
 
 
 def test_formats_and_precisions():
