@@ -28,7 +28,7 @@ from schemes.splines import Row, SplineSpace, distance, fit, projection, transfe
 
 from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
-from .knots import KNOTS, alike, mapped, misshapen, read_knots, relative_errors, space_of
+from .knots import KNOTS, alike, mapped, misshapen, read_knots, relative_errors, space_of, widened
 
 # Beyond its span a field continues its last piece, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
@@ -366,8 +366,8 @@ class ContinuousWeights(nn.Module):
         old, new, weights = distance(self.space, space)
         pairs = {}
         for a, b in zip(self._places(), found._places(), strict=True):
-            was, now = mapped(old, a[0].now().detach().double()), mapped(new, b[0].now().detach().double())
-            pairs[a[0].key] = was, now
+            was, now = widened(a[0].now().detach()), widened(b[0].now().detach())
+            pairs[a[0].key] = mapped(old, was), mapped(new, now)
         return Approximation(found, *relative_errors(pairs, weights))
 
     @classmethod
@@ -432,7 +432,7 @@ class ContinuousWeights(nn.Module):
         for places in found._places():
             own = torch.stack([state[places[0].key] for state in states])
             places[0].now().data = mapped(matrix, own)
-            pairs[places[0].key] = own.double(), mapped(rows, places[0].now().detach().double())
+            pairs[places[0].key] = widened(own), mapped(rows, widened(places[0].now().detach()))
         return Approximation(found, *relative_errors(pairs, torch.full((n,), 1 / n, dtype=torch.float64)))
 
     # State and movement --------------------------------------------------------------------------------------------

@@ -108,11 +108,15 @@ def misshapen(space: SplineSpace, own: Mapping[str, torch.Size], state: Mapping[
     return found
 
 
+def widened(coefficients: Tensor) -> Tensor:
+    """Returns coefficients in double precision, real or complex as they are."""
+    return coefficients.to(torch.complex128 if coefficients.is_complex() else torch.float64)
+
+
 def mapped(matrix: Tensor, coefficients: Tensor) -> Tensor:
     """Applies a map to coefficients, (new, old) times (old, ...), computed in float64."""
-    wide = torch.complex128 if coefficients.is_complex() else torch.float64
-    found = torch.tensordot(matrix.to(coefficients.device, wide), coefficients.to(wide), 1)
-    return found.to(coefficients.dtype)
+    wide = widened(coefficients)
+    return torch.tensordot(matrix.to(wide), wide, 1).to(coefficients.dtype)
 
 
 def relative_errors(pairs: Mapping[str, tuple[Tensor, Tensor]], weights: Tensor) -> tuple[float, dict[str, float]]:

@@ -224,8 +224,8 @@ def agree_with_a_plain_module(field, x, t=0.3):
     (y, gx, *rows), (want, wx, *weights) = found
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(gx, wx)
-    for given, w in zip(rows, weights, strict=True):  # the basis functions sum to one, and so do their shares
-        torch.testing.assert_close(given.sum(0), w)
+    for row, w in zip(rows, weights, strict=True):  # the basis functions sum to one, and so do their shares
+        torch.testing.assert_close(row.sum(0), w)
 
 
 @pytest.mark.parametrize("kind", VIEWS)
@@ -713,7 +713,9 @@ def test_a_state_dict_is_read_whatever_stands_beside_the_coefficients(n, wrap, o
 def test_a_state_dict_that_is_refused_leaves_the_shapes(wrong):
     state = ContinuousWeights(Masked(8), 7).state_dict() | {k: torch.zeros(shape) for k, shape in wrong.items()}
     other = ContinuousWeights(Masked(8), 4)
-    with pytest.raises(RuntimeError, match=r"block\.linear\.\w+ is \([\d, ]+\), and its knots and the block make it \(8"):
+    with pytest.raises(
+        RuntimeError, match=r"block\.linear\.\w+ is \([\d, ]+\), and its knots and the block make it \(8"
+    ):
         other.load_state_dict(state)
     assert other.knots == 4 and other.block.linear.weight.shape == (5, 4, 4)
 
