@@ -24,10 +24,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from schemes.errors import SchemeError
 from schemes.scheme import Takes, signature
-from schemes.splines import Row, SplineSpace, distance, fit, projection, transfer
+from schemes.splines import SAME, Row, SplineSpace, distance, fit, projection, slack_of, transfer
 
 from .auxiliary import with_energies
-from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
+from .interpolation import Interpolation, Place, blend, kept_out, places_of, product, standing
 from .knots import KNOTS, alike, mapped, misshapen, read_knots, relative_errors, space_of, widened
 
 # Beyond its span a field continues its last piece, as far as the nodes of a step reach: verner8 has one at 4/3.
@@ -188,10 +188,14 @@ class ContinuousWeights(nn.Module):
             given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
             if not torch.compiler.is_compiling() and given.device.type == "cpu" and not is_batchedtensor(given):
                 self._checked(float(given.detach()))
+            # Half precision is given up before the division, which would round a time once more.
+            given = given if given.dtype in (torch.float32, torch.float64) else given.float()
             # Compared with every knot, but never read: the graph is the same for all times.
             basis = self.space.basis((given / self.span).reshape(()))
-            return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
-        row = self.space.row(self._checked(float(t)) / self.span)
+            return [product(basis, c) for c in coefficients], None
+        # The same interval as above, or a learned size of a step would find another weight where nothing is learned.
+        slack = slack_of(t) if isinstance(t, Tensor) else SAME
+        row = self.space.row(self._checked(float(t)) / self.span, slack)
         if not torch.is_grad_enabled():
             return [blend(c, row) for c in coefficients], row
         if peek_interpreter_stack() is not None:

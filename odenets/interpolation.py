@@ -64,6 +64,15 @@ def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return found
 
 
+def product(basis: Tensor, coefficients: Tensor) -> Tensor:
+    """Returns the sum of coefficients weighted by all basis functions, a tensor of them."""
+    kind = coefficients.device.type
+    # To autocast this is a matrix product, but the weights of a norm or a gain keep their precision.
+    quiet = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with quiet:
+        return torch.tensordot(basis.to(coefficients), coefficients, 1)
+
+
 class Interpolation(torch.autograd.Function):
     """All weights of a block at one time, as one node of the graph; twice differentiable, also in forward mode.
 

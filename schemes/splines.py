@@ -121,13 +121,14 @@ class SplineSpace:
         """
         return sum(abs(v - u) < SAME for v in self.inner)
 
-    def row(self, u: float) -> Row:
+    def row(self, u: float, slack: float = SAME) -> Row:
         """The basis functions at u; right-continuous, and at 1 from the left.
 
         Args:
             u: a place in [0, 1].
+            slack: a knot that is farther to the right by no more counts as reached.
         """
-        i, u = _interval(self, u)
+        i, u = _interval(self, u, slack)
         return Row(i - self.degree, tuple(_values(self.knots, self.degree, i, u)))
 
     def rows(self, us: Sequence[float]) -> Tensor:
@@ -148,11 +149,12 @@ class SplineSpace:
         Args:
             u: a place in [0, 1].
         """
+        # Half precision does not tell apart the knots of a fine spline.
+        u = u if u.dtype in (torch.float32, torch.float64) else u.float()
         knots = torch.tensor(self.knots, dtype=u.dtype, device=u.device)
         ends = torch.tensor(self.knots[self.degree + 1 : self.count], dtype=u.dtype, device=u.device)
         # The number of the interval is found by comparison: an index would have to be read by the host.
-        slack = max(SAME, 4 * torch.finfo(u.dtype).eps)
-        i = self.degree + (u.detach() + slack >= ends).sum()
+        i = self.degree + (u.detach() + slack_of(u) >= ends).sum()
         value = (torch.arange(len(self.knots) - 1, device=u.device) == i).to(u.dtype)
         for d in range(1, self.degree + 1):
             rise, fall = knots[d:-1] - knots[: -d - 1], knots[d + 1 :] - knots[1:-d]
@@ -217,10 +219,19 @@ def _nearest(space: SplineSpace, intervals: int) -> str:
     return f"the nearest that do: {' or '.join(map(str, fits))}."
 
 
-def _interval(space: SplineSpace, u: float) -> tuple[int, float]:
+def slack_of(u: Tensor) -> float:
+    """The rounding of a place that is a tensor: a knot so near counts as reached.
+
+    Args:
+        u: the place.
+    """
+    return max(SAME, 4 * torch.finfo(torch.float64 if u.dtype == torch.float64 else torch.float32).eps)
+
+
+def _interval(space: SplineSpace, u: float, slack: float = SAME) -> tuple[int, float]:
     """The number of the interval of u among all knots, and u, moved onto a knot that counts as equal to it."""
     d, knots = space.degree, space.knots
-    i = min(max(bisect_right(knots, u + SAME) - 1, d), space.count - 1)
+    i = min(max(bisect_right(knots, u + slack) - 1, d), space.count - 1)
     for knot in (knots[i], knots[i + 1]):
         if abs(u - knot) < SAME:
             u = knot

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 from odenets import ContinuousWeights, PerSlot, Stack, checkpoints
 from odenets.interpolation import Place
+from odenets.knots import relative_errors
 from odenets.layers import BasicFunction
 from odenets.layers.attention import AttentionFunction
 from schemes import SchemeError
@@ -403,6 +404,41 @@ def test_an_adaptive_solver_integrates_the_same_field():
     for a, b in zip(gradients(tight, x), gradients(stack, x), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert tight.rebuilt("rk4", 64).steps[0].h == 1 / 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_a_time_has_the_same_weights_with_a_gradient_and_without(degree, dtype):
+    field = scattered(ContinuousWeights(nn.Linear(2, 2), 64, degree, span=0.7), 1.0)
+    for t in torch.linspace(0, 0.7, 97, dtype=dtype):
+        want = field.weights(t)
+        for name, w in field.weights(t.clone().requires_grad_()).items():
+            torch.testing.assert_close(w, want[name], atol=1e-4, rtol=0)
+
+
+class Normed(nn.Module):
+    """A parameter beside a matrix, and a norm, which autocast does not cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.gain = nn.Linear(8, 8), nn.LayerNorm(8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.linear(torch.tanh(self.norm(x))) * self.gain
+
+
+@pytest.mark.parametrize("run", ["a time with a gradient", "compiled"])
+def test_autocast_gives_the_weights_their_precision(run):
+    torch.manual_seed(0)
+    field, x = scattered(ContinuousWeights(Normed(), 8)).float(), torch.randn(3, 8)
+    other, t = copy.deepcopy(field), torch.tensor(0.3, requires_grad=run != "compiled")
+    if run == "compiled":
+        other.compile(backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        given, want = other.weights(t) if run != "compiled" else {}, field.weights(0.3)
+        for name, w in given.items():
+            torch.testing.assert_close(w, want[name])
+        torch.testing.assert_close(other(t, x), field(0.3, x), atol=1e-6, rtol=1e-6)
 
 
 def test_learned_steps_get_their_gradient_through_the_weights():
@@ -804,6 +840,33 @@ def test_uneven_and_repeated_knots():
     jump = [field.weights(t)["0.bias"] for t in (0.5 - 1e-6, 0.5)]
     assert (jump[0] - jump[1]).abs().max() > 1e-2
     assert "not uniform" in repr(field)
+
+
+def real_parts(module):
+    """A real module of the same numbers: those of its parameters, real parts and imaginary parts."""
+    parts = nn.Module()
+    for name, p in module.named_parameters():
+        setattr(parts, name, nn.Parameter(torch.view_as_real(p.detach()).clone()))
+    return parts
+
+
+@torch.no_grad()
+def test_errors_of_complex_weights_are_those_of_both_their_parts():
+    layers = [nn.Linear(2, 2, dtype=torch.complex64) for _ in range(4)]
+    for layer in layers:
+        for p in layer.parameters():
+            p.copy_(1 + 1j * torch.randn(p.shape))
+    found, want = (ContinuousWeights.from_modules(ms, 2) for ms in (layers, [real_parts(layer) for layer in layers]))
+    near, far = (each.field.projected(1) for each in (found, want))
+    for a, b in ((found, want), (near, far)):
+        assert a.error == pytest.approx(b.error, rel=1e-5) and a.error > 0.1
+        assert a.errors == pytest.approx(b.errors, rel=1e-5)
+
+
+def test_errors_are_computed_where_the_weights_lie():
+    held = torch.empty(4, 2, device="meta", dtype=F64)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):  # where the number would be read
+        relative_errors({"w": (held, held)}, torch.ones(4, dtype=F64))
 
 
 @torch.no_grad()
