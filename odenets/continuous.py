@@ -437,12 +437,12 @@ class ContinuousWeights(nn.Module):
             own = torch.stack([state[places[0].key] for state in states])
             places[0].now().data = mapped(matrix, own)
             pairs[places[0].key] = widened(own), mapped(rows, widened(places[0].now().detach()))
-        return Approximation(found, *relative_errors(pairs, torch.full((n,), 1 / n, dtype=torch.float64)))
+        return Approximation(found, *relative_errors(pairs, torch.full((n,), 1 / n, dtype=torch.float64, device="cpu")))
 
     # State and movement --------------------------------------------------------------------------------------------
 
     def _knot_vector(self) -> Tensor:
-        return self.span * torch.tensor(self.space.knots, dtype=torch.float64)
+        return self.span * torch.tensor(self.space.knots, dtype=torch.float64, device="cpu")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

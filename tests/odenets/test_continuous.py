@@ -667,6 +667,17 @@ def test_from_modules_is_the_network_under_its_own_steps():
     assert modules[0][0].weight.shape == (4, 4)  # left alone
 
 
+def test_changes_of_basis_do_not_depend_on_what_others_did():
+    space, field = SplineSpace.uniform(11, 1), scattered(ContinuousWeights(perceptron(2), 11))
+    with torch.device("meta"):
+        empty = ContinuousWeights(perceptron(2), space).refined(22)
+        assert empty.block[0].weight.is_meta and empty.state_dict()["knots"].device.type == "cpu"
+        same_function(field, field.refined(22), 1e-12)
+    copy.deepcopy(field).change(space.refined(22)).zero_()  # the map is the caller's
+    same_function(field, field.refined(22), 1e-12)
+    assert field.projected(22).error < 1e-12
+
+
 def test_module_at_is_what_a_plain_network_has_there():
     block, args, kwargs = BLOCKS["several"]()
     field = scattered(ContinuousWeights(block, 4))
