@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
+from .language import written
 from .scheme import Function, Scheme, Slot, State, StepSize
 
 
@@ -105,7 +106,7 @@ class Bidirectional(Coupling):
     __hash__ = Coupling.__hash__
 
     def __str__(self) -> str:
-        return f"bidirectional({'drawn' if isinstance(self.gamma, Tensor) else format(self.gamma, 'g')})"
+        return f"bidirectional({'drawn' if isinstance(self.gamma, Tensor) else written(self.gamma)})"
 
 
 class Bdia(Scheme):
@@ -194,4 +195,4 @@ class Bdia(Scheme):
         return step.at(n)
 
     def __str__(self) -> str:
-        return "bdia" if self.gamma == 0.5 else f"bdia({self.gamma:g})"
+        return "bdia" if self.gamma == 0.5 else f"bdia({written(self.gamma)})"

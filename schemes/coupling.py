@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .deprecation import renamed_names, warn_renamed
 from .errors import SchemeError
+from .language import written
 from .scheme import MAX_FUNCTIONS, Function, Scheme, Slot, State, StepSize, limit_functions
 
 Scale = float | Tensor
@@ -479,7 +480,7 @@ class Affine(_Split):
         return 2 * width
 
     def __str__(self) -> str:
-        given = self._options("" if self.bound == 1 else f"bound={self.bound:g}")
+        given = self._options("" if self.bound == 1 else f"bound={written(self.bound)}")
         return f"affine({given})" if given else "affine"
 
 
@@ -544,4 +545,4 @@ class MultiLevel(_Split):
         return streams[1:] + streams[:1]
 
     def __str__(self) -> str:
-        return f"multilevel({self._options(str(self.streams), f'{self.gamma:g}')})"
+        return f"multilevel({self._options(str(self.streams), written(self.gamma))})"

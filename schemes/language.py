@@ -36,6 +36,20 @@ def shorten(text: str, limit: int = 240) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def written(x: float) -> str:
+    """A number as an expression has it: short where that is read back as the same number, else with all its digits.
+
+    Args:
+        x: the number.
+
+    Example:
+        >>> written(0.5), written(1 / 3)
+        ('0.5', '0.3333333333333333')
+    """
+    short = f"{x:g}"
+    return short if float(short) == x else repr(float(x))
+
+
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """A hint for an unknown name: the closest known ones, or the first few."""
     known = sorted(known)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
+from .language import written
 from .scheme import Function, Scheme, Slot, State, StepSize
 
 
@@ -125,7 +126,7 @@ class Momentum(_OneFunction):
         ]
 
     def __str__(self) -> str:
-        return f"momentum({self.beta:g})"
+        return f"momentum({written(self.beta)})"
 
 
 class LmResNet(_OneFunction):
@@ -174,7 +175,7 @@ class LmResNet(_OneFunction):
         ]
 
     def __str__(self) -> str:
-        return f"lm_resnet({self.k:g})"
+        return f"lm_resnet({written(self.k)})"
 
 
 class Alf(_OneFunction):
@@ -229,7 +230,7 @@ class Alf(_OneFunction):
         return [Update(0, half), Update(1, lambda s: (1 - 2 * eta, 2 * eta * f(s[0]))), Update(0, half)]
 
     def __str__(self) -> str:
-        return "alf" if self.eta == 1 else f"alf({self.eta:g})"
+        return "alf" if self.eta == 1 else f"alf({written(self.eta)})"
 
 
 class ReversibleHeun(_OneFunction):

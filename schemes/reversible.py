@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update
 from .errors import SchemeError
+from .language import written
 from .scheme import Function, Scheme, Slot, State, StepSize
 from .stability import polynomial
 
@@ -140,8 +141,11 @@ class Reversible(Coupling):
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return self.base.slots(n, streams[:1])
 
+    def _parts_compared(self) -> tuple[Scheme, ...]:
+        return (self.base,)
+
     def __str__(self) -> str:
-        return f"reversible({self.base}, coupling={self.coupling:g})"
+        return f"reversible({self.base}, coupling={written(self.coupling)})"
 
 
 def _first(unstable: Callable[[float], bool], fine: float = 1 / 4096, end: float = 64.0) -> float:

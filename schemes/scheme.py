@@ -367,9 +367,16 @@ class Scheme(ABC):
     def __str__(self) -> str:
         """The expression that ``get`` reads as this scheme; it identifies one, unless a subclass compares more."""
 
+    def _parts_compared(self) -> "tuple[Scheme, ...]":
+        """The schemes that this one is made of, in the order of its text."""
+        return ()
+
     def __eq__(self, other: object) -> bool:
-        # The text is the identity: it is what a checkpoint stores and what ``get`` reads back.
-        return type(self) is type(other) and str(self) == str(other)
+        # The text is the identity: it is what a checkpoint stores and what ``get`` reads back. Parts compare more where
+        # they do on their own: a user's method may have the same name as another.
+        if type(self) is not type(other) or str(self) != str(other):
+            return False
+        return self._parts_compared() == other._parts_compared()  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return hash(str(self))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
-from .language import Reader, shorten
+from .language import Reader, shorten, written
 
 
 def _finite(name: str, value: Any) -> float:
@@ -30,6 +30,12 @@ def _positive(name: str, value: Any) -> float:
     if found <= 0:
         raise SchemeError(f"{name} is {found:g}, want a positive number.")
     return found
+
+
+def _others(rule: Any, **defaults: float) -> str:
+    """The arguments of a rule that are not the usual ones, as they follow its first one in its text."""
+    given = {name: getattr(rule, name) for name, usual in defaults.items() if getattr(rule, name) != usual}
+    return "".join(f", {name}={written(x)}" for name, x in given.items())
 
 
 class StepSize(ABC):
@@ -57,7 +63,7 @@ class Fixed(StepSize):
         return self.h
 
     def __str__(self) -> str:
-        return f"{self.h:g}"
+        return written(self.h)
 
 
 class Decay(StepSize):
@@ -75,7 +81,7 @@ class Decay(StepSize):
         return self.h0 * self.rate**n
 
     def __str__(self) -> str:
-        return f"decay({self.rate:g})" if self.h0 == 1.0 else f"decay({self.rate:g}, h0={self.h0:g})"
+        return f"decay({written(self.rate)}{_others(self, h0=1.0)})"
 
 
 class Learned(StepSize):
@@ -94,7 +100,7 @@ class Learned(StepSize):
         return self.h0
 
     def __str__(self) -> str:
-        return "learned" if self.h0 == 1.0 else f"learned(h0={self.h0:g})"
+        return "learned" if self.h0 == 1.0 else f"learned(h0={written(self.h0)})"
 
 
 class FromError(StepSize):
@@ -135,7 +141,7 @@ class FromError(StepSize):
         return h * factor.clamp(self.smallest, self.largest)
 
     def __str__(self) -> str:
-        return f"error({self.tol:g})" if self.h0 == 1.0 else f"error({self.tol:g}, h0={self.h0:g})"
+        return f"error({written(self.tol)}{_others(self, h0=1.0, safety=0.9, smallest=0.2, largest=5.0)})"
 
 
 class PerDepth(StepSize):
@@ -164,7 +170,7 @@ class PerDepth(StepSize):
         return self.h
 
     def __str__(self) -> str:
-        return f"{'span' if self.length is None else format(self.length, 'g')}/depth"
+        return f"{'span' if self.length is None else written(self.length)}/depth"
 
 
 def step_size(rule: "float | str | StepSize") -> StepSize:

@@ -1,7 +1,7 @@
 """The language: what it reads, what it refuses, and that nothing else than SchemeError ever comes out."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import schemes
@@ -70,6 +70,63 @@ def test_expressions(text, printed, stages):
     scheme = schemes.get(text)
     assert (str(scheme), scheme.stages) == (printed, stages)
     check_expression(text)
+
+
+NUMBERS = {
+    "momentum": lambda x: schemes.Momentum(x),
+    "lm_resnet": lambda x: schemes.LmResNet(-x),
+    "alf": lambda x: schemes.Alf(x),
+    "affine": lambda x: schemes.Affine(bound=x),
+    "multilevel": lambda x: schemes.MultiLevel(3, x),
+    "reversible": lambda x: schemes.Reversible(schemes.get("rk4"), x),
+    "adaptive": lambda x: schemes.Adaptive("dopri5", rtol=x),
+    "wrapped": lambda x: schemes.get("repeat(momentum(1/2), 2)").__class__(schemes.Momentum(x), 2),
+}
+
+
+@given(st.sampled_from(sorted(NUMBERS)), st.floats(1e-9, 1 - 1e-9))
+@example("reversible", 0.9999999)
+@example("momentum", 1 / 3)
+def test_a_text_tells_every_number(family, x):
+    assume(x != 0.5)
+    scheme = NUMBERS[family](x)
+    check_expression(str(scheme))
+    assert schemes.get(str(scheme)) == scheme
+    for near in (x * (1 + 1e-7), x * (1 + 1e-15)):
+        if 0 < near < 1 and near not in (x, 0.5):
+            assert NUMBERS[family](near) != scheme
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_powers_of_two_are_read_back(n):
+    check_expression(f"bdia(1/{2**n})")
+
+
+METHODS = [
+    schemes.RungeKutta(schemes.Tableau.parse(text, order=2, name="m"))
+    for text in ("0 |\n 1/2 | 1/2\n | 0 1", "0 |\n 1 | 1\n | 1/2 1/2")
+]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: schemes.Repeat(s, 2),
+        lambda s: schemes.Substeps(s, 2),
+        lambda s: schemes.Mix((2, s)),
+        lambda s: schemes.Mix((1, schemes.get("euler")), (2, s)),
+        lambda s: schemes.Nested(s, schemes.get("euler")),
+        lambda s: schemes.Nested(schemes.get("revnet"), s),
+        lambda s: schemes.Reversible(s),
+        lambda s: schemes.Repeat(schemes.Nested(schemes.get("rk4"), schemes.Repeat(s, 2)), 2),
+    ],
+)
+def test_wrappers_are_equal_where_their_parts_are(wrap):
+    one, other = METHODS
+    again = schemes.RungeKutta(one.tableau)
+    assert one != other and str(one) == str(other) and again == one
+    assert wrap(one) != wrap(other) and str(wrap(one)) == str(wrap(other))
+    assert wrap(again) == wrap(one) and hash(wrap(again)) == hash(wrap(one))
 
 
 def test_schemes_and_tableaux_pass_through():
