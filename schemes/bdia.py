@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
-from .language import written
+from .language import finite, written
 from .scheme import Function, Scheme, Slot, State, StepSize
 
 
@@ -72,7 +72,7 @@ class Bidirectional(Coupling):
     rotate = 1
 
     def __init__(self, gamma: float | Tensor):
-        self.gamma = gamma if isinstance(gamma, Tensor) else float(gamma)
+        self.gamma = gamma if isinstance(gamma, Tensor) else finite("bidirectional: gamma", gamma)
         if isinstance(self.gamma, float):
             if self.gamma == 0:
                 raise SchemeError("bidirectional: gamma is 0, so that x_{n-1} is lost; want any other number.")
@@ -144,7 +144,7 @@ class Bdia(Scheme):
     training_differs = True
 
     def __init__(self, gamma: float = 0.5):
-        self.gamma = float(gamma)
+        self.gamma = finite("bdia: gamma", gamma)
         # A power of two, so that the grid loses whole bits and nothing is rounded.
         if self.gamma not in (2.0**-n for n in range(1, 11)):
             raise SchemeError(

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from numbers import Integral
 from typing import Any, NoReturn
 
 from .errors import SchemeError
@@ -48,6 +49,41 @@ def written(x: float) -> str:
     """
     short = f"{x:g}"
     return short if float(short) == x else repr(float(x))
+
+
+def finite(name: str, value: Any) -> float:
+    """A setting as a float.
+
+    Args:
+        name: what it is called in the message.
+        value: a number of any type.
+
+    Raises:
+        SchemeError: it is no number, or not finite.
+    """
+    try:
+        # NaN for everything that is not a number, so that the one comparison below refuses it all.
+        found = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not abs(found) < float("inf"):
+        raise SchemeError(f"{name} is {shorten(str(value), 60)}, want a finite number.")
+    return found
+
+
+def dimension(name: str, value: Any) -> int:
+    """The number of a dimension; negative ones count from the end.
+
+    Args:
+        name: of the scheme.
+        value: the number.
+
+    Raises:
+        SchemeError: it is no whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise SchemeError(f"{name}: dim is {shorten(str(value), 60)}, want a whole number, the number of a dimension.")
+    return int(value)
 
 
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:

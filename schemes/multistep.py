@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
-from .language import written
+from .language import finite, written
 from .scheme import Function, Scheme, Slot, State, StepSize
 
 
@@ -108,7 +108,7 @@ class Momentum(_OneFunction):
     shortcuts = 1
 
     def __init__(self, beta: float = 0.9):
-        self.beta = float(beta)
+        self.beta = finite("momentum: beta", beta)
         if self.beta in (0.0, 1.0):
             raise SchemeError(f"momentum: beta is {self.beta:g}, want any number but 0 and 1; 0 is Euler: 'euler'.")
         self.order = 1 if abs(self.beta) < 1 else None  # else the velocity grows, or oscillates, step by step
@@ -158,7 +158,7 @@ class LmResNet(_OneFunction):
     shortcuts = 1
 
     def __init__(self, k: float):
-        self.k = float(k)
+        self.k = finite("lm_resnet: k", k)
         if self.k == 0:
             raise SchemeError("lm_resnet: k is 0, want any other number; 0 is Euler: 'euler'.")
         self.amplification = max(1.0, 1 / abs(self.k))
@@ -210,7 +210,7 @@ class Alf(_OneFunction):
     nodes = (0.5,)
 
     def __init__(self, eta: float = 1.0):
-        self.eta = float(eta)
+        self.eta = finite("alf: eta", eta)
         if not 0 < self.eta <= 1 or self.eta == 0.5:
             raise SchemeError(f"alf: eta is {self.eta:g}, want 0 < eta <= 1 and not 1/2, where v would be lost.")
         self.order = 2 if self.eta == 1 else 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update
 from .errors import SchemeError
-from .language import written
+from .language import finite, written
 from .scheme import Function, Scheme, Slot, State, StepSize
 from .stability import polynomial
 
@@ -65,7 +65,7 @@ class Reversible(Coupling):
             raise SchemeError(
                 f"reversible: the base {base} must have one stream and fixed steps, such as rk4, in training too."
             )
-        self.base, self.coupling = base, float(coupling)
+        self.base, self.coupling = base, finite("reversible: the coupling", coupling)
         if not 0 < self.coupling < 1:
             raise SchemeError(f"reversible: the coupling is {self.coupling:g}, want 0 < coupling < 1.")
         self.stages, self.order, self.span = base.stages, base.order, base.span

@@ -89,6 +89,9 @@ class RungeKutta(Scheme):
 
     def _at(self, h: float) -> tuple[tuple[Terms, ...], Terms]:
         """The rows times h, and the weights times h; cached for the few step sizes that a network uses."""
+        # Numbers of other types are equal keys, and would leave coefficients of their own precision to the next caller.
+        if type(h) is not float:
+            h = float(h)
         found = self._scaled.get(h)
         if found is None:
             # A schedule or a solver uses a new size at every call, and the cache must not grow without bound.

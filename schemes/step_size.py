@@ -11,22 +11,11 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
-from .language import Reader, shorten, written
-
-
-def _finite(name: str, value: Any) -> float:
-    try:
-        # NaN for everything that is not a number, so that the one comparison below refuses it all.
-        found = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = float("nan")
-    if not abs(found) < float("inf"):
-        raise SchemeError(f"{name} is {shorten(str(value), 60)}, want a finite number.")
-    return found
+from .language import Reader, finite, written
 
 
 def _positive(name: str, value: Any) -> float:
-    found = _finite(name, value)
+    found = finite(name, value)
     if found <= 0:
         raise SchemeError(f"{name} is {found:g}, want a positive number.")
     return found
@@ -57,7 +46,7 @@ class Fixed(StepSize):
     """
 
     def __init__(self, h: Any = 1.0):
-        self.h = _finite("the step size", h)
+        self.h = finite("the step size", h)
 
     def __call__(self, n: int) -> float:
         return self.h

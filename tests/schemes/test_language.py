@@ -143,6 +143,10 @@ def refused(text, read=schemes.get):
     return message
 
 
+DIMS = ["revnet(", "additive(3, ", "affine(", "multilevel(3, ", "dense(3, "]
+HALVES = {"3/2": "3/2", "1.9": "19/10", "-1/2": "-1/2", "true": "True", "none": "None", "rk4": "rk4"}
+TRUTHS = ["momentum(true)", "lm_resnet(true)", "alf(true)", "affine(bound=true)", "multilevel(2, true)", "bdia(false)"]
+TRUTHS += ["reversible(rk4, none)", "momentum(rk4)", "multilevel(3, none)"]
 BAD = [
     ("rk5", ["position 1", "there is no 'rk5'", "closest are", "rk4", "See all names: schemes.names()"]),
     ("nested(midpiont, rk4)", ["position 8", "'midpiont'", "midpoint"]),
@@ -234,6 +238,14 @@ BAD = [
     ("adaptive(rk4)", ["no adaptive method 'rk4'", "dopri5"]),
     ("adaptive(dopri5, rtol=0)", ["rtol is 0.0", "positive"]),
     ("adaptive(dopri5, rtol=none)", ["rtol is None", "positive number"]),
+    *[(f"{name}dim={dim})", [f"dim is {shown}, want a whole number"]) for name in DIMS for dim, shown in HALVES.items()],
+    *[(text, ["want a finite number"]) for text in TRUTHS],
+    ("dense(2, join=none)", ["join is None, want true or false"]),
+    ("dense(2, join=1)", ["join is 1, want true or false"]),
+    ("revcol(3, huge=2)", ["huge is 2, want true or false"]),
+    ("rkc1(true)", ["want a whole number of stages"]),
+    ("rkc1(3, true)", ["True is not exact"]),
+    ("ees25(true)", ["True is not exact"]),
     ("adaptive(repeat(" + "1*rk4 + " * 40 + "rk4, 1))", ["no adaptive method"]),
 ]
 

@@ -3,7 +3,10 @@
 import math
 import sys
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
@@ -30,6 +33,27 @@ def test_order_of_the_companion(name):
     companion = replace(t, name=f"companion of {name}", b=t.b_hat, b_hat=None, order=t.order_hat, order_hat=None)
     # Not equal: dopri8's companion looks like 7.7 as far as fp64 sees. test_order.py has the exact figures.
     assert observed_order(RungeKutta(companion)) > t.order_hat - 0.5
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.array, Fraction, Decimal])
+@pytest.mark.parametrize("name", ["rk4", "kutta3", "repeat(kutta3, 2)", "leapfrog", "momentum", "reversible(rk4)"])
+def test_numbers_of_any_type_are_step_sizes_and_leave_nothing_behind(name, kind):
+    h, x = kind("0.3") if kind in (Fraction, Decimal) else kind(0.3), torch.ones(1, dtype=F64)
+    scheme = get(name)
+    fs = [torch.sin] * scheme.stages
+    state = scheme.init(fs, x)
+    (RungeKutta(scheme.tableau) if isinstance(scheme, RungeKutta) else scheme)._step(fs, state, float(h))
+    for size in (h, float(h)):  # the second reads what the first has left
+        got = scheme.step(fs, state, h=size)
+        fresh = RungeKutta(scheme.tableau) if isinstance(scheme, RungeKutta) else scheme
+        want = fresh._step(fs, state, float(h))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_sizes_of_other_types_do_not_pass_their_precision_on():
+    scheme, x = RungeKutta(schemes.tableaux.kutta3), torch.ones(1, dtype=F64)
+    scheme._step([torch.sin] * 3, (x,), np.float32(0.25))
+    assert {type(a) for rows, weights in scheme._scaled.values() for row in (*rows, weights) for _, a in row} == {float}
 
 
 @pytest.mark.parametrize("name", METHODS)
