@@ -78,9 +78,9 @@ class ContinuousWeights(nn.Module):
     Args:
         block: any module: with convolutions, attention, several arguments, a ``context``, or a time argument of its
             own. It becomes part of the field.
-        knots: number of intervals, or their ends from 0 to ``span`` in ascending order; an inner knot repeated m times
-            leaves ``degree - m`` continuous derivatives.
-        degree: of the splines: 0 (constant on each interval), 1 (lines), 2 or 3.
+        knots: number of intervals, or their ends from 0 to ``span`` in ascending order, in double precision or on a
+            uniform grid; an inner knot repeated m times leaves ``degree - m`` continuous derivatives. Or a space.
+        degree: of the splines: 0 (constant on each interval), 1 (lines), 2 or 3; None is 1, or that of a spline space.
         span: t runs over [0, span].
 
     Shapes:
@@ -102,7 +102,11 @@ class ContinuousWeights(nn.Module):
     """
 
     def __init__(
-        self, block: nn.Module, knots: int | Sequence[float] | SplineSpace = 8, degree: int = 1, span: float = 1.0
+        self,
+        block: nn.Module,
+        knots: int | Sequence[float] | SplineSpace = 8,
+        degree: int | None = None,
+        span: float = 1.0,
     ):
         super().__init__()
         if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < float("inf"):
@@ -379,7 +383,7 @@ class ContinuousWeights(nn.Module):
         cls,
         modules: Sequence[nn.Module],
         knots: int | Sequence[float] | SplineSpace | None = None,
-        degree: int = 1,
+        degree: int | None = None,
         span: float = 1.0,
         times: Sequence[float] | None = None,
     ) -> Approximation:

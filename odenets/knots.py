@@ -15,10 +15,16 @@ from schemes.splines import SAME, SplineSpace
 KNOTS = "knots"  # the key of the knots in a state dict
 
 
-def space_of(knots: int | Sequence[float] | SplineSpace, degree: int, span: float) -> SplineSpace:
-    """Returns the spline space on [0, 1] that the knots describe."""
+def space_of(knots: int | Sequence[float] | SplineSpace, degree: int | None, span: float) -> SplineSpace:
+    """Returns the spline space on [0, 1] that the knots describe; no degree is 1, or that of a space."""
     if isinstance(knots, SplineSpace):
+        if degree not in (None, knots.degree):
+            raise SchemeError(
+                f"ContinuousWeights: degree is {degree}, and the splines that are given as knots are of degree "
+                f"{knots.degree}.\n  Leave the degree out, or give knots as numbers."
+            )
         return knots
+    degree = 1 if degree is None else degree
     if isinstance(knots, Integral):
         return SplineSpace.uniform(knots if isinstance(knots, bool) else int(knots), degree)
     try:
@@ -36,9 +42,9 @@ def space_of(knots: int | Sequence[float] | SplineSpace, degree: int, span: floa
         )
     inner = [k / span for k in ends[1:-1]]
     found = on_a_grid(inner, eps) if eps else inner
-    if found is None and hasattr(knots, "dtype"):
+    if found is None and (dtype := getattr(knots, "dtype", None)) is not None:
         raise SchemeError(
-            f"ContinuousWeights: the knots are rounded to {knots.dtype}, and a time that should meet one would miss it."
+            f"ContinuousWeights: the knots are rounded to {dtype}, and a time that should meet one would miss it."
             "\n  Give them in float64, or as a list."
         )
     return SplineSpace(degree, tuple(found or inner))

@@ -176,7 +176,15 @@ class Bdia(Scheme):
 
         Returns:
             (n, 1, ..., 1), of the dtype and device of x.
+
+        Raises:
+            SchemeError: x has no dimensions.
         """
+        if not x.dim():
+            raise SchemeError(
+                "bdia: the stream has no dimensions, and training draws gamma for each sample, along the first.\n"
+                "  Give a batch: x[None]."
+            )
         shape = (x.shape[0],) + (1,) * (x.dim() - 1)
         # Per sample: one draw for the batch would make the gradient of a batch as noisy as that of a sample.
         device = x.device if generator is None else generator.device

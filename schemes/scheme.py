@@ -16,6 +16,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -552,12 +553,19 @@ def solve(
     Returns:
         The value at the end, of the shape of x.
 
+    Raises:
+        SchemeError: steps is no whole number of at least 1, or x is of whole numbers.
+
     Example:
         >>> import torch, schemes
         >>> y = schemes.solve(schemes.get("rk4"), lambda x: -x, torch.ones((), dtype=torch.float64), steps=10)
         >>> round(float(y), 6)
         0.36788
     """
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise SchemeError(f"solve: steps is {steps!r}, want a whole number of at least 1.")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise SchemeError(f"solve: the initial value is of {x.dtype}, which cannot hold steps.\n  Give x.double().")
     h = (t[1] - t[0]) / (steps * scheme.span)
     fs, takes = (f,) * scheme.stages, (signature(f),) * scheme.stages
     state: State = ()

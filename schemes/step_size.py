@@ -67,7 +67,16 @@ class Decay(StepSize):
         self.rate, self.h0 = _positive("decay: the rate", rate), _positive("decay: h0", h0)
 
     def __call__(self, n: int) -> float:
-        return self.h0 * self.rate**n
+        try:
+            found = self.h0 * self.rate**n
+        except OverflowError:
+            found = float("inf")
+        if found == float("inf"):
+            raise SchemeError(
+                f"the step size {self} is too large for a number at step {n}.\n"
+                "  Take a rate nearer to 1, or fewer steps."
+            )
+        return found
 
     def __str__(self) -> str:
         return f"decay({written(self.rate)}{_others(self, h0=1.0)})"

@@ -522,6 +522,14 @@ def loaded(stack, f):
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[math.nan]), "at t = nan, outside"),
         (lambda f: ContinuousWeights.from_modules([torch.tanh]), "want a module"),
         (
+            lambda f: ContinuousWeights(nn.Linear(4, 4), SplineSpace.uniform(4, 3), degree=2),
+            "degree is 2, and the splines that are given as knots are of degree 3",
+        ),
+        (
+            lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], SplineSpace.uniform(1, 1), degree=0),
+            "degree is 0, and the splines that are given as knots are of degree 1",
+        ),
+        (
             lambda f: ContinuousWeights(nn.Linear(4, 4), knots=torch.tensor([0, 0.1234, 0.5771, 1])),
             r"rounded to torch.float32, and a time .* miss it.\n  Give them in float64",
         ),
@@ -843,6 +851,15 @@ def test_functions_per_slot_forget_stacks_that_are_gone():
         net.rebuilt(depth=depth)
     gc.collect()
     assert len(pair.revisions) == 1
+
+
+def test_a_degree_is_that_of_the_splines():
+    for degree in range(4):
+        space, layers = SplineSpace.uniform(4, degree), [nn.Linear(4, 4) for _ in range(4)]
+        for same in (None, degree):
+            assert ContinuousWeights(nn.Linear(4, 4), space, same).space == space
+            assert ContinuousWeights.from_modules(layers, space, same).field.space == space
+    assert ContinuousWeights(nn.Linear(4, 4), 4).degree == ContinuousWeights.from_modules(layers).field.degree == 1
 
 
 def test_uneven_and_repeated_knots():

@@ -238,7 +238,11 @@ BAD = [
     ("adaptive(rk4)", ["no adaptive method 'rk4'", "dopri5"]),
     ("adaptive(dopri5, rtol=0)", ["rtol is 0.0", "positive"]),
     ("adaptive(dopri5, rtol=none)", ["rtol is None", "positive number"]),
-    *[(f"{name}dim={dim})", [f"dim is {shown}, want a whole number"]) for name in DIMS for dim, shown in HALVES.items()],
+    *[
+        (f"{name}dim={dim})", [f"dim is {shown}, want a whole number"])
+        for name in DIMS
+        for dim, shown in HALVES.items()
+    ],
     *[(text, ["want a finite number"]) for text in TRUTHS],
     ("dense(2, join=none)", ["join is None, want true or false"]),
     ("dense(2, join=1)", ["join is 1, want true or false"]),

@@ -14,7 +14,15 @@ from hypothesis import given
 
 import schemes
 from schemes import RungeKutta, SchemeError, Tableau, get, solve
-from schemes.testing import check_formula, check_order, check_slots, observed_order, residual_functions, tableaux
+from schemes.testing import (
+    check_formula,
+    check_order,
+    check_scheme,
+    check_slots,
+    observed_order,
+    residual_functions,
+    tableaux,
+)
 
 METHODS = [*schemes.tableaux.METHODS, "ees25", "ees25(1/4)", "rkc1(5)", "rkc2(5)", "rkl1(4)", "rkl2(5)"]
 PAIRS = [name for name, t in schemes.tableaux.METHODS.items() if t.b_hat is not None]
@@ -33,6 +41,50 @@ def test_order_of_the_companion(name):
     companion = replace(t, name=f"companion of {name}", b=t.b_hat, b_hat=None, order=t.order_hat, order_hat=None)
     # Not equal: dopri8's companion looks like 7.7 as far as fp64 sees. test_order.py has the exact figures.
     assert observed_order(RungeKutta(companion)) > t.order_hat - 0.5
+
+
+def test_a_method_of_ones_own_need_not_declare_its_order():
+    text = "0 |\n 1/2 | 1/2\n | 0 1"
+    check_scheme(RungeKutta(Tableau.parse(text, order=None, name="mine")))
+    with pytest.raises(AssertionError, match="order 1 is declared, 2 computed"):
+        check_scheme(RungeKutta(Tableau.parse(text, order=1, name="mine")))
+
+
+@pytest.mark.parametrize(
+    ("text", "unused"),
+    [
+        ("0 |\n 1/2 | 1/2\n 1/3 | 1/3 0\n | 0 1 0", (2,)),
+        ("0 |\n 1/3 | 1/3\n 1/2 | 1/2 0\n | 0 0 1", (1,)),
+        ("0 |\n 1/3 | 1/3\n 1/2 | 0 1/2\n 1 | 1 0 0\n | 1 0 0 0", (1, 2, 3)),
+        ("0 |\n 1/3 | 1/3\n 1/2 | 0 1/2\n 1 | 1 0 0\n | 1/2 0 0 1/2", (1, 2)),
+    ],
+)
+def test_functions_without_a_gradient_are_unused(text, unused):
+    scheme, x = RungeKutta(Tableau.parse(text, order=None, name="mine")), torch.ones(2, dtype=F64)
+    gains = [torch.ones((), dtype=F64, requires_grad=True) for _ in range(scheme.stages)]
+    (y,) = scheme.step([lambda x, g=g: torch.sin(g * x) for g in gains], (x,), h=0.5)
+    grads = torch.autograd.grad(y.sum(), gains, allow_unused=True)
+    assert scheme.unused == unused == tuple(i for i, g in enumerate(grads) if g is None)
+    assert scheme.stages - len(unused) == schemes.runge_kutta.pruned(scheme).stages
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "4", None])
+def test_steps_of_a_solve_are_counted(steps):
+    with pytest.raises(SchemeError, match=r"steps is .*, want a whole number of at least 1"):
+        solve(get("rk4"), torch.neg, torch.ones(1), steps=steps)
+
+
+@pytest.mark.parametrize("name", ["rk4", "euler", "midpoint", "leapfrog", "momentum"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_whole_numbers_are_no_initial_values(name, dtype):
+    with pytest.raises(SchemeError, match=r"of torch\.\w+, which cannot hold steps.\n  Give x.double"):
+        solve(get(name), torch.neg, torch.ones(1, dtype=dtype), steps=4)
+
+
+@pytest.mark.parametrize("degree", [0, 2, 6, 9, True, 3.5, 4.0, None])
+def test_degrees_of_hermite_are_three(degree):
+    with pytest.raises(SchemeError, match=r"the degree is .*, want 3, 4 or 5"):
+        schemes.interpolants.hermite(schemes.tableaux.rk4, degree)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.array, Fraction, Decimal])

@@ -89,6 +89,12 @@ def test_bad_rules(rule, message):
         step_size(rule)
 
 
+@pytest.mark.parametrize(("rule", "n"), [("decay(2)", 2000), ("decay(1e20)", 16), (Decay(1.5, 1e308), 9)])
+def test_a_decay_that_grows_too_large_is_refused(rule, n):
+    with pytest.raises(SchemeError, match=rf"is too large for a number at step {n}.\n  Take a rate nearer to 1"):
+        step_size(rule)(n)
+
+
 def test_exact_numbers_are_numbers():
     assert Fixed(Fraction(1, 4))(3) == 0.25
     with pytest.raises(SchemeError, match="want a finite number"):
