@@ -42,9 +42,10 @@ def space_of(knots: int | Sequence[float] | SplineSpace, degree: int | None, spa
         )
     inner = [k / span for k in ends[1:-1]]
     found = on_a_grid(inner, eps) if eps else inner
-    if found is None and (dtype := getattr(knots, "dtype", None)) is not None:
+    kind = str(getattr(knots, "dtype", ""))
+    if found is None and kind.endswith(("float32", "float16")):
         raise SchemeError(
-            f"ContinuousWeights: the knots are rounded to {dtype}, and a time that should meet one would miss it."
+            f"ContinuousWeights: the knots are rounded to {kind}, and a time that should meet one would miss it."
             "\n  Give them in float64, or as a list."
         )
     return SplineSpace(degree, tuple(found or inner))

@@ -288,6 +288,20 @@ def test_a_block_that_writes_to_its_weight_has_its_gradients(kind):
     agree_with_a_plain_module(scattered(ContinuousWeights(WRITES[kind](), 4), 1.0), batch(4, 4))
 
 
+HIDDEN = [lambda w: w.data.mul_(0.5), lambda w: w.data.clamp_(-0.1, 0.1), lambda w: w.data[0].zero_()]
+
+
+@pytest.mark.parametrize("write", HIDDEN)
+@pytest.mark.parametrize("late", [False, True])
+def test_writes_that_autograd_does_not_see_are_refused(write, late):
+    field = scattered(ContinuousWeights(Writes(write, late), 4), 1.0)
+    for _ in range(2):  # a call that was refused is not a look
+        with pytest.raises(
+            SchemeError, match=r"writes to its weight through \.data.*\n  Write to the parameter itself"
+        ):
+            field(0.3, batch(4, 4))
+
+
 def test_coefficients_that_are_written_to_between_the_passes_are_found():
     field = scattered(ContinuousWeights(perceptron(), 3))
     y = field(0.4, batch(2, 4))  # between two knots
