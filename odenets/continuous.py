@@ -10,6 +10,7 @@ its own names: each of its parameters gains a leading dimension for the coeffici
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -24,11 +25,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from schemes.errors import SchemeError
 from schemes.scheme import Takes, signature
-from schemes.splines import Row, SplineSpace, distance, fit, projection, transfer
+from schemes.splines import SAME, Row, SplineSpace, distance, fit, projection, slack_of, transfer
 
 from .auxiliary import with_energies
-from .interpolation import Interpolation, Place, blend, kept_out, places_of, standing
-from .knots import KNOTS, count_of, mapped, read_knots, relative_errors, space_of
+from .interpolation import Interpolation, Place, blend, kept_out, places_of, product, standing
+from .knots import KNOTS, alike, mapped, misshapen, read_knots, relative_errors, space_of, widened
 
 # Beyond its span a field continues its last piece, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
@@ -78,9 +79,9 @@ class ContinuousWeights(nn.Module):
     Args:
         block: any module: with convolutions, attention, several arguments, a ``context``, or a time argument of its
             own. It becomes part of the field.
-        knots: number of intervals, or their ends from 0 to ``span`` in ascending order; an inner knot repeated m times
-            leaves ``degree - m`` continuous derivatives.
-        degree: of the splines: 0 (constant on each interval), 1 (lines), 2 or 3.
+        knots: number of intervals, or their ends from 0 to ``span`` in ascending order, in double precision or on a
+            uniform grid; an inner knot repeated m times leaves ``degree - m`` continuous derivatives. Or a space.
+        degree: of the splines: 0 (constant on each interval), 1 (lines), 2 or 3; None is 1, or that of a spline space.
         span: t runs over [0, span].
 
     Shapes:
@@ -101,8 +102,14 @@ class ContinuousWeights(nn.Module):
         (torch.Size([9, 4, 4]), tensor(True))
     """
 
+    _looked: frozenset[tuple[int, bool]] = frozenset()  # blocks whose weights were compared after a call, by mode
+
     def __init__(
-        self, block: nn.Module, knots: int | Sequence[float] | SplineSpace = 8, degree: int = 1, span: float = 1.0
+        self,
+        block: nn.Module,
+        knots: int | Sequence[float] | SplineSpace = 8,
+        degree: int | None = None,
+        span: float = 1.0,
     ):
         super().__init__()
         if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < float("inf"):
@@ -188,10 +195,14 @@ class ContinuousWeights(nn.Module):
             given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
             if not torch.compiler.is_compiling() and given.device.type == "cpu" and not is_batchedtensor(given):
                 self._checked(float(given.detach()))
+            # Half precision is given up before the division, which would round a time once more.
+            given = given if given.dtype in (torch.float32, torch.float64) else given.float()
             # Compared with every knot, but never read: the graph is the same for all times.
             basis = self.space.basis((given / self.span).reshape(()))
-            return [torch.tensordot(basis.to(c), c, 1) for c in coefficients], None
-        row = self.space.row(self._checked(float(t)) / self.span)
+            return [product(basis, c) for c in coefficients], None
+        # The same interval as above, or a learned size of a step would find another weight where nothing is learned.
+        slack = slack_of(t) if isinstance(t, Tensor) else SAME
+        row = self.space.row(self._checked(float(t)) / self.span, slack)
         if not torch.is_grad_enabled():
             return [blend(c, row) for c in coefficients], row
         if peek_interpreter_stack() is not None:
@@ -254,8 +265,14 @@ class ContinuousWeights(nn.Module):
             # A compiler does not follow writes into the modules' dictionaries.
             named = {place.key: w for same, w in zip(places, weights, strict=True) for place in same}
             return functional_call(self.block, named, args, kwargs)
-        with kept_out(row, places, weights), standing(places, weights):
-            return self.block(*args, **kwargs)
+        # The first evaluation in each mode of training compares the weights after the call.
+        key = id(self.block), self.training
+        hooks = kept_out(row, places, weights, key not in self._looked)
+        with hooks, standing(places, weights):
+            found = self.block(*args, **kwargs)
+        if key not in self._looked and not isinstance(hooks, nullcontext):
+            self._looked = self._looked | {key}
+        return found
 
     def module_at(self, t: float) -> nn.Module:
         """Returns an independent block with the weights at time t: what a plain network has in that place.
@@ -366,8 +383,8 @@ class ContinuousWeights(nn.Module):
         old, new, weights = distance(self.space, space)
         pairs = {}
         for a, b in zip(self._places(), found._places(), strict=True):
-            was, now = mapped(old, a[0].now().detach().double()), mapped(new, b[0].now().detach().double())
-            pairs[a[0].key] = was, now
+            was, now = widened(a[0].now().detach()), widened(b[0].now().detach())
+            pairs[a[0].key] = mapped(old, was), mapped(new, now)
         return Approximation(found, *relative_errors(pairs, weights))
 
     @classmethod
@@ -375,7 +392,7 @@ class ContinuousWeights(nn.Module):
         cls,
         modules: Sequence[nn.Module],
         knots: int | Sequence[float] | SplineSpace | None = None,
-        degree: int = 1,
+        degree: int | None = None,
         span: float = 1.0,
         times: Sequence[float] | None = None,
     ) -> Approximation:
@@ -432,13 +449,13 @@ class ContinuousWeights(nn.Module):
         for places in found._places():
             own = torch.stack([state[places[0].key] for state in states])
             places[0].now().data = mapped(matrix, own)
-            pairs[places[0].key] = own.double(), mapped(rows, places[0].now().detach().double())
-        return Approximation(found, *relative_errors(pairs, torch.full((n,), 1 / n, dtype=torch.float64)))
+            pairs[places[0].key] = widened(own), mapped(rows, widened(places[0].now().detach()))
+        return Approximation(found, *relative_errors(pairs, torch.full((n,), 1 / n, dtype=torch.float64, device="cpu")))
 
     # State and movement --------------------------------------------------------------------------------------------
 
     def _knot_vector(self) -> Tensor:
-        return self.span * torch.tensor(self.space.knots, dtype=torch.float64)
+        return self.span * torch.tensor(self.space.knots, dtype=torch.float64, device="cpu")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -459,12 +476,16 @@ class ContinuousWeights(nn.Module):
         if given is None:
             missing_keys.append(prefix + KNOTS)
         else:
+            wrong, (span, space) = [], (self.span, self.space)
             try:
-                span, space = read_knots(given, count_of(state_dict, prefix, self.space.count))
+                span, space = read_knots(given, self.span)
+                wrong = misshapen(space, self._shapes(f"{prefix}block."), state_dict)
             except SchemeError as error:
-                error_msgs.append(f"{prefix}{KNOTS}: {error}")
-            else:
-                if space != self.space:  # a field that was refined during training
+                wrong = [f"{prefix}{KNOTS}: {error}"]
+            error_msgs.extend(wrong)
+            # A state dict that is refused leaves the field its shapes.
+            if not wrong:
+                if not alike(space, self.space):  # a field that was refined during training
                     # Sets the shapes, since the values are then read from the state dict; parameters that it leaves out
                     # stay the same function, or the nearest one.
                     self.change(space, None if space.holds(self.space) else projection(self.space, space))
@@ -472,6 +493,10 @@ class ContinuousWeights(nn.Module):
         # torch would report the knots as unexpected, since they are not a buffer.
         inner = {k: v for k, v in state_dict.items() if k != prefix + KNOTS}
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _shapes(self, prefix: str) -> dict[str, torch.Size]:
+        """The shape of each parameter that is a function of time, by its key; a tied one has several."""
+        return {f"{prefix}{place.key}": same[0].now().shape for same in self._places() for place in same}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Memory formats are meant for the block's own dimensions: channels_last refuses a five-dimensional tensor.
@@ -550,8 +575,7 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, ContinuousWeights) and (given := state.get(prefix + KNOTS)) is not None:
-            count = count_of(state, prefix, module.space.count)
-            span, _ = read_knots(given, count)
+            span, space = read_knots(given, module.span)
             # A field on its own accepts any span; in a network the steps would still end where they do now.
             if name and abs(span - module.span) > 1e-6 * module.span:
                 raise SchemeError(
@@ -560,8 +584,6 @@ def expected_shapes(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[
                     "  Build the network with the steps of the file, then change them: odenets.rebuild.rebuilt."
                 )
             shapes[prefix + KNOTS] = given.shape
-            for places in module._places():
-                for place in places:
-                    key = f"{prefix}block.{place.key}"
-                    shapes[key] = torch.Size([count, *shapes[key][1:]])
+            for key, shape in module._shapes(f"{prefix}block.").items():
+                shapes[key] = torch.Size([space.count, *shape[1:]])
     return shapes

@@ -21,7 +21,7 @@ from schemes.errors import MixingWarning, SchemeError
 
 from . import checkpoints
 from .continuous import ContinuousWeights, expected_shapes
-from .knots import KNOTS, count_of, read_knots
+from .knots import KNOTS, alike, read_knots
 from .models.catalogue import IMAGENET_MEAN, IMAGENET_STD, create_model, model_options
 from .models.conventions import Conventions
 from .models.keys.layout import places_of, twin
@@ -243,8 +243,8 @@ def _take_knots(net: nn.Module, held: dict[str, Tensor]) -> None:
     expected_shapes(net, bare, net.state_dict())
     for name, field in net.named_modules():
         if isinstance(field, ContinuousWeights) and (given := bare.get(f"{name}.{KNOTS}")) is not None:
-            _, space = read_knots(given, count_of(bare, f"{name}.", field.space.count))
-            if space != field.space:
+            _, space = read_knots(given, field.span)
+            if not alike(space, field.space):
                 # Only the shapes: the values are those of the file.
                 field.change(space, torch.zeros(space.count, field.space.count))
             held.pop(f"{NET}{name}.{KNOTS}", None)

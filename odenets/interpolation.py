@@ -4,13 +4,14 @@ The interpolated weights exist for one call alone. Autograd saves how to recompu
 would otherwise be saved once per evaluation: depth times the size of the block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from schemes.errors import SchemeError
 from schemes.splines import Row
 
 
@@ -64,6 +65,15 @@ def _sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return found
 
 
+def product(basis: Tensor, coefficients: Tensor) -> Tensor:
+    """Returns the sum of coefficients weighted by all basis functions, a tensor of them."""
+    kind = coefficients.device.type
+    # To autocast this is a matrix product, but the weights of a norm or a gain keep their precision.
+    quiet = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with quiet:
+        return torch.tensordot(basis.to(coefficients), coefficients, 1)
+
+
 class Interpolation(torch.autograd.Function):
     """All weights of a block at one time, as one node of the graph; twice differentiable, also in forward mode.
 
@@ -108,27 +118,82 @@ def standing(places: Sequence[Sequence[Place]], weights: Sequence[Tensor]) -> It
 
 
 def kept_out(
-    row: Row | None, places: Sequence[Sequence[Place]], weights: Sequence[Tensor]
+    row: Row | None, places: Sequence[Sequence[Place]], weights: Sequence[Tensor], look: bool
 ) -> AbstractContextManager[Any]:
-    """Within it, autograd saves how to recompute the weights, which would otherwise be saved in every evaluation."""
+    """Within it, autograd saves how to recompute the weights, which would otherwise be saved in every evaluation.
+
+    With ``look``, weights that were written to past autograd's notice are refused at the end.
+    """
     if row is None or not torch.is_grad_enabled():
         return nullcontext()
     # A checkpoint or an offload to the host handles all saved tensors itself, and hooks of ours would come first.
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
         return nullcontext()
-    made: dict[int, Tensor] = {}
+    made: dict[int, _Made] = {}
     for same, w in zip(places, weights, strict=True):
         # Empty tensors share the address 0, and would be mistaken for each other.
         if w.requires_grad and w.numel():
-            made[w.untyped_storage().data_ptr()] = same[0].now()
+            storage = w.untyped_storage()
+            made[storage.data_ptr()] = _Made(same[0].now(), w.dtype, w._version, storage, w, same[0].key)
 
     def pack(x: Tensor) -> Any:
-        source = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
+        found = made.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
+        # A weight that the block has written to is no longer that of the spline, and a view that conjugates, negates
+        # or reads complex numbers as real ones is more than strides.
+        if found is not None and x._version == found.version and x.dtype == found.dtype:
+            if not (x.is_conj() or x.is_neg()):
+                return _Recipe(found.source, row, x)
         # Detached, since an output that its own node saves would never be freed; and with its version, which torch
         # checks only without hooks.
-        return (x.detach(), x._version) if source is None else _Recipe(source, row, x)
+        return x.detach(), x._version
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+    return _KeptOut(made, pack, row, look)
+
+
+class _KeptOut(torch.autograd.graph.saved_tensors_hooks):
+    """The hooks of one evaluation, at whose end the weights that it was given are released."""
+
+    def __init__(self, made: dict[int, "_Made"], pack: Callable[[Tensor], Any], row: Row, look: bool):
+        super().__init__(pack, _unpack)
+        self.made, self.row, self.look = made, row, look
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        # Saved tensors keep their hooks, and these would keep the weights.
+        found = [*self.made.items()]
+        self.made.clear()
+        if self.look and args[0] is None:
+            for address, each in found:
+                each.check(address, self.row)
+
+
+class _Made(NamedTuple):
+    """An interpolated weight as the block was given it: its coefficients, dtype, version, storage, itself, its name."""
+
+    source: Tensor
+    dtype: torch.dtype
+    version: int
+    storage: Any  # held, so that a block that replaces a weight's data does not free the address for another tensor
+    weight: Tensor
+    name: str
+
+    def check(self, address: int, row: Row) -> None:
+        """Refuses a weight that is no longer that of the spline, although its version says that nobody wrote to it."""
+        w = self.weight
+        # What other kinds of tensors hold, and what a recorded graph will hold, is not known here.
+        if type(w) is not Tensor or w.is_meta or (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        # One whose data was replaced lies elsewhere, and is saved as it is.
+        if w._version != self.version or w.untyped_storage().data_ptr() != address:
+            return
+        with torch.no_grad():
+            same = torch.allclose(w.detach(), blend(self.source, row), rtol=0.0, atol=0.0, equal_nan=True)
+        if not same:
+            raise SchemeError(
+                f"ContinuousWeights: the block writes to its {self.name} through .data, which autograd does not see; "
+                "the backward pass makes the weight again.\n"
+                "  Write to the parameter itself within torch.no_grad()."
+            )
 
 
 class _Recipe:

@@ -8,6 +8,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from schemes import Scheme, SchemeError
+from schemes.scheme import Takes
 
 from .auxiliary import ENERGIES, with_energies
 from .backprop.modes import Mode
@@ -44,7 +45,7 @@ def rebuilt(
     Args:
         model: stays as it is; it shares its parameters and buffers with the result.
         scheme: for all of its continuous stacks; None keeps theirs.
-        scale: factor by which the number of steps of each stack is multiplied.
+        scale: factor by which the number of steps of each stack is multiplied, where no depth is given.
         depth: the numbers of steps themselves, one for all stacks or one each.
         backprop: as in Stack; None keeps theirs.
 
@@ -70,19 +71,29 @@ def rebuilt(
             f"rebuilt: {type(model).__name__} has no weights that are functions of depth, and separate ones belong to "
             "their scheme.\n  Build it with continuous=8, or make stacks of ContinuousWeights."
         )
-    depths = _depths(stacks, scale, depth)
-    for (name, stack), steps in zip(stacks.items(), depths, strict=True):
-        new = stack.rebuilt(scheme, steps, backprop=backprop)
-        # The model is itself a stack, without a parent in which to replace it.
-        if not name:
-            return new
-        parent, _, last = name.rpartition(".")
-        setattr(found.get_submodule(parent), last, new)
-    return found
+    new = {}
+    for stack, steps in zip(stacks.values(), _depths(stacks, scale, depth), strict=True):
+        new[id(stack)] = stack.rebuilt(scheme, steps, backprop=backprop)
+    return _replaced(found, new)
+
+
+def _replaced(model: nn.Module, new: dict[int, Stack]) -> nn.Module:
+    """Returns the model with other stacks, by the id of the old ones, under each name that they have."""
+    if id(model) in new:  # the model is itself a stack, without a parent in which to replace it
+        return new[id(model)]
+    for parent in [*model.modules()]:
+        for name, child in [*parent._modules.items()]:
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
+    return model
 
 
 def _depths(stacks: dict[str, Stack], scale: Any, depth: int | Sequence[int] | None) -> list[int]:
     if depth is not None:
+        if scale != 1:
+            raise SchemeError(
+                f"rebuilt: scale is {scale} and depth is {depth}; both say the number of steps.\n  Give one of them."
+            )
         given = list(depth) if isinstance(depth, Sequence) else [depth] * len(stacks)
         if len(given) != len(stacks):
             raise SchemeError(f"rebuilt: {len(given)} depths for {len(stacks)} continuous stacks, want one each.")
@@ -114,9 +125,16 @@ def share_of(scale: Any) -> Fraction:
         (Fraction(1, 3), Fraction(1, 3))
     """
     try:
-        return Fraction(scale).limit_denominator(4096)
+        exact = Fraction(scale)
     except (TypeError, ValueError, ArithmeticError):
         raise SchemeError(f"rebuilt: scale is {scale!r}, want a number.") from None
+    found = exact.limit_denominator(10**6)
+    # A float stands for the fraction that it is the nearest float of.
+    if abs(found - exact) > abs(exact) * Fraction(1, 10**14):
+        raise SchemeError(
+            f"rebuilt: scale is {scale!r}, which is no short fraction.\n  Give a text such as '1/3', or depth."
+        )
+    return found
 
 
 @overload
@@ -151,12 +169,10 @@ def separated(model: nn.Module) -> nn.Module:
         raise SchemeError(f"separated: the {type(model).__name__} has no weights that are functions of depth.")
     if "" in stacks:
         return _separated(stacks[""])
-    plain = {name: _separated(stack) for name, stack in stacks.items()}
+    plain = [_separated(stack) for stack in stacks.values()]
     found = copy.deepcopy(model)
-    for name, stack in plain.items():
-        parent, _, last = name.rpartition(".")
-        setattr(found.get_submodule(parent), last, stack)
-    return found
+    copies = continuous_stacks(found).values()
+    return _replaced(found, {id(stack): new for stack, new in zip(copies, plain, strict=True)})
 
 
 def _separated(stack: Stack) -> Stack:
@@ -176,26 +192,39 @@ def _separated(stack: Stack) -> Stack:
     sizes = {float(step.h) for step in stack.steps}
     if len(sizes) > 1:
         raise SchemeError("separated: the steps are of several sizes; want equal ones.")
-    after = copy.deepcopy(stack.after)
-    found = Stack(functions, stack.scheme, step=sizes.pop(), post_step=after, backprop=stack.backprop)
+    given: Any = copy.deepcopy([[*(step.gs or ())] for step in stack.steps])
+    found = Stack(
+        functions,
+        stack.scheme,
+        # Shortcuts of the first step alone may change the width.
+        shortcut=given if any(given[1:]) else given[0] or None,
+        step=sizes.pop(),
+        post_step=copy.deepcopy(stack.after),
+        backprop=stack.backprop,
+        seed=None if stack._draws is None else stack._draws.generator.initial_seed(),
+    )
+    if stack._draws is not None and found._draws is not None:
+        found._draws.generator.set_state(stack._draws.generator.get_state())
     return found.train(stack.training)
 
 
 def _alone(f: Any, t: float) -> nn.Module:
     found = f.module_at(t) if hasattr(f, "module_at") else copy.deepcopy(f)
     # A block that itself takes a time is bound to the time of its place.
-    return _AtTime(found, t, f._inner.first) if hasattr(f, "_inner") and f._inner.time else found
+    return _AtTime(found, t, f._inner) if hasattr(f, "_inner") and f._inner.time else found
 
 
 class _AtTime(nn.Module):
     """A block that takes a time, bound to the time of its place."""
 
-    def __init__(self, block: nn.Module, t: float, first: bool):
+    def __init__(self, block: nn.Module, t: float, inner: Takes):
         super().__init__()
-        self.block, self.t, self.first = block, t, first
+        self.block, self.t, self.first = block, t, inner.first
+        # What the wrapper's own signature, which passes everything on, does not tell.
+        self.takes = inner._replace(time=False, first=False)
 
-    def forward(self, *args: Any) -> Tensor:
-        return self.block(self.t, *args) if self.first else self.block(*args, t=self.t)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.block(self.t, *args, **kwargs) if self.first else self.block(*args, t=self.t, **kwargs)
 
 
 def scheme_distance(stack: Stack, x: Tensor, scheme: str | Scheme = "euler", depth: int | None = None) -> Tensor:
@@ -219,7 +248,8 @@ def scheme_distance(stack: Stack, x: Tensor, scheme: str | Scheme = "euler", dep
         >>> bool(scheme_distance(net, x) > scheme_distance(net, x, depth=16))
         True
     """
-    return (stack(x) - stack.rebuilt(scheme, depth)(x)).square().mean()
+    difference = stack(x) - stack.rebuilt(scheme, depth)(x)
+    return (difference.abs() if difference.is_complex() else difference).square().mean()
 
 
 class Regularised(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
+from .language import finite, written
 from .scheme import Function, Scheme, Slot, State, StepSize
 
 
@@ -71,7 +72,7 @@ class Bidirectional(Coupling):
     rotate = 1
 
     def __init__(self, gamma: float | Tensor):
-        self.gamma = gamma if isinstance(gamma, Tensor) else float(gamma)
+        self.gamma = gamma if isinstance(gamma, Tensor) else finite("bidirectional: gamma", gamma)
         if isinstance(self.gamma, float):
             if self.gamma == 0:
                 raise SchemeError("bidirectional: gamma is 0, so that x_{n-1} is lost; want any other number.")
@@ -105,7 +106,7 @@ class Bidirectional(Coupling):
     __hash__ = Coupling.__hash__
 
     def __str__(self) -> str:
-        return f"bidirectional({'drawn' if isinstance(self.gamma, Tensor) else format(self.gamma, 'g')})"
+        return f"bidirectional({'drawn' if isinstance(self.gamma, Tensor) else written(self.gamma)})"
 
 
 class Bdia(Scheme):
@@ -143,7 +144,7 @@ class Bdia(Scheme):
     training_differs = True
 
     def __init__(self, gamma: float = 0.5):
-        self.gamma = float(gamma)
+        self.gamma = finite("bdia: gamma", gamma)
         # A power of two, so that the grid loses whole bits and nothing is rounded.
         if self.gamma not in (2.0**-n for n in range(1, 11)):
             raise SchemeError(
@@ -175,7 +176,15 @@ class Bdia(Scheme):
 
         Returns:
             (n, 1, ..., 1), of the dtype and device of x.
+
+        Raises:
+            SchemeError: x has no dimensions.
         """
+        if not x.dim():
+            raise SchemeError(
+                "bdia: the stream has no dimensions, and training draws gamma for each sample, along the first.\n"
+                "  Give a batch: x[None]."
+            )
         shape = (x.shape[0],) + (1,) * (x.dim() - 1)
         # Per sample: one draw for the batch would make the gradient of a batch as noisy as that of a sample.
         device = x.device if generator is None else generator.device
@@ -194,4 +203,4 @@ class Bdia(Scheme):
         return step.at(n)
 
     def __str__(self) -> str:
-        return "bdia" if self.gamma == 0.5 else f"bdia({self.gamma:g})"
+        return "bdia" if self.gamma == 0.5 else f"bdia({written(self.gamma)})"

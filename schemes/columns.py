@@ -109,14 +109,16 @@ class RevColCoupling(_Column):
     examples = ("revcol", "revcol(1)", "revcol(3, growth=1)", "revcol(3, huge=true)")
 
     def __init__(self, levels: int = 4, growth: int = 2, huge: bool = False):
+        if not isinstance(huge, bool):
+            raise SchemeError(f"revcol: huge is {huge!r}, want true or false.")
         least = 3 if huge else 1
         for name, number, low in (("levels", levels, least), ("growth", growth, 1)):
             if isinstance(number, bool) or not isinstance(number, int) or number < low:
                 raise SchemeError(f"revcol: {name} is {number}, want a whole number of at least {low}.")
         limit_functions("revcol", levels)
-        super().__init__(levels, growth, bool(huge))
+        super().__init__(levels, growth, huge)
         self.shortcuts = levels
-        self.first = FirstColumn(levels, growth, bool(huge))
+        self.first = FirstColumn(levels, growth, huge)
 
     def at(self, n: int) -> Scheme:
         return self if n else self.first

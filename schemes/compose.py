@@ -52,6 +52,9 @@ class Repeat(Composition):
         self.scheme, self.n = check_part("repeat", scheme), _count("repeat", n)
         self._set((scheme,) * self.n)
 
+    def _parts_compared(self) -> tuple[Scheme, ...]:
+        return (self.scheme,)
+
     def __str__(self) -> str:
         return f"repeat({self.scheme}, {self.n})"
 
@@ -80,6 +83,9 @@ class Substeps(Composition):
         self.scheme, self.n = check_part("substeps", scheme), _count("substeps", n)
         self.scale = 1.0 / self.n
         self._set((scheme,) * self.n)
+
+    def _parts_compared(self) -> tuple[Scheme, ...]:
+        return (self.scheme,)
 
     def __str__(self) -> str:
         return f"substeps({self.scheme}, {self.n})"
@@ -121,6 +127,9 @@ class Mix(Composition):
 
     def at(self, n: int) -> Scheme:
         return self.parts[n % len(self.parts)].at(n)
+
+    def _parts_compared(self) -> tuple[Scheme, ...]:
+        return tuple(s for _, s in self.counts)
 
     def __str__(self) -> str:
         only = len(self.counts) == 1  # 1*rk4 is a mix and rk4 is not

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .deprecation import renamed_names, warn_renamed
 from .errors import SchemeError
+from .language import dimension, finite, written
 from .scheme import MAX_FUNCTIONS, Function, Scheme, Slot, State, StepSize, limit_functions
 
 Scale = float | Tensor
@@ -358,7 +359,7 @@ class RevNetCoupling(_Split):
     nodes = (0.0, 1.0)
 
     def __init__(self, dim: int = 1, split: Sequence[int] | None = None):
-        self.dim = int(dim)
+        self.dim = dimension("revnet", dim)
         self._set_split(split)
 
     def updates(self, fs: Sequence[Function], h: StepSize, streams: int) -> list[Update]:
@@ -405,7 +406,7 @@ class Additive(_Split):
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
             raise SchemeError(f"additive: {n} streams, want a whole number of at least 2.")
         limit_functions("additive", n)
-        self.n, self.dim = n, int(dim)
+        self.n, self.dim = n, dimension("additive", dim)
         self.stages = self.evaluations = self.streams = self.shortcuts = n
         self.nodes = tuple(i / (n - 1) for i in range(n))  # the mean time of the streams that function i is given
         self._set_split(split)
@@ -454,7 +455,7 @@ class Affine(_Split):
     exact = False
 
     def __init__(self, dim: int = 1, bound: float = 1.0, split: Sequence[int] | None = None):
-        self.dim, self.bound = int(dim), float(bound)
+        self.dim, self.bound = dimension("affine", dim), finite("affine: the bound", bound)
         if not 0 < self.bound < 20:
             raise SchemeError(f"affine: the bound of the log-scale is {self.bound:g}, want 0 < bound < 20.")
         # For the worst input, since a declared figure must hold for all: the law drives the log-scales to their bound.
@@ -479,7 +480,7 @@ class Affine(_Split):
         return 2 * width
 
     def __str__(self) -> str:
-        given = self._options("" if self.bound == 1 else f"bound={self.bound:g}")
+        given = self._options("" if self.bound == 1 else f"bound={written(self.bound)}")
         return f"affine({given})" if given else "affine"
 
 
@@ -523,7 +524,8 @@ class MultiLevel(_Split):
             raise SchemeError(
                 f"multilevel: {m} streams; at most {MAX_FUNCTIONS}, of which each has a part of the input."
             )
-        self.streams, self.gamma, self.dim = m, float(gamma), int(dim)
+        self.streams, self.dim = m, dimension("multilevel", dim)
+        self.gamma = finite("multilevel: gamma", gamma)
         if self.gamma == 0:
             raise SchemeError("multilevel: gamma is 0, so that the oldest stream is lost; want any other number.")
         # A stream is multiplied by gamma once in m steps, when it is the oldest.
@@ -544,4 +546,4 @@ class MultiLevel(_Split):
         return streams[1:] + streams[:1]
 
     def __str__(self) -> str:
-        return f"multilevel({self._options(str(self.streams), f'{self.gamma:g}')})"
+        return f"multilevel({self._options(str(self.streams), written(self.gamma))})"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
+from .language import dimension
 from .scheme import Function, Slot, State, StepSize
 
 
@@ -27,7 +28,7 @@ class Dense(Coupling):
         join: whether the function is given one joined argument.
 
     Raises:
-        SchemeError: growth is not a positive whole number.
+        SchemeError: growth is not a positive whole number, dim not a whole one, or join neither true nor false.
 
     Source:
         Huang et al. 2017, Densely Connected Convolutional Networks, arXiv 1608.06993, equation 2.
@@ -50,7 +51,9 @@ class Dense(Coupling):
     def __init__(self, growth: int, dim: int = 1, join: bool = True):
         if isinstance(growth, bool) or not isinstance(growth, int) or growth < 1:
             raise SchemeError(f"dense: growth is {growth}, want a whole number of at least 1.")
-        self.growth, self.dim, self.join = growth, int(dim), bool(join)
+        if not isinstance(join, bool):
+            raise SchemeError(f"dense: join is {join!r}, want true or false.")
+        self.growth, self.dim, self.join = growth, dimension("dense", dim), join
 
     def readout(self, state: State) -> Tensor:
         return torch.cat(state, self.dim)

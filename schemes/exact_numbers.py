@@ -199,7 +199,7 @@ def exact(x: NumberLike) -> Number:
     if isinstance(x, (Fraction, Surd)):
         return x
     # Not floats: 0.1 is not 1/10, and an order condition would fail by 1e-17 for no visible reason.
-    if isinstance(x, int):
+    if isinstance(x, int) and not isinstance(x, bool):
         return Fraction(x)
     raise SchemeError(f"{x!r} is not exact; write it as text or as Fraction, such as '1/3' or Fraction(1, 3).")
 

@@ -77,7 +77,9 @@ def _chebyshev(s: int, w: Fraction) -> tuple[list[Fraction], list[Fraction], lis
 
 
 def _stages(name: str, s: int, least: int) -> int:
-    if not isinstance(s, int) or not least <= s <= 64:  # exact coefficients grow with s, and so does the time
+    if (
+        isinstance(s, bool) or not isinstance(s, int) or not least <= s <= 64
+    ):  # exact coefficients grow with s, and so does the time
         raise SchemeError(f"{name}({s}): want a whole number of stages from {least} to 64.")
     return s
 

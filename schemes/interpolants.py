@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from .errors import SchemeError
 from .exact_numbers import Number, NumberLike, exact
 from .order import _ElementaryWeights, _Sensitivity, trees
 from .tableau import Tableau
@@ -307,6 +308,9 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         tableau: any method.
         degree: 3, 4 or 5.
 
+    Raises:
+        SchemeError: another degree.
+
     Source: Enright, Jackson, Norsett, Thomsen 1986, Interpolants for Runge-Kutta formulas, ACM TOMS 12, 193-218.
 
     Example:
@@ -314,6 +318,8 @@ def hermite(tableau: Tableau, degree: int = 3) -> Interpolant:
         >>> [hermite(tableaux.fehlberg45, degree).order() for degree in (3, 4, 5)]
         [3, 4, 5]
     """
+    if type(degree) is not int or degree not in (3, 4, 5):
+        raise SchemeError(f"hermite: the degree is {degree!r}, want 3, 4 or 5.")
     rows = list(with_end(tableau))
     end = len(rows) - 1
     weights: list[list[Number]] = []

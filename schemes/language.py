@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from numbers import Integral
 from typing import Any, NoReturn
 
 from .errors import SchemeError
@@ -34,6 +35,55 @@ def sampled(*texts: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def shorten(text: str, limit: int = 240) -> str:
     """The text, cut to the limit, so that messages stay readable whatever was typed."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def written(x: float) -> str:
+    """A number as an expression has it: short where that is read back as the same number, else with all its digits.
+
+    Args:
+        x: the number.
+
+    Example:
+        >>> written(0.5), written(1 / 3)
+        ('0.5', '0.3333333333333333')
+    """
+    short = f"{x:g}"
+    return short if float(short) == x else repr(float(x))
+
+
+def finite(name: str, value: Any) -> float:
+    """A setting as a float.
+
+    Args:
+        name: what it is called in the message.
+        value: a number of any type.
+
+    Raises:
+        SchemeError: it is no number, or not finite.
+    """
+    try:
+        # NaN for everything that is not a number, so that the one comparison below refuses it all.
+        found = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not abs(found) < float("inf"):
+        raise SchemeError(f"{name} is {shorten(str(value), 60)}, want a finite number.")
+    return found
+
+
+def dimension(name: str, value: Any) -> int:
+    """The number of a dimension; negative ones count from the end.
+
+    Args:
+        name: of the scheme.
+        value: the number.
+
+    Raises:
+        SchemeError: it is no whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise SchemeError(f"{name}: dim is {shorten(str(value), 60)}, want a whole number, the number of a dimension.")
+    return int(value)
 
 
 def closest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update, scaled
 from .errors import SchemeError
+from .language import finite, written
 from .scheme import Function, Scheme, Slot, State, StepSize
 
 
@@ -107,7 +108,7 @@ class Momentum(_OneFunction):
     shortcuts = 1
 
     def __init__(self, beta: float = 0.9):
-        self.beta = float(beta)
+        self.beta = finite("momentum: beta", beta)
         if self.beta in (0.0, 1.0):
             raise SchemeError(f"momentum: beta is {self.beta:g}, want any number but 0 and 1; 0 is Euler: 'euler'.")
         self.order = 1 if abs(self.beta) < 1 else None  # else the velocity grows, or oscillates, step by step
@@ -125,7 +126,7 @@ class Momentum(_OneFunction):
         ]
 
     def __str__(self) -> str:
-        return f"momentum({self.beta:g})"
+        return f"momentum({written(self.beta)})"
 
 
 class LmResNet(_OneFunction):
@@ -157,7 +158,7 @@ class LmResNet(_OneFunction):
     shortcuts = 1
 
     def __init__(self, k: float):
-        self.k = float(k)
+        self.k = finite("lm_resnet: k", k)
         if self.k == 0:
             raise SchemeError("lm_resnet: k is 0, want any other number; 0 is Euler: 'euler'.")
         self.amplification = max(1.0, 1 / abs(self.k))
@@ -174,7 +175,7 @@ class LmResNet(_OneFunction):
         ]
 
     def __str__(self) -> str:
-        return f"lm_resnet({self.k:g})"
+        return f"lm_resnet({written(self.k)})"
 
 
 class Alf(_OneFunction):
@@ -209,7 +210,7 @@ class Alf(_OneFunction):
     nodes = (0.5,)
 
     def __init__(self, eta: float = 1.0):
-        self.eta = float(eta)
+        self.eta = finite("alf: eta", eta)
         if not 0 < self.eta <= 1 or self.eta == 0.5:
             raise SchemeError(f"alf: eta is {self.eta:g}, want 0 < eta <= 1 and not 1/2, where v would be lost.")
         self.order = 2 if self.eta == 1 else 1
@@ -229,7 +230,7 @@ class Alf(_OneFunction):
         return [Update(0, half), Update(1, lambda s: (1 - 2 * eta, 2 * eta * f(s[0]))), Update(0, half)]
 
     def __str__(self) -> str:
-        return "alf" if self.eta == 1 else f"alf({self.eta:g})"
+        return "alf" if self.eta == 1 else f"alf({written(self.eta)})"
 
 
 class ReversibleHeun(_OneFunction):

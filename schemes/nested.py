@@ -217,6 +217,9 @@ class Nested(Scheme):
         gs = tuple(Once(g) for g in gs)
         return self.outer.slope(self._functions(fs, h, gs), x, h, gs)
 
+    def _parts_compared(self) -> tuple[Scheme, ...]:
+        return self.outer, self.inner
+
     def __str__(self) -> str:
         return f"nested({self.outer}, {self.inner})"
 

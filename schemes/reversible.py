@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .coupling import Coupling, Update
 from .errors import SchemeError
+from .language import finite, written
 from .scheme import Function, Scheme, Slot, State, StepSize
 from .stability import polynomial
 
@@ -64,7 +65,7 @@ class Reversible(Coupling):
             raise SchemeError(
                 f"reversible: the base {base} must have one stream and fixed steps, such as rk4, in training too."
             )
-        self.base, self.coupling = base, float(coupling)
+        self.base, self.coupling = base, finite("reversible: the coupling", coupling)
         if not 0 < self.coupling < 1:
             raise SchemeError(f"reversible: the coupling is {self.coupling:g}, want 0 < coupling < 1.")
         self.stages, self.order, self.span = base.stages, base.order, base.span
@@ -140,8 +141,11 @@ class Reversible(Coupling):
     def slots(self, n: int, streams: tuple[int, ...], out_channels: int | None = None) -> tuple[Slot, ...]:
         return self.base.slots(n, streams[:1])
 
+    def _parts_compared(self) -> tuple[Scheme, ...]:
+        return (self.base,)
+
     def __str__(self) -> str:
-        return f"reversible({self.base}, coupling={self.coupling:g})"
+        return f"reversible({self.base}, coupling={written(self.coupling)})"
 
 
 def _first(unstable: Callable[[float], bool], fine: float = 1 / 4096, end: float = 64.0) -> float:

@@ -89,6 +89,9 @@ class RungeKutta(Scheme):
 
     def _at(self, h: float) -> tuple[tuple[Terms, ...], Terms]:
         """The rows times h, and the weights times h; cached for the few step sizes that a network uses."""
+        # Numbers of other types are equal keys, and would leave coefficients of their own precision to the next caller.
+        if type(h) is not float:
+            h = float(h)
         found = self._scaled.get(h)
         if found is None:
             # A schedule or a solver uses a new size at every call, and the cache must not grow without bound.
@@ -151,8 +154,12 @@ class RungeKutta(Scheme):
 
     @property
     def unused(self) -> tuple[int, ...]:
-        # Those that only the error estimate reads.
-        return tuple(range(self.live, self.stages))
+        # Those that only the error estimate reads, or nothing. From the last stage back, a stage's readers come first.
+        needed = {i for i, _ in self._weights}
+        for i in reversed(range(self.live)):
+            if i in needed:
+                needed |= {j for j, _ in self._rows[i]}
+        return tuple(i for i in range(self.stages) if i not in needed)
 
     def __eq__(self, other: object) -> bool:
         # By the coefficients: a user's method may have the same name as another.

@@ -11,10 +11,12 @@ Time is data, not code: ``nodes`` says at which time ``t + nodes[i] * h`` residu
 algebra in ``_step`` never handles time, and a residual function that takes no time costs nothing extra.
 """
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -328,15 +330,11 @@ class Scheme(ABC):
             fs: the residual functions, ``stages`` of them.
             state: the streams.
             gs: shortcuts, one per stream, or none.
-            t: time at the start of the step; None leaves time out.
+            t: time at the start of the step; None leaves time out, so that functions use their default.
             h: step size.
             context: what all residual functions may read; None leaves it out.
         """
-        if len(fs) != self.stages:
-            raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
-        # Otherwise the functions are called as they are, and their signatures need not be read.
-        if t is not None or context is not None or self.nodes is None:
-            fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
+        fs, h = self._given(fs, t, h, context)
         return self._step(fs, state, h, gs)
 
     def inverse(
@@ -355,21 +353,43 @@ class Scheme(ABC):
             fs: the residual functions, ``stages`` of them.
             state: the streams after the step.
             gs: shortcuts, one per stream, or none.
-            t: time at the start of the step; None leaves time out.
+            t: time at the start of the step; None leaves time out, so that functions use their default.
             h: step size.
             context: what all residual functions may read; None leaves it out.
         """
-        if t is not None or context is not None:
-            fs = bind(fs, [signature(f) for f in fs], self.nodes, t, h, context)
+        fs, h = self._given(fs, t, h, context)
         return self._inverse(fs, state, h, gs)
+
+    def _given(
+        self, fs: Sequence[Function], t: StepSize | None, h: StepSize, context: Any
+    ) -> tuple[Sequence[Function], StepSize]:
+        """The residual functions of one step, with time and context filled in, and the step size, checked."""
+        if len(fs) != self.stages:
+            raise SchemeError(f"{self}: {len(fs)} residual functions, want {self.stages} a step.")
+        if not isinstance(h, (Tensor, float)):
+            h = float(h)  # exact numbers, and those of numpy
+        # Otherwise the functions are called as they are, and their signatures need not be read.
+        if t is None and context is None and self.nodes is not None:
+            return fs, h
+        takes = [signature(f) for f in fs]
+        if t is None and self.nodes is not None:
+            takes = [_without_time(f, each) for f, each in zip(fs, takes, strict=True)]
+        return bind(fs, takes, self.nodes, t, h, context), h
 
     @abstractmethod
     def __str__(self) -> str:
         """The expression that ``get`` reads as this scheme; it identifies one, unless a subclass compares more."""
 
+    def _parts_compared(self) -> "tuple[Scheme, ...]":
+        """The schemes that this one is made of, in the order of its text."""
+        return ()
+
     def __eq__(self, other: object) -> bool:
-        # The text is the identity: it is what a checkpoint stores and what ``get`` reads back.
-        return type(self) is type(other) and str(self) == str(other)
+        # The text is the identity: it is what a checkpoint stores and what ``get`` reads back. Parts compare more where
+        # they do on their own: a user's method may have the same name as another.
+        if type(self) is not type(other) or str(self) != str(other):
+            return False
+        return self._parts_compared() == other._parts_compared()  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -408,11 +428,18 @@ def signature(f: Function) -> Takes:
     own = getattr(f, "takes", None)
     if isinstance(own, Takes):  # a stack within a stack takes what its functions take
         return own
-    target = f.forward if isinstance(f, torch.nn.Module) else f
+    if isinstance(f, functools.partial) and isinstance(f.func, torch.nn.Module):
+        found = signature(f.func)
+        fixed = {*f.keywords, "t"} if found.first and f.args else f.keywords  # a time in front may be fixed by position
+        time = found.time and "t" not in fixed
+        return Takes(time, found.context and "context" not in fixed, time and found.first, found.opaque)
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f).parameters
     except (TypeError, ValueError):  # some builtins have no signature
         return Takes()
+    # Python lists what a partial function has fixed by name, as a default that may be given anew.
+    fixed = f.keywords if isinstance(f, functools.partial) else {}
+    parameters = {name: p for name, p in parameters.items() if name not in fixed}
     first = next(iter(parameters.values()), None)
     positional = first is not None and first.name == "t" and first.kind is not inspect.Parameter.KEYWORD_ONLY
     # A wrapper's (*args, **kwargs) tells nothing: the signature of the wrapped module counts.
@@ -423,6 +450,26 @@ def signature(f: Function) -> Takes:
             if inner is not None:
                 return signature(inner)
     return Takes("t" in parameters, "context" in parameters, positional, anything)
+
+
+def _without_time(f: Function, takes: Takes) -> Takes:
+    """How a residual function is called where no time is given: by its default.
+
+    Raises:
+        SchemeError: its time has no default.
+    """
+    if not takes.time:
+        return takes
+    try:
+        time = inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f).parameters["t"]
+    except (TypeError, ValueError, KeyError):
+        time = None
+    if takes.first or time is None or time.default is inspect.Parameter.empty:
+        raise SchemeError(
+            "a step is given a context and no time, and a residual function takes the time t, without a default.\n"
+            "  Give the time at the start of the step, t=0.0."
+        )
+    return takes._replace(time=False)
 
 
 class Bound:
@@ -506,12 +553,19 @@ def solve(
     Returns:
         The value at the end, of the shape of x.
 
+    Raises:
+        SchemeError: steps is no whole number of at least 1, or x is of whole numbers.
+
     Example:
         >>> import torch, schemes
         >>> y = schemes.solve(schemes.get("rk4"), lambda x: -x, torch.ones((), dtype=torch.float64), steps=10)
         >>> round(float(y), 6)
         0.36788
     """
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise SchemeError(f"solve: steps is {steps!r}, want a whole number of at least 1.")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise SchemeError(f"solve: the initial value is of {x.dtype}, which cannot hold steps.\n  Give x.double().")
     h = (t[1] - t[0]) / (steps * scheme.span)
     fs, takes = (f,) * scheme.stages, (signature(f),) * scheme.stages
     state: State = ()

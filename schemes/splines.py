@@ -7,7 +7,8 @@ first and the last coefficient are the values there. Three instances:
 * degree 1, inner knots k / n: n + 1 values, joined by straight lines;
 * degree 2, each inner knot twice: straight lines after their degree is raised, still with corners.
 
-Coefficients may be anything that can be added and scaled: here they are rows of tensors of weights.
+Coefficients may be anything that can be added and scaled: here they are rows of tensors of weights. Maps between spaces
+are small matrices on the host, whatever the default device is.
 """
 
 from bisect import bisect_right
@@ -121,13 +122,14 @@ class SplineSpace:
         """
         return sum(abs(v - u) < SAME for v in self.inner)
 
-    def row(self, u: float) -> Row:
+    def row(self, u: float, slack: float = SAME) -> Row:
         """The basis functions at u; right-continuous, and at 1 from the left.
 
         Args:
             u: a place in [0, 1].
+            slack: a knot that is farther to the right by no more counts as reached.
         """
-        i, u = _interval(self, u)
+        i, u = _interval(self, u, slack)
         return Row(i - self.degree, tuple(_values(self.knots, self.degree, i, u)))
 
     def rows(self, us: Sequence[float]) -> Tensor:
@@ -136,10 +138,10 @@ class SplineSpace:
         Args:
             us: places in [0, 1].
         """
-        found = torch.zeros(len(us), self.count, dtype=torch.float64)
+        found = torch.zeros(len(us), self.count, dtype=torch.float64, device="cpu")
         for n, u in enumerate(us):
             first, values = self.row(float(u))
-            found[n, first : first + len(values)] = torch.tensor(values, dtype=torch.float64)
+            found[n, first : first + len(values)] = torch.tensor(values, dtype=torch.float64, device="cpu")
         return found
 
     def basis(self, u: Tensor) -> Tensor:
@@ -148,11 +150,12 @@ class SplineSpace:
         Args:
             u: a place in [0, 1].
         """
+        # Half precision does not tell apart the knots of a fine spline.
+        u = u if u.dtype in (torch.float32, torch.float64) else u.float()
         knots = torch.tensor(self.knots, dtype=u.dtype, device=u.device)
         ends = torch.tensor(self.knots[self.degree + 1 : self.count], dtype=u.dtype, device=u.device)
         # The number of the interval is found by comparison: an index would have to be read by the host.
-        slack = max(SAME, 4 * torch.finfo(u.dtype).eps)
-        i = self.degree + (u.detach() + slack >= ends).sum()
+        i = self.degree + (u.detach() + slack_of(u) >= ends).sum()
         value = (torch.arange(len(self.knots) - 1, device=u.device) == i).to(u.dtype)
         for d in range(1, self.degree + 1):
             rise, fall = knots[d:-1] - knots[: -d - 1], knots[d + 1 :] - knots[1:-d]
@@ -217,10 +220,19 @@ def _nearest(space: SplineSpace, intervals: int) -> str:
     return f"the nearest that do: {' or '.join(map(str, fits))}."
 
 
-def _interval(space: SplineSpace, u: float) -> tuple[int, float]:
+def slack_of(u: Tensor) -> float:
+    """The rounding of a place that is a tensor: a knot so near counts as reached.
+
+    Args:
+        u: the place.
+    """
+    return max(SAME, 4 * torch.finfo(torch.float64 if u.dtype == torch.float64 else torch.float32).eps)
+
+
+def _interval(space: SplineSpace, u: float, slack: float = SAME) -> tuple[int, float]:
     """The number of the interval of u among all knots, and u, moved onto a knot that counts as equal to it."""
     d, knots = space.degree, space.knots
-    i = min(max(bisect_right(knots, u + SAME) - 1, d), space.count - 1)
+    i = min(max(bisect_right(knots, u + slack) - 1, d), space.count - 1)
     for knot in (knots[i], knots[i + 1]):
         if abs(u - knot) < SAME:
             u = knot
@@ -244,16 +256,16 @@ def _values(knots: Sequence[float], degree: int, i: int, u: float) -> list[float
 def _blossom(space: SplineSpace, i: int, us: Sequence[float]) -> Tensor:
     """The polar form of the polynomial on interval i, as a row over the coefficients: de Boor's scheme."""
     d, knots = space.degree, space.knots
-    rows = torch.eye(space.count, dtype=torch.float64)[i - d : i + 1]
+    rows = torch.eye(space.count, dtype=torch.float64, device="cpu")[i - d : i + 1]
     for level, u in enumerate(us, 1):
         lefts = [knots[i - d + level + k] for k in range(d - level + 1)]
         rights = [knots[i + 1 + k] for k in range(d - level + 1)]
-        share = torch.tensor([(u - a) / (b - a) for a, b in zip(lefts, rights, strict=True)], dtype=torch.float64)
+        shares = [(u - a) / (b - a) for a, b in zip(lefts, rights, strict=True)]
+        share = torch.tensor(shares, dtype=torch.float64, device="cpu")
         rows = rows[:-1] + share[:, None] * (rows[1:] - rows[:-1])
     return rows[0]
 
 
-@lru_cache(maxsize=64)
 def transfer(source: SplineSpace, target: SplineSpace) -> Tensor:
     r"""The exact map of coefficients into a space that holds the source: c' = T c is the same function.
 
@@ -275,13 +287,19 @@ def transfer(source: SplineSpace, target: SplineSpace) -> Tensor:
     """
     if not target.holds(source):
         raise SchemeError("splines: the new space does not hold every spline of the old one; project instead.")
+    return torch.tensor(_transfer(source, target), dtype=torch.float64, device="cpu")
+
+
+# Numbers and not a tensor, which a caller may write to, or may make where tensors hold no values.
+@lru_cache(maxsize=64)
+def _transfer(source: SplineSpace, target: SplineSpace) -> list[list[float]]:
     knots, found = target.knots, []
     for j in range(target.count):
         # An interval of the target under basis function j, and the source's piece there.
         k = next(k for k in range(j, j + target.degree + 1) if knots[k + 1] - knots[k] > SAME)
         i, _ = _interval(source, (knots[k] + knots[k + 1]) / 2)
-        found.append(_raised(source, i, knots[j + 1 : j + 1 + target.degree]))
-    return torch.stack(found)
+        found.append(_raised(source, i, knots[j + 1 : j + 1 + target.degree]).tolist())
+    return found
 
 
 def _raised(space: SplineSpace, i: int, us: Sequence[float]) -> Tensor:
@@ -302,7 +320,7 @@ def _quadrature(a: SplineSpace, b: SplineSpace) -> tuple[list[float], Tensor]:
         if right - left > SAME:
             places += [(left + right) / 2 + (right - left) / 2 * node for node in nodes]
             weights += [(right - left) / 2 * w for w in (less, more, more, less)]
-    return places, torch.tensor(weights, dtype=torch.float64)
+    return places, torch.tensor(weights, dtype=torch.float64, device="cpu")
 
 
 def gram(space: SplineSpace) -> Tensor:
@@ -371,5 +389,5 @@ def fit(space: SplineSpace, us: Sequence[float]) -> Tensor:
     free = basis[rank:].T  # directions that do not change the values
     if not free.shape[1]:
         return best
-    rough = torch.eye(space.count, dtype=torch.float64).diff(dim=0)
+    rough = torch.eye(space.count, dtype=torch.float64, device="cpu").diff(dim=0)
     return best - free @ torch.linalg.pinv(rough @ free) @ rough @ best

@@ -11,25 +11,20 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
-from .language import Reader, shorten
-
-
-def _finite(name: str, value: Any) -> float:
-    try:
-        # NaN for everything that is not a number, so that the one comparison below refuses it all.
-        found = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = float("nan")
-    if not abs(found) < float("inf"):
-        raise SchemeError(f"{name} is {shorten(str(value), 60)}, want a finite number.")
-    return found
+from .language import Reader, finite, written
 
 
 def _positive(name: str, value: Any) -> float:
-    found = _finite(name, value)
+    found = finite(name, value)
     if found <= 0:
         raise SchemeError(f"{name} is {found:g}, want a positive number.")
     return found
+
+
+def _others(rule: Any, **defaults: float) -> str:
+    """The arguments of a rule that are not the usual ones, as they follow its first one in its text."""
+    given = {name: getattr(rule, name) for name, usual in defaults.items() if getattr(rule, name) != usual}
+    return "".join(f", {name}={written(x)}" for name, x in given.items())
 
 
 class StepSize(ABC):
@@ -51,13 +46,13 @@ class Fixed(StepSize):
     """
 
     def __init__(self, h: Any = 1.0):
-        self.h = _finite("the step size", h)
+        self.h = finite("the step size", h)
 
     def __call__(self, n: int) -> float:
         return self.h
 
     def __str__(self) -> str:
-        return f"{self.h:g}"
+        return written(self.h)
 
 
 class Decay(StepSize):
@@ -72,10 +67,19 @@ class Decay(StepSize):
         self.rate, self.h0 = _positive("decay: the rate", rate), _positive("decay: h0", h0)
 
     def __call__(self, n: int) -> float:
-        return self.h0 * self.rate**n
+        try:
+            found = self.h0 * self.rate**n
+        except OverflowError:
+            found = float("inf")
+        if found == float("inf"):
+            raise SchemeError(
+                f"the step size {self} is too large for a number at step {n}.\n"
+                "  Take a rate nearer to 1, or fewer steps."
+            )
+        return found
 
     def __str__(self) -> str:
-        return f"decay({self.rate:g})" if self.h0 == 1.0 else f"decay({self.rate:g}, h0={self.h0:g})"
+        return f"decay({written(self.rate)}{_others(self, h0=1.0)})"
 
 
 class Learned(StepSize):
@@ -94,7 +98,7 @@ class Learned(StepSize):
         return self.h0
 
     def __str__(self) -> str:
-        return "learned" if self.h0 == 1.0 else f"learned(h0={self.h0:g})"
+        return "learned" if self.h0 == 1.0 else f"learned(h0={written(self.h0)})"
 
 
 class FromError(StepSize):
@@ -142,7 +146,7 @@ class FromError(StepSize):
         return h * factor.clamp(self.smallest, self.largest)
 
     def __str__(self) -> str:
-        return f"error({self.tol:g})" if self.h0 == 1.0 else f"error({self.tol:g}, h0={self.h0:g})"
+        return f"error({written(self.tol)}{_others(self, h0=1.0, safety=0.9, smallest=0.2, largest=5.0)})"
 
 
 class PerDepth(StepSize):
@@ -171,7 +175,7 @@ class PerDepth(StepSize):
         return self.h
 
     def __str__(self) -> str:
-        return f"{'span' if self.length is None else format(self.length, 'g')}/depth"
+        return f"{'span' if self.length is None else written(self.length)}/depth"
 
 
 def step_size(rule: "float | str | StepSize") -> StepSize:

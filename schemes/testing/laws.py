@@ -267,11 +267,22 @@ def check_expression(text: str) -> None:
     for name in ("stages", "span", "order", "nodes", "raw", "streams", "invertible", "evaluations", "mixing"):
         one, other = getattr(scheme, name), getattr(again, name)
         _require(one == other, f"{message}: {name} was {one}, is {other}")
+    _compare_settings(scheme, again, message)
     # Exact coefficients of larger compositions take seconds, and the text has been compared already.
     if scheme.stages <= 32:
         one, other = scheme.tableau, again.tableau
         same = one is other or (one is not None and other is not None and (one.a, one.b) == (other.a, other.b))
         _require(same, f"{message}: other coefficients")
+
+
+def _compare_settings(scheme: Scheme, again: Scheme, message: str) -> None:
+    """Compares all numbers and words that two schemes keep, and those of the schemes that they are made of."""
+    for name, one in vars(scheme).items():
+        if isinstance(one, (bool, int, float, str)):
+            other = getattr(again, name)
+            _require(one == other, f"{message}: {name} was {one}, is {other}")
+    for one, other in zip(scheme._parts_compared(), again._parts_compared(), strict=True):
+        _compare_settings(one, other, message)
 
 
 def check_stack(

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 from odenets import ContinuousWeights, PerSlot, Stack, checkpoints
 from odenets.interpolation import Place
+from odenets.knots import relative_errors
 from odenets.layers import BasicFunction
 from odenets.layers.attention import AttentionFunction
 from schemes import SchemeError
@@ -189,6 +190,118 @@ def test_parts_of_a_weight_are_made_again_where_they_lie():
     torch.testing.assert_close(got, want)
 
 
+class Reads(nn.Module):
+    """A product with a complex weight, read through some view of it."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.weight, self.view = nn.Parameter(torch.randn(4, 4, dtype=torch.complex128)), view
+
+    def forward(self, x):
+        w = self.view(self.weight)
+        return (torch.tanh(x * w) * w).sum(-1)
+
+
+VIEWS = {
+    "itself": lambda w: w,
+    "conjugate": lambda w: w.conj(),
+    "adjoint": lambda w: w.mH,
+    "real": lambda w: w.real,
+    "imaginary": lambda w: w.imag,
+    "negative": lambda w: w.conj().imag,
+    "as real": lambda w: torch.view_as_real(w)[..., 1].T,
+    "conjugate of the real": lambda w: torch.view_as_complex(torch.view_as_real(w)).conj(),
+}
+
+
+def agree_with_a_plain_module(field, x, t=0.3):
+    """The value and the gradients by the input and the weights are those of a module with the weights of the time."""
+    plain, found = field.module_at(t), []
+    own = [places[0].now() for places in field._places()]
+    for f, parameters in ((lambda x: field(t, x), own), (plain, list(plain.parameters()))):
+        z = x.clone().requires_grad_()
+        y = f(z)
+        found.append((y, *torch.autograd.grad(y.abs().square().sum(), [z, *parameters])))
+    (y, gx, *rows), (want, wx, *weights) = found
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(gx, wx)
+    for row, w in zip(rows, weights, strict=True):  # the basis functions sum to one, and so do their shares
+        torch.testing.assert_close(row.sum(0), w)
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_of_complex_weights_have_their_gradients(kind):
+    field = ContinuousWeights(Reads(VIEWS[kind]), 4)
+    with torch.no_grad():
+        field.block.weight.copy_(torch.randn_like(field.block.weight))
+    agree_with_a_plain_module(field, batch(3, 4, 4))
+
+
+class Writes(nn.Module):
+    """Bounds its weight in place, before or after a use of it, as EEGNet does."""
+
+    def __init__(self, write, late=False):
+        super().__init__()
+        self.weight, self.write, self.late = nn.Parameter(torch.randn(4, 4, dtype=F64)), write, late
+
+    def forward(self, x):
+        if self.late:
+            x = x + torch.tanh(self.weight.exp().sum())
+        with torch.no_grad():
+            self.write(self.weight)
+        for _ in range(3):  # tensors that may lie where the weight lay
+            h = torch.tanh(x * 2)
+            x = torch.tanh(x @ self.weight.T) @ self.weight + h * h
+        return x
+
+
+class Bounded(nn.Module):
+    """An embedding, which bounds its rows in place, tied to a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(5, 4, max_norm=1.0)
+
+    def forward(self, x):
+        e = self.rows(torch.arange(5)).sum(0)
+        return torch.tanh(nn.functional.linear(x, self.rows.weight)) @ self.rows.weight + e
+
+
+def replaced(w):
+    w.data = torch.renorm(w.data, 2, 0, 0.5)
+
+
+WRITES = {
+    "norm": lambda: Writes(lambda w: w.renorm_(2, 0, 0.5)),
+    "norm, late": lambda: Writes(lambda w: w.renorm_(2, 0, 0.5), True),
+    "clamp": lambda: Writes(lambda w: w.clamp_(-0.1, 0.1)),
+    "diagonal": lambda: Writes(lambda w: w.diagonal().zero_()),
+    "row": lambda: Writes(lambda w: w[1].mul_(3.0)),
+    "detached": lambda: Writes(lambda w: w.detach().mul_(0.5)),
+    "data": lambda: Writes(replaced),
+    "embedding": Bounded,
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_block_that_writes_to_its_weight_has_its_gradients(kind):
+    agree_with_a_plain_module(scattered(ContinuousWeights(WRITES[kind](), 4), 1.0), batch(4, 4))
+
+
+HIDDEN = [lambda w: w.data.mul_(0.5), lambda w: w.data.clamp_(-0.1, 0.1), lambda w: w.data[0].zero_()]
+
+
+@pytest.mark.parametrize("write", HIDDEN)
+@pytest.mark.parametrize("late", [False, True])
+def test_writes_that_autograd_does_not_see_are_refused(write, late):
+    field = scattered(ContinuousWeights(Writes(write, late), 4), 1.0)
+    for _ in range(2):  # a call that was refused is not a look
+        with pytest.raises(
+            SchemeError, match=r"writes to its weight through \.data.*\n  Write to the parameter itself"
+        ):
+            field(0.3, batch(4, 4))
+
+
 def test_coefficients_that_are_written_to_between_the_passes_are_found():
     field = scattered(ContinuousWeights(perceptron(), 3))
     y = field(0.4, batch(2, 4))  # between two knots
@@ -307,6 +420,41 @@ def test_an_adaptive_solver_integrates_the_same_field():
     assert tight.rebuilt("rk4", 64).steps[0].h == 1 / 64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_a_time_has_the_same_weights_with_a_gradient_and_without(degree, dtype):
+    field = scattered(ContinuousWeights(nn.Linear(2, 2), 64, degree, span=0.7), 1.0)
+    for t in torch.linspace(0, 0.7, 97, dtype=dtype):
+        want = field.weights(t)
+        for name, w in field.weights(t.clone().requires_grad_()).items():
+            torch.testing.assert_close(w, want[name], atol=1e-4, rtol=0)
+
+
+class Normed(nn.Module):
+    """A parameter beside a matrix, and a norm, which autocast does not cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.gain = nn.Linear(8, 8), nn.LayerNorm(8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.linear(torch.tanh(self.norm(x))) * self.gain
+
+
+@pytest.mark.parametrize("run", ["a time with a gradient", "compiled"])
+def test_autocast_gives_the_weights_their_precision(run):
+    torch.manual_seed(0)
+    field, x = scattered(ContinuousWeights(Normed(), 8)).float(), torch.randn(3, 8)
+    other, t = copy.deepcopy(field), torch.tensor(0.3, requires_grad=run != "compiled")
+    if run == "compiled":
+        other.compile(backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        given, want = other.weights(t) if run != "compiled" else {}, field.weights(0.3)
+        for name, w in given.items():
+            torch.testing.assert_close(w, want[name])
+        torch.testing.assert_close(other(t, x), field(0.3, x), atol=1e-6, rtol=1e-6)
+
+
 def test_learned_steps_get_their_gradient_through_the_weights():
     stack = Stack(scattered(ContinuousWeights(perceptron(), 3)), "rk4", depth=4, step="learned(h0=1/4)").double()
     x = batch(3, 4)
@@ -387,6 +535,18 @@ def loaded(stack, f):
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[5]), r"at t = 5, outside of \[0, 1\]"),
         (lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], times=[math.nan]), "at t = nan, outside"),
         (lambda f: ContinuousWeights.from_modules([torch.tanh]), "want a module"),
+        (
+            lambda f: ContinuousWeights(nn.Linear(4, 4), SplineSpace.uniform(4, 3), degree=2),
+            "degree is 2, and the splines that are given as knots are of degree 3",
+        ),
+        (
+            lambda f: ContinuousWeights.from_modules([nn.Linear(4, 4)], SplineSpace.uniform(1, 1), degree=0),
+            "degree is 0, and the splines that are given as knots are of degree 1",
+        ),
+        (
+            lambda f: ContinuousWeights(nn.Linear(4, 4), knots=torch.tensor([0, 0.1234, 0.5771, 1])),
+            r"rounded to torch.float32, and a time .* miss it.\n  Give them in float64",
+        ),
         (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=4.0), "knots are 4.0; want a whole number"),
         (lambda f: ContinuousWeights(nn.Linear(4, 4), knots=[0, "a", 1]), "want a whole number of intervals, or"),
         (lambda f: ContinuousWeights(nn.Linear(4, 4), degree=1.0), "the degree is 1.0, want"),
@@ -529,6 +689,17 @@ def test_from_modules_is_the_network_under_its_own_steps():
     assert modules[0][0].weight.shape == (4, 4)  # left alone
 
 
+def test_changes_of_basis_do_not_depend_on_what_others_did():
+    space, field = SplineSpace.uniform(11, 1), scattered(ContinuousWeights(perceptron(2), 11))
+    with torch.device("meta"):
+        empty = ContinuousWeights(perceptron(2), space).refined(22)
+        assert empty.block[0].weight.is_meta and empty.state_dict()["knots"].device.type == "cpu"
+        same_function(field, field.refined(22), 1e-12)
+    copy.deepcopy(field).change(space.refined(22)).zero_()  # the map is the caller's
+    same_function(field, field.refined(22), 1e-12)
+    assert field.projected(22).error < 1e-12
+
+
 def test_module_at_is_what_a_plain_network_has_there():
     block, args, kwargs = BLOCKS["several"]()
     field = scattered(ContinuousWeights(block, 4))
@@ -576,6 +747,74 @@ def test_load_takes_the_knots_of_a_file_and_refuses_whole():
     assert other.block.knots == 4 and other.block.block[0].weight.shape[0] == 5
     checkpoints.load(other, state)
     torch.testing.assert_close(other.rebuilt("rk4", 4)(batch(2, 4)), stack(batch(2, 4)))
+
+
+class Masked(nn.Module):
+    """Buffers before and after its parameters, of whatever length."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(n))
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("zeros", torch.zeros(n, 2))
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("order", [list, sorted, lambda items: sorted(items, reverse=True)])
+@pytest.mark.parametrize("wrap", [lambda block: block, nn.Sequential])
+@pytest.mark.parametrize("n", [3, 7, 8, 10])
+def test_a_state_dict_is_read_whatever_stands_beside_the_coefficients(n, wrap, order):
+    field, x = scattered(ContinuousWeights(wrap(Masked(n)), 8, 2)), batch(3, 4)
+    state = dict(order(field.state_dict().items()))
+    for load in (nn.Module.load_state_dict, checkpoints.load):
+        for other in (ContinuousWeights(wrap(Masked(n)), 8, 2).double(), ContinuousWeights(wrap(Masked(n))).double()):
+            load(other, state)
+            assert (other.knots, other.degree) == (8, 2)
+            torch.testing.assert_close(other(0.37, x), field(0.37, x))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block.linear.weight": (9, 4, 4)}, {"block.linear.weight": (8, 4, 5)}, {"block.linear.bias": (9, 4)}],
+)
+def test_a_state_dict_that_is_refused_leaves_the_shapes(wrong):
+    state = ContinuousWeights(Masked(8), 7).state_dict() | {k: torch.zeros(shape) for k, shape in wrong.items()}
+    other = ContinuousWeights(Masked(8), 4)
+    with pytest.raises(
+        RuntimeError, match=r"block\.linear\.\w+ is \([\d, ]+\), and its knots and the block make it \(8"
+    ):
+        other.load_state_dict(state)
+    assert other.knots == 4 and other.block.linear.weight.shape == (5, 4, 4)
+
+
+@pytest.mark.parametrize("span", [0.7, 1.0, 3.0])
+def test_a_state_dict_with_the_same_knots_leaves_the_gradients(span):
+    field, other = (ContinuousWeights(nn.Linear(4, 4), 10, 3, span=span) for _ in range(2))
+    other(0.1, torch.ones(1, 4)).sum().backward()
+    for state in (field.state_dict(), {k: v.half() for k, v in field.state_dict().items()}):
+        other.load_state_dict(state)
+        assert other.block.weight.grad is not None and other.space == field.space and other.span == span
+
+
+ROUNDED = {
+    "float32": lambda n, span: torch.linspace(0, span, n + 1),
+    "float16": lambda n, span: torch.linspace(0, span, n + 1).half(),
+    "numpy": lambda n, span: torch.linspace(0, span, n + 1).numpy(),
+    "a list of float32": lambda n, span: torch.linspace(0, span, n + 1).tolist(),
+    "float64": lambda n, span: torch.linspace(0, span, n + 1, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("span", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_knots_stand_where_they_are_meant_to(kind, span):
+    for n in (3, 8, 10, 49):
+        field = ContinuousWeights(nn.Linear(2, 2), ROUNDED[kind](n, span), 0, span)
+        with torch.no_grad():
+            field.block.bias.copy_(torch.arange(n)[:, None].expand(n, 2))
+        assert [float(field.weights(span * k / n)["bias"].detach()[0]) for k in range(n)] == [*range(n)]
 
 
 def test_formats_and_precisions():
@@ -628,12 +867,48 @@ def test_functions_per_slot_forget_stacks_that_are_gone():
     assert len(pair.revisions) == 1
 
 
+def test_a_degree_is_that_of_the_splines():
+    for degree in range(4):
+        space, layers = SplineSpace.uniform(4, degree), [nn.Linear(4, 4) for _ in range(4)]
+        for same in (None, degree):
+            assert ContinuousWeights(nn.Linear(4, 4), space, same).space == space
+            assert ContinuousWeights.from_modules(layers, space, same).field.space == space
+    assert ContinuousWeights(nn.Linear(4, 4), 4).degree == ContinuousWeights.from_modules(layers).field.degree == 1
+
+
 def test_uneven_and_repeated_knots():
     field = scattered(ContinuousWeights(perceptron(), knots=[0, 0.5, 0.5, 1.5, 2.0], degree=1, span=2.0))
     assert field.space == SplineSpace(1, (0.25, 0.25, 0.75)) and field.knots == 3
     jump = [field.weights(t)["0.bias"] for t in (0.5 - 1e-6, 0.5)]
     assert (jump[0] - jump[1]).abs().max() > 1e-2
     assert "not uniform" in repr(field)
+
+
+def real_parts(module):
+    """A real module of the same numbers: those of its parameters, real parts and imaginary parts."""
+    parts = nn.Module()
+    for name, p in module.named_parameters():
+        setattr(parts, name, nn.Parameter(torch.view_as_real(p.detach()).clone()))
+    return parts
+
+
+@torch.no_grad()
+def test_errors_of_complex_weights_are_those_of_both_their_parts():
+    layers = [nn.Linear(2, 2, dtype=torch.complex64) for _ in range(4)]
+    for layer in layers:
+        for p in layer.parameters():
+            p.copy_(1 + 1j * torch.randn(p.shape))
+    found, want = (ContinuousWeights.from_modules(ms, 2) for ms in (layers, [real_parts(layer) for layer in layers]))
+    near, far = (each.field.projected(1) for each in (found, want))
+    for a, b in ((found, want), (near, far)):
+        assert a.error == pytest.approx(b.error, rel=1e-5) and a.error > 0.1
+        assert a.errors == pytest.approx(b.errors, rel=1e-5)
+
+
+def test_errors_are_computed_where_the_weights_lie():
+    held = torch.empty(4, 2, device="meta", dtype=F64)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):  # where the number would be read
+        relative_errors({"w": (held, held)}, torch.ones(4, dtype=F64))
 
 
 @torch.no_grad()

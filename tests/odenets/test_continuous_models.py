@@ -2,15 +2,16 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
 
-from odenets import ContinuousWeights, Stack, checkpoints, create_model, list_models
+from odenets import ContinuousWeights, PerSlot, Stack, checkpoints, create_model, list_models
 from odenets.analysis.convergence import convergence
 from odenets.continuous import fields_of
-from odenets.rebuild import Regularised, continuous_stacks, rebuilt, scheme_distance, separated
+from odenets.rebuild import Regularised, continuous_stacks, rebuilt, scheme_distance, separated, share_of
 from schemes import SchemeError
 
 SMALL = {
@@ -187,6 +188,93 @@ def test_rebuilt_models_share_their_weights():
     assert rebuilt(stack, "euler", depth=7).depth == 7
 
 
+class Named(nn.Module):
+    """One stack under two names, and again in a part that itself has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = Stack(scattered(ContinuousWeights(nn.Linear(4, 4))), "euler", 4, step="span/depth")
+        self.part = self.twin = nn.Sequential(self.a, nn.Tanh(), self.a)
+        self.other = Stack(scattered(ContinuousWeights(nn.Linear(4, 4))), "euler", 4, step="span/depth")
+
+    def forward(self, x):
+        return self.twin(torch.tanh(self.b(torch.tanh(self.other(self.a(x))))))
+
+
+def test_a_stack_of_several_names_is_replaced_under_all():
+    net, x = Named(), torch.randn(2, 4)
+    fine, apart = rebuilt(net, "rk4", scale=2), separated(net)
+    for found in (fine, apart):
+        assert found.a is found.b is found.part[0] is found.twin[2] and found.other is not found.a
+    assert fine.b.depth == 8 and str(fine.part[2].scheme) == "rk4"
+    torch.testing.assert_close(apart(x), net(x))
+    names = dict(fine.named_modules(remove_duplicate=False)).items()
+    stacks = {id(m): m for _, m in names if isinstance(m, Stack)}
+    assert len(stacks) == 2 and {m.depth for m in stacks.values()} == {8}
+
+
+class Reads(nn.Module):
+    """A block that reads what its signature names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def of(self, x, t=0.0, context=None):
+        return torch.tanh(self.linear(x)) * (1.0 if context is None else context) + t
+
+
+class OfTime(Reads):
+    def forward(self, t, x):
+        return self.of(x, t)
+
+
+class OfContext(Reads):
+    def forward(self, x, context=None):
+        return self.of(x, 0.0, context)
+
+
+class OfBoth(Reads):
+    def forward(self, t, x, context=None):
+        return self.of(x, t, context)
+
+
+class ByKeyword(Reads):
+    def forward(self, x, *, t, context):
+        return self.of(x, t, context)
+
+
+READS = {
+    "time": lambda: ContinuousWeights(OfTime(), 4),
+    "context": lambda: ContinuousWeights(OfContext(), 4),
+    "both": lambda: ContinuousWeights(OfBoth(), 4),
+    "by keyword": lambda: ContinuousWeights(ByKeyword(), 4),
+    "a slot each": lambda: PerSlot([ContinuousWeights(OfBoth(), 4), ContinuousWeights(OfContext(), 4)]),
+    "a slot and a plain one": lambda: PerSlot([OfContext(), ContinuousWeights(OfBoth(), 4)]),
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_separate_functions_read_what_their_blocks_read(kind):
+    torch.manual_seed(0)
+    net, x = Stack(scattered(READS[kind]()), "midpoint", depth=4, step="span/depth"), torch.randn(2, 4)
+    given = [None, torch.tensor(3.0)] if net.takes.context else [None]
+    for context in given:
+        torch.testing.assert_close(separated(net)(x, context=context), net(x, context=context))
+
+
+def test_separate_functions_keep_shortcuts_and_draws():
+    field, x = scattered(ContinuousWeights(nn.Linear(4, 4), 4)), torch.randn(6, 4)
+    for shortcut in (nn.Linear(4, 4), [[nn.Linear(4, 4)] for _ in range(3)], [[None], [nn.Tanh()], [None]]):
+        net = Stack(field, "euler", 3, shortcut=shortcut, step="span/depth")
+        torch.testing.assert_close(separated(net)(x), net(x))
+    net = Stack(field, "bdia", 4, step="span/depth", seed=3)
+    net(x)
+    apart = separated(net)
+    torch.testing.assert_close(apart(x), net(x))
+    torch.testing.assert_close(apart(x), net(x))
+
+
 def test_a_refinement_is_one_of_all_that_share_the_weights():
     net = scattered(small("ho_resnet26", continuous=2).double()).eval()
     coarse = rebuilt(net, "euler", scale=0.5)
@@ -241,10 +329,22 @@ def test_auxiliary_values_have_their_gradients_in_every_mode(mode):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+def test_distance_of_complex_stacks_is_a_real_number():
+    net, x = Stack(lambda x: 1j * x, "euler", depth=4, step="1/depth"), torch.ones(3, dtype=torch.complex128)
+    found = scheme_distance(net, x, "rk4")
+    difference = net(x) - net.rebuilt("rk4")(x)
+    torch.testing.assert_close(found, (difference.real.square() + difference.imag.square()).mean())
+
+
 def test_distance_between_schemes_has_gradients():
     stack = continuous_stacks(scattered(small("ho_resnet26")))["levels.0"]
     scheme_distance(stack, torch.randn(2, 8, 4, 4)).backward()
     assert all(p.grad.isfinite().all() for p in stack.parameters())
+
+
+@pytest.mark.parametrize("scale", [1.0001, "1.0001", 1 / 3 + 1, 0.1, 12.34567])
+def test_a_scale_is_the_fraction_that_it_is_nearest_to(scale):
+    assert float(share_of(scale)) == float(scale) and share_of(scale) in (Fraction(str(scale)), Fraction(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +362,8 @@ def test_distance_between_schemes_has_gradients():
         (lambda: rebuilt(small("ho_resnet26"), scale=math.nan), "scale is nan, want a number"),
         (lambda: convergence(small("ho_resnet26"), list, scales=["x"]), "scale is 'x', want a number"),
         (lambda: convergence(small("ho_resnet26"), list, scales=[]), r"none of the multiples \[\] is a whole number"),
+        (lambda: rebuilt(small("ho_resnet26"), scale=math.pi), "which is no short fraction.\n  Give a text"),
+        (lambda: rebuilt(small("ho_resnet26"), scale=2, depth=5), "scale is 2 and depth is 5; both .*\n  Give one"),
         (lambda: rebuilt(small("ho_resnet26"), scale="x"), "scale is 'x', want a number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=2.0), "depth is 2.0, want a whole number"),
         (lambda: rebuilt(small("ho_resnet26"), depth=[1]), "1 depths for 2 continuous stacks"),

@@ -7,7 +7,7 @@ import torch
 from invertible import SCHEMES, Function, batch, build, distance, gradients
 from torch import nn
 
-from odenets import create_model
+from odenets import ContinuousWeights, create_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,3 +92,12 @@ def test_training_on_pictures_that_lie_on_the_device():
         found.append(model.net[1].weight.detach().cpu())
     assert data.sets["train"].pictures.is_cuda and data.sets["train"].__getitems__([3])[0].is_cuda
     assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_field_is_fitted_and_projected_on_the_device():
+    layers = [nn.Linear(4, 4) for _ in range(6)]
+    want = ContinuousWeights.from_modules(layers, 3)
+    found = ContinuousWeights.from_modules([layer.to("cuda") for layer in layers], 3)
+    near, far = found.field.projected(2), want.field.projected(2)
+    assert abs(found.error - want.error) < 1e-5 and abs(near.error - far.error) < 1e-5
+    assert {p.device.type for p in near.field.parameters()} == {"cuda"}

@@ -1,12 +1,16 @@
 """Schemes made of schemes: steps of the whole are steps of the parts, at the right times, with the right order."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import schemes
-from schemes import get, order, solve, stability
+from odenets import Stack
+from schemes import SchemeError, get, order, solve, stability
+from schemes.scheme import Takes, signature
 from schemes.testing import check_formula, check_order, check_slots, residual_functions, scheme_expressions
 from schemes.testing import schemes as drawn_schemes
 
@@ -149,6 +153,72 @@ def test_solve_reaches_the_end_at_the_right_time(text):
     scheme = get(text)
     got = solve(scheme, lambda t, y: 4 * t**3 + 0 * y, torch.zeros((), dtype=F64), t=(1.0, 3.0), steps=2)
     assert float(got) == pytest.approx(3**4 - 1, rel=1e-12)  # Simpson's rule is right for cubics
+
+
+def timed(x, t=5.0, context=None):
+    return x * t
+
+
+def by_keyword(x, *, context, t=5.0):
+    return x * t
+
+
+class Timed(torch.nn.Module):
+    def forward(self, x, t=5.0, context=None):
+        return x * t
+
+
+@pytest.mark.parametrize("f", [timed, by_keyword, Timed(), partial(timed, t=5.0), partial(Timed(), t=5.0)])
+def test_a_step_without_a_time_leaves_it_to_the_default(f):
+    x = torch.ones(2, dtype=F64)
+    assert torch.equal(get("euler").step([f], (x,), context=1)[0], 6 * x)
+    state = get("leapfrog").step([f], (x, x), context=1)
+    assert torch.equal(state[1], 11 * x)
+    assert torch.equal(get("leapfrog").inverse([f], state, context=1)[0], x)
+
+
+@pytest.mark.parametrize("way", ["step", "inverse"])
+def test_a_step_without_a_time_that_has_no_default_is_refused(way):
+    for f in (lambda t, x, context: x, lambda x, t, context: x, lambda x, context, *, t: x):
+        with pytest.raises(SchemeError, match=r"without a default.\n  Give the time"):
+            getattr(get("leapfrog"), way)([f], (torch.ones(2),) * 2, context=1)
+
+
+@pytest.mark.parametrize("name", [text for text in schemes.examples() if get(text).invertible])
+@pytest.mark.parametrize("way", ["step", "inverse"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_functions_are_counted(name, way, more):
+    scheme = get(name)
+    with pytest.raises(SchemeError, match=f"{scheme.stages + more} residual functions, want {scheme.stages} a step"):
+        getattr(scheme, way)([torch.sin] * (scheme.stages + more), (torch.ones(2, 8),) * scheme.streams)
+
+
+FIXED = {
+    "a function": lambda: partial(timed, t=10.0),
+    "a module": lambda: partial(Timed(), t=10.0),
+    "a partial function": lambda: partial(partial(timed, t=10.0), context=None),
+    "by position": lambda: partial(lambda t, x: x * t, 10.0),
+    "a module by position": lambda: partial(First(), 10.0),
+}
+
+
+class First(torch.nn.Module):
+    def forward(self, t, x):
+        return x * t
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_a_time_that_is_fixed_stays(kind):
+    f, x = FIXED[kind](), torch.ones((), dtype=F64)
+    want = schemes.solve(get("rk4"), lambda x: x * 10.0, x, steps=8)
+    assert torch.equal(schemes.solve(get("rk4"), f, x, steps=8), want)
+    assert torch.equal(Stack(f, "rk4", depth=8, step="1/depth")(x), want)
+    assert not signature(f).time and not signature(f).first
+
+
+def test_a_context_that_is_fixed_stays():
+    f = partial(lambda x, context: x * context, context=2.0)
+    assert signature(f) == Takes() and signature(partial(Timed(), context=1)) == Takes(time=True)
 
 
 def test_context_reaches_the_functions_that_take_one_and_gets_a_gradient():

@@ -309,3 +309,12 @@ def test_a_function_of_an_additive_coupling_is_at_the_mean_time_of_what_it_is_gi
     """Of the n - 1 other streams those before it have moved from time 0 to 1, and those after it have not."""
     times = [[1.0 if j < i else 0.0 for j in range(n) if j != i] for i in range(n)]
     assert schemes.get(f"additive({n})").nodes == pytest.approx([sum(t) / len(t) for t in times])
+
+
+@pytest.mark.parametrize("name", ["bdia", "bdia(1/4)", "repeat(bdia, 2)"])
+def test_a_draw_for_each_sample_needs_samples(name):
+    scheme = schemes.get(name)
+    net = Stack([torch.nn.Tanh() for _ in range(2 * scheme.stages)], name)
+    with pytest.raises(schemes.SchemeError, match=r"draws gamma for each sample, along the first.\n  Give a batch"):
+        net(torch.tensor(1.0))
+    assert net(torch.ones(1)).shape == (1,) and net.eval()(torch.tensor(1.0)).shape == ()

@@ -1,7 +1,7 @@
 """The language: what it reads, what it refuses, and that nothing else than SchemeError ever comes out."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import schemes
@@ -72,6 +72,63 @@ def test_expressions(text, printed, stages):
     check_expression(text)
 
 
+NUMBERS = {
+    "momentum": lambda x: schemes.Momentum(x),
+    "lm_resnet": lambda x: schemes.LmResNet(-x),
+    "alf": lambda x: schemes.Alf(x),
+    "affine": lambda x: schemes.Affine(bound=x),
+    "multilevel": lambda x: schemes.MultiLevel(3, x),
+    "reversible": lambda x: schemes.Reversible(schemes.get("rk4"), x),
+    "adaptive": lambda x: schemes.Adaptive("dopri5", rtol=x),
+    "wrapped": lambda x: schemes.get("repeat(momentum(1/2), 2)").__class__(schemes.Momentum(x), 2),
+}
+
+
+@given(st.sampled_from(sorted(NUMBERS)), st.floats(1e-9, 1 - 1e-9))
+@example("reversible", 0.9999999)
+@example("momentum", 1 / 3)
+def test_a_text_tells_every_number(family, x):
+    assume(x != 0.5)
+    scheme = NUMBERS[family](x)
+    check_expression(str(scheme))
+    assert schemes.get(str(scheme)) == scheme
+    for near in (x * (1 + 1e-7), x * (1 + 1e-15)):
+        if 0 < near < 1 and near not in (x, 0.5):
+            assert NUMBERS[family](near) != scheme
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_powers_of_two_are_read_back(n):
+    check_expression(f"bdia(1/{2**n})")
+
+
+METHODS = [
+    schemes.RungeKutta(schemes.Tableau.parse(text, order=2, name="m"))
+    for text in ("0 |\n 1/2 | 1/2\n | 0 1", "0 |\n 1 | 1\n | 1/2 1/2")
+]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: schemes.Repeat(s, 2),
+        lambda s: schemes.Substeps(s, 2),
+        lambda s: schemes.Mix((2, s)),
+        lambda s: schemes.Mix((1, schemes.get("euler")), (2, s)),
+        lambda s: schemes.Nested(s, schemes.get("euler")),
+        lambda s: schemes.Nested(schemes.get("revnet"), s),
+        lambda s: schemes.Reversible(s),
+        lambda s: schemes.Repeat(schemes.Nested(schemes.get("rk4"), schemes.Repeat(s, 2)), 2),
+    ],
+)
+def test_wrappers_are_equal_where_their_parts_are(wrap):
+    one, other = METHODS
+    again = schemes.RungeKutta(one.tableau)
+    assert one != other and str(one) == str(other) and again == one
+    assert wrap(one) != wrap(other) and str(wrap(one)) == str(wrap(other))
+    assert wrap(again) == wrap(one) and hash(wrap(again)) == hash(wrap(one))
+
+
 def test_schemes_and_tableaux_pass_through():
     rk4 = schemes.get("rk4")
     assert schemes.get(rk4) is rk4
@@ -86,6 +143,10 @@ def refused(text, read=schemes.get):
     return message
 
 
+DIMS = ["revnet(", "additive(3, ", "affine(", "multilevel(3, ", "dense(3, "]
+HALVES = {"3/2": "3/2", "1.9": "19/10", "-1/2": "-1/2", "true": "True", "none": "None", "rk4": "rk4"}
+TRUTHS = ["momentum(true)", "lm_resnet(true)", "alf(true)", "affine(bound=true)", "multilevel(2, true)", "bdia(false)"]
+TRUTHS += ["reversible(rk4, none)", "momentum(rk4)", "multilevel(3, none)"]
 BAD = [
     ("rk5", ["position 1", "there is no 'rk5'", "closest are", "rk4", "See all names: schemes.names()"]),
     ("nested(midpiont, rk4)", ["position 8", "'midpiont'", "midpoint"]),
@@ -177,6 +238,18 @@ BAD = [
     ("adaptive(rk4)", ["no adaptive method 'rk4'", "dopri5"]),
     ("adaptive(dopri5, rtol=0)", ["rtol is 0.0", "positive"]),
     ("adaptive(dopri5, rtol=none)", ["rtol is None", "positive number"]),
+    *[
+        (f"{name}dim={dim})", [f"dim is {shown}, want a whole number"])
+        for name in DIMS
+        for dim, shown in HALVES.items()
+    ],
+    *[(text, ["want a finite number"]) for text in TRUTHS],
+    ("dense(2, join=none)", ["join is None, want true or false"]),
+    ("dense(2, join=1)", ["join is 1, want true or false"]),
+    ("revcol(3, huge=2)", ["huge is 2, want true or false"]),
+    ("rkc1(true)", ["want a whole number of stages"]),
+    ("rkc1(3, true)", ["True is not exact"]),
+    ("ees25(true)", ["True is not exact"]),
     ("adaptive(repeat(" + "1*rk4 + " * 40 + "rk4, 1))", ["no adaptive method"]),
 ]
 

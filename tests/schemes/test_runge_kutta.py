@@ -3,7 +3,10 @@
 import math
 import sys
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
@@ -11,7 +14,15 @@ from hypothesis import given
 
 import schemes
 from schemes import RungeKutta, SchemeError, Tableau, get, solve
-from schemes.testing import check_formula, check_order, check_slots, observed_order, residual_functions, tableaux
+from schemes.testing import (
+    check_formula,
+    check_order,
+    check_scheme,
+    check_slots,
+    observed_order,
+    residual_functions,
+    tableaux,
+)
 
 METHODS = [*schemes.tableaux.METHODS, "ees25", "ees25(1/4)", "rkc1(5)", "rkc2(5)", "rkl1(4)", "rkl2(5)"]
 PAIRS = [name for name, t in schemes.tableaux.METHODS.items() if t.b_hat is not None]
@@ -30,6 +41,71 @@ def test_order_of_the_companion(name):
     companion = replace(t, name=f"companion of {name}", b=t.b_hat, b_hat=None, order=t.order_hat, order_hat=None)
     # Not equal: dopri8's companion looks like 7.7 as far as fp64 sees. test_order.py has the exact figures.
     assert observed_order(RungeKutta(companion)) > t.order_hat - 0.5
+
+
+def test_a_method_of_ones_own_need_not_declare_its_order():
+    text = "0 |\n 1/2 | 1/2\n | 0 1"
+    check_scheme(RungeKutta(Tableau.parse(text, order=None, name="mine")))
+    with pytest.raises(AssertionError, match="order 1 is declared, 2 computed"):
+        check_scheme(RungeKutta(Tableau.parse(text, order=1, name="mine")))
+
+
+@pytest.mark.parametrize(
+    ("text", "unused"),
+    [
+        ("0 |\n 1/2 | 1/2\n 1/3 | 1/3 0\n | 0 1 0", (2,)),
+        ("0 |\n 1/3 | 1/3\n 1/2 | 1/2 0\n | 0 0 1", (1,)),
+        ("0 |\n 1/3 | 1/3\n 1/2 | 0 1/2\n 1 | 1 0 0\n | 1 0 0 0", (1, 2, 3)),
+        ("0 |\n 1/3 | 1/3\n 1/2 | 0 1/2\n 1 | 1 0 0\n | 1/2 0 0 1/2", (1, 2)),
+    ],
+)
+def test_functions_without_a_gradient_are_unused(text, unused):
+    scheme, x = RungeKutta(Tableau.parse(text, order=None, name="mine")), torch.ones(2, dtype=F64)
+    gains = [torch.ones((), dtype=F64, requires_grad=True) for _ in range(scheme.stages)]
+    (y,) = scheme.step([lambda x, g=g: torch.sin(g * x) for g in gains], (x,), h=0.5)
+    grads = torch.autograd.grad(y.sum(), gains, allow_unused=True)
+    assert scheme.unused == unused == tuple(i for i, g in enumerate(grads) if g is None)
+    assert scheme.stages - len(unused) == schemes.runge_kutta.pruned(scheme).stages
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "4", None])
+def test_steps_of_a_solve_are_counted(steps):
+    with pytest.raises(SchemeError, match=r"steps is .*, want a whole number of at least 1"):
+        solve(get("rk4"), torch.neg, torch.ones(1), steps=steps)
+
+
+@pytest.mark.parametrize("name", ["rk4", "euler", "midpoint", "leapfrog", "momentum"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_whole_numbers_are_no_initial_values(name, dtype):
+    with pytest.raises(SchemeError, match=r"of torch\.\w+, which cannot hold steps.\n  Give x.double"):
+        solve(get(name), torch.neg, torch.ones(1, dtype=dtype), steps=4)
+
+
+@pytest.mark.parametrize("degree", [0, 2, 6, 9, True, 3.5, 4.0, None])
+def test_degrees_of_hermite_are_three(degree):
+    with pytest.raises(SchemeError, match=r"the degree is .*, want 3, 4 or 5"):
+        schemes.interpolants.hermite(schemes.tableaux.rk4, degree)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.array, Fraction, Decimal])
+@pytest.mark.parametrize("name", ["rk4", "kutta3", "repeat(kutta3, 2)", "leapfrog", "momentum", "reversible(rk4)"])
+def test_numbers_of_any_type_are_step_sizes_and_leave_nothing_behind(name, kind):
+    h, x = kind("0.3") if kind in (Fraction, Decimal) else kind(0.3), torch.ones(1, dtype=F64)
+    scheme = get(name)
+    fs = [torch.sin] * scheme.stages
+    state = scheme.init(fs, x)
+    (RungeKutta(scheme.tableau) if isinstance(scheme, RungeKutta) else scheme)._step(fs, state, float(h))
+    for size in (h, float(h)):  # the second reads what the first has left
+        got = scheme.step(fs, state, h=size)
+        fresh = RungeKutta(scheme.tableau) if isinstance(scheme, RungeKutta) else scheme
+        want = fresh._step(fs, state, float(h))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_sizes_of_other_types_do_not_pass_their_precision_on():
+    scheme, x = RungeKutta(schemes.tableaux.kutta3), torch.ones(1, dtype=F64)
+    scheme._step([torch.sin] * 3, (x,), np.float32(0.25))
+    assert {type(a) for rows, weights in scheme._scaled.values() for row in (*rows, weights) for _, a in row} == {float}
 
 
 @pytest.mark.parametrize("name", METHODS)

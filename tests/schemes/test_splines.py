@@ -106,6 +106,27 @@ def test_a_fit_is_least_squares_and_keeps_constants(space, n):
     assert float((rows.T @ residual).abs().max()) < 1e-9
 
 
+MAPS = {
+    "rows": lambda a, b: a.rows([0.1, 0.7]),
+    "gram": lambda a, b: gram(a),
+    "transfer": transfer,
+    "projection": projection,
+    "fit": lambda a, b: fit(a, [0.1, 0.4, 0.5]),
+    "distance": lambda a, b: torch.cat([x.flatten() for x in distance(a, b)]),
+}
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_maps_are_on_the_host_and_belong_to_the_caller(kind):
+    spaces = SplineSpace.uniform(7, 2), SplineSpace.uniform(14, 2)
+    with torch.device("meta"):
+        found = MAPS[kind](*spaces)
+    want = MAPS[kind](*spaces).clone()
+    torch.testing.assert_close(found, want)
+    found.zero_()
+    torch.testing.assert_close(MAPS[kind](*spaces), want)
+
+
 def test_where_a_spline_goes_on_outside_of_its_interval():
     space = SplineSpace.uniform(4, 2)
     c = torch.randn(space.count, dtype=F64)

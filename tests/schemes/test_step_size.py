@@ -4,11 +4,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemes import SchemeError
-from schemes.step_size import Decay, Fixed, FromError, Learned, step_size
+from schemes.step_size import Decay, Fixed, FromError, Learned, PerDepth, step_size
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,24 @@ def test_rules(rule, printed, sizes):
     assert [found(n) for n in range(3)] == pytest.approx(sizes)
     assert str(step_size(printed)) == printed and step_size(found) is found
     assert (found.learned, found.from_error) == (isinstance(found, Learned), isinstance(found, FromError))
+
+
+RULES = {
+    "fixed": lambda x: Fixed(x),
+    "decay": lambda x: Decay(x, 1 + x),
+    "learned": lambda x: Learned(x),
+    "error": lambda x: FromError(1e-3, x, 0.5, largest=3 + x),
+    "bounds": lambda x: FromError(x, smallest=x / 2, safety=x),
+    "length": lambda x: PerDepth(x),
+}
+
+
+@given(st.sampled_from(sorted(RULES)), st.floats(1e-9, 1e9))
+@example("fixed", 1.0000001)
+def test_a_text_tells_every_number(kind, x):
+    rule = RULES[kind](x)
+    again = step_size(str(rule))
+    assert type(again) is type(rule) and vars(again) == vars(rule) and str(again) == str(rule)
 
 
 @given(st.floats(0.1, 2.0), st.floats(0.1, 2.0), st.integers(0, 30))
@@ -69,6 +87,12 @@ def test_decay_falls_by_its_rate(rate, h0, n):
 def test_bad_rules(rule, message):
     with pytest.raises(SchemeError, match=message):
         step_size(rule)
+
+
+@pytest.mark.parametrize(("rule", "n"), [("decay(2)", 2000), ("decay(1e20)", 16), (Decay(1.5, 1e308), 9)])
+def test_a_decay_that_grows_too_large_is_refused(rule, n):
+    with pytest.raises(SchemeError, match=rf"is too large for a number at step {n}.\n  Take a rate nearer to 1"):
+        step_size(rule)(n)
 
 
 def test_exact_numbers_are_numbers():
