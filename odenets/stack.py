@@ -192,6 +192,7 @@ class Stack(nn.Module):
         self._direct = (
             self._backprop.keeps_all
             and self.scheme.streams == 1
+            and self.scheme.evaluations is not None  # solves are counted, and an adjoint is guarded, by the pass
             and not self._makes_streams
             and type(self.scheme).readout is Scheme.readout
             and self.after is None

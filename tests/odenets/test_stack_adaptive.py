@@ -135,3 +135,17 @@ def test_solves_tell_their_counts_and_why_they_ended():
         stack(torch.ones(3, dtype=F64))  # 1 / (1 - t) breaks off at t = 1
     (solve,) = stack.solves
     assert solve.status == "max_steps" and solve.accepted + solve.rejected == 40
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_every_call_tells_its_own_counts(separate):
+    calls = []
+    f = lambda x: calls.append(1) or -x * x  # noqa: E731
+    stack = Stack([f] * 2 if separate else f, "adaptive(dopri5)", depth=2)
+    found = []
+    for scale in (1.0, 1.0, 30.0):
+        calls.clear()
+        stack(scale * torch.ones(3, dtype=F64))
+        assert stack.evaluations == sum(s.evaluations for s in stack.solves) == len(calls)
+        found.append(stack.solves)
+    assert found[0] == found[1] != found[2]
