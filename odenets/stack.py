@@ -628,7 +628,10 @@ class Stack(nn.Module):
             backprop=self.backprop if backprop is None else backprop,
             seed=self._draws.generator.initial_seed() if seeded else None,  # type: ignore[union-attr]
         )
-        return found.train(self.training)
+        # Not ``train``, which would set the flags of the shared modules too: a BatchNorm in evaluation mode stays there.
+        for m in (found, found.steps, *found.steps):
+            m.training = self.training  # type: ignore[union-attr]
+        return found
 
     def set_step(self, h: float) -> None:
         """Sets the size of every step, for a schedule over the epochs; a decay keeps its ratios.
