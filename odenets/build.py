@@ -259,12 +259,24 @@ def streams_of(given: Any, scheme: Scheme) -> State:
     count = scheme.at(0).streams
     if count == 1:
         raise SchemeError(f"Stack: the input is a {type(given).__name__}, want a tensor; {scheme} has one stream.")
+    return _streams(
+        given,
+        count,
+        f"{scheme} starts from {count}",
+        f"Give a tuple of {count} tensors, or the tensor that they are made of.",
+    )
+
+
+def streams_after(given: Any, parts: Sequence[Scheme]) -> State:
+    """Returns the streams after the last of some steps, given as a tuple; checks them."""
+    count = parts[0].streams + sum(part.streams_added for part in parts)
+    return _streams(given, count, f"the steps end with {count}", "Give those of final_state(x), in their order.")
+
+
+def _streams(given: Any, count: int, want: str, remedy: str) -> State:
     if not isinstance(given, (tuple, list)) or len(given) != count:
         what = f"{len(given)} streams are given" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
-        raise SchemeError(
-            f"Stack: {what}, {scheme} starts from {count}.\n"
-            f"  Give a tuple of {count} tensors, or the tensor that they are made of."
-        )
+        raise SchemeError(f"Stack: {what}, {want}.\n  {remedy}")
     for x in given:
         if not isinstance(x, Tensor):
             raise SchemeError(f"Stack: one of the streams is a {type(x).__name__}, want a tensor.")

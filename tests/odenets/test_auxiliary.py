@@ -11,6 +11,7 @@ from torch.autograd.functional import jacobian
 import schemes
 import schemes.testing
 from odenets import SchemeError, Stack
+from odenets.gather import gathered
 
 F64 = torch.float64
 MODES = ["store", "checkpoint", "checkpoint(2)", "reverse"]
@@ -300,3 +301,43 @@ def test_a_string_is_one_name(mode):
 def test_steps_from_errors_give_them_too():
     net = Stack([Fixed({"calls": torch.ones(())}) for _ in range(8)], "bosh3", step="error(0.1)")
     assert float(net(torch.ones(2, 4), aux=True)[1]["calls"]) == net.evaluations == 8
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = torch.tanh(self.linear(x))
+        return y, {"calls": x.new_ones(()), "energy": y.square().mean()}
+
+
+def test_error_estimates_have_the_auxiliary_values_of_their_calls():
+    for mode in ("store", "checkpoint(2)", "1*store + 2*checkpoint"):
+        net, x = Stack(Counts(), "bosh3", depth=3, backprop=mode), torch.randn(3, 2)
+        for _ in range(2):
+            with gathered(net) as values:
+                net.forward_with_errors(x)
+            assert values["calls"] == 12
+        assert all(g.any() for g in torch.autograd.grad(values["energy"], [*net.parameters()]))
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "checkpoint(2)", "reverse", "2*checkpoint + reverse"])
+def test_an_inverse_has_the_auxiliary_values_of_the_forward_pass(mode):
+    """Its functions are called with the same arguments; a log-determinant is refused, and a diagnosis adds nothing."""
+    net, x = Stack([Counts() for _ in range(6)], "revnet").double(), torch.randn(3, 4, dtype=F64)
+    with gathered(net) as want:
+        y = net(x).detach()
+    found = []
+    for net.backprop in ("store", mode):
+        with gathered(net) as values:
+            net.inverse(y)
+        torch.testing.assert_close(values, want)
+        found.append(torch.autograd.grad(values["energy"], [*net.parameters()]))
+    torch.testing.assert_close(*found)
+    with gathered(net) as values:
+        net.diagnose(x)
+    assert not values
+    with pytest.raises(SchemeError, match="minus that of the forward pass"), gathered(net, "log_det"):
+        net.inverse(x)
