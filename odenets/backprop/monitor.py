@@ -46,6 +46,7 @@ class _Anchors(NamedTuple):
     every: int | None
     growth: float
     drifts: list[float]
+    asked: list[float] | None
 
     @classmethod
     def of(cls, state: Any) -> "_Anchors":
@@ -53,9 +54,10 @@ class _Anchors(NamedTuple):
             every, growth, drifts = state["every"], state["growth"], [float(d) for d in state.get("drifts", ())]
             if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
                 raise TypeError
+            asked = state.get("asked")  # an older state does not tell
             if not math.isfinite(growth):  # it would count as measured for ever
                 raise TypeError
-            return cls(every, float(growth), drifts)
+            return cls(every, float(growth), drifts, None if asked is None else [float(a) for a in asked])
         except (LookupError, TypeError, ValueError, AttributeError):
             raise _no_state("'anchors' in it", state) from None
 
@@ -72,6 +74,7 @@ class Monitor:
     Attributes:
         every: the chosen spacing of anchors, None for no anchors.
         growth: measured factor by which a rounding error grows per step undone.
+        asked: the bound, first step and number of steps for which these two were measured; None where that is unknown.
         drift: relative error of reconstructed states in the last backward pass whose figure has arrived.
         pending: drifts on their way from the device.
         overflow: flags on their way from the device: whether a stream left the range of exact arithmetic.
@@ -87,6 +90,7 @@ class Monitor:
     def __init__(self) -> None:
         self.every: int | None = None
         self.growth: float | None = None
+        self.asked: list[float] | None = None
         self.drift: float | None = None
         self.pending: list[PendingScalar] = []
         self.overflow: list[PendingScalar] = []
@@ -122,7 +126,7 @@ class Monitor:
         if self.growth is not None:
             # Unread drifts are saved too, since they may change the spacing of anchors at the next pass.
             drifts = [float(scalar.value) for scalar in self.pending]
-            own["anchors"] = {"every": self.every, "growth": self.growth, "drifts": drifts}
+            own["anchors"] = {"every": self.every, "growth": self.growth, "drifts": drifts, "asked": self.asked}
         parts = {str(i): found for i, part in self._parts.items() if (found := part.state())}
         return {**own, **({"parts": parts} if parts else {})}
 
@@ -150,7 +154,7 @@ class Monitor:
             if plan is not None:
                 self.plan = plan
             if anchors is not None:
-                self.every, self.growth = anchors.every, anchors.growth
+                self.every, self.growth, self.asked = anchors.every, anchors.growth, anchors.asked
                 self.pending = [PendingScalar(torch.tensor(d), None, False) for d in anchors.drifts]
             for i, part in readers.items():
                 self.part(i).reader(part, chosen)()

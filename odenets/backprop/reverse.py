@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
-from .anchors import BOUNDS, measure
+from .anchors import BOUNDS, asked_for, measure
 from .grid import Grid
 from .limits import in_our_words
 from .monitor import PendingScalar
@@ -139,12 +139,15 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
     if not auto:
         # A user writes 0 for "no anchors".
         return every or None
-    if given.monitor.growth is None:
+    monitor = given.monitor
+    # Another bound, or a plan with other segments, asks for another spacing.
+    known = lambda: monitor.growth is not None and monitor.asked in (None, asked_for(given, bound))  # noqa: E731
+    if not known():
         # Under the lock: a pass of another thread must not see the statistics that measuring changes and restores.
-        with given.monitor.lock:
-            if given.monitor.growth is None:
+        with monitor.lock:
+            if not known():
                 measure(given, state, bound)
-    return given.monitor.every
+    return monitor.every
 
 
 def _check_finite(given: Pass, n: int, state: State) -> None:

@@ -240,3 +240,38 @@ def test_a_drift_that_nobody_has_read_is_saved() -> None:
         with pytest.warns(UserWarning, match="off"):
             s(batch(dtype=torch.float32))
     assert other.monitor.every == stack.monitor.every != state["anchors"]["every"]
+
+
+def contracting(mode: Any) -> Stack:
+    torch.manual_seed(0)
+    fs = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double() for _ in range(24)]
+    return Stack(fs, Momentum(0.5), backprop=mode)
+
+
+@pytest.mark.parametrize("modes", [("reverse(bound=1e-10)", "reverse(bound=1e-13)"),
+                                   ("12*reverse(bound=1e-10) + 12*store", "20*reverse(bound=1e-13) + 4*store"),
+                                   ("12*reverse + 12*store", "20*reverse + 4*store")])  # fmt: skip
+@pytest.mark.parametrize("back", [False, True])
+def test_another_bound_or_segment_has_a_spacing_of_its_own(modes: tuple[str, str], back: bool) -> None:
+    """As if the stack had been built so; a mode that is set for a while in between changes nothing."""
+    first, last = reversed(modes) if back else modes
+    seen = []
+    for stack in (contracting(first), contracting(last)):
+        gradients(stack, batch())
+        stack.backprop = last
+        torch.manual_seed(1)  # the measurement draws
+        stack(batch())
+        monitor = stack.monitor if stack.monitor.growth is not None else stack.monitor.part(0)
+        seen.append((monitor.every, monitor.asked))
+        growth = monitor.growth
+        stack.backprop = "store"
+        stack(batch())
+        stack.backprop = last
+        stack(batch())
+        assert monitor.growth == growth
+    assert seen[0][1] == seen[1][1] and abs((seen[0][0] or 24) - (seen[1][0] or 24)) <= 1
+    other = contracting(last)
+    other.load_plan_state(json.loads(json.dumps(stack.plan_state())))
+    assert other.plan_state() == stack.plan_state()
+    other(batch())
+    assert (other.monitor.growth or other.monitor.part(0).growth) == growth
