@@ -211,7 +211,7 @@ def measured(scheme: Any, fs: Sequence[Function], h: StepSize, streams: int, gs:
         )
     for g in gs:
         if not isinstance(getattr(g, "scale", None), Tensor):
-            raise SchemeError(f"Stack: the shortcut {type(g).__name__} has no scale to take a log-determinant of.")
+            raise SchemeError(f"Stack: the shortcut {g._get_name()} has no scale to take a log-determinant of.")
 
     def measure(update: Update) -> Update:
         def terms(state: State) -> tuple:

@@ -20,6 +20,7 @@ from schemes.step_size import Fixed, FromError, PerDepth, StepSize
 from .checks import warn_of_own_skip
 from .continuous import ContinuousWeights
 from .draws import Draws
+from .layers.scale import Unchanged
 from .step import FunctionModule, PerSlot, Revision, Step
 
 # Above this mixing figure, stage inputs keep little of the stream if the weights are separate.
@@ -297,9 +298,12 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
     if given and all(isinstance(g, (list, tuple, nn.ModuleList)) for g in given):
         if len(given) != depth:
             raise SchemeError(f"Stack: shortcuts for {len(given)} steps, want {depth}, one list per step.")
-        found = {n: tuple(nn.Identity() if g is None else g for g in gs) for n, gs in enumerate(given)}
+        found = {n: tuple(Unchanged() if g is None else g for g in gs) for n, gs in enumerate(given)}
     else:
         found = {0: tuple(given)}
+    for n, gs in found.items():
+        if scheme.reversible_in_training:  # the same with an inverse, unless it is more than that, such as by a hook
+            found[n] = tuple(Unchanged() if _is_identity(g) else g for g in gs)
     for n, gs in found.items():
         want = scheme.at(n).shortcuts
         if len(gs) != want:
@@ -312,6 +316,10 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
                 raise SchemeError(f"Stack: the shortcut of step {n} is a {type(g).__name__}, want a module.")
             called(g, f"the shortcut of step {n}")
     return found
+
+
+def _is_identity(g: Any) -> bool:
+    return type(g) is nn.Identity and vars(g) == vars(nn.Identity())
 
 
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:

@@ -618,6 +618,8 @@ class Stack(nn.Module):
         if not (self.scheme.invertible or or_else) or self.after is not None:
             what = "post_step= cannot be undone" if self.after is not None else f"{self.scheme} has no inverse"
             raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet, without post_step=.")
+        for step in self.steps:
+            step.check_undone()
 
     def rebuilt(
         self,

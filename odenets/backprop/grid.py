@@ -180,7 +180,7 @@ def _factor(update: Update, scale: Any, g: Any, x: Tensor) -> Tensor:
     if g is not None:
         found = getattr(g, "scale", None)
         if not isinstance(found, Tensor):
-            raise SchemeError(f"exact arithmetic cannot undo the shortcut {type(g).__name__}; it has no scale.")
+            raise SchemeError(f"exact arithmetic cannot undo the shortcut {g._get_name()}; it has no scale.")
         return found
     if isinstance(scale, Tensor):
         return scale

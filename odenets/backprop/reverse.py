@@ -95,6 +95,9 @@ def _start(given: Pass, state: State, mode: str) -> State:
                 f"Stack: a stream of {kind} is not made again as it was by an inverse, which backprop='{mode}' needs.\n"
                 "  Give a dense tensor of floating-point numbers, or use backprop='store' or 'checkpoint'."
             )
+    for step in given.steps:
+        if step.gs is not None:
+            step.check_undone()
     # Cloned, since an inference tensor cannot be made a leaf, which the replay of a step differentiates from.
     return stream_precision(tuple(x.clone() if x.is_inference() else x for x in state))
 

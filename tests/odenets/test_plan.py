@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import odenets
 from odenets import SchemeError, Stack
-from odenets.backprop import agreement, choice, parse_mode
+from odenets.backprop import agreement, choice, offload, parse_mode
 from odenets.backprop.auto import Auto
 from odenets.backprop.meter import meter_on
 from odenets.backprop.modes import Checkpoint, Exact, Offload, Plan, Reverse, Store
@@ -512,6 +512,20 @@ def test_a_report_for_a_memory_keeps_the_other_limits():
     net = nn.Sequential(wide("auto"), wide(Auto(memory="1GB", **inexact)))
     plans = odenets.plan(net, wide_input(), memory="1MiB").plans
     assert not any(m.by_inverse for _, m in plans["1"].segments)
+
+
+def test_views_of_one_memory_with_other_values_are_copied_apart():
+    """Offloading copies a tensor once, however often it is saved, and what it is copied as is told by its key."""
+    z = torch.randn(8, dtype=torch.complex64)
+    views = [z, z.conj(), z.imag, z.conj().imag, z.real, z[1:], z.view(2, 4), z.view(2, 4).mT, torch.view_as_real(z)]
+    for a, b in itertools.combinations(views, 2):
+        assert offload._key(a) != offload._key(b)
+    for x in views:
+        assert offload._key(x) == offload._key(x.detach()) == offload._key(x.view_as(x))
+        assert torch.equal(offload._OnHost(x).back(), x)
+    before = offload._key(z)
+    z += 1
+    assert offload._key(z) != before
 
 
 @pytest.mark.parametrize("uses", [("trajectory", "forward"), ("forward", "trajectory"), ("trajectory", "trajectory")])
