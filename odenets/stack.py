@@ -407,14 +407,11 @@ class Stack(nn.Module):
 
     def _values_at(self, x: Tensor, at: Sequence[float], t: Any, context: Any) -> list[Tensor]:
         """The readouts at times since the start."""
-        lengths = times.lengths_of(self.steps, self.rule)
-        slack = times.slack_of(self.steps)
-        wanted = times.times_within(at, lengths, slack)
+        lengths, slack = times.lengths_of(self.steps, self.rule), times.slack_of(self.steps)
         if isinstance(self.scheme, Adaptive):
-            solves = Solves(times.at_ends(wanted, lengths, slack))
+            solves = Solves(times.at_ends(times.times_within(at, lengths, slack), lengths, slack))
             self._walk(x, self._pass(t, context, solves=solves))
             return solves.values
-        places = times.ends_at(wanted, lengths, slack, self.scheme)
         found: dict[int, Tensor] = {}
 
         def on_step(n: int, state: State) -> None:
@@ -422,6 +419,9 @@ class Stack(nn.Module):
                 found[n + 1] = self.scheme.readout(state)
 
         given = self._pass(t, context, on_step)
+        if given.sizes is not None:  # another scheme that is one solve over the depth, here taken step by step
+            lengths = [self.scheme.span * float(h.detach() if isinstance(h, Tensor) else h) for h in given.sizes]
+        places = times.ends_at(times.times_within(at, lengths, slack), lengths, slack, self.scheme)
         if 0 in places:
             found[0] = self.scheme.readout(self._start(x, given))
         self._walk(x, given)

@@ -133,6 +133,8 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
     """The spacing of anchors, given or chosen."""
     # A spacing that the user asked for is not adapted to the observed drift.
     auto = every is None and memory is None
+    if not any(x.numel() for x in state):  # an empty batch has no size, and its errors decide nothing
+        return every or None
     given.monitor.read(bound if auto else None, len(given.steps))
     # Computed from this batch, so a larger batch has its anchors further apart.
     if memory is not None:
@@ -163,10 +165,11 @@ def _check_finite(given: Pass, n: int, state: State) -> None:
 
 
 def _refuse_compiled(given: Pass) -> None:
-    for step in given.steps:
-        for name, m in step.named_modules():
+    shared = () if given.shared is None else [("block", given.shared)]
+    for root, top in (*((f"steps.{step.index}", step) for step in given.steps), *shared):
+        for name, m in top.named_modules(prefix=root):
             if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule":
                 raise SchemeError(
-                    f"Stack: steps.{step.index}.{name} is compiled, and compiled code rounds differently with and "
+                    f"Stack: {name} is compiled, and compiled code rounds differently with and "
                     "without gradients; backprop='exact' needs it eager, or use backprop='reverse'."
                 )

@@ -275,3 +275,26 @@ def test_another_bound_or_segment_has_a_spacing_of_its_own(modes: tuple[str, str
     assert other.plan_state() == stack.plan_state()
     other(batch())
     assert (other.monitor.growth or other.monitor.part(0).growth) == growth
+
+
+@pytest.mark.parametrize(
+    "mode", ["reverse", "reverse(memory=1)", "reverse(every=4)", "reverse(every=0)", "exact", "auto"]
+)
+def test_an_empty_batch_decides_nothing(mode: str) -> None:
+    """It passes, and what comes after it is as if it had not been."""
+    found = []
+    for empty in (False, True):
+        stack = build("momentum(0.9)", depth=16, backprop=mode)
+        if empty:
+            x = batch()[:0].detach().requires_grad_()
+            for _ in range(2):
+                y = stack(x)
+                assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+            assert stack.monitor.growth is None
+        torch.manual_seed(0)
+        found.append(gradients(stack, batch()))
+        every, growth = stack.monitor.every, stack.monitor.growth
+        if empty and mode != "auto":
+            stack(batch()[:0])
+            assert (stack.monitor.every, stack.monitor.growth) == (every, growth)
+    assert distance(*found) <= (1e-9 if mode == "auto" else 0.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from invertible import CHANNELS, build
 from torch import nn
 
-from odenets import Stack
+from odenets import PerSlot, Stack
 from odenets.backprop.grid import Grid
 from schemes import SchemeError
 from schemes.coupling import rotated
@@ -191,6 +191,21 @@ def test_a_function_that_changes_is_an_error():
 def test_refused(scheme):
     with pytest.raises(SchemeError, match=r"cannot be undone bit by bit|has no inverse"):
         stack(scheme, 2)
+
+
+@pytest.mark.parametrize("way", [lambda f: f.compile(backend="eager"), lambda f: torch.compile(f, backend="eager")])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("slots", [False, True])
+def test_compiled_functions_that_are_shared_are_refused(slots, inside, way):
+    parts = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    made = way(parts[-1])
+    parts[-1] = parts[-1] if made is None else made
+    block = nn.Sequential(*parts) if inside else parts[-1]
+    net = Stack(PerSlot([nn.Linear(6, 6), block]) if slots else block, "revnet", depth=3, backprop="exact")
+    name = "block" + ".1" * slots + ".1" * inside
+    with pytest.raises(SchemeError, match=f"Stack: {name}[^.0-9]* is compiled") as caught:
+        net(torch.randn(4, 12, requires_grad=True))
+    assert len(str(caught.value).splitlines()) <= 2
 
 
 def test_compiled_functions_are_refused():
