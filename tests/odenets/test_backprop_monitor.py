@@ -298,3 +298,53 @@ def test_an_empty_batch_decides_nothing(mode: str) -> None:
             stack(batch()[:0])
             assert (stack.monitor.every, stack.monitor.growth) == (every, growth)
     assert distance(*found) <= (1e-9 if mode == "auto" else 0.0)
+
+
+class Arrives:
+    """An event of a device that has not come to the transfer of a scalar yet."""
+
+    def __init__(self, to: Tensor, value: float) -> None:
+        self.to, self.value = to, value
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self.to.fill_(self.value)
+
+
+def test_what_is_saved_has_arrived() -> None:
+    stack = build("momentum(0.9)", depth=16)
+    gradients(stack, batch())
+    value = torch.zeros(())
+    stack.monitor.pending[-1] = stack.monitor.pending[-1]._replace(value=value, event=Arrives(value, 0.25))
+    assert stack.plan_state()["anchors"]["drifts"][-1] == 0.25
+
+
+@pytest.mark.parametrize("spoiled", ["pending", "overflow"])
+def test_what_exact_arithmetic_is_still_to_raise_is_saved(spoiled: str) -> None:
+    stack = build("momentum(0.9)", depth=4, backprop="exact")
+    gradients(stack, batch())
+    assert "exact" not in stack.plan_state()
+    scalar = stack.monitor.pending[-1]
+    one = scalar._replace(value=torch.ones(()), must_be_zero=spoiled == "pending")
+    setattr(stack.monitor, spoiled, [one])
+    other = build("momentum(0.9)", depth=4, backprop="exact")
+    other.load_plan_state(json.loads(json.dumps(stack.plan_state())))
+    for s in (stack, other):
+        with pytest.raises(SchemeError, match="made a state again that is" if spoiled == "pending" else "left the range"):
+            s(batch())
+    with pytest.raises(SchemeError, match="no plan state: 'exact' in it"):
+        other.load_plan_state({"exact": 3})
+
+
+@pytest.mark.parametrize("mode", ["reverse", "auto(memory=1GB)", "4*store + 4*reverse", "exact"])
+def test_a_state_is_taken_over_as_it_is(mode: str) -> None:
+    """Also what it does not mention, which the stack may have decided meanwhile."""
+    stack = build("momentum(0.9)", depth=8, backprop=mode)
+    before = stack.plan_state()
+    gradients(stack, batch())
+    after = stack.plan_state()
+    for state in (before, after, before):
+        stack.load_plan_state(json.loads(json.dumps(state)))
+        assert stack.plan_state() == state

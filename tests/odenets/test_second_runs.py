@@ -247,6 +247,33 @@ def test_exact_stacks_inside_of_reversed_ones_round_both_times(inner, outer):
     assert net.monitor.drift == 0.0 or net.monitor.drift < 1e-14
 
 
+@pytest.mark.parametrize("chosen", [None, "exact", "store"])
+@pytest.mark.parametrize("outer", ["reverse(every=0)", "exact"])
+def test_a_choice_inside_of_a_reversed_step_is_that_of_both_runs(outer, chosen):
+    """Also the first pass, and also where it is exact: as under a stored stack around it."""
+    mode = "auto(exact=true, memory=1GB)"
+
+    def make():
+        inner = Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop=mode)
+        if chosen:
+            inner.load_plan_state({"auto": {"plan": [[2, chosen]], "size": 10**9, "final": True}})
+        return nn.Sequential(inner, nn.Tanh())
+
+    found = []
+    for around in ("exact(store=true)" if outer == "exact" else "store", outer):
+        net, x = net_of(make, around, "revnet"), data(3, 8).requires_grad_()
+        for _ in range(2):
+            y = net(x)
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])])
+        net(x)
+        assert around == "store" or net.monitor.drift < 1e-14
+        assert {str(m.monitor.plan.plan) for m in net.modules() if isinstance(m, Stack) and m is not net} == {
+            f"2*{chosen}" if chosen else "2*store"
+        }
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_a_batch_of_nan_leaves_the_one_warning_for_later():
     net = net_of(layer, "reverse(every=0)")
     with warnings.catch_warnings():
