@@ -127,6 +127,26 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
     return found
 
 
+def newer(given: Mapping[str, Any], step_offset: Any, post_step: Any) -> tuple[Any, Any]:
+    """Returns ``step_offset`` and ``post_step``, by whichever name they are given.
+
+    Args:
+        given: those that are given by their old names.
+        step_offset: as given by its name.
+        post_step: the same.
+
+    Raises:
+        SchemeError: one is given by both.
+    """
+    own = {"step_offset": step_offset, "post_step": post_step}
+    for name in given:
+        if own[name] not in (0, None):
+            raise SchemeError(
+                f"Stack: {name}= is given twice, by this name and by its old one.\n  Leave out the old one."
+            )
+    return given.get("step_offset", step_offset), given.get("post_step", post_step)
+
+
 def sum_of(sizes: Sequence[float], rule: StepSize) -> float:
     """Returns the length of one solve over all steps.
 

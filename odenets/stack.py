@@ -30,6 +30,7 @@ from .solves import Solve, Solves
 from .step import Revision, Step
 from .tracing import is_traced
 
+_OLD = {"steps_before": "step_offset", "after": "post_step"}  # names of arguments before 0.2
 Run = Callable[[Any, Pass], State]  # runs a pass from an input
 
 
@@ -112,8 +113,7 @@ class Stack(nn.Module):
         **old: Any,
     ):
         super().__init__()
-        given = renamed_arguments("Stack", old, {"steps_before": "step_offset", "after": "post_step"})
-        step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
+        step_offset, post_step = build.newer(renamed_arguments("Stack", old, _OLD), step_offset, post_step)
         # All arguments are read before anything is built, so that a refused one has no side effects.
         mode, start = parse_mode(backprop), None if example is None else build.example_of(example)
         self.scheme, functions, shared = build.read(scheme, block)
@@ -146,6 +146,11 @@ class Stack(nn.Module):
                 self._first_call(start, self._pass(0.0, None), self._run, always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "post_step":  # torch would make it a child that never runs
+            raise SchemeError(
+                "Stack: post_step= is given when a stack is built, whose steps and mode are checked with it.\n"
+                "  Build it anew: Stack(..., post_step=...); the module itself may be changed."
+            )
         super().__setattr__(name, value)
         # Only after the assignment succeeded: one that torch refuses must not make the signatures stale.
         if name in ("block", "after"):

@@ -332,7 +332,9 @@ def test_what_exact_arithmetic_is_still_to_raise_is_saved(spoiled: str) -> None:
     other = build("momentum(0.9)", depth=4, backprop="exact")
     other.load_plan_state(json.loads(json.dumps(stack.plan_state())))
     for s in (stack, other):
-        with pytest.raises(SchemeError, match="made a state again that is" if spoiled == "pending" else "left the range"):
+        with pytest.raises(
+            SchemeError, match="made a state again that is" if spoiled == "pending" else "left the range"
+        ):
             s(batch())
     with pytest.raises(SchemeError, match="no plan state: 'exact' in it"):
         other.load_plan_state({"exact": 3})
