@@ -40,8 +40,13 @@ def check_given(takes: Takes, t: Any, context: Any) -> None:
     """Refuses a time or a context that may not reach any residual function.
 
     Raises:
-        SchemeError: no residual function reads it, or a signature does not tell.
+        SchemeError: no residual function reads it, or a signature does not tell; or a time that is None.
     """
+    if t is None and takes.time:
+        raise SchemeError(
+            "Stack: the time at the start is None, and a residual function reads the time.\n"
+            "  Give a number or a tensor, or leave t= out, which starts at 0."
+        )
     if context is not None and not takes.context and not takes.opaque:
         raise SchemeError(
             "Stack: a context is given, and no residual function has a parameter named context to read it.\n"

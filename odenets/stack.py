@@ -279,6 +279,7 @@ class Stack(nn.Module):
             and (self.training, torch.is_grad_enabled()) in self._checked
             and context is None
             and not self._revision.stale
+            and isinstance(x, Tensor)
         ):  # the walk without its overhead, which is microseconds on small states
             state: State = (x,)
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
@@ -682,7 +683,12 @@ class Stack(nn.Module):
             raise SchemeError("Stack: the step sizes are learned; a schedule cannot set them too.")
         if build.fields_shared(self.block):
             raise SchemeError("Stack: its steps end at the span of its weights; rebuilt(depth=...) changes their size.")
-        Fixed(h)
+        if isinstance(h, Tensor) and h.requires_grad:
+            raise SchemeError(
+                "Stack: set_step takes a number, and the tensor that is given would get no gradient.\n"
+                "  Detach it, or train the step sizes: Stack(..., step='learned')."
+            )
+        h = Fixed(h).h
         # Steps of size 0 have no ratios; only a fixed rule gives them.
         first, initial = self.rule(0), self._initial
         if not first:

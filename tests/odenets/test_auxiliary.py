@@ -11,6 +11,7 @@ from torch.autograd.functional import jacobian
 import schemes
 import schemes.testing
 from odenets import SchemeError, Stack
+from odenets.auxiliary import log_det
 from odenets.gather import gathered
 
 F64 = torch.float64
@@ -341,3 +342,40 @@ def test_an_inverse_has_the_auxiliary_values_of_the_forward_pass(mode):
     assert not values
     with pytest.raises(SchemeError, match="minus that of the forward pass"), gathered(net, "log_det"):
         net.inverse(x)
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reverse"])
+@pytest.mark.parametrize("scheme", ["affine", "revnet", "multilevel(2, 0.5)", "repeat(affine, 2)"])
+def test_a_log_determinant_of_an_empty_batch_is_empty(scheme, mode):
+    out = 4 if "affine" in scheme else 2
+    net = Stack([nn.Linear(2, out) for _ in range(2 * schemes.get(scheme).stages)], scheme, backprop=mode)
+    for x in (torch.randn(3, 4), torch.randn(0, 4), torch.randn(0, 4)):
+        y, values = net(x, aux="log_det")
+        assert y.shape == x.shape and values["log_det"].shape == x.shape[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_log_determinant_in_half_precision_is_summed_in_single(dtype):
+    torch.manual_seed(0)
+    net = Stack([nn.Linear(512, 1024) for _ in range(8)], "affine").to(dtype)
+    x = torch.randn(2, 1024).to(dtype)
+    got = net(x, aux="log_det")[1]["log_det"]
+    want = copy.deepcopy(net).double()(x.double(), aux="log_det")[1]["log_det"]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=4.0)  # 4096 scales, each rounded
+    scales = (1 + torch.rand(4, 4096)).to(dtype)
+    torch.testing.assert_close(log_det(scales, scales).double(), scales.double().log().sum(1), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reverse"])
+def test_a_value_by_the_name_of_the_log_determinant_is_refused_beside_it(mode):
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), {"log_det": x.sum(1)}
+
+    net, x = Stack([Named(2, 4), Named(2, 4)], "affine", backprop=mode), torch.randn(2, 4)
+    for _ in range(2):
+        with pytest.raises(SchemeError, match="another name") as caught:
+            net(x, aux="log_det")
+        assert len(str(caught.value).splitlines()) == 2
+        assert net(x, aux=True)[1]["log_det"].shape == (2,)

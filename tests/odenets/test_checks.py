@@ -1,5 +1,6 @@
 """The checks of a first call: what they refuse, when, and that a failure leaves everything as it was."""
 
+import numpy as np
 import pytest
 import torch
 from stacks import quiet
@@ -297,3 +298,34 @@ def test_what_may_not_arrive_is_refused(given):
     torch.testing.assert_close(net(x), net(x, t=0.0))
     with pytest.raises(SchemeError, match=r"does not tell\n? ?whether it takes them"):
         net(x, **given)
+
+
+@pytest.mark.parametrize("way", ["forward", "trajectory", "final_state", "aux"])
+def test_a_time_that_is_none_is_refused_where_it_is_read(way):
+    net, x = Stack([Clocked() for _ in range(4)], "midpoint"), torch.ones(1, 2)
+    for _ in range(2):
+        with pytest.raises(SchemeError, match="leave t= out") as caught:
+            WAYS[way][1](net, x, t=None)
+        assert len(str(caught.value).splitlines()) == 2
+        net(x)
+    Stack([nn.Identity()])(x, t=None)
+
+
+def test_every_call_takes_a_tensor():
+    net, x = Stack([nn.Linear(2, 2), nn.Linear(2, 2)]), torch.ones(1, 2)
+    for _ in range(2):
+        with pytest.raises(SchemeError, match="want a tensor"):
+            net((x,))
+        net(x)
+
+
+@pytest.mark.parametrize("h", ["0.25", 0.25, torch.tensor(0.25), np.float32(0.25)])
+def test_a_schedule_sets_the_number_that_it_is_given(h):
+    x = torch.ones(1, 2)
+    net, want = (Stack([nn.Tanh()] * 4, "midpoint", step=step) for step in (1.0, 0.25))
+    net.set_step(h)
+    assert torch.equal(net(x), want(x)) and type(net.steps[0].h) is float
+    for wrong in ("half", None, torch.ones(2), torch.tensor(0.1, requires_grad=True), float("nan"), True):
+        with pytest.raises(SchemeError):
+            net.set_step(wrong)
+    assert net.steps[0].h == 0.25

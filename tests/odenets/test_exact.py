@@ -11,6 +11,7 @@ from torch import nn
 
 from odenets import PerSlot, Stack
 from odenets.backprop.grid import Grid
+from odenets.layers.scale import ChannelScale
 from schemes import SchemeError
 from schemes.coupling import rotated
 
@@ -247,3 +248,25 @@ def test_rounding_is_to_the_grid_in_all_of_the_range_and_the_limit_is_outside(dt
     assert [bool(grid.over(v)) for v in (below, -below, below * 0 + grid.limit, below * 0 - grid.limit)] == [
         *(False, False, True, True)
     ]
+
+
+@pytest.mark.parametrize(
+    "gamma", [2.0**-31, 1e-9, -(2.0**-31), 2.0**-20, -(2.0**-21), 2.0**-25, 2.0**-32, -(2.0**-33), 1e-12, 0.0]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_too_small_for_their_bits_are_refused(gamma, dtype):
+    """Those that are not leave what they should."""
+    gs = [[ChannelScale(2, 1.0, ndim=2).to(dtype)] for _ in range(2)]
+    for (g,) in gs:
+        g.smallest = 0.0
+        g.alpha.data.fill_(gamma)
+    net = Stack([nn.Linear(2, 2, dtype=dtype) for _ in range(2)], "multilevel(2)", shortcut=gs, backprop="exact")
+    x = 0.1 * torch.randn(4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    if abs(gamma) >= 2.0**-31:
+        net(x).sum().backward()
+        net(x)
+        assert net.monitor.drift == 0.0
+        return
+    with pytest.raises(SchemeError, match="31 bits of each element") as caught:
+        net(x)
+    assert len(str(caught.value).splitlines()) == 2
