@@ -1,5 +1,6 @@
 """Auxiliary values of residual functions and log-determinants of couplings, summed over a pass."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -125,23 +126,31 @@ class Split:
         value, given = out  # type: ignore[misc]
         # In every call, since a value may be wrong in a single one; also where none are collected.
         self._check(given)  # type: ignore[arg-type]
+        if self.sink is not None and self.sink.log_det and LOG_DET in given:
+            raise SchemeError(
+                f"{self._where}: returned an auxiliary value 'log_det', the name of the log-determinant of its step, "
+                "which would be added to it.\n  Return it by another name."
+            )
         self.step.auxiliary = True
         if self.sink is not None:
             for name, x in given.items():  # type: ignore[union-attr]
                 self.sink.add(name, x)
         return value
 
+    @property
+    def _where(self) -> str:
+        return f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
+
     def _check(self, given: Mapping[str, Tensor]) -> None:
         for name, x in given.items():
             if isinstance(name, str) and isinstance(x, Tensor):
                 continue
-            where = f"{self.step.scheme}, steps.{self.step.index}.fs.{self.i}"
             if not isinstance(name, str):
                 what = f"an auxiliary value under the name {shorten(repr(name), 60)}, want a string"
             else:
                 what = f"the auxiliary value {name!r} as a {type(x).__name__}, want a tensor"
             raise SchemeError(
-                f"{where}: returned {what}.\n"
+                f"{self._where}: returned {what}.\n"
                 "  Return tensors by their names, y, {'balance': loss}; of a number, y.new_tensor(number)."
             )
 
@@ -211,7 +220,7 @@ def measured(scheme: Any, fs: Sequence[Function], h: StepSize, streams: int, gs:
         )
     for g in gs:
         if not isinstance(getattr(g, "scale", None), Tensor):
-            raise SchemeError(f"Stack: the shortcut {type(g).__name__} has no scale to take a log-determinant of.")
+            raise SchemeError(f"Stack: the shortcut {g._get_name()} has no scale to take a log-determinant of.")
 
     def measure(update: Update) -> Update:
         def terms(state: State) -> tuple:
@@ -235,7 +244,10 @@ def step_measured(scheme: Scheme, fs: Sequence, state: State, h: StepSize, gs: S
 
 
 def log_det(scale: float | Tensor, x: Tensor) -> Tensor:
-    """sum log |scale| over the elements of each sample of x; (n,)."""
+    """sum log |scale| over the elements of each sample of x, in at least 32 bits; (n,)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)  # a sum over many elements in half precision is rounded
     if not isinstance(scale, Tensor):
-        scale = torch.tensor(float(scale), dtype=x.dtype, device=x.device)
-    return scale.abs().log().to(x.dtype).expand_as(x).reshape(x.shape[0], -1).sum(1)
+        scale = torch.tensor(float(scale), dtype=dtype, device=x.device)
+    logs = scale.abs().to(torch.promote_types(scale.abs().dtype, torch.float32)).log().to(x.device, dtype)
+    # The size is written out: an empty batch would leave it undetermined.
+    return logs.expand_as(x).reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)

@@ -20,6 +20,7 @@ from schemes.step_size import Fixed, FromError, PerDepth, StepSize
 from .checks import warn_of_own_skip
 from .continuous import ContinuousWeights
 from .draws import Draws
+from .layers.scale import Unchanged
 from .step import FunctionModule, PerSlot, Revision, Step
 
 # Above this mixing figure, stage inputs keep little of the stream if the weights are separate.
@@ -124,6 +125,26 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
                 f"step_offset={shorten(str(offset), 30)}."
             )
     return found
+
+
+def newer(given: Mapping[str, Any], step_offset: Any, post_step: Any) -> tuple[Any, Any]:
+    """Returns ``step_offset`` and ``post_step``, by whichever name they are given.
+
+    Args:
+        given: those that are given by their old names.
+        step_offset: as given by its name.
+        post_step: the same.
+
+    Raises:
+        SchemeError: one is given by both.
+    """
+    own = {"step_offset": step_offset, "post_step": post_step}
+    for name in given:
+        if own[name] not in (0, None):
+            raise SchemeError(
+                f"Stack: {name}= is given twice, by this name and by its old one.\n  Leave out the old one."
+            )
+    return given.get("step_offset", step_offset), given.get("post_step", post_step)
 
 
 def sum_of(sizes: Sequence[float], rule: StepSize) -> float:
@@ -259,12 +280,24 @@ def streams_of(given: Any, scheme: Scheme) -> State:
     count = scheme.at(0).streams
     if count == 1:
         raise SchemeError(f"Stack: the input is a {type(given).__name__}, want a tensor; {scheme} has one stream.")
+    return _streams(
+        given,
+        count,
+        f"{scheme} starts from {count}",
+        f"Give a tuple of {count} tensors, or the tensor that they are made of.",
+    )
+
+
+def streams_after(given: Any, parts: Sequence[Scheme]) -> State:
+    """Returns the streams after the last of some steps, given as a tuple; checks them."""
+    count = parts[0].streams + sum(part.streams_added for part in parts)
+    return _streams(given, count, f"the steps end with {count}", "Give those of final_state(x), in their order.")
+
+
+def _streams(given: Any, count: int, want: str, remedy: str) -> State:
     if not isinstance(given, (tuple, list)) or len(given) != count:
         what = f"{len(given)} streams are given" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
-        raise SchemeError(
-            f"Stack: {what}, {scheme} starts from {count}.\n"
-            f"  Give a tuple of {count} tensors, or the tensor that they are made of."
-        )
+        raise SchemeError(f"Stack: {what}, {want}.\n  {remedy}")
     for x in given:
         if not isinstance(x, Tensor):
             raise SchemeError(f"Stack: one of the streams is a {type(x).__name__}, want a tensor.")
@@ -285,9 +318,12 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
     if given and all(isinstance(g, (list, tuple, nn.ModuleList)) for g in given):
         if len(given) != depth:
             raise SchemeError(f"Stack: shortcuts for {len(given)} steps, want {depth}, one list per step.")
-        found = {n: tuple(nn.Identity() if g is None else g for g in gs) for n, gs in enumerate(given)}
+        found = {n: tuple(Unchanged() if g is None else g for g in gs) for n, gs in enumerate(given)}
     else:
         found = {0: tuple(given)}
+    for n, gs in found.items():
+        if scheme.reversible_in_training:  # the same with an inverse, unless it is more than that, such as by a hook
+            found[n] = tuple(Unchanged() if _is_identity(g) else g for g in gs)
     for n, gs in found.items():
         want = scheme.at(n).shortcuts
         if len(gs) != want:
@@ -300,6 +336,10 @@ def shortcuts_of(given: Any, scheme: Scheme, depth: int) -> dict[int, tuple[nn.M
                 raise SchemeError(f"Stack: the shortcut of step {n} is a {type(g).__name__}, want a module.")
             called(g, f"the shortcut of step {n}")
     return found
+
+
+def _is_identity(g: Any) -> bool:
+    return type(g) is nn.Identity and vars(g) == vars(nn.Identity())
 
 
 def fitting_counts(scheme: Scheme, n: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schemes.coupling import Coupling, rotated
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State, Takes
 
@@ -39,8 +40,13 @@ def check_given(takes: Takes, t: Any, context: Any) -> None:
     """Refuses a time or a context that may not reach any residual function.
 
     Raises:
-        SchemeError: no residual function reads it, or a signature does not tell.
+        SchemeError: no residual function reads it, or a signature does not tell; or a time that is None.
     """
+    if t is None and takes.time:
+        raise SchemeError(
+            "Stack: the time at the start is None, and a residual function reads the time.\n"
+            "  Give a number or a tensor, or leave t= out, which starts at 0."
+        )
     if context is not None and not takes.context and not takes.opaque:
         raise SchemeError(
             "Stack: a context is given, and no residual function has a parameter named context to read it.\n"
@@ -80,7 +86,7 @@ class Watched:
             raise SchemeError(f"{where}: returned a {type(out).__name__}, want a tensor.")
         if any(a._version != v for a, v in zip(counted, versions, strict=True)):
             raise SchemeError(_WRITES.format(where))
-        want = self.step.scheme.shape_of(self.i, tuple(self.shapes))
+        want = self.step.scheme.shape_of(self.i, tuple(self.shapes)) if self.shapes else None
         if want is not None and out.shape != want:
             if self.due is None or self.i in self.due:
                 raise SchemeError(_misfit(where, out.shape, want))
@@ -120,7 +126,7 @@ class WatchedShortcut:
     def inverse(self, y: Tensor) -> Tensor:
         """Applies the shortcut's inverse, and records shapes as in the forward pass."""
         x = self.shortcut.inverse(y)  # type: ignore[attr-defined]
-        if y.shape != x.shape:
+        if self.shapes and y.shape != x.shape:
             self.shapes[self.i] = x.shape
         return x
 
@@ -139,3 +145,16 @@ def watch(step: Step, state: State, fs: Sequence[Function], gs: Sequence[Functio
     several = len(state) > 1 and len(gs) == len(state)
     watched = [Watched(f, step, i, shapes, due if several else None) for i, f in enumerate(fs)]
     return watched, [WatchedShortcut(g, step, i, shapes, due) for i, g in enumerate(gs)]
+
+
+def watch_inverse(step: Step, state: State, fs: Sequence[Function], gs: Sequence[Function]) -> Functions:
+    """As ``watch``, for a step that is undone from the state after it."""
+    if isinstance(step.scheme, Coupling):
+        state = rotated(state, -step.scheme.rotate)
+    shapes = [x.shape for x in state]
+    # A composition rotates in its midst, after which streams of several shapes have other places.
+    if not isinstance(step.scheme, Coupling) and len({*shapes}) > 1:
+        shapes = []
+    # What the functions return has the shapes of these streams, since shortcuts come before it in the forward step.
+    watched = [Watched(f, step, i, shapes, None) for i, f in enumerate(fs)]
+    return watched, [WatchedShortcut(g, step, i, shapes, {}) for i, g in enumerate(gs)]

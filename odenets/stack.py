@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ from .backprop.walk import Observer, Pass
 from .solves import Solve, Solves
 from .step import Revision, Step
 from .tracing import is_traced
+
+_OLD = {"steps_before": "step_offset", "after": "post_step"}  # names of arguments before 0.2
+Run = Callable[[Any, Pass], State]  # runs a pass from an input
 
 
 class Estimate(NamedTuple):
@@ -109,8 +113,7 @@ class Stack(nn.Module):
         **old: Any,
     ):
         super().__init__()
-        given = renamed_arguments("Stack", old, {"steps_before": "step_offset", "after": "post_step"})
-        step_offset, post_step = given.get("step_offset", step_offset), given.get("post_step", post_step)
+        step_offset, post_step = build.newer(renamed_arguments("Stack", old, _OLD), step_offset, post_step)
         # All arguments are read before anything is built, so that a refused one has no side effects.
         mode, start = parse_mode(backprop), None if example is None else build.example_of(example)
         self.scheme, functions, shared = build.read(scheme, block)
@@ -140,9 +143,14 @@ class Stack(nn.Module):
         if start is not None:
             # Without gradients, and with side effects undone: an example determines shapes and nothing else.
             with torch.no_grad():
-                self._first_call(start, self._pass(0.0, None), always=True)
+                self._first_call(start, self._pass(0.0, None), self._run, always=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "post_step":  # torch would make it a child that never runs
+            raise SchemeError(
+                "Stack: post_step= is given when a stack is built, whose steps and mode are checked with it.\n"
+                "  Build it anew: Stack(..., post_step=...); the module itself may be changed."
+            )
         super().__setattr__(name, value)
         # Only after the assignment succeeded: one that torch refuses must not make the signatures stale.
         if name in ("block", "after"):
@@ -192,6 +200,7 @@ class Stack(nn.Module):
         self._direct = (
             self._backprop.keeps_all
             and self.scheme.streams == 1
+            and self.scheme.evaluations is not None  # solves are counted, and an adjoint is guarded, by the pass
             and not self._makes_streams
             and type(self.scheme).readout is Scheme.readout
             and self.after is None
@@ -270,6 +279,7 @@ class Stack(nn.Module):
             and (self.training, torch.is_grad_enabled()) in self._checked
             and context is None
             and not self._revision.stale
+            and isinstance(x, Tensor)
         ):  # the walk without its overhead, which is microseconds on small states
             state: State = (x,)
             for step in self._modules["steps"]._modules.values():  # type: ignore[union-attr]
@@ -308,38 +318,43 @@ class Stack(nn.Module):
         first = self.steps[0]
         return self.scheme.init(first.start(self.block, given.time, given.context), x, first.h)
 
-    def _walk(self, x: Tensor | State, given: Pass) -> State:
-        """The state after the last step of a pass."""
+    def _walk(self, x: Tensor | State, given: Pass, run: Run | None = None) -> State:
+        """The state after the last step of a pass; ``run`` runs it, by default under the mode of backpropagation."""
+        run = run or self._run
         if (into := self.into) is not None:
             # A sink for this pass alone, since a mode may take out the values that it finds in it.
             self.into, own = None, Sink(into.log_det) if given.sink is None else given.sink
             try:
-                state = self._walk(x, given._replace(sink=own))
+                state = self._checked_run(x, given._replace(sink=own), run)
             finally:
                 self.into = into
             into.extend(own)
             return state
+        return self._checked_run(x, given, run)
+
+    def _checked_run(self, x: Tensor | State, given: Pass, run: Run) -> State:
+        """Runs a pass, under the checks of a first call where it is one."""
         if is_traced(x):  # a proxy has nothing that could be checked
             build.check_traced("Stack", self.scheme, self._backprop.keeps_all, self.training)
-            return self._run(x, given)
+            return run(x, given)
         seen = (self.training, torch.is_grad_enabled())
         # Under a compiler or a trace the checks would be recorded in the graph.
         if seen not in self._checked and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
-            return self._first_call(x, given)
-        return self._run(x, given)
+            return self._first_call(x, given, run)
+        return run(x, given)
 
-    def _first_call(self, x: Tensor | State, given: Pass, always: bool = False) -> State:
+    def _first_call(self, x: Tensor | State, given: Pass, run: Run, always: bool = False) -> State:
         """Runs a pass under ``checks.watch``; restores buffers and generators if it fails, or always."""
         if not isinstance(x, (Tensor, tuple, list)):
             raise SchemeError(f"Stack: the input is a {type(x).__name__}, want a tensor.")
         # Before the watch: a lazy layer changes its class and its parameters in its first call.
-        initialise(self, lambda: self._run(x, given._replace(on_step=None, sink=None, solves=None)))
+        initialise(self, lambda: run(x, given._replace(on_step=None, sink=None, solves=None)))
         for step in self.steps:
             # Steps that have returned auxiliary values stay wrapped. The others are examined again, since functions
             # may differ in training, or with gradients.
             step.auxiliary = step.auxiliary or None  # decided by what the functions return now
         with nothing_changed([self], always, (given.time, given.context)):
-            state = self._run(x, given._replace(wrap=checks.watch))
+            state = run(x, given._replace(wrap=checks.watch_inverse if given.inverted else checks.watch))
         for step in self.steps:
             step.auxiliary = bool(step.auxiliary)
         self._checked.add((self.training, torch.is_grad_enabled()))
@@ -400,14 +415,11 @@ class Stack(nn.Module):
 
     def _values_at(self, x: Tensor, at: Sequence[float], t: Any, context: Any) -> list[Tensor]:
         """The readouts at times since the start."""
-        lengths = times.lengths_of(self.steps, self.rule)
-        slack = times.slack_of(self.steps)
-        wanted = times.times_within(at, lengths, slack)
+        lengths, slack = times.lengths_of(self.steps, self.rule), times.slack_of(self.steps)
         if isinstance(self.scheme, Adaptive):
-            solves = Solves(times.at_ends(wanted, lengths, slack))
+            solves = Solves(times.at_ends(times.times_within(at, lengths, slack), lengths, slack))
             self._walk(x, self._pass(t, context, solves=solves))
             return solves.values
-        places = times.ends_at(wanted, lengths, slack, self.scheme)
         found: dict[int, Tensor] = {}
 
         def on_step(n: int, state: State) -> None:
@@ -415,6 +427,9 @@ class Stack(nn.Module):
                 found[n + 1] = self.scheme.readout(state)
 
         given = self._pass(t, context, on_step)
+        if given.sizes is not None:  # another scheme that is one solve over the depth, here taken step by step
+            lengths = [self.scheme.span * float(h.detach() if isinstance(h, Tensor) else h) for h in given.sizes]
+        places = times.ends_at(times.times_within(at, lengths, slack), lengths, slack, self.scheme)
         if 0 in places:
             found[0] = self.scheme.readout(self._start(x, given))
         self._walk(x, given)
@@ -460,11 +475,15 @@ class Stack(nn.Module):
             SchemeError: the scheme has no embedded companion.
         """
         build.check_companion(self.scheme)
-        given = self._pass(t, context)
         # Under step="error(tol)" the rule chooses the sizes here too, so that the errors are those of the steps taken.
-        rule = self.rule if isinstance(self.rule, FromError) else None
-        state, errors = WithErrors(self._backprop, rule).estimates(given, self._start(x, given))
-        return Estimate(self.scheme.readout(state), errors)
+        mode = WithErrors(self._backprop, self.rule if isinstance(self.rule, FromError) else None)
+        errors: list[Tensor] = []
+
+        def run(x: Any, given: Pass) -> State:
+            state, errors[:] = mode.estimates(given, self._start(x, given))
+            return state
+
+        return Estimate(self.scheme.readout(self._walk(x, self._pass(t, context), run)), errors)
 
     def diagnose(self, x: Tensor, *, t: float | Tensor = 0.0, context: Any = None) -> Diagnosis:
         """Runs each step forward and back without gradients, and reports finiteness, drift and growth of errors.
@@ -487,9 +506,19 @@ class Stack(nn.Module):
             [True, True]
         """
         self._check_invertible(self.training and self.scheme.reversible_in_training)
-        given = self._pass(t, context)
-        with torch.no_grad(), nothing_changed([self], True, (given.time, context)):
-            return diagnose(given, self._start(x, given))
+        given, found = self._pass(t, context), list[Diagnosis]()
+
+        def run(x: Any, given: Pass) -> State:
+            state = self._start(x, given)
+            found[:] = [diagnose(given, state)]
+            return state
+
+        with torch.no_grad():
+            # Before all is noted that is to be left unchanged: a lazy layer has nothing yet.
+            initialise(self, lambda: self._run(x, given))
+            with nothing_changed([self], True, (given.time, context)):
+                self._checked_run(x, given, run)  # without ``into``: a diagnosis adds no auxiliary values
+        return found[0]
 
     def plan(
         self, x: Tensor, *, memory: float | str | None = None, t: float | Tensor = 0.0, context: Any = None
@@ -569,27 +598,36 @@ class Stack(nn.Module):
             streams: returns the tuple of streams before the first step instead of the input that they were made from.
 
         Raises:
-            SchemeError: the scheme has no inverse, or the readout does not determine its streams.
+            SchemeError: the scheme has no inverse, the readout does not determine its streams, or the number of streams
+                is wrong.
         """
         self._check_invertible()
         if isinstance(y, Tensor) and any(step.scheme.streams_added for step in self.steps):
             raise SchemeError(f"Stack: {self.scheme} makes streams that its output does not tell; use final_state(x).")
-        state = self.scheme.state_from_output(y) if isinstance(y, Tensor) else tuple(y)
+        if self.into is not None and self.into.log_det:
+            raise SchemeError(
+                "Stack: an inverse adds no log-determinants; its own is minus that of the forward pass.\n"
+                "  stack(x, aux='log_det') at the input x that it returns, or gather other names."
+            )
+        parts = [step.scheme for step in self.steps]
+        state = self.scheme.state_from_output(y) if isinstance(y, Tensor) else build.streams_after(y, parts)
         given = self._pass(t, context)
         starts = [given.time]
         for step in self.steps:
             starts.append(step.end(starts[-1]))
-        given = given._replace(steps=list(self.steps)[::-1], monitor=self._inverse_monitor, runner=_invert)
+        given = given._replace(steps=list(self.steps)[::-1], monitor=self._inverse_monitor)
         given = given._replace(time=None, times=starts[-2::-1], inverted=True)
         # Exact arithmetic is not used here: the values that it would round were not rounded on the way to y.
         mode = self._backprop if self._backprop.inverts else Store()
-        state = mode.run(given, state)
+        state = self._walk(state, given, lambda y, given: mode.run(given._replace(runner=partial(_invert, given)), y))
         return state if streams else self.scheme.input_from_state(state)
 
     def _check_invertible(self, or_else: bool = False) -> None:
         if not (self.scheme.invertible or or_else) or self.after is not None:
             what = "post_step= cannot be undone" if self.after is not None else f"{self.scheme} has no inverse"
             raise SchemeError(f"Stack: {what}; choose an invertible scheme such as revnet, without post_step=.")
+        for step in self.steps:
+            step.check_undone()
 
     def rebuilt(
         self,
@@ -629,7 +667,10 @@ class Stack(nn.Module):
             backprop=self.backprop if backprop is None else backprop,
             seed=self._draws.generator.initial_seed() if seeded else None,  # type: ignore[union-attr]
         )
-        return found.train(self.training)
+        # Not ``train``, which would set the flags of the shared modules too, such as of a BatchNorm in evaluation mode.
+        for m in (found, found.steps, *found.steps):
+            m.training = self.training  # type: ignore[union-attr]
+        return found
 
     def set_step(self, h: float) -> None:
         """Sets the size of every step, for a schedule over the epochs; a decay keeps its ratios.
@@ -644,7 +685,12 @@ class Stack(nn.Module):
             raise SchemeError("Stack: the step sizes are learned; a schedule cannot set them too.")
         if build.fields_shared(self.block):
             raise SchemeError("Stack: its steps end at the span of its weights; rebuilt(depth=...) changes their size.")
-        Fixed(h)
+        if isinstance(h, Tensor) and h.requires_grad:
+            raise SchemeError(
+                "Stack: set_step takes a number, and the tensor that is given would get no gradient.\n"
+                "  Detach it, or train the step sizes: Stack(..., step='learned')."
+            )
+        h = Fixed(h).h
         # Steps of size 0 have no ratios; only a fixed rule gives them.
         first, initial = self.rule(0), self._initial
         if not first:
@@ -711,9 +757,11 @@ def named_stacks(module: nn.Module) -> Iterator[tuple[str, Stack]]:
             yield name, m.stack
 
 
-def _invert(step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
-    """The state before a step."""
-    fs, gs = step.functions(shared, t, context, step.h)
+def _invert(given: Pass, step: Step, state: State, shared: nn.Module | None, t: Any, context: Any, h: Any) -> State:
+    """The state before a step of a pass."""
+    fs, gs = step.functions(shared, t, context, step.h, sink=given.sink)
+    if given.wrap is not None:
+        fs, gs = given.wrap(step, state, fs, gs)
     return step.scheme._inverse(fs, state, step.h, gs)
 
 

@@ -279,6 +279,20 @@ class Step(nn.Module):
             return solves.step(scheme, fs, state, h, gs)
         return scheme._step(fs, state, h, gs)
 
+    def check_undone(self) -> None:
+        """Refuses to run the step backwards where a shortcut has no inverse.
+
+        Raises:
+            SchemeError: with the shortcut's class, and the remedy.
+        """
+        for g in self.gs or ():
+            if not hasattr(g, "inverse"):
+                raise SchemeError(
+                    f"Stack: the shortcut {type(g).__name__} of step {self.index} has no inverse(y), which running the "
+                    "step backwards needs.\n  Take one that has, such as odenets.layers.scale.ChannelScale, or "
+                    "backprop='store' or 'checkpoint', and no inverse(y) of the stack."
+                )
+
     def extra_repr(self) -> str:
         """Scheme and step size."""
         h = "learned" if isinstance(self.h, nn.Parameter) else f"{self.h:g}"

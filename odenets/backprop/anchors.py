@@ -118,6 +118,12 @@ def measure(given: Pass, state: State, bound: float) -> None:
 
     found = agreed(("anchors", bound), given.steps, state, decide)
     given.monitor.every, given.monitor.growth = found["every"], found["growth"]
+    given.monitor.asked = asked_for(given, bound)
+
+
+def asked_for(given: Pass, bound: float) -> list[float]:
+    """What the spacing of a pass depends on besides the values of its steps."""
+    return [bound, given.steps[0].index, len(given.steps)]
 
 
 def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | None:

@@ -1,5 +1,6 @@
 """Mode "auto": the fastest plan that fits, chosen at the first training pass."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ class Auto(Limits, Mode):
 
     alone = True
 
+    @property
+    def rounds(self) -> bool:  # type: ignore[override]
+        """Whether its choice may round: inside a reversed step it is made before the run that is differentiated."""
+        return self.exact
+
     def options(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, as they are written."""
         found = super().options()
@@ -47,11 +53,13 @@ class Auto(Limits, Mode):
         # Cases in which nothing would be kept, or nothing can be measured: tensors of torch.func have no storage of
         # their own, and there is no backward pass for dual numbers and batches of gradients.
         inside = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if not needs_graph() or inside or not _measurable(state):
+        if not self.needed or inside or not _measurable(state):
             return given.keep(state)
         from .uncompiled import plan_for
 
-        return plan_for(self, given, state).run(given, state)  # type: ignore[reportCallIssue]
+        with nullcontext() if needs_graph() else torch.enable_grad():  # a pass that will be differentiated is measured
+            plan = plan_for(self, given, state)  # type: ignore[reportCallIssue]
+        return plan.run(given, state)
 
 
 def _measurable(state: State) -> bool:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,8 @@ class Limits:
             raise SchemeError(f"backprop: auto(share) is {self.share}, want a number above 0, at most 1.")
         object.__setattr__(self, "share", float(self.share))
         positive("auto(bound)", self.bound)
+        if self.bound is not None:  # a fraction is written as a float, and must be equal to what is read from it
+            object.__setattr__(self, "bound", float(self.bound))
         check_flags("auto", self)
 
 
@@ -72,15 +74,18 @@ class Chosen(NamedTuple):
         plan: the plan.
         size: bytes of the streams that it was made for; larger streams are measured again.
         final: whether the measured values were finite; otherwise the next pass measures again.
+        limits: the mode that it was made for, as it is written; "" where an older state does not tell.
     """
 
     plan: Plan
     size: int
     final: bool
+    limits: str = ""
 
     def state(self) -> dict[str, Any]:
         """The choice as plain values."""
-        return {"plan": [[n, str(m)] for n, m in self.plan.segments], "size": self.size, "final": self.final}
+        segments = [[n, str(m)] for n, m in self.plan.segments]
+        return {"plan": segments, "size": self.size, "final": self.final, "limits": self.limits}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Chosen":
@@ -91,10 +96,10 @@ class Chosen(NamedTuple):
         """
         try:
             segments = tuple((n, parse_mode(str(m))) for n, m in state["plan"])
-            size, final = state["size"], state["final"]
-            if not isinstance(final, bool) or isinstance(size, bool) or size < 0:
+            size, final, limits = state["size"], state["final"], state.get("limits", "")
+            if not isinstance(final, bool) or not isinstance(limits, str) or isinstance(size, bool) or size < 0:
                 raise TypeError
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             # A SchemeError is a ValueError too; it says more precisely which mode cannot be read.
             if isinstance(error, SchemeError):
                 raise
@@ -102,11 +107,11 @@ class Chosen(NamedTuple):
                 f"Stack: 'auto' in this plan state is {shorten(repr(state), 60)}, and no choice of a plan.\n"
                 "  Pass what plan_state() gave."
             ) from None
-        return cls(Plan(segments), int(size), final)
+        return cls(Plan(segments), int(size), final, limits)
 
 
 def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Measured] | None" = None) -> Plan:
-    """The plan of a stack; measures the stack where it has none, or only one for a smaller input.
+    """The plan of a stack; measures the stack where it has none, or only one for a smaller input or other limits.
 
     Args:
         limits: the limits of the choice.
@@ -118,13 +123,16 @@ def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Me
         SchemeError: no plan fits.
     """
     size = sum(x.nbytes for x in state)
+    if given.sizes is not None:
+        # One solve that is shown step by step: the plan is that of the stack's own steps, which is this one.
+        given = given._replace(steps=list(given.steps)[:1], sizes=None)
 
     def choose() -> Chosen:
         found = measure(limits, given, state) if measured is None else measured()
         plan = found.choose()
         if given.inverted:  # a plan lists its segments in the stack's order
             plan = Plan(plan.segments[::-1])
-        return Chosen(plan, size, found.survey.finite)
+        return Chosen(plan, size, found.survey.finite, str(limits))
 
     monitor = given.monitor
     # One thread measures; others that arrive meanwhile wait for its result.
@@ -134,7 +142,9 @@ def chosen(limits: Limits, given: Pass, state: State, measured: "Callable[[], Me
         found: Chosen | None = monitor.plan
         # Several processes keep what they have agreed on: a larger input in one of them is unknown to the others.
         larger = found is not None and size > found.size and shared_store() is None
-        if found is None or not found.final or larger:
+        # Compared here and not when the mode is set: what sets another for a while must not lose the choice.
+        other = found is not None and found.limits not in ("", str(limits))
+        if found is None or not found.final or larger or other:
             said = agreed(("plan", str(limits)), given.steps, state, lambda: choose().state())
             monitor.plan = found = Chosen.of(said)
             log.info("backprop: %s chose %s for %s of streams", limits, found.plan, show(size))
@@ -183,10 +193,12 @@ def fastest(chain: Chain, limits: Limits, memory: float, bound: float) -> list[P
     """
     ways = (*WAYS, "fixed")
     found = chain.fastest(ways, memory, bound)
-    if limits.exact and all("exact" in p.costs for p in chain.profiles):
+    kinds = ["fixed" if "fixed" in p.costs else "exact" for p in chain.profiles]
+    if limits.exact and all(kind in p.costs for kind, p in zip(kinds, chain.profiles, strict=True)):
         # Rounding to a grid changes the arithmetic, so all steps use it or none, whatever the memory.
-        whole = [chain.piece(0, len(chain.profiles), "exact")]
-        time = whole[0].time
+        runs = [(kind, [n for n, _ in run]) for kind, run in groupby(enumerate(kinds), lambda pair: pair[1])]
+        whole = [chain.piece(run[0], run[-1] + 1, kind) for kind, run in runs]  # between stacks, "fixed" is one each
+        time = sum(piece.time for piece in whole)
         if chain.outcomes(whole)[1] <= memory and (found is None or time < found[1]):
             return whole
     if found is None:

@@ -69,7 +69,7 @@ class Diagnosis(NamedTuple):
 
 def diagnose(given: Pass, state: State) -> Diagnosis:
     """Runs each step forward and back without gradients; statistics and generators stay as they are."""
-    trial, reports, before = Trial(), [], [state]
+    trial, reports, before = Trial(wrap=given.wrap), [], [state]
 
     def on_step(n: int, state: State) -> None:
         step = given.steps[n]
@@ -80,5 +80,5 @@ def diagnose(given: Pass, state: State) -> Diagnosis:
         # Only the last two states are alive, whatever the depth of the stack.
         before[0] = state
 
-    given._replace(on_step=on_step).walk(state, trial.run)
+    given._replace(on_step=on_step, wrap=None).walk(state, trial.run)
     return Diagnosis(reports)

@@ -21,6 +21,7 @@ from schemes.coupling import Update, shortcut_of
 from schemes.errors import SchemeError
 from schemes.scheme import Function, State
 
+SMALLEST = 2.0**-31  # scale: the places of integers with equal products are counted in 32 bits
 DEFAULT_BITS = {torch.float32: 14, torch.float64: 40}
 
 
@@ -180,7 +181,7 @@ def _factor(update: Update, scale: Any, g: Any, x: Tensor) -> Tensor:
     if g is not None:
         found = getattr(g, "scale", None)
         if not isinstance(found, Tensor):
-            raise SchemeError(f"exact arithmetic cannot undo the shortcut {type(g).__name__}; it has no scale.")
+            raise SchemeError(f"exact arithmetic cannot undo the shortcut {g._get_name()}; it has no scale.")
         return found
     if isinstance(scale, Tensor):
         return scale
@@ -198,11 +199,17 @@ def _range_of(factor: Tensor) -> tuple[float, float]:
 
 def _is_power_of_two(low: float, high: float) -> bool:
     """Whether all factors are the same power of two, so that products are exact without double precision."""
-    return low == high and math.frexp(low)[0] == 0.5
+    # Places of integers among those with equal products, below 1 / low, must be exact in single precision too.
+    return low == high and math.frexp(low)[0] == 0.5 and low >= 2.0**-20
 
 
 def _width(low: float) -> int:
     """Bits for the place of an integer among those with equal floor(size * n), of which there are <= ceil(1 / size)."""
+    if not low >= SMALLEST:
+        raise SchemeError(
+            f"exact arithmetic: a stream is scaled by {low:g}, which leaves more than 31 bits of each element beside.\n"
+            f"  Scales are at least {SMALLEST:.1e} in size; use a larger one, or backprop='checkpoint'."
+        )
     return (math.ceil(1 / low) - 1).bit_length()
 
 

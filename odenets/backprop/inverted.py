@@ -46,7 +46,7 @@ class _Part(Coupling):
         for g in gs:
             if not isinstance(getattr(g, "scale", None), Tensor):
                 raise SchemeError(
-                    f"Stack: the inverse of the shortcut {type(g).__name__} cannot be trained with backprop='reverse': "
+                    f"Stack: the inverse of the shortcut {g._get_name()} cannot be trained with backprop='reverse': "
                     "it has no scale.\n  Use backprop='store' or 'checkpoint'."
                 )
         self.scheme, self.gs, self.rotate, self.stages = scheme, gs, -scheme.rotate, scheme.stages

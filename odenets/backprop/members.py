@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,6 +31,8 @@ _GLOBAL_HOOKS = [
 # Modules from these packages keep no tensors as plain attributes, so there is no need to search them.
 _OURS = ("torch.nn.modules", "odenets.stack", "odenets.step", "odenets.continuous")
 _EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that all modules have
+# Values of these types may be exchanged for equal ones, as nothing reaches or changes another object through them.
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 # Names by which a function finds out whether it runs with a graph, or requires one.
 _ASKED = {"is_grad_enabled", "requires_grad", "grad_fn", "register_hook", "retain_grad", "retains_grad"}
 
@@ -104,13 +106,25 @@ class Namespace:
         generators: random number generators among them.
     """
 
-    __slots__ = ("_dicts", "_empty", "_full", "_values", "containers", "contents", "generators", "tensors")
+    __slots__ = (
+        *("_dicts", "_empty", "_full", "_pick", "_picked", "_values"),
+        *("containers", "contents", "generators", "tensors"),
+    )
 
     def __init__(self, dicts: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]] = ()):
         self._dicts, self.contents = [*dicts, *beside], [dict(d) for d in (*dicts, *beside)]
         # Most dictionaries are empty, above all those of hooks, and their lengths tell whether they still are.
         self._full, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         self._values = self._now()
+        # Those that may equal another object; most values are modules, functions and what every module has.
+        keys = chain.from_iterable(self._full)
+        places = [
+            i
+            for i, (k, v) in enumerate(zip(keys, self._values, strict=True))
+            if k not in _EVERY_MODULE and type(v).__eq__ is not object.__eq__
+        ]
+        self._pick = itemgetter(*places, *places[:1]) if places else None  # a tuple also for a single place
+        self._picked = () if self._pick is None else self._pick(self._values)
         self.tensors = [v for v in self._values if isinstance(v, Tensor) and not is_lazy(v)]
         own = [v for d in self.contents for k, v in d.items() if k not in _EVERY_MODULE]
         self.containers = [v for v in own if holds(v, True)]
@@ -124,9 +138,15 @@ class Namespace:
         if any(map(len, self._empty)):
             return False
         try:
-            return self._now() == self._values  # list equality compares by identity first
+            now = self._now()
+            if now != self._values:  # list equality compares by identity first
+                return False
         except (RuntimeError, ValueError, TypeError):  # arrays and tensors do not compare to a single truth value
             return False
+        # A tensor of one element equals another of the same value, and a number, which are not the same for autograd.
+        return self._pick is None or (
+            all(map(is_, picked := self._pick(now), self._picked)) or all(map(_alike, picked, self._picked))
+        )
 
     def put(self) -> None:
         """Restores the contents of the dictionaries."""
@@ -147,6 +167,13 @@ class Namespace:
             if not (unchanged and self.same()):
                 for d, now in zip(self._dicts, before, strict=True):
                     _put(d, now)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two equal values are the same object, or plain values of one type, as are tuples of such."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    return isinstance(a, _PLAIN) or (isinstance(a, tuple) and all(map(_alike, a, b)))
 
 
 @cache

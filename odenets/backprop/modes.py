@@ -66,7 +66,7 @@ class Mode(ABC):
         """The arguments that differ from their defaults, as they are written."""
         # Leaving out the defaults is safe: parsing the text restores an equal mode.
         found = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}  # type: ignore[arg-type]
-        return {k: str(v).lower() if isinstance(v, bool) else v for k, v in found.items()}
+        return {k: _written(v) for k, v in found.items()}
 
     @property
     def needed(self) -> bool:
@@ -201,7 +201,9 @@ class Reverse(_ByInverse):
         if self.every is not None:
             _count("reverse(every)", self.every, 0)
         for what in ("memory", "bound"):
-            positive(f"reverse({what})", getattr(self, what))
+            positive(f"reverse({what})", value := getattr(self, what))
+            if value is not None:  # a fraction is written as a float, and must be equal to what is read from it
+                object.__setattr__(self, what, float(value))
         check_flags("reverse", self)
         if self.every is not None and self.memory is not None:
             raise SchemeError("backprop: reverse takes every or memory, not both.")
@@ -383,6 +385,12 @@ class WithErrors(Mode):
         own = None if self.rule is None else sizes()
         inner = given._replace(runner=runner, on_step=on_step, sizes=own, extras=1)
         return self.mode.run(inner, state)[:1], errors
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else value
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _count(what: str, value: Any, least: int, most: float = float("inf")) -> None:

@@ -35,6 +35,12 @@ class PendingScalar(NamedTuple):
         event.record()
         return cls(value, event, must_be_zero)
 
+    def read(self) -> float:
+        """The value, as soon as it has arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
+
     def ready(self) -> bool:
         """Whether the scalar has arrived."""
         return self.event is None or self.event.query()
@@ -45,6 +51,7 @@ class _Anchors(NamedTuple):
 
     every: int | None
     growth: float
+    asked: list[float] | None
     drifts: list[float]
 
     @classmethod
@@ -53,11 +60,20 @@ class _Anchors(NamedTuple):
             every, growth, drifts = state["every"], state["growth"], [float(d) for d in state.get("drifts", ())]
             if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
                 raise TypeError
+            asked = state.get("asked")  # an older state does not tell
             if not math.isfinite(growth):  # it would count as measured for ever
                 raise TypeError
-            return cls(every, float(growth), drifts)
+            return cls(every, float(growth), None if asked is None else [float(a) for a in asked], drifts)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise _no_state("'anchors' in it", state) from None
+
+
+def _exact_of(state: Any) -> tuple[list[float], list[bool]]:
+    """The drifts and overflow flags of exact arithmetic that were still to be read."""
+    try:
+        return [float(d) for d in state["drifts"]], [bool(flag) for flag in state["overflow"]]
+    except (LookupError, TypeError, ValueError):
+        raise _no_state("'exact' in it", state) from None
 
 
 def _no_state(what: str, given: Any) -> SchemeError:
@@ -72,6 +88,7 @@ class Monitor:
     Attributes:
         every: the chosen spacing of anchors, None for no anchors.
         growth: measured factor by which a rounding error grows per step undone.
+        asked: the bound, first step and number of steps for which these two were measured; None where that is unknown.
         drift: relative error of reconstructed states in the last backward pass whose figure has arrived.
         pending: drifts on their way from the device.
         overflow: flags on their way from the device: whether a stream left the range of exact arithmetic.
@@ -87,6 +104,7 @@ class Monitor:
     def __init__(self) -> None:
         self.every: int | None = None
         self.growth: float | None = None
+        self.asked: list[float] | None = None
         self.drift: float | None = None
         self.pending: list[PendingScalar] = []
         self.overflow: list[PendingScalar] = []
@@ -121,8 +139,12 @@ class Monitor:
         own: dict[str, Any] = {} if self.plan is None else {"auto": self.plan.state()}
         if self.growth is not None:
             # Unread drifts are saved too, since they may change the spacing of anchors at the next pass.
-            drifts = [float(scalar.value) for scalar in self.pending]
-            own["anchors"] = {"every": self.every, "growth": self.growth, "drifts": drifts}
+            drifts = [scalar.read() for scalar in self.pending if not scalar.must_be_zero]
+            own["anchors"] = {"every": self.every, "growth": self.growth, "drifts": drifts, "asked": self.asked}
+        exact = [scalar.read() for scalar in self.pending if scalar.must_be_zero]
+        overflow = [bool(scalar.read()) for scalar in self.overflow]
+        if any(exact) or any(overflow):  # the next pass is to raise
+            own["exact"] = {"drifts": exact, "overflow": overflow}
         parts = {str(i): found for i, part in self._parts.items() if (found := part.state())}
         return {**own, **({"parts": parts} if parts else {})}
 
@@ -136,10 +158,11 @@ class Monitor:
         Raises:
             SchemeError: the values are not such a state.
         """
-        if not isinstance(state, Mapping) or not {*state} <= {"auto", "anchors", "parts"}:
+        if not isinstance(state, Mapping) or not {*state} <= {"auto", "anchors", "exact", "parts"}:
             raise _no_state("this", state)
         plan = chosen(state["auto"]) if "auto" in state else None
         anchors = _Anchors.of(state["anchors"]) if "anchors" in state else None
+        exact = _exact_of(state["exact"]) if "exact" in state else ([], [])
         parts = state.get("parts", {})
         if not isinstance(parts, Mapping) or not all(isinstance(i, str) and i.isdecimal() for i in parts):
             raise _no_state("'parts' in it", parts)
@@ -147,11 +170,14 @@ class Monitor:
         readers = {int(i): Monitor().reader(part, chosen) and part for i, part in parts.items()}
 
         def load() -> None:
-            if plan is not None:
-                self.plan = plan
-            if anchors is not None:
-                self.every, self.growth = anchors.every, anchors.growth
-                self.pending = [PendingScalar(torch.tensor(d), None, False) for d in anchors.drifts]
+            # Also what the state does not mention: it was saved before there was a choice.
+            self.plan = plan
+            self.every, self.growth, self.asked = (None,) * 3 if anchors is None else anchors[:3]
+            drifts = [] if anchors is None else anchors.drifts
+            self.pending = [PendingScalar(torch.tensor(d), None, False) for d in drifts]
+            self.pending += [PendingScalar(torch.tensor(d), None, True) for d in exact[0]]
+            self.overflow = [PendingScalar(torch.tensor(flag), None, False) for flag in exact[1]]
+            self.forget_parts()
             for i, part in readers.items():
                 self.part(i).reader(part, chosen)()
 

@@ -70,9 +70,7 @@ class Offloading(saved_tensors_hooks):
             or (x._base is not None and x._base.is_leaf and x._base.requires_grad)
         ):
             return _Kept(x)
-        storage = x.untyped_storage()
-        # The version is part of the key: after an in-place write, the same memory holds other values.
-        key = (storage._cdata, x._version, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
+        storage, key = x.untyped_storage(), _key(x)
         known = self.copies.get(key)
         # An address may be reused; the weak reference tells whether it is still the same storage.
         if known is not None and known[0]() is storage:
@@ -80,6 +78,14 @@ class Offloading(saved_tensors_hooks):
         copy = _OnHost(x)
         self.copies[key] = (weakref.ref(storage), copy)
         return copy
+
+
+def _key(x: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for two saved tensors of the same values in the same memory."""
+    # The version is part of it: after an in-place write, the same memory holds other values. A conjugate, or the
+    # imaginary part of one, is a view of the same memory, which a bit on the tensor turns into other values.
+    place = x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride()
+    return *place, x.dtype, x._version, x.is_conj(), x.is_neg()
 
 
 def _back(kept: Any) -> Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .modes import Mode, Plan
 from .plan import Chain, Cost, Piece, Profile
 from .replay import stream_precision
 from .sizes import mebibytes
-from .surroundings import nothing_changed
+from .surroundings import initialise, nothing_changed
 from .survey import Namer, aside, surveyed, unseen, wait
 from .walk import Pass
 
@@ -65,6 +66,7 @@ class Planning:
         tensors = [x for x in pytree.tree_leaves((args, self.kwargs)) if isinstance(x, Tensor)]
         if not tensors:
             raise SchemeError("plan: there is no tensor among the arguments; give an input of the size of training.")
+        initialise(model, lambda: model(*args, **kwargs))  # a lazy parameter has no storage to be named
         self.device = next((p.device for p in model.parameters()), tensors[0].device)
         self.namer = Namer([*model.parameters(), *model.buffers(), *tensors])
         self.profiles: list[Profile] = []
@@ -76,7 +78,10 @@ class Planning:
         """The plan, predicted and measured."""
         auto = None if memory is None else Auto(memory=mebibytes(memory, "plan(memory)"))
         if auto is not None:
-            self.modes = {name: auto for name in self.stacks}
+            # The other limits of a stack's own "auto" hold for this memory too.
+            own = {name: mode if isinstance(mode, Auto) else auto for name, mode in self.modes.items()}
+            self.modes = {name: replace(mode, memory=auto.memory) for name, mode in own.items()}
+            auto = replace(auto, exact=any(mode.exact for mode in own.values()))
         end = self._survey()
         chain = Chain(self.profiles, end)
         if auto is not None:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from schemes.errors import SchemeError
 from schemes.scheme import State
 
-from .anchors import BOUNDS, measure
+from .anchors import BOUNDS, asked_for, measure
 from .grid import Grid
 from .limits import in_our_words
 from .monitor import PendingScalar
@@ -95,6 +95,9 @@ def _start(given: Pass, state: State, mode: str) -> State:
                 f"Stack: a stream of {kind} is not made again as it was by an inverse, which backprop='{mode}' needs.\n"
                 "  Give a dense tensor of floating-point numbers, or use backprop='store' or 'checkpoint'."
             )
+    for step in given.steps:
+        if step.gs is not None:
+            step.check_undone()
     # Cloned, since an inference tensor cannot be made a leaf, which the replay of a step differentiates from.
     return stream_precision(tuple(x.clone() if x.is_inference() else x for x in state))
 
@@ -130,6 +133,8 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
     """The spacing of anchors, given or chosen."""
     # A spacing that the user asked for is not adapted to the observed drift.
     auto = every is None and memory is None
+    if not any(x.numel() for x in state):  # an empty batch has no size, and its errors decide nothing
+        return every or None
     given.monitor.read(bound if auto else None, len(given.steps))
     # Computed from this batch, so a larger batch has its anchors further apart.
     if memory is not None:
@@ -139,12 +144,15 @@ def _anchors(given: Pass, state: State, every: int | None, memory: float | None,
     if not auto:
         # A user writes 0 for "no anchors".
         return every or None
-    if given.monitor.growth is None:
+    monitor = given.monitor
+    # Another bound, or a plan with other segments, asks for another spacing.
+    known = lambda: monitor.growth is not None and monitor.asked in (None, asked_for(given, bound))  # noqa: E731
+    if not known():
         # Under the lock: a pass of another thread must not see the statistics that measuring changes and restores.
-        with given.monitor.lock:
-            if given.monitor.growth is None:
+        with monitor.lock:
+            if not known():
                 measure(given, state, bound)
-    return given.monitor.every
+    return monitor.every
 
 
 def _check_finite(given: Pass, n: int, state: State) -> None:
@@ -157,10 +165,11 @@ def _check_finite(given: Pass, n: int, state: State) -> None:
 
 
 def _refuse_compiled(given: Pass) -> None:
-    for step in given.steps:
-        for name, m in step.named_modules():
+    shared = () if given.shared is None else [("block", given.shared)]
+    for root, top in (*((f"steps.{step.index}", step) for step in given.steps), *shared):
+        for name, m in top.named_modules(prefix=root):
             if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule":
                 raise SchemeError(
-                    f"Stack: steps.{step.index}.{name} is compiled, and compiled code rounds differently with and "
+                    f"Stack: {name} is compiled, and compiled code rounds differently with and "
                     "without gradients; backprop='exact' needs it eager, or use backprop='reverse'."
                 )

@@ -1,4 +1,4 @@
-"""A learned, invertible scale per channel: the alpha of reversible columns."""
+"""Invertible shortcuts: a learned scale per channel, the alpha of reversible columns, and none at all."""
 
 import torch
 from torch import Tensor, nn
@@ -58,3 +58,16 @@ class ChannelScale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.alpha.numel()}"
+
+
+class Unchanged(nn.Identity):
+    """No shortcut, in a place where there may be one: x -> x, with the inverse and the scale that one needs."""
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale that is applied."""
+        return torch.ones(())
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Returns y."""
+        return y

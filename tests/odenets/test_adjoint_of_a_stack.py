@@ -127,6 +127,36 @@ def test_batches_of_gradients_and_transforms_are_refused():
         torch.func.grad(lambda x: net(x).sum())(data(3, 4))
 
 
+class Normed(Field):
+    """Depends on its training flag, and on numbers that a call moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, dtype=F64)
+
+    def forward(self, x, context=None):
+        return self.norm(super().forward(x, context))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_every_call_is_guarded_as_the_first_one_is(separate):
+    """In a later call the functions are run again as in the call, whether each step has a function of its own."""
+    net = net_of(True, lambda: [Normed()] if separate else Normed())
+    weights = [*net.parameters()]
+    found = []
+    for _ in range(3):
+        x = data(8, 4).requires_grad_()
+        y = net.train()(x)
+        before = [b.clone() for b in net.eval().buffers()]
+        found.append(torch.autograd.grad(y.square().sum(), [x, *weights]))
+        assert all(map(torch.equal, before, net.buffers()))
+    for later in found[1:]:
+        torch.testing.assert_close(later, found[0])
+    given = {k: 2 * p.detach().requires_grad_() for k, p in net.named_parameters()}
+    y = torch.func.functional_call(net, given, (x,))
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(y.square().sum(), [*given.values()]))
+
+
 class Leaves(Field):
     def forward(self, x):
         y = super().forward(x)

@@ -11,6 +11,8 @@ from torch.autograd.functional import jacobian
 import schemes
 import schemes.testing
 from odenets import SchemeError, Stack
+from odenets.auxiliary import log_det
+from odenets.gather import gathered
 
 F64 = torch.float64
 MODES = ["store", "checkpoint", "checkpoint(2)", "reverse"]
@@ -300,3 +302,80 @@ def test_a_string_is_one_name(mode):
 def test_steps_from_errors_give_them_too():
     net = Stack([Fixed({"calls": torch.ones(())}) for _ in range(8)], "bosh3", step="error(0.1)")
     assert float(net(torch.ones(2, 4), aux=True)[1]["calls"]) == net.evaluations == 8
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = torch.tanh(self.linear(x))
+        return y, {"calls": x.new_ones(()), "energy": y.square().mean()}
+
+
+def test_error_estimates_have_the_auxiliary_values_of_their_calls():
+    for mode in ("store", "checkpoint(2)", "1*store + 2*checkpoint"):
+        net, x = Stack(Counts(), "bosh3", depth=3, backprop=mode), torch.randn(3, 2)
+        for _ in range(2):
+            with gathered(net) as values:
+                net.forward_with_errors(x)
+            assert values["calls"] == 12
+        assert all(g.any() for g in torch.autograd.grad(values["energy"], [*net.parameters()]))
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "checkpoint(2)", "reverse", "2*checkpoint + reverse"])
+def test_an_inverse_has_the_auxiliary_values_of_the_forward_pass(mode):
+    """Its functions are called with the same arguments; a log-determinant is refused, and a diagnosis adds nothing."""
+    net, x = Stack([Counts() for _ in range(6)], "revnet").double(), torch.randn(3, 4, dtype=F64)
+    with gathered(net) as want:
+        y = net(x).detach()
+    found = []
+    for net.backprop in ("store", mode):
+        with gathered(net) as values:
+            net.inverse(y)
+        torch.testing.assert_close(values, want)
+        found.append(torch.autograd.grad(values["energy"], [*net.parameters()]))
+    torch.testing.assert_close(*found)
+    with gathered(net) as values:
+        net.diagnose(x)
+    assert not values
+    with pytest.raises(SchemeError, match="minus that of the forward pass"), gathered(net, "log_det"):
+        net.inverse(x)
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reverse"])
+@pytest.mark.parametrize("scheme", ["affine", "revnet", "multilevel(2, 0.5)", "repeat(affine, 2)"])
+def test_a_log_determinant_of_an_empty_batch_is_empty(scheme, mode):
+    out = 4 if "affine" in scheme else 2
+    net = Stack([nn.Linear(2, out) for _ in range(2 * schemes.get(scheme).stages)], scheme, backprop=mode)
+    for x in (torch.randn(3, 4), torch.randn(0, 4), torch.randn(0, 4)):
+        y, values = net(x, aux="log_det")
+        assert y.shape == x.shape and values["log_det"].shape == x.shape[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_log_determinant_in_half_precision_is_summed_in_single(dtype):
+    torch.manual_seed(0)
+    net = Stack([nn.Linear(512, 1024) for _ in range(8)], "affine").to(dtype)
+    x = torch.randn(2, 1024).to(dtype)
+    got = net(x, aux="log_det")[1]["log_det"]
+    want = copy.deepcopy(net).double()(x.double(), aux="log_det")[1]["log_det"]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=4.0)  # 4096 scales, each rounded
+    scales = (1 + torch.rand(4, 4096)).to(dtype)
+    torch.testing.assert_close(log_det(scales, scales).double(), scales.double().log().sum(1), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reverse"])
+def test_a_value_by_the_name_of_the_log_determinant_is_refused_beside_it(mode):
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), {"log_det": x.sum(1)}
+
+    net, x = Stack([Named(2, 4), Named(2, 4)], "affine", backprop=mode), torch.randn(2, 4)
+    for _ in range(2):
+        with pytest.raises(SchemeError, match="another name") as caught:
+            net(x, aux="log_det")
+        assert len(str(caught.value).splitlines()) == 2
+        assert net(x, aux=True)[1]["log_det"].shape == (2,)

@@ -8,6 +8,7 @@ import torch
 from invertible import EACH, EXACT, SCHEMES, Function, Timed, batch, both, build, deep, distance, gradients
 from torch import Tensor, nn
 
+import schemes
 from odenets import Stack
 from odenets.backprop import Reverse
 from schemes.errors import SchemeError
@@ -370,3 +371,52 @@ def test_gradients_in_half_precision_are_as_good_as_those_of_storing(name: str, 
         got = [gradients(net.to(HALF[kind]), x.detach().to(HALF[kind]).requires_grad_()) for net in (reverse, store)]
     errors = [distance({k: None if g is None else g.float() for k, g in found.items()}, want) for found in got]
     assert errors[0] <= 2 * errors[1], errors
+
+
+# Shortcuts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reverse", "reverse(every=0)", "exact", "auto(memory=1GB)"])
+@pytest.mark.parametrize("scheme", ["revnet", "additive(3)", "multilevel(2)", "revcol(2, growth=1)"])
+@pytest.mark.parametrize("none", [lambda: None, nn.Identity])
+def test_places_without_a_shortcut_are_as_without_any(scheme: str, mode: str, none: Any) -> None:
+    """In value, gradient, inverse and log-determinant."""
+    found, log_dets = [], []
+    for given in (False, True):
+        part = schemes.get(scheme)
+        gs = [[none() for _ in range(part.at(n).shortcuts)] for n in range(3)] if given else None
+        torch.manual_seed(0)
+        width = {"additive(3)": 9, "revcol(2, growth=1)": 3}.get(scheme, 6)
+        stack = Stack.from_factory(Function, scheme, 3, channels=width, shortcut=gs, backprop=mode).double()
+        assert not given or not any("gs" in key for key in stack.state_dict())
+        x = torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        found.append(gradients(stack, x.requires_grad_()))
+        with torch.no_grad():
+            state = stack.final_state(x)
+            assert torch.allclose(stack.inverse(state), x, atol=1e-9)
+        stack.diagnose(x)
+        if "revcol" not in scheme:
+            torch.autograd.grad(stack.inverse(state).sum(), [*stack.parameters()])
+            log_dets.append(stack(x, aux="log_det")[1]["log_det"])
+    assert distance(*found) <= EXACT
+    assert not log_dets or torch.equal(*log_dets)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "reverse(every=0)", "exact", "1*store + 1*reverse(every=0)"])
+def test_a_shortcut_without_an_inverse_is_refused_by_its_class(mode: str) -> None:
+    """Before a function runs, in the passes that need the inverse alone."""
+    calls: list[int] = []
+    gs = [[None, None], [nn.Linear(2, 2), None]]
+    stack = Stack([lambda x: calls.append(1) or x for _ in range(4)], "revnet", shortcut=gs, backprop=mode)
+    uses: list[Any] = [stack.inverse, stack.diagnose]
+    if "store" not in mode:
+        uses.append(stack)
+        uses.append(lambda x: stack(x, aux="log_det"))
+    for use in uses:
+        with pytest.raises(SchemeError, match=r"the shortcut Linear of step 1 has no inverse\(y\)") as caught:
+            use(torch.randn(3, 4, requires_grad=True))
+        assert not calls and len(str(caught.value).splitlines()) == 2
+    stack.backprop = "2*store" if "store" in mode else "checkpoint"
+    stack(torch.randn(3, 4))
+    with pytest.raises(SchemeError, match="the shortcut Linear has no scale"):
+        stack(torch.randn(3, 4), aux="log_det")

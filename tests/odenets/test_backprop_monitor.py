@@ -240,3 +240,113 @@ def test_a_drift_that_nobody_has_read_is_saved() -> None:
         with pytest.warns(UserWarning, match="off"):
             s(batch(dtype=torch.float32))
     assert other.monitor.every == stack.monitor.every != state["anchors"]["every"]
+
+
+def contracting(mode: Any) -> Stack:
+    torch.manual_seed(0)
+    fs = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double() for _ in range(24)]
+    return Stack(fs, Momentum(0.5), backprop=mode)
+
+
+@pytest.mark.parametrize("modes", [("reverse(bound=1e-10)", "reverse(bound=1e-13)"),
+                                   ("12*reverse(bound=1e-10) + 12*store", "20*reverse(bound=1e-13) + 4*store"),
+                                   ("12*reverse + 12*store", "20*reverse + 4*store")])  # fmt: skip
+@pytest.mark.parametrize("back", [False, True])
+def test_another_bound_or_segment_has_a_spacing_of_its_own(modes: tuple[str, str], back: bool) -> None:
+    """As if the stack had been built so; a mode that is set for a while in between changes nothing."""
+    first, last = reversed(modes) if back else modes
+    seen = []
+    for stack in (contracting(first), contracting(last)):
+        gradients(stack, batch())
+        stack.backprop = last
+        torch.manual_seed(1)  # the measurement draws
+        stack(batch())
+        monitor = stack.monitor if stack.monitor.growth is not None else stack.monitor.part(0)
+        seen.append((monitor.every, monitor.asked))
+        growth = monitor.growth
+        stack.backprop = "store"
+        stack(batch())
+        stack.backprop = last
+        stack(batch())
+        assert monitor.growth == growth
+    assert seen[0][1] == seen[1][1] and abs((seen[0][0] or 24) - (seen[1][0] or 24)) <= 1
+    other = contracting(last)
+    other.load_plan_state(json.loads(json.dumps(stack.plan_state())))
+    assert other.plan_state() == stack.plan_state()
+    other(batch())
+    assert (other.monitor.growth or other.monitor.part(0).growth) == growth
+
+
+@pytest.mark.parametrize(
+    "mode", ["reverse", "reverse(memory=1)", "reverse(every=4)", "reverse(every=0)", "exact", "auto"]
+)
+def test_an_empty_batch_decides_nothing(mode: str) -> None:
+    """It passes, and what comes after it is as if it had not been."""
+    found = []
+    for empty in (False, True):
+        stack = build("momentum(0.9)", depth=16, backprop=mode)
+        if empty:
+            x = batch()[:0].detach().requires_grad_()
+            for _ in range(2):
+                y = stack(x)
+                assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+            assert stack.monitor.growth is None
+        torch.manual_seed(0)
+        found.append(gradients(stack, batch()))
+        every, growth = stack.monitor.every, stack.monitor.growth
+        if empty and mode != "auto":
+            stack(batch()[:0])
+            assert (stack.monitor.every, stack.monitor.growth) == (every, growth)
+    assert distance(*found) <= (1e-9 if mode == "auto" else 0.0)
+
+
+class Arrives:
+    """An event of a device that has not come to the transfer of a scalar yet."""
+
+    def __init__(self, to: Tensor, value: float) -> None:
+        self.to, self.value = to, value
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self.to.fill_(self.value)
+
+
+def test_what_is_saved_has_arrived() -> None:
+    stack = build("momentum(0.9)", depth=16)
+    gradients(stack, batch())
+    value = torch.zeros(())
+    stack.monitor.pending[-1] = stack.monitor.pending[-1]._replace(value=value, event=Arrives(value, 0.25))
+    assert stack.plan_state()["anchors"]["drifts"][-1] == 0.25
+
+
+@pytest.mark.parametrize("spoiled", ["pending", "overflow"])
+def test_what_exact_arithmetic_is_still_to_raise_is_saved(spoiled: str) -> None:
+    stack = build("momentum(0.9)", depth=4, backprop="exact")
+    gradients(stack, batch())
+    assert "exact" not in stack.plan_state()
+    scalar = stack.monitor.pending[-1]
+    one = scalar._replace(value=torch.ones(()), must_be_zero=spoiled == "pending")
+    setattr(stack.monitor, spoiled, [one])
+    other = build("momentum(0.9)", depth=4, backprop="exact")
+    other.load_plan_state(json.loads(json.dumps(stack.plan_state())))
+    for s in (stack, other):
+        with pytest.raises(
+            SchemeError, match="made a state again that is" if spoiled == "pending" else "left the range"
+        ):
+            s(batch())
+    with pytest.raises(SchemeError, match="no plan state: 'exact' in it"):
+        other.load_plan_state({"exact": 3})
+
+
+@pytest.mark.parametrize("mode", ["reverse", "auto(memory=1GB)", "4*store + 4*reverse", "exact"])
+def test_a_state_is_taken_over_as_it_is(mode: str) -> None:
+    """Also what it does not mention, which the stack may have decided meanwhile."""
+    stack = build("momentum(0.9)", depth=8, backprop=mode)
+    before = stack.plan_state()
+    gradients(stack, batch())
+    after = stack.plan_state()
+    for state in (before, after, before):
+        stack.load_plan_state(json.loads(json.dumps(state)))
+        assert stack.plan_state() == state

@@ -1,11 +1,14 @@
 """The checks of a first call: what they refuse, when, and that a failure leaves everything as it was."""
 
+import numpy as np
 import pytest
 import torch
+from stacks import quiet
 from torch import nn
 
 import schemes
 from odenets import SchemeError, Stack, as_residual
+from odenets.layers.scale import ChannelScale
 from schemes.errors import SchemeError as SameError
 
 
@@ -81,6 +84,82 @@ def test_a_write_to_an_argument_that_needs_a_gradient_is_refused(scheme):
     with pytest.raises(RuntimeError, match="leaf Variable") as caught:  # its own, which is another fault
         Stack(lambda x: x * weight.mul_(2))(x)
     assert not isinstance(caught.value, SchemeError)
+
+
+FIRST = {
+    "forward": ("heun2", lambda net, x: net(x)),
+    "errors": ("bosh3", lambda net, x: net.forward_with_errors(x)),
+    "errors, rule": ("bosh3", lambda net, x: net.forward_with_errors(x)),
+    "trajectory": ("rk4", lambda net, x: net.trajectory(x)),
+    "state": ("leapfrog", lambda net, x: net.final_state(x)),
+    "inverse": ("revnet", lambda net, x: net.inverse(x)),
+    "inverse, streams": ("leapfrog", lambda net, x: net.inverse((x, x))),
+    "inverse, mix": ("repeat(revnet, 2)", lambda net, x: net.inverse(x)),
+    "diagnose": ("revnet", lambda net, x: net.diagnose(x)),
+    "plan": ("revnet", lambda net, x: net.plan(x)),
+}
+FAULTS = {
+    "write": (lambda x: x.relu_() * 0.5, "writes to its argument"),
+    "module": (nn.Sequential(nn.ReLU(inplace=True)), "writes to its argument"),
+    "broadcast": (lambda x: x.mean(1, keepdim=True), r"returned \(3, 1\), the stream that it updates is \(3, "),
+}
+
+
+def first_net(kind, make, mode="store", **options):
+    scheme, call = FIRST[kind]
+    step = "error(1e-3)" if "rule" in kind else 1.0
+    fs = [make() for _ in range(2 * schemes.get(scheme).stages)]
+    return quiet(fs, scheme, step=step, backprop=mode, **options), call
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_first_use_of_every_kind_is_checked(kind, fault, grad):
+    (f, message), x = FAULTS[fault], torch.linspace(-1, 1, 12).view(3, 4)
+    for mode in ("store", "reverse") if "inverse" in kind else ("store",):
+        net, call = first_net(kind, lambda: f, mode)
+        with torch.set_grad_enabled(grad), pytest.raises(SchemeError, match=message):
+            call(net, x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_first_use_of_every_kind_makes_lazy_layers(kind):
+    width = 4 if kind in ("inverse, streams", "state") or FIRST[kind][0] in ("heun2", "bosh3", "rk4") else 2
+    net, call = first_net(kind, lambda: nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(width)))
+    net.eval()
+    generator, x = torch.get_rng_state(), torch.linspace(-1, 1, 12).view(3, 4)
+    call(net, x)
+    assert all(b.any() == ("var" in name) for name, b in net.named_buffers())
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_shapes_that_an_inverse_meets_are_those_of_the_forward_pass():
+    """Also where a shortcut or a rotation gives a stream another shape."""
+    gs = [[ChannelScale(4, 0.5, ndim=2)], [ChannelScale(3, 0.5, ndim=2)]]
+    fs = [nn.Linear(3, 4), nn.Linear(4, 3)]
+    net = Stack(fs, "multilevel(2)", shortcut=gs).double()
+    x, y = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        a, b = Stack(fs, "multilevel(2)", shortcut=gs).double().inverse(net((x, y)), streams=True)
+    torch.testing.assert_close((a, b), (x, y))
+    fs[0] = nn.Linear(3, 1)
+    with pytest.raises(SchemeError, match=r"steps.0.fs.0: returned \(2, 1\), the stream that it updates is \(2, 4\)"):
+        Stack(fs, "multilevel(2)", shortcut=gs).double().inverse((x, y))
+
+
+@pytest.mark.parametrize("scheme", ["revnet", "additive(3)", "leapfrog", "dense(2)", "momentum(0.5)", "bdia"])
+def test_an_inverse_takes_the_streams_that_there_are(scheme):
+    torch.manual_seed(0)
+    net = quiet([lambda *xs: 0.1 * xs[0][:, :2]] * (3 * schemes.get(scheme).stages), scheme)
+    width = 2 * schemes.get(scheme).streams if scheme in ("revnet", "additive(3)") else 2
+    state = net.final_state(torch.randn(3, width))
+    for wrong in (state[:-1], (*state, state[0]), (), state[0].tolist(), [1] * len(state), 3):
+        with pytest.raises(SchemeError, match=r"Stack: .*\n?") as caught:
+            net.inverse(wrong)
+        assert len(str(caught.value).splitlines()) <= 2
+    if net.scheme.invertible:
+        assert net.inverse(list(state), streams=True)[0].shape[0] == 3
 
 
 def test_in_place_inside_a_function_is_fine():
@@ -219,3 +298,34 @@ def test_what_may_not_arrive_is_refused(given):
     torch.testing.assert_close(net(x), net(x, t=0.0))
     with pytest.raises(SchemeError, match=r"does not tell\n? ?whether it takes them"):
         net(x, **given)
+
+
+@pytest.mark.parametrize("way", ["forward", "trajectory", "final_state", "aux"])
+def test_a_time_that_is_none_is_refused_where_it_is_read(way):
+    net, x = Stack([Clocked() for _ in range(4)], "midpoint"), torch.ones(1, 2)
+    for _ in range(2):
+        with pytest.raises(SchemeError, match="leave t= out") as caught:
+            WAYS[way][1](net, x, t=None)
+        assert len(str(caught.value).splitlines()) == 2
+        net(x)
+    Stack([nn.Identity()])(x, t=None)
+
+
+def test_every_call_takes_a_tensor():
+    net, x = Stack([nn.Linear(2, 2), nn.Linear(2, 2)]), torch.ones(1, 2)
+    for _ in range(2):
+        with pytest.raises(SchemeError, match="want a tensor"):
+            net((x,))
+        net(x)
+
+
+@pytest.mark.parametrize("h", ["0.25", 0.25, torch.tensor(0.25), np.float32(0.25)])
+def test_a_schedule_sets_the_number_that_it_is_given(h):
+    x = torch.ones(1, 2)
+    net, want = (Stack([nn.Tanh()] * 4, "midpoint", step=step) for step in (1.0, 0.25))
+    net.set_step(h)
+    assert torch.equal(net(x), want(x)) and type(net.steps[0].h) is float
+    for wrong in ("half", None, torch.ones(2), torch.tensor(0.1, requires_grad=True), float("nan"), True):
+        with pytest.raises(SchemeError):
+            net.set_step(wrong)
+    assert net.steps[0].h == 0.25

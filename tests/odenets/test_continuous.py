@@ -475,6 +475,18 @@ def test_a_field_has_its_context_in_every_mode():
     assert (nets[0](x, context=context) - nets[0](x)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_rebuilt_changes_no_flag_of_the_modules_that_it_shares(training):
+    block, post_step = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)), nn.Sequential(nn.BatchNorm1d(4))
+    stack = Stack(block, "euler", depth=2, post_step=post_step).train(training)
+    for m in (block[1], post_step[0], block[0]):  # one after another differs from the stack
+        m.train(not training)
+        flags = [(m, m.training) for m in stack.modules()]
+        other = stack.rebuilt("rk4", 3)
+        assert all(m.training == flag for m, flag in flags)
+        assert all(m.training == training for m in (other, other.steps, *other.steps))
+
+
 def test_rebuilt_shares_the_weights_and_ends_at_the_same_time():
     stack = net("euler", 8)
     twin = stack.rebuilt("midpoint", 4, backprop="checkpoint")

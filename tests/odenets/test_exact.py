@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from invertible import CHANNELS, build
 from torch import nn
 
-from odenets import Stack
+from odenets import PerSlot, Stack
 from odenets.backprop.grid import Grid
+from odenets.layers.scale import ChannelScale
 from schemes import SchemeError
 from schemes.coupling import rotated
 
@@ -128,7 +129,7 @@ def test_bdia_is_euler_at_inference_and_drawn_in_training():
 def test_scaling_on_the_grid_loses_nothing(scale, seed, dtype, size):
     grid = Grid(None, dtype)
     share = 2 * torch.rand(64, dtype=dtype, generator=torch.Generator().manual_seed(seed)) - 1
-    x = grid.round(0.999 * size * grid.limit * share)
+    x = grid.round(0.999 * size * grid.limit / max(1.0, abs(scale)) * share)  # the product stays within the grid too
     factor = torch.tensor(scale, dtype=torch.float32)
     kept, beside = grid._shrink(x, factor)
     assert torch.equal(grid._grow(kept, factor, beside), x)
@@ -193,6 +194,21 @@ def test_refused(scheme):
         stack(scheme, 2)
 
 
+@pytest.mark.parametrize("way", [lambda f: f.compile(backend="eager"), lambda f: torch.compile(f, backend="eager")])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("slots", [False, True])
+def test_compiled_functions_that_are_shared_are_refused(slots, inside, way):
+    parts = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    made = way(parts[-1])
+    parts[-1] = parts[-1] if made is None else made
+    block = nn.Sequential(*parts) if inside else parts[-1]
+    net = Stack(PerSlot([nn.Linear(6, 6), block]) if slots else block, "revnet", depth=3, backprop="exact")
+    name = "block" + ".1" * slots + ".1" * inside
+    with pytest.raises(SchemeError, match=f"Stack: {name}[^.0-9]* is compiled") as caught:
+        net(torch.randn(4, 12, requires_grad=True))
+    assert len(str(caught.value).splitlines()) <= 2
+
+
 def test_compiled_functions_are_refused():
     net = stack("revnet", 2)
     net.steps[0].fs[0].compile(backend="eager")
@@ -232,3 +248,25 @@ def test_rounding_is_to_the_grid_in_all_of_the_range_and_the_limit_is_outside(dt
     assert [bool(grid.over(v)) for v in (below, -below, below * 0 + grid.limit, below * 0 - grid.limit)] == [
         *(False, False, True, True)
     ]
+
+
+@pytest.mark.parametrize(
+    "gamma", [2.0**-31, 1e-9, -(2.0**-31), 2.0**-20, -(2.0**-21), 2.0**-25, 2.0**-32, -(2.0**-33), 1e-12, 0.0]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_too_small_for_their_bits_are_refused(gamma, dtype):
+    """Those that are not leave what they should."""
+    gs = [[ChannelScale(2, 1.0, ndim=2).to(dtype)] for _ in range(2)]
+    for (g,) in gs:
+        g.smallest = 0.0
+        g.alpha.data.fill_(gamma)
+    net = Stack([nn.Linear(2, 2, dtype=dtype) for _ in range(2)], "multilevel(2)", shortcut=gs, backprop="exact")
+    x = 0.1 * torch.randn(4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    if abs(gamma) >= 2.0**-31:
+        net(x).sum().backward()
+        net(x)
+        assert net.monitor.drift == 0.0
+        return
+    with pytest.raises(SchemeError, match="31 bits of each element") as caught:
+        net(x)
+    assert len(str(caught.value).splitlines()) == 2

@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import json
 import random
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 import odenets
 from odenets import SchemeError, Stack
-from odenets.backprop import agreement, choice, parse_mode
+from odenets.backprop import agreement, choice, offload, parse_mode
 from odenets.backprop.auto import Auto
 from odenets.backprop.meter import meter_on
 from odenets.backprop.modes import Checkpoint, Exact, Offload, Plan, Reverse, Store
 from odenets.backprop.plan import Chain, Cost, Piece, Profile
 from odenets.backprop.sizes import format_size, mebibytes
 from odenets.planning import load_plan_state, plan_state
+from odenets.stack import keeping_all
 
 DEPTH = 6
 MODES = ["store", "offload", "checkpoint", "checkpoint(2)", "reverse", "reverse(every=0)", "reverse(every=2)"]
@@ -161,7 +164,15 @@ def test_texts_are_read_back(plan: Plan, memory: int, share: int):
     assert parse_mode(str(plan)) == plan
     size = mebibytes(memory / 2**20, "memory")
     assert mebibytes(format_size(size), "memory") == size
-    for auto in (Auto(), Auto(memory=size), Auto(memory=size, share=1 / share, offload=False)):
+    for mode in (Reverse(memory=1 / share), Reverse(bound=1 / memory), Reverse(bound=10.0**-share)):
+        assert parse_mode(str(mode)) == mode
+    for auto in (
+        Auto(bound=10.0**-share),
+        Auto(bound=Fraction(1, memory)),
+        Auto(),
+        Auto(memory=size),
+        Auto(memory=size, share=1 / share, offload=False),
+    ):
         assert parse_mode(str(auto)) == auto
 
 
@@ -445,6 +456,94 @@ def test_a_larger_input_is_measured_again_and_a_smaller_is_not():
     assert stack.monitor.plan is first
     stack(x)
     assert stack.monitor.plan is not first
+
+
+def planned(stack: Stack) -> tuple[Plan, float]:
+    """The plan that a pass has chosen, and its predicted peak in MiB."""
+    stack(wide_input()).sum().backward()
+    return stack.monitor.plan.plan, stack.plan(wide_input()).predicted / 2**20
+
+
+@pytest.mark.parametrize("first", ["1GB", "1500KiB", "700KiB"])
+@pytest.mark.parametrize("second", ["1GB", "1500KiB", "700KiB"])
+def test_limits_that_are_changed_later_are_kept_as_those_given_at_first(first: str, second: str):
+    stack = wide(f"auto(memory={first})")
+    planned(stack)
+    before = stack.monitor.plan
+    stack.backprop = f"auto(memory={second})"
+    _, peak = planned(stack)
+    assert peak <= mebibytes(second, "memory") and (stack.monitor.plan is before) == (first == second)
+    with keeping_all(stack):
+        stack(wide_input())
+    stack.plan(wide_input(), memory="2GB")
+    chosen = stack.monitor.plan
+    stack.backprop = "store"
+    stack(wide_input())
+    stack.backprop = f"auto(memory={second})"
+    stack(wide_input())
+    assert stack.monitor.plan is chosen  # what was set meanwhile has not lost it
+    other = wide(f"auto(memory={second})")
+    other.load_plan_state(json.loads(json.dumps(stack.plan_state())))
+    planned(other)
+    assert other.monitor.plan == chosen
+    stack.backprop = "auto(memory=1kB)"
+    with pytest.raises(SchemeError, match="no plan fits"):
+        stack(wide_input())
+
+
+def test_a_choice_of_an_older_version_is_kept():
+    stack = wide("auto(memory=1GB)")
+    stack.load_plan_state({"auto": {"plan": [[8, "checkpoint(2)"]], "size": 10**9, "final": True}})
+    assert str(planned(stack)[0]) == "8*checkpoint(2)"
+    with pytest.raises(SchemeError, match="no choice of a plan"):
+        stack.load_plan_state({"auto": {"plan": [[8, "store"]], "size": 1, "final": True, "limits": 3}})
+
+
+def test_a_report_for_a_memory_keeps_the_other_limits():
+    """A plan for a given memory reconstructs nothing that the stack's limits forbid, and is exact if they say so."""
+    memory, inexact = "600KiB", {"bound": 1e-20}
+    assert Reverse in {type(m) for _, m in wide("auto").plan(wide_input(), memory=memory).plan.segments}
+    with pytest.raises(SchemeError, match="no plan fits"):
+        wide(Auto(memory="1GB", **inexact)).plan(wide_input(), memory=memory)
+    stack = wide(Auto(memory="1GB", exact=True, **inexact))
+    report = stack.plan(wide_input(), memory=memory)
+    assert report.plan.segments == ((8, Exact()),) and report.predicted <= 600 * 2**10
+    # Each stack of a model by its own limits.
+    net = nn.Sequential(wide("auto"), wide(Auto(memory="1GB", **inexact)))
+    plans = odenets.plan(net, wide_input(), memory="1MiB").plans
+    assert not any(m.by_inverse for _, m in plans["1"].segments)
+
+
+def test_views_of_one_memory_with_other_values_are_copied_apart():
+    """Offloading copies a tensor once, however often it is saved, and what it is copied as is told by its key."""
+    z = torch.randn(8, dtype=torch.complex64)
+    views = [z, z.conj(), z.imag, z.conj().imag, z.real, z[1:], z.view(2, 4), z.view(2, 4).mT, torch.view_as_real(z)]
+    for a, b in itertools.combinations(views, 2):
+        assert offload._key(a) != offload._key(b)
+    for x in views:
+        assert offload._key(x) == offload._key(x.detach()) == offload._key(x.view_as(x))
+        assert torch.equal(offload._OnHost(x).back(), x)
+    before = offload._key(z)
+    z += 1
+    assert offload._key(z) != before
+
+
+@pytest.mark.parametrize("uses", [("trajectory", "forward"), ("forward", "trajectory"), ("trajectory", "trajectory")])
+@pytest.mark.parametrize("memory", ["1GB", "90KiB"])
+def test_one_solve_over_the_depth_has_one_plan(uses: tuple[str, str], memory: str):
+    """Shown step by step or not: what is saved is a plan of the stack's own steps."""
+    f = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    stack = Stack(f, "adaptive(dopri5)", depth=4, backprop=f"auto(memory={memory})")
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    for use in uses:
+        ys = stack.trajectory(x) if use == "trajectory" else [stack(x)]
+        torch.autograd.grad(ys[-1].sum(), [*f.parameters()])
+        chosen.append(stack.monitor.plan)
+    assert chosen[0] is chosen[1] and chosen[0].plan.steps == 1
+    other = Stack(f, "adaptive(dopri5)", depth=4, backprop="auto")
+    other.load_plan_state(stack.plan_state())
+    stack.plan(x)
 
 
 def test_changes_are_logged(caplog: pytest.LogCaptureFixture):

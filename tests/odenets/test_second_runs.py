@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from odenets import SchemeError, Stack
+from odenets.backprop.members import Namespace
 
 MODES = ["checkpoint", "reverse", "reverse(every=1)", "exact", "auto(memory=1GB)", "2*store + 2*reverse"]
 REVERSED = ["reverse", "reverse(every=1)", "reverse(drift=false)", "exact", "2*store + 2*reverse"]
@@ -246,6 +247,33 @@ def test_exact_stacks_inside_of_reversed_ones_round_both_times(inner, outer):
     assert net.monitor.drift == 0.0 or net.monitor.drift < 1e-14
 
 
+@pytest.mark.parametrize("chosen", [None, "exact", "store"])
+@pytest.mark.parametrize("outer", ["reverse(every=0)", "exact"])
+def test_a_choice_inside_of_a_reversed_step_is_that_of_both_runs(outer, chosen):
+    """Also the first pass, and also where it is exact: as under a stored stack around it."""
+    mode = "auto(exact=true, memory=1GB)"
+
+    def make():
+        inner = Stack([nn.Linear(2, 2) for _ in range(4)], "revnet", backprop=mode)
+        if chosen:
+            inner.load_plan_state({"auto": {"plan": [[2, chosen]], "size": 10**9, "final": True}})
+        return nn.Sequential(inner, nn.Tanh())
+
+    found = []
+    for around in ("exact(store=true)" if outer == "exact" else "store", outer):
+        net, x = net_of(make, around, "revnet"), data(3, 8).requires_grad_()
+        for _ in range(2):
+            y = net(x)
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])])
+        net(x)
+        assert around == "store" or net.monitor.drift < 1e-14
+        assert {str(m.monitor.plan.plan) for m in net.modules() if isinstance(m, Stack) and m is not net} == {
+            f"2*{chosen}" if chosen else "2*store"
+        }
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_a_batch_of_nan_leaves_the_one_warning_for_later():
     net = net_of(layer, "reverse(every=0)")
     with warnings.catch_warnings():
@@ -356,3 +384,92 @@ def test_modules_that_are_exchanged_between_passes(mode):
         assert len(want) == len(got)
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return torch.tanh(self.gate * x)
+
+
+def given_to_the_call(net, x):
+    given = {k: p.detach().clone().requires_grad_() for k, p in net.named_parameters()}
+    return torch.func.functional_call(net, given, (x,)), [*given.values()]
+
+
+def loaded(net, x):
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    return net(x), [*net.parameters()]
+
+
+def replaced(net, x):
+    for step in net.steps:
+        step.fs[0].gate = nn.Parameter(torch.ones(1, dtype=F64))
+    return net(x), [step.fs[0].gate for step in net.steps]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", [given_to_the_call, loaded, replaced])
+def test_parameters_exchanged_for_equal_ones_get_the_gradient(way, mode):
+    """Also those of one element, which compare equal by their value."""
+    found = []
+    for each in ("exact(store=true)" if mode == "exact" else "store", mode):
+        net, x = net_of(Gated, each), data(3, 4)
+        for _ in range(2):
+            net(x).sum().backward()
+        y, weights = way(net, x)
+        found.append(torch.autograd.grad(y.square().sum(), weights))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reverse"])
+@pytest.mark.parametrize("kind", ["attribute", "number", "list"])
+def test_what_was_exchanged_for_an_equal_tensor_is_watched_like_it(kind, mode):
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.gain = {"attribute": torch.ones(()), "number": 1.0, "list": [torch.ones(())]}[kind]
+
+        def forward(self, x):
+            return torch.tanh(self.linear(x)) * (self.gain[0] if kind == "list" else self.gain)
+
+    net = net_of(Gain, mode)
+    net(data(3, 4)).sum().backward()
+    for step in net.steps:
+        step.fs[0].gain = [torch.ones(())] if kind == "list" else torch.ones(())
+    y = net(data(3, 4)).square().sum()
+    for step in net.steps:
+        (step.fs[0].gain[0] if kind == "list" else step.fs[0].gain).mul_(3.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.backward()
+
+
+@pytest.mark.parametrize(
+    "value, other, same",
+    [
+        (torch.ones(1), torch.ones(1), False),
+        (1.0, torch.ones(()), False),
+        (torch.ones(()), 1.0, False),
+        (nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1)), False),
+        ([], [], False),
+        ({"a": 1}, {"a": 1}, False),
+        ((torch.ones(1), 2), (torch.ones(1), 2), False),
+        ((1.0,), (torch.ones(1),), False),
+        (0.1 + 0.2, 0.3 + 1e-17 + 4e-17, True),
+        (1000, int("1000"), True),
+        (torch.Size([2000, 3]), torch.Size([2000, 3]), True),
+        ("".join(["a", "b"]), "ab", True),
+        (1.0, 2.0, False),
+    ],
+)
+def test_what_counts_as_the_same(value, other, same):
+    """Values that may be exchanged unnoticed are plain; all else is the same by identity alone."""
+    held = {"other": nn.Identity(), "value": value}
+    space = Namespace([held])
+    assert space.same()
+    held["value"] = other
+    assert space.same() == same

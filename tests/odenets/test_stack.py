@@ -127,6 +127,27 @@ def test_bad_arguments(block, options, message):
         Stack(block, **options)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "options", [{"step_offset": 1, "steps_before": 3}, {"post_step": nn.ReLU(), "after": nn.ReLU()},
+                {"step_offset": 1, "steps_before": 1}, {"post_step": nn.Identity(), "after": None}]
+)  # fmt: skip
+def test_one_setting_by_two_names_is_refused(options):
+    with pytest.raises(SchemeError, match="is given twice") as caught:
+        Stack([nn.Linear(2, 2)], **options)
+    assert len(str(caught.value).splitlines()) == 2
+    old = {k: v for k, v in options.items() if k in ("steps_before", "after")}
+    Stack([nn.Linear(2, 2)], **old)
+
+
+@pytest.mark.parametrize("value", [nn.ReLU(), None, torch.relu])
+def test_post_step_is_given_when_a_stack_is_built(value):
+    stack = Stack([nn.Linear(2, 2)])
+    with pytest.raises(SchemeError, match=r"Stack\(..., post_step=...\)"):
+        stack.post_step = value
+    assert [name for name, _ in stack.named_children()] == ["steps"] and stack.post_step is None
+
+
 def test_mixing_warning_for_separate_weights_only():
     with pytest.warns(MixingWarning, match="verner8 sums residual functions with weights of up to 2,307"):
         Stack([nn.Linear(2, 2)] * 14, "verner8")

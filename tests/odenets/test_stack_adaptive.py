@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from odenets import SchemeError, Stack
+from schemes.scheme import Scheme
 
 F64 = torch.float64
 
@@ -185,3 +186,50 @@ def test_solves_tell_their_counts_and_why_they_ended():
         stack(torch.ones(3, dtype=F64))  # 1 / (1 - t) breaks off at t = 1
     (solve,) = stack.solves
     assert solve.status == "max_steps" and solve.accepted + solve.rejected == 40
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_every_call_tells_its_own_counts(separate):
+    calls = []
+    f = lambda x: calls.append(1) or -x * x  # noqa: E731
+    stack = Stack([f] * 2 if separate else f, "adaptive(dopri5)", depth=2)
+    found = []
+    for scale in (1.0, 1.0, 30.0):
+        calls.clear()
+        stack(scale * torch.ones(3, dtype=F64))
+        assert stack.evaluations == sum(s.evaluations for s in stack.solves) == len(calls)
+        found.append(stack.solves)
+    assert found[0] == found[1] != found[2]
+
+
+class Continuous(Scheme):
+    """A user's scheme that calls its function at times of its own."""
+
+    stages, nodes, evaluations = 1, None, None
+
+    def _step(self, fs, state, h=1.0, gs=()):
+        (x,) = state
+        for n in range(400):
+            x = x + h / 400 * fs[0](x, (n + 0.5) * h / 400)
+        return (x,)
+
+    def __str__(self):
+        return "continuous"
+
+
+@pytest.mark.parametrize("step", [0.5, "learned(h0=0.3)", "decay(0.5)", "1.2/depth", 0.0])
+def test_another_scheme_over_the_whole_depth_has_values_at_the_ends_of_steps(step):
+    """Those that it shows after each step, and none in between."""
+    one, each = (Stack(f, Continuous(), depth=3, step=step) for f in (spinning, [spinning] * 3))
+    assert len(one.steps) == 1 and len(each.steps) == 3
+    ends = torch.tensor([float(torch.as_tensor(s.h, dtype=F64).detach()) for s in each.steps], dtype=F64).cumsum(0)
+    if not ends[-1]:
+        return
+    at = [0.0, *ends.tolist()]
+    want = [X, *one.trajectory(X)]
+    for got, a, b in zip(one.trajectory(X, at=at), want, each.trajectory(X, at=at), strict=True):
+        assert torch.equal(got, a)
+        torch.testing.assert_close(got, b, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.trajectory(X, at=at[-1:])[0], one(X), rtol=1e-2, atol=1e-2)
+    with pytest.raises(SchemeError, match="values at the ends of its steps"):
+        one.trajectory(X, at=[float(ends[0]) / 2])
