@@ -147,15 +147,14 @@ def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, An
         real = RealFigures(read_real(options.real), trained.classes, options.confidence)
     calibration = None if options.calibration is None else Calibration(options.calibration)
     others = _others(trained, pictures) if options.subset else None
+    # In the network itself, so that the passes below choose among the subset too, and attacks are on that choice.
+    trained = replace(trained, others=others)
     work = {"batch_size": options.batch_size, "num_workers": options.num_workers}
     # One pass serves all of these; sizes, corruptions and attacks change the pictures, and take passes of their own.
     for numbers, x, labels in pictures.batches(**work):
         probabilities = trained.probabilities(x)
-        if others is not None:
-            probabilities = probabilities * ~others
-            # If the other classes had all of the probability, nothing is left, and 0 / 0 would be NaN.
-            probabilities /= probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        counts.add(probabilities, labels)
+        # Below 0, so that none of them is among the best five in place of one whose probability underflows to 0.
+        counts.add(probabilities if others is None else probabilities.masked_fill(others, -1.0), labels)
         if real is not None:
             real.add(probabilities, [pictures.name(i) for i in numbers])
         if calibration is not None:

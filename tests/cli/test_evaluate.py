@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from odenets.training.judge import RealFigures
 from odenets.training.labelled import Labelled, levels_of, read_classes, read_real, real_number
 from odenets.training.robustness import corruption_figures, read_baseline, read_frost, size_figures
 from odenets.training.sources import DataError
-from odenets.training.trained import open_trained
+from odenets.training.trained import Trained, open_trained
+from odenets.training.view import View
 from schemes import SchemeError
 
 from .test_pictures import answer, fails
@@ -246,6 +248,46 @@ def test_a_subset_is_chosen_among_alone(capsys, photos, tmp_path):
     assert found["subset"] == 2 and found["accuracy"]["value"] == pytest.approx(float(right.float().mean()))
     assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y - 1)), abs=1e-5)
     assert {row["class"] for row in found["classes"]} <= {"c1", "c2"}
+
+
+class Colours(torch.nn.Module):
+    """Scores that are linear in the mean levels of a picture, times a factor, and moved by an offset per class."""
+
+    def __init__(self, factor, offset):
+        super().__init__()
+        mix = torch.randn(len(offset), 3, generator=torch.Generator().manual_seed(0))
+        self.mix, self.offset = torch.nn.Parameter(factor * mix), torch.nn.Parameter(torch.tensor(offset))
+
+    def forward(self, x):
+        return x.mean((2, 3)) @ self.mix.T + self.offset
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3], ids=["near", "far"])  # at 1e3 the others take all of the softmax
+@pytest.mark.parametrize("words", ["", "--sizes 8,12", "--attack fgsm(0.1)", "--corruptions fog --strengths 1,5"])
+def test_among_a_subset_a_network_is_the_one_that_has_no_other_outputs(
+    factor, offset, words, capsys, tmp_path, monkeypatch
+):
+    kept = [0, 2, 3, 5, 6, 7]
+    for c in kept:
+        (tmp_path / f"c{c}").mkdir()
+        for i in range(3):
+            Image.new("RGB", (12, 12), (40 * i, 30 * c, 255 - 80 * i)).save(tmp_path / f"c{c}" / f"{i}.png")
+    view = View(3, 8, 8, 1.0, "bilinear", [0.5] * 3, [0.5] * 3)
+    net = Colours(factor, [0.0 if c in kept else offset for c in range(8)]).eval()
+    whole = Trained(Path("x.ckpt"), net, [f"c{c}" for c in range(8)], view, None, 0)
+    cut = Colours(factor, [0.0] * 8).eval()
+    cut.mix, cut.offset = (torch.nn.Parameter(p.detach()[kept]) for p in (cut.mix, cut.offset))
+    found = []
+    for trained, subset in ((whole, ["--subset"]), (replace(whole, net=cut, classes=[f"c{c}" for c in kept]), [])):
+        monkeypatch.setattr("odenets.cli.evaluate.open_network", lambda options, trained=trained: trained)
+        out, _ = answer(
+            capsys, "evaluate", "x.ckpt", str(tmp_path), "--json", "--calibration", *words.split(), *subset
+        )
+        found.append(json.loads(out))
+    assert found[0].pop("subset") == 6
+    assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
+    assert found[0] == found[1]
 
 
 def test_real_labels_know_several_right_answers(tmp_path):
