@@ -64,7 +64,7 @@ class Trained:
         return self.logits(x.to(next(self.net.parameters()).device)).softmax(1).cpu()
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the logits (n, classes), in float32, with a graph if one is being recorded; -inf where ``others`` is set.
+        """Returns the logits (n, classes), in float32, with a graph if one is being recorded; -inf for ``others``.
 
         Args:
             x: Pictures on the network's device, as ``probabilities`` takes them.

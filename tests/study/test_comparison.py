@@ -25,7 +25,7 @@ from odenets.cli import main
 from odenets.config_files import flat
 from odenets.study import workers
 from odenets.study.compare_command import planned
-from odenets.study.comparison_report import Found, export, find, hours, rows_of, table_of, usual_target
+from odenets.study.comparison_report import Found, _curve, export, find, hours, rows_of, table_of, usual_target
 from odenets.study.runs import RUNS, epochs_of
 from odenets.study.statistics import paired
 from odenets.study.store import read
@@ -403,6 +403,26 @@ def test_what_did_not_end_well_has_no_part_in_means():
     table = table_of(bad)
     assert "| a | 2, 1 failed |" in table and "| b | 2, 1 diverged |" in table
     assert "- b, seed 1: diverged after 4 epochs; e" in table
+
+
+@pytest.mark.parametrize("calls", [[6, 6, 6, 6], [3, 6, 12, 6], [2.5, None, 4.25, 8]])
+@pytest.mark.parametrize("judged", [1, 2])
+def test_what_a_run_has_cost_is_the_sum_over_its_epochs(calls, judged):
+    """A net may be refined, or choose its steps: an epoch costs what its own evaluations say."""
+    (line,) = made_up({"a": {0: 0.5}}).lines
+    total, wanted, waiting = 0.0, [], 0
+    for n, (epoch, count) in enumerate(zip(line["epochs"], calls, strict=True), 1):
+        waiting += 100
+        if count is None:
+            del epoch["evaluations"]
+        else:
+            epoch["evaluations"] = count
+            total, waiting = total + count * waiting / 1e6, 0
+        if n % judged:
+            del epoch["val/acc"]
+        else:
+            wanted.append(None if count is None else pytest.approx(total))
+    assert [cost for _, cost, _ in _curve(line, "val/acc")] == wanted
 
 
 def test_the_usual_target_is_one_that_every_run_of_the_baseline_reaches():
