@@ -281,9 +281,7 @@ def test_among_a_subset_a_network_is_the_one_that_has_no_other_outputs(
     found = []
     for trained, subset in ((whole, ["--subset"]), (replace(whole, net=cut, classes=[f"c{c}" for c in kept]), [])):
         monkeypatch.setattr("odenets.cli.evaluate.open_network", lambda options, trained=trained: trained)
-        out, _ = answer(
-            capsys, "evaluate", "x.ckpt", str(tmp_path), "--json", "--calibration", *words.split(), *subset
-        )
+        out, _ = answer(capsys, "evaluate", "x.ckpt", str(tmp_path), "--json", "--calibration", *words.split(), *subset)
         found.append(json.loads(out))
     assert found[0].pop("subset") == 6
     assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
