@@ -103,8 +103,13 @@ def _options(args: Sequence[str]) -> Any:
             if getattr(found, name) is not None:
                 raise SchemeError(f"--{name} is for --corruptions\n  Give both.")
     tables = [name for name in ("sizes", "corruptions", "attack") if getattr(found, name)]
-    if form_of(found) == "csv" and len(tables) > 1:
-        raise SchemeError(f"CSV holds one table, not those of {' and '.join(tables)}\n  Give --json, or one of them.")
+    if form_of(found) == "csv":
+        if len(tables) > 1:
+            said = " and ".join(tables)
+            raise SchemeError(f"CSV holds one table, not those of {said}\n  Give --json, or one of them.")
+        for name in ("real", "calibration"):
+            if getattr(found, name) is not None:
+                raise SchemeError(f"CSV holds a table, and not the figure of --{name}\n  Give --json, or leave it out.")
     if found.diagram is not None:
         # The diagram is drawn from the bins, so it implies --calibration.
         found.calibration = found.calibration or 15
@@ -136,7 +141,10 @@ def run_evaluate(args: Sequence[str]) -> list[Prediction]:
     if options.diagram:
         from .. import plots
 
-        print(plots.reliability(figures["calibration"]["bins"], options.diagram, figures["data"]))
+        path = plots.reliability(figures["calibration"]["bins"], options.diagram, figures["data"])
+        # Not behind JSON or CSV, which another program reads.
+        if form == "table" or options.output is not None:
+            print(path)
     return unread_of(pictures)
 
 

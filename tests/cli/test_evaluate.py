@@ -201,6 +201,14 @@ def test_calibration_and_its_diagram(capsys, digits, tmp_path):
     assert ".svg" in fails(capsys, "evaluate", str(digits), "--diagram", "x.bmp")
 
 
+@pytest.mark.parametrize("form", ["--json", "--csv"])
+def test_what_a_program_reads_is_the_same_with_a_diagram(capsys, digits, tmp_path, form):
+    words = ["evaluate", str(digits), "--limit", "30", form, *(["--calibration"] if form == "--json" else [])]
+    file = tmp_path / "reliability.svg"
+    alone, drawn = (answer(capsys, *words, *more)[0] for more in ([], ["--diagram", str(file)]))
+    assert drawn == alone and "<svg" in file.read_text()
+
+
 def test_classes_that_the_network_does_not_know_are_all_named(capsys, photos, whole, tmp_path):
     for name in ("c1", "zebra", "yak"):
         (tmp_path / name).mkdir()
@@ -334,6 +342,11 @@ def test_levels_are_whole():
         (["{ckpt}", "--frost", "a"], "for --corruptions"),
         (["{ckpt}", "--attack", "cw(1)"], "no 'cw'"),
         (["{ckpt}", "--attack", "fgsm", "--corruptions", "--csv"], "one table"),
+        (["{ckpt}", "--csv", "--calibration"], "the figure of --calibration"),
+        (["{ckpt}", "--csv", "--real", "real.json"], "the figure of --real"),
+        (["{ckpt}", "--output", "x.csv", "--calibration"], "the figure of --calibration"),
+        (["{ckpt}", "--csv", "--output", "x.json"], "--csv and --output x.json exclude"),
+        (["{ckpt}", "--json", "--output", "x.csv"], "--json and --output x.csv exclude"),
         (["{ckpt}", "--sizes", "0"], "below 1"),
         (["{ckpt}", "--real", "nowhere.json"], "real.json"),
     ],
