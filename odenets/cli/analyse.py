@@ -15,8 +15,8 @@ from ..training.analyse import parser as parser
 from . import words as w
 
 COST = """Draws error against parameters and multiply-adds, for the networks in files of results: the SQLite file of a
-study, the runs.json of a comparison (the last val/acc), or CSV with a row per network: name, error or accuracy from 0 to
-1, parameters, macs, group.
+study, the runs.json of a comparison (the last val/acc), or CSV with a row per network: name, error or accuracy from 0
+to 1, parameters, macs, group.
 
 Exit status: 0; 2 if nothing was drawn."""
 

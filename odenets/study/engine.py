@@ -15,7 +15,7 @@ from schemes import SchemeError
 from .space import Candidate
 from .store import Result, Store, read
 from .train import Study, train
-from .workers import by_ray, check_gpus, here
+from .workers import by_ray, check_gpus, check_workers, here
 
 Trainer = Callable[[Study, Candidate], Result]
 
@@ -57,8 +57,9 @@ def run(
 
     Raises:
         SchemeError: the store holds other networks than the study draws for these pictures, as for another number of
-            classes; or Ray is needed and is missing, or cannot be reached.
+            classes; fewer than 0 workers; or Ray is needed and is missing, or cannot be reached.
     """
+    check_workers(workers)
     classes = study.data().num_classes
     candidates = study.candidates(classes)
     done = store.done()

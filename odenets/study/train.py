@@ -29,6 +29,7 @@ from .store import TRAINED, Result
 
 # May differ between two runs of one study: where the pictures are, how many networks are trained, on what hardware.
 _FREE = ("root", "per_kind", "threads", "gpus")
+_SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # what Lightning's seeding leaves in the environment
 # The least and the greatest value of each number. A network's seed is 1,000,003 times the study's plus its number, and
 # generators take 32 bits.
 _RANGES: dict[str, tuple[int, float]] = {
@@ -152,7 +153,7 @@ def train(study: Study, candidate: Candidate) -> Result:
     """Trains one network of a study; an exception on the way becomes its result and is not raised.
 
     The same study and candidate give the same result on the same kind of machine, whatever was trained before. The
-    random state of the process is left as it was.
+    random state of the process is left as it was, the seeds in its environment included.
 
     Args:
         study: the settings that all networks share.
@@ -160,6 +161,7 @@ def train(study: Study, candidate: Candidate) -> Result:
     """
     worker = f"{platform.node()}:{os.getpid()}"
     threads = torch.get_num_threads()
+    seeds = {name: os.environ.get(name) for name in _SEEDS}
     start = time.perf_counter()
     try:
         torch.set_num_threads(study.threads)
@@ -172,6 +174,11 @@ def train(study: Study, candidate: Candidate) -> Result:
         return Result("failed", seconds=time.perf_counter() - start, error=text[:500], worker=worker)
     finally:
         torch.set_num_threads(threads)
+        for name, value in seeds.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _train(study: Study, candidate: Candidate, worker: str) -> Result:

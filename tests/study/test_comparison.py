@@ -2,12 +2,14 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
 import sqlite3
+import struct
 import sys
 import time
 from pathlib import Path
@@ -23,12 +25,14 @@ from training.runs import ROOT, kills
 
 from odenets.cli import main
 from odenets.config_files import flat
-from odenets.study import workers
+from odenets.study import engine, workers
 from odenets.study.compare_command import planned
+from odenets.study.comparison import carry_out
 from odenets.study.comparison_report import Found, _curve, export, find, hours, rows_of, table_of, usual_target
 from odenets.study.runs import RUNS, epochs_of
 from odenets.study.statistics import paired
 from odenets.study.store import read
+from odenets.study.train import Study
 from odenets.training.command import resolve
 from odenets.training.command import run as fit
 from schemes import SchemeError
@@ -452,6 +456,23 @@ def test_an_export_differs_where_runs_differ(tmp_path):
 def by(work, tasks, **options):
     options.setdefault("preload", ["odenets.study.comparison"])
     return workers.by_processes(tasks, work, lambda error: f"failed: {error}", workers=2, **options)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", struct.pack("!i", 1000), struct.pack("!i", 1000) + b"x" * 10])
+def test_a_process_that_dies_in_the_middle_of_a_word_has_said_nothing(sent):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), sent)
+    theirs.close()
+    assert workers._received(ours) is None
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_workers_are_0_or_more(address):
+    """Below 0 no task would ever be given to one."""
+    for run in (lambda **who: carry_out(None, None, **who), lambda **who: engine.run(Study(), None, **who)):
+        with pytest.raises(SchemeError, match="--workers -1: want 0 or more") as e:
+            next(run(workers=-1, address=address))
+        assert len(str(e.value).splitlines()) == 2
 
 
 def test_tasks_are_done_once_each(processes):

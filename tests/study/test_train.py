@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def test_training_leaves_random_state_and_threads_alone(study):
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train(dataclasses.replace(study, threads=2), study.candidates(4)[0])
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("value", [None, "5"])
+def test_seeds_in_the_environment_are_left_alone(study, monkeypatch, value):
+    """Lightning's seeding writes them, and its next call without a number would take them."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    train(study, dataclasses.replace(study.candidates(4)[0], scheme="midpoint", depth=3))
+    assert [os.environ.get(name) for name in names] == [value, value]
 
 
 def test_a_network_that_cannot_be_trained_is_a_failed_line(study):
