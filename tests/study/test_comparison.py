@@ -12,6 +12,7 @@ import sqlite3
 import struct
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from scipy import stats
+from torch import nn
 from training.runs import ROOT, kills
+from training.test_classifier import Random, trainer
 
 from odenets.cli import main
 from odenets.config_files import flat
@@ -29,10 +32,11 @@ from odenets.study import engine, workers
 from odenets.study.compare_command import planned
 from odenets.study.comparison import carry_out
 from odenets.study.comparison_report import Found, _curve, export, find, hours, rows_of, table_of, usual_target
-from odenets.study.runs import RUNS, epochs_of
+from odenets.study.runs import RUNS, Cost, epochs_of
 from odenets.study.statistics import paired
 from odenets.study.store import read
 from odenets.study.train import Study
+from odenets.training import Classifier
 from odenets.training.command import resolve
 from odenets.training.command import run as fit
 from schemes import SchemeError
@@ -160,6 +164,27 @@ def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, 
 def test_counts_are_exact_and_figures_have_seven_digits(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,cost/samples,val/loss,lr-SGD\n0,115305031.0,0.12345678912,0.1\n")
     assert epochs_of(tmp_path) == [{"epoch": 0, "cost/samples": 115305031.0, "val/loss": 0.1234568}]
+
+
+class Known(Cost):
+    """Takes the times of a process from its rank."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.rank = trainer.global_rank
+
+    def _count(self):
+        self.wall, self.cpu = 5.0, 2.0 + 3 * self.rank
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals, forks of a process with threads
+@pytest.mark.parametrize(("devices", "cpu"), [(1, 2.0), (2, 7.0)])
+def test_processor_time_is_that_of_all_processes(tmp_path, devices, cpu):
+    """The clock runs once for all of them."""
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), partial(torch.optim.SGD, lr=0.1))
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+    run = trainer(tmp_path, callbacks=[Known()], max_epochs=1, **options)
+    run.fit(module, Random(n=16))
+    assert (float(run.callback_metrics["cost/cpu_s"]), float(run.callback_metrics["cost/wall_s"])) == (cpu, 5.0)
 
 
 @pytest.mark.long
