@@ -341,21 +341,48 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def measured(recipe: recipes.Recipe, folder: Path = RESULTS) -> str:
-    """The mean accuracy of the committed runs with the settings of a recipe; empty if there are none.
+    """The mean accuracy of the committed runs of a recipe; empty if there are none.
 
-    Only completed runs count that differ in nothing but the seed.
+    Only completed runs of one cell count, whose settings are all those of the recipe, defaults included, but the seed.
     """
-    wanted = {k.replace("init_args.", ""): v for k, v in flat(recipe.settings).items()}
-    wanted = {k: str(v) for k, v in wanted.items() if k not in FREE}
+    from odenets.training.options import HARMLESS  # needs the extra train
+
+    wanted = {k: v for k, v in _short(recipe.settings).items() if k not in FREE}
     for found in results(folder):
-        settings = found.get("settings", {})
-        runs = [line for line in found.get("runs", []) if line["status"] == "trained"]
-        runs = [r for r in runs if wanted.items() <= {k: str(v) for k, v in (settings | r["options"]).items()}.items()]
-        last = [run["epochs"][-1]["val/acc"] for run in runs]
-        if last:
-            mean = 100 * sum(last) / len(last)
-            return f"{mean:.2f} % top-1, {100 - mean:.2f} % error ({len(last)} seed{'s' * (len(last) > 1)})"
+        cells: dict[Any, list[dict[str, Any]]] = {}
+        for run in found.get("runs", []):
+            judged = [epoch["val/acc"] for epoch in run["epochs"] if "val/acc" in epoch]
+            if run["status"] == "trained" and judged:
+                cells.setdefault(str(run.get("cell", run["options"])), []).append({**run, "last": judged[-1]})
+        for runs in cells.values():
+            held = {k: v for k, v in found.get("settings", {}).items() if k not in ("experiment", "over", "plan")}
+            held |= runs[0]["options"]
+            if not all(k in held and _same(held[k], v) for k, v in wanted.items()):
+                continue
+            # Resolved last, which takes a while: what the recipe does not write out has its default there.
+            whole = _resolved(recipe)
+            if all(k in FREE or HARMLESS.fullmatch(k) or (k in whole and _same(held[k], whole[k])) for k in held):
+                mean = 100 * sum(run["last"] for run in runs) / len(runs)
+                return f"{mean:.2f} % top-1, {100 - mean:.2f} % error ({len(runs)} seed{'s' * (len(runs) > 1)})"
     return ""
+
+
+def _short(config: Any) -> dict[str, Any]:
+    return {name.replace("init_args.", ""): value for name, value in flat(config).items()}
+
+
+def _resolved(recipe: recipes.Recipe) -> dict[str, Any]:
+    from odenets.training.command import resolve  # needs the extra train
+
+    return _short(resolve(["fit", "-c", f"recipe:{recipe.name}"]))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values mean the same: options of a comparison are texts, and 1 stands for 1.0."""
+    try:
+        return str(a) == str(b) or float(a) == float(b)
+    except (TypeError, ValueError):
+        return False
 
 
 def paper(file: Any) -> str:

@@ -1,7 +1,9 @@
 """Checks of configuration files: what a YAML parser would silently accept, or choke on, becomes a two-line error."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from .messages import first_line
 MOST_NODES = 100_000  # of a file with its aliases expanded; a large experiment has some hundreds
 DEEPEST = 100  # levels
 LARGEST = 10 << 20  # bytes
+MODE = "odenets"  # the parser mode of `CheckedParser`
 # Numbers that YAML 1.1 reads in base 8 or 60: 010 is 8, and 1:30 is 90.
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 OTHER_BASES = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*|[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")
@@ -30,7 +33,9 @@ def check_files(words: Sequence[str]) -> None:
     # Any word may name a file: options of a subcommand take configurations of their own.
     values = [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
     configs = {words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-c", "--config")}
-    for value in dict.fromkeys(values):
+    # `-cFILE`, `-c=FILE` and `--config=FILE` mean the same.
+    configs |= {found[1] for word in words if (found := re.match(r"(?:-c=?|--config=)([^=].*)", word, re.S))}
+    for value in dict.fromkeys([*values, *configs]):
         if value in configs or value.lower().endswith((".yaml", ".yml")):
             path = Path(value)
             try:
@@ -40,6 +45,66 @@ def check_files(words: Sequence[str]) -> None:
                 continue
             if found:
                 check_file(path)
+
+
+class CheckedParser:
+    """A base of jsonargparse's parsers that checks all YAML as ``check_files`` does: in files that a file names too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("parser_mode", _checked_mode())
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's; refuses an option's number in base 8 or 60."""
+        found = super().parse_args(args, *more, **kwargs)  # type: ignore[misc]
+        _check_options(sys.argv[1:] if args is None else args, found)
+        return found
+
+
+def refusal(error: BaseException | None) -> SchemeError | None:
+    """Returns the first error of ours that led to a parser's: the parser's own message would bury it.
+
+    Args:
+        error: what the parser was given.
+    """
+    while error is not None and not isinstance(error, SchemeError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _checked_mode() -> str:
+    """The name of a mode of parsing whose YAML is checked."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    usual = get_loader("yaml")
+
+    def load(text: str, path: Any = "") -> Any:
+        found = usual(text)
+        if isinstance(found, list | dict):
+            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            _walk(node, path or "the configuration", {}, [])
+        return found
+
+    # A mode of its own: the parsers of other packages in this process stay as they are.
+    set_loader(MODE, load, (yaml.YAMLError,))
+    return MODE
+
+
+def _check_options(words: Sequence[str], config: Any) -> None:
+    """Refuses options whose numbers were read in base 8 or 60; a text such as the 1:30:00 of a duration stays one."""
+    import yaml
+
+    for word, after in zip_longest(words, words[1:], fillvalue=""):
+        key, equals, text = word.removeprefix("--").partition("=")
+        text = text if equals else after
+        if not word.startswith("--") or not OTHER_BASES.fullmatch(text):
+            continue
+        number, base = yaml.safe_load(text), 60 if ":" in text else 8
+        names = {name.replace("init_args.", ""): value for name, value in flat(config.as_dict()).items()}
+        read = [value for name, value in names.items() if f".{name}".endswith(f".{key}")]
+        if any(type(value) in (int, float) and value == number for value in read):
+            raise SchemeError(f"--{key}: YAML reads {text} in base {base}\n  Write the number in base 10.")
 
 
 def check_file(path: Path) -> None:
@@ -82,7 +147,7 @@ def _has_tab(text: str, mark: Any) -> bool:
     return mark is not None and mark.line < len(lines) and lines[mark.line].lstrip(" ").startswith("\t")
 
 
-def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int:
+def _walk(node: Any, path: Path | str, sizes: dict[int, int], above: list[int]) -> int:
     """Returns the number of values below a node with aliases expanded; raises for faults such as a duplicate key."""
     if id(node) in above:
         raise SchemeError(f"{path}, line {node.start_mark.line + 1}: an alias of something that it is a part of")
@@ -91,7 +156,7 @@ def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int
         return sizes[id(node)]
     if len(above) > DEEPEST:
         raise SchemeError(f"{path} is nested too deeply\n  A configuration has some ten levels.")
-    if node.tag in NUMBERS and node.style is None and OTHER_BASES.fullmatch(node.value):
+    if node.tag in NUMBERS and not node.style and OTHER_BASES.fullmatch(node.value):
         base = 60 if ":" in node.value else 8
         raise SchemeError(
             f"{path}, line {node.start_mark.line + 1}: YAML reads {node.value} in base {base}\n"
@@ -111,7 +176,7 @@ def _walk(node: Any, path: Path, sizes: dict[int, int], above: list[int]) -> int
     return size
 
 
-def _check_keys(pairs: Sequence[tuple[Any, Any]], path: Path) -> None:
+def _check_keys(pairs: Sequence[tuple[Any, Any]], path: Path | str) -> None:
     seen: dict[Any, int] = {}
     for key, _ in pairs:
         line = key.start_mark.line + 1

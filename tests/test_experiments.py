@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from scripts import load
 from training.pictures import write_folder, write_parquet
 from training.texts import write_texts
 
 from odenets import shapes
 from odenets.training.command import run
+from schemes import SchemeError
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 # Options that shorten the run: fewer functions and channels. The rest of each file is used unchanged.
@@ -120,3 +123,37 @@ def test_the_usual_files_are_there():
     assert {"quickstart", "cifar10_ho_resnet", "cifar10_resnet", "cifar100_ho_resnet", "ho_resnet50"} <= {
         file.stem for file in FILES
     }
+
+
+@pytest.fixture(scope="module")
+def depth():
+    """The script of the experiment with weights as functions of depth, and its committed lines."""
+    script = load("experiments/benchmarks/depth_is_time.py")
+    return script, script.lines(FILES[0].parent / "results/depth_is_time.jsonl")
+
+
+TABLES = ["arms", "otherwise", "distances", "fits", "projected", "fitted"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_runs_of_several_settings_are_in_no_table(depth, name):
+    script, rows = depth
+    assert list(script.TABLES) == TABLES and "|" in script.TABLES[name](rows)
+    other = {**rows[0], "settings": {**rows[0]["settings"], "epochs": 2}}
+    with pytest.raises(SchemeError, match="of 2 settings") as e:
+        script.TABLES[name]([*rows, other])
+    assert len(str(e.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("arms", [(), ("spline euler",), ("separate euler",)], ids=len)
+def test_tables_of_a_file_that_has_just_begun(depth, name, arms):
+    """Some arms have no line yet."""
+    script, rows = depth
+    assert isinstance(script.TABLES[name]([r for r in rows if r["arm"] in arms]), str)
+
+
+def test_a_report_of_no_lines_says_so(depth, tmp_path):
+    with pytest.raises(SchemeError, match="holds no line") as e:
+        depth[0].report(SimpleNamespace(file=tmp_path / "none.jsonl", pictures=None))
+    assert len(str(e.value).splitlines()) == 2

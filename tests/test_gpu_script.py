@@ -42,6 +42,20 @@ def raising(error):
     return run
 
 
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("room", [0, 1, 2, 5, 100])
+def test_the_largest_batch_is_the_largest_that_fits(scripts, monkeypatch, room, most):
+    def prepared(build, batch, size, device):
+        if batch > room:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(scripts["measure"], "prepared", prepared)
+    fitting = [b for b in (1, 2, 4, 8) if b <= min(room, most)]
+    found = scripts["measure"].largest_batch(lambda: None, 8, "cpu", most)
+    bound = "memory" if any(room < b <= most for b in (1, 2, 4, 8)) else f"not above {most}"
+    assert found == {"size": 8, "batch": max(fitting, default=0), "bound": bound}
+
+
 def test_each_case_is_measured_once_whatever_ends_it(scripts, tmp_path):
     measure, tables, calls = scripts["measure"], scripts["tables"], []
     path = tmp_path / "measured.jsonl"

@@ -25,6 +25,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from odenets.rebuild import rebuilt, separated
 from odenets.study.statistics import interval_text, markdown, paired
 from odenets.training.classifier import parameter_groups
 from odenets.training.refinement import follow, refine_knots
+from schemes import SchemeError
 
 ARMS = (
     "separate euler",
@@ -324,7 +326,9 @@ def projected_table(rows: Rows) -> str:
 
 def fitted_table(rows: Rows) -> str:
     """A spline through the weights of a network trained with separate ones, under several schemes and steps."""
-    first = next(r for r in rows if "fitted" in r)
+    first = next((r for r in rows if "fitted" in r), None)
+    if first is None:
+        return ""
     lines = []
     for column in first["fitted"]:
         accuracy_, apart = (by_seed(rows, first["arm"], lambda r, c=column, i=i: r["fitted"][c][i]) for i in (0, 1))
@@ -333,18 +337,36 @@ def fitted_table(rows: Rows) -> str:
     return markdown("run as | evaluations per level | accuracy, % | distance of the logits from the network's", lines)
 
 
+def of_one_setting(make: Callable[[Rows], str]) -> Callable[[Rows], str]:
+    """A table that refuses lines of several settings, whose runs it would take for seeds of one another."""
+
+    @wraps(make)
+    def made(rows: Rows) -> str:
+        settings = {json.dumps(r["settings"], sort_keys=True) for r in rows}
+        if len(settings) > 1:
+            raise SchemeError(
+                f"the lines are of {len(settings)} settings: {'; '.join(sorted(settings))}\n"
+                "  Give those of one setting: a file of their own."
+            )
+        return make(rows)
+
+    return made
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
-    "arms": arms_table,
-    "otherwise": otherwise_table,
-    "distances": distances_table,
-    "fits": fits_table,
-    "projected": projected_table,
-    "fitted": fitted_table,
+    "arms": of_one_setting(arms_table),
+    "otherwise": of_one_setting(otherwise_table),
+    "distances": of_one_setting(distances_table),
+    "fits": of_one_setting(fits_table),
+    "projected": of_one_setting(projected_table),
+    "fitted": of_one_setting(fitted_table),
 }
 
 
 def report(args: argparse.Namespace) -> None:
     rows = lines(args.file)
+    if not rows:
+        raise SchemeError(f"{args.file} holds no line\n  Write some first: depth_is_time.py train --out {args.file}")
     print(f"settings: {rows[0]['settings']}, seeds {sorted({r['seed'] for r in rows})}")
     for name, make in TABLES.items():
         print(f"\n{name}: {(make.__doc__ or '').splitlines()[0]}\n\n{make(rows)}", end="")
@@ -480,7 +502,10 @@ def main() -> None:
     of_cost = commands.add_parser("cost")
     of_cost.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    {"train": run, "report": report, "law": law, "cost": cost}[args.command](args)
+    try:
+        {"train": run, "report": report, "law": law, "cost": cost}[args.command](args)
+    except SchemeError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

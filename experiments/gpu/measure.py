@@ -98,17 +98,18 @@ def model_case(build: Callable[[], nn.Module], compiled: bool, batch: int, size:
 
 
 def largest_batch(build: Callable[[], nn.Module], size: int, device: str, most: int) -> dict[str, Any]:
-    """The largest power of two, as a batch size, for which a training step fits into memory."""
-    batch = found = 1
+    """The largest power of two, as a batch size, for which a training step fits into memory; 0 if none does."""
+    batch, found, bound = 1, 0, f"not above {most}"
     while batch <= most:
         try:
             prepared(build, batch, size, device)
         except torch.OutOfMemoryError:
+            bound = "memory"
             break
         found, batch = batch, 2 * batch
         if device == "cuda":
             torch.cuda.empty_cache()
-    return {"size": size, "batch": found, "bound": "memory" if found < most else f"not above {most}"}
+    return {"size": size, "batch": found, "bound": bound}
 
 
 def columns_case(columns: int, mode: str, batch: int, side: int, device: str) -> dict[str, Any]:

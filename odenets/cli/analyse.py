@@ -1,6 +1,7 @@
 """`odenets analyse`: figures of a trained network, and of files of results."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ..training.analyse import parser as parser
 from . import words as w
 
 COST = """Draws error against parameters and multiply-adds, for the networks in files of results: the SQLite file of a
-study, the runs.json of a comparison (val/acc of the last epoch), or CSV with a row per network: name, error or accuracy
-from 0 to 1, parameters, macs, group.
+study, the runs.json of a comparison (the last val/acc), or CSV with a row per network: name, error or accuracy from 0
+to 1, parameters, macs, group.
 
 Exit status: 0; 2 if nothing was drawn."""
 
@@ -90,17 +91,20 @@ def _of_comparison(path: Path) -> list[dict[str, Any]]:
 
     found = []
     for line in find(path).lines:
-        last = (line.get("epochs") or [{}])[-1].get("val/acc")
-        if line["status"] == TRAINED and last is not None and line.get("parameters"):
+        # Not every epoch is validated: --trainer.check_val_every_n_epoch.
+        judged = [epoch["val/acc"] for epoch in line["epochs"] if "val/acc" in epoch]
+        if line["status"] == TRAINED and judged and line["parameters"]:
             # A comparison does not count multiply-adds.
-            found.append({"group": line["cell"], "error": 1 - last, "parameters": line["parameters"], "macs": None})
+            costs = {"parameters": line["parameters"], "macs": None}
+            found.append({"group": line["cell"], "error": 1 - judged[-1], **costs})
     return found
 
 
 def _of_table(path: Path) -> list[dict[str, Any]]:
     found = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # Spreadsheets begin UTF-8 with a mark, which would be a part of the first column's name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             # From 2, since the header is line 1.
             for number, row in enumerate(csv.DictReader(file), 2):
                 found.append(_point(row, number))
@@ -117,4 +121,8 @@ def _point(row: dict[str, str], number: int) -> dict[str, Any]:
     if not 0 <= error <= 1:
         raise ValueError(f"line {number}: error {error:g} is not between 0 and 1; write 0.05 for 5 per cent")
     costs = {key: float(row[key]) if row.get(key) else None for key in ("parameters", "macs")}
+    for key, cost in costs.items():
+        # Written so that NaN is refused too.
+        if cost is not None and not 0 < cost < math.inf:
+            raise ValueError(f"line {number}: {key} {cost:g} is no finite number above 0")
     return {"group": row.get("group") or row.get("name") or "", "error": error, **costs}

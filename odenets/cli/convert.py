@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from . import words as w
 
 TEXT = """Writes the weights of a model under other keys: from a published file (or a checkpoint of a run) to the keys
 of this library, or with --like PUBLISHED back to the keys and shapes of that file, which may be any published weights
-of the same model. Nothing is written unless every key fits.
+of the same model. Numbers keep their type. Nothing is written unless every key fits.
 
   odenets convert resnet50-11ad3fa6.pth --model resnet50 --output resnet50.safetensors
   odenets convert mine.safetensors --model resnet50 --like resnet50-11ad3fa6.pth --output mine.pth
@@ -62,6 +63,8 @@ def _run(options: Any) -> None:
     net = create_model(options.model, num_classes=classes, **given)
     if classes is None and (found := _classes(net, held)) is not None:
         net = create_model(options.model, num_classes=found, **given)
+    # Loading casts to the model's type, which would round numbers of 64 bits, and double files of 16.
+    net.to(_dtype(net, held))
     done = to_own(net, held)
     if options.like is not None:
         back = to_layout(net, options.like)
@@ -80,6 +83,13 @@ def _classes(net: nn.Module, held: Mapping[str, Any]) -> int | None:
         if target.startswith("head.") and own[target].shape == (net.num_classes,) != value.shape and value.ndim == 1:
             return len(value)
     return None
+
+
+def _dtype(net: nn.Module, held: Mapping[str, Any]) -> torch.dtype:
+    """The type of a file's numbers; of several, the one that holds them all."""
+    state, _ = checkpoints.published_keys(net, held)
+    found = {value.dtype for value in state.values() if value.is_floating_point()}
+    return reduce(torch.promote_types, found) if found else torch.get_default_dtype()
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -103,8 +103,13 @@ def _options(args: Sequence[str]) -> Any:
             if getattr(found, name) is not None:
                 raise SchemeError(f"--{name} is for --corruptions\n  Give both.")
     tables = [name for name in ("sizes", "corruptions", "attack") if getattr(found, name)]
-    if form_of(found) == "csv" and len(tables) > 1:
-        raise SchemeError(f"CSV holds one table, not those of {' and '.join(tables)}\n  Give --json, or one of them.")
+    if form_of(found) == "csv":
+        if len(tables) > 1:
+            said = " and ".join(tables)
+            raise SchemeError(f"CSV holds one table, not those of {said}\n  Give --json, or one of them.")
+        for name in ("real", "calibration"):
+            if getattr(found, name) is not None:
+                raise SchemeError(f"CSV holds a table, and not the figure of --{name}\n  Give --json, or leave it out.")
     if found.diagram is not None:
         # The diagram is drawn from the bins, so it implies --calibration.
         found.calibration = found.calibration or 15
@@ -136,7 +141,10 @@ def run_evaluate(args: Sequence[str]) -> list[Prediction]:
     if options.diagram:
         from .. import plots
 
-        print(plots.reliability(figures["calibration"]["bins"], options.diagram, figures["data"]))
+        path = plots.reliability(figures["calibration"]["bins"], options.diagram, figures["data"])
+        # Not behind JSON or CSV, which another program reads.
+        if form == "table" or options.output is not None:
+            print(path)
     return unread_of(pictures)
 
 
@@ -147,15 +155,14 @@ def _figures(trained: Trained, pictures: Labelled, options: Any) -> dict[str, An
         real = RealFigures(read_real(options.real), trained.classes, options.confidence)
     calibration = None if options.calibration is None else Calibration(options.calibration)
     others = _others(trained, pictures) if options.subset else None
+    # In the network itself, so that the passes below choose among the subset too, and attacks are on that choice.
+    trained = replace(trained, others=others)
     work = {"batch_size": options.batch_size, "num_workers": options.num_workers}
     # One pass serves all of these; sizes, corruptions and attacks change the pictures, and take passes of their own.
     for numbers, x, labels in pictures.batches(**work):
         probabilities = trained.probabilities(x)
-        if others is not None:
-            probabilities = probabilities * ~others
-            # If the other classes had all of the probability, nothing is left, and 0 / 0 would be NaN.
-            probabilities /= probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        counts.add(probabilities, labels)
+        # Below 0, so that none of them is among the best five in place of one whose probability underflows to 0.
+        counts.add(probabilities if others is None else probabilities.masked_fill(others, -1.0), labels)
         if real is not None:
             real.add(probabilities, [pictures.name(i) for i in numbers])
         if calibration is not None:

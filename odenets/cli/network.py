@@ -51,7 +51,11 @@ def form_of(options: Any) -> str:
     if options.json and options.csv:
         raise SchemeError("--json and --csv exclude each other\n  Give one of them.")
     if options.output is not None:
-        return options.output.suffix.lower()[1:]
+        form = options.output.suffix.lower()[1:]
+        other = "csv" if form == "json" else "json"
+        if getattr(options, other):
+            raise SchemeError(f"--{other} and --output {options.output} exclude each other\n  Give one of them.")
+        return form
     return "json" if options.json else "csv" if options.csv else "table"
 
 

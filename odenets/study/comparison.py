@@ -26,7 +26,7 @@ from ..training.options import HARMLESS, short_name
 from .runs import ROOT, RUNS, Cost, Outcome, Run, train
 from .store import Store
 from .values import folder_name
-from .workers import by_processes, by_ray, here
+from .workers import by_processes, by_ray, check_workers, here
 
 FILE = "runs.sqlite"  # in a comparison's folder
 # Options that a comparison sets itself, and its own option that controls each.
@@ -279,8 +279,9 @@ def carry_out(
         gpus: GPUs per run, under Ray; a fraction lets several runs share one.
 
     Raises:
-        SchemeError: Ray is needed and is missing, or cannot be reached.
+        SchemeError: fewer than 0 workers; or Ray is needed and is missing, or cannot be reached.
     """
+    check_workers(workers)
     runs, done = comparison.runs(), store.done()
     left = [run for run in runs if run.name not in done]
     # Paths and words are made here: they can be sent to any worker, and none has to resolve the comparison again.

@@ -389,8 +389,14 @@ def draw(found: Found, out: Path, metric: str, target: float | None) -> list[Pat
 def _curve(line: Line, metric: str) -> list[tuple[int, float | None, float]]:
     """(epochs, millions of evaluations so far, value) after each epoch that has the metric."""
     found = []
+    spent = before = 0.0
     for n, epoch in enumerate(line["epochs"], 1):
+        calls, samples = epoch.get("evaluations"), epoch.get("cost/samples")
+        cost = None
+        if calls is not None and samples is not None:
+            # By epoch, since a net that is refined, or chooses its own steps, evaluates more in some than in others.
+            spent, before = spent + calls * (samples - before), samples
+            cost = spent / 1e6
         if metric in epoch:
-            calls, samples = epoch.get("evaluations"), epoch.get("cost/samples")
-            found.append((n, None if calls is None or samples is None else calls * samples / 1e6, epoch[metric]))
+            found.append((n, cost, epoch[metric]))
     return found

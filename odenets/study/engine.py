@@ -4,16 +4,18 @@ One process hands out the work and writes the results. Ray finds the workers, se
 another worker if its own dies. Recorded networks are not trained again, so a study that was stopped resumes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from schemes import SchemeError
+
 from .space import Candidate
-from .store import Result, Store
+from .store import Result, Store, read
 from .train import Study, train
-from .workers import by_ray, check_gpus, here
+from .workers import by_ray, check_gpus, check_workers, here
 
 Trainer = Callable[[Study, Candidate], Result]
 
@@ -54,10 +56,14 @@ def run(
         trainer: trains one network.
 
     Raises:
-        SchemeError: Ray is needed and is missing, or cannot be reached.
+        SchemeError: the store holds other networks than the study draws for these pictures, as for another number of
+            classes; fewer than 0 workers; or Ray is needed and is missing, or cannot be reached.
     """
-    candidates = study.candidates(study.data().num_classes)
+    check_workers(workers)
+    classes = study.data().num_classes
+    candidates = study.candidates(classes)
     done = store.done()
+    _check_recorded(store, candidates, study.classes or classes)
     left = [c for c in candidates if c.number not in done]
     # Before any worker is started: a study that is done needs neither Ray nor a GPU.
     if not left:
@@ -84,3 +90,18 @@ def run(
         store.add(candidate, result)
         finished += 1
         yield Progress(finished, len(candidates), candidate, result)
+
+
+def _check_recorded(store: Store, candidates: Sequence[Candidate], classes: int) -> None:
+    """Refuses to go on where the recorded networks are others than those that are drawn now under their numbers."""
+    recorded = {line["number"]: line for line in read(store.path, store.table)[1]}
+    for candidate in candidates:
+        line, own = recorded.get(candidate.number), vars(candidate)
+        # The settings cannot tell: they do not say how many classes "all of them" were.
+        if line is not None and (other := [name for name in own if line[name] != own[name]]):
+            differs = ", ".join(f"{name} {line[name]} there, {own[name]} now" for name in other[-2:])
+            raise SchemeError(
+                f"{store.path} holds other networks than are drawn for pictures of {classes} classes (number "
+                f"{candidate.number}: {differs})\n"
+                "  Go on over the pictures that it was begun with, or give this study a file of its own."
+            )

@@ -71,7 +71,7 @@ def compare(
     found = []
     for name, strata in rows:
         # A variance takes two networks; one thin stratum leaves the whole row without an interval, so it is left out.
-        if min(min(map(len, s)) for s in strata) < 2:
+        if not strata or min(min(map(len, s)) for s in strata) < 2:
             continue
         a, b = (list(itertools.chain(*(s[i] for s in strata))) for i in (0, 1))
         found.append(

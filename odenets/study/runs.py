@@ -64,7 +64,7 @@ class Outcome:
         evaluations: evaluations of residual functions in one forward pass.
         samples: number of samples that were trained on, summed over epochs.
         wall_s: wall-clock seconds of training and validation, without what was lost to kills.
-        cpu_s: the same in processor time.
+        cpu_s: the same in processor time, of all processes that train, but not of those that load for them.
         epochs: the figures logged after each epoch.
         error: what went wrong.
         worker: machine and process.
@@ -87,7 +87,8 @@ RUNS = Table("runs", Run, Outcome, "name")
 class Cost(Callback):
     """Logs cost/samples, cost/wall_s and cost/cpu_s once per epoch, counted from the run's beginning.
 
-    The counts are kept in checkpoints, so that a resumed run continues them.
+    Processor time is the sum over the processes that train, without those that load pictures for them. The counts are
+    kept in checkpoints, so that a resumed run continues them.
     """
 
     def __init__(self) -> None:
@@ -114,8 +115,10 @@ class Cost(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._count()
         # As double tensors: `log` converts plain numbers to single precision, which cannot count by ones above 2^24.
-        for name, value in (("samples", self.samples), ("wall_s", self.wall), ("cpu_s", self.cpu)):
-            pl_module.log(f"cost/{name}", torch.tensor(float(value), dtype=torch.float64), sync_dist=True)
+        for name, count in (("samples", self.samples), ("wall_s", self.wall), ("cpu_s", self.cpu)):
+            how = "sum" if name == "cpu_s" else "mean"  # over processes: they train at the same time
+            value = torch.tensor(float(count), dtype=torch.float64)
+            pl_module.log(f"cost/{name}", value, sync_dist=True, reduce_fx=how)
 
     def state_dict(self) -> dict[str, Any]:
         if self._since is not None:

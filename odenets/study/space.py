@@ -143,13 +143,24 @@ def scheme_of(name: str, width: int) -> Scheme:
         width: channels that a function returns.
 
     Raises:
-        SchemeError: neither "dense" nor a fixed-step scheme of one stream.
+        SchemeError: neither "dense" nor a fixed-step scheme of one stream, or one with functions that nothing reads.
     """
     if name == "dense":
         return Dense(width)
     scheme = schemes.get(name)
-    if scheme.streams != 1 or scheme.nodes is None or isinstance(scheme, Dense):
-        raise SchemeError(f"a study compares dense and fixed-step schemes of one stream; {name} is none of them.")
+    # A step may begin with one stream and append others: such functions have other widths than `count` supposes.
+    widened = scheme.streams != 1 or any(scheme.whole(n).streams_added for n in (0, 1))
+    if widened or scheme.nodes is None or isinstance(scheme, Dense):
+        raise SchemeError(
+            f"a study compares dense and fixed-step schemes of one stream; {name} is none of them.\n"
+            "  Take one of these, such as midpoint or rk4."
+        )
+    # Networks are compared at equal parameters and multiply-adds, so each function must be evaluated, and once.
+    if scheme.unused or scheme.evaluations != scheme.stages:
+        raise SchemeError(
+            f"{name} has {scheme.stages} residual functions a step and evaluates {scheme.evaluations}: weights that do "
+            "nothing would fill the budget\n  Take a scheme that evaluates each of its functions once, such as rk4."
+        )
     return scheme
 
 
@@ -176,10 +187,21 @@ def count(
         size: side of the pictures.
         classes: width of the head.
 
+    Raises:
+        SchemeError: a scheme that a study does not compare; see ``scheme_of``.
+
     Example:
         >>> count("euler", "pre", 3, 32, 32, 3, size=64, classes=200)
         (41896, 35494144)
     """
+    scheme_of(scheme, width)
+    return _count(scheme, order, depth, middle, width, kernel, size, classes)
+
+
+def _count(
+    scheme: str, order: Order, depth: int, middle: int, width: int, kernel: int, size: int, classes: int
+) -> tuple[int, int]:
+    """As ``count``, of a scheme that is known to be one of a study: thousands of shapes have the same."""
     dense = scheme == "dense"
     inputs = [width * (i + 1) if dense else width for i in range(depth)]
     last = width * (depth + 1) if dense else width
@@ -206,7 +228,7 @@ def shapes(
     for depth, middle, width, kernel in itertools.product(space.depths, space.middles, space.widths, space.kernels):
         if depth % stages:
             continue
-        params, macs = count(scheme, order, depth, middle, width, kernel, size=size, classes=classes)
+        params, macs = _count(scheme, order, depth, middle, width, kernel, size, classes)
         if space.params[0] < params < space.params[1] and space.macs[0] < macs < space.macs[1]:
             found.append((depth, middle, width, kernel, params, macs))
     return tuple(found)

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from schemes import SchemeError
 
-from ..config_files import check_files
+from ..config_files import CheckedParser, check_files, refusal
 from ..messages import TIP, closed_output, explain, fail
 from ..packaged import with_files
 from ..training.sources import DataError
@@ -25,12 +25,14 @@ from .train import Study
 HELP = "odenets study run --help lists every option"
 
 
-class StudyParser(ArgumentParser):
+class StudyParser(CheckedParser, ArgumentParser):
     """A parser whose errors are two lines."""
 
     command_line: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if (own := refusal(ex)) is not None:
+            fail(str(own), HELP)
         # An error inside a subcommand carries that subcommand's parser, whose options resemble a misspelt one.
         names = [action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions]
         first, second = explain(message, self.command_line, names)

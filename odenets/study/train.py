@@ -29,6 +29,20 @@ from .store import TRAINED, Result
 
 # May differ between two runs of one study: where the pictures are, how many networks are trained, on what hardware.
 _FREE = ("root", "per_kind", "threads", "gpus")
+_SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # what Lightning's seeding leaves in the environment
+# The least and the greatest value of each number. A network's seed is 1,000,003 times the study's plus its number, and
+# generators take 32 bits.
+_RANGES: dict[str, tuple[int, float]] = {
+    **dict.fromkeys(("per_kind", "size", "epochs", "batch_size", "threads"), (1, math.inf)),
+    **dict.fromkeys(("lr", "weight_decay", "crop", "rank_pictures", "gpus"), (0, math.inf)),
+    "seed": (0, 4294),
+    "flip": (0, 1),
+}
+_WORDS: dict[str, tuple[str | None, ...]] = {
+    "optimizer": ("sgd", "adamw", None),
+    "schedule": ("steps", "cosine"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,11 +97,16 @@ class Study:
             raise SchemeError(f"space is {self.space!r}, want one of {', '.join(SPACES)}.")
         if len(set(self.schemes)) < max(2, len(self.schemes)):
             raise SchemeError(f"schemes are {', '.join(self.schemes)}: want two or more, each once.")
-        for name in ("per_kind", "size", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise SchemeError(f"{name} is {getattr(self, name)}, want 1 or more.")
-        if self.epochs is not None and self.epochs < 1:
-            raise SchemeError(f"epochs is {self.epochs}, want 1 or more.")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            # Written so that NaN is refused too.
+            if value is not None and not (least <= value <= most and value < math.inf):
+                want = f"{least} or more" if most == math.inf else f"{least} to {most}"
+                raise SchemeError(f"{name} is {value}, want {want}.")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                known = ", ".join(filter(None, words))
+                raise SchemeError(f"{name} is {getattr(self, name)!r}, want one of {known}.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +153,7 @@ def train(study: Study, candidate: Candidate) -> Result:
     """Trains one network of a study; an exception on the way becomes its result and is not raised.
 
     The same study and candidate give the same result on the same kind of machine, whatever was trained before. The
-    random state of the process is left as it was.
+    random state of the process is left as it was, the seeds in its environment included.
 
     Args:
         study: the settings that all networks share.
@@ -142,6 +161,7 @@ def train(study: Study, candidate: Candidate) -> Result:
     """
     worker = f"{platform.node()}:{os.getpid()}"
     threads = torch.get_num_threads()
+    seeds = {name: os.environ.get(name) for name in _SEEDS}
     start = time.perf_counter()
     try:
         torch.set_num_threads(study.threads)
@@ -154,6 +174,11 @@ def train(study: Study, candidate: Candidate) -> Result:
         return Result("failed", seconds=time.perf_counter() - start, error=text[:500], worker=worker)
     finally:
         torch.set_num_threads(threads)
+        for name, value in seeds.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _train(study: Study, candidate: Candidate, worker: str) -> Result:
@@ -179,14 +204,17 @@ def _train(study: Study, candidate: Candidate, worker: str) -> Result:
     if study.rank_pictures and finite:
         with torch.no_grad():
             ranks = [(r.width, r.numerical, round(r.effective, 4)) for r in rank_profile(net.trajectory(x))]
+    # Kept bytes are measured last: they take a pass in training mode, which updates the norms' statistics; and in the
+    # precision of training, which decides what is kept.
+    with trainer.precision_plugin.forward_context():
+        kept = kept_bytes(net.train(), *_batch(data, "train", study.batch_size))
     return Result(
-        # Kept bytes are measured last: they take a pass in training mode, which updates the norms' statistics.
         TRAINED if finite else "diverged",
         figures["val/acc"] if finite else None,
         figures["val/loss"] if finite else None,
         figures["train/loss"] if finite else None,
         round(seconds, 2),
-        round(kept_bytes(net.train(), *_batch(data, "train", study.batch_size)) / 2**20, 3),
+        round(kept / 2**20, 3),
         ranks,
         "" if finite else "the loss is no finite number",
         worker,
@@ -219,9 +247,9 @@ def _augmentation(candidate: Candidate) -> dict[str, Any]:
 def _optimizer(study: Study) -> Any:
     if (study.optimizer or study.ranges.optimizer) == "adamw":
         decay = 0.05 if study.weight_decay is None else study.weight_decay
-        return partial(torch.optim.AdamW, lr=study.lr or 1e-3, weight_decay=decay)
-    decay = 1e-4 if study.weight_decay is None else study.weight_decay
-    return partial(torch.optim.SGD, lr=study.lr or 0.1, momentum=0.9, nesterov=True, weight_decay=decay)
+        return partial(torch.optim.AdamW, lr=1e-3 if study.lr is None else study.lr, weight_decay=decay)
+    decay, lr = 1e-4 if study.weight_decay is None else study.weight_decay, 0.1 if study.lr is None else study.lr
+    return partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True, weight_decay=decay)
 
 
 def _batch(data: Images, name: str, count: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,16 @@ def check_gpus(option: str, wanted: float, found: float) -> None:
         raise SchemeError(f"{option} is {wanted:g}, and this machine has {found:g} GPUs; 0 trains on the CPU.")
 
 
+def check_workers(workers: int | None) -> None:
+    """Refuses a number of workers below 0, to which no task would be given.
+
+    Args:
+        workers: the number; None leaves it open.
+    """
+    if workers is not None and workers < 0:
+        raise SchemeError(f"--workers {workers}: want 0 or more\n  0 trains in this process, one after the other.")
+
+
 def here(tasks: Sequence[Task], work: Callable[[Task], Outcome]) -> Generator[tuple[Task, Outcome], None, None]:
     """Does tasks one after the other, in this process.
 
@@ -133,7 +143,7 @@ def _received(connection: Connection) -> tuple[str, Any] | None:
     with connection:
         try:
             return connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # an OSError too if it died in the middle of a message
             return None
 
 

@@ -39,7 +39,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from schemes import SchemeError
 
-from ..config_files import check_files
+from ..config_files import CheckedParser, check_files, refusal
 from ..extras import explained
 from ..messages import explain, fail
 from ..packaged import with_files
@@ -94,7 +94,7 @@ QUIET_IN_EVALUATION = (
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
-class TrainingParser(LightningArgumentParser):
+class TrainingParser(CheckedParser, LightningArgumentParser):
     """A parser whose errors are two lines, where jsonargparse prints a usage of ninety."""
 
     command_line: Sequence[str] = ()
@@ -108,6 +108,8 @@ class TrainingParser(LightningArgumentParser):
         return super().add_function_arguments(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if (own := refusal(ex)) is not None:
+            fail(str(own))
         # Suggestions for a mistyped option come from those of the subcommand.
         parser = getattr(ex, "subcommand_parser", None) or self
         names = [action.dest for action in parser._actions]

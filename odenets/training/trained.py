@@ -40,6 +40,7 @@ class Trained:
         view: How a picture is presented to it.
         data: Configuration of the data that it was trained on: class_path, init_args; None if it is not known.
         step: Optimiser steps that it was trained for.
+        others: Mask (classes,) of the classes that it never predicts; None: it chooses among all.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Trained:
     view: View
     data: Mapping[str, Any] | None
     step: int
+    others: Tensor | None = None
 
     @torch.inference_mode()
     def probabilities(self, x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class Trained:
         return self.logits(x.to(next(self.net.parameters()).device)).softmax(1).cpu()
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the logits (n, classes), in float32, with a graph if one is being recorded.
+        """Returns the logits (n, classes), in float32, with a graph if one is being recorded; -inf for ``others``.
 
         Args:
             x: Pictures on the network's device, as ``probabilities`` takes them.
@@ -75,7 +77,8 @@ class Trained:
             raise SchemeError(
                 f"{self.path} gives logits that are not finite\n  Its training diverged: take an earlier checkpoint."
             )
-        return logits
+        # Before any softmax: the other classes may have so much of it that nothing is left to share out.
+        return logits if self.others is None else logits.masked_fill(self.others.to(logits.device), -torch.inf)
 
 
 def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:

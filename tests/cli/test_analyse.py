@@ -9,7 +9,9 @@ import pytest
 from odenets import plots
 from odenets.cli import main
 from odenets.cli.analyse import read_points
+from odenets.study.comparison_report import find, rows_of
 from odenets.study.store import read
+from schemes import SchemeError
 
 from .test_pictures import fails
 
@@ -58,6 +60,34 @@ def test_a_table_of_ones_own(tmp_path, monkeypatch, capsys):
     groups = {p["group"] for p in seen[0]}
     assert "own: x" in groups and any(group.startswith("campaign_digits: ") for group in groups)
     assert capsys.readouterr().out.strip() == str(out)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_a_run_counts_by_the_last_epoch_that_was_judged(tmp_path, every):
+    held = json.loads((RESULTS / "campaign_digits.json").read_text())
+    for run in held["runs"]:
+        for n, epoch in enumerate(run["epochs"], 1):
+            if n % every:
+                del epoch["val/acc"]
+    (tmp_path / "runs.json").write_text(json.dumps(held))
+    found = find(tmp_path / "runs.json")
+    figures = [value for row in rows_of(found) for value in row.figures.values()]
+    assert [1 - p["error"] for p in read_points(tmp_path / "runs.json")] == pytest.approx(figures) and figures
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_the_first_column_has_its_name_however_a_spreadsheet_wrote_it(tmp_path, encoding):
+    (tmp_path / "a.csv").write_text("group,error,macs\nmine,0.1,5\n", encoding=encoding)
+    assert read_points(tmp_path / "a.csv") == [{"group": "mine", "error": 0.1, "parameters": None, "macs": 5.0}]
+
+
+@pytest.mark.parametrize("column", ["parameters", "macs"])
+@pytest.mark.parametrize("cost", [-5, 0, "nan", "inf", "-inf", "1e999"])
+def test_a_cost_is_a_finite_number_above_0(tmp_path, column, cost):
+    path = table(tmp_path / "a.csv", {"name": "a", "error": 0.1, column: 7}, {"name": "b", "error": 0.1, column: cost})
+    with pytest.raises(SchemeError, match=rf"line 3: {column} \S+ is no finite number above 0") as e:
+        read_points(path)
+    assert len(str(e.value).splitlines()) == 2
 
 
 def test_the_figure_is_drawn(tmp_path, capsys):

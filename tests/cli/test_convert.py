@@ -48,6 +48,35 @@ def test_files_there_and_back(capsys, tmp_path, monkeypatch, suffix):
 
 
 @pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        (["float32"], "float32"),
+        (["float64"], "float64"),
+        (["bfloat16"], "bfloat16"),
+        (["float16"], "float16"),
+        (["bfloat16", "float16"], "float32"),
+        (["bfloat16", "float64"], "float64"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_numbers_keep_their_type(capsys, tmp_path, kinds, wanted, suffix):
+    """Of several types, all have the one that holds them: no number is rounded."""
+    state, n = create_model("resnet20").state_dict(), 0
+    for key, value in state.items():
+        if value.is_floating_point():
+            state[key] = torch.rand(value.shape, dtype=torch.float64).to(getattr(torch, kinds[n % len(kinds)]))
+            n += 1
+    torch.save(state, tmp_path / "held.pth")
+    path = tmp_path / f"out.{suffix}"
+    answer(capsys, "convert", str(tmp_path / "held.pth"), "--model", "resnet20", "--output", str(path))
+    found = checkpoints.read(path)
+    for key, value in state.items():
+        assert found[key].dtype == (getattr(torch, wanted) if value.is_floating_point() else value.dtype)
+        assert torch.equal(found[key].double(), value.double())
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (["x.pth", "--model", "resnet20"], "--output"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from odenets.training.judge import RealFigures
 from odenets.training.labelled import Labelled, levels_of, read_classes, read_real, real_number
 from odenets.training.robustness import corruption_figures, read_baseline, read_frost, size_figures
 from odenets.training.sources import DataError
-from odenets.training.trained import open_trained
+from odenets.training.trained import Trained, open_trained
+from odenets.training.view import View
 from schemes import SchemeError
 
 from .test_pictures import answer, fails
@@ -213,6 +215,14 @@ def test_calibration_and_its_diagram(capsys, digits, tmp_path):
     assert ".svg" in fails(capsys, "evaluate", str(digits), "--diagram", "x.bmp")
 
 
+@pytest.mark.parametrize("form", ["--json", "--csv"])
+def test_what_a_program_reads_is_the_same_with_a_diagram(capsys, digits, tmp_path, form):
+    words = ["evaluate", str(digits), "--limit", "30", form, *(["--calibration"] if form == "--json" else [])]
+    file = tmp_path / "reliability.svg"
+    alone, drawn = (answer(capsys, *words, *more)[0] for more in ([], ["--diagram", str(file)]))
+    assert drawn == alone and "<svg" in file.read_text()
+
+
 def test_classes_that_the_network_does_not_know_are_all_named(capsys, photos, whole, tmp_path):
     for name in ("c1", "zebra", "yak"):
         (tmp_path / name).mkdir()
@@ -262,6 +272,44 @@ def test_a_subset_is_chosen_among_alone(capsys, photos, tmp_path):
     assert {row["class"] for row in found["classes"]} <= {"c1", "c2"}
 
 
+class Colours(torch.nn.Module):
+    """Scores that are linear in the mean levels of a picture, times a factor, and moved by an offset per class."""
+
+    def __init__(self, factor, offset):
+        super().__init__()
+        mix = torch.randn(len(offset), 3, generator=torch.Generator().manual_seed(0))
+        self.mix, self.offset = torch.nn.Parameter(factor * mix), torch.nn.Parameter(torch.tensor(offset))
+
+    def forward(self, x):
+        return x.mean((2, 3)) @ self.mix.T + self.offset
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3], ids=["near", "far"])  # at 1e3 the others take all of the softmax
+@pytest.mark.parametrize("words", ["", "--sizes 8,12", "--attack fgsm(0.1)", "--corruptions fog --strengths 1,5"])
+def test_among_a_subset_a_network_is_the_one_that_has_no_other_outputs(
+    factor, offset, words, capsys, tmp_path, monkeypatch
+):
+    kept = [0, 2, 3, 5, 6, 7]
+    for c in kept:
+        (tmp_path / f"c{c}").mkdir()
+        for i in range(3):
+            Image.new("RGB", (12, 12), (40 * i, 30 * c, 255 - 80 * i)).save(tmp_path / f"c{c}" / f"{i}.png")
+    view = View(3, 8, 8, 1.0, "bilinear", [0.5] * 3, [0.5] * 3)
+    net = Colours(factor, [0.0 if c in kept else offset for c in range(8)]).eval()
+    whole = Trained(Path("x.ckpt"), net, [f"c{c}" for c in range(8)], view, None, 0)
+    cut = Colours(factor, [0.0] * 8).eval()
+    cut.mix, cut.offset = (torch.nn.Parameter(p.detach()[kept]) for p in (cut.mix, cut.offset))
+    found = []
+    for trained, subset in ((whole, ["--subset"]), (replace(whole, net=cut, classes=[f"c{c}" for c in kept]), [])):
+        monkeypatch.setattr("odenets.cli.evaluate.open_network", lambda options, trained=trained: trained)
+        out, _ = answer(capsys, "evaluate", "x.ckpt", str(tmp_path), "--json", "--calibration", *words.split(), *subset)
+        found.append(json.loads(out))
+    assert found[0].pop("subset") == 6
+    assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
+    assert found[0] == found[1]
+
+
 def test_real_labels_know_several_right_answers(tmp_path):
     file = tmp_path / "real.json"
     real = [[1, 7], [], [999], [3]]
@@ -308,6 +356,11 @@ def test_levels_are_whole():
         (["{ckpt}", "--frost", "a"], "for --corruptions"),
         (["{ckpt}", "--attack", "cw(1)"], "no 'cw'"),
         (["{ckpt}", "--attack", "fgsm", "--corruptions", "--csv"], "one table"),
+        (["{ckpt}", "--csv", "--calibration"], "the figure of --calibration"),
+        (["{ckpt}", "--csv", "--real", "real.json"], "the figure of --real"),
+        (["{ckpt}", "--output", "x.csv", "--calibration"], "the figure of --calibration"),
+        (["{ckpt}", "--csv", "--output", "x.json"], "--csv and --output x.json exclude"),
+        (["{ckpt}", "--json", "--output", "x.csv"], "--json and --output x.csv exclude"),
         (["{ckpt}", "--sizes", "0"], "below 1"),
         (["{ckpt}", "--real", "nowhere.json"], "real.json"),
     ],

@@ -2,14 +2,17 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
 import sqlite3
+import struct
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,16 +22,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from scipy import stats
+from torch import nn
 from training.runs import ROOT, kills
+from training.test_classifier import Random, trainer
 
 from odenets.cli import main
 from odenets.config_files import flat
-from odenets.study import workers
+from odenets.study import engine, workers
 from odenets.study.compare_command import planned
-from odenets.study.comparison_report import Found, export, find, hours, rows_of, table_of, usual_target
-from odenets.study.runs import RUNS, epochs_of
+from odenets.study.comparison import carry_out
+from odenets.study.comparison_report import Found, _curve, export, find, hours, rows_of, table_of, usual_target
+from odenets.study.runs import RUNS, Cost, epochs_of
 from odenets.study.statistics import paired
 from odenets.study.store import read
+from odenets.study.train import Study
+from odenets.training import Classifier
 from odenets.training.command import resolve
 from odenets.training.command import run as fit
 from schemes import SchemeError
@@ -156,6 +164,27 @@ def test_a_killed_comparison_goes_on_to_what_was_not_killed(experiment, killed, 
 def test_counts_are_exact_and_figures_have_seven_digits(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,cost/samples,val/loss,lr-SGD\n0,115305031.0,0.12345678912,0.1\n")
     assert epochs_of(tmp_path) == [{"epoch": 0, "cost/samples": 115305031.0, "val/loss": 0.1234568}]
+
+
+class Known(Cost):
+    """Takes the times of a process from its rank."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.rank = trainer.global_rank
+
+    def _count(self):
+        self.wall, self.cpu = 5.0, 2.0 + 3 * self.rank
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning: workers, intervals, forks of a process with threads
+@pytest.mark.parametrize(("devices", "cpu"), [(1, 2.0), (2, 7.0)])
+def test_processor_time_is_that_of_all_processes(tmp_path, devices, cpu):
+    """The clock runs once for all of them."""
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), partial(torch.optim.SGD, lr=0.1))
+    options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
+    run = trainer(tmp_path, callbacks=[Known()], max_epochs=1, **options)
+    run.fit(module, Random(n=16))
+    assert (float(run.callback_metrics["cost/cpu_s"]), float(run.callback_metrics["cost/wall_s"])) == (cpu, 5.0)
 
 
 @pytest.mark.long
@@ -405,6 +434,26 @@ def test_what_did_not_end_well_has_no_part_in_means():
     assert "- b, seed 1: diverged after 4 epochs; e" in table
 
 
+@pytest.mark.parametrize("calls", [[6, 6, 6, 6], [3, 6, 12, 6], [2.5, None, 4.25, 8]])
+@pytest.mark.parametrize("judged", [1, 2])
+def test_what_a_run_has_cost_is_the_sum_over_its_epochs(calls, judged):
+    """A net may be refined, or choose its steps: an epoch costs what its own evaluations say."""
+    (line,) = made_up({"a": {0: 0.5}}).lines
+    total, wanted, waiting = 0.0, [], 0
+    for n, (epoch, count) in enumerate(zip(line["epochs"], calls, strict=True), 1):
+        waiting += 100
+        if count is None:
+            del epoch["evaluations"]
+        else:
+            epoch["evaluations"] = count
+            total, waiting = total + count * waiting / 1e6, 0
+        if n % judged:
+            del epoch["val/acc"]
+        else:
+            wanted.append(None if count is None else pytest.approx(total))
+    assert [cost for _, cost, _ in _curve(line, "val/acc")] == wanted
+
+
 def test_the_usual_target_is_one_that_every_run_of_the_baseline_reaches():
     found = made_up({"a": {0: 0.57, 1: 0.61}, "b": {0: 0.9, 1: 0.1}})
     assert usual_target(found, "val/acc") == 0.55 and usual_target(found, "val/loss") == 0.45
@@ -432,6 +481,23 @@ def test_an_export_differs_where_runs_differ(tmp_path):
 def by(work, tasks, **options):
     options.setdefault("preload", ["odenets.study.comparison"])
     return workers.by_processes(tasks, work, lambda error: f"failed: {error}", workers=2, **options)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", struct.pack("!i", 1000), struct.pack("!i", 1000) + b"x" * 10])
+def test_a_process_that_dies_in_the_middle_of_a_word_has_said_nothing(sent):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), sent)
+    theirs.close()
+    assert workers._received(ours) is None
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_workers_are_0_or_more(address):
+    """Below 0 no task would ever be given to one."""
+    for run in (lambda **who: carry_out(None, None, **who), lambda **who: engine.run(Study(), None, **who)):
+        with pytest.raises(SchemeError, match="--workers -1: want 0 or more") as e:
+            next(run(workers=-1, address=address))
+        assert len(str(e.value).splitlines()) == 2
 
 
 def test_tasks_are_done_once_each(processes):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,25 @@ def test_other_settings_are_refused_and_named(study, tmp_path):
     assert read(tmp_path / "empty.sqlite")[0]["seed"] == 0
     moved = dataclasses.replace(study, root=study.root + "/.", threads=2)  # neither changes a result
     assert finish(moved, path, trainer=quick) == []
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 3), (4, 200), (10, 11)])
+def test_all_classes_are_as_many_as_before(study, tmp_path, monkeypatch, first, then):
+    """Settings that say "all of them" mean other networks over pictures of other classes."""
+    path, seen = tmp_path / "s.sqlite", [first]
+    monkeypatch.setattr(Study, "data", lambda self: SimpleNamespace(num_classes=seen[0]))
+    finish(study, path, trainer=quick)
+    seen[0], more = then, dataclasses.replace(study, per_kind=3)
+    with pytest.raises(SchemeError, match=f"other networks than are drawn for pictures of {then} classes") as e:
+        finish(more, path, trainer=quick)
+    assert len(str(e.value).splitlines()) == 2 and len(read(path)[1]) == 12
+    seen[0] = first
+    assert len(finish(more, path, trainer=quick)) == 6
+    # A study that names its classes takes these, however many there are.
+    own = dataclasses.replace(study, classes=3)
+    finish(own, tmp_path / "own.sqlite", trainer=quick)
+    seen[0] = then
+    assert finish(own, tmp_path / "own.sqlite", trainer=quick) == []
 
 
 def test_one_process_writes(study, tmp_path):

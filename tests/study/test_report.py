@@ -156,6 +156,17 @@ def test_too_few_networks_are_said_to_be(tmp_path):
         print_report(tmp_path / "s.sqlite")
 
 
+@pytest.mark.parametrize("lines", [[], [Result("failed", error="x")], [Result("diverged")] * 6], ids=len)
+def test_so_are_none_that_were_trained(lines, tmp_path):
+    study = Study()
+    drawn = sample(SPACES["mini"], study.schemes, 2, size=32)
+    with Store(tmp_path / "s.sqlite", study.settings) as store:
+        for candidate, result in zip(drawn, lines, strict=False):
+            store.add(candidate, result)
+    with pytest.raises(SchemeError, match="too few networks to compare"):
+        print_report(tmp_path / "s.sqlite")
+
+
 def test_the_sample_is_shown(pictures, capsys):
     main(["study", "sample", "--study.root", str(pictures), "--study.size", "32", "--study.per_kind", "2"])
     lines = capsys.readouterr().out.splitlines()

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import schemes
 from odenets.study import SPACES, Candidate, RandomNet, count, sample
-from odenets.study.space import ORDERS, shapes
+from odenets.study.space import ORDERS, scheme_of, shapes
 from schemes import SchemeError
 
 
@@ -34,6 +35,40 @@ def test_the_formula_counts_what_the_network_has(scheme, order, depth, middle, w
     assert sum(p.numel() for p in net.parameters()) == params
     # Runge-Kutta takes each of its functions once a step, but not those that nothing reads.
     assert counter.get_total_flops() == 2 * macs
+
+
+@pytest.mark.cases(8)
+@pytest.mark.filterwarnings("ignore::schemes.MixingWarning")
+@pytest.mark.parametrize("text", [*(t for n in schemes.names() for t in schemes.examples(n)), "dopri5 + euler"])
+def test_a_scheme_is_counted_right_or_refused_before_a_network_is_drawn(text):
+    """A budget counts what the network has and does: no function that nothing reads, none of another width."""
+    try:
+        scheme = scheme_of(text, 4)
+    except SchemeError:
+        with pytest.raises(SchemeError):
+            count(text, "pre", 4, 4, 4, 3, size=8, classes=5)
+        with pytest.raises(SchemeError):
+            sample(SPACES["mini"], ("euler", text), 1, size=32, classes=10)
+        return
+    candidate = Candidate(0, text, "pre", 2 * scheme.stages, 3, 4, 3, "relu", "layer")
+    with torch.device("meta"):
+        net = RandomNet(candidate, 5).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.empty(1, 3, 8, 8))
+    found = sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
+    assert count(text, "pre", candidate.depth, 3, 4, 3, size=8, classes=5) == found
+
+
+@pytest.mark.parametrize("text", ["dopri5", "bosh3", "verner89", "2*tsit5", "nested(bosh3, euler)", "repeat(bosh3, 2)"])
+def test_a_scheme_with_functions_that_nothing_reads_is_refused(text):
+    with pytest.raises(SchemeError, match=r"weights that do nothing.*\n  Take"):
+        scheme_of(text, 4)
+
+
+@pytest.mark.parametrize("text", ["revcol", "revcol(3, growth=1)", "repeat(revcol, 2)", "repeat(dense(3), 2)"])
+def test_a_scheme_that_appends_streams_is_refused(text):
+    with pytest.raises(SchemeError, match="of one stream"):
+        scheme_of(text, 4)
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -1,11 +1,15 @@
 """One network is trained the same whatever came before it, and what goes wrong on the way is a result."""
 
 import dataclasses
+import math
+import os
 
 import pytest
 import torch
 from torch import nn
 
+from odenets.study import RandomNet
+from odenets.study import train as train_module
 from odenets.study.train import Study, kept_bytes, train
 from odenets.training import Milestones
 from odenets.training.sources import DataError
@@ -50,6 +54,18 @@ def test_training_leaves_random_state_and_threads_alone(study):
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train(dataclasses.replace(study, threads=2), study.candidates(4)[0])
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("value", [None, "5"])
+def test_seeds_in_the_environment_are_left_alone(study, monkeypatch, value):
+    """Lightning's seeding writes them, and its next call without a number would take them."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    train(study, dataclasses.replace(study.candidates(4)[0], scheme="midpoint", depth=3))
+    assert [os.environ.get(name) for name in names] == [value, value]
 
 
 def test_a_network_that_cannot_be_trained_is_a_failed_line(study):
@@ -102,6 +118,38 @@ def test_wrong_options_are_refused_at_once(options, message):
         Study(**options)
 
 
+COUNTS = ["per_kind", "size", "epochs", "batch_size", "threads"]
+AMOUNTS = ["lr", "weight_decay", "crop", "rank_pictures", "gpus"]
+ENDS = [*((n, 1, math.inf) for n in COUNTS), *((n, 0, math.inf) for n in AMOUNTS), ("seed", 0, 4294), ("flip", 0, 1)]
+
+
+@pytest.mark.parametrize(("name", "least", "most"), ENDS)
+def test_numbers_have_two_ends(name, least, most):
+    for value in (least, least + 1 if most == math.inf else most):
+        assert getattr(Study(**{name: value}), name) == value
+    for value in (least - 1, -math.inf, math.nan, math.inf, *([] if most == math.inf else [most + 1])):
+        with pytest.raises(SchemeError, match=rf"{name} is {value}, want {least} (or more|to {most})"):
+            Study(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["optimizer", "schedule", "precision"])
+def test_words_are_some_of_few(name):
+    with pytest.raises(SchemeError, match=f"{name} is 'adam', want one of "):
+        Study(**{name: "adam"})
+
+
+@pytest.mark.parametrize(("optimizer", "usual"), [("sgd", 0.1), ("adamw", 1e-3)])
+def test_the_rate_is_the_one_given(optimizer, usual):
+    """A rate of 0 trains nothing, which a control may want; it is no missing rate."""
+    for lr in (0.0, 1e-4, 0.5):
+        assert train_module._optimizer(Study(optimizer=optimizer, lr=lr)).keywords["lr"] == lr
+    assert train_module._optimizer(Study(optimizer=optimizer)).keywords["lr"] == usual
+
+
+def test_the_greatest_seed_is_one_of_every_generator():
+    assert 4294 * 1_000_003 + 900_000 < 2**32 <= 4295 * 1_000_003
+
+
 def test_classes_and_pictures_that_are_not_there(study, tmp_path):
     with pytest.raises(SchemeError, match="classes is 9, want 2 to 4"):
         dataclasses.replace(study, classes=9).data()
@@ -115,6 +163,18 @@ def test_kept_bytes_of_a_net_counted_by_hand():
     x, y = torch.randn(8, 3, 2, 2), torch.zeros(8, dtype=torch.long)
     arguments, outputs, labels = 8 * 12 * 4, 8 * 10 * 4, 8 * 8
     assert kept_bytes(net, x, y) == pytest.approx(arguments + outputs + labels, abs=8)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_line_says_what_its_own_precision_keeps(study, precision):
+    own = dataclasses.replace(study, precision=precision, rank_pictures=0)
+    candidate = own.candidates(4)[0]
+    result = train(own, candidate)
+    assert result.status == "trained", result.error
+    x, y = torch.zeros(16, 3, 32, 32), torch.zeros(16, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+        kept = kept_bytes(RandomNet(candidate, 4).train(), x, y)
+    assert result.kept_mib == round(kept / 2**20, 3)
 
 
 def test_kept_bytes_counts_a_tensor_once_and_no_parameters():

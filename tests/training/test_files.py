@@ -14,7 +14,7 @@ import yaml
 
 from odenets.cli import main
 from odenets.config_files import check_file, check_files
-from odenets.training.command import find_checkpoint, requeued, run
+from odenets.training.command import find_checkpoint, requeued, resolve, run
 from odenets.training.files import FolderLock, close_part, parts_of
 from odenets.training.finite import NotFinite, repeat
 from odenets.training.options import RULES, check_numbers
@@ -214,6 +214,61 @@ def test_usual_files_pass(tmp_path):
     check_file(tmp_path / "d.yaml")
     check_file(tmp_path / "c.yaml")
     check_files(["fit", "-c", "there is none.yaml", "--data.root", str(tmp_path), "--x=a\0b.yaml"])
+
+
+def refused(capsys, *words):
+    """The first of the two lines that refuse a run of the quickstart with some words more."""
+    with pytest.raises((SystemExit, SchemeError)) as e:
+        resolve(["fit", "-c", "quickstart", *words])
+    text = str(e.value) if isinstance(e.value, SchemeError) else capsys.readouterr().err
+    first, _ = text.splitlines()
+    return first
+
+
+FAULTS = {"twice": ("{max_epochs: 3, max_epochs: 4}", "stands twice"), "octal": ("{max_epochs: 010}", "in base 8")}
+
+
+@pytest.mark.parametrize(("text", "said"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-c f.yaml",
+        "-cf.yaml",
+        "-c=f.yaml",
+        "--config f.yaml",
+        "--config=f.yaml",
+        "-c f",
+        "-cf",
+        "-c=f",
+        "--config=f",
+        "-c outer.yaml",
+        "--trainer below",
+        "--trainer=below",
+        "--trainer {below}",
+        "-c {trainer: {below}}",
+    ],
+)
+def test_a_fault_is_found_however_its_file_is_named(tmp_path, monkeypatch, capsys, text, said, words):
+    """Also by another file, without an ending, or as a value."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("f", "f.yaml"):
+        (tmp_path / name).write_text(f"trainer: {text}\n")
+    (tmp_path / "outer.yaml").write_text("trainer: below\n")
+    (tmp_path / "below").write_text(text)
+    option, space, value = words.replace("{below}", text).partition(" ")
+    assert said in refused(capsys, option, *([value] if space else []))
+
+
+@pytest.mark.parametrize("text", ["1:30", "0_10", "+010"])
+@pytest.mark.parametrize("words", ["--trainer.max_epochs {}", "--trainer.max_epochs={}", "--model.net.widths [{},8]"])
+def test_a_number_of_another_base_is_no_value(capsys, text, words):
+    assert f"YAML reads {text} in base" in refused(capsys, *words.format(text).split())
+
+
+def test_a_text_may_look_like_one():
+    words = ["fit", "-c", "quickstart", "--trainer.max_time", "1:30:00", "--trainer.max_epochs", "010"]
+    trainer = resolve(words)["trainer"]
+    assert trainer["max_time"] == "1:30:00" and trainer["max_epochs"] == 10
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
