@@ -201,6 +201,7 @@ class Segmenter(NetModule):
         return make_optimizer(self.optimizer, groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         # As in Classifier: networks of two schemes may have parameters of the same names and shapes.
         theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and ours is not None and theirs != ours:

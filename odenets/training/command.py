@@ -63,7 +63,7 @@ from .loggers import Metrics
 from .options import check_groups, check_numbers, check_resumed
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
-from .trained import move_steps
+from .steps import as_trained
 from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
 MONITOR = "val/acc"  # the figure that selects the best checkpoint, unless the configuration or the module sets another
@@ -89,7 +89,7 @@ QUIET = (
 # Evaluation saves nothing, so it does not matter which checkpoint was the best so far.
 QUIET_IN_EVALUATION = (
     ".*The dirpath has changed from.*",
-    r".*Please add the following callbacks: \['StepSchedule'\].*",  # move_steps does the callback's work
+    r".*Please add the following callbacks: \['(StepSchedule|Refinement)'\].*",  # as_trained does the callback's work
 )
 FINDERS = (BatchSizeFinder, LearningRateFinder)
 
@@ -278,8 +278,8 @@ class Command(LightningCLI):
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
         if self.subcommand != "fit":
-            # The callback that would do this may not be configured, but the weights belong to these step sizes.
-            move_steps(getattr(self.model, "net", self.model), self.held)
+            # The callbacks that would do this may not be configured, but the weights belong to these steps.
+            as_trained(self.model, self.held)
         found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
         if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
             self.datamodule.batch_size = found["batch size"]

@@ -16,9 +16,9 @@ from ..analysis.convergence import SCALES, SCHEMES, Convergence, convergence
 from ..messages import fail
 from .command import TrainingParser
 from .files import open_checkpoint
-from .refinement import Refinement
 from .resume import KEY
 from .sources import DataError
+from .steps import as_trained
 
 HELP = "odenets convergence --help lists every option"
 
@@ -102,19 +102,7 @@ def trained(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, L.Lig
     built = parts.instantiate_classes(chosen)
     net = built.model.net
     checkpoints.load(net, path)
-    _refined_as(net, held.get("callbacks", {}), config)
-    return net.eval(), built.data
-
-
-def _refined_as(net: nn.Module, states: dict[str, Any], config: dict[str, Any]) -> None:
-    """Sets steps and scheme to those after the refinements of a run."""
-    for callback in config.get("trainer", {}).get("callbacks") or []:
-        if str(callback.get("class_path", "")).rpartition(".")[2] == "Refinement":
-            refinement = Refinement(**callback.get("init_args", {}))
-            state = states.get(refinement.state_key, {"done": 0})
-            for number in range(state["done"]):
-                # The knots came with the weights; steps and schemes are not tensors, so their changes are repeated.
-                refinement._rebuild(net, number)
+    return as_trained(net, held).eval(), built.data
 
 
 def pictures(data: Any, split: str, samples: int) -> Any:

@@ -20,6 +20,7 @@ from ..stack import named_stacks
 from .averages import check_averages
 from .groups import Frozen
 from .sharding import shard_module
+from .steps import as_trained, keep_states
 
 
 def evaluations(net: nn.Module) -> int:
@@ -241,6 +242,13 @@ class NetModule(L.LightningModule):
             self.log("evaluations", float(count), sync_dist=True)
         for name, figure in solver_figures(self.net).items():
             self.log(name, figure, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_states(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The callbacks that have moved them may not be there, and never are in load_from_checkpoint.
+        as_trained(self, checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]

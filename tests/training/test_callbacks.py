@@ -45,7 +45,7 @@ def test_evaluation_of_a_checkpoint_uses_its_step(tmp_path):
     net = Stepped()
     options = {"ckpt_path": path, "verbose": False, "weights_only": True}
     trainer(tmp_path, callbacks=[StepSchedule(1.0, 0.5)]).test(Classifier(net, sgd), Random(), **options)
-    assert net.steps == [0.5]
+    assert {*net.steps} == {0.5}  # by the module and by the callback
 
 
 def test_step_schedule_refuses_what_cannot_work():
