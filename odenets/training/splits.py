@@ -1,8 +1,10 @@
 """The splits of a data set, opened: class folders, tables, tar shards, or a data set of the hub."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import layout as layouts
 from .errors import DataError
@@ -10,6 +12,7 @@ from .layout import Layout
 from .sources import (
     THREE_WAYS,
     FolderSource,
+    Joined,
     Source,
     Splits,
     TableSource,
@@ -62,6 +65,25 @@ def open_splits(
         {name: partial(opened, name, files) for name, files in found.others.items()},
         found.notes,
     )
+
+
+def open_all(root: str | Path, *options: Any) -> Source:
+    """Opens all pictures below a folder, or in a file, as one source: those of each split, and those of none.
+
+    Args:
+        root: the folder, or the file.
+        options: the further ones of ``open_splits``, from ``image_key`` on.
+
+    Raises:
+        DataError: see ``open_splits``.
+    """
+    splits = open_splits(root, None, False, *options)
+    opened = [*splits.values(), *(splits.open(name) for name in list(splits.others))]
+    files = [os.fsdecode(file) for source in opened if isinstance(source, FolderSource) for file in source.files]
+    if files:
+        # In the order of their names, whichever folders name splits.
+        return FolderSource(Path(opened[0].root), sorted(files), None)  # type: ignore[attr-defined]
+    return opened[0] if len(opened) == 1 else Joined(opened)
 
 
 def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, files: Sequence[str]) -> Source:
