@@ -18,7 +18,7 @@ class Labelled(Protocol):
 
     labels: Tensor
     names: list[str] | None
-    classes: list[str]
+    classes: Sequence[str]
 
 
 def check_kinds(kinds: Sequence[tuple[str, Any]], where: str) -> None:

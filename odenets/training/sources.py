@@ -39,7 +39,7 @@ class Source(ABC):
 
     labels: Tensor
     names: list[str] | None = None
-    classes: list[str] = []
+    classes: Sequence[str] = ()
     why: str = "none of its pictures has one"
     shards: list[int] | None = None
 
