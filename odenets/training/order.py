@@ -239,6 +239,8 @@ def _ignored(label: Any, rows: Any) -> Any:
         scalar, labels = np.ndim(label) == 0, np.array(label)
         labels[... if scalar else rows] = IGNORED
         return labels[()] if scalar else labels
+    if type(label) in (int, float):
+        return type(label)(IGNORED)
     if isinstance(label, dict) and "ignored" in label:  # a target with its own flag for this
         return {**label, "ignored": torch.tensor(True)}
     if isinstance(label, torch.Tensor) and (label.is_floating_point() or label.dtype in SIGNED):
@@ -246,8 +248,6 @@ def _ignored(label: Any, rows: Any) -> Any:
         labels = label.clone()
         labels[... if labels.ndim == 0 else rows] = IGNORED
         return labels
-    if type(label) in (int, float):
-        return type(label)(IGNORED)
     raise _cannot_be_ignored(label)
 
 

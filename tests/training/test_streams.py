@@ -130,6 +130,31 @@ def test_labels_of_tar_shards(tmp_path):
         Images(str(tmp_path / "named")).setup("fit")
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("one", "other"), [("png", "depth.png"), ("jpg", "png"), ("input.png", "target.png")])
+def test_of_several_pictures_in_a_sample_the_one_that_is_named_is_taken(tmp_path, one, other, first):
+    held = [{one: encoded(picture(i))["bytes"], other: encoded(picture(9))["bytes"], "cls": b"1"} for i in range(3)]
+    write_tar(tmp_path / "train.tar", held if first else [dict(reversed(sample.items())) for sample in held])
+    with pytest.raises(DataError, match=f"several pictures: {', '.join(sorted((one, other)))}\n.*--data.image_key"):
+        open_splits(tmp_path)
+    for key, want in ((one, range(3)), (other, [9] * 3)):
+        for written in (key, key.upper()):
+            source = open_splits(tmp_path, image_key=written)["train"]
+            assert [source.encoded(i) for i in range(3)] == [encoded(picture(i))["bytes"] for i in want]
+
+
+@pytest.mark.parametrize("written", ["kind", "KIND", "Kind"])
+@pytest.mark.parametrize("key", ["kind", "KIND"])
+def test_capital_letters_of_suffixes_do_not_matter(tmp_path, written, key):
+    held = [{"PNG": encoded(picture(i))["bytes"], written: str(i % 3).encode()} for i in range(6)]
+    write_tar(tmp_path / "train.tar", held)
+    source = open_splits(tmp_path, image_key="Png", label_key=key)["train"]
+    assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    write_tar(tmp_path / "train.tar", [{**sample, "png": sample["PNG"]} for sample in held])
+    with pytest.raises(DataError, match=r"0000.PNG and s/0000.png differ in capital letters alone\n"):
+        open_splits(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("suffix", "labels"),
     [
