@@ -34,6 +34,7 @@ class Cached(Dataset):
     def __init__(self, pictures: Tensor, labels: Tensor, name: Callable[[int], str] = str) -> None:
         self.pictures, self.labels, self._name = pictures, labels, name
         self.unread: list[tuple[str, str]] = []
+        self._places: tuple[Sequence[int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,6 +56,12 @@ class Cached(Dataset):
     def name(self, i: int) -> str:
         """The file, or file and row, of picture i."""
         return self._name(i)
+
+    def order(self, generator: Generator, window: int = 16) -> Tensor:
+        """Draws an order of the pictures for an epoch, the one that `Decoded.order` draws where none is kept."""
+        if self._places is None:
+            return torch.randperm(len(self), generator=generator)
+        return shard_order(*self._places, generator, window)
 
 
 class Tally:
@@ -205,6 +212,7 @@ class Kept(Source):
 
     def __init__(self, source: Source, indices: Tensor, tally: Tally) -> None:
         self.source, self.labels, self.names, self.classes = source, source.labels, source.names, source.classes
+        self.shards = source.shards  # which give the order, though nothing is read from them again
         self.kept: dict[int, bytes] = {}
         for index in indices.tolist():
             stored = source.encoded(index)
@@ -249,6 +257,7 @@ def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, t
     # Only the rows that could be read, so that labels and names stay aligned with the pictures.
     rows = torch.tensor(kept, dtype=torch.long)
     found = Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
+    found._places = None if source.shards is None else (source.shards, rows)
     found.unread = [(source.name(i), tally.why[i]) for i in indices.tolist() if i in tally]
     return found
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from odenets.training import DataError, Images
 from odenets.training.data import shard_order
+from odenets.training.order import TrainingOrder
 from odenets.training.splits import open_splits
 
 from .pictures import encoded, picture
@@ -100,6 +101,24 @@ def test_orders_differ_by_epoch_and_mix_within_a_window():
     assert len(set(shards[:40].tolist())) == 4 and len(set(shards[:10].tolist())) > 1
     whole = shard_order(None, torch.arange(200), torch.Generator().manual_seed(0), 4)
     assert sorted(whole.tolist()) == list(range(200))
+
+
+@pytest.mark.parametrize("crop", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("val", [None, "validation"])
+def test_a_cache_changes_nothing_of_the_order(shards, kind, crop, val):
+    found = []
+    for cache in (True, False):
+        if val is None:  # a share is held out
+            (shards[kind] / {"tar": "val-000.tar", "parquet": "validation.parquet"}[kind]).unlink(missing_ok=True)
+        data = Images(str(shards[kind]), streaming=True, cache=cache, size=32, smallest_crop=crop, num_workers=0)
+        data.setup("fit")
+        trained = data.sets["train"]
+        orders = [TrainingOrder(trained, 4, 7).permutation(epoch) for epoch in range(3)]
+        labels = [torch.as_tensor(trained.labels)[order].tolist() for order in orders]
+        found.append((orders, labels, [trained.name(i) for i in orders[0]]))
+    assert found[0] == found[1] and found[0][0][0] != found[0][0][1]
+    assert data.sets["train"].source.shards is not None
 
 
 def test_what_is_done_is_skipped_without_being_read(shards):
