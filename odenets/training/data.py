@@ -272,8 +272,8 @@ class Images(Pictures):
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
         self.max_unreadable, self.on_device = max_unreadable, on_device
-        self._check()
         self._own_the_crop()
+        self._check()
         # Opened here, so that missing data is reported before any model is built, and its class count can be linked.
         if root is None and hub is None and predict_root is not None and classes is not None:
             root = predict_root  # the splits and their labels, if it has any; all of it is predicted

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odenets.training import DataError
 from odenets.training import augment as A
 
 seeds = st.integers(0, 2**31 - 1)
@@ -34,6 +35,19 @@ def test_off_is_the_identity(x, seed):
     y = torch.zeros(len(x), dtype=torch.long)
     assert torch.equal(A.mixup(x, y, 0.0, 3, generator=g)[0], x)
     assert torch.equal(A.cutmix(x, y, 0.0, 3, generator=g)[0], x)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 16), (16, 8)])
+def test_a_resized_crop_keeps_the_shape_or_is_refused(shape, share):
+    x, y = torch.rand(3, 2, *shape, generator=generator(0)), torch.zeros(3, dtype=torch.long)
+    made = A.Augment(resized_crop=share)
+    if share and shape != (8, 8):
+        with pytest.raises(DataError, match=f"the pictures are {shape[1]}x{shape[0]}\n  Leave it out"):
+            made(x, y, [0.0, 0.0], [1.0, 1.0], 2)
+        return
+    found = made(x, y, [0.0, 0.0], [1.0, 1.0], 2)[0]
+    assert found.shape == x.shape and torch.equal(found, x) == (share in (None, 0.0, 1.0))
 
 
 @given(batches(), seeds)
