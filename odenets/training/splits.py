@@ -16,6 +16,7 @@ from .sources import (
     Source,
     Splits,
     TableSource,
+    check_one,
     check_parquet,
     configured,
     folder,
@@ -37,8 +38,9 @@ def open_splits(
     """Opens the splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
 
     Raises:
-        DataError: There are no data, or no column fits. The network is only used with `download`.
+        DataError: There are no data, two sources of them, or no column fits. The network is only used with `download`.
     """
+    check_one(root, hub)
     where = str(root or hub)
     keys = image_key, label_key, where
     # Tried first: a folder of anything but parquet files is then opened as without the option.
