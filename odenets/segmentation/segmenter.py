@@ -113,7 +113,7 @@ class Segmenter(NetModule):
         with self.auxiliary_loss(len(x)) as terms:
             parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
             self.name_parts(parts)
-        if self.net.mean_over_pixels and self.trainer.world_size > 1:
+        if self.net.mean_over_pixels and self._trainer is not None and self.trainer.world_size > 1:
             share = share_of(self.trainer, (y != IGNORED).sum())
             parts = {name: share * part for name, part in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
