@@ -134,8 +134,9 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     full = 1.0 if x.is_floating_point() else 255.0
     shape = (1, -1, 1, 1)
     dtype = torch.get_default_dtype() if full != 1.0 else x.dtype
-    m = torch.tensor(mean, device=x.device).view(shape)
-    s = torch.tensor(std, device=x.device).view(shape)
+    # At least in 32 bits, and in 64 where the pictures are.
+    exact = torch.promote_types(dtype, torch.get_default_dtype())
+    m, s = (torch.tensor(figures, dtype=exact, device=x.device).view(shape) for figures in (mean, std))
     # Decoders return pictures with the channels as the fastest axis; the result has the standard layout.
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True).mul_(1 / (full * s)).sub_(m / s)
 

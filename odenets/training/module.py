@@ -72,7 +72,9 @@ def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32
         dtype: of the share.
     """
     count = own.to(dtype)
-    return count / trainer.strategy.reduce(count.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
+    mean: Any = trainer.strategy.reduce(count.clone(), reduce_op="mean")
+    # Above 0 only: the mean is below 1 where there are fewer of them than processes.
+    return count / mean.clamp(min=torch.finfo(dtype).tiny)
 
 
 def of_a_whole_step(trainer: L.Trainer, loss: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class Refinement(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.spent += len(batch[0]) * evaluations(pl_module.net) / 1e6  # type: ignore[arg-type]
+        # Every process has as many samples.
+        self.spent += trainer.world_size * len(batch[0]) * evaluations(pl_module.net) / 1e6  # type: ignore[arg-type]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("evaluations_spent", self.spent)

@@ -69,6 +69,18 @@ def test_each_crop_is_a_window_of_the_padded_picture(x, seed, padding):
         assert any(torch.equal(cropped, window) for window in windows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
+def test_normalize_is_as_exact_as_its_pictures(dtype):
+    mean, std = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.201]
+    x = torch.randint(0, 256, (2, 3, 4, 4), generator=generator(0)).to(dtype)
+    x = x if dtype == torch.uint8 else x / 256
+    m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
+    out = A.normalize(x, mean, std)
+    assert out.dtype == (torch.float32 if dtype == torch.uint8 else dtype)
+    want = (x.double() / (255 if dtype == torch.uint8 else 1) - m) / s
+    assert float((out.double() - want).abs().max()) < 16 * torch.finfo(out.dtype).eps
+
+
 def test_crops_differ_within_a_batch_and_reach_every_offset():
     x = torch.arange(64.0).view(1, 1, 8, 8).expand(400, 1, 8, 8)
     corners = A.random_crop(x + 1, 1)[:, 0, 3, 3]

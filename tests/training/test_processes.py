@@ -4,6 +4,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
@@ -120,6 +121,17 @@ def test_padding_is_not_counted_whatever_the_label(kind, data):
             continue
         rows = [(x[n, 0], y[n].flatten()) for x, y, *_ in batches for n in range(len(y))]
         assert sorted((int(i), int(k[0])) for i, k in rows if (k != IGNORED).all()) == [(i, i % 2) for i in range(5)]
+
+
+@pytest.mark.parametrize("counts", [(1, 0), (0, 0), (3, 1), (1, 0, 0), (7, 7)])
+def test_each_word_has_the_same_weight_whichever_process_has_it(counts):
+    """The mean over the processes of share times mean is the mean over all words, also if some have none."""
+    reduce = lambda own, reduce_op: torch.tensor(sum(counts) / len(counts))  # noqa: E731
+    run = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    shares = [module.share_of(run, torch.tensor(count)) for count in counts]
+    assert sum(float(share) for share in shares) == pytest.approx(len(counts) if any(counts) else 0)
+    for share, count in zip(shares, counts, strict=True):
+        assert float(share) == pytest.approx(count * len(counts) / max(1, sum(counts)))
 
 
 class Reversible(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,3 +281,22 @@ def test_a_checkpoint_runs_under_other_schemes(tmp_path, monkeypatch, capsys):
         main(["convergence", "other.ckpt"])
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert math.isfinite(float(re.search(r"accuracy (\d\.\d+)", shown)[1])) and not fields_of(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("samples", [-1, -5])
+def test_a_negative_number_of_samples_is_refused_before_anything_is_opened(samples, capsys):
+    with pytest.raises(SchemeError, match=f"--samples is {samples}.*\n  Give 1 or more"):
+        convergence.pictures(None, "val", samples)
+    with pytest.raises(SystemExit):
+        main(["convergence", "nowhere.ckpt", "--samples", str(samples)])
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"--samples is {samples}" in first and "0 for all" in second
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluations_of_all_processes_are_counted(processes):
+    callback, module = Refinement(), Classifier(net(depth=4), sgd)
+    run = SimpleNamespace(world_size=processes)
+    for size in (8, 8, 5):
+        callback.on_train_batch_end(run, module, None, (torch.zeros(size, 1, 4, 4), None), 0)
+    assert callback.spent == pytest.approx(processes * 21 * 4 / 1e6)
