@@ -20,7 +20,7 @@ import numpy as np
 from ..messages import first_line
 from ..training.errors import DataError
 from ..training.layout import PICTURES, SPLITS, walk
-from ..training.sources import find_column, image_column, open_tables
+from ..training.sources import check_one, find_column, image_column, open_tables
 
 IMAGES = ("images", "image", "img", "imgs", "JPEGImages", "leftImg8bit")
 MASKS = ("masks", "mask", "annotations", "annotation", "labels", "label", "SegmentationClass", "gtFine", "gt")
@@ -204,6 +204,7 @@ def open_pairs(
     Raises:
         DataError: no data are found, or pictures and masks cannot be matched.
     """
+    check_one(root, hub)
     if root is not None:
         path = Path(root).expanduser()
         if not path.is_dir():

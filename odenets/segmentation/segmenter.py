@@ -113,7 +113,7 @@ class Segmenter(NetModule):
         with self.auxiliary_loss(len(x)) as terms:
             parts: dict[str, Tensor] = self.net(self.laid_out(x), y)
             self.name_parts(parts)
-        if self.net.mean_over_pixels and self.trainer.world_size > 1:
+        if self.net.mean_over_pixels and self._trainer is not None and self.trainer.world_size > 1:
             share = share_of(self.trainer, (y.long() != IGNORED).sum())
             parts = {name: share * part for name, part in parts.items()}
         loss = torch.stack(list(parts.values())).sum()
@@ -201,6 +201,7 @@ class Segmenter(NetModule):
         return make_optimizer(self.optimizer, groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         # As in Classifier: networks of two schemes may have parameters of the same names and shapes.
         theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and ours is not None and theirs != ours:

@@ -22,6 +22,7 @@ from .data import Pictures
 from .files import open_checkpoint
 from .resume import KEY
 from .sources import DataError
+from .steps import as_trained
 
 HELP = "odenets analyse --help lists every option"
 ENDINGS = (".png", ".svg", ".pdf")
@@ -160,7 +161,7 @@ def _net(path: Path, held: Mapping[str, Any]) -> nn.Module:
     parser.add_subclass_arguments(nn.Module, "net")
     net = parser.instantiate_classes(parser.parse_object({"net": dict(parts)}))["net"]
     checkpoints.load(net, path)
-    return net.eval()
+    return as_trained(net, held).eval()
 
 
 def _data(job: Job) -> Pictures:

@@ -11,6 +11,7 @@ Each function takes a batch `x: (n, c, h, w)` and draws once per picture (mixup 
 chains all of them in this order; it is what the data modules take.
 """
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .errors import DataError
 from .rand_augment import color_jitter, rand_augment
 
 
@@ -132,8 +134,9 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     full = 1.0 if x.is_floating_point() else 255.0
     shape = (1, -1, 1, 1)
     dtype = torch.get_default_dtype() if full != 1.0 else x.dtype
-    m = torch.tensor(mean, device=x.device).view(shape)
-    s = torch.tensor(std, device=x.device).view(shape)
+    # At least in 32 bits, and in 64 where the pictures are.
+    exact = torch.promote_types(dtype, torch.get_default_dtype())
+    m, s = (torch.tensor(figures, dtype=exact, device=x.device).view(shape) for figures in (mean, std))
     # Decoders return pictures with the channels as the fastest axis; the result has the standard layout.
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True).mul_(1 / (full * s)).sub_(m / s)
 
@@ -264,8 +267,8 @@ class Augment:
     Args:
         crop: Largest shift of a picture, in pixels.
         flip: Probability of a left-right mirror image.
-        resized_crop: Smallest share of the area of a random resized crop, e.g. 0.08; None for no such crop. `Images`
-            adopts it as its `smallest_crop`, and crops pictures when it decodes them.
+        resized_crop: Smallest share of the area of a random resized crop of square pictures, e.g. 0.08; None or 0 for
+            no such crop. `Images` adopts it as its `smallest_crop`, and crops pictures when it decodes them.
         rand_augment: Magnitude of RandAugment, up to 10; 0 is off. Two operations per picture, each applied with
             probability 1/2; vacated pixels get the mean's colour. Recipes with "rand-m9-mstd0.5-inc1" mean 9 here.
         rand_augment_std: Standard deviation of a jitter of the magnitude, 0.5 for "mstd0.5".
@@ -292,12 +295,18 @@ class Augment:
         for name, value in (("flip", flip), ("erase", erase)):
             if not 0 <= value <= 1:
                 raise ValueError(f"Augment: {name}={value} is a probability; it wants a figure between 0 and 1")
-        if min(crop, mixup, cutmix, color_jitter) < 0:
+        if resized_crop is not None and not 0 <= resized_crop <= 1:
+            raise DataError(
+                f"Augment: resized_crop={resized_crop} is the smallest share of the picture's area in a random crop\n"
+                "  Give a share up to 1, such as 0.08, or 0 (off)"
+            )
+        # Also false of NaN, which `min` may pass by.
+        if not all(0 <= value < math.inf for value in (crop, mixup, cutmix, color_jitter)):
             figures = f"crop={crop}, mixup={mixup}, cutmix={cutmix}, color_jitter={color_jitter}"
             raise ValueError(f"Augment: {figures} want 0 (off) or more")
         if not 0 <= rand_augment <= 10:
             raise ValueError(f"Augment: rand_augment={rand_augment} is a magnitude; it wants 0 (off) to 10, such as 9")
-        if rand_augment_std < 0 or (rand_augment_std and not rand_augment):
+        if not 0 <= rand_augment_std < math.inf or (rand_augment_std and not rand_augment):
             raise ValueError(
                 f"Augment: rand_augment_std={rand_augment_std} wants 0 or more, and a rand_augment above 0 to jitter"
             )
@@ -324,7 +333,12 @@ class Augment:
     ) -> tuple[Tensor, Tensor]:
         """x: (n, c, h, w), uint8 or floats in [0, 1]; y: (n,). Labels become (n, num_classes) only where they mix."""
         generator = generator or self._generator(x.device)
-        if self.resized_crop is not None:
+        if self.resized_crop:
+            if x.shape[-2] != x.shape[-1]:
+                raise DataError(
+                    f"Augment: resized_crop makes squares, and the pictures are {x.shape[-1]}x{x.shape[-2]}\n"
+                    "  Leave it out, or give square pictures: data.size"
+                )
             x = random_resized_crop(x, x.shape[-1], (self.resized_crop, 1.0), generator=generator)
         x = random_flip(random_crop(x, self.crop, generator=generator), self.flip, generator=generator)
         if self.rand_augment:

@@ -103,12 +103,20 @@ class StepSchedule(Callback):
         self.h = h
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            u = trainer.current_epoch / max(1, trainer.max_epochs - 1)
-        else:
-            # Without a number of epochs, only the number of steps gives the length of the run.
-            u = trainer.global_step / trainer.estimated_stepping_batches
-        self.apply(pl_module, self.at(min(u, 1.0)))
+        self.apply(pl_module, self.at(min(self._share(trainer), 1.0)))
+
+    @staticmethod
+    def _share(trainer: L.Trainer) -> float:
+        """The share u of the run at this epoch, which is 1 in the last one that begins, whatever ends the run."""
+        limits = [trainer.max_epochs] if trainer.max_epochs and trainer.max_epochs > 0 else []
+        batches = trainer.num_training_batches
+        if trainer.max_steps >= 0 and not math.isinf(batches):
+            steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+            limits.append(math.ceil(trainer.max_steps / steps))
+        if limits:
+            return trainer.current_epoch / max(1, min(limits) - 1)
+        # The length of an epoch is not known, or nothing limits the run.
+        return trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("step_size", self.h)

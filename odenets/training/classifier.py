@@ -167,9 +167,11 @@ class Classifier(NetModule):
             self._planned = configs[0].scheduler, steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint.setdefault(KEY, {})["lr"] = self.lr
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.lr = checkpoint.get(KEY, {}).get("lr")
         # Equal parameter counts make it easy to load the weights of one scheme into another without noticing.
         theirs, ours = (dict(h).get("net") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))

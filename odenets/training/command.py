@@ -33,13 +33,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from schemes import SchemeError
 
-from ..config_files import CheckedParser, check_files, refusal
+from ..config_files import CheckedParser, check_files, flat, refusal
 from ..extras import explained
 from ..messages import explain, fail
 from ..packaged import with_files
@@ -60,10 +60,10 @@ from .files import (
 from .finite import FiniteLoss
 from .groups import group_rows, table_of_groups
 from .loggers import Metrics
-from .options import check_groups, check_numbers, check_resumed
+from .options import changes, check_groups, check_numbers, check_resumed, given, short_name
 from .resume import KEY, Interrupted, LastCheckpoint, Resume, Seeds
 from .sources import DataError
-from .trained import move_steps
+from .steps import as_trained
 from .weights import Source, check_fits, configuration, loads_weights, read_source, start_from
 
 MONITOR = "val/acc"  # the figure that selects the best checkpoint, unless the configuration or the module sets another
@@ -89,9 +89,10 @@ QUIET = (
 # Evaluation saves nothing, so it does not matter which checkpoint was the best so far.
 QUIET_IN_EVALUATION = (
     ".*The dirpath has changed from.*",
-    r".*Please add the following callbacks: \['StepSchedule'\].*",  # move_steps does the callback's work
+    r".*Please add the following callbacks: \['(StepSchedule|Refinement)'\].*",  # as_trained does the callback's work
 )
 FINDERS = (BatchSizeFinder, LearningRateFinder)
+SIZE, RATE = "data.batch_size", "model.optimizer.lr"  # the options in whose place finders put their values
 
 
 class TrainingParser(CheckedParser, LightningArgumentParser):
@@ -212,6 +213,7 @@ class Command(LightningCLI):
         self.written: dict[str, int] | None = None
         self.source: Source | None = None
         self.held: Mapping[str, Any] = {}
+        self.changed: Mapping[str, tuple[Any, Any]] = {}  # options of a resumed run: before, and now
         # A job that SLURM has requeued resumes, though its command names no checkpoint.
         given = options.ckpt_path or (requeued(self.run_dir) if fit else None)
         if not fit and loads_weights(given):
@@ -237,6 +239,7 @@ class Command(LightningCLI):
             if isinstance(ours.get("config"), dict):
                 self._keep_start(ours["config"], str(path))
                 check_resumed(ours["config"], self.resolved, TrainingParser.command_line, str(path))
+                self.changed = changes(ours["config"], self.resolved)
             # A checkpoint from another folder does not describe the metrics in this one.
             self.written = ours.get("metrics") if path.parent == self.run_dir / "checkpoints" else None
 
@@ -280,13 +283,24 @@ class Command(LightningCLI):
         elif self.held and self.model.strict_loading:
             check_fits(self.model, Path(str(self.config_init[str(self.subcommand)].ckpt_path)), self.held)
         if self.subcommand != "fit":
-            # The callback that would do this may not be configured, but the weights belong to these step sizes.
-            move_steps(getattr(self.model, "net", self.model), self.held)
-        found = (self.held.get(KEY, {}).get("data") or {}) if self.subcommand == "fit" else {}
-        if has(self._given_callbacks(), BatchSizeFinder) and "batch size" in found:
-            self.datamodule.batch_size = found["batch size"]
+            # The callbacks that would do this may not be configured, but the weights belong to these steps.
+            as_trained(self.model, self.held)
+        if self.subcommand == "fit":
+            self._take_what_was_found(self.held.get(KEY, {}))
         if PrintGroups.asked:
             print_groups(self.model)
+
+    def _take_what_was_found(self, ours: Mapping[str, Any]) -> None:
+        """Takes the batch size that a finder has found for a resumed run, unless another is given now."""
+        size = (ours.get("data") or {}).get("batch size") if has(self._given_callbacks(), BatchSizeFinder) else None
+        if size is not None and SIZE not in self.changed:
+            self.datamodule.batch_size = size
+        # The rate comes with the checkpoint. A line that is repeated gives the values that the searches began with.
+        repeated = given(TrainingParser.command_line) - self.changed.keys()
+        now = {short_name(name): value for name, value in flat(self.resolved).items()}
+        for name, value in ((SIZE, size), (RATE, ours.get("lr"))):
+            if value not in (None, now.get(name)) and name in repeated:
+                rank_zero_info(f"{name}: {value}, as a finder has found; give another value to replace it")
 
     def _begun_with(self) -> nn.Module:
         """The part of the model that ``--weights`` is read into."""
@@ -371,7 +385,7 @@ class Command(LightningCLI):
         """The callbacks of a training run, in the order that resuming relies on: those that save state come first."""
         last = settings.last if checkpoints and settings.checkpoint.save_last else None
         # Resume comes first: at each hook it must see the state before others have changed it.
-        before: list[Callback] = [resume := Resume()]
+        before: list[Callback] = [resume := Resume(keep_rate=RATE not in self.changed)]
         if last is not None:
             last.path, last.resume = (self.run_dir / "checkpoints" / "last.ckpt").absolute(), resume
             before.append(last)

@@ -1,13 +1,13 @@
 """The command `odenets convergence CKPT`: a trained network under other schemes and depths."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 
 from schemes import SchemeError
 
@@ -16,9 +16,9 @@ from ..analysis.convergence import SCALES, SCHEMES, Convergence, convergence
 from ..messages import fail
 from .command import TrainingParser
 from .files import open_checkpoint
-from .refinement import Refinement
 from .resume import KEY
 from .sources import DataError
+from .steps import as_trained
 
 HELP = "odenets convergence --help lists every option"
 
@@ -49,6 +49,7 @@ def run(words: Sequence[str]) -> Convergence:
     """Runs one command line; errors that the user can fix end in two lines and exit status 2."""
     options, rest = parser().parse_known_args(list(words))
     try:
+        pictures(None, options.split, options.samples)  # refuses a wrong number before anything is opened
         net, data = trained(options.checkpoint, rest)
         found = convergence(
             net,
@@ -102,23 +103,21 @@ def trained(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, L.Lig
     built = parts.instantiate_classes(chosen)
     net = built.model.net
     checkpoints.load(net, path)
-    _refined_as(net, held.get("callbacks", {}), config)
-    return net.eval(), built.data
+    return as_trained(net, held).eval(), built.data
 
 
-def _refined_as(net: nn.Module, states: dict[str, Any], config: dict[str, Any]) -> None:
-    """Sets steps and scheme to those after the refinements of a run."""
-    for callback in config.get("trainer", {}).get("callbacks") or []:
-        if str(callback.get("class_path", "")).rpartition(".")[2] == "Refinement":
-            refinement = Refinement(**callback.get("init_args", {}))
-            state = states.get(refinement.state_key, {"done": 0})
-            for number in range(state["done"]):
-                # The knots came with the weights; steps and schemes are not tensors, so their changes are repeated.
-                refinement._rebuild(net, number)
+def pictures(data: Any, split: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Returns the batches of a split as evaluation sees them, at most `samples` pictures in all; 0 takes all.
+
+    Raises:
+        SchemeError: a negative number of them.
+    """
+    if samples < 0:
+        raise SchemeError(f"--samples is {samples}, want a number of pictures\n  Give 1 or more, or 0 for all of them.")
+    return _pictures(data, split, samples)
 
 
-def pictures(data: Any, split: str, samples: int) -> Any:
-    """Yields batches of a split as evaluation sees them, at most `samples` pictures in all; 0 takes all."""
+def _pictures(data: Any, split: str, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
     data.setup("validate" if split == "val" else "test")
     left = samples or float("inf")
     for batch in data.val_dataloader() if split == "val" else data.test_dataloader():

@@ -26,7 +26,7 @@ from .order import batch_generator, loader
 from .sets import Cached, Decoded, Kept, Tally, decode_all
 from .sets import shard_order as shard_order
 from .sources import TEST, TRAIN, VALIDATION, DataError, Joined, Source
-from .splits import kept_apart, open_splits
+from .splits import kept_apart, open_all, open_splits
 from .view import View
 
 SMALL = 96  # pixels a side; up to here, pictures are kept in memory and by default not cropped at random
@@ -230,7 +230,8 @@ class Images(Pictures):
         interpolation: How pictures are resized; random draws one of the two for each training picture.
         max_unreadable: Pictures that may be left out or replaced because they cannot be read, per split.
         classes: Names of the classes in order; None takes those given by the data.
-        predict_root: Folder or file of pictures for `predict`, which need no labels; default: the test split.
+        predict_root: Folder or file of pictures for `predict`, which need no labels: all of them are taken, whatever
+            split they are in; default: the test split.
         on_device: Keep all pictures on the training device, one copy per process, so that no batch is copied there; for
             small pictures, which are decoded once. The order and the augmentation are the same as without it.
     """
@@ -271,11 +272,11 @@ class Images(Pictures):
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
         self.max_unreadable, self.on_device = max_unreadable, on_device
-        self._check()
         self._own_the_crop()
+        self._check()
         # Opened here, so that missing data is reported before any model is built, and its class count can be linked.
         if root is None and hub is None and predict_root is not None and classes is not None:
-            root, predict_root = predict_root, None
+            root = predict_root  # the splits and their labels, if it has any; all of it is predicted
         self.where = str(root or hub)
         keys = image_key, label_key, subset, streaming
         self.splits = open_splits(root, hub, download, *keys)
@@ -286,10 +287,7 @@ class Images(Pictures):
         self.names = self._name_splits(train_split, val_split, test_split)
         self.classes: list[str] = unify(self.splits, classes, self.where)
         self._say_what_differs()
-        self.predicted: Source | None = None
-        if predict_root is not None:
-            opened = list(open_splits(predict_root, None, False, *keys).values())
-            self.predicted = Joined(opened) if len(opened) > 1 else opened[0]
+        self.predicted = None if predict_root is None else open_all(predict_root, *keys)
 
     def _check(self) -> None:
         """Refuses options that are out of their range."""

@@ -1,5 +1,7 @@
 """Stops a run at once when its loss is not finite, and writes a file that repeats the step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from .files import write_whole
 from .order import batch_seed, run_seed, seed_generators
 from .resume import order_of
 from .sharding import divided, whole_state
+from .steps import as_trained, keep_states
 
+# Lightning's precisions that convert the weights, and those that compute some operations in 16 bits.
+TRUE = {"64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}
+MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 REMEDY = "Lower the learning rate or clip: --trainer.gradient_clip_val 1"
 
 
@@ -25,9 +31,8 @@ class NotFinite(SchemeError):
 class FiniteLoss(Callback):
     """Stops training when the loss is NaN or infinite, before it reaches a weight.
 
-    The file that it writes holds the batch as the net saw it, the weights, the seed of the step and the numbers of its
-    samples: ``torch.load(file)``, ``seed_generators(held["seed"])`` and ``training_step`` reproduce the loss. The check
-    reads one figure per step from the device.
+    The file that it writes holds the batch as the net saw it, the weights, the precision, the seed of the step and the
+    numbers of its samples: ``repeat`` reproduces the loss from it. The check reads one figure per step from the device.
 
     Args:
         folder: for ``not_finite.pt``; None writes none.
@@ -82,6 +87,8 @@ class FiniteLoss(Callback):
             held |= {"epoch": epoch, "batch_number": number, "samples": samples}
             held["training"] = [name for name, module in pl_module.named_modules() if module.training]
             held["seed"] = batch_seed(trainer, run_seed(trainer), "net")
+            held["precision"] = str(trainer.precision)
+            keep_states(trainer, held)
             # Before the error is raised, and atomically: the file is all that is left of the step.
             write_whole(path, held)
             remedy += f"; {path} repeats the step"
@@ -116,10 +123,16 @@ def repeat(module: L.LightningModule, path: str | Path) -> Tensor:
     """Recomputes the loss of the step that a file of ``FiniteLoss`` holds.
 
     Args:
-        module: built as the run's was; its weights, and the training mode of each part, become those of that step.
+        module: built as the run's was; its weights, precision, steps, and the training mode of each part, become those
+            of that step.
         path: the file.
     """
     held = torch.load(path, map_location="cpu", weights_only=True)
+    precision = held.get("precision", "")
+    # Converted first: double weights would be rounded as they are read.
+    if precision in TRUE:
+        module.to(TRUE[precision])
+    as_trained(module, held)
     module.load_state_dict(held["state_dict"])
     trained = set(held["training"])
     for name, part in module.named_modules():
@@ -128,6 +141,19 @@ def repeat(module: L.LightningModule, path: str | Path) -> Tensor:
     seed_generators(held["seed"])
     module.__dict__["log"] = lambda *args, **kwargs: None  # there is no run to log to
     try:
-        return module.training_step(held["batch"], held["batch_number"])  # type: ignore[return-value]
+        with _computing_in(precision, module.device.type):
+            return module.training_step(held["batch"], held["batch_number"])  # type: ignore[return-value]
     finally:
         del module.__dict__["log"]
+
+
+@contextmanager
+def _computing_in(precision: str, device: str) -> Iterator[None]:
+    """What Lightning's precisions set around a training step."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(TRUE.get(precision, usual))
+    try:
+        with torch.autocast(device, MIXED[precision]) if precision in MIXED else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(usual)

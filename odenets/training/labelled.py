@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import layout as layouts
 from .decode import Picture, Unreadable
 from .labels import NONE, unify
+from .sets import Decoded
 from .sources import TEST, VALIDATION, DataError, Source
 from .splits import open_splits
 from .trained import Trained, build_data
@@ -39,6 +40,25 @@ class Below(Source):
 
     def name(self, i: int) -> str:
         return str(self.root / self.source.name(i))
+
+
+class Chosen(Source):
+    """Some pictures of a source.
+
+    Args:
+        source: the pictures.
+        rows: which of them (n,).
+    """
+
+    def __init__(self, source: Source, rows: Tensor) -> None:
+        self.source, self.rows = source, rows
+        self.labels, self.names, self.why, self.classes = source.labels[rows], source.names, source.why, []
+
+    def encoded(self, i: int) -> bytes | str:
+        return self.source.encoded(int(self.rows[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.rows[i]))
 
 
 class Viewed(Dataset):
@@ -75,7 +95,8 @@ class Labelled:
     Attributes:
         where: A description of the data, for messages.
         labels: Class numbers of all of them, in the network's numbering.
-        unread: Names of those that could not be read, and why, by number.
+        unread: Names of those that could not be read, and why, by number; numbers of pictures that were left out when
+            they were decoded follow those of the others.
 
     Raises:
         DataError: No such pictures, no labels, classes that the network does not have, or a size that is fixed.
@@ -91,14 +112,20 @@ class Labelled:
     ) -> None:
         self.unread: dict[int, tuple[str, str]] = {}
         self._set: Any
+        self._source: Source | None = None
+        view = trained.view if size is None else trained.view._replace(height=size, width=size)
         if root is None:
             self._set, self.where = _own(trained, split, size)
-            self._source = None
             self.labels = torch.as_tensor(self._set.labels)
+            if isinstance(self._set, Decoded):
+                # Read as below: the set itself would show another picture in place of one that cannot be read.
+                self._source = Chosen(self._set.source, self._set.indices)
+                self._set = Viewed(self._source, view)
+            for name in getattr(self._set, "unread", ()):
+                self.unread[len(self.labels) + len(self.unread)] = name
             if bool((self.labels == NONE).any()):
                 raise DataError(f"{self.where}: some pictures have no label\n  odenets predict needs none")
         else:
-            view = trained.view if size is None else trained.view._replace(height=size, width=size)
             self._source, self.where = _of_folder(trained, Path(root), split)
             self._set, self.labels = Viewed(self._source, view), self._source.labels
         count = len(self.labels)

@@ -1,5 +1,6 @@
 """Labels: from a column, or from the names of folders, to class numbers that mean the same in every split."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ class Labelled(Protocol):
 
     labels: Tensor
     names: list[str] | None
-    classes: list[str]
+    classes: Sequence[str]
 
 
 def check_kinds(kinds: Sequence[tuple[str, Any]], where: str) -> None:
@@ -142,8 +143,12 @@ def unify(splits: Mapping[str, Labelled], classes: Sequence[str] | None, where: 
         where: Begins the errors.
 
     Raises:
-        DataError: Some splits have names and others numbers, a name is not in `classes`, or numbers are too sparse.
+        DataError: Some splits have names and others numbers, a name is not in `classes` or there twice, or numbers are
+            too sparse.
     """
+    twice = sorted(name for name, count in Counter(classes or ()).items() if count > 1)
+    if twice:
+        raise DataError(f"{where}: data.classes has {twice[0]!r} more than once\n  Give each class a name of its own")
     labelled = {name: split for name, split in splits.items() if bool((split.labels != NONE).any())}
     named = [name for name, split in labelled.items() if split.names is not None]
     if named and len(named) < len(labelled):

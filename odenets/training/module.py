@@ -20,6 +20,7 @@ from ..stack import named_stacks
 from .averages import check_averages
 from .groups import Frozen
 from .sharding import shard_module
+from .steps import as_trained, keep_states
 
 
 def evaluations(net: nn.Module) -> int:
@@ -71,7 +72,9 @@ def share_of(trainer: L.Trainer, own: Tensor, dtype: torch.dtype = torch.float32
         dtype: of the share.
     """
     count = own.to(dtype)
-    return count / trainer.strategy.reduce(count.clone(), reduce_op="mean").clamp(min=1)  # type: ignore[union-attr]
+    mean: Any = trainer.strategy.reduce(count.clone(), reduce_op="mean")
+    # Above 0 only: the mean is below 1 where there are fewer of them than processes.
+    return count / mean.clamp(min=torch.finfo(dtype).tiny)
 
 
 def of_a_whole_step(trainer: L.Trainer, loss: Tensor) -> Tensor:
@@ -241,6 +244,13 @@ class NetModule(L.LightningModule):
             self.log("evaluations", float(count), sync_dist=True)
         for name, figure in solver_figures(self.net).items():
             self.log(name, figure, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_states(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The callbacks that have moved them may not be there, and never are in load_from_checkpoint.
+        as_trained(self, checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]

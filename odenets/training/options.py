@@ -98,12 +98,30 @@ def changes(
     found = {}
     for name in [*new, *(n for n in old if n not in new)]:
         a, b = old.get(name), new.get(name)
-        last = name.rpartition(".")[2]
-        # An option that one side lacks is from another release, unless it is an element of a list or a class.
-        known = (name in old and name in new) or last.isdigit() or last == "class_path"
+        # An option that one side lacks is from another release, unless it is a part of one that both have.
+        known = (name in old and name in new) or _is_part(name, new if name in old else old)
         if differ(a, b) and known and not free.fullmatch(short_name(name)):
             found[short_name(name)] = (a, b)
     return found
+
+
+def _is_part(name: str, other: Mapping[str, Any]) -> bool:
+    """Whether an option that one side lacks is a part of one that it has: an element, a class, a key of one's own.
+
+    Args:
+        name: of the option.
+        other: the options of the side that lacks it.
+    """
+    parts = name.split(".")
+    if parts[-1].isdigit() or parts[-1] == "class_path":
+        return True
+    # None, {} or a plain value there, where a mapping is here; a class that had no options may have some by now.
+    if any(".".join(parts[:n]) in other for n in range(1, len(parts)) if parts[n - 1] != "init_args"):
+        return True
+    at = max((i for i, part in enumerate(parts) if part in ("init_args", "dict_kwargs")), default=len(parts))
+    # Below an option of a class the keys are the user's, and below dict_kwargs all of them are.
+    above = parts[:at] if parts[at : at + 1] == ["dict_kwargs"] else parts[: at + 2]
+    return len(above) < len(parts) and any(other_name.startswith(".".join([*above, ""])) for other_name in other)
 
 
 def differ(a: Any, b: Any) -> bool:
@@ -113,7 +131,8 @@ def differ(a: Any, b: Any) -> bool:
 
 def given(words: Sequence[str]) -> set[str]:
     """The short names of the options that are given on the command line itself, not in a file."""
-    return {short_name(word[2:].partition("=")[0]) for word in words if word.startswith("--")}
+    # A plus sign appends to a list.
+    return {short_name(word[2:].partition("=")[0].removesuffix("+")) for word in words if word.startswith("--")}
 
 
 def check_resumed(before: Mapping[str, Any], now: Mapping[str, Any], words: Sequence[str], name: str) -> None:

@@ -12,20 +12,23 @@ saved:
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..seeds import seed_of as seed_of
+from .errors import DataError
 
 _SEEDS: WeakKeyDictionary[L.Trainer, int] = WeakKeyDictionary()
 PADDING = -1  # the epoch of a sample that is repeated to give every process the same number
 IGNORED = -100  # the label of such a sample: torch's cross-entropy leaves it out
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)  # the whole numbers that can be it
 
 
 def seed_generators(seed: int) -> None:
@@ -195,7 +198,7 @@ class Numbered(Dataset):
             return self.data[key]
         with seeded_generators(seed_of(self.seed, "sample", *key)):
             sample = self.data[key[1]]
-        return _without_label(sample, slice(None)) if key[0] == PADDING else sample
+        return _uncounted(sample) if key[0] == PADDING else sample
 
     def __getitems__(self, keys: Sequence[Any]) -> Any:
         if not hasattr(self.data, "__getitems__"):
@@ -207,23 +210,53 @@ class Numbered(Dataset):
             # Seeded by the first key: a data set that draws for a whole batch at once gets one seed for it.
             with seeded_generators(seed_of(self.seed, "samples", *map(str, keys[:1]))):
                 batch = self.data.__getitems__([key[1] if isinstance(key, tuple) else key for key in keys])
-        return _without_label(batch, padding) if padding else batch
+        if not padding:
+            return batch
+        if isinstance(batch, list):  # one sample each: the collate function comes later
+            return [_uncounted(sample) if n in padding else sample for n, sample in enumerate(batch)]
+        return _uncounted(batch, padding)
 
 
-def _without_label(batch: Any, rows: Any) -> Any:
-    """Returns the batch (or one sample) with the labels of these rows ignored, if it has labels."""
-    if isinstance(batch, list):  # one sample each: the collate function comes later
-        return [_without_label(sample, slice(None)) if n in rows else sample for n, sample in enumerate(batch)]
-    label: Any = batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
+def _uncounted(sample: Any, rows: Any = ...) -> Any:
+    """Returns a sample, or a batch as one tuple, with its label, or the labels of these rows, ignored, if it has any.
+
+    Raises:
+        DataError: A label that cannot be told from one that counts.
+    """
+    if not isinstance(sample, tuple | list):
+        if isinstance(sample, Mapping):
+            raise _cannot_be_ignored(sample)
+        return sample  # a picture alone
+    if len(sample) < 2 or sample[1] is None or isinstance(sample[1], str | bytes):  # a name is no label
+        return sample
+    parts = list(sample)
+    parts[1] = _ignored(parts[1], rows)
+    return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
+
+
+def _ignored(label: Any, rows: Any) -> Any:
+    if getattr(getattr(label, "dtype", None), "kind", "") in ("i", "f"):  # of numpy
+        scalar, labels = np.ndim(label) == 0, np.array(label)
+        labels[... if scalar else rows] = IGNORED
+        return labels[()] if scalar else labels
+    if type(label) in (int, float):
+        return type(label)(IGNORED)
     if isinstance(label, dict) and "ignored" in label:  # a target with its own flag for this
-        label = {**label, "ignored": torch.tensor(True)}
-        return (batch[0], label, *batch[2:])  # pyright: ignore[reportGeneralTypeIssues]
-    if not isinstance(label, torch.Tensor):
-        return batch
-    # The data set's own tensor may be a view of all its labels.
-    labels = label.clone()
-    labels[... if labels.ndim == 0 else rows] = IGNORED
-    return (batch[0], labels, *batch[2:])  # pyright: ignore[reportGeneralTypeIssues]
+        return {**label, "ignored": torch.tensor(True)}
+    if isinstance(label, torch.Tensor) and (label.is_floating_point() or label.dtype in SIGNED):
+        # The data set's own tensor may be a view of all its labels.
+        labels = label.clone()
+        labels[... if labels.ndim == 0 else rows] = IGNORED
+        return labels
+    raise _cannot_be_ignored(label)
+
+
+def _cannot_be_ignored(label: Any) -> DataError:
+    kind = f"tensor of {label.dtype}" if isinstance(label, torch.Tensor) else type(label).__name__
+    return DataError(
+        f"a sample is repeated to give each process as many, and its label, a {kind}, cannot be marked as not counted\n"
+        "  Let the data set return (sample, label) with a signed number or a tensor of such, or evaluate in one process"
+    )
 
 
 def run_seed(trainer: L.Trainer | None) -> int:

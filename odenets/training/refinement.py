@@ -16,6 +16,7 @@ from ..continuous import fields_of
 from ..knots import mapped
 from ..rebuild import continuous_stacks
 from .classifier import evaluations
+from .steps import as_refined, refine, refinements
 
 Moments = Literal["map", "reset"]
 # The states of squared gradients: of Adam and its variants, AMSGrad, RMSprop, Adagrad, Adadelta.
@@ -67,6 +68,7 @@ class Refinement(Callback):
         self.schemes = None if schemes is None else tuple(schemes)
         self.moments: Moments = moments
         self.done, self.spent = 0, 0.0
+        self.steps: list[tuple[str, int]] = []  # of each refinement that is done: its scheme and factor
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.at:
@@ -89,29 +91,28 @@ class Refinement(Callback):
                 maps = refine_knots(pl_module, self.knots)
                 for optimizer in trainer.optimizers:
                     follow(optimizer, maps, self.moments)
-            self._rebuild(pl_module, self.done)
+            self.steps.append(self._numbered(self.done))
+            refine(pl_module, *self.steps[-1])
             self.done += 1
             shown = [f"{s.scheme} x {s.depth}" for s in continuous_stacks(pl_module).values()]
             rank_zero_info(f"epoch {trainer.current_epoch}: refined to {', '.join(dict.fromkeys(shown))}")
 
-    def _rebuild(self, net: nn.Module, number: int) -> None:
-        """Replaces the stacks by ones with finer steps and the scheme of that refinement."""
-        scheme = (self.schemes[number] or None) if self.schemes is not None else None
-        for name, stack in continuous_stacks(net).items():
-            parent, _, last = name.rpartition(".")
-            # The new stack shares the parameters of the old one, so that the optimiser still holds them.
-            setattr(net.get_submodule(parent), last, stack.rebuilt(scheme, stack.depth * self.depth))
+    def _numbered(self, number: int) -> tuple[str, int]:
+        """The scheme of a refinement, "" for no other, and its factor of the number of steps."""
+        return "" if self.schemes is None else self.schemes[number], self.depth
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.spent += len(batch[0]) * evaluations(pl_module.net) / 1e6  # type: ignore[arg-type]
+        # Every process has as many samples.
+        self.spent += trainer.world_size * len(batch[0]) * evaluations(pl_module.net) / 1e6  # type: ignore[arg-type]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("evaluations_spent", self.spent)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "spent": self.spent}
+        # Readers of the checkpoint need no configuration to build the net that was trained.
+        return {"done": self.done, "spent": self.spent, "steps": [[*step] for step in self.steps]}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # The weights carry their knots; steps and scheme are those after as many refinements.
@@ -123,9 +124,9 @@ class Refinement(Callback):
                 f"Refinement: the checkpoint was refined {state['done']} times, and at has {len(self.at)} epochs\n"
                 "  Give the epochs that it was trained with."
             )
-        # Only the missing refinements: the present net may have been refined already.
-        for number in range(self.done, state["done"]):
-            self._rebuild(pl_module, number)
+        found = refinements(checkpoint)
+        self.steps = [self._numbered(n) for n in range(state["done"])] if found is None else found
+        as_refined(pl_module, self.steps)
         self.done, self.spent = state["done"], state["spent"]
 
 

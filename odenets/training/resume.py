@@ -158,9 +158,13 @@ class Resume(Callback):
 
     Learning rates follow the configuration: a schedule with a new length, or an optimiser with a new learning rate,
     continues from the checkpoint's step.
+
+    Args:
+        keep_rate: whether a learning rate that a finder has found remains; False takes the optimiser's, given anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_rate: bool = True) -> None:
+        self.keep_rate = keep_rate
         self.validate = False  # set by a caller that saves before a validation
         self._loaded: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
@@ -185,6 +189,8 @@ class Resume(Callback):
         self._loaded = checkpoint.get(KEY, {}) if "fit_loop" in checkpoint.get("loops", {}) else {}
         states = {"optimiser": "optimizer_states", "schedule": "lr_schedulers"}
         self._counts = {name: len(checkpoint.get(key, [])) for name, key in states.items()} if self._loaded else {}
+        if self._loaded and not self.keep_rate and hasattr(pl_module, "lr"):
+            pl_module.lr = None  # type: ignore[assignment]
         # Here, before Lightning restores the states of the callbacks.
         _relocate(trainer, checkpoint.get("callbacks", {}))
         if "place" in self._loaded:  # Lightning decides by the epoch progress whether anything is left to train

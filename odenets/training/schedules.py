@@ -149,7 +149,8 @@ class OneCycle(Schedule):
 
     Args:
         up: Share of the steps that rise.
-        momentum: Also move the momentum, opposite to the learning rate.
+        momentum: Also move the momentum, or Adam's first beta, opposite to the learning rate: from 0.95 to 0.85 and
+            back, as published, in place of the optimiser's own.
 
     Source: Smith and Topin 2018, "Super-convergence".
     """
@@ -166,6 +167,12 @@ class OneCycle(Schedule):
                 f"OneCycle moves the momentum, and {type(optimizer).__name__} has none\n"
                 "  Give --model.schedule.momentum false, or another optimiser"
             )
+        for group in optimizer.param_groups if self.momentum else ():
+            if not (group["betas"][0] if "betas" in group else group["momentum"]):
+                raise SchemeError(
+                    f"OneCycle moves the momentum between 0.95 and 0.85, and that of {type(optimizer).__name__} is 0\n"
+                    "  Give --model.schedule.momentum false, or a momentum"
+                )
         # One more than are taken: the scheduler is also stepped after the last step, which would be past its end.
         total = steps + 1
         # Torch divides by the length of the rise, up * total - 1, which must not be zero.

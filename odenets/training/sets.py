@@ -26,10 +26,15 @@ class Cached(Dataset):
     >>> data = Cached(torch.zeros(5, 1, 2, 2), torch.arange(5))
     >>> data.__getitems__([4, (7, 2)])[1]
     tensor([4, 2])
+
+    Attributes:
+        unread: the pictures that were left out since they cannot be read: their names, and why.
     """
 
     def __init__(self, pictures: Tensor, labels: Tensor, name: Callable[[int], str] = str) -> None:
         self.pictures, self.labels, self._name = pictures, labels, name
+        self.unread: list[tuple[str, str]] = []
+        self._places: tuple[Sequence[int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +57,12 @@ class Cached(Dataset):
         """The file, or file and row, of picture i."""
         return self._name(i)
 
+    def order(self, generator: Generator, window: int = 16) -> Tensor:
+        """Draws an order of the pictures for an epoch, the one that `Decoded.order` draws where none is kept."""
+        if self._places is None:
+            return torch.randperm(len(self), generator=generator)
+        return shard_order(*self._places, generator, window)
+
 
 class Tally:
     """The unreadable pictures of a source, over all processes; beyond `limit` of them, ends the run with the list."""
@@ -60,6 +71,7 @@ class Tally:
         self.source, self.limit = source, limit
         # In shared memory, since the workers decode and one limit holds for all of them.
         self.seen = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+        self.why: dict[int, str] = {}  # of those that this process has met
 
     def __contains__(self, i: int) -> bool:
         return bool(self.seen[i])
@@ -82,7 +94,7 @@ class Tally:
         # An unreadable picture is requested again in every epoch.
         if i in self:
             return
-        self.seen[i] = 1
+        self.seen[i], self.why[i] = 1, str(why)
         count = int(self.seen.sum(dtype=torch.long))
         if count > self.limit:
             names = [self.source.name(int(j)) for j in self.seen.nonzero()[:20, 0]]
@@ -200,6 +212,7 @@ class Kept(Source):
 
     def __init__(self, source: Source, indices: Tensor, tally: Tally) -> None:
         self.source, self.labels, self.names, self.classes = source, source.labels, source.names, source.classes
+        self.shards = source.shards  # which give the order, though nothing is read from them again
         self.kept: dict[int, bytes] = {}
         for index in indices.tolist():
             stored = source.encoded(index)
@@ -243,7 +256,10 @@ def decode_all(source: Source, indices: Tensor, to: tuple[int, int] | Decoded, t
         kept.append(index)
     # Only the rows that could be read, so that labels and names stay aligned with the pictures.
     rows = torch.tensor(kept, dtype=torch.long)
-    return Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
+    found = Cached(torch.stack(pictures).contiguous(), source.labels[rows], Names(source, rows))
+    found._places = None if source.shards is None else (source.shards, rows)
+    found.unread = [(source.name(i), tally.why[i]) for i in indices.tolist() if i in tally]
+    return found
 
 
 class Names:

@@ -39,7 +39,7 @@ class Source(ABC):
 
     labels: Tensor
     names: list[str] | None = None
-    classes: list[str]
+    classes: Sequence[str] = ()
     why: str = "none of its pictures has one"
     shards: list[int] | None = None
 
@@ -275,6 +275,19 @@ def check_parquet(root: Path, files: Sequence[str], label_key: str | None = None
     return [(file, count) for file, count in rows if count]
 
 
+def check_one(root: str | Path | None, hub: str | None) -> None:
+    """Refuses a folder and a dataset of the hub together, of which one would be ignored.
+
+    Raises:
+        DataError: Both are given.
+    """
+    if root is not None and hub is not None:
+        raise DataError(
+            f"data.root: {str(root)!r} and data.hub: {hub!r} are two sources, and one would be ignored\n"
+            "  Give one of them; to replace the one of a file: --data.hub null, or --data.root null"
+        )
+
+
 def open_tables(
     root: str | Path | None,
     hub: str | None = None,
@@ -294,10 +307,11 @@ def open_tables(
     Raises:
         DataError: There are no data.
     """
+    check_one(root, hub)
     if root is not None:
         if not Path(root).expanduser().exists():
             raise DataError(f"data.root: no folder {str(root)!r}\n  {ways}")
-        path = folder(root, subset if hub is None else None)
+        path = folder(root, subset)
         tables = configured(path, subset)
         found = None if tables else layouts.find(path)
         if found is None or found.kind != "parquet":

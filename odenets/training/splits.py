@@ -1,8 +1,10 @@
 """The splits of a data set, opened: class folders, tables, tar shards, or a data set of the hub."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import layout as layouts
 from .errors import DataError
@@ -10,9 +12,11 @@ from .layout import Layout
 from .sources import (
     THREE_WAYS,
     FolderSource,
+    Joined,
     Source,
     Splits,
     TableSource,
+    check_one,
     check_parquet,
     configured,
     folder,
@@ -34,8 +38,9 @@ def open_splits(
     """Opens the splits found under `root` or on the hub, by name; a folder without split names is one split `train`.
 
     Raises:
-        DataError: There are no data, or no column fits. The network is only used with `download`.
+        DataError: There are no data, two sources of them, or no column fits. The network is only used with `download`.
     """
+    check_one(root, hub)
     where = str(root or hub)
     keys = image_key, label_key, where
     # Tried first: a folder of anything but parquet files is then opened as without the option.
@@ -92,6 +97,25 @@ def kept_apart(names: Mapping[str, str | None], given: Collection[str], where: s
                 f"  Name a split that data.train_split does not, or leave data.{use}_split out"
             )
     return {use: None if shared.get(use) else name for use, name in names.items()}
+
+
+def open_all(root: str | Path, *options: Any) -> Source:
+    """Opens all pictures below a folder, or in a file, as one source: those of each split, and those of none.
+
+    Args:
+        root: the folder, or the file.
+        options: the further ones of ``open_splits``, from ``image_key`` on.
+
+    Raises:
+        DataError: see ``open_splits``.
+    """
+    splits = open_splits(root, None, False, *options)
+    opened = [*splits.values(), *(splits.open(name) for name in list(splits.others))]
+    files = [os.fsdecode(file) for source in opened if isinstance(source, FolderSource) for file in source.files]
+    if files:
+        # In the order of their names, whichever folders name splits.
+        return FolderSource(Path(opened[0].root), sorted(files), None)  # type: ignore[attr-defined]
+    return opened[0] if len(opened) == 1 else Joined(opened)
 
 
 def _open(found: Layout, keys: tuple[str | None, str | None, str], split: str, files: Sequence[str]) -> Source:

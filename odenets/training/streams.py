@@ -36,8 +36,8 @@ class TarSource(Source):
     Args:
         root: the folder that names are relative to.
         files: their paths below it.
-        image_key: suffix of the pictures; None: any suffix of a picture.
-        label_key: suffix of the labels; None: the usual ones.
+        image_key: suffix of the pictures; None: any suffix of a picture, of which a sample then has one.
+        label_key: suffix of the labels; None: the usual ones. Capital letters do not matter in either.
         where: a description of the data, for messages.
     """
 
@@ -45,7 +45,7 @@ class TarSource(Source):
         self, root: Path, files: Sequence[str], image_key: str | None, label_key: str | None, where: str
     ) -> None:
         self.root, self.files = root, list(files)
-        suffixes = (label_key,) if label_key else LABEL_SUFFIXES
+        suffixes = (label_key.lower(),) if label_key else LABEL_SUFFIXES
         places: list[tuple[int, int, int]] = []  # file, offset, length
         names: list[str] = []
         labels: list[Any] = []
@@ -54,9 +54,15 @@ class TarSource(Source):
         for number, file in enumerate(files):
             before = len(places)
             for sample, members in _samples(root / file):
-                picture = next((m for s, m in members.items() if s == image_key or (not image_key and _shows(s))), None)
-                if picture is None:
+                shown = [s for s in members if (s == image_key.lower() if image_key else _shows(s))]
+                if len(shown) > 1:
+                    raise DataError(
+                        f"{where}: sample {sample!r} of {file} has several pictures: {', '.join(sorted(shown))}\n"
+                        "  Name the suffix of those that are meant: --data.image_key SUFFIX"
+                    )
+                if not shown:
                     continue
+                picture = members[shown[0]]
                 places.append((number, picture.offset_data, picture.size))
                 names.append(f"{file}/{sample}")
                 suffix = next((s for s in suffixes if s in members), None)
@@ -100,8 +106,14 @@ def _samples(path: Path) -> Any:
                 if name != sample and members:
                     yield sample, members
                     members = {}
-                sample = name
-                members[suffix.lower()] = member
+                sample, suffix = name, suffix.lower()
+                # Whichever came last would be used, as it is of two members of one name, where it is an update.
+                if suffix in members and members[suffix].name != member.name:
+                    raise DataError(
+                        f"{path}: {members[suffix].name} and {member.name} differ in capital letters alone\n"
+                        "  Rename one of them"
+                    )
+                members[suffix] = member
     except tarfile.TarError as e:
         raise DataError(
             f"{path} is no whole tar file ({e})\n  Copy or download it again; compressed ones must be unpacked"

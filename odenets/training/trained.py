@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from schemes import SchemeError
 
 from .. import checkpoints
-from .callbacks import StepSchedule
 from .data import Pictures
 from .files import CheckpointError, open_checkpoint
 from .resume import KEY
 from .sources import DataError
+from .steps import as_trained
+from .steps import move_steps as move_steps
 from .view import View
 
 OURS = ("odenets.", "torch.nn.")
@@ -84,8 +85,8 @@ class Trained:
 def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") -> Trained:
     """Opens a checkpoint of `lightning fit` as a network that classifies pictures.
 
-    Averaged weights are used if Lightning's callbacks saved them in place of the raw ones. A step size that was moved
-    in training has the value that it had when the checkpoint was written.
+    Averaged weights are used if Lightning's callbacks saved them in place of the raw ones. Steps and schemes that
+    callbacks have changed in training are those of the time when the checkpoint was written.
 
     Args:
         path: The file.
@@ -107,22 +108,9 @@ def open_trained(path: str | PathLike[str], device: str | torch.device = "cpu") 
     view, classes = View(**picture["picture"]), [str(name) for name in picture["classes"]]
     weights = {k.removeprefix("net."): v for k, v in held["state_dict"].items() if k.startswith("net.")}
     checkpoints.load(net, weights)
-    move_steps(net, held)
+    net = as_trained(net, held)
     config = held.get(KEY, {}).get("config") or {}
     return Trained(path, net.eval().to(device), classes, view, config.get("data"), found.step)
-
-
-def move_steps(net: nn.Module, held: Mapping[str, Any]) -> None:
-    """Sets the step size of a network to the one that `StepSchedule` had reached in a checkpoint, if it was in use.
-
-    Args:
-        net: the network, changed in place.
-        held: the contents of the checkpoint.
-    """
-    # Lightning keeps a callback's state under the name of its class.
-    moved = held.get("callbacks", {}).get(StepSchedule.__qualname__)
-    if moved is not None:
-        StepSchedule().apply(net, moved["h"])
 
 
 def build_net(path: Path, held: Mapping[str, Any]) -> nn.Module:

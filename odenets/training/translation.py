@@ -16,6 +16,7 @@ from .groups import check_optimizer, make_optimizer
 from .module import of_a_whole_step, share_of
 from .order import IGNORED, loader
 from .schedules import Schedule, WarmupCosine, scheduled
+from .steps import as_trained, keep_states
 
 NOUNS, VERBS, ADJECTIVES = 12, 8, 8
 THAT = 3  # begins a relative clause
@@ -144,7 +145,7 @@ class Translator(L.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         loss, _ = self._loss(batch, self.label_smoothing)
-        if self.trainer.world_size > 1:
+        if self._trainer is not None and self.trainer.world_size > 1:
             # Sentences differ in length: each word must have the same weight, whichever process has it.
             loss = share_of(self.trainer, (batch[1][:, 1:] != PAD).sum(), loss.dtype) * loss
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
@@ -178,6 +179,12 @@ class Translator(L.LightningModule):
             # Times the number of processes, since Lightning averages the counts over them and drops the fraction.
             weight *= self.trainer.world_size
             self.log(name, figure, prog_bar=True, on_epoch=True, batch_size=weight, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_states(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        as_trained(self, checkpoint)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, [{"params": list(self.parameters())}])

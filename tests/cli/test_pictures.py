@@ -5,19 +5,22 @@ import io
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, log_loss, precision_score, recall_score, top_k_accuracy_score
+from torch import nn
 from training.pictures import picture
 
 from cli.lines import answer, fails
 from odenets.cli import main
-from odenets.training import Classifier, Digits
+from odenets.training import Classifier, Digits, Images
 from odenets.training.judge import Figures, evaluate, pictures_at, predict, wilson
-from odenets.training.trained import open_trained
+from odenets.training.labelled import Labelled
+from odenets.training.trained import Trained, open_trained
 from schemes import SchemeError
 
 
@@ -74,6 +77,48 @@ def test_an_unreadable_picture_is_named_and_takes_no_other_place(capsys, photos,
     target = tmp_path / "new" / "found.csv"
     answer(capsys, *args[:-1], str(folder / "c1"), "--output", str(target), status=1)
     assert target.read_text() == out
+
+
+class Sees(nn.Module):
+    """Logits of three classes that depend on the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.stack([x.mean((2, 3)), x.amax((2, 3)), x[:, :, 3, 5]]).mean(0) @ self.w
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": True}, {"size": 24, "cache": False}, {"smallest_crop": 0.5}])
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("side", [32, 120])
+@pytest.mark.filterwarnings("ignore:.*cannot be read:UserWarning")
+def test_data_of_a_checkpoint_are_evaluated_as_their_folder(tmp_path, side, limit, options):
+    """Also where pictures cannot be read: these are named, and no other is counted in their place."""
+    for part in ("train", "test"):
+        for c in range(3):
+            (tmp_path / part / f"c{c}").mkdir(parents=True)
+            for i in range(4):
+                picture(10 * c + i, (side, side)).save(tmp_path / part / f"c{c}" / f"{i}.png")
+    for name in ("c0/0.png", "c1/2.png", "c2/3.png"):
+        (tmp_path / "test" / name).write_bytes(b"no picture")
+    data = Images(str(tmp_path), **{"size": 32, "num_workers": 0, **options})
+    data.setup("test")
+    given = {"class_path": "odenets.training.Images", "init_args": {"root": str(tmp_path), "size": 32, **options}}
+    trained = Trained(tmp_path / "x.ckpt", Sees().eval(), ["c0", "c1", "c2"], data.view, given, 0)
+    found = []
+    for root in (None, tmp_path):
+        pictures = Labelled(trained, root, None, None, limit)
+        rows = [(trained.probabilities(x), y) for _, x, y in pictures.batches(2)]
+        found.append([torch.cat(part) for part in zip(*rows, strict=True)])
+        named = {Path(name).name: why for name, why in pictures.unread.values()}
+        assert named.keys() <= {"0.png", "2.png", "3.png"} and (len(named) == 3 or limit is not None)
+    if limit is None:
+        assert len(found[0][1]) == 9 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        own, theirs = evaluate(trained), evaluate(trained, tmp_path)
+        assert {**own[0], "data": ""} == {**theirs[0], "data": ""}
+        assert [(Path(a.name).name, a.error) for a in own[1]] == [(Path(b.name).name, b.error) for b in theirs[1]]
 
 
 def test_a_table_by_default_and_notes_beside_it(capsys, photos, folder):

@@ -377,6 +377,7 @@ def test_shapes_that_cannot_be_drawn_are_refused(option, value):
         ({"images": "nope"}, "neither a folder of pictures nor a table"),
         ({"root": "/nowhere"}, "no folder '/nowhere'"),
         ({"root": None, "hub": "a/b"}, "is not on this machine"),
+        ({"hub": "a/b"}, "'a/b' are two sources, and one would be ignored"),
         ({"predict_root": "/nowhere"}, "no pictures in"),
         ({"reduce_labels": True, "ids": [1, 2, 3, 4, 5]}, "both say"),
     ],

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odenets.training import DataError
 from odenets.training import augment as A
 
 seeds = st.integers(0, 2**31 - 1)
@@ -36,6 +37,19 @@ def test_off_is_the_identity(x, seed):
     assert torch.equal(A.cutmix(x, y, 0.0, 3, generator=g)[0], x)
 
 
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 16), (16, 8)])
+def test_a_resized_crop_keeps_the_shape_or_is_refused(shape, share):
+    x, y = torch.rand(3, 2, *shape, generator=generator(0)), torch.zeros(3, dtype=torch.long)
+    made = A.Augment(resized_crop=share)
+    if share and shape != (8, 8):
+        with pytest.raises(DataError, match=f"the pictures are {shape[1]}x{shape[0]}\n  Leave it out"):
+            made(x, y, [0.0, 0.0], [1.0, 1.0], 2)
+        return
+    found = made(x, y, [0.0, 0.0], [1.0, 1.0], 2)[0]
+    assert found.shape == x.shape and torch.equal(found, x) == (share in (None, 0.0, 1.0))
+
+
 @given(batches(), seeds)
 def test_flip_twice_is_the_identity_and_once_mirrors(x, seed):
     once = A.random_flip(x, 1.0, generator=generator(seed))
@@ -53,6 +67,18 @@ def test_each_crop_is_a_window_of_the_padded_picture(x, seed, padding):
     for picture, cropped in zip(padded, out, strict=True):
         windows = [picture[:, i : i + h, j : j + w] for i in range(2 * padding + 1) for j in range(2 * padding + 1)]
         assert any(torch.equal(cropped, window) for window in windows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
+def test_normalize_is_as_exact_as_its_pictures(dtype):
+    mean, std = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.201]
+    x = torch.randint(0, 256, (2, 3, 4, 4), generator=generator(0)).to(dtype)
+    x = x if dtype == torch.uint8 else x / 256
+    m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
+    out = A.normalize(x, mean, std)
+    assert out.dtype == (torch.float32 if dtype == torch.uint8 else dtype)
+    want = (x.double() / (255 if dtype == torch.uint8 else 1) - m) / s
+    assert float((out.double() - want).abs().max()) < 16 * torch.finfo(out.dtype).eps
 
 
 def test_crops_differ_within_a_batch_and_reach_every_offset():

@@ -238,6 +238,29 @@ def test_lightnings_callbacks_run_and_a_resumed_run_ends_as_one_that_was_not(nam
         assert all(p.requires_grad for p in resumed.model.parameters())
 
 
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("name", ["rate", "batch"])
+def test_a_value_given_anew_replaces_the_one_that_was_found(name, tmp_path, caplog):
+    option, first, other = {
+        "rate": ("--model.optimizer.lr", "0.1", "0.003"),
+        "batch": ("--data.batch_size", "64", "16"),
+    }[name]
+    given = ["--trainer.callbacks", json.dumps([CALLBACKS[name]]), "--trainer.limit_train_batches", "7"]
+
+    def used(command):
+        size = command.trainer.train_dataloader.batch_size
+        return size if name == "batch" else command.trainer.lr_scheduler_configs[0].scheduler.base_lrs[0]
+
+    found = used(fit("--run_dir", "run", *given, option, first, "--trainer.max_epochs", "3"))
+    assert found != float(first)
+    # The line that resumes repeats the first one.
+    for epochs, (value, want) in enumerate([(first, found), (other, float(other)), (other, float(other))], 4):
+        caplog.clear()
+        line = "--run_dir", "run", *given, option, value, "--trainer.max_epochs", str(epochs), "--ckpt_path", "last"
+        assert used(fit(*line)) == want
+        assert ("as a finder has found" in caplog.text) == (want == found)
+
+
 @pytest.mark.long
 def test_the_schedule_lasts_as_long_as_the_run_whose_batches_a_finder_made(tmp_path):
     args = ["-c", QUICK, *QUIET, *SMALL[-6:-2], "--trainer.max_epochs", "1", "--data.batch_size", "64"]

@@ -400,6 +400,8 @@ def test_given_classes_number_the_labels(tmp_path):
     root = write(tmp_path / "d", *(f"{c}/{i}.png" for c in "ab" for i in "12"))
     assert Images(str(root), classes=["x", "b", "a"]).splits["train"].labels.tolist() == [2, 2, 1, 1]
     refused(root, "'b', none of the 1 classes", classes=["a"])
+    for twice in (["a", "b", "a"], ["a", "b", "c", "c"]):
+        refused(root, f"data.classes has '{twice[-1]}' more than once", "Give each", classes=twice)
 
 
 def test_a_checkpoint_of_other_classes_is_refused(tmp_path):

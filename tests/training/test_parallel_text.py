@@ -1,10 +1,12 @@
 """Parallel text: what is found in files, what is left out, and that missing data is told with its remedies."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from odenets.models.revcol_seq import PAD
-from odenets.training import DataError
+from odenets.training import DataError, Images
 from odenets.training.parallel_text import WORDS, ParallelText, to_text, to_words
 
 from .texts import sentences, write_texts
@@ -74,3 +76,14 @@ def test_missing_data_is_told_with_its_remedies(tmp_path):
     short = ParallelText(root=str(tmp_path), length=4)
     with pytest.raises(DataError, match=r"0 pairs fit 4 words; give --data.length"):
         short.setup("fit")
+
+
+@pytest.mark.parametrize("kind", [ParallelText, Images, partial(Images, streaming=True)])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_and_a_dataset_of_the_hub_are_two_sources(tmp_path, kind, there):
+    root = tmp_path / "a"
+    if there:
+        root.mkdir()
+        write_texts(root / "train.parquet", 8)
+    with pytest.raises(DataError, match=r"a' and data.hub: 'b/c' are two sources.*\n  Give one.*--data.hub null"):
+        kind(root=str(root), hub="b/c")

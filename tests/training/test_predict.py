@@ -12,7 +12,8 @@ from odenets.training.callbacks import Predictions
 from odenets.training.command import run
 from odenets.training.splits import open_splits
 
-from .pictures import picture, write_folder
+from .pictures import picture, write_folder, write_parquet
+from .test_streams import samples, write_tar
 
 
 def rows(path) -> list[dict[str, str]]:
@@ -95,3 +96,39 @@ def test_any_folder_of_pictures_can_be_predicted(tmp_path, monkeypatch):
     write_folder(tmp_path / "some/test", 1, 2, (32, 32))
     done = run(["validate", *words, "--data.root", "some", "--ckpt_path", "last"])
     assert done.datamodule.splits["validation"].labels.tolist() == [1] * 4
+
+
+FOLDERS = {
+    "classes": ["a/0.png", "a/1.png", "b/0.png"],
+    "splits": ["train/a/0.png", "train/b/1.png", "val/a/0.png", "val/b/0.png", "test/a/0.png", "test/b/5.png"],
+    "some": ["test/x/0.png", "test/x/1.png", "holiday/y/0.png"],
+    "flat": ["0.png", "1.png", "test.png"],
+    "tar": ["train.tar", "holiday.tar"],
+    "parquet": ["train.parquet", "test.parquet", "holiday.parquet"],
+}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_all_pictures_below_a_folder_are_predicted_whatever_their_split(tmp_path, kind, alone):
+    new, known = tmp_path / "new", tmp_path / "known"
+    write_folder(known, 2, 2, (32, 32))
+    want = []
+    for n, name in enumerate(FOLDERS[kind]):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        if kind == "tar":
+            write_tar(new / name, samples(2 * n, 2))
+        elif kind == "parquet":
+            write_parquet(new / name, 2, 2)
+        else:
+            picture(n).save(new / name)
+        want += [f"{name} row {i}" for i in range(2)] if kind == "parquet" else [name] * (2 if kind == "tar" else 1)
+    given = {"classes": ["0", "1", "2", "a", "b", "c0", "c1", "x", "y"]} if alone else {"root": str(known)}
+    data = Images(predict_root=str(new), num_workers=0, size=32, **given)
+    data.setup("predict")
+    count = len(data.sets["predict"])
+    assert count == len(want) and sum(len(x) for x, _ in data.predict_dataloader()) == count
+    found = [data.predicted_name(i) for i in range(count)]
+    assert len(set(found)) == count and data.num_classes == (9 if alone else 2)
+    if kind != "tar":
+        assert sorted(found) == sorted(want)

@@ -4,20 +4,23 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.utils.data import DataLoader
 
 from odenets import Stack
-from odenets.training import Classifier, Constant, module
+from odenets.training import Classifier, Constant, DataError, module
 from odenets.training.callbacks import Agreement, Predictions
 from odenets.training.data import Cached
-from odenets.training.order import EvaluationOrder, TrainingOrder
+from odenets.training.order import IGNORED, EvaluationOrder, Numbered, TrainingOrder
 from odenets.training.translation import TARGET_WORDS, WORDS, Grammar, Translator
 
 from .runs import kills
@@ -51,6 +54,84 @@ def test_evaluation_sees_every_sample_once(samples, replicas):
     parts = [list(EvaluationOrder(range(samples), replicas, rank)) for rank in range(replicas)]
     assert len({len(part) for part in parts}) == 1
     assert sorted(i for part in parts for i in part if isinstance(i, int)) == list(range(samples))
+
+
+class Sample(NamedTuple):
+    x: torch.Tensor
+    y: int
+
+
+LABELS = {
+    "a number": lambda i: (torch.zeros(2) + i, i % 2),
+    "a list": lambda i: [torch.zeros(2) + i, i % 2],
+    "a list of tensors": lambda i: [torch.zeros(2) + i, torch.tensor(i % 2)],
+    "a named tuple": lambda i: Sample(torch.zeros(2) + i, i % 2),
+    "a tensor": lambda i: (torch.zeros(2) + i, torch.tensor(i % 2)),
+    "of numpy": lambda i: (torch.zeros(2) + i, numpy.int64(i % 2)),
+    "a real number": lambda i: (torch.zeros(2) + i, float(i % 2)),
+    "a list of two": lambda i: [torch.zeros(2) + i, torch.tensor([i % 2, 0])],
+    "with more": lambda i: (torch.zeros(2) + i, i % 2, i),
+}
+BAD = {
+    "a bool": lambda i: (torch.zeros(2), bool(i % 2)),
+    "a tensor of bytes": lambda i: (torch.zeros(2), torch.tensor(i, dtype=torch.uint8)),
+    "a tensor of bools": lambda i: (torch.zeros(2), torch.tensor(i > 1)),
+    "a mapping": lambda i: {"x": torch.zeros(2), "y": i},
+    "a mapping beside": lambda i: (torch.zeros(2), {"y": i}),
+    "several": lambda i: (torch.zeros(2), (i, i)),
+}
+UNLABELLED = {
+    "a picture": lambda i: torch.zeros(2) + i,
+    "in a tuple": lambda i: (torch.zeros(2) + i,),
+    "a name": lambda i: (torch.zeros(2) + i, f"{i}.png"),
+}
+
+
+class Made(torch.utils.data.Dataset):
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return self.make(i)
+
+
+class AtOnce(Made):
+    def __getitems__(self, indices):
+        return [self.make(i) for i in indices]
+
+
+@pytest.mark.parametrize("data", [Made, AtOnce])
+@pytest.mark.parametrize("kind", [*LABELS, *BAD, *UNLABELLED])
+def test_padding_is_not_counted_whatever_the_label(kind, data):
+    made = data({**LABELS, **BAD, **UNLABELLED}[kind])
+    orders = [EvaluationOrder(made, replicas, rank) for replicas in (1, 2, 3) for rank in range(replicas)]
+    loaders = [DataLoader(Numbered(made, 0), batch_size=2, sampler=order) for order in orders]
+    if kind in BAD:
+        with pytest.raises(DataError, match="cannot be marked as not counted\n  Let the data set"):
+            list(loaders[2])
+        list(loaders[0])
+        return
+    for replicas, shares in ((1, loaders[:1]), (2, loaders[1:3]), (3, loaders[3:])):
+        batches = [batch for share in shares for batch in share]
+        if kind in UNLABELLED:
+            assert sum(len(b if isinstance(b, torch.Tensor) else b[0]) for b in batches) == -(-5 // replicas) * replicas
+            continue
+        rows = [(x[n, 0], y[n].flatten()) for x, y, *_ in batches for n in range(len(y))]
+        assert sorted((int(i), int(k[0])) for i, k in rows if (k != IGNORED).all()) == [(i, i % 2) for i in range(5)]
+
+
+@pytest.mark.parametrize("counts", [(1, 0), (0, 0), (3, 1), (1, 0, 0), (7, 7)])
+def test_each_word_has_the_same_weight_whichever_process_has_it(counts):
+    """The mean over the processes of share times mean is the mean over all words, also if some have none."""
+    reduce = lambda own, reduce_op: torch.tensor(sum(counts) / len(counts))  # noqa: E731
+    run = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    shares = [module.share_of(run, torch.tensor(count)) for count in counts]
+    assert sum(float(share) for share in shares) == pytest.approx(len(counts) if any(counts) else 0)
+    for share, count in zip(shares, counts, strict=True):
+        assert float(share) == pytest.approx(count * len(counts) / max(1, sum(counts)))
 
 
 class Reversible(nn.Module):

@@ -347,6 +347,14 @@ def test_augment_chains_in_the_order_it_says_and_draws_nothing_where_off(x, seed
         {"rand_augment_std": -0.5, "rand_augment": 9},
         {"rand_augment_std": 0.5},
         {"color_jitter": -0.4},
+        {"resized_crop": 8.0},
+        {"resized_crop": -0.5},
+        *(
+            {name: math.nan}
+            for name in ("crop", "flip", "resized_crop", "rand_augment", "color_jitter", "mixup", "cutmix")
+        ),
+        {"rand_augment_std": math.nan, "rand_augment": 9},
+        {"mixup": math.inf},
     ],
 )
 def test_augment_refuses_figures_out_of_range(wrong):

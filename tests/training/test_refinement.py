@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from odenets import ContinuousWeights, Stack
 from odenets.cli import main
 from odenets.continuous import fields_of
 from odenets.rebuild import continuous_stacks
-from odenets.training import Classifier, Refinement
+from odenets.training import Classifier, Refinement, analyse, convergence
 from odenets.training.classifier import parameter_groups
 from odenets.training.command import run as train
+from odenets.training.files import open_checkpoint
 from odenets.training.refinement import follow, refine_knots
+from odenets.training.steps import as_trained
+from odenets.training.trained import open_trained
 from schemes import SchemeError
 
 from .runs import ROOT
@@ -165,6 +169,91 @@ def test_weight_decay_sees_the_blocks_own_dimensions():
     assert [p.shape for p in decayed["params"]] == [(5, 4, 4)] and len(free["params"]) == 3
 
 
+MOVED = {
+    "refined": "--model.net.continuous 2 --model.net.act silu --model.net.scheme midpoint"
+    " --trainer.callbacks+=odenets.training.Refinement --trainer.callbacks.at [1,2] --trainer.callbacks.depth 3"
+    ' --trainer.callbacks.schemes ["rk4",""]',
+    "stepped": "--trainer.callbacks+=odenets.training.StepSchedule --trainer.callbacks.stop 0.25",
+}
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """Runs whose steps moved: the folder of each, and the net as it was trained."""
+    found = {}
+    for name, words in MOVED.items():
+        folder = tmp_path_factory.mktemp(name)
+        line = f"fit -c {ROOT / 'experiments/quickstart.yaml'} --run_dir {folder} --trainer.max_epochs 3 {words}"
+        line += " --trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --trainer.accelerator cpu"
+        line += " --trainer.enable_model_summary false --model.net.functions [4,4] --model.net.widths [4,4]"
+        found[name] = folder, train(line.split()).model.net.eval()
+    return found
+
+
+READERS = {
+    "open_trained": lambda path: open_trained(path).net,
+    "analyse": lambda path: analyse._net(path, open_checkpoint(path, resume=False).held),
+    "convergence": lambda path: convergence.trained(path)[0],
+    "from Python": lambda path: Classifier.load_from_checkpoint(path).net,
+    "validate": lambda path: validated(path),
+    "with its file": lambda path: validated(path, "-c", str(path.parents[1] / "config.yaml")),
+}
+
+
+def validated(path, *words):
+    line = ["validate", *words, "--ckpt_path", str(path), "--trainer.limit_val_batches", "1"]
+    return train([*line, "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false"]).model.net
+
+
+@pytest.mark.cases(8)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", MOVED)
+def test_every_reader_of_a_checkpoint_has_the_net_that_was_trained(moved, kind, reader, monkeypatch):
+    folder, net = moved[kind]
+    monkeypatch.chdir(folder)
+    path = folder / "checkpoints" / "last.ckpt"
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(READERS[reader](path).eval()(x), net(x))
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_refined_net_is_refined_as_the_checkpoint_says_whatever_it_was(older):
+    found, x = net(depth=2), torch.randn(2, 1, 4, 4)
+    held = {"callbacks": {"Refinement": {"done": 2, "spent": 0.0, "steps": [["", 2], ["midpoint", 3]]}}}
+    if older:
+        del held["callbacks"]["Refinement"]["steps"]
+        options = {"at": [1, 2, 3], "depth": 6, "schemes": ["midpoint", "", "rk4"]}
+        held["odenets"] = {"config": {"trainer": {"callbacks": [{"class_path": "x.Refinement", "init_args": options}]}}}
+    for state, (scheme, depth) in (
+        (held, ("midpoint", 72 if older else 12)),
+        (held, ("midpoint", 72 if older else 12)),  # the same again
+        ({"callbacks": {}}, ("euler", 2)),
+    ):
+        assert as_trained(found, state) is found
+        (stack,) = continuous_stacks(found).values()
+        assert (str(stack.scheme), stack.depth) == (scheme, depth)
+        torch.testing.assert_close(found(x), net(depth=depth, scheme=scheme)(x))
+    (stack,) = continuous_stacks(found).values()
+    assert as_trained(stack, held).depth == (72 if older else 12)  # itself a stack
+
+
+def test_weights_alone_say_how_they_were_trained(tmp_path):
+    callback = Refinement(at=[1], depth=3)
+    run, module = fit(tmp_path, callback, epochs=2)
+    run.save_checkpoint(path := tmp_path / "x.ckpt", weights_only=True)
+    other = Classifier.load_from_checkpoint(path, net=net(), optimizer=sgd)
+    x = torch.randn(2, 1, 4, 4)
+    assert torch.equal(other.net.eval()(x), module.net.eval()(x))
+    # After the run too: the net goes back to the checkpoint's steps.
+    run.fit_loop.max_epochs = 3
+    callback.at = (1, 2)
+    run.fit(module.train(), Random())
+    run.test(module, Random(), ckpt_path=path, verbose=False, weights_only=True)
+    (stack,) = continuous_stacks(module).values()
+    assert stack.depth == 6 and stack.block.knots == 4
+
+
 @pytest.mark.long
 def test_a_checkpoint_runs_under_other_schemes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
@@ -192,3 +281,22 @@ def test_a_checkpoint_runs_under_other_schemes(tmp_path, monkeypatch, capsys):
         main(["convergence", "other.ckpt"])
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert math.isfinite(float(re.search(r"accuracy (\d\.\d+)", shown)[1])) and not fields_of(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("samples", [-1, -5])
+def test_a_negative_number_of_samples_is_refused_before_anything_is_opened(samples, capsys):
+    with pytest.raises(SchemeError, match=f"--samples is {samples}.*\n  Give 1 or more"):
+        convergence.pictures(None, "val", samples)
+    with pytest.raises(SystemExit):
+        main(["convergence", "nowhere.ckpt", "--samples", str(samples)])
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"--samples is {samples}" in first and "0 for all" in second
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluations_of_all_processes_are_counted(processes):
+    callback, module = Refinement(), Classifier(net(depth=4), sgd)
+    run = SimpleNamespace(world_size=processes)
+    for size in (8, 8, 5):
+        callback.on_train_batch_end(run, module, None, (torch.zeros(size, 1, 4, 4), None), 0)
+    assert callback.spent == pytest.approx(processes * 21 * 4 / 1e6)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from odenets.training import Classifier, Constant, files
 from odenets.training.command import resuming_line, run
 from odenets.training.files import CheckpointError, open_checkpoint, write_whole
-from odenets.training.options import changes
+from odenets.training.options import changes, check_resumed
 from odenets.training.resume import Resume
 from schemes import SchemeError
 
@@ -348,6 +348,50 @@ def test_changes_are_of_what_determines_the_result():
     now = {"run_dir": "b", "trainer": {"devices": 2, "max_epochs": 4}, "data": {"init_args": {"n": [1, 2]}}}
     assert changes(before, now) == {"trainer.max_epochs": (3, 4), "data.n.1": (None, 2)}
     assert changes(before, before) == {}
+
+
+def of_class(**parts):
+    return {"class_path": "a.Net", **parts}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "name"),
+    [
+        (None, {"kinetic": 1.0}, "model.x.kinetic"),
+        ({}, {"kinetic": 1.0}, "model.x.kinetic"),
+        ({"a": 1.0}, {"a": 1.0, "kinetic": 1.0}, "model.x.kinetic"),
+        ({"a": 1.0}, {"kinetic": 1.0}, "model.x.kinetic"),
+        ({"a": {"b": 1}}, {"a": {"c": 1}}, "model.x.a.c"),
+        ([{"a": 1}], [{"b": 1}], "model.x.0.b"),
+        ("text", {"a": 1}, "model.x.a"),
+        (of_class(), of_class(dict_kwargs={"scheme": "euler"}), "model.x.dict_kwargs.scheme"),
+        (of_class(dict_kwargs={}), of_class(dict_kwargs={"scheme": "euler"}), "model.x.dict_kwargs.scheme"),
+        (of_class(dict_kwargs={"a": 1}), of_class(dict_kwargs={"b": {"c": 1}}), "model.x.dict_kwargs.b.c"),
+        (None, of_class(), "model.x.class_path"),
+        # Options of another release: of a class that had others, none, or did not exist.
+        (of_class(init_args={"a": 1}), of_class(init_args={"a": 1, "b": 2}), None),
+        (of_class(init_args={}), of_class(init_args={"b": 2}), None),
+        (of_class(), of_class(init_args={"b": 2}), None),
+        (of_class(init_args={"a": 1}), of_class(init_args={"a": 1, "b": {"c": 2}}), None),
+    ],
+)
+def test_a_part_that_one_side_lacks_is_a_change_and_an_option_that_it_lacks_is_not(before, now, name):
+    before, now = ({"model": {"init_args": {"x": value, "y": 1}}} for value in (before, now))
+    for a, b in ((before, now), (now, before)):
+        found = changes(a, b)
+        assert bool(found) == (name is not None)
+        if name is not None:
+            assert name in {*changes(before, now), *changes(now, before)}
+            with pytest.raises(SchemeError, match=r"model\.x.* now, and last was trained with"):
+                check_resumed(a, b, ["fit"], "last")
+            check_resumed(a, b, ["fit", "--model.x", "{}"], "last")
+
+
+@pytest.mark.parametrize("word", ["--trainer.callbacks+=X", "--trainer.callbacks+", "--trainer.callbacks=[X]"])
+def test_what_is_appended_on_the_command_line_was_said_there(word):
+    now = {"trainer": {"callbacks": [{"class_path": "X", "init_args": {"n": 1}}]}}
+    for before in (None, [], [{"class_path": "Y", "init_args": {}}]):
+        check_resumed({"trainer": {"callbacks": before}}, now, ["fit", word], "last")
 
 
 def test_refuses_a_step_of_no_checkpoint():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from odenets.training import Milestones, OneCycle, WarmupCosine
+from schemes import SchemeError
 
 
 def rates(schedule, steps, per_epoch=1):
@@ -40,6 +41,22 @@ def test_one_cycle_is_torchs_for_runs_of_any_length(up):
             optimizer.step()
             theirs.step()
         assert rates(OneCycle(up), steps) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "RMSprop", "Adam", "AdamW", "NAdam"])
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_one_cycle_moves_a_momentum_that_there_is(kind, own):
+    option = {"momentum": own} if kind in ("SGD", "RMSprop") else {"betas": (own, 0.99)}
+    for moves in (True, False):
+        optimizer = getattr(torch.optim, kind)([nn.Parameter(torch.zeros(1))], lr=0.5, **option)
+        if moves and not own:
+            with pytest.raises(SchemeError, match=f"that of {kind} is 0\n  Give --model.schedule.momentum false"):
+                OneCycle(momentum=moves)(optimizer, 8, 2)
+            moves = False  # and nothing was moved
+        else:
+            OneCycle(momentum=moves)(optimizer, 8, 2)
+        (group,) = optimizer.param_groups
+        assert (group["betas"][0] if "betas" in option else group["momentum"]) == (0.95 if moves else own)
 
 
 @pytest.mark.torchvision

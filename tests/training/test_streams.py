@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from odenets.training import DataError, Images
 from odenets.training.data import shard_order
+from odenets.training.order import TrainingOrder
 from odenets.training.splits import open_splits
 
 from .pictures import encoded, picture
@@ -102,6 +103,24 @@ def test_orders_differ_by_epoch_and_mix_within_a_window():
     assert sorted(whole.tolist()) == list(range(200))
 
 
+@pytest.mark.parametrize("crop", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("val", [None, "validation"])
+def test_a_cache_changes_nothing_of_the_order(shards, kind, crop, val):
+    found = []
+    for cache in (True, False):
+        if val is None:  # a share is held out
+            (shards[kind] / {"tar": "val-000.tar", "parquet": "validation.parquet"}[kind]).unlink(missing_ok=True)
+        data = Images(str(shards[kind]), streaming=True, cache=cache, size=32, smallest_crop=crop, num_workers=0)
+        data.setup("fit")
+        trained = data.sets["train"]
+        orders = [TrainingOrder(trained, 4, 7).permutation(epoch) for epoch in range(3)]
+        labels = [torch.as_tensor(trained.labels)[order].tolist() for order in orders]
+        found.append((orders, labels, [trained.name(i) for i in orders[0]]))
+    assert found[0] == found[1] and found[0][0][0] != found[0][0][1]
+    assert data.sets["train"].source.shards is not None
+
+
 def test_what_is_done_is_skipped_without_being_read(shards):
     def source():
         data = Images(str(shards["parquet"]), streaming=True, cache=False)
@@ -128,6 +147,31 @@ def test_labels_of_tar_shards(tmp_path):
     assert Images(str(tmp_path / "named"), label_key="kind.txt").classes == ["0", "1", "2"]
     with pytest.raises(DataError, match="has no member cls or label"):
         Images(str(tmp_path / "named")).setup("fit")
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("one", "other"), [("png", "depth.png"), ("jpg", "png"), ("input.png", "target.png")])
+def test_of_several_pictures_in_a_sample_the_one_that_is_named_is_taken(tmp_path, one, other, first):
+    held = [{one: encoded(picture(i))["bytes"], other: encoded(picture(9))["bytes"], "cls": b"1"} for i in range(3)]
+    write_tar(tmp_path / "train.tar", held if first else [dict(reversed(sample.items())) for sample in held])
+    with pytest.raises(DataError, match=f"several pictures: {', '.join(sorted((one, other)))}\n.*--data.image_key"):
+        open_splits(tmp_path)
+    for key, want in ((one, range(3)), (other, [9] * 3)):
+        for written in (key, key.upper()):
+            source = open_splits(tmp_path, image_key=written)["train"]
+            assert [source.encoded(i) for i in range(3)] == [encoded(picture(i))["bytes"] for i in want]
+
+
+@pytest.mark.parametrize("written", ["kind", "KIND", "Kind"])
+@pytest.mark.parametrize("key", ["kind", "KIND"])
+def test_capital_letters_of_suffixes_do_not_matter(tmp_path, written, key):
+    held = [{"PNG": encoded(picture(i))["bytes"], written: str(i % 3).encode()} for i in range(6)]
+    write_tar(tmp_path / "train.tar", held)
+    source = open_splits(tmp_path, image_key="Png", label_key=key)["train"]
+    assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    write_tar(tmp_path / "train.tar", [{**sample, "png": sample["PNG"]} for sample in held])
+    with pytest.raises(DataError, match=r"0000.PNG and s/0000.png differ in capital letters alone\n"):
+        open_splits(tmp_path)
 
 
 @pytest.mark.parametrize(
