@@ -29,7 +29,18 @@ from schemes.splines import SAME, Row, SplineSpace, distance, fit, projection, s
 
 from .auxiliary import with_energies
 from .interpolation import Interpolation, Place, blend, kept_out, places_of, product, standing
-from .knots import KNOTS, alike, mapped, misshapen, read_knots, relative_errors, space_of, widened
+from .knots import (
+    KNOTS,
+    alike,
+    mapped,
+    misshapen,
+    on_a_grid,
+    read_knots,
+    relative_errors,
+    rounding_of,
+    space_of,
+    widened,
+)
 
 # Beyond its span a field continues its last piece, as far as the nodes of a step reach: verner8 has one at 4/3.
 BEYOND = 1 / 3
@@ -427,7 +438,8 @@ class ContinuousWeights(nn.Module):
         if not modules:
             raise SchemeError("ContinuousWeights: from_modules was given no modules, want at least one.")
         n = len(modules)
-        times = [i * span / n for i in range(n)] if times is None else list(times)
+        eps = 0.0 if times is None else rounding_of(times, [float(t) for t in times])
+        times = [i * span / n for i in range(n)] if times is None else [float(t) for t in times]
         if len(times) != n:
             raise SchemeError(f"ContinuousWeights: {len(times)} times for {n} modules, want one each.")
         for t in times:
@@ -444,6 +456,7 @@ class ContinuousWeights(nn.Module):
                 )
         found = cls(copy.deepcopy(modules[0]), n if knots is None else knots, degree, span)
         us = [t / found.span for t in times]
+        us = (on_a_grid(us, eps) if eps else None) or us
         matrix, rows = fit(found.space, us), found.space.rows(us)
         pairs = {}
         for places in found._places():

@@ -634,6 +634,15 @@ def test_a_stack_is_exported():
 # Changes of basis ---------------------------------------------------------------------------------------------------
 
 
+ROUNDED = {
+    "float32": lambda n, span: torch.linspace(0, span, n + 1),
+    "float16": lambda n, span: torch.linspace(0, span, n + 1).half(),
+    "numpy": lambda n, span: torch.linspace(0, span, n + 1).numpy(),
+    "a list of float32": lambda n, span: torch.linspace(0, span, n + 1).tolist(),
+    "float64": lambda n, span: torch.linspace(0, span, n + 1, dtype=F64),
+}
+
+
 def same_function(a, b, atol):
     for k in range(13):
         t = a.span * (k + 0.3) / 13.3
@@ -710,6 +719,15 @@ def test_changes_of_basis_do_not_depend_on_what_others_did():
     copy.deepcopy(field).change(space.refined(22)).zero_()  # the map is the caller's
     same_function(field, field.refined(22), 1e-12)
     assert field.projected(22).error < 1e-12
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_times_of_modules_are_where_they_are_meant_to_be(kind):
+    layers = [nn.Linear(2, 2) for _ in range(10)]
+    found = ContinuousWeights.from_modules(layers, degree=0, span=0.7, times=ROUNDED[kind](10, 0.7)[:-1])
+    assert found.error < 1e-7
+    for k, layer in enumerate(layers):
+        torch.testing.assert_close(found.field.weights(0.7 * k / 10)["bias"], layer.bias)
 
 
 def test_module_at_is_what_a_plain_network_has_there():
@@ -808,15 +826,6 @@ def test_a_state_dict_with_the_same_knots_leaves_the_gradients(span):
     for state in (field.state_dict(), {k: v.half() for k, v in field.state_dict().items()}):
         other.load_state_dict(state)
         assert other.block.weight.grad is not None and other.space == field.space and other.span == span
-
-
-ROUNDED = {
-    "float32": lambda n, span: torch.linspace(0, span, n + 1),
-    "float16": lambda n, span: torch.linspace(0, span, n + 1).half(),
-    "numpy": lambda n, span: torch.linspace(0, span, n + 1).numpy(),
-    "a list of float32": lambda n, span: torch.linspace(0, span, n + 1).tolist(),
-    "float64": lambda n, span: torch.linspace(0, span, n + 1, dtype=F64),
-}
 
 
 @pytest.mark.parametrize("span", [0.7, 1.0, 3.0])
