@@ -272,6 +272,10 @@ def transfer(source: SplineSpace, target: SplineSpace) -> Tensor:
     Knot insertion and degree elevation in one: coefficient j is the polar form of a piece under it, of the target's
     degree, at the knots j + 1 to j + d'.
 
+    Args:
+        source: the space of the coefficients c.
+        target: the space of c'.
+
     Returns:
         T, (target.count, source.count), float64.
 

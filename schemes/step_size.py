@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import SchemeError
-from .language import Reader, finite, written
+from .language import Reader, finite, shorten, written
 
 
 def _positive(name: str, value: Any) -> float:
@@ -73,7 +73,7 @@ class Decay(StepSize):
             found = float("inf")
         if found == float("inf"):
             raise SchemeError(
-                f"the step size {self} is too large for a number at step {n}.\n"
+                f"the step size {self} is too large for a number at step {shorten(str(n), 30)}.\n"
                 "  Take a rate nearer to 1, or fewer steps."
             )
         return found

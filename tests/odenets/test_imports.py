@@ -105,7 +105,7 @@ def test_layers_know_no_schemes():
 
 def test_models_know_no_lightning():
     allowed = ("odenets.training", "odenets.segmentation", "odenets.detection", "odenets.study", "odenets.cli")
-    allowed += ("odenets.__main__",)
+    allowed += ("odenets.config_files", "odenets.__main__")
     for library in ("lightning", "pytorch_lightning", "jsonargparse", "torchmetrics", "datasets"):
         assert all(within(m, *allowed) for m in users(library)), library
     for module in FILES:

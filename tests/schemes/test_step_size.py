@@ -39,7 +39,7 @@ RULES = {
     "decay": lambda x: Decay(x, 1 + x),
     "learned": lambda x: Learned(x),
     "error": lambda x: FromError(1e-3, x, 0.5, largest=3 + x),
-    "bounds": lambda x: FromError(x, smallest=x / 2, safety=x),
+    "bounds": lambda x: FromError(x, smallest=x / (1 + x), safety=1 / (1 + x)),
     "length": lambda x: PerDepth(x),
 }
 
