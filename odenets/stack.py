@@ -265,7 +265,7 @@ class Stack(nn.Module):
             t: time at the start, for residual functions that take one.
             context: passed to residual functions that have a parameter ``context``.
             aux: returns a pair: the readout and a dictionary of auxiliary values, each summed over the calls of the
-                residual functions. True selects all that these return beside their value,
+                residual functions in the steps. True selects all that these return beside their value,
                 ``return y, {"balance": loss}``; a name, or several, selects those. "log_det" is the log-determinant of
                 a coupling's steps, (n,). The values have gradients in every mode of backpropagation.
 
@@ -711,7 +711,10 @@ class Stack(nn.Module):
 
     @property
     def evaluations(self) -> int:
-        """The number of calls of residual functions in a forward pass; for an adaptive solver, in the last one."""
+        """The number of calls of residual functions in the steps of a pass; for an adaptive solver, in the last one.
+
+        Schemes that make their streams by a call, ``alf`` and ``reversible_heun``, call one once more before the steps.
+        """
         if self.scheme.evaluations is None:
             return self._calls
         # The companion of an embedded pair reads all stages.

@@ -45,8 +45,9 @@ class _Part(Coupling):
             )
         for g in gs:
             if not isinstance(getattr(g, "scale", None), Tensor):
+                name = g._get_name()  # type: ignore[union-attr]  # the shortcut's own, also under the checks
                 raise SchemeError(
-                    f"Stack: the inverse of the shortcut {g._get_name()} cannot be trained with backprop='reverse': "
+                    f"Stack: the inverse of the shortcut {name} cannot be trained with backprop='reverse': "
                     "it has no scale.\n  Use backprop='store' or 'checkpoint'."
                 )
         self.scheme, self.gs, self.rotate, self.stages = scheme, gs, -scheme.rotate, scheme.stages
