@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..tracing import is_traced
 from .conv import PatchConv2d
 from .drop_path import DropPath
+from .width import scaled_width
 
 NormPlace = Literal["pre", "post"]
 
@@ -112,8 +113,8 @@ class PerceptronFunction(nn.Module):
         super().__init__()
         self.pre = norm == "pre"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1 = nn.Linear(dim, int(dim * ratio))
-        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        hidden = scaled_width(dim, ratio)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path) if drop_path else None
 
