@@ -11,6 +11,7 @@ from torch.autograd.functional import jacobian
 import schemes
 import schemes.testing
 from odenets import SchemeError, Stack
+from odenets.gather import gathered
 
 F64 = torch.float64
 MODES = ["store", "checkpoint", "checkpoint(2)", "reverse"]
@@ -300,3 +301,14 @@ def test_a_string_is_one_name(mode):
 def test_steps_from_errors_give_them_too():
     net = Stack([Fixed({"calls": torch.ones(())}) for _ in range(8)], "bosh3", step="error(0.1)")
     assert float(net(torch.ones(2, 4), aux=True)[1]["calls"]) == net.evaluations == 8
+
+
+@pytest.mark.parametrize("aux", [False, (), [], True, "balance", ["energy"]], ids=str)
+def test_gathered_gives_what_a_call_of_the_stack_gives(aux):
+    stack = Stack.from_factory(Gives, "euler", 2, channels=3)
+    x = torch.randn(2, 3)
+    want = stack(x, aux=aux)[1] if aux not in (False, (), []) else {}
+    with gathered(stack, aux) as values:
+        y = stack(x)
+    assert torch.equal(y, stack(x)) and values.keys() == want.keys()
+    assert all(torch.equal(values[name], want[name]) for name in want)
