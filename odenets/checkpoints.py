@@ -271,7 +271,7 @@ def matched(model: nn.Module, held: Mapping[str, Any], name: str, adapting: Adap
             continue
         placed.add(target)
         # Layouts write a matrix as a 1x1 convolution, or a vector as (c, 1, 1): the same numbers in the same order.
-        if known and value.layout == torch.strided and _without_ones(value.shape) == _without_ones(shapes[target]):
+        if known and value.layout == torch.strided and same_numbers(value.shape, shapes[target]):
             value = value.reshape(shapes[target])
         if problem := _unusable(value, own[target]):
             unusable.append(f"{key} is {problem}")
@@ -456,12 +456,18 @@ def _unwrap(held: Mapping[str, Any], name: str, averaged: bool = True) -> tuple[
             break
         if found[0] in AVERAGED:
             beside += [f"{c} (raw; the averaged {found[0]} is loaded)" for c in found[1:]]
+        else:
+            beside += [f"{c} (beside {found[0]}, which is loaded)" for c in found[1:] if _holds_tensors(held[c])]
         held = held[found[0]]
     others = [str(k) for k, v in held.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
     if others or not held:
         what = f"entries that are no tensors: {_some(others)}" if others else "no tensors"
         raise SchemeError(f"the {name} has {what}; want a state dict, or one under {', '.join(CONTAINERS)}.")
     return dict(held), beside
+
+
+def _holds_tensors(held: Mapping[str, Any]) -> bool:
+    return any(isinstance(v, Tensor) or (isinstance(v, Mapping) and _holds_tensors(v)) for v in held.values())
 
 
 def _strip(
@@ -483,8 +489,9 @@ def _strip(
     return state, dropped
 
 
-def _without_ones(shape: torch.Size) -> list[int]:
-    return [size for size in shape if size != 1]
+def same_numbers(a: torch.Size, b: torch.Size) -> bool:
+    """Whether shapes differ in axes of length 1 alone, so that the numbers are the same in the same order."""
+    return [size for size in a if size != 1] == [size for size in b if size != 1]
 
 
 def _some(items: Iterable[str], most: int = LISTED) -> str:

@@ -47,7 +47,7 @@ def gathered(net: nn.Module, aux: bool | str | Collection[str] = True) -> Iterat
 
     Args:
         net: a network with stacks in it, or a stack.
-        aux: True for all values; a name, or a collection of names, for those.
+        aux: True for all values, False for none; a name, or a collection of names, for those.
 
     Raises:
         SchemeError: a network without stacks; at the end, a name that no residual function returned.
@@ -68,6 +68,9 @@ def gathered(net: nn.Module, aux: bool | str | Collection[str] = True) -> Iterat
             f"{type(net).__name__} has no Stack, whose residual functions would return auxiliary values.\n"
             "  Leave them out, or build it of stacks."
         )
+    if not names:  # none are asked for
+        yield {}
+        return
     sink, found = Sink(not isinstance(names, bool) and LOG_DET in names), {}
     before = [stack.into for stack in stacks]
     for stack in stacks:

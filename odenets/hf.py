@@ -330,6 +330,12 @@ class OdenetsPreTrainedModel(PreTrainedModel):
             # The spare network is as large as the model, and no longer needed.
             self._new.clear()
 
+    def _asked(self, output_hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:
+        """Returns what a call asks for, and where it says nothing, the configuration."""
+        given = ((output_hidden_states, "output_hidden_states", False), (return_dict, "return_dict", True))
+        hidden, whole = (getattr(self.config, key, usual) if asked is None else asked for asked, key, usual in given)
+        return bool(hidden), bool(whole)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Makes the stacks that store keep one state per step instead."""
         self.net.set_grad_checkpointing(True)
@@ -410,12 +416,11 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
         Args:
             pixel_values: the images.
             labels: their classes.
-            output_hidden_states: whether to return the maps too.
-            return_dict: False returns a tuple.
+            output_hidden_states: whether to return the maps too; None takes the configuration's.
+            return_dict: False returns a tuple; None takes the configuration's.
             kwargs: arguments that transformers adds and an image network does not use.
         """
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
+        output_hidden_states, return_dict = self._asked(output_hidden_states, return_dict)
         maps = None
         if output_hidden_states:
             features, maps = self.net.forward_intermediates(pixel_values)
@@ -426,7 +431,7 @@ class OdenetsForImageClassification(OdenetsPreTrainedModel):
         found = ImageClassifierOutputWithNoAttention(
             loss=loss, logits=logits, hidden_states=None if maps is None else tuple(maps)
         )
-        return found.to_tuple() if return_dict is False else found
+        return found if return_dict else found.to_tuple()
 
 
 class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[misc]
@@ -477,14 +482,16 @@ class OdenetsBackbone(BackboneMixin, OdenetsPreTrainedModel):  # type: ignore[mi
 
         Args:
             pixel_values: the images.
-            output_hidden_states: whether to return the maps of all stages up to the last requested one too.
-            return_dict: False returns a tuple.
+            output_hidden_states: whether to return the maps of all stages up to the last requested one too; None
+                takes the configuration's.
+            return_dict: False returns a tuple; None takes the configuration's.
             kwargs: arguments that transformers adds and an image network does not use.
         """
+        output_hidden_states, return_dict = self._asked(output_hidden_states, return_dict)
         every = self.net.forward_intermediates(pixel_values, intermediates_only=True)
         hidden = tuple(every) if output_hidden_states else None
         found = BackboneOutput(feature_maps=tuple(every[i] for i in self.rows), hidden_states=hidden)
-        return found.to_tuple() if return_dict is False else found
+        return found if return_dict else found.to_tuple()
 
 
 def _per_channel(name: str, given: list[float] | None, usual: Sequence[float], channels: int) -> list[float]:

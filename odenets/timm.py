@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoints import Renames, set_implied
+from schemes import SchemeError
+
+from .checkpoints import Renames, same_numbers, set_implied
 from .messages import first_line
 from .models.catalogue import (
     IMAGENET_MEAN,
@@ -70,7 +72,7 @@ def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     placed = {known.names.get(key, key): value for key, value in state.items()}
     # Layouts write a vector as (c, 1, 1), and a matrix as a 1x1 convolution.
     return {
-        key: value.reshape(own[key].shape) if key in own and value.numel() == own[key].numel() else value
+        key: value.reshape(own[key].shape) if key in own and same_numbers(value.shape, own[key].shape) else value
         for key, value in placed.items()
         if key is not None
     }
@@ -86,7 +88,13 @@ def _entry(name: str) -> Callable[..., nn.Module]:
         # timm's name for our `size`.
         if "img_size" in kwargs and "size" in model_options(name):
             size = kwargs.pop("img_size")
-            kwargs["size"] = size if isinstance(size, int) else size[0]
+            sides = (size,) if isinstance(size, int) else tuple(size)
+            if len(set(sides)) != 1:
+                raise SchemeError(
+                    f"{PREFIX}{name}: img_size is {sides}, and positions are made for squares.\n"
+                    "  Give one side; for pictures of other sizes the positions are interpolated."
+                )
+            kwargs["size"] = sides[0]
         return build_model_with_cfg(
             *(partial(create_model, name), PREFIX + name, pretrained),
             feature_cfg={"out_indices": None, "feature_cls": _maps},

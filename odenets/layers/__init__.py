@@ -25,3 +25,4 @@ from .shortcut import PadShortcut as PadShortcut
 from .shortcut import PoolPadShortcut as PoolPadShortcut
 from .shortcut import Projection as Projection
 from .shortcut import SpaceToDepth as SpaceToDepth
+from .width import scaled_width as scaled_width

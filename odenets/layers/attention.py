@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from schemes import SchemeError
+
 from ..tracing import is_traced
 from .conv import PatchConv2d
 from .drop_path import DropPath
+from .width import scaled_width
 
 NormPlace = Literal["pre", "post"]
 
@@ -30,6 +33,7 @@ class AttentionFunction(nn.Module):
 
     Raises:
         ValueError: the heads do not divide the width.
+        SchemeError: in a call, a mask that is not of booleans.
 
     Source:
         Vaswani et al. 2017, arXiv 1706.03762; cosine and post-norm: Liu et al. 2022, Swin Transformer V2, arXiv
@@ -77,11 +81,21 @@ class AttentionFunction(nn.Module):
             # Bounded, as published: a larger factor makes the softmax one-hot, and its gradient zero.
             q, scale = q * self.log_scale.clamp(max=math.log(100)).exp(), 1.0
         # The context, where given, is a mask (n, t) of the tokens: true for those that may be attended to.
-        mask = None if context is None else context[:, None, None, :]
+        mask = None if context is None else _checked(context)[:, None, None, :]
         y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         y = self.proj(y.transpose(1, 2).reshape(n, t, dim))
         y = self.drop(y if self.pre else self.norm(y))
         return y if self.drop_path is None else self.drop_path(y)
+
+
+def _checked(mask: Tensor) -> Tensor:
+    """Refuses numbers, which attention would add to its logits: ones and zeros would hardly mask anything."""
+    if mask.dtype != torch.bool:
+        raise SchemeError(
+            f"AttentionFunction: the mask is {str(mask.dtype).removeprefix('torch.')}, want booleans, true for tokens "
+            "that may be attended to.\n  Give mask.bool() if it has ones for these, and zeros."
+        )
+    return mask
 
 
 class PerceptronFunction(nn.Module):
@@ -112,8 +126,8 @@ class PerceptronFunction(nn.Module):
         super().__init__()
         self.pre = norm == "pre"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1 = nn.Linear(dim, int(dim * ratio))
-        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        hidden = scaled_width(dim, ratio)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path) if drop_path else None
 

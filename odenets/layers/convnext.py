@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .conv import DepthwiseConv2d
 from .drop_path import DropPath
+from .width import scaled_width
 
 
 class ChannelGate(nn.Module):
@@ -91,7 +92,7 @@ class ConvNeXtFunction(nn.Module):
     ):
         super().__init__()
         out = in_channels if out_channels is None else out_channels
-        hidden = int(in_channels * expansion / divisor) * divisor if hidden is None else hidden
+        hidden = scaled_width(in_channels, expansion, divisor) if hidden is None else hidden
         self.dwconv = DepthwiseConv2d(in_channels, kernel)
         self.norm = nn.LayerNorm(in_channels, eps=1e-6)
         self.fc1 = nn.Linear(in_channels, hidden)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from schemes import SchemeError, Slot
 
 from ..checkpoints import KeyMap
-from ..layers import DenseFunction, DenseTransition, init_kaiming, linear_rates
+from ..layers import DenseFunction, DenseTransition, init_kaiming, linear_rates, scaled_width
 from ..stack import Stack
 from ..tracing import is_traced
 from .catalogue import register_variants, torchvision_weights
@@ -98,7 +98,7 @@ class DenseNet(LevelNet):
                 transition: nn.Module = nn.Identity()
                 if level:
                     # Rounded down, as published: compression 1/2 of an odd width.
-                    transition = DenseTransition(*at.narrowed(int(at.grown * compression)), drop_rate=drop_rate)
+                    transition = DenseTransition(*at.narrowed(scaled_width(at.grown, compression)), drop_rate=drop_rate)
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)
                 of_level = partial(make, recompute=again[level])

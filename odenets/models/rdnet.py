@@ -16,7 +16,7 @@ from torch import nn
 from schemes import SchemeError
 
 from ..checkpoints import KeyMap
-from ..layers import LayerNorm2d, PatchConv2d, init_kaiming, linear_rates
+from ..layers import LayerNorm2d, PatchConv2d, init_kaiming, linear_rates, scaled_width
 from ..stack import Stack
 from .catalogue import register_variants
 from .dense_levels import Widths, schemes_with_growth
@@ -103,7 +103,7 @@ class RDNet(LevelNet):
                 transition: nn.Module = nn.Identity()
                 if level:
                     stride = 2 if halve else 1
-                    transition = patch_transition(*at.narrowed(int(at.grown * compression / 8) * 8), stride)
+                    transition = patch_transition(*at.narrowed(scaled_width(at.grown, compression, 8)), stride)
                     reductions.append(reductions[-1] * stride)
                 self.transitions.append(transition)
                 depth = steps_that_fit(scheme_, count, level + 1)

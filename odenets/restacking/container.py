@@ -70,6 +70,11 @@ class Restacking:
         seed: int | None,
         outside: int | None,
     ):
+        if outside is not None and (isinstance(outside, bool) or not isinstance(outside, int) or outside < 0):
+            raise SchemeError(
+                f"restack: outside is {outside!r}, want how many of the first blocks stay outside the stack.\n"
+                "  Give a whole number from 0, or None, which finds it out."
+            )
         self.path, self.asked = path, outside
         self.options: dict[str, Any] = {"scheme": scheme, "backprop": backprop, "step": step, "seed": seed}
         self.form = Form()
@@ -96,10 +101,17 @@ class Restacking:
         if not inside:
             raise SchemeError(f"restack: {self.path!r} holds {len(self.blocks)} blocks, {first} of them outside.")
         self.functions = [BlockFunction(block, place, self.form) for place, block in enumerate(inside)]
+        before: Stack | None = getattr(self, "stack", None)
+        # What was set on the stack since outlives it.
+        options = self.options if before is None else {**self.options, "backprop": before.backprop}
         try:
-            self.stack = Stack(self.functions, **self.options)
+            self.stack = Stack(self.functions, **options)
         except SchemeError as error:
             raise SchemeError(f"restack, {self.path!r}: {error}") from None
+        if before is not None:
+            self.stack.into = before.into
+            if before.steps[0].scheduled is not None:
+                self.stack.set_step(float(before.steps[0].h))
         if self.stack.rule.learned:
             raise SchemeError("restack: step='learned' would add parameters to the model's; want a number or a decay.")
         # Only the modules that the stack has added: the model sets the training mode of its blocks.

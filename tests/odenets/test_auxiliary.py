@@ -379,3 +379,14 @@ def test_a_value_by_the_name_of_the_log_determinant_is_refused_beside_it(mode):
             net(x, aux="log_det")
         assert len(str(caught.value).splitlines()) == 2
         assert net(x, aux=True)[1]["log_det"].shape == (2,)
+
+
+@pytest.mark.parametrize("aux", [False, (), [], True, "balance", ["energy"]], ids=str)
+def test_gathered_gives_what_a_call_of_the_stack_gives(aux):
+    stack = Stack.from_factory(Gives, "euler", 2, channels=3)
+    x = torch.randn(2, 3)
+    want = stack(x, aux=aux)[1] if aux not in (False, (), []) else {}
+    with gathered(stack, aux) as values:
+        y = stack(x)
+    assert torch.equal(y, stack(x)) and values.keys() == want.keys()
+    assert all(torch.equal(values[name], want[name]) for name in want)

@@ -513,3 +513,15 @@ def test_a_damaged_file_is_an_error_of_ours_and_changes_nothing(tmp_path, kind):
 def test_what_is_no_state_dict_is_refused(held):
     with pytest.raises(SchemeError, match="want a state dict"):
         load(nn.Linear(2, 2), held)
+
+
+@pytest.mark.parametrize("first", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("other", ["model", "net", "params"])
+def test_weights_beside_those_that_are_loaded_are_reported(first, other):
+    if first == other:
+        return
+    source, model = fill(small()), small()
+    report = checkpoints.load(model, {first: source.state_dict(), other: {"inner": small().state_dict()}})
+    assert report.dropped == (f"{other} (beside {first}, which is loaded)",) and same(model, source)
+    # Options are no weights.
+    assert not checkpoints.load(model, {first: source.state_dict(), other: {"lr": 0.1, "name": "small"}}).dropped

@@ -313,6 +313,21 @@ def test_options_that_are_replaced_take_with_them_what_follows(tmp_path):
     assert [m.shape[1] for m in net(torch.randn(1, 3, 32, 32)).feature_maps] == net.channels
 
 
+@pytest.mark.parametrize("kind", ["OdenetsForImageClassification", "OdenetsBackbone"])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_call_does_not_say_the_configuration_says(kind, hidden, whole):
+    given = {"output_hidden_states": hidden, "return_dict": whole}
+    x = torch.randn(1, 3, 16, 16)
+    outputs = []
+    for config, call in ((given, {}), ({k: not v for k, v in given.items()}, given)):
+        net = getattr(hf, kind)(hf.OdenetsConfig(name="resnet20", options=options("resnet20"), **config)).eval()
+        outputs.append(net(x, **call))
+    for out in outputs:
+        assert isinstance(out, tuple) is not whole
+        assert len(out) == 1 + hidden if not whole else (out.hidden_states is not None) is hidden
+
+
 def test_checkpointing_reaches_the_stacks():
     net = classifier("resnet20")
     net.gradient_checkpointing_enable()

@@ -7,12 +7,15 @@ from torch import nn
 from odenets.layers import (
     BasicFunction,
     BottleneckFunction,
+    ConvNeXtFunction,
     DropPath,
     PadShortcut,
     Projection,
     init_kaiming,
     linear_rates,
+    scaled_width,
 )
+from odenets.layers.attention import PerceptronFunction
 
 
 @pytest.mark.parametrize("order", ["post", "pre"])
@@ -87,3 +90,21 @@ def test_kaiming_has_the_stated_spread():
     init_kaiming(net, "fan_in", linear=True)
     assert net[0].weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
     assert net[1].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("percent", [7, 14, 28, 29, 55, 57, 58, 115, 435])
+def test_a_width_is_the_exact_product_of_the_factor_as_written(percent):
+    factor, dim = percent / 100, 100
+    assert [scaled_width(width, factor) for width in range(1, 2000)] == [w * percent // 100 for w in range(1, 2000)]
+    assert ConvNeXtFunction(dim, expansion=factor).fc1.out_features == percent
+    assert PerceptronFunction(dim, factor).fc1.out_features == percent
+    assert ConvNeXtFunction(dim, expansion=factor, divisor=4).fc1.out_features == percent // 4 * 4
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1, 1.5, 3, 4.0, 1 / 3, 8 / 3, 2 / 3])
+@pytest.mark.parametrize("divisor", [1, 8])
+def test_simple_fractions_of_a_width_are_those_fractions(factor, divisor):
+    sixths = round(6 * factor) if factor != 0.25 else None
+    for width in range(12, 4000, 12):
+        want = width // 4 if sixths is None else width * sixths // 6
+        assert scaled_width(width, factor, divisor) == want // divisor * divisor

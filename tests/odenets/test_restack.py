@@ -625,3 +625,28 @@ def test_a_seed_reaches_schemes_within_schemes():
             torch.manual_seed(other)
             got.append(stack(x))
         assert torch.equal(*got), scheme
+
+
+@pytest.mark.parametrize("outside", [-1, True, 1.0, "1"])
+def test_a_number_of_blocks_outside_is_a_whole_number(outside):
+    net = Net()
+    with pytest.raises(SchemeError, match=r"outside is .*\n.*whole number from 0, or None"):
+        restack(net, "layers", outside=outside)
+    assert type(net.layers) is nn.ModuleList
+
+
+@pytest.mark.parametrize("change", [lambda layers: layers.append(Block()), lambda layers: layers.pop(-1)])
+def test_what_was_set_on_the_stack_outlives_a_change_of_its_blocks(change):
+    net = Net()
+    restack(net, "layers", "bdia", "store")
+    assert str(net.layers.stack.backprop) == "store"
+    net.layers.stack.backprop = "exact"
+    net.layers.stack.set_step(0.25)
+    stack = net.layers.stack
+    change(net.layers)
+    assert net.layers.stack is not stack and net.layers.stack.depth == len(net.layers)
+    assert str(net.layers.stack.backprop) == "exact" and {step.h for step in net.layers.stack.steps} == {0.25}
+    # What was not set stays as it was asked for.
+    other = restack(Net(), "layers", "bdia", "checkpoint")
+    change(other.layers)
+    assert str(other.layers.stack.backprop) == "checkpoint" and {s.h for s in other.layers.stack.steps} == {1.0}

@@ -10,7 +10,7 @@ from vision import vision
 
 from odenets import create_model, list_models
 from odenets.models import catalogue
-from schemes import MixingWarning
+from schemes import MixingWarning, SchemeError
 
 pytestmark = pytest.mark.torchvision
 every_family = pytest.mark.parametrize("name", list(families().values()), ids=list(families()))
@@ -137,3 +137,22 @@ def test_torchvisions_feature_extractor_traces_a_network_at_its_first_call():
     with torch.no_grad():
         found = extract(net, names)(torch.randn(1, 3, 32, 32))
     assert [found[str(i)].shape[1:] for i in range(3)] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_tensors_are_reshaped_as_load_reshapes_them():
+    """Only where axes of length 1 are all that differs; any other shape is left to timm, which refuses it."""
+    timm()
+    from odenets.timm import renamed
+
+    net = create_model("convnext_tiny", functions=(1,), widths=(8,), num_classes=0)
+    key = "downsample_layers.0.0.weight"
+    for shape in ((8, 12, 2, 2), (3, 8, 4, 4), (8, 3, 16)):
+        assert [v.shape for v in renamed({key: torch.zeros(shape)}, net).values()] == [shape]
+    assert renamed({key: torch.zeros(8, 3, 4, 4, 1)}, net)["stem.conv.weight"].shape == (8, 3, 4, 4)
+
+
+def test_pictures_that_are_no_squares_are_refused():
+    with pytest.raises(SchemeError, match=r"img_size is \(32, 48\).*\n.*Give one side"):
+        timm().create_model("odenets_vit_tiny_patch16", img_size=(32, 48), depth=1, dim=12, heads=3)
+    net = timm().create_model("odenets_vit_tiny_patch16", img_size=(32, 32), depth=1, dim=12, heads=3)
+    assert net.stem.grid == 2

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from odenets import checkpoints
-from odenets.layers.attention import AttentionFunction, PerceptronFunction
+from odenets.layers.attention import AttentionFunction, PerceptronFunction, TransformerFunction
 from odenets.models import RevColViT, ViT, create_model
 from odenets.models.revcol_vit import REVCOL_VITS, TokenLevel
 from schemes import SchemeError
@@ -228,3 +228,14 @@ def test_cosine_attention_is_the_written_out_sum():
 def test_backbones():
     net = create_model("vit_tiny_patch16", features_only=True, **{k: v for k, v in SMALL.items() if k != "num_classes"})
     assert [m.shape for m in net(torch.randn(1, 3, 16, 24))] == [(1, 16, 4, 6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8], ids=str)
+def test_a_mask_of_numbers_is_refused(dtype):
+    attention = AttentionFunction(8, 2).eval()
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[True, True, False]] * 2)
+    others = torch.cat([x[:, :2], torch.randn(2, 1, 8)], 1)
+    torch.testing.assert_close(attention(x, mask)[:, :2], attention(others, mask)[:, :2])
+    for function in (attention, TransformerFunction(attention, PerceptronFunction(8))):
+        with pytest.raises(SchemeError, match=r"want booleans, true for tokens.*\n.*mask\.bool\(\)"):
+            function(x, mask.to(dtype))
