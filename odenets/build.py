@@ -116,8 +116,8 @@ def sizes_of(rule: StepSize, offset: int, depth: int) -> list[float]:
     for n in range(offset, offset + depth):
         try:
             found.append(float(rule(n)))
-        except OverflowError:
-            # A float power raises on overflow, where a product would be infinite.
+        except (OverflowError, SchemeError):
+            # A power raises on overflow, where a product would be infinite; the message below says which step.
             found.append(float("inf"))
         if not math.isfinite(found[-1]):
             raise SchemeError(

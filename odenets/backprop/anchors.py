@@ -123,7 +123,7 @@ def measure(given: Pass, state: State, bound: float) -> None:
 
 def asked_for(given: Pass, bound: float) -> list[float]:
     """What the spacing of a pass depends on besides the values of its steps."""
-    return [bound, given.steps[0].index, len(given.steps)]
+    return [bound, float(given.steps[0].index), float(len(given.steps))]
 
 
 def _spacing(windows: list[tuple[float, list[float]]], bound: float) -> int | None:
