@@ -415,7 +415,7 @@ class Stack(nn.Module):
 
     def _values_at(self, x: Tensor, at: Sequence[float], t: Any, context: Any) -> list[Tensor]:
         """The readouts at times since the start."""
-        lengths, slack = times.lengths_of(self.steps, self.rule), times.slack_of(self.steps)
+        lengths, slack = times.lengths_of(self.steps, self.rule), times.slack_of(self.steps, at)
         if isinstance(self.scheme, Adaptive):
             solves = Solves(times.at_ends(times.times_within(at, lengths, slack), lengths, slack))
             self._walk(x, self._pass(t, context, solves=solves))

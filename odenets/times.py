@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
     return [step.scheme.span * float(step.h.detach() if isinstance(step.h, Tensor) else step.h) for step in steps]
 
 
-def slack_of(steps: Sequence[Step]) -> float:
+def slack_of(steps: Sequence[Step], at: Any = None) -> float:
     """Returns the relative distance, of rounding, within which a time is taken for the end of a step."""
-    learned = [torch.finfo(step.h.dtype).eps for step in steps if isinstance(step.h, Tensor)]
-    return max(1e-9, 4 * max(learned, default=0.0))
+    # Of sizes that are learned, and of times in less than double precision.
+    rounded = [x.dtype for x in (*(step.h for step in steps), at) if isinstance(x, Tensor) and x.is_floating_point()]
+    return max(1e-9, 4 * max((torch.finfo(dtype).eps for dtype in rounded), default=0.0))
 
 
 def times_within(at: Sequence[float], sizes: Sequence[float], slack: float) -> list[float]:

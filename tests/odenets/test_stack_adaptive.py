@@ -146,6 +146,9 @@ def test_times_are_those_of_the_steps_whatever_their_digits(scheme, step):
     path = stack.trajectory(X)
     for n in range(1, 8):
         torch.testing.assert_close(stack.trajectory(X, at=[n / 10])[0], path[n - 1], rtol=1e-9, atol=1e-9)
+        for dtype in (torch.float32, torch.float16):
+            at = torch.tensor([n / 10], dtype=dtype)
+            torch.testing.assert_close(stack.trajectory(X, at=at)[0], path[n - 1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scheme", ["rk4", "leapfrog", "ab2"])
