@@ -554,7 +554,8 @@ class OdenetsImageProcessor(PilBackend):
         if not isinstance(image, Image.Image):
             return image
         # By way of RGB, where transparency becomes white; grey stays the same number.
-        return np.asarray(Image.fromarray(super().convert_to_rgb(image)).convert("L"))
+        rgb = super().convert_to_rgb(image)  # type: ignore[arg-type]
+        return np.asarray(Image.fromarray(rgb).convert("L"))
 
 
 _from_hub = AutoBackbone.from_pretrained

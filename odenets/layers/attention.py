@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from schemes import SchemeError
-
 from ..tracing import is_traced
 from .conv import PatchConv2d
 from .drop_path import DropPath
@@ -32,8 +30,7 @@ class AttentionFunction(nn.Module):
         x: (n, t, dim); the result has the same shape.
 
     Raises:
-        ValueError: the heads do not divide the width.
-        SchemeError: in a call, a mask that is not of booleans.
+        ValueError: the heads do not divide the width; in a call, a mask that is not of booleans.
 
     Source:
         Vaswani et al. 2017, arXiv 1706.03762; cosine and post-norm: Liu et al. 2022, Swin Transformer V2, arXiv
@@ -91,7 +88,7 @@ class AttentionFunction(nn.Module):
 def _checked(mask: Tensor) -> Tensor:
     """Refuses numbers, which attention would add to its logits: ones and zeros would hardly mask anything."""
     if mask.dtype != torch.bool:
-        raise SchemeError(
+        raise ValueError(
             f"AttentionFunction: the mask is {str(mask.dtype).removeprefix('torch.')}, want booleans, true for tokens "
             "that may be attended to.\n  Give mask.bool() if it has ones for these, and zeros."
         )

@@ -237,5 +237,5 @@ def test_a_mask_of_numbers_is_refused(dtype):
     others = torch.cat([x[:, :2], torch.randn(2, 1, 8)], 1)
     torch.testing.assert_close(attention(x, mask)[:, :2], attention(others, mask)[:, :2])
     for function in (attention, TransformerFunction(attention, PerceptronFunction(8))):
-        with pytest.raises(SchemeError, match=r"want booleans, true for tokens.*\n.*mask\.bool\(\)"):
+        with pytest.raises(ValueError, match=r"want booleans, true for tokens.*\n.*mask\.bool\(\)"):
             function(x, mask.to(dtype))
