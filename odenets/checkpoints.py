@@ -490,7 +490,12 @@ def _strip(
 
 
 def same_numbers(a: torch.Size, b: torch.Size) -> bool:
-    """Whether shapes differ in axes of length 1 alone, so that the numbers are the same in the same order."""
+    """Whether shapes differ in axes of length 1 alone, so that the numbers are the same in the same order.
+
+    Args:
+        a: one shape.
+        b: the other.
+    """
     return [size for size in a if size != 1] == [size for size in b if size != 1]
 
 

@@ -34,10 +34,7 @@ def solve_samples(problem: Problem) -> Solution:
     solve.rows.looking = torch.is_grad_enabled()
     batch = solve.run(problem.y0.detach())
     solve.rows.looking = False
-    # As in a joint solve: a state beyond the largest number has an infinite allowance for its error.
-    beyond = ~torch.isfinite(batch.y).reshape(n, -1).all(1).to(batch.status.device)
-    beyond &= batch.status == FINISHED
-    batch.status[beyond], batch.t[beyond] = NOT_FINITE, times[beyond, 0]
+    _fail_beyond_numbers(batch, times)
     _raise_if_failed(problem, batch)
     bad = (batch.status == NOT_FINITE) & (batch.accepted == 0)
     y = _standing_in(bad, problem.y0)
@@ -114,6 +111,13 @@ def _times(problem: Problem) -> Tensor:
     if times.shape[0] != n:
         raise SchemeError(f"odeint: t has {times.shape[0]} rows of times for {n} samples.")
     return times
+
+
+def _fail_beyond_numbers(batch: Batch, times: Tensor) -> None:
+    """Marks samples that ended at no number: as in a joint solve, such a state has an infinite allowance for its error."""
+    beyond = ~torch.isfinite(batch.y).reshape(len(batch.y), -1).all(1).to(batch.status.device)
+    beyond &= batch.status == FINISHED
+    batch.status[beyond], batch.t[beyond] = NOT_FINITE, times[beyond, 0]
 
 
 def _raise_if_failed(problem: Problem, batch: Batch) -> None:
