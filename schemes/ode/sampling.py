@@ -114,7 +114,7 @@ def _times(problem: Problem) -> Tensor:
 
 
 def _fail_beyond_numbers(batch: Batch, times: Tensor) -> None:
-    """Marks samples that ended at no number: as in a joint solve, such a state has an infinite allowance for its error."""
+    """Marks samples that ended beyond the largest number: such a state has an infinite allowance for its error."""
     beyond = ~torch.isfinite(batch.y).reshape(len(batch.y), -1).all(1).to(batch.status.device)
     beyond &= batch.status == FINISHED
     batch.status[beyond], batch.t[beyond] = NOT_FINITE, times[beyond, 0]
