@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from schemes.adaptive import Adaptive
-from schemes.ode.field import tracked
+from schemes.ode.field import number, tracked
 from schemes.ode.run import Run
 from schemes.scheme import Function, State
 
@@ -45,7 +45,7 @@ class Solves:
 
     def step(self, scheme: Adaptive, fs: Sequence[Function], state: State, h: Any, gs: Sequence[Function]) -> State:
         """Takes one step, which is one solve."""
-        length = float(h.detach()) if isinstance(h, Tensor) else float(h)
+        length = number(h)
         start, end = self._start, self._start + length
         # Selected by count: the times are in order, and those before this step already have their values.
         due = [x for x in self.at[len(self.values) :] if min(start, end) <= x <= max(start, end)]

@@ -14,6 +14,7 @@ from schemes import registry
 from schemes.adaptive import Adaptive
 from schemes.deprecation import adopt, renamed_arguments
 from schemes.errors import SchemeError
+from schemes.ode.field import number
 from schemes.scheme import Function, Scheme, Slot, State, Takes
 from schemes.step_size import Fixed, FromError, StepSize, step_size
 
@@ -428,7 +429,7 @@ class Stack(nn.Module):
 
         given = self._pass(t, context, on_step)
         if given.sizes is not None:  # another scheme that is one solve over the depth, here taken step by step
-            lengths = [self.scheme.span * float(h.detach() if isinstance(h, Tensor) else h) for h in given.sizes]
+            lengths = [self.scheme.span * number(h) for h in given.sizes]
         places = times.ends_at(times.times_within(at, lengths, slack), lengths, slack, self.scheme)
         if 0 in places:
             found[0] = self.scheme.readout(self._start(x, given))

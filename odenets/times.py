@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from schemes.errors import SchemeError
+from schemes.ode.field import number
 from schemes.ode.options import row
 from schemes.scheme import Scheme
 from schemes.step_size import FromError, StepSize
@@ -27,7 +28,7 @@ def lengths_of(steps: Sequence[Step], rule: StepSize) -> list[float]:
             f"Stack: step='{rule}' sets the times of its steps on the way, so trajectory(at=...) knows none; "
             "leave at= out, or take an adaptive scheme."
         )
-    return [step.scheme.span * float(step.h.detach() if isinstance(step.h, Tensor) else step.h) for step in steps]
+    return [step.scheme.span * number(step.h) for step in steps]
 
 
 def slack_of(steps: Sequence[Step], at: Any = None) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import tableaux
 from .errors import SchemeError
 from .ode.control import Control
-from .ode.field import clock, moved, time_dtype, tracked
+from .ode.field import clock, moved, number, time_dtype, tracked
 from .ode.gradients import solved
 from .ode.pairs import Pair
 from .ode.reads import Reads
@@ -34,10 +34,6 @@ NO_GRAPH = (
 def _written(value: Any) -> str:
     real = isinstance(value, Real) and not isinstance(value, bool)
     return str(float(value)) if real else repr(value)
-
-
-def _number(x: Any) -> float:
-    return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
 
 class Solved(NamedTuple):
@@ -164,7 +160,7 @@ class Adaptive(Scheme):
         (x,) = state
         self._check_input(x)
         f = fs[0]
-        end, ends = _number(h), [h] if at is None else [*at]
+        end, ends = number(h), [h] if at is None else [*at]
         times = self._times(ends, end)
         # A learned length needs a gradient even where it is 0, or it would stay there.
         if end == 0 and not tracked(h):
@@ -208,7 +204,7 @@ class Adaptive(Scheme):
 
     def _times(self, ends: Sequence[StepSize], end: float) -> list[float]:
         """The start and the times asked for, as numbers; refuses those that are no way from the start to the end."""
-        times = [0.0, *map(_number, ends)]
+        times = [0.0, *map(number, ends)]
         if times[-1] != end:
             raise SchemeError(f"{self}: the last time asked for is {times[-1]:g}, want the end of the step, {end:g}.")
         sign = math.copysign(1.0, end)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from schemes.coupling import Coupling
 from schemes.errors import SchemeError
-from schemes.language import Reader
+from schemes.language import Reader, written
 from schemes.scheme import Scheme, State
 from schemes.step_size import FromError
 
@@ -389,7 +389,7 @@ class WithErrors(Mode):
 
 def _written(value: Any) -> Any:
     if isinstance(value, float):
-        return short if float(short := f"{value:g}") == value else value
+        return written(value)
     return str(value).lower() if isinstance(value, bool) else value
 
 

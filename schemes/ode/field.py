@@ -28,6 +28,11 @@ def recorded() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
+def number(x: Any) -> float:
+    """A time or a step size, possibly a tensor, as a number without its graph."""
+    return float(x.detach()) if isinstance(x, Tensor) else float(x)
+
+
 def tracked(x: Any) -> bool:
     """Whether derivatives by x are recorded: in a graph, or as a tangent of forward mode."""
     if not isinstance(x, Tensor):

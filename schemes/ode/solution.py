@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
+from .field import number
 from .options import row
 from .trees import Packing
 
@@ -74,7 +75,7 @@ class Solution:
         if several and t.ndim > 1:  # type: ignore[union-attr]
             raise SchemeError(f"Solution: the times are of shape {tuple(t.shape)}, want one or a row of them.")  # type: ignore
         times: list[Any] = list(t.unbind()) if several else [t]  # type: ignore[union-attr]
-        values = [getattr(self._segment(float(x.detach() if isinstance(x, Tensor) else x)), what)(x) for x in times]
+        values = [getattr(self._segment(number(x)), what)(x) for x in times]
         if not values:
             return self._packing.unpack(self._segments[0].y.new_empty((0, *self._segments[0].y.shape)), (0,))
         stacked = torch.stack(values) if several else values[0]
