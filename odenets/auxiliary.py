@@ -165,7 +165,8 @@ def with_energies(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""Returns a residual function's value, and its own auxiliary values together with the wanted ``ENERGIES``.
 
-    "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e; in at least 32 bits.
+    "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e; in at least 32 bits. Complex
+    values have random signs of both parts, over sqrt 2.
 
     Args:
         function: the residual function, called once.
@@ -190,8 +191,7 @@ def with_energies(
         if "kinetic" in names:
             found["kinetic"] = _mean_square(y)
         if jacobian:
-            signs = torch.empty_like(y).bernoulli_(0.5).mul_(2).sub_(1)
-            (g,) = torch.autograd.grad(y, x, signs, create_graph=wanted)
+            (g,) = torch.autograd.grad(y, x, _random_signs(y), create_graph=wanted)
             found["jacobian"] = _mean_square(g)
     found.update(own)
     if jacobian and not wanted:
@@ -200,7 +200,15 @@ def with_energies(
     return y, found
 
 
+def _random_signs(like: Tensor) -> Tensor:
+    """Random numbers of modulus 1 and mean 0, independent in each real component."""
+    if like.is_complex():
+        return torch.complex(_random_signs(like.real), _random_signs(like.imag)) / math.sqrt(2)
+    return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
+
+
 def _mean_square(x: Tensor) -> Tensor:
+    x = x.abs() if x.is_complex() else x
     # Summed over many evaluations in half precision, the last ones would be rounded away.
     return x.to(torch.promote_types(x.dtype, torch.float32)).square().mean()
 

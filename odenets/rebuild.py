@@ -148,7 +148,8 @@ def separated(model: nn.Module) -> nn.Module: ...
 def separated(model: nn.Module) -> nn.Module:
     """Returns a stack or model with plain stacks of separate weights in place of continuous ones, as for export.
 
-    Each residual function has the weights of its time. The result computes the same and shares nothing with the model.
+    Each residual function has the weights of its time in a pass that starts at 0, the only start that the result knows.
+    The result computes the same, shares nothing with the model, and returns no energies of ``gather.returning``.
 
     Args:
         model: a continuous stack, or a model that holds some; their schemes must call each function of a step once.
@@ -256,9 +257,10 @@ class Regularised(nn.Module):
     r"""A residual function that also returns regularisers, which make a field easy to integrate.
 
     "kinetic" is the mean of |f|^2, "jacobian" that of |e^T df/dx|^2 for random signs e (Hutchinson: its expectation is
-    the squared Frobenius norm of the Jacobian per element). Both are auxiliary values: ``stack(x, aux=True)`` returns
-    their sums over all evaluations, with gradients in every mode. Weights that are functions of depth go outside,
-    ``ContinuousWeights(Regularised(block))``, or return these values themselves: ``gather.returning``.
+    the squared Frobenius norm of the Jacobian per element; of complex values, random signs of both parts over sqrt 2).
+    Both are auxiliary values: ``stack(x, aux=True)`` returns their sums over all evaluations, with gradients in every
+    mode. Weights that are functions of depth go outside, ``ContinuousWeights(Regularised(block))``, or return these
+    values themselves: ``gather.returning``.
 
     Cost: "jacobian" takes one backward pass through the function in each evaluation.
 

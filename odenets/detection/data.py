@@ -12,7 +12,6 @@ after normalisation. A target is a dictionary of tensors:
 As in classification, the random numbers for a picture depend only on the run's seed, the epoch and the picture's place.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -346,7 +345,6 @@ class DetectionData(Pictures):
         self.root, self.masks, self.multiple, self.empty = Path(root).expanduser(), masks, multiple, empty
         self.max_faults, self.max_unreadable = max_faults, max_unreadable
         _check(size, resize, jitter, scales, longest, flip, multiple)
-        _check_levels(self.mean, self.std)
         drawn = [round(size * (0.6 + 0.04 * i)) for i in range(11)] if scales is None else scales
         most = size * 5 // 3 if longest is None else longest
         self.resize = Resize(size, None if resize == "multiscale" else jitter, drawn, most, flip)
@@ -544,12 +542,6 @@ def _check(
             raise DataError(f"data.{name}={value}: wants pixels, 1 or more")
     if not 0 <= flip <= 1:
         raise DataError(f"data.flip={flip}: wants a probability")
-
-
-def _check_levels(mean: Sequence[float], std: Sequence[float]) -> None:
-    for name, figures, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
-        if len(figures) != 3 or not all(least < figure < math.inf for figure in figures):
-            raise DataError(f"data.{name}={figures}: wants three finite figures{', above 0' if name == 'std' else ''}")
 
 
 def _pictures_of(root: Path, path: Path) -> Path:

@@ -413,7 +413,14 @@ class SegmentationData(Scenes):
         max_unreadable: int = 10,
         predict_root: str | None = None,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
+        super().__init__(
+            batch_size,
+            val_batch_size,
+            num_workers,
+            IMAGENET_MEAN if mean is None else mean,
+            IMAGENET_STD if std is None else std,
+            augment,
+        )
         preset = None if kind is None else PRESETS[kind]
         known = {} if preset is None else preset.options
         if preset is not None and classes is None:

@@ -5,6 +5,7 @@ cropped in worker processes. Crop, flip, normalisation and blending then run on 
 """
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -41,8 +42,8 @@ class Pictures(L.LightningDataModule):
     Args:
         batch_size: samples of one process in a batch.
         num_workers: processes that load; None: one per core, at most 8.
-        mean: one figure per channel, of pictures in [0, 1].
-        std: one figure per channel.
+        mean: one figure per channel, of pictures in [0, 1]; a single one is that of all channels.
+        std: likewise.
         augment: of the batch in training; None: nothing.
 
     Attributes:
@@ -62,11 +63,24 @@ class Pictures(L.LightningDataModule):
         augment: Augment | None,
     ) -> None:
         super().__init__()
-        self.batch_size, self.mean, self.std = batch_size, list(mean), list(std)
+        self.batch_size = batch_size
+        self.mean, self.std = self._per_channel("mean", mean), self._per_channel("std", std)
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.augment = augment or Augment()
         self.sets: dict[str, Dataset] = {}
         self.view: View | None = None
+
+    def _per_channel(self, name: str, figures: Sequence[float]) -> list[float]:
+        """One figure for each channel; a single one is that of all of them."""
+        channels = getattr(self, "in_chans", len(figures))
+        found = list(figures) * (channels if len(figures) == 1 else 1)
+        least = 0.0 if name == "mean" else math.ulp(0.0)
+        if len(found) != channels or not found or not all(least <= figure <= 1 for figure in found):
+            raise DataError(
+                f"data.{name}={list(figures)}: wants {channels or 'some'} figures, of pictures in [0, 1]"
+                f"{'' if name == 'mean' else ', above 0'}\n  Divide figures of pictures in [0, 255] by 255"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.view is None else {"picture": self.view.state()}
@@ -268,7 +282,13 @@ class Images(Pictures):
         predict_root: str | None = None,
         on_device: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, mean or IMAGENET_MEAN, std or IMAGENET_STD, augment)
+        super().__init__(
+            batch_size,
+            num_workers,
+            IMAGENET_MEAN if mean is None else mean,
+            IMAGENET_STD if std is None else std,
+            augment,
+        )
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
         self.max_unreadable, self.on_device = max_unreadable, on_device

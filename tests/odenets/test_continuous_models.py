@@ -329,6 +329,34 @@ def test_auxiliary_values_have_their_gradients_in_every_mode(mode):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("part", "share"),
+    [(lambda x: x, 1), (torch.conj_physical, 1), (lambda x: torch.complex(x.real, torch.zeros_like(x.real)), 0.5)],
+)
+def test_auxiliary_values_of_complex_fields_are_squared_moduli(part, share):
+    w = torch.randn(6, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 6, dtype=torch.complex128)
+    _, aux = Stack(Regularised(Multiplied(w, part)), "euler")(x, aux=True)
+    y = w * part(x)
+    torch.testing.assert_close(aux["kinetic"], (y.real.square() + y.imag.square()).mean())
+    # |df/dx|^2 + |df/dx*|^2: multiplications turn the random signs and keep their moduli, so that all draws are equal.
+    if share == 1:
+        torch.testing.assert_close(aux["jacobian"], (w.real.square() + w.imag.square()).mean())
+    draws = [Stack(Regularised(Multiplied(w, part)), "euler")(x, aux=True)[1]["jacobian"] for _ in range(200)]
+    torch.testing.assert_close(
+        torch.stack(draws).mean(), share * (w.real.square() + w.imag.square()).mean(), rtol=0.05, atol=0
+    )
+
+
+class Multiplied(nn.Module):
+    def __init__(self, w, part):
+        super().__init__()
+        self.w, self.part = w, part
+
+    def forward(self, x):
+        return self.w * self.part(x)
+
+
 def test_distance_of_complex_stacks_is_a_real_number():
     net, x = Stack(lambda x: 1j * x, "euler", depth=4, step="1/depth"), torch.ones(3, dtype=torch.complex128)
     found = scheme_distance(net, x, "rk4")

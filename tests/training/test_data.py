@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from odenets.detection import DetectionData
+from odenets.segmentation import SegmentationData
 from odenets.training import Augment, Classifier, DataError, Digits, Images
 from odenets.training.data import IMAGENET_MEAN, IMAGENET_STD, Cached, Decoded, hold_out, middle_box, random_box
 
@@ -183,6 +185,30 @@ def test_more_than_half_of_the_digits_is_no_test_split(share):
 def test_the_published_statistics_of_imagenet():
     """What torchvision and timm subtract and divide by."""
     assert IMAGENET_MEAN == (0.485, 0.456, 0.406) and IMAGENET_STD == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("module", [Images, SegmentationData, DetectionData])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"mean": []},
+        {"mean": [0.5, 0.5]},
+        {"mean": [123.675, 116.28, 103.53]},
+        {"mean": [0.5, 0.5, float("nan")]},
+        {"std": []},
+        {"std": [0.2, 0.2, 0.0]},
+        {"std": [58.395, 57.12, 57.375]},
+    ],
+)
+def test_figures_that_are_not_those_of_pictures_in_0_to_1_are_refused(module, option):
+    (name,) = option
+    with pytest.raises(DataError, match=rf"data\.{name}=.*: wants 3 figures, of pictures in \[0, 1\].*\n  Divide"):
+        module(root="nowhere", **option)
+
+
+def test_a_single_figure_is_that_of_all_channels(cifar):
+    data = Images(str(cifar), mean=[0.5], std=[0.25])
+    assert data.mean == [0.5] * 3 and data.std == [0.25] * 3
 
 
 def test_the_statistics_of_the_digits_are_those_of_their_pictures():
