@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -484,8 +484,6 @@ def lines(
     """
     many = len(series) > 5
     figure = _figure(8.4 if apart else 5, 4.2 if many else 3.4)
-    from matplotlib.ticker import MaxNLocator
-
     panels = [list(series), list(apart)] if apart else [list(series)]
     for place, names in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place)
@@ -497,9 +495,8 @@ def lines(
             axes.set_title("enlarged", fontsize=8)
         if log_x:
             axes.set_xscale("log", base=2)
-        elif all(float(value).is_integer() for xs, _ in series.values() for value in xs):
-            # Counts of steps or columns: no tick at 2.5.
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
+            _whole(axes, [value for xs, _ in series.values() for value in xs])
         if log:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
@@ -507,6 +504,14 @@ def lines(
     # Inside the axes, even the best place covers a curve if no corner is free.
     figure.legend(handles, names, loc="outside lower center", ncols=2 if many and not apart else 3, fontsize=8)
     return _write(figure, path)
+
+
+def _whole(axes: Any, values: Iterable[float]) -> None:
+    """Counts, of steps, columns or epochs, have no tick at 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    if all(float(value).is_integer() for value in values):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _curves(
@@ -588,6 +593,7 @@ def bands(
         part.tick_params(labelsize=7)
         part.grid(alpha=0.3)
         axes.indicate_inset_zoom(part, edgecolor="gray")
+    _whole(axes, [place for place, _ in points])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -640,6 +646,7 @@ def strips(values: Mapping[str, Sequence[float | None]], path: str | Path, x: st
             axes.plot([margin if value is None else value], [y], "o", color="black", markerfacecolor=fill, markersize=4)
     axes.set_yticks(range(len(values)), list(values)[::-1], fontsize=8)
     axes.set_ylim(-0.6, len(values) - 0.4)
+    _whole(axes, known)
     axes.set_xlabel(x + ("; hollow: not reached" if any(v is None for g in values.values() for v in g) else ""))
     axes.grid(alpha=0.3, axis="x")
     return _write(figure, path)

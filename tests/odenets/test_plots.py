@@ -175,3 +175,21 @@ def test_the_legend_of_lines_covers_no_curve(monkeypatch):
     [axes] = figure.axes
     assert axes.get_legend() is None
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda xs, path: plots.lines({"euler": (xs, xs)}, path, "epochs", "y"),
+        lambda xs, path: plots.bands({"euler": [[(x, x) for x in xs]]}, path, "epochs", "y"),
+        lambda xs, path: plots.strips({"euler": xs, "rk4": [*xs, None]}, path, "epochs"),
+    ],
+)
+def test_counts_have_no_ticks_between_them(draw, whole, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: found.append(figure) or path)
+    draw([6, 7] if whole else [6.5, 7.0], tmp_path / "x.png")
+    ticks = found[0].axes[0].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks) == whole
