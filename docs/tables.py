@@ -320,6 +320,13 @@ def comparison(name: str) -> str:
     return f"{heading(found)}.\n\n{table_of(found)}"
 
 
+def learned_steps() -> str:
+    """The sums of the step sizes that the networks of a comparison have learned."""
+    import learned_steps as script  # needs the extras train and study
+
+    return script.table(json.loads((RESULTS / "learned_steps.json").read_text(encoding="utf-8")))
+
+
 def depth_is_time(name: str) -> str:
     """A table of the experiment with weights as functions of depth, from its committed runs."""
     script = RESULTS.parent / "benchmarks/depth_is_time.py"
@@ -431,6 +438,7 @@ TABLES = {
     "campaign_digits": lambda: comparison("campaign_digits"),
     "campaign_small": lambda: comparison("campaign_small"),
     "campaign_twelve": lambda: comparison("campaign_twelve"),
+    "learned_steps": learned_steps,
     **{f"depth_{name}": partial(depth_is_time, name) for name in DEPTH_TABLES},
     "spaces": spaces,
     "choices": choices,

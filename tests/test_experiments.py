@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scripts import load
 from training.pictures import write_folder, write_parquet
 from training.texts import write_texts
@@ -157,3 +158,23 @@ def test_a_report_of_no_lines_says_so(depth, tmp_path):
     with pytest.raises(SchemeError, match="holds no line") as e:
         depth[0].report(SimpleNamespace(file=tmp_path / "none.jsonl", pictures=None))
     assert len(str(e.value).splitlines()) == 2
+
+
+def test_learned_steps_are_those_of_the_last_checkpoints(tmp_path, monkeypatch):
+    script = load("experiments/benchmarks/learned_steps.py")
+    statuses = {0: "trained", 1: "trained", 2: "failed"}
+    lines = [{"cell": "step=learned", "seed": seed, "status": status} for seed, status in statuses.items()]
+    monkeypatch.setattr(script, "find", lambda folder: SimpleNamespace(lines=lines))
+    for seed in (0, 1):
+        # In the order of text, step 10 would precede step 2.
+        sizes = {
+            f"net.levels.{level}.steps.{n}.h": torch.tensor(seed + level + n / 16)
+            for level in (1, 0)
+            for n in range(11)
+        }
+        path = tmp_path / script.folder_name("step=learned") / f"seed-{seed}/checkpoints/last.ckpt"
+        path.parent.mkdir(parents=True)
+        torch.save({"state_dict": {**sizes, "net.levels.0.steps.0.fs.0.weight": torch.zeros(2)}}, path)
+    found = script.sizes_of(tmp_path)
+    assert found == {"step=learned": {str(s): [[s + k + n / 16 for n in range(11)] for k in (0, 1)] for s in (0, 1)}}
+    assert "| step=learned | 2 | 11-11 | 8.94 ± 7.78 | 19.94 ± 7.78 |" in script.table(found)
