@@ -59,7 +59,8 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
     A name is a mode of backpropagation, a scheme or a model, or contains a scheme or a model: ``reverse``, ``rk4``,
     ``scheme=rk4, step=1.0``, ``ho_resnet26``, ``RevCol-T``. Where two names refer to the same, the first takes its
-    look. ``rk4: width`` and ``rk4: rank`` are two quantities of one name: its colour, and a dash for each.
+    look. ``rk4: width`` and ``rk4: rank`` are two quantities of one name: its colour, and a dash for each. So are
+    ``scheme=rk4, step=1.0`` and ``scheme=rk4, step=learned``, if that tells all names apart.
 
     Args:
         names: in the order of the legend.
@@ -68,11 +69,14 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
         >>> looks(["rk4", "mine"])["rk4"] == looks(["scheme=euler", "scheme=rk4"])["scheme=rk4"]
         True
     """
-    if any(": " in name for name in names):
-        split = {name: name.partition(": ")[::2] for name in names}
+    quantities = any(": " in name for name in names)
+    split = {name: name.partition(": ")[::2] if quantities else _cell(name) for name in names}
+    if quantities or len({subject for subject, _ in split.values()}) < len(split):
         base = looks(list(dict.fromkeys(subject for subject, _ in split.values())))
         order = list(dict.fromkeys(quantity for _, quantity in split.values()))
-        return {n: base[s]._replace(dash=DASHES[order.index(q) % len(DASHES)]) for n, (s, q) in split.items()}
+        both = {n: base[s]._replace(dash=DASHES[order.index(q) % len(DASHES)]) for n, (s, q) in split.items()}
+        if quantities or len({(x.colour, x.dash) for x in both.values()}) == len(both):
+            return both
     found: dict[str, Look] = {}
     for name in names:
         if name in MODES:
@@ -87,6 +91,12 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     for i, name in enumerate(name for name in names if name not in found):
         found[name] = left[i % len(left)] if left else look(i)
     return {name: found[name] for name in names}
+
+
+def _cell(name: str) -> tuple[str, str]:
+    """The scheme of a comparison's cell, and what else it says; of other names the name itself."""
+    said = re.search(r"scheme=\w+", name)
+    return (name, "") if said is None else (said[0], name[: said.start()] + name[said.end() :])
 
 
 def _place(name: str) -> int | None:

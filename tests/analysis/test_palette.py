@@ -35,6 +35,16 @@ def test_a_second_quantity_is_dashed():
     assert [x.dash for x in found.values()] == ["-", "--", "-", "--"]
 
 
+def test_cells_of_one_scheme_have_its_colour():
+    names = [f"scheme={scheme}, step={step}" for scheme in ("euler", "rk4") for step in ("1.0", "learned")]
+    found = looks(names)
+    assert [x.colour for x in found.values()] == [looks([s])[s].colour for s in ("euler", "euler", "rk4", "rk4")]
+    assert [x.dash for x in found.values()] == ["-", "--", "-", "--"]
+    # kutta3 is dashed itself, in the colour of rk4: what differs in no way is told apart as other names are.
+    names += [f"scheme=kutta3, step={step}" for step in ("1.0", "learned")]
+    assert len(set(looks(names).values())) == len(names)
+
+
 @pytest.mark.parametrize("draw", ["lines", "bands"])
 def test_figures_take_looks_from_the_palette(draw, tmp_path, monkeypatch):
     """Drawn lines have the colour and the dash of their names."""
