@@ -1,6 +1,7 @@
 """Every experiment file runs one batch of training and validation on small synthetic pictures or texts."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,7 +164,8 @@ def test_a_report_of_no_lines_says_so(depth, tmp_path):
 def test_learned_steps_are_those_of_the_last_checkpoints(tmp_path, monkeypatch):
     script = load("experiments/benchmarks/learned_steps.py")
     statuses = {0: "trained", 1: "trained", 2: "failed"}
-    lines = [{"cell": "step=learned", "seed": seed, "status": status} for seed, status in statuses.items()]
+    runs = {seed: script.Run(f"seed {seed}", "step=learned", seed, {}) for seed in statuses}
+    lines = [{**asdict(runs[seed]), "status": status} for seed, status in statuses.items()]
     monkeypatch.setattr(script, "find", lambda folder: SimpleNamespace(lines=lines))
     for seed in (0, 1):
         # In the order of text, step 10 would precede step 2.
@@ -172,7 +174,7 @@ def test_learned_steps_are_those_of_the_last_checkpoints(tmp_path, monkeypatch):
             for level in (1, 0)
             for n in range(11)
         }
-        path = tmp_path / script.folder_name("step=learned") / f"seed-{seed}/checkpoints/last.ckpt"
+        path = script.folder_of(tmp_path, runs[seed]) / "checkpoints/last.ckpt"
         path.parent.mkdir(parents=True)
         torch.save({"state_dict": {**sizes, "net.levels.0.steps.0.fs.0.weight": torch.zeros(2)}}, path)
     found = script.sizes_of(tmp_path)

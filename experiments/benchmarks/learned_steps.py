@@ -11,13 +11,14 @@ the time that the level covers, and the weight with which its residual functions
 import argparse
 import json
 import re
-import statistics
 from pathlib import Path
 
 from odenets import checkpoints
+from odenets.study.comparison import folder_of
 from odenets.study.comparison_report import find
+from odenets.study.runs import Run
+from odenets.study.statistics import markdown, mean, spread
 from odenets.study.store import TRAINED
-from odenets.study.values import folder_name
 
 SIZE = re.compile(r"levels\.(\d+)\.steps\.(\d+)\.h$")
 # cell -> seed -> level -> the sizes of its steps
@@ -30,8 +31,8 @@ def sizes_of(folder: Path) -> Sizes:
     for line in find(folder).lines:
         if line["status"] != TRAINED:
             continue
-        path = folder / folder_name(line["cell"]) / f"seed-{line['seed']}" / "checkpoints/last.ckpt"
-        held = checkpoints.read(path)["state_dict"]
+        run = Run(line["name"], line["cell"], line["seed"], line["options"])
+        held = checkpoints.read(folder_of(folder, run) / "checkpoints/last.ckpt")["state_dict"]
         sizes: dict[int, dict[int, float]] = {}
         for key, value in held.items():
             if m := SIZE.search(key):
@@ -45,18 +46,17 @@ def sizes_of(folder: Path) -> Sizes:
 def table(cells: Sizes) -> str:
     """The sum of the sizes in each level: mean and standard deviation over the seeds."""
     count = max(len(levels) for seeds in cells.values() for levels in seeds.values())
-    head = ["cell", "runs", "steps", *(f"level {level + 1}" for level in range(count))]
-    rows = [head, ["---", *["--:"] * (len(head) - 1)]]
+    rows = []
     for cell, seeds in cells.items():
         first, *_ = seeds.values()
         sums = [[sum(levels[level]) for levels in seeds.values()] for level in range(count)]
         rows.append([cell, str(len(seeds)), "-".join(str(len(sizes)) for sizes in first), *map(_spread, sums)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(" | ".join(["cell", "runs", "steps", *(f"level {level + 1}" for level in range(count))]), rows)
 
 
 def _spread(values: list[float]) -> str:
-    text = f"{statistics.mean(values):.2f}"
-    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
+    text = f"{mean(values):.2f}"
+    return f"{text} ± {spread(values):.2f}" if len(values) > 1 else text
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..models.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from ..training.augment import normalize
 from ..training.data import Pictures
 from ..training.decode import Picture, Unreadable
@@ -339,9 +338,7 @@ class DetectionData(Pictures):
         mean: list[float] | None = None,
         std: list[float] | None = None,
     ) -> None:
-        super().__init__(
-            batch_size, num_workers, IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std, None
-        )
+        super().__init__(batch_size, num_workers, mean, std, None)
         self.root, self.masks, self.multiple, self.empty = Path(root).expanduser(), masks, multiple, empty
         self.max_faults, self.max_unreadable = max_faults, max_unreadable
         _check(size, resize, jitter, scales, longest, flip, multiple)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..shapes import CLASSES, draw
 from ..training.augment import normalize
-from ..training.data import IMAGENET_MEAN, IMAGENET_STD, Pictures, hold_out
+from ..training.data import Pictures, hold_out
 from ..training.decode import Picture, Unreadable
 from ..training.errors import DataError
 from ..training.order import IGNORED, batch_generator, loader, seed_of
@@ -200,8 +200,8 @@ class Scenes(Pictures):
         batch_size: int,
         val_batch_size: int,
         num_workers: int | None,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         augment: SegmentationAugment | None,
     ) -> None:
         super().__init__(batch_size, num_workers, mean, std, None)
@@ -308,7 +308,7 @@ class DrawnShapes(Scenes):
         texture: float = 1.0,
         augment: SegmentationAugment | None = None,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, 0, IMAGENET_MEAN, IMAGENET_STD, augment)
+        super().__init__(batch_size, val_batch_size, 0, None, None, augment)
         if min(train, val) < 1 or size < 16 or not 0 <= texture < math.inf:
             figures = f"train={train}, val={val}, size={size}, texture={texture}"
             raise DataError(
@@ -413,14 +413,7 @@ class SegmentationData(Scenes):
         max_unreadable: int = 10,
         predict_root: str | None = None,
     ) -> None:
-        super().__init__(
-            batch_size,
-            val_batch_size,
-            num_workers,
-            IMAGENET_MEAN if mean is None else mean,
-            IMAGENET_STD if std is None else std,
-            augment,
-        )
+        super().__init__(batch_size, val_batch_size, num_workers, mean, std, augment)
         preset = None if kind is None else PRESETS[kind]
         known = {} if preset is None else preset.options
         if preset is not None and classes is None:

@@ -42,7 +42,8 @@ class Pictures(L.LightningDataModule):
     Args:
         batch_size: samples of one process in a batch.
         num_workers: processes that load; None: one per core, at most 8.
-        mean: one figure per channel, of pictures in [0, 1]; a single one is that of all channels.
+        mean: one figure per channel, of pictures in [0, 1]; a single one is that of all channels;
+            None: ImageNet's.
         std: likewise.
         augment: of the batch in training; None: nothing.
 
@@ -58,13 +59,14 @@ class Pictures(L.LightningDataModule):
         self,
         batch_size: int,
         num_workers: int | None,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         augment: Augment | None,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
-        self.mean, self.std = self._per_channel("mean", mean), self._per_channel("std", std)
+        self.mean = self._per_channel("mean", IMAGENET_MEAN if mean is None else mean)
+        self.std = self._per_channel("std", IMAGENET_STD if std is None else std)
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.augment = augment or Augment()
         self.sets: dict[str, Dataset] = {}
@@ -282,13 +284,7 @@ class Images(Pictures):
         predict_root: str | None = None,
         on_device: bool = False,
     ) -> None:
-        super().__init__(
-            batch_size,
-            num_workers,
-            IMAGENET_MEAN if mean is None else mean,
-            IMAGENET_STD if std is None else std,
-            augment,
-        )
+        super().__init__(batch_size, num_workers, mean, std, augment)
         self.size, self.holdout, self.split_seed, self.cache = size, holdout, split_seed, cache
         self.smallest_crop, self.inner, self.interpolation = smallest_crop, inner, interpolation
         self.max_unreadable, self.on_device = max_unreadable, on_device
